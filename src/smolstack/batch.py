@@ -1,0 +1,58 @@
+"""Batch: what the processor makes and the model reads. The one place where the two meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of T tokens, padded on the left, and the N tiles of all their pictures.
+
+    Attributes:
+        token_ids: (B, T) int64. Places of visual tokens hold the image token's id.
+        attention_mask: (B, T) bool, False on padding.
+        tiles: (N, 3, P, P) normalised pixels, a flat list over the whole batch in reading order
+            (sequence by sequence, picture by picture, tile by tile). Padding tiles do not exist.
+        tiles_per_image: tiles of each picture, in the same order; sums to N (when visual tokens
+            are given instead, to the tiles they came from).
+        images_per_sequence: pictures of each sequence; has length B.
+        tile_grids: for tiles that are only partly filled, the (rows, columns) of patches that
+            hold picture, one pair per tile; None when every tile is full.
+        visual_tokens: (N, S, D), the connector's output for ``tiles`` when it is known already
+            (then ``tiles`` may be empty); None otherwise.
+    """
+
+    token_ids: Tensor
+    attention_mask: Tensor
+    tiles: Tensor
+    tiles_per_image: tuple[int, ...] = ()
+    images_per_sequence: tuple[int, ...] = ()
+    tile_grids: tuple[tuple[int, int], ...] | None = None
+    visual_tokens: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def tiles_per_sequence(self) -> tuple[int, ...]:
+        """Tiles of each sequence, length B."""
+        counts, start = [], 0
+        for images in self.images_per_sequence:
+            counts.append(sum(self.tiles_per_image[start : start + images]))
+            start += images
+        return tuple(counts)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The same batch on ``device``, its pixels and visual tokens in ``dtype``."""
+        visual = self.visual_tokens
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            tiles=self.tiles.to(device=device, dtype=dtype),
+            visual_tokens=None if visual is None else visual.to(device=device, dtype=dtype),
+        )

@@ -1,0 +1,1 @@
+"""Checkpoint folders: finding, reading, checking and writing them. Safetensors and JSON only."""

@@ -1,0 +1,131 @@
+"""The files of a checkpoint folder, both generations, read with every refusal in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smolstack.errors import CheckpointError, ConfigError
+
+# Small files that describe the processor; kept as they are when a checkpoint is saved again.
+SIDE_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "video_preprocessor_config.json",
+)
+MAX_JSON_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """What a folder says about its model, before any weight is looked at.
+
+    Attributes:
+        folder: where it was read from.
+        config: config.json.
+        image: the image processor's settings (preprocessor_config.json, or the ``image_processor``
+            object of a newer processor_config.json).
+        processor: processor_config.json, or an empty object.
+        generation: generation_config.json, or an empty object.
+        tokenizer_config: tokenizer_config.json, or an empty object.
+        chat_template: the Jinja source, or None.
+        side: the side files' contents by name.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    image: Mapping[str, Any]
+    processor: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    tokenizer_config: Mapping[str, Any]
+    chat_template: str | None
+    side: Mapping[str, bytes] = field(repr=False)
+
+
+def read_files(folder: Path) -> CheckpointFiles:
+    """Read the JSON and text files of ``folder``; weights stay on disk.
+
+    Raises:
+        CheckpointError: the folder or a needed file does not exist, or is not JSON.
+    """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise CheckpointError(f"{folder} is {found}, expected a checkpoint folder")
+    config = read_json(folder / "config.json")
+    processor = _optional(folder / "processor_config.json")
+    image = _optional(folder / "preprocessor_config.json")
+    nested = processor.get("image_processor")
+    if not image and isinstance(nested, Mapping):
+        image = nested
+    if not image:
+        raise CheckpointError(
+            f"{folder} has neither preprocessor_config.json nor an image_processor object in "
+            "processor_config.json; the picture's preprocessing is unknown"
+        )
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json")
+    tokenizer_config = _optional(folder / "tokenizer_config.json")
+    return CheckpointFiles(
+        folder=folder,
+        config=config,
+        image=image,
+        processor=processor,
+        generation=_optional(folder / "generation_config.json"),
+        tokenizer_config=tokenizer_config,
+        chat_template=_chat_template(folder, processor, tokenizer_config),
+        side={n: (folder / n).read_bytes() for n in SIDE_FILES if (folder / n).is_file()},
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is {path.stat().st_size} bytes, too large for JSON")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object")
+    return data
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _chat_template(
+    folder: Path, processor: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
+) -> str | None:
+    """The chat template, newest place first; a list of named ones means its "default"."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    places = (
+        _optional(folder / "chat_template.json").get("chat_template"),
+        processor.get("chat_template"),
+        tokenizer_config.get("chat_template"),
+    )
+    for template in places:
+        if isinstance(template, str):
+            return template
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template}
+            if isinstance(named.get("default"), str):
+                return str(named["default"])
+            raise ConfigError(f"{folder} has chat templates {sorted(named)}, none named default")
+    return None

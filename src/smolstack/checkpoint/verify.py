@@ -1,0 +1,80 @@
+"""Does a checkpoint hold exactly the weights that its config describes? From headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from smolstack.checkpoint import keys
+from smolstack.checkpoint.weights import Entry
+from smolstack.config import ModelConfig
+from smolstack.errors import CheckpointError
+from smolstack.model.vlm import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences between the weights expected and found, by checkpoint name."""
+
+    expected: int
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    misshaped: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing or self.extra or self.misshaped)
+
+    def raise_if_wrong(self, where: object) -> None:
+        """Raise CheckpointError listing every difference (the first few of each kind)."""
+        if self.ok:
+            return
+        parts = [
+            f"{len(names)} {kind}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+            for kind, names in (
+                ("missing", self.missing),
+                ("extra", self.extra),
+                ("of wrong shape", self.misshaped),
+            )
+            if names
+        ]
+        raise CheckpointError(
+            f"{where} does not match its config ({self.expected} weights expected): "
+            + "; ".join(parts)
+        )
+
+
+def settle_head(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfig:
+    """The config with its head as the weights have it; the file's tie flag is not trusted."""
+    embedding = entries.get(f"{keys.EMBEDDING_HEAD}.weight")
+    if embedding is not None and len(embedding.shape) == 2:
+        return replace(config, tied=False, embedding_dim=embedding.shape[0])
+    return replace(config, tied=f"{keys.LM_HEAD}.weight" not in entries, embedding_dim=None)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name → shape of every weight, from a model on the meta device."""
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    embedding = config.embedding_dim is not None
+    return {
+        keys.to_hf(name, embedding_head=embedding): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def compare(config: ModelConfig, entries: Mapping[str, Entry]) -> Comparison:
+    """Compare names and shapes; ``config`` must be settled (:func:`settle_head`)."""
+    expected = expected_shapes(config)
+    return Comparison(
+        expected=len(expected),
+        missing=sorted(set(expected) - set(entries)),
+        extra=sorted(set(entries) - set(expected)),
+        misshaped=[
+            f"{name} {list(entries[name].shape)} instead of {list(shape)}"
+            for name, shape in sorted(expected.items())
+            if name in entries and entries[name].shape != shape
+        ],
+    )

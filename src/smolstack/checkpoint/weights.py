@@ -1,0 +1,114 @@
+"""Weight files: what they hold (from their headers) and their tensors (memory-mapped)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from smolstack.checkpoint.files import read_json
+from smolstack.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOAT_TYPES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a weight file, as its header describes it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * (4 if self.dtype == "F32" else 2)
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor's name, shape and dtype, from the headers alone.
+
+    Raises:
+        CheckpointError: no safetensors file, a truncated or malformed one, an index that names a
+            missing file, a file outside the folder, or tensors that its files do not hold.
+    """
+    entries: dict[str, Entry] = {}
+    promised: Mapping[str, str] | None = None
+    if (folder / SINGLE).is_file():
+        names = [SINGLE]
+    elif (folder / INDEX).is_file():
+        promised = _weight_map(folder / INDEX)
+        names = sorted(set(promised.values()))
+    else:
+        other = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+        hint = f"; {other} are pickle files, which are never read" if other else ""
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
+    for name in names:
+        with open_weights(folder / name) as file:
+            for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                part = file.get_slice(key)
+                entries[key] = Entry(name, tuple(part.get_shape()), str(part.get_dtype()))
+    if promised is not None and set(promised) != set(entries):
+        missing = sorted(set(promised) - set(entries))[:5]
+        extra = sorted(set(entries) - set(promised))[:5]
+        raise CheckpointError(
+            f"{folder / INDEX} and its files disagree: promised only {missing}, held only {extra}"
+        )
+    wrong = sorted(key for key, entry in entries.items() if entry.dtype not in FLOAT_TYPES)
+    if wrong:
+        raise CheckpointError(
+            f"{folder} holds {entries[wrong[0]].dtype} weights ({wrong[0]}), expected one of "
+            f"{list(FLOAT_TYPES)}"
+        )
+    return entries
+
+
+def read_tensors(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs, memory-mapped: nothing is read before it is used."""
+    for name in sorted({entry.file for entry in entries.values()}):
+        with open_weights(folder / name) as file:
+            for key, entry in entries.items():
+                if entry.file == name:
+                    yield key, file.get_tensor(key)
+
+
+class open_weights:  # noqa: N801 - used like a function, as open() is
+    """A safetensors file for reading; a bad one raises CheckpointError naming it."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist")
+        try:
+            self.handle: Any = safe_open(str(path), framework="pt", device="cpu")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} ({path.stat().st_size} bytes) is no complete safetensors file: {error}"
+            ) from error
+
+    def __enter__(self) -> Any:
+        return self.handle.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.__exit__(*exception)
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map object")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {name!r}, expected a .safetensors file beside it")
+    return weight_map

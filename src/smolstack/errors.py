@@ -1,0 +1,43 @@
+"""The errors that smolstack raises for bad input.
+
+Each is a ValueError whose message is one sentence: what was looked at, what was found, and what
+was expected. The command line prints that sentence and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class SmolstackError(ValueError):
+    """Base of every documented smolstack error."""
+
+
+class ConfigError(SmolstackError):
+    """A config file lacks a key, or holds a value that cannot be built."""
+
+
+class CheckpointError(SmolstackError):
+    """A checkpoint folder, its weights or its tokenizer cannot be used."""
+
+
+class ImageError(SmolstackError):
+    """A picture cannot be found, decoded or accepted."""
+
+
+class GridError(SmolstackError):
+    """Patches do not form the grid that was asked for, or scale does not divide it."""
+
+
+class PromptError(SmolstackError):
+    """A prompt or chat is malformed, or its placeholders and pictures differ in number."""
+
+
+class AlignmentError(SmolstackError):
+    """Visual tokens and their places in the token sequence differ in number."""
+
+
+class ContextLengthError(SmolstackError):
+    """A prompt (with the answer asked for) does not fit into the model's context."""
+
+
+class GenerationError(SmolstackError):
+    """A sampling or stopping option has a value that has no meaning."""

@@ -1,0 +1,1 @@
+"""The network: vision tower, connector, packer, decoder. Torch only; knows no file format."""

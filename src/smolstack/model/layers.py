@@ -1,0 +1,39 @@
+"""The few building blocks that both towers use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, heads·K) → (B, heads, T, K), a view."""
+    batch, length, width = x.shape
+    return x.view(batch, length, heads, width // heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, T, K) → (B, T, heads·K)."""
+    batch, heads, length, width = x.shape
+    return x.transpose(1, 2).reshape(batch, length, heads * width)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019), no bias."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps=eps)

@@ -1,0 +1,153 @@
+"""The whole network: pictures and text in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from smolstack.batch import Batch
+from smolstack.config import ModelConfig
+from smolstack.errors import AlignmentError, ConfigError
+from smolstack.model import packer
+from smolstack.model.cache import KVCache
+from smolstack.model.connector import Idefics3Connector
+from smolstack.model.decoder import Decoder
+from smolstack.model.vision import VisionTower
+
+TILES_AT_ONCE = 4  # tiles per pass of the tower: bounds its memory whatever the picture's size
+
+
+class VisionLanguageModel(nn.Module):
+    """Vision tower → connector → packer → decoder → head.
+
+    The head is a linear layer of its own, the token embedding again (``config.tied``), or a
+    projection to ``config.embedding_dim`` for retrieval.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision)
+        self.connector = Idefics3Connector.from_config(config)
+        self.decoder = Decoder(config.text)
+        width = config.text.hidden_size
+        self.head: nn.Linear | None = None
+        if config.embedding_dim is not None:
+            self.head = nn.Linear(width, config.embedding_dim)
+        elif not config.tied:
+            self.head = nn.Linear(width, config.text.vocab_size, bias=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embedding.weight.device
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of every position: (B, T, V). Rows of padding positions mean nothing."""
+        states = self.decoder(self.merge(batch), padding=_padding(batch))
+        return self.logits(states)
+
+    def encode_tiles(
+        self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None
+    ) -> Tensor:
+        """Visual tokens of tiles, a few tiles at a time: (N, 3, P, P) → (N, S, D)."""
+        grid = self.vision.grid_of(tiles)
+        tiles = tiles.to(device=self.device, dtype=self.dtype)
+        encoded = []
+        for start in range(0, tiles.shape[0], TILES_AT_ONCE):
+            some = slice(start, start + TILES_AT_ONCE)
+            states = self.vision(tiles[some], None if filled is None else filled[some])
+            encoded.append(self.connector(states, grid))
+        if not encoded:
+            width = self.config.text.hidden_size
+            return tiles.new_empty(0, self.config.tokens_per_tile, width)
+        return encoded[0] if len(encoded) == 1 else torch.cat(encoded)
+
+    def merge(self, batch: Batch) -> Tensor:
+        """Text embeddings with the visual tokens in their places: (B, T, D).
+
+        Raises:
+            AlignmentError: before any work, when places and visual tokens differ in number.
+        """
+        batch = batch.to(self.device)
+        _check_counts(batch)
+        tokens_per_tile = self.config.tokens_per_tile
+        if batch.visual_tokens is not None:
+            tokens_per_tile = batch.visual_tokens.shape[1]
+        places = packer.locate(
+            batch.token_ids, self.config.image_token_id, batch.tiles_per_sequence, tokens_per_tile
+        )
+        embeddings: Tensor = self.decoder.embedding(batch.token_ids)
+        if places.numel() == 0:
+            return embeddings
+        visual = batch.visual_tokens
+        if visual is None:
+            visual = self.encode_tiles(batch.tiles, batch.tile_grids)
+        return packer.splice(embeddings, places, visual)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Scores of the next token: (B, T, D) → (B, T, V)."""
+        if self.config.embedding_dim is not None:
+            raise ConfigError("this checkpoint ends in an embedding head; use embed() instead")
+        weight = self.decoder.embedding.weight if self.head is None else self.head.weight
+        return functional.linear(states, weight)
+
+    def new_cache(self, batch: Batch, capacity: int) -> KVCache:
+        """An empty cache for ``batch``, with room for ``capacity`` tokens per sequence."""
+        return KVCache(
+            self.config.text,
+            len(batch),
+            capacity,
+            padding=_padding(batch),
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Read the prompts into ``cache``; logits of the token after each: (B, V)."""
+        states = self.decoder(self.merge(batch), cache=cache)
+        return self.logits(states[:, -1])
+
+    def decode_one_token(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """Append one token per sequence, (B,), to ``cache``; logits of the next one: (B, V)."""
+        states = self.decoder(self.decoder.embedding(token_ids[:, None]), cache=cache)
+        return self.logits(states[:, -1])
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Late-interaction embeddings (ColSmol), unit length, zero on padding: (B, T, E).
+
+        ColPali's head (Faysse et al. 2024): a linear layer, then L2 normalisation per token.
+        """
+        if self.head is None or self.config.embedding_dim is None:
+            raise ConfigError("this checkpoint has no embedding head")
+        states = self.head(self.decoder(self.merge(batch), padding=_padding(batch)))
+        real = batch.attention_mask.to(states.device)[..., None]
+        return functional.normalize(states, dim=-1) * real
+
+
+def _padding(batch: Batch) -> Tensor | None:
+    """(B,) left-padding tokens per row, or None when no row has any."""
+    padding = (~batch.attention_mask).sum(dim=1)
+    return padding if bool(padding.any()) else None
+
+
+def _check_counts(batch: Batch) -> None:
+    """A batch's own bookkeeping must agree before its tokens are looked at."""
+    tiles = batch.tiles.shape[0] if batch.visual_tokens is None else batch.visual_tokens.shape[0]
+    if sum(batch.tiles_per_image) != tiles:
+        raise AlignmentError(
+            f"tiles_per_image {list(batch.tiles_per_image)} counts {sum(batch.tiles_per_image)} "
+            f"tiles, the batch holds {tiles}"
+        )
+    if sum(batch.images_per_sequence) != len(batch.tiles_per_image):
+        raise AlignmentError(
+            f"images_per_sequence {list(batch.images_per_sequence)} counts "
+            f"{sum(batch.images_per_sequence)} pictures, the batch holds "
+            f"{len(batch.tiles_per_image)}"
+        )
