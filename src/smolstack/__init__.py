@@ -1,0 +1,61 @@
+"""smolstack: the native PyTorch stack for Idefics3 / SmolVLM vision-language models.
+
+>>> import smolstack
+>>> vlm = smolstack.load()                      # the bundled reader; or a folder, or a hub id
+>>> vlm.ask("sign.png", "What does it say?").text
+
+Importing the package imports no torch: names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smolstack.generation.answer import Answer
+    from smolstack.batch import Batch, VisualTokens
+    from smolstack.config import ModelConfig, TextConfig, VisionConfig
+    from smolstack.model.connector import Idefics3Connector
+    from smolstack.processor.geometry import TilePlan
+    from smolstack.vlm import VLM, load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Answer": "smolstack.generation.answer",
+    "Batch": "smolstack.batch",
+    "Idefics3Connector": "smolstack.model.connector",
+    "ModelConfig": "smolstack.config",
+    "TextConfig": "smolstack.config",
+    "TilePlan": "smolstack.processor.geometry",
+    "VLM": "smolstack.vlm",
+    "VisionConfig": "smolstack.config",
+    "VisualTokens": "smolstack.batch",
+    "load": "smolstack.vlm",
+}
+__all__ = [
+    "VLM",
+    "Answer",
+    "Batch",
+    "Idefics3Connector",
+    "ModelConfig",
+    "TextConfig",
+    "TilePlan",
+    "VisionConfig",
+    "VisualTokens",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'smolstack' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -56,3 +56,23 @@ class Batch:
             tiles=self.tiles.to(device=device, dtype=dtype),
             visual_tokens=None if visual is None else visual.to(device=device, dtype=dtype),
         )
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """One picture after tower and connector: what :meth:`smolstack.VLM.encode` returns.
+
+    Attributes:
+        tokens: (n, S, D) for its n tiles, the whole picture last.
+        rows, cols: its grid of tiles, 0 and 0 when it was not split.
+        source: (width, height) of the picture.
+    """
+
+    tokens: Tensor
+    rows: int
+    cols: int
+    source: tuple[int, int]
+
+    def __len__(self) -> int:
+        """Visual tokens: n · S."""
+        return self.tokens.shape[0] * self.tokens.shape[1]

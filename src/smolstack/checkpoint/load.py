@@ -1,0 +1,139 @@
+"""Loading: config and tokenizer from their files, weights memory-mapped into a meta model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from smolstack.checkpoint import keys
+from smolstack.checkpoint.files import CheckpointFiles, read_files
+from smolstack.checkpoint.verify import compare, settle_head
+from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
+from smolstack.config import ModelConfig, as_ids
+from smolstack.errors import ConfigError
+from smolstack.model.vlm import VisionLanguageModel
+from smolstack.processor.processor import Processor
+from smolstack.processor.settings import ImageSettings
+from smolstack.processor.tokenizer import TextTokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint."""
+
+    files: CheckpointFiles
+    config: ModelConfig
+    model: VisionLanguageModel
+    processor: Processor
+    eos_token_ids: tuple[int, ...]
+
+
+def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> Checkpoint:
+    """Load a folder.
+
+    The model is built on the meta device and its weights are assigned from the memory-mapped
+    files; nothing is copied unless ``dtype`` or ``device`` ask for it.
+
+    Args:
+        folder: a Hugging Face checkpoint folder.
+        dtype: "float32", "bfloat16", "float16", or "auto": the weights' own, except on a CPU
+            without arithmetic in it, where float32 is faster and loses nothing.
+        device: "cpu", "cuda", "mps", … or "auto": the first of cuda, mps, cpu that is there.
+
+    Raises:
+        ConfigError, CheckpointError: naming file, key, what was found and what was expected.
+    """
+    files = read_files(folder)
+    entries = read_entries(folder)
+    config = settle_head(ModelConfig.from_hf(files.config), entries)
+    compare(config, entries).raise_if_wrong(folder)
+    processor = build_processor(files, config)
+    target = choose_device(device)
+    model = load_weights(folder, config, entries, choose_dtype(dtype, entries, target), target)
+    return Checkpoint(files, config, model, processor, _eos(files, config, processor))
+
+
+def build_processor(files: CheckpointFiles, config: ModelConfig) -> Processor:
+    """The processor of a folder, checked against the model's config."""
+    return Processor(
+        config,
+        ImageSettings.from_hf(files.image),
+        TextTokenizer(files.side["tokenizer.json"], files.tokenizer_config),
+        files.chat_template,
+        image_seq_len=files.processor.get("image_seq_len"),
+    )
+
+
+def load_weights(
+    folder: Path,
+    config: ModelConfig,
+    entries: dict[str, Entry],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> VisionLanguageModel:
+    """A model in evaluation mode with the folder's weights."""
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    state = {
+        keys.from_hf(name): tensor.to(device=device, dtype=dtype)
+        for name, tensor in read_tensors(folder, entries)
+    }
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of a name; "auto" is the first of cuda, mps, cpu that is there."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is unknown to torch: {error}") from error
+
+
+def choose_dtype(dtype: str, entries: dict[str, Entry], device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" as :func:`load_checkpoint` says."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}, expected auto or one of {list(DTYPES)}")
+        return DTYPES[dtype]
+    stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    sizes: dict[str, int] = {}
+    for entry in entries.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
+    own = stored[max(sizes, key=lambda name: sizes[name])]
+    if device.type == "cpu" and own != torch.float32 and not _cpu_computes_in(own):
+        return torch.float32
+    return own
+
+
+def _cpu_computes_in(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for matrix products in ``dtype``."""
+    supported = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    checks = (getattr(torch.cpu, name, None) for name in supported.get(dtype, ()))
+    return any(check is not None and bool(check()) for check in checks)
+
+
+def _eos(
+    files: CheckpointFiles, config: ModelConfig, processor: Processor
+) -> tuple[int, ...]:
+    """Tokens that end an answer: generation_config.json's, else the config's, else the
+    tokenizer's."""
+    for place in (files.generation.get("eos_token_id"), files.config.get("eos_token_id")):
+        if ids := as_ids(place):
+            return ids
+    if config.text.eos_token_ids:
+        return config.text.eos_token_ids
+    eos = processor.tokenizer.special_tokens.get("eos_token")
+    found = None if eos is None else processor.tokenizer.token_id(eos)
+    return () if found is None else (found,)

@@ -1,0 +1,187 @@
+"""Randomly initialised checkpoints of published shapes, with a tokenizer trained on the spot.
+
+Their answers mean nothing; their files, shapes, token counts and speed are the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+
+from smolstack.checkpoint.load import DTYPES
+from smolstack.checkpoint.save import save_checkpoint, to_json
+from smolstack.config import ModelConfig
+from smolstack.errors import ConfigError
+from smolstack.family import Preset, SpecialTokens
+from smolstack.model.vlm import VisionLanguageModel
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}"
+    "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '<image>' }}"
+    "{% endfor %}"
+    "<end_of_utterance>{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+# Enough text for a few hundred merges, so that prompts tokenize into words and not bytes.
+_CORPUS = """What does it say? What is written in this picture? Describe the image in detail.
+Can you read the text on the sign? How many lines are there? Read line two of the document.
+User: Assistant: The picture shows a page with a table, a title and three paragraphs of text.
+Convert this page to docling. Compare the two pictures. Which one is larger, and why?
+There is nothing written here. The answer is 42. A quick brown fox jumps over the lazy dog."""
+
+
+def new_checkpoint(
+    preset: Preset,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    vision_layers: int | None = None,
+    text_layers: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a Hugging Face folder of a preset's shape with random weights.
+
+    Args:
+        preset: the published shape.
+        folder: must not exist or be empty, unless ``overwrite``.
+        seed: of the weights; the same seed gives the same bytes.
+        dtype: "float32", "bfloat16" or "float16".
+        vision_layers, text_layers: fewer (or more) layers than published.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {list(DTYPES)}")
+    config = preset.config.with_layers(vision_layers, text_layers)
+    model = random_model(config, seed=seed, dtype=DTYPES[dtype])
+    return save_checkpoint(folder, model, side_files(preset, config), overwrite=overwrite)
+
+
+def random_model(
+    config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> VisionLanguageModel:
+    """A model whose outputs differ clearly from input to input.
+
+    Matrices are scaled by their input width (so that signals neither vanish nor saturate with
+    depth), norms and biases are off their neutral values (so that a forgotten one shows).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    model = model.to_empty(device="cpu").to(dtype)
+    norms = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if id(parameter) in norms:
+                value = 1 + 0.1 * noise
+            elif name.endswith("bias"):
+                value = 0.1 * noise
+            elif name.endswith("embedding.weight") and "patch" not in name:
+                value = noise if not config.tied else noise * 0.3
+            else:
+                value = noise / math.sqrt(parameter[0].numel())
+            parameter.copy_(value)
+    return model.eval()
+
+
+def side_files(preset: Preset, config: ModelConfig) -> dict[str, bytes]:
+    """The processor's files: preprocessing, tokenizer, chat template, generation defaults."""
+    family = "SmolVLM" if config.model_type.startswith("smol") else "Idefics3"
+    tokens = preset.tokens
+    files: dict[str, Any] = {
+        "preprocessor_config.json": preset.settings.to_hf(f"{family}Processor"),
+        "processor_config.json": {
+            "processor_class": f"{family}Processor",
+            "image_seq_len": config.tokens_per_tile,
+        },
+        "generation_config.json": {
+            "bos_token_id": tokens.ids[tokens.bos],
+            "eos_token_id": [tokens.ids[tokens.eos]],
+            "pad_token_id": tokens.ids[tokens.pad],
+        },
+        "tokenizer_config.json": _tokenizer_config(tokens, family, config),
+        "special_tokens_map.json": {
+            "bos_token": tokens.bos,
+            "eos_token": tokens.eos,
+            "pad_token": tokens.pad,
+        },
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+    }
+    contents = {name: to_json(data).encode() for name, data in files.items()}
+    contents["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+    contents["tokenizer.json"] = train_tokenizer(tokens, config.text.vocab_size)
+    return contents
+
+
+def train_tokenizer(tokens: SpecialTokens, vocab_size: int) -> bytes:
+    """tokenizer.json: byte-level BPE with every special token at its published id.
+
+    Ids that neither the trained merges nor a special token take are filled with tokens that no
+    text produces, so that the vocabulary has its published size.
+    """
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(_CORPUS.splitlines(), trainer)
+    model = json.loads(trained.to_str())["model"]
+    ordinary = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
+    taken = {token_id: token for token, token_id in tokens.ids.items()}
+    supply = iter(ordinary)
+    vocabulary = {
+        taken.get(i) or next(supply, None) or f"<|unused_{i}|>": i for i in range(vocab_size)
+    }
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in tokens.ids]
+    )
+    if tokens.add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens.bos} $A",
+            pair=f"{tokens.bos} $A {tokens.bos} $B",
+            special_tokens=[(tokens.bos, tokens.ids[tokens.bos])],
+        )
+    text: str = tokenizer.to_str()
+    return text.encode()
+
+
+def _tokenizer_config(tokens: SpecialTokens, family: str, config: ModelConfig) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": f"{family}Processor",
+        "model_max_length": config.text.max_positions,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "bos_token": tokens.bos,
+        "eos_token": tokens.eos,
+        "pad_token": tokens.pad,
+        "extra_special_tokens": {
+            "image_token": "<image>",
+            "fake_image_token": "<fake_token_around_image>",
+            "global_image_token": "<global-img>",
+            "end_of_utterance_token": "<end_of_utterance>",
+        },
+        "chat_template": CHAT_TEMPLATE,
+    }

@@ -1,0 +1,120 @@
+"""Saving: a complete folder or nothing. Written beside its place, then renamed into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smolstack.checkpoint import keys
+from smolstack.checkpoint.weights import INDEX, SINGLE
+from smolstack.config import ModelConfig
+from smolstack.errors import CheckpointError
+from smolstack.model.vlm import VisionLanguageModel
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: VisionLanguageModel,
+    side: Mapping[str, bytes],
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a Hugging Face folder that transformers, vLLM, llama.cpp's converter and smolstack read.
+
+    Args:
+        folder: must not exist, or be empty, unless ``overwrite``.
+        model: its weights go to safetensors in their own dtype, under Hugging Face names.
+        side: the processor's files by name (see checkpoint.files.SIDE_FILES).
+        overwrite: replace an existing folder, once the new one is complete.
+        max_shard_bytes: weights beyond this are spread over several files with an index.
+
+    Returns:
+        The folder.
+    """
+    with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
+        for name, content in side.items():
+            (temporary / name).write_bytes(content)
+        config = config_json(model.config, model.dtype)
+        (temporary / "config.json").write_text(to_json(config), encoding="utf-8")
+        _write_weights(temporary, hf_state_dict(model), max_shard_bytes)
+    return Path(folder)
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json with the dtype under its old and its new name."""
+    name = str(dtype).removeprefix("torch.")
+    out = {**config.to_hf(), "dtype": name, "torch_dtype": name}
+    for part in ("text_config", "vision_config"):
+        out[part] = {**out[part], "dtype": name, "torch_dtype": name}
+    return out
+
+
+def hf_state_dict(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """The model's weights under their Hugging Face names; storage is shared, not copied."""
+    embedding = model.config.embedding_dim is not None
+    return {
+        keys.to_hf(name, embedding_head=embedding): tensor
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of ``folder`` that takes its place when the block ends well."""
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied and not overwrite:
+        raise CheckpointError(f"{folder} exists and is not empty; nothing was written")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        if occupied:
+            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.replace(folder, retired / "folder")
+            os.replace(temporary, folder)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_weights(folder: Path, state: Mapping[str, Tensor], max_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    sizes = [0]
+    for name, tensor in state.items():
+        size = tensor.numel() * tensor.element_size()
+        if sizes[-1] and sizes[-1] + size > max_bytes:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = tensor.detach().contiguous()
+        sizes[-1] += size
+    if len(shards) == 1:
+        save_file(shards[0], str(folder / SINGLE), metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, str(folder / file), metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (folder / INDEX).write_text(to_json(index), encoding="utf-8")

@@ -1,0 +1,259 @@
+"""The published checkpoints of the family, as data: the one place where their names stand.
+
+Nothing at run time looks here: a checkpoint is read from its own files. Presets serve randomly
+initialised models of published shapes (``smolstack new``), tests and benchmarks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from smolstack.errors import ConfigError
+from smolstack.processor.settings import ImageSettings
+
+_SIGLIP_BASE_512 = VisionConfig(768, 3072, 12, 12, image_size=512, patch_size=16)
+_SIGLIP_SO400M_384 = VisionConfig(1152, 4304, 27, 16, image_size=384, patch_size=14)
+_SIGLIP_SO400M_364 = VisionConfig(1152, 4304, 27, 16, image_size=364, patch_size=14)
+
+_LLAMA3_ROPE = RopeConfig(
+    theta=500000.0,
+    type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_positions=8192,
+)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Where a vocabulary keeps the tokens that prompts need; other ids are ordinary text.
+
+    Attributes:
+        ids: token text → id.
+        bos, eos, pad: which of them begin a prompt, end an answer, pad a batch.
+        add_bos: whether the tokenizer itself puts ``bos`` before every text.
+    """
+
+    ids: dict[str, int]
+    bos: str
+    eos: str
+    pad: str
+    add_bos: bool = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published shape: hub id, sizes, preprocessing, special tokens."""
+
+    name: str
+    hub_id: str
+    config: ModelConfig
+    settings: ImageSettings
+    tokens: SpecialTokens
+
+
+def _smol_text(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> TextConfig:
+    return TextConfig(
+        rope=RopeConfig(theta=100000.0),
+        vocab_size=49280,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_positions=8192,
+        bos_token_id=1,
+        eos_token_ids=(49279,),
+        pad_token_id=2,
+    )
+
+
+def _grid_tokens(first: int) -> dict[str, int]:
+    names = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
+    return {name: first + offset for offset, name in enumerate(names)}
+
+
+_SMOL_TOKENS = SpecialTokens(
+    ids={
+        "<|endoftext|>": 0,
+        "<|im_start|>": 1,
+        "<|im_end|>": 2,
+        "<global-img>": 49152,
+        **_grid_tokens(49153),
+        "<fake_token_around_image>": 49189,
+        "<image>": 49190,
+        "<end_of_utterance>": 49279,
+    },
+    bos="<|im_start|>",
+    eos="<end_of_utterance>",
+    pad="<|im_end|>",
+)
+# No single tokens for <global-img> and the grid: they are plain text in this vocabulary.
+_SMOL_2B_TOKENS = SpecialTokens(
+    ids={
+        "<|endoftext|>": 0,
+        "<|im_start|>": 1,
+        "<|im_end|>": 2,
+        "<fake_token_around_image>": 49152,
+        "<image>": 49153,
+        "<end_of_utterance>": 49154,
+    },
+    bos="<|im_start|>",
+    eos="<end_of_utterance>",
+    pad="<|im_end|>",
+)
+_LLAMA3_TOKENS = SpecialTokens(
+    ids={
+        "<|begin_of_text|>": 128000,
+        "<|end_of_text|>": 128001,
+        "<|finetune_right_pad_id|>": 128004,
+        "<|eot_id|>": 128009,
+        "<fake_token_around_image>": 128256,
+        "<image>": 128257,
+        "<end_of_utterance>": 128258,
+    },
+    bos="<|begin_of_text|>",
+    eos="<end_of_utterance>",
+    pad="<|finetune_right_pad_id|>",
+    add_bos=True,
+)
+_GRANITE_TOKENS = SpecialTokens(
+    ids={
+        "<|end_of_text|>": 100257,
+        "<|start_of_role|>": 100264,
+        "<|end_of_role|>": 100265,
+        "<global-img>": 100268,
+        "<fake_token_around_image>": 100269,
+        "<image>": 100270,
+        **_grid_tokens(100271),
+        "<end_of_utterance>": 100338,
+    },
+    bos="<|start_of_role|>",
+    eos="<|end_of_text|>",
+    pad="<|end_of_text|>",
+)
+
+_SMALL = ImageSettings(longest_edge=2048, tile_edge=512)
+_TEXT_256M = _smol_text(576, 30, 9, 3, 1536)
+_TEXT_500M = _smol_text(960, 32, 15, 5, 2560)
+_TEXT_2B = replace(_smol_text(2048, 24, 32, 32, 8192), max_positions=16384)
+_IDEFICS3_TEXT = TextConfig(
+    rope=_LLAMA3_ROPE,
+    vocab_size=128259,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_positions=131072,
+    bos_token_id=128000,
+    eos_token_ids=(128258,),
+    pad_token_id=128004,
+)
+_256M = ModelConfig(_SIGLIP_BASE_512, _TEXT_256M, scale=4, image_token_id=49190)
+_500M = ModelConfig(_SIGLIP_BASE_512, _TEXT_500M, scale=4, image_token_id=49190)
+_2B_TEXT_V1 = replace(
+    _TEXT_2B, rope=RopeConfig(theta=273768.0), vocab_size=49155, eos_token_ids=(49154,)
+)
+_2B_TEXT_V2 = replace(_TEXT_2B, rope=RopeConfig(theta=130000.0))
+_GRANITE_TEXT = replace(
+    _TEXT_256M,
+    vocab_size=100352,
+    bos_token_id=100264,
+    eos_token_ids=(100257,),
+    pad_token_id=100257,
+)
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "smolvlm-256m", "HuggingFaceTB/SmolVLM-256M-Instruct", _256M, _SMALL, _SMOL_TOKENS
+        ),
+        Preset(
+            "smolvlm-500m", "HuggingFaceTB/SmolVLM-500M-Instruct", _500M, _SMALL, _SMOL_TOKENS
+        ),
+        Preset(
+            "smolvlm2-256m",
+            "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+            replace(_256M, model_type="smolvlm"),
+            _SMALL,
+            _SMOL_TOKENS,
+        ),
+        Preset(
+            "smolvlm2-500m",
+            "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+            replace(_500M, model_type="smolvlm"),
+            _SMALL,
+            _SMOL_TOKENS,
+        ),
+        Preset(
+            "smolvlm-2.2b",
+            "HuggingFaceTB/SmolVLM-Instruct",
+            ModelConfig(_SIGLIP_SO400M_384, _2B_TEXT_V1, scale=3, image_token_id=49153),
+            ImageSettings(longest_edge=1536, tile_edge=384),
+            _SMOL_2B_TOKENS,
+        ),
+        Preset(
+            "smolvlm2-2.2b",
+            "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+            ModelConfig(
+                _SIGLIP_SO400M_384,
+                _2B_TEXT_V2,
+                scale=3,
+                image_token_id=49190,
+                model_type="smolvlm",
+            ),
+            ImageSettings(longest_edge=1536, tile_edge=384),
+            _SMOL_TOKENS,
+        ),
+        Preset(
+            "idefics3-8b",
+            "HuggingFaceM4/Idefics3-8B-Llama3",
+            ModelConfig(_SIGLIP_SO400M_364, _IDEFICS3_TEXT, scale=2, image_token_id=128257),
+            ImageSettings(longest_edge=1456, tile_edge=364),
+            _LLAMA3_TOKENS,
+        ),
+        Preset(
+            "smoldocling-256m",
+            "docling-project/SmolDocling-256M-preview",
+            _256M,
+            _SMALL,
+            _SMOL_TOKENS,
+        ),
+        Preset(
+            "granite-docling-258m",
+            "ibm-granite/granite-docling-258M",
+            ModelConfig(
+                _SIGLIP_BASE_512, _GRANITE_TEXT, scale=4, image_token_id=100270, tied=True
+            ),
+            _SMALL,
+            _GRANITE_TOKENS,
+        ),
+        Preset(
+            "colsmol-256m",
+            "vidore/colSmol-256M",
+            replace(_256M, embedding_dim=128),
+            _SMALL,
+            _SMOL_TOKENS,
+        ),
+        Preset(
+            "colsmol-500m",
+            "vidore/colSmol-500M",
+            replace(_500M, embedding_dim=128),
+            _SMALL,
+            _SMOL_TOKENS,
+        ),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of a name. Raises ConfigError listing the names there are."""
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}, expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,1 @@
+"""From logits to text: sampling, stopping, streaming, and the loop that joins them."""

@@ -1,0 +1,134 @@
+"""The loop: prefill a batch, then one token at a time for every sequence that is not done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from smolstack.batch import Batch
+from smolstack.errors import ContextLengthError
+from smolstack.generation.sampling import Sampler, Sampling
+from smolstack.generation.stopping import FinishReason, Stopping
+from smolstack.generation.stream import TextStream
+from smolstack.model.vlm import VisionLanguageModel
+
+
+@dataclass
+class Answering:
+    """One answer as it grows."""
+
+    prompt_tokens: int
+    limit: int
+    sampler: Sampler
+    stream: TextStream
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of one sequence: the characters that became certain, maybe none."""
+
+    row: int
+    piece: str
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class Run:
+    """The sequences of a batch and what their generation took, in seconds."""
+
+    sequences: list[Answering]
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+
+
+def start(
+    batch: Batch,
+    sampling: Sampling,
+    stopping: Stopping,
+    decode: Callable[[Sequence[int]], str],
+    max_positions: int,
+) -> Run:
+    """Check that every answer has room, before any work is done.
+
+    Raises:
+        ContextLengthError: a prompt leaves no room for a single new token.
+    """
+    sequences = []
+    for row in range(len(batch)):
+        prompt_ids = batch.token_ids[row][batch.attention_mask[row]]
+        room = max_positions - len(prompt_ids)
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt_ids)} tokens and the model's context holds "
+                f"{max_positions}, which leaves no room for an answer"
+            )
+        sequences.append(
+            Answering(
+                prompt_tokens=len(prompt_ids),
+                limit=min(stopping.max_new_tokens, room),
+                sampler=Sampler(sampling, prompt_ids),
+                stream=TextStream(decode, stopping.stop),
+            )
+        )
+    return Run(sequences)
+
+
+def generate(
+    model: VisionLanguageModel, batch: Batch, run: Run, stopping: Stopping
+) -> Iterator[Event]:
+    """Answer every sequence of a batch; yields an event per sequence and step.
+
+    Each sequence has its own random state and limits, and finished ones leave the batch, so an
+    answer does not depend on its neighbours.
+    """
+    with torch.inference_mode():
+        longest = max(sequence.limit for sequence in run.sequences)
+        cache = model.new_cache(batch, batch.token_ids.shape[1] + longest)
+        began = perf_counter()
+        logits = model.prefill(batch, cache)
+        run.prefill_seconds = perf_counter() - began
+        active = list(range(len(batch)))
+        while True:
+            tokens = []
+            for place, row in enumerate(active):
+                sequence = run.sequences[row]
+                token, piece = _step(sequence, logits[place], stopping)
+                tokens.append(token)
+                yield Event(row, piece, sequence.finish_reason)
+            going = [p for p, row in enumerate(active) if run.sequences[row].finish_reason is None]
+            if not going:
+                return
+            if len(going) < len(active):
+                cache.select(torch.tensor(going, device=model.device))
+                active, tokens = [active[p] for p in going], [tokens[p] for p in going]
+            began = perf_counter()
+            logits = model.decode_one_token(torch.tensor(tokens, device=model.device), cache)
+            run.decode_seconds += perf_counter() - began
+            run.decode_steps += 1
+
+
+def _step(sequence: Answering, logits: torch.Tensor, stopping: Stopping) -> tuple[int, str]:
+    """Choose one token and decide whether the answer ends with it."""
+    token = sequence.sampler(logits)
+    sequence.token_ids.append(token)
+    if token in stopping.eos_token_ids:
+        sequence.finish_reason = "stop"
+        return token, sequence.stream.finish()
+    piece = sequence.stream.push(token)
+    if sequence.stream.stopped:
+        sequence.finish_reason = "stop"
+    elif stopping.repetition is not None and stopping.repetition.matches(sequence.token_ids):
+        sequence.finish_reason = "repetition"
+    elif len(sequence.token_ids) >= sequence.limit:
+        sequence.finish_reason = "length"
+    if sequence.finish_reason is not None:
+        piece += sequence.stream.finish()
+        if sequence.stream.stopped:
+            sequence.finish_reason = "stop"
+    return token, piece

@@ -1,0 +1,100 @@
+"""Choosing the next token. The warpers and their order are those of transformers' generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smolstack.errors import GenerationError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token (greedy); otherwise logits are divided by it.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens whose probabilities reach p together; 1 keeps all
+            (Holtzman et al. 2020).
+        min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all
+            (Nguyen et al. 2024).
+        repetition_penalty: logits of tokens seen before, in prompt or answer, are divided by it
+            when positive and multiplied when negative; 1 changes nothing (Keskar et al. 2019).
+        seed: for repeatable sampling; None draws a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, self.temperature >= 0, "0 or more")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, penalty > 0, "above 0")
+
+
+class Sampler:
+    """Chooses tokens for one sequence; its random state is its own, whoever shares the batch."""
+
+    def __init__(self, sampling: Sampling, prompt_ids: Tensor) -> None:
+        self.sampling = sampling
+        self.seen = prompt_ids.unique() if sampling.repetition_penalty != 1 else None
+        self.generator = torch.Generator()
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """The next token, from logits (V,)."""
+        logits = logits.float()
+        if self.seen is not None:
+            logits = penalise(logits, self.seen, self.sampling.repetition_penalty)
+        if self.sampling.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            weights = warp(logits, self.sampling).softmax(dim=-1).cpu()
+            token = int(torch.multinomial(weights, 1, generator=self.generator))
+        if self.seen is not None:
+            new = torch.tensor([token], device=self.seen.device)
+            self.seen = torch.cat((self.seen, new)).unique()
+        return token
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens seen before less likely: (V,) → (V,)."""
+    scores = logits[seen]
+    scores = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return logits.scatter(0, seen, scores)
+
+
+def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, top-k, top-p, min-p, in this order; tokens dropped get −inf: (V,) → (V,)."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.numel():
+        smallest_kept = logits.topk(sampling.top_k).values[-1]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort()
+        tail = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
+        tail[-1] = False
+        logits = logits.masked_fill(tail[order.argsort()], -torch.inf)
+    if sampling.min_p > 0:
+        probabilities = logits.softmax(dim=-1)
+        rare = probabilities < sampling.min_p * probabilities.max()
+        logits = logits.masked_fill(rare, -torch.inf)
+    return logits
+
+
+def _check(name: str, value: float, ok: bool, expected: str) -> None:
+    if not ok:
+        raise GenerationError(f"{name} is {value}, expected {expected}")

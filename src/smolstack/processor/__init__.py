@@ -1,0 +1,1 @@
+"""From pictures and prompts to a Batch: geometry, tiles, chat template, tokens."""

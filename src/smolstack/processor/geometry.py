@@ -1,0 +1,144 @@
+"""The planner: how a picture of given size becomes tiles and tokens. Integers only.
+
+Everything that asks how many tiles or tokens a picture costs (prompt, tiles, command line,
+limits, benchmarks) asks here. Sizes are (width, height) in pixels, grids (rows, columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from smolstack.errors import ImageError
+from smolstack.processor.settings import ImageSettings
+
+MAX_EDGE = 4096  # the family's image processor never resizes to more than this
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """What becomes of one picture.
+
+    Attributes:
+        source: (width, height) as given.
+        resized: (width, height) after the first resize.
+        canvas: (width, height) that tiles are cut from: whole tiles.
+        rows, cols: grid of tiles cut from the canvas; both 0 when the picture is not split.
+        tile_edge: pixels of a tile's side.
+        tokens_per_tile: S.
+        prompt_tokens: tokens of the whole prompt with this picture; None where no prompt is known.
+    """
+
+    source: tuple[int, int]
+    resized: tuple[int, int]
+    canvas: tuple[int, int]
+    rows: int
+    cols: int
+    tile_edge: int
+    tokens_per_tile: int
+    prompt_tokens: int | None = None
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that the vision tower sees: rows · cols and one of the whole picture."""
+        return self.rows * self.cols + 1
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens that the pictures' tiles become: tiles · S."""
+        return self.tiles * self.tokens_per_tile
+
+    @property
+    def pixels_read(self) -> int:
+        """Pixels that the vision tower reads: tiles · tile_edge²."""
+        return self.tiles * self.tile_edge**2
+
+    def boxes(self) -> list[tuple[int, int, int, int]]:
+        """(left, top, right, bottom) of each tile on the canvas, row by row, without the whole."""
+        edge = self.tile_edge
+        return [
+            (col * edge, row * edge, (col + 1) * edge, (row + 1) * edge)
+            for row in range(self.rows)
+            for col in range(self.cols)
+        ]
+
+    def source_boxes(self) -> list[tuple[int, int, int, int]]:
+        """The same boxes in pixels of the source picture, rounded down."""
+        width, height = self.source
+        wide, high = self.canvas
+        return [
+            (left * width // wide, top * height // high, right * width // wide, bottom * height // high)
+            for left, top, right, bottom in self.boxes()
+        ]
+
+    def with_prompt_tokens(self, count: int) -> TilePlan:
+        return replace(self, prompt_tokens=count)
+
+
+def plan_tiles(
+    size: tuple[int, int],
+    settings: ImageSettings,
+    tokens_per_tile: int,
+    split: bool | None = None,
+) -> TilePlan:
+    """Plan a picture of ``size`` (width, height); ``split`` overrides the settings.
+
+    With splitting, the picture is resized so that its longer side is ``longest_edge``, then
+    stretched to whole tiles; a canvas of more than one tile is cut into rows × cols tiles and the
+    whole picture follows as one more. Without, it is stretched to a single tile.
+
+    Raises:
+        ImageError: a side is not positive.
+    """
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"a picture of {width}x{height} pixels; both sides must be positive")
+    resized = _to_longest_edge(width, height, settings.longest_edge) if settings.resize else size
+    edge = settings.tile_edge
+    if not (settings.split if split is None else split):
+        return TilePlan(size, resized, (edge, edge), 0, 0, edge, tokens_per_tile)
+    canvas = _to_whole_tiles(*resized, edge)
+    rows, cols = canvas[1] // edge, canvas[0] // edge
+    if rows == cols == 1:
+        rows = cols = 0
+    return TilePlan(size, resized, canvas, rows, cols, edge, tokens_per_tile)
+
+
+# The divisions below are written as the family's image processor writes them, by way of the
+# floating-point aspect ratio: exact integer arithmetic would differ by one pixel where the true
+# quotient is an integer and the rounded ratio lies above it.
+
+
+def _to_longest_edge(width: int, height: int, longest: int) -> tuple[int, int]:
+    """Longer side to ``longest``, shorter side even and in proportion, none above MAX_EDGE."""
+    ratio = width / height
+    if width >= height:
+        width, height = longest, _even(int(longest / ratio))
+    else:
+        width, height = _even(int(longest * ratio)), longest
+    width, height = max(width, 1), max(height, 1)
+    ratio = width / height
+    if width >= height and width > MAX_EDGE:
+        width, height = MAX_EDGE, int(MAX_EDGE / ratio)
+    elif height > width and height > MAX_EDGE:
+        width, height = int(MAX_EDGE * ratio), MAX_EDGE
+    return max(width, 1), max(height, 1)
+
+
+def _to_whole_tiles(width: int, height: int, edge: int) -> tuple[int, int]:
+    """Longer side up to whole tiles, shorter side in proportion, then up to whole tiles."""
+    ratio = width / height
+    if width >= height:
+        width = _round_up(width, edge)
+        height = _round_up(int(width / ratio), edge)
+    else:
+        height = _round_up(height, edge)
+        width = _round_up(int(height * ratio), edge)
+    return width, height
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return max(1, -(-value // multiple)) * multiple
+
+
+def _even(value: int) -> int:
+    return value + value % 2

@@ -1,0 +1,233 @@
+"""The processor: prompts and pictures in, one Batch out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from smolstack.batch import Batch, VisualTokens
+from smolstack.config import ModelConfig
+from smolstack.errors import CheckpointError, ContextLengthError, ImageError, PromptError
+from smolstack.processor import prompt as prompts
+from smolstack.processor.geometry import TilePlan, plan_tiles
+from smolstack.processor.prompt import ChatTemplate, Markers, Message
+from smolstack.processor.settings import ImageSettings
+from smolstack.processor.tiles import ImageSource, cut_tiles, image_size, normalise, open_image
+from smolstack.processor.tokenizer import TextTokenizer
+
+Picture: TypeAlias = "ImageSource | VisualTokens"
+# What one sequence may be given as: a text, (pictures, text), or the messages of a chat.
+PromptLike: TypeAlias = "str | tuple[Any, str] | Sequence[Message]"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sequence before batching: its text, token ids, pictures and their plans."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    pictures: tuple[Picture, ...]
+    plans: tuple[TilePlan, ...]
+
+
+class Processor:
+    """Chat template, tile planner, tokenizer and pixels of one checkpoint.
+
+    ``processor(prompts)`` makes a Batch; :meth:`prepare` makes one sequence without its pixels.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: ImageSettings,
+        tokenizer: TextTokenizer,
+        chat_template: str | None,
+        image_seq_len: int | None = None,
+    ) -> None:
+        self.config, self.settings, self.tokenizer = config, settings, tokenizer
+        self.markers = _markers(config, tokenizer)
+        self.template = (
+            None
+            if chat_template is None
+            else ChatTemplate(chat_template, tokenizer.special_tokens)
+        )
+        self.pad_id = config.text.pad_token_id or 0
+        if not 0 <= self.pad_id < config.text.vocab_size:
+            self.pad_id = 0
+        if settings.tile_edge != config.vision.image_size:
+            raise CheckpointError(
+                f"preprocessor_config.json cuts tiles of {settings.tile_edge} pixels, the vision "
+                f"tower of config.json sees {config.vision.image_size}"
+            )
+        if image_seq_len is not None and image_seq_len != config.tokens_per_tile:
+            raise CheckpointError(
+                f"processor_config.json has image_seq_len {image_seq_len}, config.json makes "
+                f"{config.tokens_per_tile} visual tokens of a tile"
+            )
+        if tokenizer.size > config.text.vocab_size:
+            raise CheckpointError(
+                f"tokenizer.json has {tokenizer.size} tokens, config.json a vocabulary of "
+                f"{config.text.vocab_size}"
+            )
+
+    def __call__(self, inputs: Sequence[PromptLike], *, split: bool | None = None) -> Batch:
+        """Prompts and pictures as one left-padded batch.
+
+        Args:
+            inputs: one entry per sequence: a text, a tuple ``(pictures, text)`` or ``(picture,
+                text)``, or the messages of a chat. One chat alone may be given as its messages.
+            split: whether pictures are split into tiles; None means as the checkpoint says.
+
+        Returns:
+            A Batch with token_ids (B, T) and tiles (N, 3, P, P) in float32.
+
+        Raises:
+            PromptError, ImageError, ContextLengthError: before any pixel is resized.
+        """
+        entries: list[Any] = list(inputs)
+        if entries and isinstance(entries[0], Mapping):
+            entries = [entries]
+        if not entries or isinstance(inputs, str):
+            raise PromptError("expected a list of prompts, one per sequence")
+        return self.batch([self.prepare(entry, split=split) for entry in entries])
+
+    def prepare(self, entry: PromptLike, *, split: bool | None = None) -> Prompt:
+        """One sequence: render, plan, expand, tokenize. No pixel is decoded.
+
+        Raises:
+            PromptError: a malformed chat, or placeholders and pictures that differ in number.
+            ImageError: a picture that cannot be opened.
+            ContextLengthError: more tokens than the model has positions.
+        """
+        messages, pictures = _messages(entry)
+        plans = tuple(self.plan(picture, split=split) for picture in pictures)
+        rendered = self.render(messages)
+        text = prompts.expand_placeholders(rendered, plans, self.markers)
+        ids = tuple(self.tokenizer.encode(text))
+        limit = self.config.text.max_positions
+        if len(ids) > limit:
+            raise ContextLengthError(
+                f"the prompt has {len(ids)} tokens "
+                f"({sum(plan.visual_tokens for plan in plans)} of them visual), the model's "
+                f"context holds {limit}"
+            )
+        return Prompt(text, ids, tuple(pictures), plans)
+
+    def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
+        """A chat as text, one placeholder per picture."""
+        if self.template is None:
+            raise CheckpointError(
+                "the checkpoint has no chat template (chat_template.jinja, chat_template.json or "
+                "tokenizer_config.json)"
+            )
+        return self.template.render(messages, answer_next=answer_next)
+
+    def plan(
+        self, picture: Picture | tuple[int, int], *, split: bool | None = None
+    ) -> TilePlan:
+        """The tile plan of a picture, of visual tokens, or of a size (width, height)."""
+        size = self.config.tokens_per_tile
+        if isinstance(picture, VisualTokens):
+            edge = self.settings.tile_edge
+            rows, cols = picture.rows, picture.cols
+            canvas = (max(cols, 1) * edge, max(rows, 1) * edge)
+            return TilePlan(picture.source, canvas, canvas, rows, cols, edge, size)
+        if isinstance(picture, tuple):
+            return plan_tiles(picture, self.settings, size, split)
+        return plan_tiles(image_size(picture), self.settings, size, split)
+
+    def count_tokens(self, plans: Sequence[TilePlan], text: str) -> int:
+        """Tokens of the whole prompt that asks ``text`` about pictures of these plans."""
+        rendered = self.render([prompts.user_message(len(plans), text)])
+        return len(self.tokenizer.encode(prompts.expand_placeholders(rendered, plans, self.markers)))
+
+    def pixels(self, picture: ImageSource, plan: TilePlan) -> Tensor:
+        """The tiles of one picture, normalised: (plan.tiles, 3, P, P) float32."""
+        return normalise(cut_tiles(open_image(picture), plan, self.settings), self.settings)
+
+    def batch(self, sequences: Sequence[Prompt]) -> Batch:
+        """Pad prepared sequences on the left and cut their pictures.
+
+        Raises:
+            PromptError: some pictures are given as visual tokens and others as pixels.
+        """
+        pictures = [picture for prompt in sequences for picture in prompt.pictures]
+        plans = [plan for prompt in sequences for plan in prompt.plans]
+        encoded = [picture for picture in pictures if isinstance(picture, VisualTokens)]
+        if encoded and len(encoded) != len(pictures):
+            raise PromptError(
+                f"{len(encoded)} of {len(pictures)} pictures are visual tokens; a batch holds "
+                "either pictures or visual tokens"
+            )
+        edge = self.settings.tile_edge
+        tiles = [torch.empty(0, 3, edge, edge)]
+        if not encoded:
+            tiles += [self.pixels(p, plan) for p, plan in zip(pictures, plans, strict=True)]  # type: ignore[arg-type]
+        longest = max(len(prompt.token_ids) for prompt in sequences)
+        token_ids = np.full((len(sequences), longest), self.pad_id, dtype=np.int64)
+        mask = np.zeros((len(sequences), longest), dtype=bool)
+        for row, prompt in enumerate(sequences):
+            start = longest - len(prompt.token_ids)
+            token_ids[row, start:] = prompt.token_ids
+            mask[row, start:] = True
+        return Batch(
+            token_ids=torch.from_numpy(token_ids),
+            attention_mask=torch.from_numpy(mask),
+            tiles=torch.cat(tiles),
+            tiles_per_image=tuple(plan.tiles for plan in plans),
+            images_per_sequence=tuple(len(prompt.pictures) for prompt in sequences),
+            visual_tokens=torch.cat([v.tokens for v in encoded]) if encoded else None,
+        )
+
+
+def as_pictures(images: Any) -> list[Picture]:
+    """A picture, or a list of them, as a list; None is no picture."""
+    if images is None:
+        return []
+    single = (str, Path, bytes, Image.Image, np.ndarray, VisualTokens)
+    if isinstance(images, single):
+        return [images]
+    if not isinstance(images, Sequence):
+        raise ImageError(f"found a {type(images).__name__}, expected a picture or a list of them")
+    return list(images)
+
+
+def _messages(entry: PromptLike) -> tuple[list[dict[str, Any]], list[Picture]]:
+    if isinstance(entry, str):
+        entry = (None, entry)
+    if isinstance(entry, tuple):
+        if len(entry) != 2 or not isinstance(entry[1], str):
+            raise PromptError(f"a prompt {entry!r:.80}, expected (pictures, text)")
+        pictures = as_pictures(entry[0])
+        return [prompts.user_message(len(pictures), entry[1])], pictures
+    messages, pictures = prompts.split_messages(entry)
+    if any(picture is None for picture in pictures):
+        raise PromptError(
+            f"an image part of the chat holds no picture, expected it under one of "
+            f"{list(prompts.IMAGE_KEYS)}"
+        )
+    return messages, pictures
+
+
+def _markers(config: ModelConfig, tokenizer: TextTokenizer) -> Markers:
+    """The checkpoint's marker texts; the image token must be the id that the model looks for."""
+    named = tokenizer.special_tokens
+    markers = Markers(
+        image=named.get("image_token", Markers.image),
+        around=named.get("fake_image_token", Markers.around),
+        whole=named.get("global_image_token", Markers.whole),
+    )
+    found = tokenizer.token_id(markers.image)
+    if found != config.image_token_id:
+        raise CheckpointError(
+            f"tokenizer.json gives {markers.image} the id {found}, config.json's image_token_id "
+            f"is {config.image_token_id}"
+        )
+    return markers

@@ -1,0 +1,160 @@
+"""Prompts: the checkpoint's chat template, and placeholders written out as text.
+
+A placeholder is expanded as text and then tokenized with its surroundings; ids are never spliced
+by hand, because some vocabularies have no tokens for the row and column markers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeAlias
+
+import jinja2
+import jinja2.sandbox
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+
+from smolstack.errors import PromptError
+from smolstack.processor.geometry import TilePlan
+
+Message: TypeAlias = "Mapping[str, Any]"
+ROLES = ("system", "user", "assistant")
+IMAGE_KEYS = ("image", "path", "url", "bytes")
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The texts that stand around and for visual tokens."""
+
+    image: str = "<image>"
+    around: str = "<fake_token_around_image>"
+    whole: str = "<global-img>"
+
+    def expand(self, plan: TilePlan) -> str:
+        """The text that one placeholder becomes.
+
+        Each tile of the grid is announced by its row and column, each row ends in a newline, and
+        the whole picture follows after a blank line; an unsplit picture is the whole alone.
+        """
+        tokens = self.image * plan.tokens_per_tile
+        grid = "".join(
+            "".join(
+                f"{self.around}<row_{row}_col_{col}>{tokens}" for col in range(1, plan.cols + 1)
+            )
+            + "\n"
+            for row in range(1, plan.rows + 1)
+        )
+        return f"{grid}{chr(10) if grid else ''}{self.around}{self.whole}{tokens}{self.around}"
+
+
+def expand_placeholders(prompt: str, plans: Sequence[TilePlan], markers: Markers) -> str:
+    """Write out every placeholder of a rendered prompt, in order.
+
+    Raises:
+        PromptError: the prompt has more or fewer placeholders than there are pictures.
+    """
+    pieces = prompt.split(markers.image)
+    if len(pieces) - 1 != len(plans):
+        raise PromptError(
+            f"the prompt has {len(pieces) - 1} {markers.image} placeholders for "
+            f"{len(plans)} pictures"
+        )
+    expanded = [pieces[0]]
+    for plan, text in zip(plans, pieces[1:], strict=True):
+        expanded += [markers.expand(plan), text]
+    return "".join(expanded)
+
+
+def user_message(images: int, text: str) -> dict[str, Any]:
+    """One user message: its pictures first and its text after them."""
+    return {
+        "role": "user",
+        "content": [{"type": "image"}] * images + [{"type": "text", "text": text}],
+    }
+
+
+def split_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """A chat in the form that templates read, and its pictures in order.
+
+    Content may be a string or a list of parts; a part is ``{"type": "text", "text": …}`` or
+    ``{"type": "image", "image": …}`` (also under "path", "url" or "bytes").
+
+    Raises:
+        PromptError: naming the message and part at fault.
+    """
+    if not messages:
+        raise PromptError("the chat has no messages, expected at least one")
+    plain, images = [], []
+    for number, message in enumerate(messages):
+        where = f"message {number}"
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            raise PromptError(f"{where} is {message!r:.80}, expected a role of {list(ROLES)}")
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, Sequence) or not content:
+            raise PromptError(f"{where} has content {content!r:.80}, expected text or parts")
+        parts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": part["text"]})
+            elif kind == "image":
+                images.append(next((part[k] for k in IMAGE_KEYS if part.get(k) is not None), None))
+                parts.append({"type": "image"})
+            else:
+                raise PromptError(f"{where} has a part {part!r:.80}, expected text or image")
+        plain.append({"role": message["role"], "content": parts})
+    return plain, images
+
+
+class ChatTemplate:
+    """A checkpoint's chat template, rendered in Jinja's sandbox."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            self.template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise PromptError(f"the chat template is not valid Jinja: {error}") from error
+        self.special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
+        """The prompt of a chat, ending where the assistant's answer begins if ``answer_next``."""
+        try:
+            return self.template.render(
+                messages=list(messages),
+                add_generation_prompt=answer_next,
+                **self.special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise PromptError(f"the chat template refused the messages: {error}") from error
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}`` marks the assistant's words for training; here it only passes through."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's interface
+
+    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    """JSON as it is: Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
