@@ -13,9 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolstack.generation.answer import Answer
     from smolstack.batch import Batch, VisualTokens
     from smolstack.config import ModelConfig, TextConfig, VisionConfig
+    from smolstack.generation.answer import Answer
     from smolstack.model.connector import Idefics3Connector
     from smolstack.processor.geometry import TilePlan
     from smolstack.vlm import VLM, load

@@ -171,12 +171,8 @@ _GRANITE_TEXT = replace(
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset(
-            "smolvlm-256m", "HuggingFaceTB/SmolVLM-256M-Instruct", _256M, _SMALL, _SMOL_TOKENS
-        ),
-        Preset(
-            "smolvlm-500m", "HuggingFaceTB/SmolVLM-500M-Instruct", _500M, _SMALL, _SMOL_TOKENS
-        ),
+        Preset("smolvlm-256m", "HuggingFaceTB/SmolVLM-256M-Instruct", _256M, _SMALL, _SMOL_TOKENS),
+        Preset("smolvlm-500m", "HuggingFaceTB/SmolVLM-500M-Instruct", _500M, _SMALL, _SMOL_TOKENS),
         Preset(
             "smolvlm2-256m",
             "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
@@ -228,9 +224,7 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "granite-docling-258m",
             "ibm-granite/granite-docling-258M",
-            ModelConfig(
-                _SIGLIP_BASE_512, _GRANITE_TEXT, scale=4, image_token_id=100270, tied=True
-            ),
+            ModelConfig(_SIGLIP_BASE_512, _GRANITE_TEXT, scale=4, image_token_id=100270, tied=True),
             _SMALL,
             _GRANITE_TOKENS,
         ),

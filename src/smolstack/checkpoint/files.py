@@ -65,7 +65,7 @@ def read_files(folder: Path) -> CheckpointFiles:
         raise CheckpointError(f"{folder} is {found}, expected a checkpoint folder")
     config = read_json(folder / "config.json")
     processor = _optional(folder / "processor_config.json")
-    image = _optional(folder / "preprocessor_config.json")
+    image: Mapping[str, Any] = _optional(folder / "preprocessor_config.json")
     nested = processor.get("image_processor")
     if not image and isinstance(nested, Mapping):
         image = nested

@@ -124,9 +124,7 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
     return any(check is not None and bool(check()) for check in checks)
 
 
-def _eos(
-    files: CheckpointFiles, config: ModelConfig, processor: Processor
-) -> tuple[int, ...]:
+def _eos(files: CheckpointFiles, config: ModelConfig, processor: Processor) -> tuple[int, ...]:
     """Tokens that end an answer: generation_config.json's, else the config's, else the
     tokenizer's."""
     for place in (files.generation.get("eos_token_id"), files.config.get("eos_token_id")):

@@ -150,7 +150,7 @@ def train_tokenizer(tokens: SpecialTokens, vocab_size: int) -> bytes:
     vocabulary = {
         taken.get(i) or next(supply, None) or f"<|unused_{i}|>": i for i in range(vocab_size)
     }
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges = [(left, right) for left, right in map(_pair, model["merges"])]
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -165,6 +165,11 @@ def train_tokenizer(tokens: SpecialTokens, vocab_size: int) -> bytes:
         )
     text: str = tokenizer.to_str()
     return text.encode()
+
+
+def _pair(merge: str | list[str]) -> list[str]:
+    """A merge as its two tokens; files of older versions join them by a space."""
+    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _tokenizer_config(tokens: SpecialTokens, family: str, config: ModelConfig) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def save_checkpoint(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write a Hugging Face folder that transformers, vLLM, llama.cpp's converter and smolstack read.
+    """Write a Hugging Face folder, for transformers, vLLM, llama.cpp's converter and smolstack.
 
     Args:
         folder: must not exist, or be empty, unless ``overwrite``.

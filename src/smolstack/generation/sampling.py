@@ -47,7 +47,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, prompt_ids: Tensor) -> None:
         self.sampling = sampling
-        self.seen = prompt_ids.unique() if sampling.repetition_penalty != 1 else None
+        self.seen = torch.unique(prompt_ids) if sampling.repetition_penalty != 1 else None
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()
@@ -66,7 +66,7 @@ class Sampler:
             token = int(torch.multinomial(weights, 1, generator=self.generator))
         if self.seen is not None:
             new = torch.tensor([token], device=self.seen.device)
-            self.seen = torch.cat((self.seen, new)).unique()
+            self.seen = torch.unique(torch.cat((self.seen, new)))
         return token
 
 

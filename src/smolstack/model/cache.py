@@ -31,7 +31,9 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.keys = [
+            torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
+        ]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.padding = padding if padding is not None and bool(padding.any()) else None
         self.capacity, self.length = capacity, 0

@@ -85,9 +85,7 @@ class VisionTower(nn.Module):
         patch = self.config.patch_size
         return tiles.shape[-2] // patch, tiles.shape[-1] // patch
 
-    def forward(
-        self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None
-    ) -> Tensor:
+    def forward(self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """Patch states.
 
         Args:
@@ -154,8 +152,7 @@ class VisionTower(nn.Module):
         for index, (high, wide) in enumerate(filled):
             if not (1 <= high <= rows and 1 <= wide <= columns):
                 raise GridError(
-                    f"tile {index} is filled by {high}x{wide} patches, "
-                    f"its grid is {rows}x{columns}"
+                    f"tile {index} is filled by {high}x{wide} patches, its grid is {rows}x{columns}"
                 )
 
 

@@ -66,7 +66,12 @@ class TilePlan:
         width, height = self.source
         wide, high = self.canvas
         return [
-            (left * width // wide, top * height // high, right * width // wide, bottom * height // high)
+            (
+                left * width // wide,
+                top * height // high,
+                right * width // wide,
+                bottom * height // high,
+            )
             for left, top, right, bottom in self.boxes()
         ]
 

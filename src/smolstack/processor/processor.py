@@ -54,9 +54,7 @@ class Processor:
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.markers = _markers(config, tokenizer)
         self.template = (
-            None
-            if chat_template is None
-            else ChatTemplate(chat_template, tokenizer.special_tokens)
+            None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
         )
         self.pad_id = config.text.pad_token_id or 0
         if not 0 <= self.pad_id < config.text.vocab_size:
@@ -129,9 +127,7 @@ class Processor:
             )
         return self.template.render(messages, answer_next=answer_next)
 
-    def plan(
-        self, picture: Picture | tuple[int, int], *, split: bool | None = None
-    ) -> TilePlan:
+    def plan(self, picture: Picture | tuple[int, int], *, split: bool | None = None) -> TilePlan:
         """The tile plan of a picture, of visual tokens, or of a size (width, height)."""
         size = self.config.tokens_per_tile
         if isinstance(picture, VisualTokens):
@@ -146,7 +142,9 @@ class Processor:
     def count_tokens(self, plans: Sequence[TilePlan], text: str) -> int:
         """Tokens of the whole prompt that asks ``text`` about pictures of these plans."""
         rendered = self.render([prompts.user_message(len(plans), text)])
-        return len(self.tokenizer.encode(prompts.expand_placeholders(rendered, plans, self.markers)))
+        return len(
+            self.tokenizer.encode(prompts.expand_placeholders(rendered, plans, self.markers))
+        )
 
     def pixels(self, picture: ImageSource, plan: TilePlan) -> Tensor:
         """The tiles of one picture, normalised: (plan.tiles, 3, P, P) float32."""

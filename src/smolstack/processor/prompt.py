@@ -142,7 +142,7 @@ class ChatTemplate:
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it only passes through."""
+    """``{% generation %}`` marks the assistant's words for training; here it passes through."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's interface
 

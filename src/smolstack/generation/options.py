@@ -1,0 +1,61 @@
+"""The options of ask, stream and ask_many, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from smolstack.errors import GenerationError
+from smolstack.generation.sampling import Sampling
+from smolstack.generation.stopping import RepetitionRule, Stopping
+
+DEFAULT_MAX_NEW_TOKENS = 512
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+class AnswerOptions(TypedDict, total=False):
+    """Keyword options of ask, stream and ask_many. See Sampling and Stopping.
+
+    Attributes:
+        max_new_tokens: the longest answer, in tokens; 512 unless given.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: see Sampling; greedy unless
+            temperature is given.
+        stop: a string or several that end the answer.
+        stop_on_repetition: end an answer that goes round in circles; True for the usual rule.
+        split: whether pictures are split into tiles; None as the checkpoint says.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    stop_on_repetition: bool | RepetitionRule
+    split: bool | None
+
+
+def read_options(
+    options: AnswerOptions, eos_token_ids: tuple[int, ...]
+) -> tuple[Sampling, Stopping, bool | None]:
+    """Split the options into their parts.
+
+    Raises:
+        GenerationError: an unknown option, or a value that has no meaning.
+    """
+    given: Mapping[str, Any] = options
+    unknown = sorted(set(given) - set(AnswerOptions.__annotations__))
+    if unknown:
+        expected = sorted(AnswerOptions.__annotations__)
+        raise GenerationError(f"unknown options {unknown}, expected some of {expected}")
+    stop, circles = options.get("stop", ()), options.get("stop_on_repetition", False)
+    stopping = Stopping(
+        max_new_tokens=options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
+        eos_token_ids=eos_token_ids,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        repetition=RepetitionRule() if circles is True else circles or None,
+    )
+    sampling = Sampling(**{name: given[name] for name in _SAMPLING if name in given})
+    return sampling, stopping, options.get("split")
