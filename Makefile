@@ -1,0 +1,48 @@
+# Two commands: `make demo` asks the bundled reader about a picture, `make test` runs the tests.
+# Both set up everything they need in .venv and are quick the second time.
+
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint types parity reader reader-eval clean help
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/.runtime  ## ask the bundled reader about a picture in examples/
+	$(BIN)/smolstack ask examples/number.png "What does it say?" --verbose
+
+test: lint types  ## style, types, and the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: $(VENV)/.dev  ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## mypy, strict
+	$(BIN)/mypy
+
+parity: $(VENV)/.dev  ## compare every published shape with transformers, stage by stage
+	$(BIN)/python -m smolstack.interop.parity
+
+reader: $(VENV)/.dev  ## train the bundled reader from its seed (hours; goes on where it stopped)
+	$(BIN)/python -m training.reader.train --resume
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/.torch: tools/install_torch.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	tools/install_torch.sh $(VENV) $(TORCH_VERSION)
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.torch pyproject.toml requirements/constraints.txt
+	$(PIP) -c requirements/constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) -c requirements/constraints.txt -e '.[dev]'
+	@touch $@
