@@ -54,7 +54,7 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
     processor = build_processor(files, config)
     target = choose_device(device)
     model = load_weights(folder, config, entries, choose_dtype(dtype, entries, target), target)
-    return Checkpoint(files, config, model, processor, _eos(files, config, processor))
+    return Checkpoint(files, config, model, processor, end_tokens(files, config, processor))
 
 
 def build_processor(files: CheckpointFiles, config: ModelConfig) -> Processor:
@@ -93,9 +93,12 @@ def choose_device(device: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is unknown to torch: {error}") from error
+        target = torch.device(device)
+        torch.zeros(1, device=target).item()  # a device that torch knows may not be there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
+    return target
 
 
 def choose_dtype(dtype: str, entries: dict[str, Entry], device: torch.device) -> torch.dtype:
@@ -124,7 +127,9 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
     return any(check is not None and bool(check()) for check in checks)
 
 
-def _eos(files: CheckpointFiles, config: ModelConfig, processor: Processor) -> tuple[int, ...]:
+def end_tokens(
+    files: CheckpointFiles, config: ModelConfig, processor: Processor
+) -> tuple[int, ...]:
     """Tokens that end an answer: generation_config.json's, else the config's, else the
     tokenizer's."""
     for place in (files.generation.get("eos_token_id"), files.config.get("eos_token_id")):
