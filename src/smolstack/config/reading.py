@@ -77,6 +77,7 @@ def as_ids(value: Any) -> tuple[int, ...]:
     """Token ids from a config value that may be null, one id or a list of ids."""
     if value is None:
         return ()
-    if isinstance(value, int):
-        return (value,)
-    return tuple(int(item) for item in value)
+    ids = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
+        raise ConfigError(f"token ids are {value!r}, expected an integer or a list of integers")
+    return tuple(ids)
