@@ -38,7 +38,7 @@ def test_a_cache_filled_in_any_steps_gives_the_same_states(
 ) -> None:
     x = torch.randn(2, 7, 24)
     cache = KVCache(CONFIG, 2, 7)
-    parts = [decoder(part, cache=cache) for part in x.split(list(split), dim=1)]
+    parts = [decoder(part, cache=cache) for part in torch.split(x, list(split), dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), decoder(x), atol=1e-5, rtol=1e-4)
 
 
@@ -48,7 +48,9 @@ def test_left_padding_changes_nothing(decoder: Decoder, split: tuple[int, ...]) 
     short, padded = torch.randn(1, 5, 24), torch.randn(2, 8, 24)
     padded[0, 3:] = short
     cache = KVCache(CONFIG, 2, 8, padding=torch.tensor([3, 0]))
-    together = torch.cat([decoder(p, cache=cache) for p in padded.split(list(split), 1)], dim=1)
+    together = torch.cat(
+        [decoder(p, cache=cache) for p in torch.split(padded, list(split), 1)], dim=1
+    )
     torch.testing.assert_close(together[:1, 3:], decoder(short), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together[1:], decoder(padded[1:]), atol=1e-5, rtol=1e-4)
     assert torch.isfinite(together).all()

@@ -6,8 +6,10 @@ import struct
 import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +22,7 @@ from smolstack.processor.tiles import cut_tiles, image_size, normalise, open_ima
 SETTINGS = ImageSettings(longest_edge=64, tile_edge=32)
 
 
-def file_bytes(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+def file_bytes(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     buffer = BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
@@ -123,7 +125,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(size: tuple[int, i
         np.zeros((0, 4, 3), dtype=np.uint8),
     ],
 )
-def test_arrays_of_another_form_are_refused(array: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_arrays_of_another_form_are_refused(array: npt.NDArray[Any]) -> None:
     with pytest.raises(ImageError, match=r"expected uint8 \(H, W, 3\)"):
         open_image(array)
 

@@ -75,7 +75,9 @@ class Processor:
                 f"{config.text.vocab_size}"
             )
 
-    def __call__(self, inputs: Sequence[PromptLike], *, split: bool | None = None) -> Batch:
+    def __call__(
+        self, inputs: Sequence[PromptLike] | Sequence[Message], *, split: bool | None = None
+    ) -> Batch:
         """Prompts and pictures as one left-padded batch.
 
         Args:
