@@ -76,7 +76,7 @@ class Processor:
             )
 
     def __call__(
-        self, inputs: Sequence[PromptLike] | Sequence[Message], *, split: bool | None = None
+        self, inputs: Sequence[PromptLike | Message], *, split: bool | None = None
     ) -> Batch:
         """Prompts and pictures as one left-padded batch.
 
