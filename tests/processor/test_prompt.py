@@ -61,7 +61,7 @@ def test_a_question_puts_its_pictures_first() -> None:
 
 
 def test_a_chat_keeps_pictures_in_any_turn() -> None:
-    chat = [
+    chat: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image", "path": "a.png"}]},
         {"role": "assistant", "content": "A cat."},

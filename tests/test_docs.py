@@ -1,0 +1,35 @@
+"""What the documents show works: their Python runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/shapes.md", "docs/forward.md"]
+# Blocks that need the network or a checkpoint that is not here.
+ELSEWHERE = ("HuggingFaceTB/",)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        if not any(mark in block for mark in ELSEWHERE):
+            exec(compile(block, page, "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize(
+    "page",
+    [p.relative_to(ROOT) for p in ROOT.glob("*.md")]
+    + [p.relative_to(ROOT) for p in (ROOT / "docs").glob("*.md")],
+    ids=str,
+)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
