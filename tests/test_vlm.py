@@ -137,6 +137,9 @@ def test_a_whole_chat_is_answered(tiny_vlm: smolstack.VLM, pictures: list[Image.
         },
     ]
     assert tiny_vlm.ask(messages=chat, max_new_tokens=4).token_ids == first.token_ids
+    bare = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    beside = tiny_vlm.ask(pictures[0], messages=bare, max_new_tokens=4)
+    assert beside.token_ids == first.token_ids, "pictures may be given beside the chat"
     chat += [
         {"role": "assistant", "content": "A picture."},
         {
@@ -199,8 +202,8 @@ def test_a_batch_whose_counts_disagree_is_refused(
     [
         ({"images": "gone.png", "text": "?"}, ImageError, "found no file"),
         ({"images": 3, "text": "?"}, ImageError, "found a int"),
-        ({"images": None}, PromptError, "there is no question"),
-        ({"text": "?", "messages": []}, PromptError, "not both"),
+        ({"images": None}, PromptError, "found neither of text and messages"),
+        ({"text": "?", "messages": []}, PromptError, "found both of text and messages"),
         ({"messages": []}, PromptError, "no messages"),
         ({"text": "<image>"}, PromptError, "1 <image> placeholders for 0 pictures"),
         ({"text": "?", "temprature": 1}, GenerationError, r"unknown options \['temprature'\]"),

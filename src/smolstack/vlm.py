@@ -11,7 +11,7 @@ import torch
 from smolstack.batch import VisualTokens
 from smolstack.checkpoint.hub import find
 from smolstack.checkpoint.load import Checkpoint, load_checkpoint
-from smolstack.checkpoint.save import save_checkpoint
+from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import PromptError
 from smolstack.generation.answer import Answer
 from smolstack.generation.answering import AnswerStream, encode_picture
@@ -64,7 +64,7 @@ class VLM:
         self.model, self.processor = checkpoint.model, checkpoint.processor
         self.config, self.folder = checkpoint.config, checkpoint.files.folder
         self.eos_token_ids = checkpoint.eos_token_ids
-        self._side = checkpoint.files.side
+        self._files = checkpoint.files
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,7 +90,8 @@ class VLM:
             images: a picture or several in order: a path, bytes, a Pillow picture, a uint8 array
                 (H, W, 3), or visual tokens from :meth:`encode`.
             text: the question. Pictures and text become one user message.
-            messages: a whole chat instead of images and text.
+            messages: a whole chat instead of text; its image parts hold their pictures, or are
+                filled from ``images`` in order.
             **options: max_new_tokens (512), temperature (0: greedy), top_p, top_k, min_p,
                 repetition_penalty, seed, stop (strings), stop_on_repetition (False), split (None:
                 as the checkpoint says).
@@ -132,7 +133,7 @@ class VLM:
         """Answer several prompts as one batch: each as :meth:`ask` would alone.
 
         Args:
-            prompts: per sequence a text, ``(pictures, text)``, or the messages of a chat.
+            prompts: per sequence a text, the messages of a chat, or ``(pictures, either)``.
             **options: as for :meth:`ask`, the same for all.
         """
         if isinstance(prompts, str) or not prompts:
@@ -168,14 +169,14 @@ class VLM:
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint as a Hugging Face folder; complete or not at all."""
-        return save_checkpoint(folder, self.model, self._side, overwrite=overwrite)
+        side = complete_side_files(self._files, self.config, self.processor.settings)
+        return save_checkpoint(folder, self.model, side, overwrite=overwrite)
 
 
 def _entry(images: Any, text: str | None, messages: Sequence[Message] | None) -> PromptLike:
-    if messages is not None:
-        if images is not None or text is not None:
-            raise PromptError("give either images and text, or messages, not both")
-        return messages
-    if text is None:
-        raise PromptError("there is no question: give text, or messages")
-    return as_pictures(images), text
+    if text is not None and messages is not None:
+        raise PromptError("found both of text and messages, expected one of them")
+    asked = messages if text is None else text
+    if asked is None:
+        raise PromptError("found neither of text and messages, expected one of them")
+    return as_pictures(images), asked

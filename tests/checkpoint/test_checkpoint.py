@@ -184,6 +184,21 @@ def test_preprocessing_may_stand_inside_the_processor_config(folder: Path) -> No
     assert smolstack.load(folder).processor.settings.tile_edge == 32
 
 
+def test_a_saved_folder_suits_readers_of_both_generations(folder: Path, tmp_path: Path) -> None:
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    edit(folder / "processor_config.json", lambda data: data.update(image_processor=settings))
+    for name in ("preprocessor_config.json", "chat_template.json"):
+        (folder / name).unlink()
+    saved = smolstack.load(folder).save(tmp_path / "saved")
+    assert json.loads((saved / "preprocessor_config.json").read_text()) == settings
+    assert (saved / "chat_template.json").is_file()
+    assert (saved / "chat_template.jinja").is_file()
+    config = json.loads((saved / "config.json").read_text())
+    assert config["text_config"]["rope_theta"] == 10000.0
+    assert config["text_config"]["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+
+
 def test_end_tokens_come_from_the_generation_config_first(folder: Path) -> None:
     edit(folder / "generation_config.json", lambda data: data.update(eos_token_id=[5, 6]))
     assert smolstack.load(folder).eos_token_ids == (5, 6)

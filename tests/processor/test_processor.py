@@ -54,7 +54,12 @@ def test_splitting_can_be_switched_off(
         ([], "expected a list of prompts"),
         ("Hi", "expected a list of prompts"),
         ([("a.png",)], r"expected \(pictures, text\)"),
-        ([[{"role": "user", "content": [{"type": "image"}]}]], "holds no picture"),
+        ([[{"role": "user", "content": [{"type": "image"}]}]], "1 image parts without a picture"),
+        (
+            [("a.png", [{"role": "user", "content": "Hi"}])],
+            "0 image parts .* 1 pictures were given",
+        ),
+        ([7], r"expected \(pictures, text\) or a chat"),
         (["Where is <image>?"], "the prompt has 1 <image> placeholders for 0 pictures"),
     ],
 )

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smolstack.checkpoint import keys
+from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.weights import INDEX, SINGLE
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
 from smolstack.model.vlm import VisionLanguageModel
+from smolstack.processor.settings import ImageSettings
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -73,6 +75,33 @@ def hf_state_dict(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 def to_json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def complete_side_files(
+    files: CheckpointFiles, config: ModelConfig, settings: ImageSettings
+) -> dict[str, bytes]:
+    """A folder's side files as they were, and those that readers of the other generation need.
+
+    transformers 5 keeps preprocessing inside processor_config.json and the chat template in
+    chat_template.jinja; older readers look for preprocessor_config.json and chat_template.json.
+    """
+    family = "SmolVLM" if config.model_type.startswith("smol") else "Idefics3"
+    side = dict(files.side)
+    own = files.processor.get("processor_class")
+    processor_class = own if isinstance(own, str) else f"{family}Processor"
+    made: dict[str, dict[str, Any]] = {
+        "preprocessor_config.json": settings.to_hf(processor_class),
+        "processor_config.json": {
+            "processor_class": processor_class,
+            "image_seq_len": config.tokens_per_tile,
+        },
+    }
+    if files.chat_template is not None:
+        made["chat_template.json"] = {"chat_template": files.chat_template}
+        side.setdefault("chat_template.jinja", files.chat_template.encode())
+    for name, data in made.items():
+        side.setdefault(name, to_json(data).encode())
+    return side
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from smolstack.processor.tiles import ImageSource, cut_tiles, image_size, normal
 from smolstack.processor.tokenizer import TextTokenizer
 
 Picture: TypeAlias = "ImageSource | VisualTokens"
-# What one sequence may be given as: a text, (pictures, text), or the messages of a chat.
-PromptLike: TypeAlias = "str | tuple[Any, str] | Sequence[Message]"
+# What one sequence may be given as: a text, the messages of a chat, or either with its pictures.
+PromptLike: TypeAlias = "str | Sequence[Message] | tuple[Any, str | Sequence[Message]]"
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ class Processor:
         """Prompts and pictures as one left-padded batch.
 
         Args:
-            inputs: one entry per sequence: a text, a tuple ``(pictures, text)`` or ``(picture,
-                text)``, or the messages of a chat. One chat alone may be given as its messages.
+            inputs: one entry per sequence: a text, the messages of a chat, or a tuple of a picture
+                (or several) and either; beside a chat they fill its image parts that hold none.
+                One chat alone may be given as its messages.
             split: whether pictures are split into tiles; None means as the checkpoint says.
 
         Returns:
@@ -200,20 +201,25 @@ def as_pictures(images: Any) -> list[Picture]:
 
 
 def _messages(entry: PromptLike) -> tuple[list[dict[str, Any]], list[Picture]]:
-    if isinstance(entry, str):
-        entry = (None, entry)
-    if isinstance(entry, tuple):
-        if len(entry) != 2 or not isinstance(entry[1], str):
-            raise PromptError(f"a prompt {entry!r:.80}, expected (pictures, text)")
-        pictures = as_pictures(entry[0])
-        return [prompts.user_message(len(pictures), entry[1])], pictures
-    messages, pictures = prompts.split_messages(entry)
-    if any(picture is None for picture in pictures):
+    """A sequence as messages and the pictures of their image parts, in order."""
+    pictures: Any = None
+    asked: Any = entry
+    if isinstance(entry, tuple) and len(entry) == 2:
+        pictures, asked = entry
+    given = as_pictures(pictures)
+    if isinstance(asked, str):
+        return [prompts.user_message(len(given), asked)], given
+    if isinstance(asked, tuple) or not isinstance(asked, Sequence):
+        raise PromptError(f"a prompt {entry!r:.80}, expected (pictures, text) or a chat")
+    messages, parts = prompts.split_messages(asked)
+    empty = sum(part is None for part in parts)
+    if empty != len(given):
         raise PromptError(
-            f"an image part of the chat holds no picture, expected it under one of "
-            f"{list(prompts.IMAGE_KEYS)}"
+            f"the chat has {empty} image parts without a picture (under one of "
+            f"{list(prompts.IMAGE_KEYS)}) and {len(given)} pictures were given beside it"
         )
-    return messages, pictures
+    rest = iter(given)
+    return messages, [next(rest) if part is None else part for part in parts]
 
 
 def _markers(config: ModelConfig, tokenizer: TextTokenizer) -> Markers:
