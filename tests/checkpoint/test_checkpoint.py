@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -286,7 +287,7 @@ def test_pickles_are_never_read(folder: Path) -> None:
         (
             "preprocessor_config.json",
             {"max_image_size": {"longest_edge": 64}},
-            "tiles of 64 pixels",
+            r"tiles of 64 pixels, a grid of 8x8 patches",
         ),
     ],
 )
@@ -296,6 +297,27 @@ def test_files_that_contradict_each_other_are_refused(
     edit(folder / file, lambda data: data.update(change))
     with pytest.raises(SmolstackError, match=words):
         smolstack.load(folder)
+
+
+def test_tiles_may_be_smaller_than_the_tower_allows(folder: Path, pictures: list[Any]) -> None:
+    small = {"max_image_size": {"longest_edge": 16}, "size": {"longest_edge": 32}}
+    edit(folder / "preprocessor_config.json", lambda data: data.update(small))
+    with pytest.raises(CheckpointError, match=r"image_seq_len 4, .* makes 1 visual"):
+        smolstack.load(folder)
+    edit(folder / "processor_config.json", lambda data: data.update(image_seq_len=1))
+    vlm = smolstack.load(folder)
+    answer = vlm.ask(pictures[1], "What?", max_new_tokens=2)
+    assert (answer.usage.tiles, answer.usage.visual_tokens) == (5, 5)
+
+
+def test_a_token_without_an_embedding_is_refused(folder: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<surplus>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vlm = smolstack.load(folder)
+    assert vlm.processor(["fine"]).token_ids.numel() > 0
+    with pytest.raises(CheckpointError, match=r"gives '<surplus>' the id 904.* has 904 tokens"):
+        vlm.processor(["a <surplus> word"])
 
 
 def test_files_that_are_missing_or_no_json_are_named(folder: Path) -> None:

@@ -93,7 +93,7 @@ def complete_side_files(
         "preprocessor_config.json": settings.to_hf(processor_class),
         "processor_config.json": {
             "processor_class": processor_class,
-            "image_seq_len": config.tokens_per_tile,
+            "image_seq_len": (settings.tile_edge // config.vision.patch_size // config.scale) ** 2,
         },
     }
     if files.chat_template is not None:

@@ -65,8 +65,8 @@ class VisionLanguageModel(nn.Module):
             states = self.vision(tiles[some], None if filled is None else filled[some])
             encoded.append(self.connector(states, grid))
         if not encoded:
-            width = self.config.text.hidden_size
-            return tiles.new_empty(0, self.config.tokens_per_tile, width)
+            tokens = (grid[0] // self.config.scale) * (grid[1] // self.config.scale)
+            return tiles.new_empty(0, tokens, self.config.text.hidden_size)
         return encoded[0] if len(encoded) == 1 else torch.cat(encoded)
 
     def merge(self, batch: Batch) -> Tensor:
@@ -77,11 +77,11 @@ class VisionLanguageModel(nn.Module):
         """
         batch = batch.to(self.device)
         _check_counts(batch)
-        tokens_per_tile = self.config.tokens_per_tile
-        if batch.visual_tokens is not None:
-            tokens_per_tile = batch.visual_tokens.shape[1]
         places = packer.locate(
-            batch.token_ids, self.config.image_token_id, batch.tiles_per_sequence, tokens_per_tile
+            batch.token_ids,
+            self.config.image_token_id,
+            batch.tiles_per_sequence,
+            self._tokens_per_tile(batch),
         )
         embeddings: Tensor = self.decoder.embedding(batch.token_ids)
         if places.numel() == 0:
@@ -90,6 +90,13 @@ class VisionLanguageModel(nn.Module):
         if visual is None:
             visual = self.encode_tiles(batch.tiles, batch.tile_grids)
         return packer.splice(embeddings, places, visual)
+
+    def _tokens_per_tile(self, batch: Batch) -> int:
+        """S, for the visual tokens or the tiles that the batch holds."""
+        if batch.visual_tokens is not None:
+            return batch.visual_tokens.shape[1]
+        rows, columns = self.vision.grid_of(batch.tiles)
+        return (rows // self.config.scale) * (columns // self.config.scale)
 
     def logits(self, states: Tensor) -> Tensor:
         """Scores of the next token: (B, T, D) → (B, T, V)."""

@@ -59,20 +59,11 @@ class Processor:
         self.pad_id = config.text.pad_token_id or 0
         if not 0 <= self.pad_id < config.text.vocab_size:
             self.pad_id = 0
-        if settings.tile_edge != config.vision.image_size:
-            raise CheckpointError(
-                f"preprocessor_config.json cuts tiles of {settings.tile_edge} pixels, the vision "
-                f"tower of config.json sees {config.vision.image_size}"
-            )
-        if image_seq_len is not None and image_seq_len != config.tokens_per_tile:
+        self.tokens_per_tile = _tokens_per_tile(config, settings)
+        if image_seq_len is not None and image_seq_len != self.tokens_per_tile:
             raise CheckpointError(
                 f"processor_config.json has image_seq_len {image_seq_len}, config.json makes "
-                f"{config.tokens_per_tile} visual tokens of a tile"
-            )
-        if tokenizer.size > config.text.vocab_size:
-            raise CheckpointError(
-                f"tokenizer.json has {tokenizer.size} tokens, config.json a vocabulary of "
-                f"{config.text.vocab_size}"
+                f"{self.tokens_per_tile} visual tokens of a tile"
             )
 
     def __call__(
@@ -112,6 +103,7 @@ class Processor:
         rendered = self.render(messages)
         text = prompts.expand_placeholders(rendered, plans, self.markers)
         ids = tuple(self.tokenizer.encode(text))
+        self._check_ids(ids)
         limit = self.config.text.max_positions
         if len(ids) > limit:
             raise ContextLengthError(
@@ -120,6 +112,15 @@ class Processor:
                 f"context holds {limit}"
             )
         return Prompt(text, ids, tuple(pictures), plans)
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Every id must have an embedding; a tokenizer may know more tokens than its model."""
+        highest = max(ids, default=0)
+        if highest >= self.config.text.vocab_size:
+            raise CheckpointError(
+                f"tokenizer.json gives {self.tokenizer.token(highest)!r} the id {highest}, "
+                f"config.json's vocabulary has {self.config.text.vocab_size} tokens"
+            )
 
     def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
         """A chat as text, one placeholder per picture."""
@@ -132,7 +133,7 @@ class Processor:
 
     def plan(self, picture: Picture | tuple[int, int], *, split: bool | None = None) -> TilePlan:
         """The tile plan of a picture, of visual tokens, or of a size (width, height)."""
-        size = self.config.tokens_per_tile
+        size = self.tokens_per_tile
         if isinstance(picture, VisualTokens):
             edge = self.settings.tile_edge
             rows, cols = picture.rows, picture.cols
@@ -186,6 +187,18 @@ class Processor:
             images_per_sequence=tuple(len(prompt.pictures) for prompt in sequences),
             visual_tokens=torch.cat([v.tokens for v in encoded]) if encoded else None,
         )
+
+
+def _tokens_per_tile(config: ModelConfig, settings: ImageSettings) -> int:
+    """S for tiles as the settings cut them, which may be smaller than the tower's largest."""
+    side, scale = settings.tile_edge // config.vision.patch_size, config.scale
+    if side > config.vision.side or side == 0 or side % scale:
+        raise CheckpointError(
+            f"preprocessor_config.json cuts tiles of {settings.tile_edge} pixels, a grid of "
+            f"{side}x{side} patches; config.json's tower sees up to {config.vision.image_size} "
+            f"pixels and its scale_factor {scale} must divide the grid"
+        )
+    return (side // scale) ** 2
 
 
 def as_pictures(images: Any) -> list[Picture]:
