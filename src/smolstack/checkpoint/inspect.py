@@ -1,0 +1,186 @@
+"""What a checkpoint is, from its files alone: headers and JSON are read, weights are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from smolstack.checkpoint import keys
+from smolstack.checkpoint.files import read_files
+from smolstack.checkpoint.load import build_processor, end_tokens
+from smolstack.checkpoint.verify import settle_head
+from smolstack.checkpoint.weights import Entry, read_entries
+from smolstack.config import ModelConfig
+from smolstack.errors import CheckpointError
+from smolstack.processor.processor import Processor
+from smolstack.processor.settings import ImageSettings
+
+PARTS = ("vision tower", "connector", "token embedding", "decoder layers", "decoder norm", "head")
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_PREFIXES = (
+    ("vision.", "vision tower"),
+    ("connector.", "connector"),
+    ("decoder.embedding", "token embedding"),
+    ("decoder.layers", "decoder layers"),
+    ("decoder.norm", "decoder norm"),
+    ("head.", "head"),
+)
+
+
+@dataclass(frozen=True)
+class ConnectorShape:
+    """The bridge: a patch grid of ``grid`` becomes one of ``visual_grid``."""
+
+    grid: tuple[int, int]
+    scale: int
+    visual_grid: tuple[int, int]
+    in_features: int
+    out_features: int
+    tokens_per_tile: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint in numbers.
+
+    Attributes:
+        folder: where it is.
+        config: sizes of both towers and the bridge, the head as the weights have it.
+        settings: preprocessing of pictures.
+        parameters: by part (see PARTS), each weight counted once.
+        stored: parameters by the number format they are stored in.
+        weight_files: bytes on disk by file.
+        connector: its shapes.
+        special_tokens: text → id, for those that prompts and answers need.
+        end_tokens: id → text of the tokens that end an answer.
+        vocabulary: tokens of the tokenizer.
+    """
+
+    folder: Path
+    config: ModelConfig
+    settings: ImageSettings
+    parameters: Mapping[str, int]
+    stored: Mapping[str, int]
+    weight_files: Mapping[str, int]
+    connector: ConnectorShape
+    special_tokens: Mapping[str, int]
+    end_tokens: Mapping[int, str | None]
+    vocabulary: int
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the weight files."""
+        return sum(self.weight_files.values())
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights in memory, by the number format they are used in."""
+        return {name: self.total_parameters * size for name, size in BYTES.items()}
+
+    @property
+    def cache_per_token(self) -> dict[str, int]:
+        """Bytes of keys and values that one token adds, by number format."""
+        text = self.config.text
+        numbers = 2 * text.num_layers * text.num_kv_heads * text.head_dim
+        return {name: numbers * size for name, size in BYTES.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "folder": str(self.folder),
+            "config": asdict(self.config),
+            "preprocessing": asdict(self.settings),
+            "parameters": {**self.parameters, "total": self.total_parameters},
+            "stored_as": dict(self.stored),
+            "weight_files": dict(self.weight_files),
+            "bytes_on_disk": self.bytes_on_disk,
+            "bytes_in_memory": self.memory,
+            "cache_bytes_per_token": self.cache_per_token,
+            "connector": asdict(self.connector),
+            "special_tokens": dict(self.special_tokens),
+            "end_tokens": [{"id": i, "token": token} for i, token in self.end_tokens.items()],
+            "vocabulary": self.vocabulary,
+        }
+
+
+def inspect_checkpoint(folder: Path) -> Inspection:
+    """Describe a checkpoint folder without loading its weights.
+
+    Raises:
+        ConfigError, CheckpointError: a file cannot be read, or contradicts another one.
+    """
+    files = read_files(folder)
+    entries = read_entries(folder)
+    config = settle_head(ModelConfig.from_hf(files.config), entries)
+    processor = build_processor(files, config)
+    vision, side = config.vision, config.vision.side
+    ends = end_tokens(files, config, processor)
+    return Inspection(
+        folder=folder,
+        config=config,
+        settings=processor.settings,
+        parameters=count_parts(entries),
+        stored=_count_formats(entries),
+        weight_files={
+            name: (folder / name).stat().st_size
+            for name in sorted({entry.file for entry in entries.values()})
+        },
+        connector=ConnectorShape(
+            grid=(side, side),
+            scale=config.scale,
+            visual_grid=(side // config.scale, side // config.scale),
+            in_features=config.scale**2 * vision.hidden_size,
+            out_features=config.text.hidden_size,
+            tokens_per_tile=config.tokens_per_tile,
+        ),
+        special_tokens=_special_tokens(processor),
+        end_tokens={token_id: processor.tokenizer.token(token_id) for token_id in ends},
+        vocabulary=processor.tokenizer.size,
+    )
+
+
+def count_parts(entries: Mapping[str, Entry]) -> dict[str, int]:
+    """Parameters by part; weights that the family does not have count as "unknown"."""
+    parts = dict.fromkeys(PARTS, 0)
+    for name, entry in entries.items():
+        part = _part(name)
+        parts[part] = parts.get(part, 0) + entry.elements
+    return parts
+
+
+def _part(name: str) -> str:
+    try:
+        ours = keys.from_hf(name)
+    except CheckpointError:
+        return "unknown"
+    return next(part for prefix, part in _PREFIXES if ours.startswith(prefix))
+
+
+def _count_formats(entries: Mapping[str, Entry]) -> dict[str, int]:
+    formats: dict[str, int] = {}
+    for entry in entries.values():
+        name = _STORED[entry.dtype]
+        formats[name] = formats.get(name, 0) + entry.elements
+    return formats
+
+
+def _special_tokens(processor: Processor) -> dict[str, int]:
+    """The tokens that prompts and answers need, as far as the vocabulary holds them."""
+    named = processor.tokenizer.special_tokens
+    markers = processor.markers
+    wanted = [
+        markers.image,
+        markers.around,
+        markers.whole,
+        "<row_1_col_1>",
+        *(named[name] for name in ("bos_token", "eos_token", "pad_token") if name in named),
+    ]
+    ids = {token: processor.tokenizer.token_id(token) for token in wanted}
+    return {token: found for token, found in ids.items() if found is not None}

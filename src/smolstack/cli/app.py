@@ -1,0 +1,120 @@
+"""The ``smolstack`` command: its sub-commands, and how errors and interruptions end it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from smolstack import __version__
+from smolstack.cli import ask, chat, console, inspect, new, plan, verify
+from smolstack.errors import SmolstackError
+
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+class Commands(TyperGroup):
+    """The sub-commands, each ended by bad input with one sentence and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _forget_stdout()
+            raise typer.Exit(BROKEN_PIPE) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except (SmolstackError, OSError, MemoryError) as error:
+            if console.debugging():
+                raise
+            console.error(_sentence(error))
+            raise typer.Exit(BAD_INPUT) from None
+        except RuntimeError as error:
+            # torch's own, met by name: importing torch here would slow every start.
+            starved = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+            if console.debugging() or not starved:
+                raise
+            console.error(f"the device has too little memory: {error}")
+            raise typer.Exit(BAD_INPUT) from None
+        return result
+
+
+app = typer.Typer(
+    name="smolstack",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="`smolstack COMMAND --help` shows a command's options and examples.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        torch = "not installed"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            torch = metadata.version("torch")
+        typer.echo(f"smolstack {__version__} (torch {torch}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def smolstack(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            help="Show a traceback with every error; SMOLSTACK_DEBUG=1 does the same.",
+        ),
+    ] = False,
+) -> None:
+    """Ask Idefics3 / SmolVLM vision-language models about pictures."""
+    if debug:
+        os.environ["SMOLSTACK_DEBUG"] = "1"
+
+
+app.command(epilog=ask.EXAMPLES)(ask.ask)
+app.command(epilog=chat.EXAMPLES)(chat.chat)
+app.command(epilog=plan.EXAMPLES)(plan.plan)
+app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command(epilog=verify.EXAMPLES)(verify.verify)
+app.command(epilog=new.EXAMPLES)(new.new)
+
+
+def main() -> None:
+    """Entry point of the ``smolstack`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # An answer may hold characters that the terminal's encoding does not have.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app()
+
+
+def _sentence(error: Exception) -> str:
+    """What to tell the user of an error, in one sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    if isinstance(error, MemoryError):
+        return (
+            f"there is too little memory: {error}" if str(error) else "there is too little memory"
+        )
+    return str(error)
+
+
+def _forget_stdout() -> None:
+    """Let nothing that is still buffered be written to a pipe that nobody reads."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

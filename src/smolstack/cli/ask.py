@@ -1,0 +1,213 @@
+"""``smolstack ask``: one question about pictures, its answer as it is read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from smolstack.cli import options
+from smolstack.cli.console import (
+    note,
+    plural,
+    progress,
+    show_json,
+    write_piece,
+)
+from smolstack.errors import ImageError, PromptError
+
+if TYPE_CHECKING:
+    from smolstack.generation.answer import Answer
+    from smolstack.processor.geometry import TilePlan
+
+EXAMPLES = """
+**Examples**
+
+`smolstack ask sign.png "What does it say?"`
+
+`smolstack ask before.png after.png "What has changed?" --verbose`
+
+`curl -s https://example.org/cat.jpg | smolstack ask - "What is this?"`
+
+`smolstack ask page.png "Read this page." --model HuggingFaceTB/SmolVLM-256M-Instruct --json`
+"""
+STDIN = "-"
+
+
+def ask(
+    *,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="IMAGE", help="Picture files in order; - reads one from stdin."),
+    ] = None,
+    question: Annotated[
+        str, typer.Argument(metavar="QUESTION", help="The last argument: what to ask.")
+    ],
+    model: options.ModelOption = None,
+    revision: options.RevisionOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = "auto",
+    threads: options.ThreadsOption = None,
+    split: options.SplitOption = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    stop: options.Stop = None,
+    stop_on_repetition: options.StopOnRepetition = False,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    json: options.JsonOption = False,
+    verbose: options.VerboseOption = False,
+) -> None:
+    """Ask a question about one or several pictures; the answer streams to stdout."""
+    names = images or []
+    check_question(names, question)
+    pictures = [read_picture(name) for name in names]
+    chosen = options.generation_options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        stop_on_repetition=stop_on_repetition,
+        split=split,
+    )
+    vlm = options.load_model(model, revision, dtype, device, threads)
+    plans = [vlm.processor.plan(picture, split=split) for picture in pictures]
+    if verbose:
+        for name, plan in zip(names, plans, strict=True):
+            note(plan_line(name, plan))
+    with progress(_reading(plans)):
+        stream = vlm.stream(pictures, question, **chosen)
+        first = next(stream, "")
+    if not json:
+        write_piece(first)
+    for piece in stream:
+        if not json:
+            write_piece(piece)
+    answer = stream.answer
+    if json:
+        show_json(answer_json(answer, names, plans))
+    else:
+        write_piece("\n")
+    if verbose or (sys.stderr.isatty() and answer.finish_reason != "stop"):
+        note(ending_line(answer))
+    if verbose:
+        note(timings_line(answer))
+
+
+def check_question(images: list[str], text: str) -> None:
+    """Refuse a question that is really a picture: the question was forgotten."""
+    if text == STDIN or (text and _is_file(text)):
+        raise PromptError(
+            f"there is no question: the last argument, {text}, is a picture; put the question "
+            "after it"
+        )
+    if images.count(STDIN) > 1:
+        raise ImageError(f"- stands {images.count(STDIN)} times, but stdin holds one picture")
+
+
+def read_picture(image: str) -> str | bytes:
+    """A picture as the library takes it: a path, or the bytes that came by stdin."""
+    if image != STDIN:
+        return image
+    if sys.stdin.isatty():
+        raise ImageError("- reads a picture from stdin, and stdin is the keyboard; pipe one in")
+    content = sys.stdin.buffer.read()
+    if not content:
+        raise ImageError("stdin is empty (0 bytes), expected a picture")
+    return content
+
+
+def answer_json(answer: Answer, images: list[str], plans: list[TilePlan]) -> dict[str, Any]:
+    """An answer as plain data."""
+    data = answer.to_dict()
+    return {
+        "text": data["text"],
+        "finish_reason": data["finish_reason"],
+        "usage": data["usage"],
+        "timings": {
+            **data["timings"],
+            "total": answer.timings.total,
+            "tokens_per_second": answer.timings.tokens_per_second,
+        },
+        "images": [plan_json(image, plan) for image, plan in zip(images, plans, strict=True)],
+    }
+
+
+def plan_json(name: str, plan: TilePlan) -> dict[str, Any]:
+    """A tile plan as plain data; sizes are [width, height] in pixels."""
+    return {
+        "image": name,
+        "source": list(plan.source),
+        "resized": list(plan.resized),
+        "canvas": list(plan.canvas),
+        "rows": plan.rows,
+        "cols": plan.cols,
+        "tile_edge": plan.tile_edge,
+        "tiles": plan.tiles,
+        "visual_tokens": plan.visual_tokens,
+        "pixels_read": plan.pixels_read,
+    }
+
+
+def plan_line(name: str, plan: TilePlan) -> str:
+    """A tile plan in one line."""
+    made = f"{grid(plan)} + the whole" if plan.rows else "the whole"
+    return (
+        f"{name}: {size(plan.source)} → {size(plan.canvas)}, {made} = "
+        f"{plural(plan.tiles, 'tile')} of {plan.tile_edge}x{plan.tile_edge}, "
+        f"{plural(plan.visual_tokens, 'visual token')}"
+    )
+
+
+def ending_line(answer: Answer) -> str:
+    """Why an answer ended, in one line."""
+    tokens = plural(answer.usage.completion_tokens, "token")
+    reasons = {
+        "stop": f"the answer is complete ({tokens})",
+        "length": f"the answer was cut off after {tokens} (--max-new-tokens, or the context)",
+        "repetition": f"the answer went round in circles and was ended after {tokens}",
+    }
+    return reasons[answer.finish_reason]
+
+
+def timings_line(answer: Answer) -> str:
+    """What an answer took, in one line."""
+    took, usage = answer.timings, answer.usage
+    return (
+        f"{took.total:.2f} s: pictures {took.pictures:.2f}, vision {took.vision:.2f}, "
+        f"{plural(usage.prompt_tokens, 'prompt token')} {took.prefill:.2f}, "
+        f"answer {took.decode:.2f} ({took.tokens_per_second:.0f} tokens/s)"
+    )
+
+
+def size(pixels: tuple[int, int]) -> str:
+    """(width, height) as one word."""
+    return f"{pixels[0]}x{pixels[1]}"
+
+
+def grid(plan: TilePlan) -> str:
+    """Rows and columns of tiles as one word."""
+    return f"{plan.rows}x{plan.cols} grid"
+
+
+def _reading(plans: list[TilePlan]) -> str:
+    tiles = sum(plan.tiles for plan in plans)
+    if not plans:
+        return "Reading the question …"
+    return f"Reading {plural(len(plans), 'picture')} ({plural(tiles, 'tile')}) …"
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or a null byte in it
+        return False

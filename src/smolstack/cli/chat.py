@@ -1,0 +1,212 @@
+"""``smolstack chat``: a conversation in the terminal, or one question per line from a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from smolstack.cli import options
+from smolstack.cli.ask import ending_line, plan_line, timings_line
+from smolstack.cli.console import error, note, progress, write_piece
+from smolstack.errors import PromptError, SmolstackError
+
+if TYPE_CHECKING:
+    from smolstack.batch import VisualTokens
+    from smolstack.generation.answering import AnswerStream
+    from smolstack.generation.options import AnswerOptions
+    from smolstack.vlm import VLM
+
+EXAMPLES = """
+**Examples**
+
+`smolstack chat receipt.png`
+
+`smolstack chat a.png b.png --model ./my-checkpoint --temperature 0.7 --seed 1`
+
+`printf 'What is this?\\nAnd what colour is it?\\n' | smolstack chat thing.png`
+
+In a conversation, `/image FILE…` adds pictures to your next question, `/reset` starts again and
+`/quit` or the end of input ends it.
+"""
+HELP = """/image FILE…  add pictures to your next question
+/reset        forget the conversation and its pictures
+/help         show this
+/quit         end; so does Ctrl-D
+Ctrl-C        cut an answer short, or end"""
+
+
+class Conversation:
+    """The turns so far; every picture is encoded once and reused in each later turn."""
+
+    def __init__(self, vlm: VLM, chosen: AnswerOptions, *, verbose: bool = False) -> None:
+        self.vlm, self.chosen, self.verbose = vlm, chosen, verbose
+        self.messages: list[dict[str, Any]] = []
+        self.waiting: list[VisualTokens] = []
+
+    def add_picture(self, path: str) -> None:
+        """Encode a picture for the next question."""
+        split = self.chosen.get("split")
+        if self.verbose:
+            note(plan_line(path, self.vlm.processor.plan(path, split=split)))
+        with progress(f"Reading {path} …"):
+            self.waiting.append(self.vlm.encode(path, split=split))
+
+    def reset(self) -> None:
+        """Forget every turn and picture."""
+        self.messages, self.waiting = [], []
+
+    def ask(self, text: str, *, interruptible: bool) -> None:
+        """Answer one turn on stdout. After an error the conversation stands as before."""
+        pictures: list[dict[str, Any]] = [{"type": "image", "image": v} for v in self.waiting]
+        turn = {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+        with progress("Reading the conversation …"):
+            stream = self.vlm.stream(messages=[*self.messages, turn], **self.chosen)
+            pieces = [next(stream, "")]
+        write_piece(pieces[0])
+        complete = self._print(stream, pieces, interruptible)
+        said = "".join(pieces).strip()
+        self.messages += [turn, {"role": "assistant", "content": said}]
+        self.waiting = []
+        write_piece("\n")
+        if complete and (self.verbose or stream.answer.finish_reason != "stop"):
+            note(ending_line(stream.answer))
+        if complete and self.verbose:
+            note(timings_line(stream.answer))
+
+    @staticmethod
+    def _print(stream: AnswerStream, pieces: list[str], interruptible: bool) -> bool:
+        """Print the pieces as they come; False when Ctrl-C cut them short."""
+        try:
+            for piece in stream:
+                pieces.append(piece)
+                write_piece(piece)
+        except KeyboardInterrupt:
+            if not interruptible:
+                raise
+            return False
+        return True
+
+
+def chat(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="IMAGE", help="Picture files for the first question."),
+    ] = None,
+    *,
+    model: options.ModelOption = None,
+    revision: options.RevisionOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = "auto",
+    threads: options.ThreadsOption = None,
+    split: options.SplitOption = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    stop: options.Stop = None,
+    stop_on_repetition: options.StopOnRepetition = False,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    verbose: options.VerboseOption = False,
+) -> None:
+    """Talk about pictures in several turns. From a pipe, each line is one question."""
+    chosen = options.generation_options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        stop_on_repetition=stop_on_repetition,
+        split=split,
+    )
+    vlm = options.load_model(model, revision, dtype, device, threads)
+    conversation = Conversation(vlm, chosen, verbose=verbose)
+    for image in images or []:
+        conversation.add_picture(image)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        note("Ask away; /help lists the commands, Ctrl-D ends.")
+    for line in _typed_lines() if interactive else sys.stdin:
+        try:
+            if not _turn(conversation, line.strip(), interactive=interactive):
+                return
+        except (SmolstackError, OSError) as problem:
+            # At a keyboard the conversation goes on; a script must not go on without its picture.
+            if not interactive or isinstance(problem, BrokenPipeError):
+                raise
+            error(str(problem))
+
+
+def _turn(conversation: Conversation, line: str, *, interactive: bool) -> bool:
+    """Obey or answer one line; False ends the conversation."""
+    if not line:
+        return True
+    if not line.startswith("/"):
+        conversation.ask(line, interruptible=interactive)
+        return True
+    command, _, rest = line.partition(" ")
+    if command in ("/quit", "/exit"):
+        return False
+    if command == "/help":
+        note(HELP)
+    elif command == "/reset":
+        conversation.reset()
+        if interactive:
+            note("The conversation starts again.")
+    elif command == "/image":
+        _add_pictures(conversation, rest.strip(), interactive=interactive)
+    else:
+        raise PromptError(f"{command} is no command; /help lists them")
+    return True
+
+
+def _add_pictures(conversation: Conversation, rest: str, *, interactive: bool) -> None:
+    for path in _paths(rest):
+        conversation.add_picture(path)
+        if interactive:
+            note(f"{path} goes with your next question ({len(conversation.waiting)} so far).")
+
+
+def _paths(rest: str) -> list[str]:
+    """The files that stand after /image: one with spaces in its name, or several."""
+    if not rest:
+        raise PromptError("/image needs a file, such as /image sign.png")
+    whole = Path(rest).expanduser()
+    if whole.is_file():
+        return [str(whole)]
+    try:
+        words = shlex.split(rest)
+    except ValueError as problem:
+        raise PromptError(f"/image {rest}: {problem}") from None
+    return [str(Path(word).expanduser()) for word in words]
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines from the keyboard, with editing and history where the platform has them."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - importing it is what gives input() its editing
+    while True:
+        try:
+            # input() writes its prompt to stdout, which may be a file.
+            if sys.stdout.isatty():
+                yield input("> ")
+                continue
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+            line = sys.stdin.readline()
+        except EOFError:
+            line = ""
+        if not line:
+            sys.stderr.write("\n")
+            return
+        yield line

@@ -1,0 +1,131 @@
+"""Checks of the tokenizer and of the prompts that it makes, against the model's config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smolstack.checkpoint.files import CheckpointFiles
+from smolstack.checkpoint.load import end_tokens
+from smolstack.config import ModelConfig, as_ids
+from smolstack.errors import ConfigError
+from smolstack.processor.processor import Processor
+from smolstack.processor.settings import ImageSettings
+from smolstack.processor.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from smolstack.cli.checks import Check
+
+
+def check_tokenizer(
+    check: Check, files: CheckpointFiles, config: ModelConfig
+) -> TextTokenizer | None:
+    """The vocabulary fits, and the ids that the config names are the tokens it means."""
+    tokenizer: TextTokenizer | None = None
+    with check.collecting():
+        tokenizer = TextTokenizer(files.side["tokenizer.json"], files.tokenizer_config)
+    if tokenizer is None:
+        return None
+    vocabulary = config.text.vocab_size
+    largest = max(tokenizer.backend.get_vocab().values(), default=-1)
+    check.found = f"{tokenizer.size:,} tokens, vocabulary of {vocabulary:,}"
+    if max(largest + 1, tokenizer.size) > vocabulary:
+        check.problems.append(
+            f"tokenizer.json has {tokenizer.size} tokens up to id {largest}, config.json a "
+            f"vocabulary of {vocabulary}"
+        )
+    named = tokenizer.special_tokens
+    image = named.get("image_token", "<image>")
+    found = tokenizer.token_id(image)
+    if found != config.image_token_id:
+        check.problems.append(
+            f"tokenizer.json gives {image} the id {found}, config.json's image_token_id is "
+            f"{config.image_token_id}"
+        )
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if name in named and tokenizer.token_id(named[name]) is None:
+            check.problems.append(
+                f"tokenizer_config.json names {named[name]} as {name}, which tokenizer.json does "
+                "not hold"
+            )
+    _check_ids(check, files, config, tokenizer)
+    return tokenizer
+
+
+def check_prompt(
+    check: Check,
+    files: CheckpointFiles,
+    config: ModelConfig,
+    settings: ImageSettings,
+    tokenizer: TextTokenizer,
+) -> None:
+    """A question about a split picture: one placeholder, and its visual tokens in their number."""
+    with check.collecting():
+        processor = Processor(config, settings, tokenizer, files.chat_template)
+        ends = end_tokens(files, config, processor)
+        if not ends:
+            check.remarks.append("no end token is known; only the length ends an answer")
+        for token_id in ends:
+            if not 0 <= token_id < config.text.vocab_size or tokenizer.token(token_id) is None:
+                check.problems.append(f"the end token {token_id} is not in the vocabulary")
+        edge = settings.tile_edge
+        plan = processor.plan((2 * edge, edge), split=True)
+        if processor.template is None:
+            check.remarks.append("there is no chat template; only plain prompts can be asked")
+            return
+        prompt = processor.prepare(
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": _blank(2 * edge, edge)},
+                        {"type": "text", "text": "What does it say?"},
+                    ],
+                }
+            ],
+            split=True,
+        )
+        ids = list(prompt.token_ids)
+        visual = ids.count(config.image_token_id)
+        if visual != plan.visual_tokens:
+            check.problems.append(
+                f"the prompt of a picture in {plan.tiles} tiles has {visual} image tokens, "
+                f"expected {plan.visual_tokens}"
+            )
+        check.found = f"{len(ids)} tokens for a picture in {plan.tiles} tiles, {visual} visual"
+        absent = [
+            marker
+            for marker in (processor.markers.whole, "<row_1_col_1>")
+            if tokenizer.token_id(marker) is None
+        ]
+        if absent:
+            check.remarks.append(f"{', '.join(absent)} are written as plain text")
+
+
+def _check_ids(
+    check: Check, files: CheckpointFiles, config: ModelConfig, tokenizer: TextTokenizer
+) -> None:
+    """Ids of config.json and generation_config.json, each a token of the vocabulary."""
+    places = {
+        "config.json": files.config,
+        "config.json text_config": files.config.get("text_config", {}),
+        "generation_config.json": files.generation,
+    }
+    for place, data in places.items():
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            try:
+                ids = as_ids(data.get(key))
+            except ConfigError as error:
+                check.problems.append(f"{place} {key}: {error}")
+                continue
+            for token_id in ids:
+                if 0 <= token_id < config.text.vocab_size and tokenizer.token(token_id):
+                    continue
+                message = f"{place} {key} is {token_id}, which is no token of the vocabulary"
+                # Published files have a padding id past the vocabulary; nothing looks it up.
+                (check.remarks if key == "pad_token_id" else check.problems).append(message)
+
+
+def _blank(width: int, height: int) -> object:
+    from PIL import Image
+
+    return Image.new("RGB", (width, height))

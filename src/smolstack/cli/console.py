@@ -1,0 +1,116 @@
+"""What every command says and where: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+PIPED_WIDTH = 160  # columns of tables that go to a file or a pipe, where nothing is folded
+_NUMBERS = re.compile(r"\[\n([-+.\deE,\s]+)\n\s*\]")  # a list of numbers, one per line
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def show(*parts: RenderableType) -> None:
+    """Print tables and texts on stdout, in colour only on a terminal."""
+    console = _console(sys.stdout)
+    with console.capture() as capture:
+        for part in parts:
+            line = Text(part) if isinstance(part, str) else part
+            console.print(line, soft_wrap=isinstance(line, Text))
+    # Tables are padded to their width, which means nothing in a file.
+    lines = capture.get().split("\n")
+    sys.stdout.write("\n".join(line.rstrip(" ") for line in lines))
+
+
+def show_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
+    """One JSON value, and nothing else, on stdout."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    text = _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
+    sys.stdout.write(text + "\n")
+
+
+def note(message: str) -> None:
+    """One line on stderr."""
+    _console(sys.stderr).print(Text(message, style="dim"), soft_wrap=True)
+
+
+def error(message: str) -> None:
+    """One sentence on stderr that says what was wrong."""
+    line = Text("error: ", style="bold red")
+    line.append(" ".join(message.split()), style="not bold default")
+    _console(sys.stderr).print(line, soft_wrap=True)
+
+
+@contextmanager
+def progress(message: str) -> Iterator[None]:
+    """A spinner on stderr while something takes its time; nothing unless that is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with _console(sys.stderr).status(message):
+        yield
+
+
+def write_piece(piece: str) -> None:
+    """Part of an answer on stdout, at once; a terminal gets no control characters from it."""
+    sys.stdout.write(_CONTROL.sub("", piece) if sys.stdout.isatty() else piece)
+    sys.stdout.flush()
+
+
+def debugging() -> bool:
+    """Whether errors are shown with their traceback."""
+    return os.environ.get("SMOLSTACK_DEBUG", "").lower() not in ("", "0", "false", "no")
+
+
+def pairs(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
+    """Names and values, one pair per line."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    if title is not None:
+        table.add_row(Text(title, style="bold not italic default"), "")
+    for name, value in rows:
+        table.add_row(Text(f"  {name}" if title else name), Text(value))
+    return table
+
+
+def count(number: int) -> str:
+    """A number with separated thousands."""
+    return f"{number:,}"
+
+
+def plural(number: int, one: str, many: str | None = None) -> str:
+    """``1 tile``, ``17 tiles``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def size_in_bytes(number: float) -> str:
+    """Bytes in the unit that reads best, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable")
+
+
+def millions(number: int) -> str:
+    """Parameters or pixels, short: ``256.5 M``."""
+    for limit, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= limit:
+            return f"{number / limit:,.2f} {unit}"
+    return str(number)
+
+
+def _console(file: Any) -> Console:
+    if file.isatty():
+        return Console(file=file, highlight=False)
+    return Console(file=file, highlight=False, width=PIPED_WIDTH)

@@ -1,0 +1,185 @@
+"""Options that several commands share, and the generation options as the library takes them."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from smolstack.generation.options import AnswerOptions
+    from smolstack.vlm import VLM
+
+_SAMPLING, _STOPPING, _MODEL = "Sampling", "Ending the answer", "Model"
+
+
+class Dtype(str, Enum):
+    """Number formats that weights may be used in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="FOLDER|HUB_ID",
+        help="A checkpoint folder or a hub id; without it, the bundled reader.",
+        rich_help_panel=_MODEL,
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME", rich_help_panel=_MODEL),
+]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a hub id.")
+]
+OptionalModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="A checkpoint folder or a hub id; without it, the bundled reader."
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="Number format of the weights in use; auto is their own where this machine computes "
+        "in it, else float32.",
+        rich_help_panel=_MODEL,
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1, mps, …; auto is the fastest one there is.",
+        metavar="NAME",
+        rich_help_panel=_MODEL,
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="CPU threads to compute with; without it, torch decides.",
+        rich_help_panel=_MODEL,
+    ),
+]
+SplitOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--split/--no-split",
+        help="Cut pictures into tiles, or let the model see each one as a single tile; without "
+        "it, as the checkpoint says.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show the tile plan and the timings on stderr.")
+]
+MaxNewTokens = Annotated[
+    int, typer.Option(help="The longest answer, in tokens.", rich_help_panel=_STOPPING)
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="A text that ends the answer and is not part of it; may be given several times.",
+        rich_help_panel=_STOPPING,
+    ),
+]
+StopOnRepetition = Annotated[
+    bool,
+    typer.Option(
+        "--stop-on-repetition",
+        help="End an answer that goes round in circles.",
+        rich_help_panel=_STOPPING,
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        help="0 always takes the likeliest token; higher is more varied.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        help="Keep the likeliest tokens that reach this probability together.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TopK = Annotated[
+    int, typer.Option(help="Keep so many likeliest tokens; 0: all.", rich_help_panel=_SAMPLING)
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        help="Keep tokens at least so many times as likely as the likeliest.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(help="Above 1, tokens seen before become less likely.", rich_help_panel=_SAMPLING),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Makes sampling repeatable; without it, every run differs.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+
+
+def generation_options(
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: list[str] | None,
+    stop_on_repetition: bool,
+    split: bool | None,
+) -> AnswerOptions:
+    """The options of ``VLM.stream``, from those of the command line."""
+    return {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or [],
+        "stop_on_repetition": stop_on_repetition,
+        "split": split,
+    }
+
+
+def load_model(
+    model: str | None, revision: str | None, dtype: Dtype, device: str, threads: int | None
+) -> VLM:
+    """Load a checkpoint as the options say, with a spinner while it takes its time."""
+    from smolstack.cli.console import progress
+
+    with progress(f"Loading {model or 'the bundled reader'} …"):
+        import torch
+
+        from smolstack.vlm import load
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return load(model, dtype=dtype.value, device=device, revision=revision)
