@@ -59,6 +59,18 @@ def test_every_form_of_a_picture_gives_the_same_answer(
     assert len(answers) == 1
 
 
+def test_a_token_budget_holds_for_plan_encode_and_ask(
+    tiny_vlm: smolstack.VLM, picture: Image.Image
+) -> None:
+    plan = tiny_vlm.plan(picture, max_image_tokens=12)
+    assert (plan.rows, plan.cols, plan.visual_tokens) == (1, 2, 12)
+    assert len(tiny_vlm.encode(picture, max_image_tokens=12)) == 12
+    answer = tiny_vlm.ask(picture, "What?", max_image_tokens=12, max_new_tokens=2)
+    assert answer.usage.visual_tokens == 12
+    small = picture.resize((30, 20))
+    assert tiny_vlm.ask(small, "What?", upscale=False, max_new_tokens=2).usage.tiles == 1
+
+
 def test_pieces_of_a_stream_add_up_to_the_answer(
     tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
 ) -> None:

@@ -16,7 +16,7 @@ from smolstack.errors import PromptError
 from smolstack.generation.answer import Answer
 from smolstack.generation.answering import AnswerStream, encode_picture
 from smolstack.generation.options import AnswerOptions, read_options
-from smolstack.processor.geometry import TilePlan
+from smolstack.processor.geometry import TilePlan, Tiling
 from smolstack.processor.processor import Picture, PromptLike, as_pictures
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
@@ -93,8 +93,8 @@ class VLM:
             messages: a whole chat instead of text; its image parts hold their pictures, or are
                 filled from ``images`` in order.
             **options: max_new_tokens (512), temperature (0: greedy), top_p, top_k, min_p,
-                repetition_penalty, seed, stop (strings), stop_on_repetition (False), split (None:
-                as the checkpoint says).
+                repetition_penalty, seed, stop (strings), stop_on_repetition (False), split,
+                max_image_tokens, upscale; see AnswerOptions.
 
         Raises:
             ImageError, PromptError, ContextLengthError, GenerationError: before any work is done.
@@ -118,11 +118,11 @@ class VLM:
         the pieces are exhausted.
         """
         entry = _entry(images, text, messages)
-        sampling, stopping, split = read_options(options, self.eos_token_ids)
+        sampling, stopping, tiling = read_options(options, self.eos_token_ids)
         return AnswerStream(
             self.model,
             self.processor,
-            [self.processor.prepare(entry, split=split)],
+            [self.processor.prepare(entry, **tiling)],
             sampling,
             stopping,
         )
@@ -138,8 +138,8 @@ class VLM:
         """
         if isinstance(prompts, str) or not prompts:
             raise PromptError("expected a list of prompts, one per answer")
-        sampling, stopping, split = read_options(options, self.eos_token_ids)
-        prepared = [self.processor.prepare(entry, split=split) for entry in prompts]
+        sampling, stopping, tiling = read_options(options, self.eos_token_ids)
+        prepared = [self.processor.prepare(entry, **tiling) for entry in prompts]
         stream = AnswerStream(self.model, self.processor, prepared, sampling, stopping)
         for _ in stream:
             pass
@@ -149,22 +149,21 @@ class VLM:
         self,
         image: ImageSource | VisualTokens | tuple[int, int],
         text: str = "",
-        *,
-        split: bool | None = None,
+        **tiling: Unpack[Tiling],
     ) -> TilePlan:
         """How a picture, or one of (width, height) pixels, becomes tiles and tokens.
 
         ``prompt_tokens`` counts the whole prompt of asking ``text`` about this picture.
         """
-        plan = self.processor.plan(image, split=split)
+        plan = self.processor.plan(image, **tiling)
         return plan.with_prompt_tokens(self.processor.count_tokens([plan], text))
 
-    def encode(self, image: ImageSource, *, split: bool | None = None) -> VisualTokens:
+    def encode(self, image: ImageSource, **tiling: Unpack[Tiling]) -> VisualTokens:
         """Visual tokens of one picture, reusable in any number of questions.
 
         The tower and the connector run once, here; ``ask(visual, …)`` goes on from there.
         """
-        plan = self.processor.plan(image, split=split)
+        plan = self.processor.plan(image, **tiling)
         return encode_picture(self.model, self.processor, image, plan)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:

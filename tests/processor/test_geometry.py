@@ -86,6 +86,46 @@ def test_tiles_cover_the_canvas_exactly(size: tuple[int, int], longest: int, edg
         assert plan.canvas == (edge, edge)
 
 
+@pytest.mark.parametrize(
+    ("budget", "grid", "tokens"),
+    [
+        (2000, (3, 4), 832),
+        (832, (3, 4), 832),
+        (831, (2, 3), 448),
+        (400, (2, 2), 320),
+        (64, (0, 0), 64),
+    ],
+)
+def test_a_token_budget_takes_the_largest_grid_that_fits(
+    budget: int, grid: tuple[int, int], tokens: int
+) -> None:
+    plan = plan_tiles((1920, 1080), SMALL, 64, max_image_tokens=budget)
+    assert ((plan.rows, plan.cols), plan.visual_tokens) == (grid, tokens)
+
+
+def test_a_budget_below_one_tile_is_refused() -> None:
+    with pytest.raises(ImageError, match="max_image_tokens is 63, below the 64 visual tokens"):
+        plan_tiles((1920, 1080), SMALL, 64, max_image_tokens=63)
+
+
+@given(size=sizes, budget=st.integers(64, 1500), upscale=st.booleans())
+def test_a_budget_is_kept_and_never_makes_a_picture_dearer(
+    size: tuple[int, int], budget: int, upscale: bool
+) -> None:
+    free = plan_tiles(size, SMALL, 64, upscale=upscale)
+    plan = plan_tiles(size, SMALL, 64, max_image_tokens=budget, upscale=upscale)
+    assert plan.visual_tokens <= min(budget, free.visual_tokens)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [((300, 200), (0, 0)), ((600, 200), (1, 2)), ((1920, 1080), (3, 4))]
+)
+def test_small_pictures_may_stay_small(size: tuple[int, int], grid: tuple[int, int]) -> None:
+    plan = plan_tiles(size, SMALL, 64, upscale=False)
+    assert (plan.rows, plan.cols) == grid
+    assert max(plan.resized) <= max(size)
+
+
 @given(size=sizes)
 def test_turning_a_picture_turns_its_plan(size: tuple[int, int]) -> None:
     width, height = size

@@ -32,7 +32,7 @@ _PREFIXES = (
 
 @dataclass(frozen=True)
 class ConnectorShape:
-    """The bridge: a patch grid of ``grid`` becomes one of ``visual_grid``."""
+    """The bridge: the patch ``grid`` of a tile becomes the ``visual_grid``."""
 
     grid: tuple[int, int]
     scale: int
@@ -120,7 +120,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     entries = read_entries(folder)
     config = settle_head(ModelConfig.from_hf(files.config), entries)
     processor = build_processor(files, config)
-    vision, side = config.vision, config.vision.side
+    vision = config.vision
+    side = processor.settings.tile_edge // vision.patch_size
     ends = end_tokens(files, config, processor)
     return Inspection(
         folder=folder,
@@ -138,7 +139,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
             visual_grid=(side // config.scale, side // config.scale),
             in_features=config.scale**2 * vision.hidden_size,
             out_features=config.text.hidden_size,
-            tokens_per_tile=config.tokens_per_tile,
+            tokens_per_tile=processor.tokens_per_tile,
         ),
         special_tokens=_special_tokens(processor),
         end_tokens={token_id: processor.tokenizer.token(token_id) for token_id in ends},

@@ -182,11 +182,6 @@ def _check_preprocessing(
     if settings is not None:
         edge = settings.tile_edge
         check.found = f"longer side to {settings.longest_edge}, tiles of {edge}x{edge}"
-        if config is not None and edge != config.vision.image_size:
-            check.problems.append(
-                f"tiles are cut {edge} pixels wide, the vision tower sees "
-                f"{config.vision.image_size}"
-            )
         if settings.std is not None and 0 in settings.std:
             check.problems.append(f"image_std is {list(settings.std)}, which divides by zero")
         if settings.longest_edge % edge:
@@ -194,10 +189,34 @@ def _check_preprocessing(
                 f"the longest edge, {settings.longest_edge}, is not a whole number of tiles of "
                 f"{edge}; pictures are resized twice"
             )
-    promised = files.processor.get("image_seq_len")
-    if config is not None and promised not in (None, config.tokens_per_tile):
-        check.problems.append(
-            f"processor_config.json has image_seq_len {promised}, config.json makes "
-            f"{config.tokens_per_tile} visual tokens of a tile"
-        )
+    if settings is not None and config is not None:
+        _check_grid(check, files, settings, config)
     return settings
+
+
+def _check_grid(
+    check: Check, files: CheckpointFiles, settings: ImageSettings, config: ModelConfig
+) -> None:
+    """Tiles as they are cut, against the tower's patches and the connector's scale."""
+    vision, edge = config.vision, settings.tile_edge
+    side = edge // vision.patch_size
+    if not 0 < side <= vision.side:
+        check.problems.append(
+            f"tiles are cut {edge} pixels wide, the vision tower sees {vision.patch_size} to "
+            f"{vision.image_size}"
+        )
+    elif side % config.scale:
+        check.problems.append(
+            f"tiles of {edge}x{edge} are a grid of {side}x{side} patches, which scale_factor "
+            f"{config.scale} does not divide"
+        )
+    elif edge != vision.image_size:
+        check.remarks.append(
+            f"tiles are cut {edge} pixels wide, the vision tower was made for {vision.image_size}"
+        )
+    made, promised = (side // config.scale) ** 2, files.processor.get("image_seq_len")
+    if promised not in (None, made):
+        check.problems.append(
+            f"processor_config.json has image_seq_len {promised}, config.json makes {made} visual "
+            "tokens of a tile"
+        )

@@ -28,10 +28,10 @@ def check_tokenizer(
     vocabulary = config.text.vocab_size
     largest = max(tokenizer.backend.get_vocab().values(), default=-1)
     check.found = f"{tokenizer.size:,} tokens, vocabulary of {vocabulary:,}"
-    if max(largest + 1, tokenizer.size) > vocabulary:
-        check.problems.append(
-            f"tokenizer.json has {tokenizer.size} tokens up to id {largest}, config.json a "
-            f"vocabulary of {vocabulary}"
+    if largest >= vocabulary:
+        check.remarks.append(
+            f"tokenizer.json has ids up to {largest}, past config.json's vocabulary of "
+            f"{vocabulary}; a prompt that needs one of them is refused"
         )
     named = tokenizer.special_tokens
     image = named.get("image_token", "<image>")

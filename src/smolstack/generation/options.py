@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from smolstack.errors import GenerationError
 from smolstack.generation.sampling import Sampling
 from smolstack.generation.stopping import RepetitionRule, Stopping
+from smolstack.processor.geometry import Tiling
 
 DEFAULT_MAX_NEW_TOKENS = 512
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
-class AnswerOptions(TypedDict, total=False):
-    """Keyword options of ask, stream and ask_many. See Sampling and Stopping.
+class AnswerOptions(Tiling, total=False):
+    """Keyword options of ask, stream and ask_many. See also Sampling, Stopping and Tiling.
 
     Attributes:
         max_new_tokens: the longest answer, in tokens; 512 unless given.
@@ -22,7 +23,6 @@ class AnswerOptions(TypedDict, total=False):
             temperature is given.
         stop: a string or several that end the answer.
         stop_on_repetition: end an answer that goes round in circles; True for the usual rule.
-        split: whether pictures are split into tiles; None as the checkpoint says.
     """
 
     max_new_tokens: int
@@ -34,21 +34,20 @@ class AnswerOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     stop_on_repetition: bool | RepetitionRule
-    split: bool | None
 
 
 def read_options(
     options: AnswerOptions, eos_token_ids: tuple[int, ...]
-) -> tuple[Sampling, Stopping, bool | None]:
+) -> tuple[Sampling, Stopping, Tiling]:
     """Split the options into their parts.
 
     Raises:
         GenerationError: an unknown option, or a value that has no meaning.
     """
     given: Mapping[str, Any] = options
-    unknown = sorted(set(given) - set(AnswerOptions.__annotations__))
+    known = {*AnswerOptions.__annotations__, *Tiling.__annotations__}
+    unknown, expected = sorted(set(given) - known), sorted(known)
     if unknown:
-        expected = sorted(AnswerOptions.__annotations__)
         raise GenerationError(f"unknown options {unknown}, expected some of {expected}")
     stop, circles = options.get("stop", ()), options.get("stop_on_repetition", False)
     stopping = Stopping(
@@ -58,4 +57,5 @@ def read_options(
         repetition=RepetitionRule() if circles is True else circles or None,
     )
     sampling = Sampling(**{name: given[name] for name in _SAMPLING if name in given})
-    return sampling, stopping, options.get("split")
+    tiling: Any = {name: given[name] for name in Tiling.__annotations__ if name in given}
+    return sampling, stopping, tiling

@@ -7,6 +7,7 @@ limits, benchmarks) asks here. Sizes are (width, height) in pixels, grids (rows,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from smolstack.errors import ImageError
 from smolstack.processor.settings import ImageSettings
@@ -79,26 +80,73 @@ class TilePlan:
         return replace(self, prompt_tokens=count)
 
 
+class Tiling(TypedDict, total=False):
+    """Choices about tiles that a caller may make; each left out is as the checkpoint says.
+
+    Attributes:
+        split: whether pictures are split into tiles.
+        max_image_tokens: visual tokens that one picture may cost at most; the largest tile grid
+            that keeps within them is taken.
+        upscale: False keeps small pictures small: none is resized beyond its own size, except to
+            fill its last tiles. Published models were trained with True.
+    """
+
+    split: bool | None
+    max_image_tokens: int | None
+    upscale: bool
+
+
 def plan_tiles(
     size: tuple[int, int],
     settings: ImageSettings,
     tokens_per_tile: int,
     split: bool | None = None,
+    *,
+    max_image_tokens: int | None = None,
+    upscale: bool = True,
 ) -> TilePlan:
-    """Plan a picture of ``size`` (width, height); ``split`` overrides the settings.
+    """Plan a picture of ``size`` (width, height). For the choices see :class:`Tiling`.
 
     With splitting, the picture is resized so that its longer side is ``longest_edge``, then
     stretched to whole tiles; a canvas of more than one tile is cut into rows × cols tiles and the
     whole picture follows as one more. Without, it is stretched to a single tile.
 
     Raises:
-        ImageError: a side is not positive.
+        ImageError: a side is not positive, or a single tile is beyond ``max_image_tokens``.
     """
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"a picture of {width}x{height} pixels; both sides must be positive")
-    resized = _to_longest_edge(width, height, settings.longest_edge) if settings.resize else size
+    longest = settings.longest_edge if settings.resize else max(size)
+    if not upscale:
+        longest = min(longest, max(size))
+    plan = _plan(size, settings, tokens_per_tile, split, longest)
+    if max_image_tokens is None or plan.visual_tokens <= max_image_tokens:
+        return plan
+    # Fewer tiles along the longer side until it fits; what is left in the end is a single tile.
     edge = settings.tile_edge
+    for along in range((max(plan.canvas) - 1) // edge, 0, -1):
+        plan = _plan(size, settings, tokens_per_tile, split, along * edge)
+        if plan.visual_tokens <= max_image_tokens:
+            return plan
+    raise ImageError(
+        f"max_image_tokens is {max_image_tokens}, below the {tokens_per_tile} visual tokens of a "
+        "single tile"
+    )
+
+
+def _plan(
+    size: tuple[int, int],
+    settings: ImageSettings,
+    tokens_per_tile: int,
+    split: bool | None,
+    longest: int,
+) -> TilePlan:
+    """The plan whose first resize goes to ``longest`` pixels."""
+    edge = settings.tile_edge
+    resized = size
+    if settings.resize or longest < max(size):
+        resized = _to_longest_edge(*size, longest)
     if not (settings.split if split is None else split):
         return TilePlan(size, resized, (edge, edge), 0, 0, edge, tokens_per_tile)
     canvas = _to_whole_tiles(*resized, edge)

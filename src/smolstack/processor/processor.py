@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,11 +16,14 @@ from smolstack.batch import Batch, VisualTokens
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError, ContextLengthError, ImageError, PromptError
 from smolstack.processor import prompt as prompts
-from smolstack.processor.geometry import TilePlan, plan_tiles
+from smolstack.processor.geometry import TilePlan, Tiling, plan_tiles
 from smolstack.processor.prompt import ChatTemplate, Markers, Message
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tiles import ImageSource, cut_tiles, image_size, normalise, open_image
 from smolstack.processor.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Picture: TypeAlias = "ImageSource | VisualTokens"
 # What one sequence may be given as: a text, the messages of a chat, or either with its pictures.
@@ -66,16 +69,14 @@ class Processor:
                 f"{self.tokens_per_tile} visual tokens of a tile"
             )
 
-    def __call__(
-        self, inputs: Sequence[PromptLike | Message], *, split: bool | None = None
-    ) -> Batch:
+    def __call__(self, inputs: Sequence[PromptLike | Message], **tiling: Unpack[Tiling]) -> Batch:
         """Prompts and pictures as one left-padded batch.
 
         Args:
             inputs: one entry per sequence: a text, the messages of a chat, or a tuple of a picture
                 (or several) and either; beside a chat they fill its image parts that hold none.
                 One chat alone may be given as its messages.
-            split: whether pictures are split into tiles; None means as the checkpoint says.
+            **tiling: split, max_image_tokens, upscale; see Tiling.
 
         Returns:
             A Batch with token_ids (B, T) and tiles (N, 3, P, P) in float32.
@@ -88,9 +89,9 @@ class Processor:
             entries = [entries]
         if not entries or isinstance(inputs, str):
             raise PromptError("expected a list of prompts, one per sequence")
-        return self.batch([self.prepare(entry, split=split) for entry in entries])
+        return self.batch([self.prepare(entry, **tiling) for entry in entries])
 
-    def prepare(self, entry: PromptLike, *, split: bool | None = None) -> Prompt:
+    def prepare(self, entry: PromptLike, **tiling: Unpack[Tiling]) -> Prompt:
         """One sequence: render, plan, expand, tokenize. No pixel is decoded.
 
         Raises:
@@ -99,7 +100,7 @@ class Processor:
             ContextLengthError: more tokens than the model has positions.
         """
         messages, pictures = _messages(entry)
-        plans = tuple(self.plan(picture, split=split) for picture in pictures)
+        plans = tuple(self.plan(picture, **tiling) for picture in pictures)
         rendered = self.render(messages)
         text = prompts.expand_placeholders(rendered, plans, self.markers)
         ids = tuple(self.tokenizer.encode(text))
@@ -131,7 +132,7 @@ class Processor:
             )
         return self.template.render(messages, answer_next=answer_next)
 
-    def plan(self, picture: Picture | tuple[int, int], *, split: bool | None = None) -> TilePlan:
+    def plan(self, picture: Picture | tuple[int, int], **tiling: Unpack[Tiling]) -> TilePlan:
         """The tile plan of a picture, of visual tokens, or of a size (width, height)."""
         size = self.tokens_per_tile
         if isinstance(picture, VisualTokens):
@@ -140,8 +141,8 @@ class Processor:
             canvas = (max(cols, 1) * edge, max(rows, 1) * edge)
             return TilePlan(picture.source, canvas, canvas, rows, cols, edge, size)
         if isinstance(picture, tuple):
-            return plan_tiles(picture, self.settings, size, split)
-        return plan_tiles(image_size(picture), self.settings, size, split)
+            return plan_tiles(picture, self.settings, size, **tiling)
+        return plan_tiles(image_size(picture), self.settings, size, **tiling)
 
     def count_tokens(self, plans: Sequence[TilePlan], text: str) -> int:
         """Tokens of the whole prompt that asks ``text`` about pictures of these plans."""
