@@ -71,6 +71,27 @@ def test_a_token_budget_holds_for_plan_encode_and_ask(
     assert tiny_vlm.ask(small, "What?", upscale=False, max_new_tokens=2).usage.tiles == 1
 
 
+def test_equal_tiles_are_encoded_once_and_answers_stay(
+    tiny_vlm: smolstack.VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Image.new("RGB", (128, 128), "white")
+    page.paste((0, 0, 0), (40, 40, 50, 50))  # ink on one tile (and, smaller, on the whole)
+    seen = []
+    forward = type(tiny_vlm.model.vision).forward
+
+    def counting(tower: Any, tiles: torch.Tensor, filled: Any = None) -> torch.Tensor:
+        seen.append(tiles.shape[0])
+        return forward(tower, tiles, filled)
+
+    tiles = tiny_vlm.processor([(page, "?")]).tiles
+    one_by_one = torch.cat([tiny_vlm.model.encode_tiles(tile[None]) for tile in tiles])
+    monkeypatch.setattr(type(tiny_vlm.model.vision), "forward", counting)
+    visual = tiny_vlm.encode(page).tokens
+    assert tiles.shape[0] == 17
+    assert sum(seen) == 3
+    torch.testing.assert_close(visual, one_by_one, atol=1e-5, rtol=1e-5)
+
+
 def test_pieces_of_a_stream_add_up_to_the_answer(
     tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
 ) -> None:

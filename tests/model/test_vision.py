@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from smolstack.config import VisionConfig
 from smolstack.errors import GridError
-from smolstack.model.vision import VisionTower, position_ids
+from smolstack.model.vision import VisionTower, distinct_tiles, position_ids
 
 CONFIG = VisionConfig(16, 32, 2, 2, image_size=28, patch_size=8)  # 3x3 patches, 4 pixels unseen
 
@@ -96,3 +96,14 @@ def test_the_full_tile_path_compiles_into_one_graph(tower: VisionTower) -> None:
     compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")
     tiles = torch.randn(2, 3, 28, 28)
     torch.testing.assert_close(compiled(tiles), tower(tiles), atol=1e-5, rtol=1e-4)
+
+
+def test_equal_tiles_are_found_and_only_those() -> None:
+    white = torch.ones(3, 4, 4)
+    other = white.clone()
+    other[0, 0, 0], other[0, 0, 1] = 2, 0  # the same sum, another picture
+    tiles = torch.stack([white, other, white, torch.zeros(3, 4, 4), other])
+    assert distinct_tiles(tiles) == ([0, 1, 3], [0, 1, 0, 2, 1])
+    filled = [(1, 1), (1, 1), (2, 1), (1, 1), (1, 1)]
+    assert distinct_tiles(tiles, filled) == ([0, 1, 2, 3], [0, 1, 2, 3, 1])
+    assert distinct_tiles(tiles[:0]) == ([], [])

@@ -41,6 +41,13 @@ User: Assistant: The picture shows a page with a table, a title and three paragr
 Convert this page to docling. Compare the two pictures. Which one is larger, and why?
 There is nothing written here. The answer is 42. A quick brown fox jumps over the lazy dog."""
 
+_NAMED_TOKENS = {
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "end_of_utterance_token": "<end_of_utterance>",
+}
+
 
 def new_checkpoint(
     preset: Preset,
@@ -182,11 +189,10 @@ def _tokenizer_config(tokens: SpecialTokens, family: str, config: ModelConfig) -
         "bos_token": tokens.bos,
         "eos_token": tokens.eos,
         "pad_token": tokens.pad,
+        # A token named here that the vocabulary lacks would be added by transformers, at an id
+        # that the embedding does not have.
         "extra_special_tokens": {
-            "image_token": "<image>",
-            "fake_image_token": "<fake_token_around_image>",
-            "global_image_token": "<global-img>",
-            "end_of_utterance_token": "<end_of_utterance>",
+            name: token for name, token in _NAMED_TOKENS.items() if token in tokens.ids
         },
         "chat_template": CHAT_TEMPLATE,
     }

@@ -15,7 +15,7 @@ from smolstack.model import packer
 from smolstack.model.cache import KVCache
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.decoder import Decoder
-from smolstack.model.vision import VisionTower
+from smolstack.model.vision import VisionTower, distinct_tiles
 
 TILES_AT_ONCE = 4  # tiles per pass of the tower: bounds its memory whatever the picture's size
 
@@ -56,18 +56,25 @@ class VisionLanguageModel(nn.Module):
     def encode_tiles(
         self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None
     ) -> Tensor:
-        """Visual tokens of tiles, a few tiles at a time: (N, 3, P, P) → (N, S, D)."""
+        """Visual tokens of tiles: (N, 3, P, P) → (N, S, D).
+
+        A few tiles go through the tower at a time, and tiles that are equal to the last bit (the
+        white of a page) go through it once.
+        """
         grid = self.vision.grid_of(tiles)
-        tiles = tiles.to(device=self.device, dtype=self.dtype)
+        firsts, copies = distinct_tiles(tiles, filled)
         encoded = []
-        for start in range(0, tiles.shape[0], TILES_AT_ONCE):
-            some = slice(start, start + TILES_AT_ONCE)
-            states = self.vision(tiles[some], None if filled is None else filled[some])
+        for start in range(0, len(firsts), TILES_AT_ONCE):
+            some = firsts[start : start + TILES_AT_ONCE]
+            pixels = tiles[some].to(device=self.device, dtype=self.dtype)
+            states = self.vision(pixels, None if filled is None else [filled[i] for i in some])
             encoded.append(self.connector(states, grid))
         if not encoded:
             tokens = (grid[0] // self.config.scale) * (grid[1] // self.config.scale)
-            return tiles.new_empty(0, tokens, self.config.text.hidden_size)
-        return encoded[0] if len(encoded) == 1 else torch.cat(encoded)
+            empty = (0, tokens, self.config.text.hidden_size)
+            return torch.empty(empty, dtype=self.dtype, device=self.device)
+        visual = encoded[0] if len(encoded) == 1 else torch.cat(encoded)
+        return visual if len(firsts) == tiles.shape[0] else visual[copies]
 
     def merge(self, batch: Batch) -> Tensor:
         """Text embeddings with the visual tokens in their places: (B, T, D).
