@@ -1,0 +1,33 @@
+"""Write a training state as a Hugging Face folder: the bundled checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from smolstack.checkpoint.save import save_checkpoint
+from smolstack.model.vlm import VisionLanguageModel
+from training.reader import shape
+from training.reader.files import side_files
+from training.reader.train import STATE
+
+BUNDLED = Path("src/smolstack/reader")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".cache/reader"))
+    parser.add_argument("--out", type=Path, default=BUNDLED)
+    options = parser.parse_args()
+    state = torch.load(options.folder / STATE, weights_only=True)
+    model = VisionLanguageModel(shape.CONFIG)
+    model.load_state_dict(state["average"] if "average" in state else state["model"])
+    save_checkpoint(options.out, model, side_files(), overwrite=True)
+    size = sum(path.stat().st_size for path in options.out.iterdir())
+    print(f"{options.out}: {size / 1e6:.2f} MB, stage {state['stage']}, step {state['step']}")
+
+
+if __name__ == "__main__":
+    main()
