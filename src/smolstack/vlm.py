@@ -14,10 +14,11 @@ from smolstack.checkpoint.load import Checkpoint, load_checkpoint
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import PromptError
 from smolstack.generation.answer import Answer
-from smolstack.generation.answering import AnswerStream, encode_picture
+from smolstack.generation.answering import Answering, AnswerStream
 from smolstack.generation.options import AnswerOptions, read_options
+from smolstack.generation.reuse import PictureCache
 from smolstack.processor.geometry import TilePlan, Tiling
-from smolstack.processor.processor import Picture, PromptLike, as_pictures
+from smolstack.processor.processor import Picture, Prompt, PromptLike, as_pictures
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
 
@@ -65,6 +66,7 @@ class VLM:
         self.config, self.folder = checkpoint.config, checkpoint.files.folder
         self.eos_token_ids = checkpoint.eos_token_ids
         self._files = checkpoint.files
+        self._answering = Answering(self.model, self.processor)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,8 +122,7 @@ class VLM:
         entry = _entry(images, text, messages)
         sampling, stopping, tiling = read_options(options, self.eos_token_ids)
         return AnswerStream(
-            self.model,
-            self.processor,
+            self._answering,
             [self.processor.prepare(entry, **tiling)],
             sampling,
             stopping,
@@ -140,7 +141,7 @@ class VLM:
             raise PromptError("expected a list of prompts, one per answer")
         sampling, stopping, tiling = read_options(options, self.eos_token_ids)
         prepared = [self.processor.prepare(entry, **tiling) for entry in prompts]
-        stream = AnswerStream(self.model, self.processor, prepared, sampling, stopping)
+        stream = AnswerStream(self._answering, prepared, sampling, stopping)
         for _ in stream:
             pass
         return stream.answers
@@ -164,7 +165,18 @@ class VLM:
         The tower and the connector run once, here; ``ask(visual, …)`` goes on from there.
         """
         plan = self.processor.plan(image, **tiling)
-        return encode_picture(self.model, self.processor, image, plan)
+        prompt = Prompt("", (), (image,), (plan,))
+        visual = self._answering.encode([prompt]).finish()[0].pictures[0]
+        assert isinstance(visual, VisualTokens)
+        return visual
+
+    @property
+    def picture_cache(self) -> PictureCache:
+        """Visual tokens of the pictures asked about last, by content.
+
+        ``picture_cache.max_bytes`` limits it (0 keeps nothing), ``picture_cache.clear()`` forgets.
+        """
+        return self._answering.pictures
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint as a Hugging Face folder; complete or not at all."""

@@ -7,17 +7,93 @@ from dataclasses import replace
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
-from smolstack.batch import Batch, VisualTokens
+from smolstack.batch import VisualTokens
 from smolstack.errors import GenerationError
 from smolstack.generation.answer import Answer, Timings, Usage
-from smolstack.generation.generate import Run, generate, start
+from smolstack.generation.generate import Run, capacity, generate, start
+from smolstack.generation.reuse import (
+    PictureCache,
+    PrefixCache,
+    TokenKey,
+    picture_key,
+    token_keys,
+)
 from smolstack.generation.sampling import Sampling
 from smolstack.generation.stopping import Stopping
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.processor import Processor, Prompt
-from smolstack.processor.tiles import ImageSource
+from smolstack.processor.processor import Picture, Processor, Prompt
+
+
+class Answering:
+    """A model, its processor, and what they need not do twice.
+
+    Attributes:
+        pictures: visual tokens by content.
+        prefix: the KV cache of the last conversation; None switches its reuse off.
+    """
+
+    def __init__(self, model: VisionLanguageModel, processor: Processor) -> None:
+        self.model, self.processor = model, processor
+        self.pictures = PictureCache()
+        self.prefix: PrefixCache | None = PrefixCache()
+
+    def encode(self, prompts: Sequence[Prompt]) -> Encoding:
+        """Open and cut the pictures that are not known yet; no tower runs before ``finish``."""
+        return Encoding(self, prompts)
+
+
+class Encoding:
+    """Pictures of prepared prompts on their way to visual tokens.
+
+    Made in two steps, so that a bad picture is an error before any network runs: the constructor
+    opens and cuts, :meth:`finish` encodes everything new in one go.
+    """
+
+    def __init__(self, answering: Answering, prompts: Sequence[Prompt]) -> None:
+        self.answering, self.prompts = answering, prompts
+        self.known: dict[bytes, VisualTokens] = {}
+        self.cut: dict[bytes, tuple[Tensor, TilePlan]] = {}
+        self.keys: list[list[bytes | VisualTokens]] = [
+            [self._key(picture, plan) for picture, plan in zip(p.pictures, p.plans, strict=True)]
+            for p in prompts
+        ]
+
+    def _key(self, picture: Picture, plan: TilePlan) -> bytes | VisualTokens:
+        if isinstance(picture, VisualTokens):
+            return picture
+        processor = self.answering.processor
+        key = picture_key(picture, plan, processor.settings, self.answering.model)
+        if key not in self.known and key not in self.cut:
+            found = self.answering.pictures.get(key)
+            if found is not None:
+                self.known[key] = found
+            else:
+                self.cut[key] = (processor.pixels(picture, plan), plan)
+        return key
+
+    def finish(self) -> list[Prompt]:
+        """The prompts with visual tokens for pictures."""
+        if self.cut:
+            tiles = torch.cat([pixels for pixels, _ in self.cut.values()])
+            with torch.inference_mode():
+                visual = self.answering.model.encode_tiles(tiles)
+            parts = torch.split(visual, [plan.tiles for _, plan in self.cut.values()])
+            for (key, (_, plan)), tokens in zip(self.cut.items(), parts, strict=True):
+                # A copy of its own: a view would keep every picture of the batch alive.
+                own = tokens if len(parts) == 1 else tokens.clone()
+                self.known[key] = VisualTokens(own, plan.rows, plan.cols, plan.source)
+                self.answering.pictures.put(key, self.known[key])
+            self.cut.clear()
+        return [
+            replace(prompt, pictures=tuple(self._visual(key) for key in keys))
+            for prompt, keys in zip(self.prompts, self.keys, strict=True)
+        ]
+
+    def _visual(self, key: bytes | VisualTokens) -> VisualTokens:
+        return key if isinstance(key, VisualTokens) else self.known[key]
 
 
 class AnswerStream:
@@ -28,19 +104,21 @@ class AnswerStream:
 
     def __init__(
         self,
-        model: VisionLanguageModel,
-        processor: Processor,
+        answering: Answering,
         prompts: Sequence[Prompt],
         sampling: Sampling,
         stopping: Stopping,
     ) -> None:
-        self._model, self._prompts, self._stopping = model, prompts, stopping
-        began = perf_counter()
-        batch, self._vision_seconds = _encode_given(model, processor, prompts)
-        self._picture_seconds = perf_counter() - began - self._vision_seconds
-        self._batch = batch
+        self._answering, self._prompts, self._stopping = answering, prompts, stopping
+        model, tokenizer = answering.model, answering.processor.tokenizer
         limit = model.config.text.max_positions
-        self._run = start(batch, sampling, stopping, processor.tokenizer.decode, limit)
+        self._run = start(
+            [prompt.token_ids for prompt in prompts], sampling, stopping, tokenizer.decode, limit
+        )
+        began = perf_counter()
+        self._encoding = answering.encode(prompts)
+        self._picture_seconds = perf_counter() - began
+        self._vision_seconds = 0.0
         self._pieces = self._generate()
 
     def __iter__(self) -> Iterator[str]:
@@ -62,15 +140,28 @@ class AnswerStream:
         return [_answer(p, self._run, row, self._timings()) for row, p in enumerate(self._prompts)]
 
     def _generate(self) -> Iterator[str]:
-        batch, vision = _encode_pictures(self._model, self._batch)
-        self._vision_seconds += vision
+        model, prefix = self._answering.model, self._answering.prefix
+        began = perf_counter()
+        prompts = self._encoding.finish()
+        self._vision_seconds = perf_counter() - began
+        batch = self._answering.processor.batch(prompts)
+        room = capacity(batch, self._run)
+        keys: list[TokenKey] = []
+        cache = None
+        if prefix is not None and len(prompts) == 1:
+            keys = _keys(prompts[0], model)
+            cache = prefix.take(keys, room)
+        cache = cache or model.new_cache(batch, room)
         first = True
-        for event in generate(self._model, batch, self._run, self._stopping):
+        for event in generate(model, batch, self._run, self._stopping, cache):
             # The template leaves a space between "Assistant:" and the answer to the model.
             piece = event.piece.lstrip() if first else event.piece
             first = first and not piece
             if piece:
                 yield piece
+        if prefix is not None and keys:
+            visual = [p.tokens for p in prompts[0].pictures if isinstance(p, VisualTokens)]
+            prefix.put([*keys, *self._run.sequences[0].token_ids], cache, visual)
 
     def _timings(self) -> Timings:
         run = self._run
@@ -83,46 +174,9 @@ class AnswerStream:
         )
 
 
-def encode_picture(
-    model: VisionLanguageModel, processor: Processor, picture: ImageSource, plan: TilePlan
-) -> VisualTokens:
-    """One picture through tower and connector, as planned."""
-    with torch.inference_mode():
-        tokens = model.encode_tiles(processor.pixels(picture, plan))
-    return VisualTokens(tokens, plan.rows, plan.cols, plan.source)
-
-
-def _encode_given(
-    model: VisionLanguageModel, processor: Processor, prompts: Sequence[Prompt]
-) -> tuple[Batch, float]:
-    """The batch of prompts; where only some pictures are visual tokens, all are made so."""
-    pictures = [picture for prompt in prompts for picture in prompt.pictures]
-    given = [isinstance(picture, VisualTokens) for picture in pictures]
-    began = perf_counter()
-    if any(given) and not all(given):
-        prompts = [_all_encoded(model, processor, prompt) for prompt in prompts]
-    seconds = perf_counter() - began if any(given) else 0.0
-    return processor.batch(prompts), seconds
-
-
-def _all_encoded(model: VisionLanguageModel, processor: Processor, prompt: Prompt) -> Prompt:
-    pictures = tuple(
-        picture
-        if isinstance(picture, VisualTokens)
-        else encode_picture(model, processor, picture, plan)
-        for picture, plan in zip(prompt.pictures, prompt.plans, strict=True)
-    )
-    return replace(prompt, pictures=pictures)
-
-
-def _encode_pictures(model: VisionLanguageModel, batch: Batch) -> tuple[Batch, float]:
-    """The batch with its tiles as visual tokens, and the seconds that took."""
-    if batch.visual_tokens is not None or not batch.tiles_per_image:
-        return batch, 0.0
-    began = perf_counter()
-    with torch.inference_mode():
-        visual = model.encode_tiles(batch.tiles, batch.tile_grids)
-    return replace(batch, visual_tokens=visual), perf_counter() - began
+def _keys(prompt: Prompt, model: VisionLanguageModel) -> list[TokenKey]:
+    visual = [picture for picture in prompt.pictures if isinstance(picture, VisualTokens)]
+    return token_keys(prompt.token_ids, model.config.image_token_id, visual)
 
 
 def _answer(prompt: Prompt, run: Run, row: int, timings: Timings) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -13,11 +14,12 @@ from smolstack.errors import ContextLengthError
 from smolstack.generation.sampling import Sampler, Sampling
 from smolstack.generation.stopping import FinishReason, Stopping
 from smolstack.generation.stream import TextStream
+from smolstack.model.cache import KVCache
 from smolstack.model.vlm import VisionLanguageModel
 
 
 @dataclass
-class Answering:
+class Growing:
     """One answer as it grows."""
 
     prompt_tokens: int
@@ -41,14 +43,14 @@ class Event:
 class Run:
     """The sequences of a batch and what their generation took, in seconds."""
 
-    sequences: list[Answering]
+    sequences: list[Growing]
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_steps: int = 0
 
 
 def start(
-    batch: Batch,
+    prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stopping: Stopping,
     decode: Callable[[Sequence[int]], str],
@@ -56,12 +58,16 @@ def start(
 ) -> Run:
     """Check that every answer has room, before any work is done.
 
+    Args:
+        prompts: token ids of each sequence.
+        decode: token ids → text, special tokens left out.
+        max_positions: tokens that the model's context holds.
+
     Raises:
         ContextLengthError: a prompt leaves no room for a single new token.
     """
     sequences = []
-    for row in range(len(batch)):
-        prompt_ids = batch.token_ids[row][batch.attention_mask[row]]
+    for prompt_ids in prompts:
         room = max_positions - len(prompt_ids)
         if room < 1:
             raise ContextLengthError(
@@ -69,10 +75,10 @@ def start(
                 f"{max_positions}, which leaves no room for an answer"
             )
         sequences.append(
-            Answering(
+            Growing(
                 prompt_tokens=len(prompt_ids),
                 limit=min(stopping.max_new_tokens, room),
-                sampler=Sampler(sampling, prompt_ids),
+                sampler=Sampler(sampling, torch.tensor(list(prompt_ids), dtype=torch.long)),
                 stream=TextStream(decode, stopping.stop),
             )
         )
@@ -80,42 +86,58 @@ def start(
 
 
 def generate(
-    model: VisionLanguageModel, batch: Batch, run: Run, stopping: Stopping
+    model: VisionLanguageModel, batch: Batch, run: Run, stopping: Stopping, cache: KVCache
 ) -> Iterator[Event]:
     """Answer every sequence of a batch; yields an event per sequence and step.
 
     Each sequence has its own random state and limits, and finished ones leave the batch, so an
     answer does not depend on its neighbours.
+
+    Args:
+        cache: empty, or holding a prefix of the batch's only sequence; :func:`capacity` tokens.
     """
+    logits = _timed(run, "prefill_seconds", lambda: model.prefill(batch, cache))
+    active = list(range(len(batch)))
+    while True:
+        tokens = []
+        for place, row in enumerate(active):
+            sequence = run.sequences[row]
+            token, piece = _step(sequence, logits[place], stopping)
+            tokens.append(token)
+            yield Event(row, piece, sequence.finish_reason)
+        going = [p for p, row in enumerate(active) if run.sequences[row].finish_reason is None]
+        if not going:
+            return
+        if len(going) < len(active):
+            cache.select(torch.tensor(going, device=model.device))
+            active, tokens = [active[p] for p in going], [tokens[p] for p in going]
+        new = torch.tensor(tokens, device=model.device)
+        logits = _timed(run, "decode_seconds", partial(model.decode_one_token, new, cache))
+        run.decode_steps += 1
+
+
+def capacity(batch: Batch, run: Run) -> int:
+    """Tokens per sequence that a cache for these answers must hold."""
+    return batch.token_ids.shape[1] + max(sequence.limit for sequence in run.sequences)
+
+
+def _timed(run: Run, total: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Do ``work`` without autograd and add its seconds to a total of the run.
+
+    Inference mode ends before anything is yielded: a generator that held it would leave it on in
+    the caller's code.
+    """
+    began = perf_counter()
     with torch.inference_mode():
-        longest = max(sequence.limit for sequence in run.sequences)
-        cache = model.new_cache(batch, batch.token_ids.shape[1] + longest)
-        began = perf_counter()
-        logits = model.prefill(batch, cache)
-        run.prefill_seconds = perf_counter() - began
-        active = list(range(len(batch)))
-        while True:
-            tokens = []
-            for place, row in enumerate(active):
-                sequence = run.sequences[row]
-                token, piece = _step(sequence, logits[place], stopping)
-                tokens.append(token)
-                yield Event(row, piece, sequence.finish_reason)
-            going = [p for p, row in enumerate(active) if run.sequences[row].finish_reason is None]
-            if not going:
-                return
-            if len(going) < len(active):
-                cache.select(torch.tensor(going, device=model.device))
-                active, tokens = [active[p] for p in going], [tokens[p] for p in going]
-            began = perf_counter()
-            logits = model.decode_one_token(torch.tensor(tokens, device=model.device), cache)
-            run.decode_seconds += perf_counter() - began
-            run.decode_steps += 1
+        result = work()
+    setattr(run, total, getattr(run, total) + perf_counter() - began)
+    return result
 
 
-def _step(sequence: Answering, logits: torch.Tensor, stopping: Stopping) -> tuple[int, str]:
+def _step(sequence: Growing, logits: torch.Tensor, stopping: Stopping) -> tuple[int, str]:
     """Choose one token and decide whether the answer ends with it."""
-    token = sequence.sampler(logits)
+    with torch.inference_mode():
+        token = sequence.sampler(logits)
     sequence.token_ids.append(token)
     if token in stopping.eos_token_ids:
         sequence.finish_reason = "stop"

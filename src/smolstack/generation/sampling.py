@@ -58,6 +58,7 @@ class Sampler:
         """The next token, from logits (V,)."""
         logits = logits.float()
         if self.seen is not None:
+            self.seen = self.seen.to(logits.device)
             logits = penalise(logits, self.seen, self.sampling.repetition_penalty)
         if self.sampling.temperature == 0:
             token = int(logits.argmax())

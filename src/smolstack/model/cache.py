@@ -51,6 +51,14 @@ class KVCache:
         """Count ``tokens`` as written, once every layer has appended them."""
         self.length += tokens
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens; what is held is copied if the buffers must grow."""
+        if capacity <= self.capacity:
+            return
+        self.keys = [_grown(keys, self.length, capacity) for keys in self.keys]
+        self.values = [_grown(values, self.length, capacity) for values in self.values]
+        self.capacity = capacity
+
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens (a shared prefix is kept this way)."""
         self.length = min(self.length, length)
@@ -61,3 +69,10 @@ class KVCache:
         self.values = [values.index_select(0, rows) for values in self.values]
         if self.padding is not None:
             self.padding = self.padding.index_select(0, rows)
+
+
+def _grown(buffer: Tensor, length: int, capacity: int) -> Tensor:
+    batch, heads, _, width = buffer.shape
+    larger = buffer.new_empty(batch, heads, capacity, width)
+    larger[:, :, :length] = buffer[:, :, :length]
+    return larger

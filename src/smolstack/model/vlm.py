@@ -124,8 +124,11 @@ class VisionLanguageModel(nn.Module):
         )
 
     def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Read the prompts into ``cache``; logits of the token after each: (B, V)."""
-        states = self.decoder(self.merge(batch), cache=cache)
+        """Read the prompts into ``cache``; logits of the token after each: (B, V).
+
+        Tokens that the cache holds already (a shared prefix) are not read again.
+        """
+        states = self.decoder(self.merge(batch)[:, cache.length :], cache=cache)
         return self.logits(states[:, -1])
 
     def decode_one_token(self, token_ids: Tensor, cache: KVCache) -> Tensor:
