@@ -94,16 +94,19 @@ def random_model(
     }
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            # In place where it can be: an embedding of 128k tokens is 2 GB.
+            noise = parameter if dtype == torch.float32 else torch.empty(parameter.shape)
+            noise.normal_(generator=generator)
             if id(parameter) in norms:
-                value = 1 + 0.1 * noise
+                noise.mul_(0.1).add_(1)
             elif name.endswith("bias"):
-                value = 0.1 * noise
+                noise.mul_(0.1)
             elif name.endswith("embedding.weight") and "patch" not in name:
-                value = noise if not config.tied else noise * 0.3
+                noise.mul_(0.3 if config.tied else 1)
             else:
-                value = noise / math.sqrt(parameter[0].numel())
-            parameter.copy_(value)
+                noise.div_(math.sqrt(parameter[0].numel()))
+            if noise is not parameter:
+                parameter.copy_(noise)
     return model.eval()
 
 
