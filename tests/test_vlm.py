@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 
@@ -148,6 +149,23 @@ def test_a_stop_string_ends_the_answer_before_it(
     answer = tiny_vlm.ask(picture, "What?", max_new_tokens=12, stop=stop)
     assert answer.finish_reason == "stop"
     assert answer.text == whole[: whole.index(stop)].strip()
+
+
+def test_special_tokens_are_left_out_unless_asked_for(
+    tiny_vlm: smolstack.VLM, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A document model answers in special tokens; let one that this model writes be special.
+    plain = tiny_vlm.ask(picture, "What?", max_new_tokens=4)
+    written = map(tiny_vlm.processor.tokenizer.token, plain.token_ids)
+    tag = next(token for token in written if token and token.startswith("<|unused"))
+    backend = tokenizers.Tokenizer.from_str(tiny_vlm.processor.tokenizer.backend.to_str())
+    backend.add_special_tokens([tag])
+    monkeypatch.setattr(tiny_vlm.processor.tokenizer, "backend", backend)
+    without = tiny_vlm.ask(picture, "What?", max_new_tokens=4)
+    kept = tiny_vlm.ask(picture, "What?", max_new_tokens=4, keep_special_tokens=True)
+    assert without.token_ids == kept.token_ids == plain.token_ids
+    assert tag in kept.text
+    assert tag not in without.text
 
 
 def test_circles_end_only_when_asked(tiny_vlm: smolstack.VLM, picture: Image.Image) -> None:

@@ -95,8 +95,8 @@ class VLM:
             messages: a whole chat instead of text; its image parts hold their pictures, or are
                 filled from ``images`` in order.
             **options: max_new_tokens (512), temperature (0: greedy), top_p, top_k, min_p,
-                repetition_penalty, seed, stop (strings), stop_on_repetition (False), split,
-                max_image_tokens, upscale; see AnswerOptions.
+                repetition_penalty, seed, stop (strings), stop_on_repetition (False),
+                keep_special_tokens (False), split, max_image_tokens, upscale; see AnswerOptions.
 
         Raises:
             ImageError, PromptError, ContextLengthError, GenerationError: before any work is done.
@@ -120,12 +120,11 @@ class VLM:
         the pieces are exhausted.
         """
         entry = _entry(images, text, messages)
-        sampling, stopping, tiling = read_options(options, self.eos_token_ids)
+        chosen = read_options(options, self.eos_token_ids)
         return AnswerStream(
             self._answering,
-            [self.processor.prepare(entry, **tiling)],
-            sampling,
-            stopping,
+            [self.processor.prepare(entry, **chosen.tiling)],
+            chosen,
         )
 
     def ask_many(
@@ -139,9 +138,9 @@ class VLM:
         """
         if isinstance(prompts, str) or not prompts:
             raise PromptError("expected a list of prompts, one per answer")
-        sampling, stopping, tiling = read_options(options, self.eos_token_ids)
-        prepared = [self.processor.prepare(entry, **tiling) for entry in prompts]
-        stream = AnswerStream(self._answering, prepared, sampling, stopping)
+        chosen = read_options(options, self.eos_token_ids)
+        prepared = [self.processor.prepare(entry, **chosen.tiling) for entry in prompts]
+        stream = AnswerStream(self._answering, prepared, chosen)
         for _ in stream:
             pass
         return stream.answers

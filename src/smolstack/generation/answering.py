@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -13,6 +14,7 @@ from smolstack.batch import VisualTokens
 from smolstack.errors import GenerationError
 from smolstack.generation.answer import Answer, Timings, Usage
 from smolstack.generation.generate import Run, capacity, generate, start
+from smolstack.generation.options import ReadOptions
 from smolstack.generation.reuse import (
     PictureCache,
     PrefixCache,
@@ -20,8 +22,6 @@ from smolstack.generation.reuse import (
     picture_key,
     token_keys,
 )
-from smolstack.generation.sampling import Sampling
-from smolstack.generation.stopping import Stopping
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.processor import Picture, Processor, Prompt
@@ -106,14 +106,16 @@ class AnswerStream:
         self,
         answering: Answering,
         prompts: Sequence[Prompt],
-        sampling: Sampling,
-        stopping: Stopping,
+        options: ReadOptions,
     ) -> None:
-        self._answering, self._prompts, self._stopping = answering, prompts, stopping
-        model, tokenizer = answering.model, answering.processor.tokenizer
-        limit = model.config.text.max_positions
+        self._answering, self._prompts, self._stopping = answering, prompts, options.stopping
+        decode = answering.processor.tokenizer.decode
         self._run = start(
-            [prompt.token_ids for prompt in prompts], sampling, stopping, tokenizer.decode, limit
+            [prompt.token_ids for prompt in prompts],
+            options.sampling,
+            options.stopping,
+            partial(decode, skip_special=not options.keep_special_tokens),
+            answering.model.config.text.max_positions,
         )
         began = perf_counter()
         self._encoding = answering.encode(prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from smolstack.errors import GenerationError
@@ -23,6 +24,8 @@ class AnswerOptions(Tiling, total=False):
             temperature is given.
         stop: a string or several that end the answer.
         stop_on_repetition: end an answer that goes round in circles; True for the usual rule.
+        keep_special_tokens: write special tokens into the text; document models (SmolDocling,
+            granite-docling) answer in them. The end token never is part of the text.
     """
 
     max_new_tokens: int
@@ -34,12 +37,21 @@ class AnswerOptions(Tiling, total=False):
     seed: int | None
     stop: str | Sequence[str]
     stop_on_repetition: bool | RepetitionRule
+    keep_special_tokens: bool
 
 
-def read_options(
-    options: AnswerOptions, eos_token_ids: tuple[int, ...]
-) -> tuple[Sampling, Stopping, Tiling]:
-    """Split the options into their parts.
+@dataclass(frozen=True)
+class ReadOptions:
+    """The same options, checked, by what they are for."""
+
+    sampling: Sampling
+    stopping: Stopping
+    tiling: Tiling
+    keep_special_tokens: bool
+
+
+def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> ReadOptions:
+    """Check the options and split them by what they are for.
 
     Raises:
         GenerationError: an unknown option, or a value that has no meaning.
@@ -58,4 +70,4 @@ def read_options(
     )
     sampling = Sampling(**{name: given[name] for name in _SAMPLING if name in given})
     tiling: Any = {name: given[name] for name in Tiling.__annotations__ if name in given}
-    return sampling, stopping, tiling
+    return ReadOptions(sampling, stopping, tiling, options.get("keep_special_tokens", False))
