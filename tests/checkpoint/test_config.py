@@ -115,6 +115,11 @@ def test_llama3_scaling_is_read_from_old_files() -> None:
         ({"text_head_dim": 5}, "head_dim is 5"),
         ({"text_rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn', expected one of"),
         ({"text_rope_scaling": {"rope_type": "llama3"}}, "has no factor"),
+        ({"text_qk_layer_norms": True}, "qk_layer_norms is True; only False is supported"),
+        (
+            {"text_rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5; only 1.0 is supported",
+        ),
         ({"text_rope_theta": True}, "rope_theta is True, expected a number"),
     ],
 )

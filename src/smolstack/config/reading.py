@@ -68,6 +68,14 @@ def divides(where: str, name: str, total: int, parts: int) -> None:
         raise ConfigError(f"{where}.{name} {total} is not divisible by its {parts} {kind}")
 
 
+def refuse_other_values(where: str, data: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise for a key whose value differs from the only one that is built."""
+    for key, value in known.items():
+        found = data.get(key)
+        if found is not None and found != value:
+            raise ConfigError(f"{where}.{key} is {found!r}; only {value!r} is supported")
+
+
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}, expected one of {list(allowed)}")

@@ -14,6 +14,7 @@ from smolstack.config.reading import (
     divides,
     one_of,
     positive,
+    refuse_other_values,
 )
 from smolstack.errors import ConfigError
 
@@ -30,6 +31,9 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
 }
 ROPE_TYPES = ("default", "linear", "llama3")
+# Variations of the architecture that exist in the library but in no checkpoint of this family;
+# a file that asks for one would be computed wrongly without any weight missing.
+_UNSUPPORTED = {"qk_layer_norms": False, "use_resampler": False, "partial_rotary_factor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class RopeConfig:
         inner = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(inner, Mapping):
             raise ConfigError(f"{where}.rope_parameters is {inner!r}, expected an object")
+        refuse_other_values(f"{where}.rope_parameters", inner, _UNSUPPORTED)
         theta = inner.get("rope_theta", text.get("rope_theta"))
         if theta is None:
             raise ConfigError(
@@ -136,6 +141,7 @@ class TextConfig:
         where = "config.json text_config"
         if data.get("model_type", "llama") != "llama":
             raise ConfigError(f"{where}.model_type is {data['model_type']!r}, expected 'llama'")
+        refuse_other_values(where, data, _UNSUPPORTED)
         get = Reader(where, data, _TEXT_DEFAULTS)
         hidden, heads = get.integer("hidden_size"), get.integer("num_attention_heads")
         if data.get("head_dim") is None:
