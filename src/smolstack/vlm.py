@@ -177,6 +177,10 @@ class VLM:
         """
         return self._answering.pictures
 
+    def forget(self) -> None:
+        """Drop everything kept for reuse: pictures and the last conversation's KV cache."""
+        self._answering.forget()
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint as a Hugging Face folder; complete or not at all."""
         side = complete_side_files(self._files, self.config, self.processor.settings)

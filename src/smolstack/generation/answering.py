@@ -44,6 +44,12 @@ class Answering:
         """Open and cut the pictures that are not known yet; no tower runs before ``finish``."""
         return Encoding(self, prompts)
 
+    def forget(self) -> None:
+        """Drop everything kept for reuse."""
+        self.pictures.clear()
+        if self.prefix is not None:
+            self.prefix.clear()
+
 
 class Encoding:
     """Pictures of prepared prompts on their way to visual tokens.
