@@ -40,8 +40,9 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         _check_size("the picture", source.size, max_pixels)
         return _to_rgb(source, "the picture")
     name, opened = _open(source)
-    _check_size(name, opened.size, max_pixels)
-    return _to_rgb(opened, name, upright=True)
+    with opened:
+        _check_size(name, opened.size, max_pixels)
+        return _to_rgb(opened, name, upright=True)
 
 
 def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -51,9 +52,10 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     if isinstance(source, Image.Image):
         return source.size
     name, opened = _open(source)
-    _check_size(name, opened.size, max_pixels)
-    turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (opened.height, opened.width) if turned else opened.size
+    with opened:
+        _check_size(name, opened.size, max_pixels)
+        turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (opened.height, opened.width) if turned else opened.size
 
 
 def cut_tiles(image: Image.Image, plan: TilePlan, settings: ImageSettings) -> Tensor:
