@@ -97,10 +97,7 @@ def ask(
         show_json(answer_json(answer, names, plans))
     else:
         write_piece("\n")
-    if verbose or (sys.stderr.isatty() and answer.finish_reason != "stop"):
-        note(ending_line(answer))
-    if verbose:
-        note(timings_line(answer))
+    tell_ending(answer, verbose=verbose)
 
 
 def check_question(images: list[str], text: str) -> None:
@@ -166,6 +163,14 @@ def plan_line(name: str, plan: TilePlan) -> str:
         f"{plural(plan.tiles, 'tile')} of {plan.tile_edge}x{plan.tile_edge}, "
         f"{plural(plan.visual_tokens, 'visual token')}"
     )
+
+
+def tell_ending(answer: Answer, *, verbose: bool) -> None:
+    """How an answer ended and what it took, on stderr; on a terminal also that it was cut off."""
+    if verbose or (sys.stderr.isatty() and answer.finish_reason != "stop"):
+        note(ending_line(answer))
+    if verbose:
+        note(timings_line(answer))
 
 
 def ending_line(answer: Answer) -> str:

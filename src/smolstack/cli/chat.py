@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smolstack.cli import options
-from smolstack.cli.ask import ending_line, plan_line, timings_line
+from smolstack.cli.ask import plan_line, tell_ending
 from smolstack.cli.console import error, note, progress, write_piece
 from smolstack.errors import PromptError, SmolstackError
 
@@ -74,10 +74,8 @@ class Conversation:
         self.messages += [turn, {"role": "assistant", "content": said}]
         self.waiting = []
         write_piece("\n")
-        if complete and (self.verbose or stream.answer.finish_reason != "stop"):
-            note(ending_line(stream.answer))
-        if complete and self.verbose:
-            note(timings_line(stream.answer))
+        if complete:
+            tell_ending(stream.answer, verbose=self.verbose)
 
     @staticmethod
     def _print(stream: AnswerStream, pieces: list[str], interruptible: bool) -> bool:
