@@ -77,7 +77,17 @@ def test_options_reach_the_model(
     run: Run, tiny_folder: Path, tiny_vlm: smolstack.VLM, sign: Path
 ) -> None:
     given = "--temperature 1.5 --top-p 0.9 --top-k 50 --min-p 0.01 --repetition-penalty 1.2"
-    arguments = [*given.split(), "--seed", 5, "--no-split", "--max-new-tokens", 8, "--threads", 1]
+    arguments = [
+        *given.split(),
+        "--seed",
+        5,
+        "--max-image-tokens",
+        24,
+        "--max-new-tokens",
+        8,
+        "--threads",
+        1,
+    ]
     result = run("ask", sign, QUESTION, "--model", tiny_folder, "--dtype", "float32", *arguments)
     expected = tiny_vlm.ask(
         sign,
@@ -88,8 +98,19 @@ def test_options_reach_the_model(
         min_p=0.01,
         repetition_penalty=1.2,
         seed=5,
-        split=False,
+        max_image_tokens=24,
         max_new_tokens=8,
+    )
+    assert result.stdout.strip() == expected.text
+
+
+def test_special_tokens_are_kept_when_asked_for(
+    run: Run, tiny_folder: Path, tiny_vlm: smolstack.VLM, sign: Path
+) -> None:
+    arguments = ["--no-upscale", "--max-new-tokens", 30, "--keep-special-tokens"]
+    result = run("ask", sign, QUESTION, "--model", tiny_folder, *arguments)
+    expected = tiny_vlm.ask(
+        sign, QUESTION, upscale=False, max_new_tokens=30, keep_special_tokens=True
     )
     assert result.stdout.strip() == expected.text
 

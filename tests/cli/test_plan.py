@@ -67,6 +67,16 @@ def test_no_split_is_one_tile(run: Run, tiny_folder: Path, sign: Path) -> None:
     assert json.loads(run("plan", sign, *arguments).stdout)["images"][0]["tiles"] == 1
 
 
+def test_a_budget_and_small_pictures_cost_fewer_tokens(run: Run, tiny_folder: Path) -> None:
+    def tokens(*arguments: object) -> int:
+        result = run("plan", "60x60", "--json", "--model", tiny_folder, *arguments)
+        return int(json.loads(result.stdout)["images"][0]["visual_tokens"])
+
+    assert tokens() == 17 * 4
+    assert tokens("--max-image-tokens", 40) <= 40
+    assert tokens("--no-upscale") == 5 * 4
+
+
 @pytest.mark.parametrize("what", ["wide", "tall", "dot", "sizes", "unsplit"])
 def test_the_drawing_shows_every_tile(
     run: Run, tiny_folder: Path, tmp_path: Path, what: str

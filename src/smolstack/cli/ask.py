@@ -51,9 +51,12 @@ def ask(
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     split: options.SplitOption = None,
+    max_image_tokens: options.MaxImageTokens = None,
+    upscale: options.Upscale = True,
     max_new_tokens: options.MaxNewTokens = 512,
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
+    keep_special_tokens: options.KeepSpecialTokens = False,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
@@ -77,10 +80,14 @@ def ask(
         seed=seed,
         stop=stop,
         stop_on_repetition=stop_on_repetition,
+        keep_special_tokens=keep_special_tokens,
         split=split,
+        max_image_tokens=max_image_tokens,
+        upscale=upscale,
     )
     vlm = options.load_model(model, revision, dtype, device, threads)
-    plans = [vlm.processor.plan(picture, split=split) for picture in pictures]
+    tiling = options.tiling_of(chosen)
+    plans = [vlm.processor.plan(picture, **tiling) for picture in pictures]
     if verbose:
         for name, plan in zip(names, plans, strict=True):
             note(plan_line(name, plan))

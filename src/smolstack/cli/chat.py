@@ -51,11 +51,11 @@ class Conversation:
 
     def add_picture(self, path: str) -> None:
         """Encode a picture for the next question."""
-        split = self.chosen.get("split")
+        tiling = options.tiling_of(self.chosen)
         if self.verbose:
-            note(plan_line(path, self.vlm.processor.plan(path, split=split)))
+            note(plan_line(path, self.vlm.processor.plan(path, **tiling)))
         with progress(f"Reading {path} …"):
-            self.waiting.append(self.vlm.encode(path, split=split))
+            self.waiting.append(self.vlm.encode(path, **tiling))
 
     def reset(self) -> None:
         """Forget every turn and picture."""
@@ -103,9 +103,12 @@ def chat(
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     split: options.SplitOption = None,
+    max_image_tokens: options.MaxImageTokens = None,
+    upscale: options.Upscale = True,
     max_new_tokens: options.MaxNewTokens = 512,
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
+    keep_special_tokens: options.KeepSpecialTokens = False,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
@@ -125,7 +128,10 @@ def chat(
         seed=seed,
         stop=stop,
         stop_on_repetition=stop_on_repetition,
+        keep_special_tokens=keep_special_tokens,
         split=split,
+        max_image_tokens=max_image_tokens,
+        upscale=upscale,
     )
     vlm = options.load_model(model, revision, dtype, device, threads)
     conversation = Conversation(vlm, chosen, verbose=verbose)

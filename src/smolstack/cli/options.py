@@ -9,9 +9,11 @@ import typer
 
 if TYPE_CHECKING:
     from smolstack.generation.options import AnswerOptions
+    from smolstack.processor.geometry import Tiling
     from smolstack.vlm import VLM
 
-_SAMPLING, _STOPPING, _MODEL = "Sampling", "Ending the answer", "Model"
+_SAMPLING, _STOPPING = "Sampling", "Ending the answer"
+_MODEL, _PICTURES = "Model", "Pictures"
 
 
 class Dtype(str, Enum):
@@ -77,6 +79,31 @@ SplitOption = Annotated[
         help="Cut pictures into tiles, or let the model see each one as a single tile; without "
         "it, as the checkpoint says.",
         show_default=False,
+        rich_help_panel=_PICTURES,
+    ),
+]
+MaxImageTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Visual tokens that one picture may cost at most; the largest grid of tiles within "
+        "them is taken.",
+        rich_help_panel=_PICTURES,
+    ),
+]
+Upscale = Annotated[
+    bool,
+    typer.Option(
+        "--upscale/--no-upscale",
+        help="Enlarge small pictures, as the published models were trained, or keep them small: "
+        "fewer tiles and tokens.",
+        rich_help_panel=_PICTURES,
+    ),
+]
+KeepSpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--keep-special-tokens",
+        help="Write special tokens into the answer: document models answer in them.",
     ),
 ]
 JsonOption = Annotated[
@@ -152,7 +179,10 @@ def generation_options(
     seed: int | None,
     stop: list[str] | None,
     stop_on_repetition: bool,
+    keep_special_tokens: bool,
     split: bool | None,
+    max_image_tokens: int | None,
+    upscale: bool,
 ) -> AnswerOptions:
     """The options of ``VLM.stream``, from those of the command line."""
     return {
@@ -165,7 +195,19 @@ def generation_options(
         "seed": seed,
         "stop": stop or [],
         "stop_on_repetition": stop_on_repetition,
+        "keep_special_tokens": keep_special_tokens,
         "split": split,
+        "max_image_tokens": max_image_tokens,
+        "upscale": upscale,
+    }
+
+
+def tiling_of(chosen: AnswerOptions) -> Tiling:
+    """Those of the options that say how pictures become tiles."""
+    return {
+        "split": chosen["split"],
+        "max_image_tokens": chosen["max_image_tokens"],
+        "upscale": chosen["upscale"],
     }
 
 

@@ -24,7 +24,7 @@ from smolstack.cli.console import (
 from smolstack.errors import ImageError
 
 if TYPE_CHECKING:
-    from smolstack.processor.geometry import TilePlan
+    from smolstack.processor.geometry import TilePlan, Tiling
     from smolstack.processor.processor import Processor
 
 EXAMPLES = """
@@ -68,6 +68,8 @@ def plan(
         str, typer.Option("--question", "-q", help="Count the prompt of asking this.")
     ] = "",
     split: options.SplitOption = None,
+    max_image_tokens: options.MaxImageTokens = None,
+    upscale: options.Upscale = True,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Draw the tiles over the picture here."),
@@ -82,7 +84,12 @@ def plan(
     with progress("Planning …"):
         processor = load_processor(model, revision)
         context = processor.config.text.max_positions
-        planned = [_planned(processor, image, question, split) for image in images]
+        tiling: Tiling = {
+            "split": split,
+            "max_image_tokens": max_image_tokens,
+            "upscale": upscale,
+        }
+        planned = [_planned(processor, image, question, tiling) for image in images]
         together = processor.count_tokens([entry.plan for entry in planned], question)
         if out is not None:
             from smolstack.cli.drawing import draw_plan, save_picture
@@ -115,10 +122,10 @@ def read_size(text: str) -> tuple[int, int] | None:
     return None if match is None else (int(match[1]), int(match[2]))
 
 
-def _planned(processor: Processor, image: str, question: str, split: bool | None) -> Planned:
+def _planned(processor: Processor, image: str, question: str, tiling: Tiling) -> Planned:
     given = None if Path(image).exists() else read_size(image)
     picture = given or read_picture(image)
-    made = processor.plan(picture, split=split)
+    made = processor.plan(picture, **tiling)
     made = made.with_prompt_tokens(processor.count_tokens([made], question))
     return Planned("stdin" if image == STDIN else image, picture, made)
 
