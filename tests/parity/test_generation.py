@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 import smolstack
-from smolstack.checkpoint.new import random_model, side_files
+from smolstack.checkpoint.new import side_files
 from smolstack.checkpoint.save import save_checkpoint
 from smolstack.family import PRESETS
 from smolstack.interop.miniature import miniature
 from smolstack.interop.reference import load_model, model_inputs
+from smolstack.interop.weights import sharp_model
 from smolstack.vlm import VLM
 
 NEW_TOKENS = 24
@@ -38,13 +39,8 @@ PROMPTS: list[Any] = [
 
 
 def _checkpoint(shape: str, folder: Path, seed: int) -> Path:
-    """Random weights whose attention is sharp, so that answers depend on what is in the prompt."""
     preset = miniature(PRESETS[shape], vision_head=8, text_head=16)
-    model = random_model(preset.config, seed=seed)
-    with torch.no_grad():
-        for name, parameter in model.decoder.named_parameters():
-            if name.endswith("attention.query.weight"):
-                parameter.mul_(4)
+    model = sharp_model(preset.config, seed=seed)
     return save_checkpoint(folder, model, side_files(preset, preset.config))
 
 

@@ -14,9 +14,9 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Model
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMModel
-from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from smolstack.batch import Batch
 from smolstack.checkpoint.save import config_json, hf_state_dict
@@ -27,6 +27,7 @@ VERSION: str = transformers.__version__
 # Typed as Any: transformers' own annotations cover parts of it only.
 _AUTO_MODEL: Any = AutoModelForImageTextToText
 BASE_MODELS = {"idefics3": Idefics3Model, "smolvlm": SmolVLMModel}
+SmolVLMProcessor = processing_smolvlm.SmolVLMProcessor
 IMAGE_PROCESSORS = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}
 
 
@@ -110,6 +111,9 @@ def load_processor(folder: str | Path, model_type: str = "idefics3", **options: 
             folder, image_processor=images, tokenizer=tokenizer, **options
         )
     settings, _ = SmolVLMProcessor.get_processor_dict(folder)
+    module: Any = processing_smolvlm
+    if module.num2words is None:
+        module.num2words = str  # it spells the number of a film's frames, nothing else
     return _PicturesOnly(
         images,
         tokenizer,

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from smolstack.batch import Batch
 from smolstack.interop.reference import RetrievalReference, model_inputs
+from smolstack.model.vision import distinct_tiles
 from smolstack.model.vlm import VisionLanguageModel
 
 ROWS_AT_ONCE = 64  # positions whose logits are compared at a time: bounds the memory of 128k words
@@ -59,12 +60,15 @@ def trace_ours(model: VisionLanguageModel, batch: Batch) -> Trace:
         model.decoder(model.merge(batch), padding=_padding(batch))
     weight = model.decoder.embedding.weight if model.head is None else model.head.weight
     bias = None if model.head is None else model.head.bias
-    positions = None
-    if seen["positions"]:
-        tiles = batch.tiles.shape[0]
-        positions = torch.cat([ids.reshape(-1, ids.shape[-1]) for ids in seen["positions"]])
-        # Full tiles share one row of constant positions.
-        positions = positions if len(positions) == tiles else positions[:1].expand(tiles, -1)
+    if not seen["tower"]:
+        return _trace(seen, None, (weight, bias))
+    # Equal tiles pass once, and full ones share one row of positions: written out again here.
+    _, copies = distinct_tiles(batch.tiles, batch.tile_grids)
+    for name in ("tower", "connector"):
+        seen[name] = [torch.cat(seen[name])[copies]]
+    positions = torch.cat([ids.reshape(-1, ids.shape[-1]) for ids in seen["positions"]])
+    constant = batch.tile_grids is None
+    positions = positions[[0] * len(copies)] if constant else positions[copies]
     return _trace(seen, positions, (weight, bias))
 
 

@@ -1,0 +1,1 @@
+"""``python -m smolstack.interop.parity``: every published shape against transformers, by stage."""

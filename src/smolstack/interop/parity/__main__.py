@@ -1,0 +1,3 @@
+from smolstack.interop.parity.command import main
+
+main()
