@@ -138,12 +138,17 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], max_bytes: int) ->
         shards[-1][name] = tensor.detach().contiguous()
         sizes[-1] += size
     if len(shards) == 1:
-        save_file(shards[0], str(folder / SINGLE), metadata={"format": "pt"})
+        _write_shard(folder / SINGLE, shards[0])
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, str(folder / file), metadata={"format": "pt"})
+        _write_shard(folder / file, shard)
         weight_map.update(dict.fromkeys(shard, file))
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
     (folder / INDEX).write_text(to_json(index), encoding="utf-8")
+
+
+def _write_shard(path: Path, shard: dict[str, Tensor]) -> None:
+    save_file(shard, str(path), metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes for the owner alone; the other files are for all
