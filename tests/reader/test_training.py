@@ -40,8 +40,9 @@ def test_labels_name_the_characters_that_a_picture_shows() -> None:
 
 
 def test_batches_predict_the_answer_after_the_prompt() -> None:
-    batch = DrawnBatches(3, 1)[0]
-    assert batch.tiles.shape == (3, 3, shape.TILE, shape.TILE)
+    batch = DrawnBatches(3, 1, crowd=2)[0]
+    assert batch.tiles.shape == (5, 3, shape.TILE, shape.TILE)
+    assert batch.patch_labels.shape == (5, shape.GRID**2)
     images = (batch.token_ids == shape.IDS[shape.IMAGE]).sum(dim=1)
     assert images.tolist() == [shape.TOKENS_PER_TILE] * 3
     for row, text in enumerate(batch.texts):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -30,11 +31,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class ReaderBatch:
-    """B pictures with the same question.
+    """B pictures with the same question, and X pictures full of digits without one.
 
     Attributes:
-        tiles: (B, 3, P, P) uint8.
-        patch_labels: (B, H·W) int64, the class of the character under each patch.
+        tiles: (B + X, 3, P, P) uint8.
+        patch_labels: (B + X, H·W) int64, the class of the character under each patch.
         token_ids: (B, T) int64, prompt and answer, padded on the right.
         labels: (B, T - start) int64, the token that follows each position from ``start`` on.
         start: the prompt's last position, where the answer's first token is predicted.
@@ -50,28 +51,37 @@ class ReaderBatch:
 
 
 class DrawnBatches(Dataset[ReaderBatch]):
-    """Batch ``i`` is drawn from the seeds from i·size on: nothing is stored or repeated."""
+    """Batch ``i`` is drawn from seeds of its own: nothing is stored or repeated.
 
-    def __init__(self, size: int, count: int, seed: int = 0, *, crowded: bool = False) -> None:
-        self.size, self.count, self.seed, self.crowded = size, count, seed, crowded
+    Args:
+        size: B, pictures with a question.
+        count: batches.
+        crowd: X, pictures full of digits.
+    """
+
+    def __init__(self, size: int, count: int, seed: int = 0, *, crowd: int = 0) -> None:
+        self.size, self.count, self.seed, self.crowd = size, count, seed, crowd
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> ReaderBatch:
-        first = self.seed * 1_000_000_000 + index * self.size
-        draw = draw_crowd if self.crowded else draw_picture
-        pictures = [draw(seed) for seed in range(first, first + self.size)]
+        first = self.seed * 1_000_000_000 + index * (self.size + self.crowd)
+        pictures = [draw_picture(seed) for seed in range(first, first + self.size)]
+        crowd = [draw_crowd(first + self.size + extra) for extra in range(self.crowd)]
         rng = random.Random(f"question {first}")
         question = shape.QUESTION if rng.random() < 0.4 else rng.choice(shape.QUESTIONS)
-        return make_batch(pictures, question)
+        return make_batch(pictures, question, crowd)
 
 
-def make_batch(pictures: list[Picture], question: str) -> ReaderBatch:
+def make_batch(
+    pictures: list[Picture], question: str, crowd: Sequence[Picture] = ()
+) -> ReaderBatch:
     """Tiles, patch labels and tokens of some pictures."""
     prompt = prompt_ids(question)
     answers = [answer_ids(picture.text) for picture in pictures]
-    longest = max(map(len, answers))
+    longest = max(map(len, answers), default=0)
+    shown = [*pictures, *crowd]
     token_ids = torch.full((len(pictures), len(prompt) + longest), shape.IDS[shape.PAD])
     labels = torch.full((len(pictures), longest + 1), IGNORED)
     for row, answer in enumerate(answers):
@@ -79,8 +89,8 @@ def make_batch(pictures: list[Picture], question: str) -> ReaderBatch:
         token_ids[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
         labels[row, : len(answer)] = torch.tensor(answer)
     return ReaderBatch(
-        tiles=torch.cat([to_tile(picture.image) for picture in pictures]),
-        patch_labels=torch.from_numpy(np.stack([patch_labels(p) for p in pictures])),
+        tiles=torch.cat([to_tile(picture.image) for picture in shown]),
+        patch_labels=torch.from_numpy(np.stack([patch_labels(p) for p in shown])),
         token_ids=token_ids,
         labels=labels,
         start=len(prompt) - 1,
@@ -97,6 +107,13 @@ def to_tile(image: Image.Image) -> Tensor:
 def normalised(tiles: Tensor) -> Tensor:
     """(B, 3, P, P) uint8 → float32 from -1 to 1."""
     return tiles.float() / 127.5 - 1
+
+
+def relit(batch: ReaderBatch, rng: random.Random) -> ReaderBatch:
+    """The same pictures a little lighter or darker, with less or more contrast, or inverted."""
+    contrast = rng.uniform(0.75, 1.1) * rng.choice((-1, 1))
+    tiles = (normalised(batch.tiles) * contrast + rng.uniform(-0.1, 0.1) + 1) * 127.5
+    return replace(batch, tiles=tiles.round().clamp(0, 255).to(torch.uint8))
 
 
 def patch_labels(picture: Picture) -> npt.NDArray[np.int64]:

@@ -8,17 +8,14 @@ damage vary widely; nothing is read from disk but fonts.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import random
 from dataclasses import dataclass
-from functools import cache
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from training.reader import fonts
+from training.reader.paper import Color, choose_colors, damage, draw_background, near
 from training.reader.shape import TILE
 
 COMMON_SIZES = (
@@ -34,7 +31,6 @@ COMMON_SIZES = (
     (512, 512),
 )
 MAX_DIGITS = 6
-Color = tuple[int, int, int]
 Corners = tuple[tuple[float, float], ...]
 
 
@@ -75,8 +71,8 @@ def draw_picture(seed: int, split: str = "train", *, empty: float = 0.04) -> Pic
     rng = random.Random(f"{split} {seed}")
     size = _picture_size(rng)
     text = "" if rng.random() < empty else _number(rng, split)
-    ink, paper = _colors(rng)
-    image = _background(rng, size, paper)
+    ink, paper = choose_colors(rng)
+    image = draw_background(rng, size, paper)
     family = ""
     corners: tuple[Corners, ...] = ()
     if text:
@@ -95,13 +91,13 @@ def draw_crowd(seed: int) -> Picture:
     """
     rng = random.Random(f"crowd {seed}")
     size = _picture_size(rng)
-    ink, paper = _colors(rng)
-    image = _background(rng, size, paper)
+    ink, paper = choose_colors(rng)
+    image = draw_background(rng, size, paper)
     text, top = "", 0
     corners: tuple[Corners, ...] = ()
     while True:
         family, path = pick_font(rng, "train")
-        wanted = math.exp(rng.uniform(math.log(12.0), math.log(50)))
+        wanted = math.exp(rng.uniform(math.log(12.0), math.log(40)))
         count = max(1, min(20, int(TILE / wanted * rng.uniform(0.5, 1))))
         line = "".join(rng.choices(fonts.DIGITS, k=count))
         mask, boxes = _text_mask(rng, line, path, size, wanted)
@@ -118,7 +114,7 @@ def _finish(
 ) -> Picture:
     width = _mean_width(corners) * TILE / image.width
     glyph = width * max(image.size) / TILE  # what a character's width would be in a square picture
-    return Picture(_damage(rng, image, glyph), text, corners, family, width)
+    return Picture(damage(rng, image, glyph), text, corners, family, width)
 
 
 def _moved(corners: tuple[Corners, ...], by: tuple[int, int]) -> tuple[Corners, ...]:
@@ -127,7 +123,7 @@ def _moved(corners: tuple[Corners, ...], by: tuple[int, int]) -> tuple[Corners, 
 
 def _wanted_width(rng: random.Random) -> float:
     """How wide a digit should be, in pixels of the tile, as far as the picture has room."""
-    return math.exp(rng.uniform(math.log(7.0), math.log(60)))
+    return math.exp(rng.uniform(math.log(13.0), math.log(60)))
 
 
 def pick_font(rng: random.Random, split: str) -> tuple[str, str]:
@@ -234,124 +230,11 @@ def _mean_width(corners: tuple[Corners, ...]) -> float:
     return sum(math.dist(box[0], box[1]) for box in corners) / len(corners)
 
 
-def _luminance(color: Color) -> float:
-    return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-
-
-def _any_color(rng: random.Random) -> Color:
-    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
-
-
-def _colors(rng: random.Random) -> tuple[Color, Color]:
-    """Ink and paper, apart enough in luminance to be read."""
-    kind = rng.random()
-    if kind < 0.3:
-        return (0, 0, 0), (255, 255, 255)
-    if kind < 0.38:
-        return (255, 255, 255), (0, 0, 0)
-    while True:
-        ink, paper = _any_color(rng), _any_color(rng)
-        if kind < 0.6:
-            grey = rng.randrange(256), rng.randrange(256)
-            ink, paper = (grey[0],) * 3, (grey[1],) * 3
-        elif kind < 0.75:
-            paper = (rng.randrange(225, 256),) * 3
-        if abs(_luminance(ink) - _luminance(paper)) > 70:
-            return ink, paper
-
-
-def _near(rng: random.Random, color: Color, spread: int) -> Color:
-    red, green, blue = (min(255, max(0, c + rng.randint(-spread, spread))) for c in color)
-    return red, green, blue
-
-
-def _background(rng: random.Random, size: tuple[int, int], paper: Color) -> Image.Image:
-    """Plain paper, a gradient, soft clouds, or paper with lines, frames and spots."""
-    kind = rng.random()
-    if kind < 0.5:
-        image = Image.new("RGB", size, paper)
-    elif kind < 0.7:
-        corners = Image.new("RGB", (2, 2))
-        corners.putdata([_near(rng, paper, 35) for _ in range(4)])
-        image = corners.resize(size, Image.Resampling.BICUBIC)
-    elif kind < 0.8:
-        grid = rng.randint(3, 12)
-        clouds = Image.new("RGB", (grid, grid))
-        clouds.putdata([_near(rng, paper, 25) for _ in range(grid * grid)])
-        image = clouds.resize(size, Image.Resampling.BICUBIC)
-    else:
-        image = Image.new("RGB", size, paper)
-    if kind > 0.8 or rng.random() < 0.1:
-        _decorate(rng, image, paper)
-    return image
-
-
-def _decorate(rng: random.Random, image: Image.Image, paper: Color) -> None:
-    """Shapes behind the text: frames at the edge, lines and spots of nearly the paper's color."""
-    draw = ImageDraw.Draw(image)
-    width, height = image.size
-    if rng.random() < 0.4:
-        inset = rng.uniform(0, 0.04) * min(width, height)
-        box = (inset, inset, width - 1 - inset, height - 1 - inset)
-        draw.rectangle(box, outline=_any_color(rng), width=max(1, min(width, height) // 60))
-    for _ in range(rng.randint(0, 5)):
-        x, y = rng.uniform(0, width), rng.uniform(0, height)
-        color = _near(rng, paper, 35)
-        shape = rng.random()
-        if shape < 0.4:
-            end = (rng.uniform(0, width), rng.uniform(0, height))
-            draw.line(((x, y), end), color, width=rng.randint(1, max(1, height // 40)))
-        elif shape < 0.7:
-            radius = rng.uniform(0.03, 0.4) * height
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), color)
-        else:
-            draw.rectangle((x, y, x + rng.uniform(0, width), y + rng.uniform(0, height)), color)
-
-
 def _paste_text(
     rng: random.Random, image: Image.Image, mask: Image.Image, place: tuple[int, int], ink: Color
 ) -> None:
     if rng.random() < 0.04:
         shadow = mask.point(lambda value: value // 3)
         offset = max(1, mask.height // 20)
-        image.paste(_near(rng, (128, 128, 128), 60), (place[0] + offset, place[1] + offset), shadow)
+        image.paste(near(rng, (128, 128, 128), 60), (place[0] + offset, place[1] + offset), shadow)
     image.paste(ink, place, mask)
-
-
-@cache
-def _noise_bank() -> npt.NDArray[np.float32]:
-    """(1400, 1400) standard normal numbers, of which pictures take windows."""
-    return np.random.default_rng(1).standard_normal((1400, 1400), dtype=np.float32)
-
-
-def _damage(rng: random.Random, image: Image.Image, glyph: float) -> Image.Image:
-    """Blur, noise, uneven light, JPEG, low resolution: each now and then, weaker on small glyphs.
-
-    ``glyph`` is a character's width in picture pixels.
-    """
-    if rng.random() < 0.2:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, min(3.0, 0.07 * glyph + 0.2))))
-    if rng.random() < 0.1 and glyph > 10:
-        factor = rng.uniform(max(0.3, 8 / glyph), 1)
-        small = max(8, round(image.width * factor)), max(8, round(image.height * factor))
-        image = image.resize(small, Image.Resampling.BILINEAR).resize(image.size)
-    if rng.random() < 0.3:
-        image = _add_noise(rng, image, rng.uniform(2, 25 if glyph > 10 else 12))
-    if rng.random() < 0.3:
-        stored = io.BytesIO()
-        image.save(stored, "JPEG", quality=rng.randint(30 if glyph > 10 else 60, 95))
-        image = Image.open(stored).convert("RGB")
-    return image
-
-
-def _add_noise(rng: random.Random, image: Image.Image, strength: float) -> Image.Image:
-    bank = _noise_bank()
-    pixels = np.asarray(image, dtype=np.float32)
-    height, width = pixels.shape[:2]
-    channels = 3 if rng.random() < 0.5 else 1
-    windows = []
-    for _ in range(channels):
-        top, left = rng.randrange(1400 - height), rng.randrange(1400 - width)
-        windows.append(bank[top : top + height, left : left + width])
-    noise = np.stack(windows, axis=-1) * strength
-    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))

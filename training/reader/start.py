@@ -1,4 +1,10 @@
-"""A fresh model: random weights, and a vision tower that starts out looking at its surroundings."""
+"""A fresh model: random weights, and a vision tower that starts out like a small convolution.
+
+A transformer on a few tens of thousands of pictures spends most of them on finding out that
+neighbouring patches belong together. So the tower starts knowing it: some channels carry a patch's
+place and nothing else, and each head's queries are its keys moved by a step, so that at first it
+looks at the patch one step up, down, left or right. Everything can still be unlearned.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +13,30 @@ import math
 import torch
 from torch import Tensor, nn
 
-from smolstack.model.vision import VisionAttention
+from smolstack.model.vision import VisionAttention, VisionTower
 from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
+
+PLACE = 32  # channels for a patch's place: sine and cosine of row and column at 8 frequencies
+FREQUENCIES = torch.linspace(0.15, 2.2, PLACE // 4)
+PLACE_STRENGTH = 0.9
+SHARPNESS = 1.1
+UP, DOWN, LEFT, RIGHT = (-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)
+DIAGONALS = ((-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0))
+STEPS = (  # (rows, columns) that each head of each layer looks away from its own patch
+    (UP, DOWN, LEFT, RIGHT),
+    DIAGONALS,
+    tuple((2 * row, 2 * col) for row, col in (UP, DOWN, LEFT, RIGHT)),
+    ((-3.0, 0.0), (3.0, 0.0), (0.0, -1.5), (0.0, 1.5)),
+)
 
 
 def fresh_model(seed: int) -> VisionLanguageModel:
     """The reader's shape with weights drawn from ``seed``.
 
     Matrices are scaled by their input width, those that write to a residual stream also by its
-    depth; biases are zero. Three things make the tower learn sooner: its patch filters start as
-    the smoothest cosines instead of noise, its positions as a map of the tile, and its keys equal
-    to its queries, so that a patch first looks at patches near it and like it.
+    depth; biases are zero; the tower then starts as described above, its patch filters as the
+    smoothest cosines.
     """
     generator = torch.Generator().manual_seed(seed)
     model = VisionLanguageModel(shape.CONFIG)
@@ -33,25 +51,54 @@ def fresh_model(seed: int) -> VisionLanguageModel:
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.1, generator=generator)
     with torch.no_grad():
-        model.vision.position_embedding.weight.copy_(
-            0.5 * grid_waves(shape.GRID, shape.CONFIG.vision.hidden_size)
-        )
-        filters = cosine_filters(shape.PATCH, shape.CONFIG.vision.hidden_size)
-        model.vision.patch_embedding.weight.copy_(filters)
-        for module in model.vision.modules():
-            if isinstance(module, VisionAttention):
-                module.key.weight.copy_(module.query.weight)
+        _start_local(model.vision)
     return model
 
 
-def grid_waves(side: int, width: int) -> Tensor:
-    """Sines and cosines of row and column, (side², width), as fixed positions are often made."""
-    frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
-    angles = torch.arange(side)[:, None] * frequencies
+def _start_local(tower: VisionTower) -> None:
+    """Cosine filters, place channels, and heads that look one step away."""
+    width = tower.config.hidden_size
+    content = width - PLACE
+    tower.patch_embedding.weight.zero_()
+    tower.patch_embedding.weight[:content] = cosine_filters(shape.PATCH, content)
+    tower.position_embedding.weight.zero_()
+    tower.position_embedding.weight[:, content:] = PLACE_STRENGTH * places(shape.GRID)
+    attentions = [module for module in tower.modules() if isinstance(module, VisionAttention)]
+    for attention, steps in zip(attentions, STEPS, strict=True):
+        attention.query.weight.zero_()
+        attention.key.weight.zero_()
+        for head, (rows, columns) in enumerate(steps):
+            channels = slice(head * PLACE, (head + 1) * PLACE)
+            attention.key.weight[channels, content:] = SHARPNESS * torch.eye(PLACE)
+            attention.query.weight[channels, content:] = SHARPNESS * moved(rows, columns)
+        attention.out.weight[content:] = 0
+    for name, module in tower.named_modules():
+        if name.endswith(".down") and isinstance(module, nn.Linear):
+            module.weight[content:] = 0
+
+
+def places(side: int) -> Tensor:
+    """Place channels of every patch, sines and cosines of its row, then its column.
+
+    Returns:
+        (side², PLACE).
+    """
+    angles = torch.arange(side)[:, None] * FREQUENCIES
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)
     rows = waves[:, None].expand(side, side, -1)
     columns = waves[None, :].expand(side, side, -1)
-    return torch.cat((rows, columns), dim=-1).reshape(side * side, width)
+    return torch.cat((rows, columns), dim=-1).reshape(side * side, PLACE)
+
+
+def moved(rows: float, columns: float) -> Tensor:
+    """The matrix that turns the place channels of a patch into those of one some steps away."""
+    matrix = torch.zeros(PLACE, PLACE)
+    half = PLACE // 2
+    for start, step in ((0, rows), (half, columns)):
+        cos, sin = torch.diag((step * FREQUENCIES).cos()), torch.diag((step * FREQUENCIES).sin())
+        turn = torch.cat((torch.cat((cos, sin), dim=1), torch.cat((-sin, cos), dim=1)))
+        matrix[start : start + half, start : start + half] = turn
+    return matrix
 
 
 def cosine_filters(size: int, count: int) -> Tensor:
