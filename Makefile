@@ -28,8 +28,14 @@ types: $(VENV)/.dev  ## mypy, strict
 parity: $(VENV)/.dev  ## compare every published shape with transformers, stage by stage
 	$(BIN)/python -m smolstack.interop.parity
 
-reader: $(VENV)/.dev  ## train the bundled reader from its seed (hours; goes on where it stopped)
+reader: $(VENV)/.dev  ## train the bundled reader (hours; goes on where it stopped) and install it
+	$(BIN)/python -m training.reader.fonts
 	$(BIN)/python -m training.reader.train --resume
+	$(BIN)/python -m training.reader.export
+	$(BIN)/python -m training.reader.evaluate
+
+reader-eval: $(VENV)/.dev  ## measure the bundled reader on fonts and numbers it never saw
+	$(BIN)/python -m training.reader.evaluate
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

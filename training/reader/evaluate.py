@@ -25,6 +25,7 @@ from training.reader.pictures import Picture, draw_picture
 
 FIRST_SEED = 900_000_000
 WIDTHS = (0, 8, 10, 14, 20, 30, 1000)  # bounds of classes of digit width, in tile pixels
+READABLE = 14  # tile pixels; a digit narrower than that is hardly more than one patch
 CELL = (180, 150)
 
 
@@ -81,8 +82,8 @@ def report(results: list[Result]) -> dict[str, Any]:
     empty = [result for result in results if not result.picture.text]
     return {
         "numbers": share(numbers),
-        "numbers, digits at least 8 px wide": share(
-            r for r in numbers if r.picture.digit_width >= 8
+        f"numbers, digits at least {READABLE} px wide": share(
+            r for r in numbers if r.picture.digit_width >= READABLE
         ),
         "no number": share(empty),
         "by length": by(numbers, lambda r: str(len(r.picture.text))),
