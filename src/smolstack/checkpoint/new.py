@@ -102,7 +102,8 @@ def random_model(
             elif name.endswith("bias"):
                 noise.mul_(0.1)
             elif name.endswith("embedding.weight") and "patch" not in name:
-                noise.mul_(0.3 if config.tied else 1)
+                # A tied embedding is the head as well: logits then have a spread of about 1.
+                noise.mul_(config.text.hidden_size**-0.5 if config.tied else 1)
             else:
                 noise.div_(math.sqrt(parameter[0].numel()))
             if noise is not parameter:
