@@ -41,3 +41,7 @@ class ContextLengthError(SmolstackError):
 
 class GenerationError(SmolstackError):
     """A sampling or stopping option has a value that has no meaning."""
+
+
+class BulkError(SmolstackError):
+    """The input, the output or the kept state of a bulk job cannot be used."""
