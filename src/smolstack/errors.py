@@ -45,3 +45,11 @@ class GenerationError(SmolstackError):
 
 class BulkError(SmolstackError):
     """The input, the output or the kept state of a bulk job cannot be used."""
+
+
+class DataError(SmolstackError):
+    """A training example, or the place that examples are read from, cannot be used."""
+
+
+class TrainingError(SmolstackError):
+    """A training run cannot begin, go on or be resumed."""
