@@ -1,0 +1,35 @@
+"""ONNX: a checkpoint as graphs for onnxruntime and transformers.js (extra ``onnx``).
+
+``export(model, folder)`` writes them, checked against torch; ``smolstack export`` does the same.
+Nothing here needs transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from smolstack.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smolstack.interop.onnx.export import ExportedGraph, export
+    from smolstack.interop.onnx.graph import Precision
+
+__all__ = ["ExportedGraph", "Precision", "export"]
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use: naming this package loads neither torch nor onnx."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"ONNX export needs {error.name}, which is not installed: "
+            "pip install 'smolstack[onnx]'"
+        ) from error
+    from smolstack.interop.onnx import export as exporting
+    from smolstack.interop.onnx import graph
+
+    return getattr(graph if name == "Precision" else exporting, name)

@@ -1,0 +1,171 @@
+"""A checkpoint as ONNX graphs, in the folder that users of this family expect.
+
+::
+
+    DIR/config.json, tokenizer.json, preprocessor_config.json, …
+    DIR/onnx/vision_encoder.onnx        _fp16.onnx, _int8.onnx
+    DIR/onnx/embed_tokens.onnx          …
+    DIR/onnx/decoder_model_merged.onnx  …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from smolstack.checkpoint.files import read_files
+from smolstack.checkpoint.hub import find
+from smolstack.checkpoint.load import load_checkpoint
+from smolstack.checkpoint.save import atomic_folder, complete_side_files, config_json, to_json
+from smolstack.config import ModelConfig
+from smolstack.errors import CheckpointError, ConfigError
+from smolstack.interop.onnx import graph as graphs
+from smolstack.interop.onnx.check import Reference
+from smolstack.interop.onnx.decoder import decoder_model_merged, embed_tokens
+from smolstack.interop.onnx.graph import Graph, Precision
+from smolstack.interop.onnx.vision import vision_encoder
+from smolstack.interop.onnx.weights import Weights
+from smolstack.model.vlm import VisionLanguageModel
+
+NAMES = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """One graph that was written and checked.
+
+    Attributes:
+        path: relative to the folder.
+        size: bytes, weights included.
+        difference: from torch: the largest in fp32 (in units of the largest value beyond 1), the
+            relative root mean square in the other formats.
+    """
+
+    path: Path
+    precision: Precision
+    size: int
+    difference: float
+
+
+def export(
+    model: str | Path | None,
+    folder: str | Path,
+    *,
+    dtypes: Sequence[str | Precision] = ("fp32",),
+    revision: str | None = None,
+    overwrite: bool = False,
+    on_step: Callable[[str], None] | None = None,
+) -> list[ExportedGraph]:
+    """Write a checkpoint's graphs and side files; every graph is checked against torch first.
+
+    Args:
+        model: a checkpoint folder or a hub id; None is the bundled reader.
+        folder: must not exist or be empty, unless ``overwrite``; it appears when all is well.
+        dtypes: one or more of "fp32", "fp16", "int8"; they stand beside each other.
+        revision: branch, tag or commit of a hub id.
+        on_step: told what is about to be done, :func:`count_steps` times.
+
+    Raises:
+        ConfigError: a dtype that does not exist, or a model that answers in no text.
+        CheckpointError: the model cannot be read, the folder is not free, or a graph does not
+            compute what torch computes. Nothing is left behind.
+    """
+    chosen = [_precision(name) for name in dict.fromkeys(dtypes)]
+    if not chosen:
+        raise ConfigError("no dtype was given, expected one or more of fp32, fp16, int8")
+    step = on_step or (lambda message: None)
+    # An occupied folder is refused before any work.
+    with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
+        step("Loading the model")
+        checkpoint = load_checkpoint(find(model, revision), "float32", "cpu")
+        network, config = checkpoint.model, checkpoint.config
+        if config.embedding_dim is not None:
+            raise ConfigError(
+                f"{checkpoint.files.folder} ends in an embedding head, expected a model that "
+                "answers in text"
+            )
+        edge = checkpoint.processor.settings.tile_edge
+        step("Computing what torch computes")
+        reference = Reference(network, edge)
+        (temporary / "onnx").mkdir()
+        written = []
+        for precision in chosen:
+            for name in NAMES:
+                step(f"{name}{precision.suffix}.onnx")
+                path = temporary / "onnx" / f"{name}{precision.suffix}.onnx"
+                write_graph(name, precision, path, network, edge)
+                difference = reference.check(name, precision, path)
+                size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+                written.append(
+                    ExportedGraph(path.relative_to(temporary), precision, size, difference)
+                )
+        side = complete_side_files(
+            read_files(checkpoint.files.folder), config, checkpoint.processor.settings
+        )
+        for file, content in side.items():
+            (temporary / file).write_bytes(content)
+        data = config_json(config, network.dtype)
+        data["transformers.js_config"] = _transformers_js(temporary / "onnx")
+        (temporary / "config.json").write_text(to_json(data), encoding="utf-8")
+    return written
+
+
+def count_steps(dtypes: Sequence[str | Precision]) -> int:
+    """Steps that :func:`export` announces."""
+    return 2 + len(NAMES) * len(set(dtypes))
+
+
+def write_graph(
+    name: str, precision: Precision, path: Path, model: VisionLanguageModel, edge: int
+) -> None:
+    """Write one of NAMES to ``path``; weights beyond protobuf's limit go to ``path``_data."""
+    weights = Weights(model.state_dict())
+    external = _bytes_of(name, precision, model) > graphs.MAX_INLINE_BYTES
+    data = path.with_name(f"{path.name}_data") if external else None
+    graph = Graph(name, precision, data)
+    if name == "vision_encoder":
+        vision_encoder(graph, model.config, weights, edge)
+    elif name == "embed_tokens":
+        embed_tokens(graph, model.config, weights)
+    else:
+        decoder_model_merged(graph, model.config, weights)
+    onnx.save_model(graph.model(), str(path))
+    onnx.checker.check_model(str(path))
+
+
+def _bytes_of(name: str, precision: Precision, model: VisionLanguageModel) -> int:
+    """Bytes of a graph's weights, nearly."""
+    parts: dict[str, tuple[str, ...]] = {
+        "vision_encoder": ("vision.", "connector."),
+        "embed_tokens": ("decoder.embedding.",),
+        "decoder_model_merged": ("decoder.layers.", "head."),
+    }
+    own = parts[name]
+    if name == "decoder_model_merged" and model.config.tied:
+        own = (*own, "decoder.embedding.")
+    width = {Precision.fp32: 4, Precision.fp16: 2, Precision.int8: 1}[precision]
+    return width * sum(
+        tensor.numel() for key, tensor in model.state_dict().items() if key.startswith(own)
+    )
+
+
+def _transformers_js(folder: Path) -> dict[str, Any]:
+    """What transformers.js cannot see in a graph: the cache's format and the data files."""
+    data = sorted(file.name.removesuffix("_data") for file in folder.glob("*.onnx_data"))
+    settings: dict[str, Any] = {"kv_cache_dtype": {"fp16": "float16"}}
+    if data:
+        settings["use_external_data_format"] = dict.fromkeys(data, 1)
+    return settings
+
+
+def _precision(name: str | Precision) -> Precision:
+    try:
+        return Precision(name)
+    except ValueError:
+        raise ConfigError(
+            f"dtype is {name!r}, expected one or more of {[p.value for p in Precision]}"
+        ) from None
