@@ -1,0 +1,178 @@
+"""What a call says about its pictures, read for the packer; and a Batch for FMS's ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolstack.batch import Batch
+from smolstack.errors import AlignmentError, GridError
+
+# Keywords about pictures; everything else of a call belongs to FMS's attention.
+PICTURE_KEYS = (
+    "pixel_values",
+    "pixel_attention_mask",
+    "tile_grids",
+    "tiles_per_sequence",
+    "visual_tokens",
+)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of a batch as one flat list.
+
+    Attributes:
+        pixels: (N, 3, P, P); per_sequence: tiles of each row; filled: (rows, columns) of patches
+            that hold picture, per tile, None when all are full.
+    """
+
+    pixels: Tensor
+    per_sequence: tuple[int, ...]
+    filled: tuple[tuple[int, int], ...] | None
+
+
+def split_pictures(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords about pictures, and the others; None and empty pixels count as absent."""
+    pictures = {k: v for k, v in kwargs.items() if k in PICTURE_KEYS and v is not None}
+    pixels = pictures.get("pixel_values")
+    if isinstance(pixels, Tensor) and pixels.numel() == 0:
+        pictures = {}
+    return pictures, {k: v for k, v in kwargs.items() if k not in PICTURE_KEYS}
+
+
+def read_tiles(
+    pixel_values: Tensor,
+    places: Sequence[int],
+    tokens_per_tile: int,
+    patch: int,
+    *,
+    pixel_attention_mask: Tensor | None = None,
+    tile_grids: Sequence[tuple[int, int]] | None = None,
+    tiles_per_sequence: Sequence[int] | None = None,
+) -> Tiles:
+    """Tiles of each row, without guessing from pixels which of them are padding.
+
+    Args:
+        pixel_values: (N, 3, P, P), the tiles of all rows one after another, or (B, most, 3, P, P)
+            as transformers' processors give them, where rows with fewer tiles are padded.
+        places: image tokens of each row.
+        tokens_per_tile: S.
+        patch: pixels of a patch's side.
+        pixel_attention_mask: as pixel_values without the channels; true where there is picture.
+        tile_grids: patches that hold picture per tile, instead of a mask.
+        tiles_per_sequence: tiles of each row; otherwise the mask says so, or the image tokens do.
+
+    Raises:
+        AlignmentError: tiles and image tokens cannot belong together.
+        GridError: a mask that is no rectangle from the top left.
+    """
+    if pixel_values.dim() not in (4, 5):
+        raise GridError(
+            f"pixel_values have shape {tuple(pixel_values.shape)}, expected (N, 3, P, P) or "
+            "(B, tiles, 3, P, P)"
+        )
+    counts = [count // tokens_per_tile for count in places]
+    if tiles_per_sequence is not None:
+        counts = [int(count) for count in tiles_per_sequence]
+    mask = pixel_attention_mask
+    if pixel_values.dim() == 5:
+        if mask is not None and tiles_per_sequence is None:
+            real = mask.flatten(2).any(dim=2)
+            counts = real.sum(dim=1).tolist()
+        else:
+            real = _slots(pixel_values, counts)
+        pixel_values = pixel_values[real]
+        mask = None if mask is None else mask[real]
+    elif sum(counts) != pixel_values.shape[0]:
+        raise AlignmentError(
+            f"the image tokens ask for {counts} tiles per sequence, {sum(counts)} in all; "
+            f"pixel_values hold {pixel_values.shape[0]}"
+        )
+    filled = None if tile_grids is None else tuple((int(r), int(c)) for r, c in tile_grids)
+    if mask is not None and filled is None:
+        filled = _filled(mask, patch)
+    return Tiles(pixel_values, tuple(counts), filled)
+
+
+def generation_inputs(batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+    """A smolstack Batch for ``fms.utils.generation.generate``: (input_ids, extra_kwargs).
+
+    Positions and mask are given where rows are padded; FMS extends both token by token.
+    """
+    extra: dict[str, Any] = {"tiles_per_sequence": batch.tiles_per_sequence}
+    if batch.visual_tokens is not None:
+        extra["visual_tokens"] = batch.visual_tokens
+    else:
+        extra["pixel_values"] = batch.tiles
+        extra["tile_grids"] = batch.tile_grids
+    real = batch.attention_mask
+    if not bool(real.all()):
+        extra["mask"] = attention_mask(real, real.shape[1])
+        extra["position_ids"] = positions(real, real.shape[1])
+    return batch.token_ids, extra
+
+
+def positions(real: Tensor, new: int) -> Tensor:
+    """Rotary positions of the last ``new`` tokens, counted on real ones: (B, L) → (B, new)."""
+    return (real.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new:]
+
+
+def attention_mask(real: Tensor, new: int) -> Tensor:
+    """What the last ``new`` of L tokens may attend to: (B, L) bool → (B, new, L), 0 or -inf.
+
+    Real tokens before and at their own place; padding sees itself, so that no row sees nothing.
+    """
+    length = real.shape[1]
+    keys = torch.arange(length, device=real.device)
+    queries = keys[-new:, None]
+    allowed = ((keys <= queries) & real.bool()[:, None]) | (keys == queries)
+    return torch.zeros(allowed.shape, device=real.device).masked_fill(~allowed, float("-inf"))
+
+
+def causal_again(mask: Tensor) -> Tensor:
+    """The whole mask of L tokens, (B, L, L), from one whose last row is (B, 1, L).
+
+    Without a cache FMS's ``generate`` keeps only the last row from one token to the next, and so
+    would let every token see those after it.
+    """
+    return attention_mask(mask[:, -1] == 0, mask.shape[-1])
+
+
+def _slots(pixels: Tensor, counts: Sequence[int]) -> Tensor:
+    """Which of the (B, most) tiles are real, bool: the first of each row; the rest must be 0."""
+    rows, most = pixels.shape[:2]
+    if len(counts) != rows or max(counts, default=0) > most:
+        raise AlignmentError(
+            f"the image tokens of {len(counts)} sequences ask for {list(counts)} tiles; "
+            f"pixel_values hold up to {most} for each of {rows}"
+        )
+    device = pixels.device
+    real = torch.arange(most, device=device)[None] < torch.tensor(counts, device=device)[:, None]
+    if bool(pixels[~real].any()):
+        row, tile = (~real & pixels.flatten(2).any(dim=2)).nonzero()[0].tolist()
+        raise AlignmentError(
+            f"sequence {row} has pixels in tile {tile}, its image tokens ask for {counts[row]} "
+            "tiles"
+        )
+    return real
+
+
+def _filled(mask: Tensor, patch: int) -> tuple[tuple[int, int], ...] | None:
+    """Patches of each tile that hold picture, from pixels (N, P, P); None when all tiles are."""
+    seen = mask.bool().unfold(1, patch, patch).unfold(2, patch, patch).flatten(3).any(dim=3)
+    if bool(seen.all()):
+        return None
+    rows, columns = seen.any(dim=2).sum(dim=1), seen.any(dim=1).sum(dim=1)
+    corner = (torch.arange(seen.shape[1], device=mask.device)[:, None] < rows[:, None, None]) & (
+        torch.arange(seen.shape[2], device=mask.device) < columns[:, None, None]
+    )
+    for index in (corner != seen).flatten(1).any(dim=1).nonzero().flatten().tolist():
+        raise GridError(
+            f"pixel_attention_mask of tile {index} is no rectangle from the top left corner"
+        )
+    return tuple(zip(rows.tolist(), columns.tolist(), strict=True))

@@ -1,0 +1,324 @@
+"""Idefics3 / SmolVLM out of the Foundation Model Stack's modules.
+
+FMS's SigLIP tower and LLaMA decoder, with smolstack's connector and packer between them.
+
+Shapes (docs/shapes.md): B sequences, T tokens, N tiles, H×W patches of a tile, C the vision hidden
+size, S visual tokens per tile, D the text hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from fms.distributed.strategy import NoOpStrategy, TensorParallelStrategy
+from fms.models.llama import LLaMA
+from fms.models.siglip_vision import SiglipVisionHeadless
+from torch import Tensor, nn
+from torch.nn import functional
+
+from smolstack.errors import CheckpointError, ConfigError, ContextLengthError
+from smolstack.interop.fms.config import Idefics3Config
+from smolstack.interop.fms.inputs import Tiles, causal_again, read_tiles, split_pictures
+from smolstack.model import packer
+from smolstack.model.connector import Idefics3Connector
+from smolstack.model.vision import distinct_tiles, position_ids
+from smolstack.model.vlm import TILES_AT_ONCE
+
+
+class TokenEmbedding(nn.Embedding):
+    """An embedding that lets through what is embedded already, as FMS's generation hook does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T) ids, or (B, T, D) embeddings → (B, T, D)."""
+        return x if x.is_floating_point() else super().forward(x)
+
+
+class Idefics3(nn.Module):
+    """Vision tower → connector → packer → decoder, in FMS's form.
+
+    Args:
+        config: sizes; keyword arguments replace single values, nested configs by dictionaries.
+        distributed_strategy: FMS's. Under tensor parallelism the decoder's layers are divided, and
+            the tower's too where the number of processes divides them; connector, embedding and
+            head stay whole.
+        vision_only: build no decoder, only what :meth:`prepare_inputs_for_generation` needs.
+    """
+
+    # Weights of a Hugging Face folder that FMS reads when there is no decoder.
+    VISION_ONLY_HF_PREFIXES = (
+        "model.vision_model.",
+        "model.connector.",
+        "model.text_model.embed_tokens.",
+    )
+
+    def __init__(
+        self,
+        config: Idefics3Config | None = None,
+        distributed_strategy: Any = NoOpStrategy,
+        vision_only: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.config: Any = (config or Idefics3Config()).updated(**kwargs)
+        vision, text = self.config.vision_config, self.config.text_config
+        if not self.config.fused_weights:
+            vision.fused_weights = text.fused_weights = False
+        self.distributed_strategy = distributed_strategy
+        self._vision_only = vision_only
+        self.vision_tower = SiglipVisionHeadless(vision)
+        if isinstance(distributed_strategy, TensorParallelStrategy):
+            self._divide(distributed_strategy)
+        self.connector = Idefics3Connector(vision.hidden_size, text.emb_dim, self.config.scale)
+        embedding = TokenEmbedding(text.src_vocab_size, text.emb_dim)
+        if vision_only:
+            self.text_embedding = embedding
+            return
+        self.language_model = LLaMA(text, distributed_strategy)
+        self.language_model.base_model.embedding = embedding
+        if self.config.embedding_dim is not None:
+            self.language_model.head = nn.Linear(text.emb_dim, self.config.embedding_dim)
+
+    @classmethod
+    def from_config(cls, config: Idefics3Config) -> Idefics3:
+        """A model of these sizes; weights are not initialised."""
+        return cls(config)
+
+    def get_config(self) -> Idefics3Config:
+        """The config, with what keyword arguments replaced."""
+        found: Idefics3Config = self.config
+        return found
+
+    @property
+    def embedding(self) -> TokenEmbedding:
+        """The token embedding."""
+        found: TokenEmbedding = (
+            self.text_embedding if self._vision_only else self.language_model.base_model.embedding
+        )
+        return found
+
+    def reset_parameters(self) -> None:
+        """Random weights, each module's as FMS has them."""
+        self.vision_tower.embeddings.reset_parameters()
+        self.vision_tower.encoder.reset_parameters()
+        self.vision_tower.post_layernorm.reset_parameters()
+        self.connector.proj.reset_parameters()
+        if self._vision_only:
+            self.text_embedding.reset_parameters()
+            return
+        self.language_model.reset_parameters()
+        if self.language_model.head.bias is not None:
+            nn.init.zeros_(self.language_model.head.bias)
+
+    def post_init(self) -> None:
+        """Called by FMS when weights are in place: ties, rotary tables.
+
+        Raises:
+            CheckpointError: the checkpoint held only some of the weights.
+        """
+        self.vision_tower.post_init()
+        if not self._vision_only:
+            self.language_model.post_init()
+        missing = [name for name, tensor in self.named_parameters() if tensor.is_meta]
+        if missing and len(missing) < len(list(self.parameters())):
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} weights of the model (named as the "
+                f"Foundation Model Stack does): {', '.join(missing[:8])}"
+                f"{' …' if len(missing) > 8 else ''}"
+            )
+
+    def forward(
+        self,
+        input_ids_or_embeds: Tensor,
+        position_ids: Tensor | None = None,
+        past_key_value_states: Any = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits (B, T, V), or with ``use_cache`` (logits, keys and values of each layer).
+
+        Args:
+            input_ids_or_embeds: (B, T) ids, or (B, T, D) as
+                :meth:`prepare_inputs_for_generation` returns them.
+            position_ids: (B, T); by default counted from the cache's length.
+            past_key_value_states: what an earlier call returned.
+            use_cache: return keys and values.
+            **kwargs: ``mask``, ``last_n_tokens`` and whatever FMS's attention takes; with ids and
+                no cache also the pictures, as :meth:`merge` takes them.
+
+        A retrieval model (ColSmol) returns embeddings of unit length (B, T, E) in place of logits.
+        """
+        if self._vision_only:
+            raise ConfigError(
+                "a vision_only model has no decoder; prepare_inputs_for_generation makes the "
+                "embeddings for one"
+            )
+        pictures, attention = split_pictures(kwargs)
+        attention.pop("prompt_length", None)
+        x = input_ids_or_embeds
+        if pictures and not x.is_floating_point() and not past_key_value_states:
+            x = self.merge(x, **pictures)
+        outputs = self.language_model(
+            x,
+            position_ids=position_ids,
+            past_key_value_states=past_key_value_states,
+            use_cache=use_cache,
+            **attention,
+        )
+        if self.config.embedding_dim is None:
+            return outputs
+        if use_cache:
+            return functional.normalize(outputs[0], dim=-1), outputs[1]
+        return functional.normalize(outputs, dim=-1)
+
+    def prepare_inputs_for_generation(
+        self, iteration: int, input_ids: Tensor, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Tensor, MutableMapping[str, Any]]:
+        """What FMS's ``generate`` takes as its ``prepare_model_inputs_hook``.
+
+        Pictures are encoded once, at the prompt, and every row of the batch gets its own. Image
+        tokens that the model itself writes are ordinary tokens.
+
+        Raises:
+            AlignmentError: image tokens and tiles of a row differ, before anything is encoded.
+            ContextLengthError: ``max_seq_len`` cut into the prompt.
+        """
+        if self.config.embedding_dim is not None:
+            raise ConfigError("this checkpoint ends in an embedding head; it writes no text")
+        cached = bool(kwargs.get("use_cache"))
+        mask = kwargs.get("mask")
+        if iteration > 0 and not cached and mask is not None:
+            kwargs = {**kwargs, "mask": causal_again(mask)}
+        pictures, rest = split_pictures(kwargs)
+        if not pictures or (iteration > 0 and cached):
+            return self.embedding(input_ids), kwargs
+        length = int(rest.pop("prompt_length", input_ids.shape[1]))
+        if iteration > 0 and input_ids.shape[1] != length + iteration:
+            raise ContextLengthError(
+                f"max_seq_len {input_ids.shape[1]} cuts off the beginning of a prompt of {length} "
+                "tokens, which holds pictures"
+            )
+        prompt = input_ids[:, :length]
+        visual, counts = self._visual_tokens(prompt, pictures)
+        merged = self._splice(prompt, visual, counts)
+        merged = torch.cat((merged, self.embedding(input_ids[:, length:])), dim=1)
+        if not cached:  # the whole text is read again, its pictures are not
+            rest |= {
+                "visual_tokens": visual,
+                "tiles_per_sequence": counts,
+                "prompt_length": length,
+            }
+        return merged, rest
+
+    def merge(self, input_ids: Tensor, **pictures: Any) -> Tensor:
+        """Text embeddings with visual tokens in their places: (B, T) → (B, T, D).
+
+        Args:
+            input_ids: (B, T).
+            **pictures: ``pixel_values``, (N, 3, P, P) or (B, most, 3, P, P), and, where tiles are
+                only partly filled, ``pixel_attention_mask`` or ``tile_grids``; or
+                ``visual_tokens`` (N, S, D). ``tiles_per_sequence`` is needed only where image
+                tokens alone do not say it.
+
+        Raises:
+            AlignmentError, GridError: naming the row, what was found and what was expected.
+        """
+        return self._splice(input_ids, *self._visual_tokens(input_ids, pictures))
+
+    def encode_tiles(
+        self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None
+    ) -> Tensor:
+        """Visual tokens of tiles, a few at a time, equal ones once: (N, 3, P, P) → (N, S, D)."""
+        grid = self._grid(tiles)
+        firsts, copies = distinct_tiles(tiles, filled)
+        weight = self.connector.proj.weight
+        tokens = (grid[0] // self.config.scale) * (grid[1] // self.config.scale)
+        encoded = [weight.new_empty(0, tokens, weight.shape[0])]
+        for start in range(0, len(firsts), TILES_AT_ONCE):
+            some = firsts[start : start + TILES_AT_ONCE]
+            parts = None if filled is None else [filled[i] for i in some]
+            encoded.append(self.connector(self._see(tiles[some].to(weight), parts), grid))
+        return torch.cat(encoded)[copies]
+
+    def _see(self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None) -> Tensor:
+        """The tower's states: (N, 3, P, P) → (N, H·W, C).
+
+        FMS's own forward pass of the tower has positions for full tiles alone; its parts are run
+        one by one here.
+        """
+        embeddings = self.vision_tower.embeddings
+        rows, columns = self._grid(tiles)
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        attention: dict[str, Tensor] = {}
+        if filled is None:
+            ids = position_ids(rows, columns, side)[None]
+        else:
+            ids, seen = _partial(rows, columns, side, filled)
+            attention["mask"] = seen[:, None].to(tiles.device)
+        x = embeddings.patch_embedding(tiles).flatten(2).transpose(1, 2)
+        x = x + embeddings.position_embedding(ids.to(tiles.device))
+        x, _ = self.vision_tower.encoder(inputs_embeds=x, **attention)
+        states: Tensor = self.vision_tower.post_layernorm(x)
+        return states
+
+    def _grid(self, tiles: Tensor) -> tuple[int, int]:
+        patch = self.config.vision_config.patch_size
+        return tiles.shape[-2] // patch, tiles.shape[-1] // patch
+
+    def _visual_tokens(
+        self, input_ids: Tensor, pictures: dict[str, Any]
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """Visual tokens (N, S, D) and tiles per row; counted before anything is encoded."""
+        places = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+        visual: Tensor | None = pictures.get("visual_tokens")
+        if visual is not None:
+            given = pictures.get("tiles_per_sequence")
+            counts = [n // visual.shape[1] for n in places] if given is None else given
+            return visual, tuple(int(n) for n in counts)
+        rows, columns = self._grid(pictures["pixel_values"])
+        per_tile = (rows // self.config.scale) * (columns // self.config.scale)
+        tiles: Tiles = read_tiles(
+            places=places,
+            tokens_per_tile=per_tile,
+            patch=self.config.vision_config.patch_size,
+            **pictures,
+        )
+        packer.locate(input_ids, self.config.image_token_id, tiles.per_sequence, per_tile)
+        return self.encode_tiles(tiles.pixels, tiles.filled), tiles.per_sequence
+
+    def _splice(self, input_ids: Tensor, visual: Tensor, counts: Sequence[int]) -> Tensor:
+        image = self.config.image_token_id
+        places = packer.locate(input_ids, image, counts, visual.shape[1])
+        return packer.splice(self.embedding(input_ids), places, visual.to(input_ids.device))
+
+    def _divide(self, strategy: Any) -> None:
+        """Check that tensor parallelism can divide the decoder, and divide the tower if it can."""
+        processes = strategy.group.size()
+        text, vision = self.config.text_config, self.config.vision_config
+        heads, groups = text.nheads, text.kvheads or text.nheads
+        inner = int(text.hidden_grow_factor * text.emb_dim)
+        shared = groups % processes == 0 or processes % groups == 0
+        if not self._vision_only and (heads % processes or inner % processes or not shared):
+            raise ConfigError(
+                f"tensor parallelism over {processes} processes, which must divide the decoder's "
+                f"{heads} attention heads and {inner} inner channels, and divide or be a multiple "
+                f"of its {groups} key/value heads"
+            )
+        if vision.nheads % processes or vision.intermediate_size % processes:
+            return
+        layers = self.vision_tower.encoder.layers
+        for index, layer in enumerate(layers):
+            layers[index] = strategy.distribute_layer(layer, index)
+
+
+def _partial(
+    rows: int, columns: int, side: int, filled: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Position ids (N, H·W) of partly filled tiles, and which patches hold picture (N, H·W)."""
+    ids = torch.zeros(len(filled), rows, columns, dtype=torch.long)
+    seen = torch.zeros(len(filled), rows, columns, dtype=torch.bool)
+    for index, (high, wide) in enumerate(filled):
+        ids[index, :high, :wide] = position_ids(high, wide, side).view(high, wide)
+        seen[index, :high, :wide] = True
+    return ids.flatten(1), seen.flatten(1)
