@@ -172,6 +172,8 @@ class TextConfig:
         ids = list(self.eos_token_ids)
         eos = ids if len(ids) > 1 else next(iter(ids), None)
         return {
+            # llama.cpp's converter looks here for the decoder's class, and nowhere else.
+            "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
