@@ -31,6 +31,10 @@ EXAMPLES = """
 
 `curl -s https://example.org/cat.jpg | smolstack ask - "What is this?"`
 
+`smolstack ask receipt.png "The total?" --regex '[0-9]+\\.[0-9]{2}'`
+
+`smolstack ask photo.png "Is it day or night?" --choice day --choice night --verbose`
+
 `smolstack ask page.png "Read this page." --model HuggingFaceTB/SmolVLM-256M-Instruct --json`
 """
 STDIN = "-"
@@ -63,6 +67,9 @@ def ask(
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = None,
+    schema: options.SchemaOption = None,
+    regex: options.RegexOption = None,
+    choice: options.ChoiceOption = None,
     json: options.JsonOption = False,
     verbose: options.VerboseOption = False,
 ) -> None:
@@ -85,6 +92,7 @@ def ask(
         max_image_tokens=max_image_tokens,
         upscale=upscale,
     )
+    chosen.update(options.form_options(schema, regex, choice))
     vlm = options.load_model(model, revision, dtype, device, threads)
     tiling = options.tiling_of(chosen)
     plans = [vlm.processor.plan(picture, **tiling) for picture in pictures]
@@ -137,6 +145,7 @@ def answer_json(answer: Answer, images: list[str], plans: list[TilePlan]) -> dic
         "text": data["text"],
         "finish_reason": data["finish_reason"],
         "usage": data["usage"],
+        **({"probabilities": data["probabilities"]} if data["probabilities"] else {}),
         "timings": {
             **data["timings"],
             "total": answer.timings.total,
@@ -174,6 +183,9 @@ def plan_line(name: str, plan: TilePlan) -> str:
 
 def tell_ending(answer: Answer, *, verbose: bool) -> None:
     """How an answer ended and what it took, on stderr; on a terminal also that it was cut off."""
+    if verbose and answer.probabilities is not None:
+        for text, share in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
+            note(f"{share:8.2%}  {text}")
     if verbose or (sys.stderr.isatty() and answer.finish_reason != "stop"):
         note(ending_line(answer))
     if verbose:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from smolstack.errors import PromptError
 
 if TYPE_CHECKING:
     from smolstack.generation.options import AnswerOptions
@@ -13,7 +18,7 @@ if TYPE_CHECKING:
     from smolstack.vlm import VLM
 
 _SAMPLING, _STOPPING = "Sampling", "Ending the answer"
-_MODEL, _PICTURES = "Model", "Pictures"
+_MODEL, _PICTURES, _FORM = "Model", "Pictures", "Form of the answer"
 
 
 class Dtype(str, Enum):
@@ -166,6 +171,55 @@ Seed = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
+
+
+SchemaOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A JSON Schema that the answer satisfies (extra structured); - reads it from stdin.",
+        rich_help_panel=_FORM,
+    ),
+]
+RegexOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="A regular expression that the whole answer matches (extra structured).",
+        rich_help_panel=_FORM,
+    ),
+]
+ChoiceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="A text that the answer may be; give each one. Their probabilities are computed "
+        "exactly, and shown with --verbose or --json.",
+        rich_help_panel=_FORM,
+    ),
+]
+
+
+def form_options(
+    schema: Path | None, regex: str | None, choices: list[str] | None
+) -> AnswerOptions:
+    """The options of ``VLM.stream`` that say which form an answer has."""
+    chosen: AnswerOptions = {}
+    if schema is not None:
+        chosen["schema"] = _read_schema(schema)
+    if regex is not None:
+        chosen["regex"] = regex
+    if choices:
+        chosen["choices"] = choices
+    return chosen
+
+
+def _read_schema(path: Path) -> Any:
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{path} is no JSON: {error}") from None
 
 
 def generation_options(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from smolstack.generation.stopping import FinishReason
@@ -46,14 +47,34 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """What the model gave one token of an answer: natural logarithms, before any warping.
+
+    Attributes:
+        top: (token, log-probability) of the likeliest ones at this place, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Answer:
     """An answer.
 
     Attributes:
-        text: the answer, without surrounding white space.
+        text: the answer, without surrounding white space; one with a ``schema`` or ``regex`` is
+            exactly what matches.
         finish_reason: "stop" (end token or stop string), "length", or "repetition".
         token_ids: the tokens generated, the end token included.
         usage, timings: see there.
+        logprobs: of each token, where asked for.
+        parsed: with ``schema``, the JSON value or the pydantic object that the text stands for;
+            None when the answer was cut off or the model's own validators refuse it.
+        probabilities: with ``choices``, how likely each is, given that the answer is one of them.
+        choice_logprobs: with ``choices``, the natural logarithm of the probability that the answer
+            is exactly this text, whatever else it could be.
     """
 
     text: str
@@ -61,7 +82,13 @@ class Answer:
     token_ids: tuple[int, ...]
     usage: Usage
     timings: Timings
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    parsed: Any = None
+    probabilities: Mapping[str, float] | None = None
+    choice_logprobs: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
+        """Plain data, for JSON; what ``parsed`` stands for is in the text."""
+        data = asdict(replace(self, parsed=None))
+        del data["parsed"]
+        return data

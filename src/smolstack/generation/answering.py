@@ -10,10 +10,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from smolstack.batch import VisualTokens
+from smolstack.batch import Batch, VisualTokens
 from smolstack.errors import GenerationError
 from smolstack.generation.answer import Answer, Timings, Usage
-from smolstack.generation.generate import Run, capacity, generate, start
+from smolstack.generation.choices import continuations, pick, probabilities, score
+from smolstack.generation.generate import Growing, Run, begin, capacity, generate, timed
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.reuse import (
     PictureCache,
@@ -22,6 +23,8 @@ from smolstack.generation.reuse import (
     picture_key,
     token_keys,
 )
+from smolstack.generation.structured import Choices, Grammars, Regex, Schema
+from smolstack.model.cache import KVCache
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.processor import Picture, Processor, Prompt
@@ -39,10 +42,22 @@ class Answering:
         self.model, self.processor = model, processor
         self.pictures = PictureCache()
         self.prefix: PrefixCache | None = PrefixCache()
+        self._grammars: dict[tuple[int, ...], Grammars] = {}
 
     def encode(self, prompts: Sequence[Prompt]) -> Encoding:
         """Open and cut the pictures that are not known yet; no tower runs before ``finish``."""
         return Encoding(self, prompts)
+
+    def grammars(self, eos_token_ids: tuple[int, ...]) -> Grammars:
+        """Grammars over this checkpoint's vocabulary, for answers that these tokens end."""
+        if eos_token_ids not in self._grammars:
+            self._grammars[eos_token_ids] = Grammars(
+                self.processor.tokenizer,
+                self.model.config.text.vocab_size,
+                eos_token_ids,
+                self.processor.answer_lead,
+            )
+        return self._grammars[eos_token_ids]
 
     def forget(self) -> None:
         """Drop everything kept for reuse."""
@@ -114,19 +129,15 @@ class AnswerStream:
         prompts: Sequence[Prompt],
         options: ReadOptions,
     ) -> None:
-        self._answering, self._prompts, self._stopping = answering, prompts, options.stopping
-        decode = answering.processor.tokenizer.decode
-        self._run = start(
-            [prompt.token_ids for prompt in prompts],
-            options.sampling,
-            options.stopping,
-            partial(decode, skip_special=not options.keep_special_tokens),
-            answering.model.config.text.max_positions,
-        )
+        self._answering, self._prompts, self._options = answering, prompts, options
+        self._form = Form(answering, options)
+        self._run = Run([self._form.begin(prompt) for prompt in prompts])
+        self._choices = [self._form.choices(prompt) for prompt in prompts]
         began = perf_counter()
         self._encoding = answering.encode(prompts)
         self._picture_seconds = perf_counter() - began
         self._vision_seconds = 0.0
+        self._scores: list[list[float]] = []
         self._pieces = self._generate()
 
     def __iter__(self) -> Iterator[str]:
@@ -145,31 +156,59 @@ class AnswerStream:
         """One answer per prompt, in order."""
         if any(sequence.finish_reason is None for sequence in self._run.sequences):
             raise GenerationError("the answer is not complete yet; iterate over the stream first")
-        return [_answer(p, self._run, row, self._timings()) for row, p in enumerate(self._prompts)]
+        scores: Sequence[list[float] | None] = self._scores or [None] * len(self._prompts)
+        return [
+            make_answer(prompt, sequence, self._timings(), self._options, score)
+            for prompt, sequence, score in zip(
+                self._prompts, self._run.sequences, scores, strict=True
+            )
+        ]
 
     def _generate(self) -> Iterator[str]:
-        model, prefix = self._answering.model, self._answering.prefix
         began = perf_counter()
         prompts = self._encoding.finish()
         self._vision_seconds = perf_counter() - began
+        if self._choices[0] is not None:
+            for row, prompt in enumerate(prompts):
+                yield self._choose(prompt, row)
+            return
         batch = self._answering.processor.batch(prompts)
-        room = capacity(batch, self._run)
-        keys: list[TokenKey] = []
-        cache = None
+        cache, keys = self._cache(prompts, batch, capacity(batch, self._run))
+        for event in generate(self._answering.model, batch, self._run, cache):
+            if event.piece:
+                yield event.piece
+        self._keep(prompts, [*keys, *self._run.sequences[0].token_ids], cache)
+
+    def _choose(self, prompt: Prompt, row: int) -> str:
+        """Score every choice after one prompt and answer with one of them."""
+        model, choices = self._answering.model, self._choices[row]
+        assert choices is not None
+        batch = self._answering.processor.batch([prompt])
+        cache, keys = self._cache([prompt], batch, batch.token_ids.shape[1])
+        logits = timed(self._run, "prefill_seconds", lambda: model.prefill(batch, cache))[0]
+        began = perf_counter()
+        scores = [value for some in score(model, logits, cache, choices) for value in some]
+        self._run.decode_seconds += perf_counter() - began
+        self._scores.append(scores)
+        self._keep([prompt], keys, cache)
+        return self._run.sequences[row].take_all(choices[pick(scores, self._options.sampling)])
+
+    def _cache(
+        self, prompts: Sequence[Prompt], batch: Batch, room: int
+    ) -> tuple[KVCache, list[TokenKey]]:
+        """A cache for a batch, holding what is known of a single prompt; and that prompt's keys."""
+        model, prefix = self._answering.model, self._answering.prefix
+        if prefix is None or len(prompts) > 1:
+            return model.new_cache(batch, room), []
+        keys = prompt_keys(prompts[0], model)
+        return prefix.take(keys, room) or model.new_cache(batch, room), keys
+
+    def _keep(self, prompts: Sequence[Prompt], keys: list[TokenKey], cache: KVCache) -> None:
+        """Keep the cache of a single prompt for the next one that begins like it."""
+        prefix = self._answering.prefix
         if prefix is not None and len(prompts) == 1:
-            keys = _keys(prompts[0], model)
-            cache = prefix.take(keys, room)
-        cache = cache or model.new_cache(batch, room)
-        first = True
-        for event in generate(model, batch, self._run, self._stopping, cache):
-            # The template leaves a space between "Assistant:" and the answer to the model.
-            piece = event.piece.lstrip() if first else event.piece
-            first = first and not piece
-            if piece:
-                yield piece
-        if prefix is not None and keys:
             visual = [p.tokens for p in prompts[0].pictures if isinstance(p, VisualTokens)]
-            prefix.put([*keys, *self._run.sequences[0].token_ids], cache, visual)
+            prefix.put(keys, cache, visual)
 
     def _timings(self) -> Timings:
         run = self._run
@@ -182,16 +221,68 @@ class AnswerStream:
         )
 
 
-def _keys(prompt: Prompt, model: VisionLanguageModel) -> list[TokenKey]:
+class Form:
+    """What every answer under the same options begins with; compiled once, checked at once."""
+
+    def __init__(self, answering: Answering, options: ReadOptions) -> None:
+        self.answering, self.options = answering, options
+        self._decode = partial(
+            answering.processor.tokenizer.decode, skip_special=not options.keep_special_tokens
+        )
+        structure = options.structure
+        self._grammar = (
+            answering.grammars(options.stopping.eos_token_ids).compile(structure)
+            if isinstance(structure, (Schema, Regex))
+            else None
+        )
+
+    def begin(self, prompt: Prompt) -> Growing:
+        """An answer to a prompt that has not begun.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for it.
+        """
+        constraint = None
+        if self._grammar is not None:
+            grammars = self.answering.grammars(self.options.stopping.eos_token_ids)
+            constraint = grammars.constraint(self._grammar)
+        positions = self.answering.model.config.text.max_positions
+        return begin(prompt.token_ids, self.options, self._decode, positions, constraint)
+
+    def choices(self, prompt: Prompt) -> list[tuple[int, ...]] | None:
+        """Token ids of each choice after a prompt, or None when there are none."""
+        if not isinstance(self.options.structure, Choices):
+            return None
+        return continuations(
+            self.answering.processor,
+            prompt,
+            self.answering.processor.answer_lead,
+            self.options.structure.texts,
+            self.options.stopping.eos_token_ids,
+        )
+
+
+def prompt_keys(prompt: Prompt, model: VisionLanguageModel) -> list[TokenKey]:
+    """What the prefix cache compares of a prompt whose pictures are visual tokens."""
     visual = [picture for picture in prompt.pictures if isinstance(picture, VisualTokens)]
     return token_keys(prompt.token_ids, model.config.image_token_id, visual)
 
 
-def _answer(prompt: Prompt, run: Run, row: int, timings: Timings) -> Answer:
-    sequence = run.sequences[row]
+def make_answer(
+    prompt: Prompt,
+    sequence: Growing,
+    timings: Timings,
+    options: ReadOptions,
+    scores: Sequence[float] | None = None,
+) -> Answer:
+    """The answer that a finished sequence holds; ``scores`` are those of its choices."""
     assert sequence.finish_reason is not None
-    return Answer(
-        text=sequence.stream.text.strip(),
+    structure, text = options.structure, sequence.text
+    parsed = None
+    if isinstance(structure, Schema) and sequence.finish_reason == "stop":
+        parsed = structure.parse(text)
+    answer = Answer(
+        text=text,
         finish_reason=sequence.finish_reason,
         token_ids=tuple(sequence.token_ids),
         usage=Usage(
@@ -201,4 +292,13 @@ def _answer(prompt: Prompt, run: Run, row: int, timings: Timings) -> Answer:
             tiles=sum(plan.tiles for plan in prompt.plans),
         ),
         timings=timings,
+        logprobs=None if options.logprobs is None else tuple(sequence.logprobs),
+        parsed=parsed,
+    )
+    if scores is None or not isinstance(structure, Choices):
+        return answer
+    return replace(
+        answer,
+        probabilities=dict(zip(structure.texts, probabilities(scores), strict=True)),
+        choice_logprobs=dict(zip(structure.texts, scores, strict=True)),
     )

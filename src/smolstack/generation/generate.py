@@ -11,23 +11,101 @@ import torch
 
 from smolstack.batch import Batch
 from smolstack.errors import ContextLengthError
-from smolstack.generation.sampling import Sampler, Sampling
+from smolstack.generation.answer import TokenLogprob
+from smolstack.generation.options import ReadOptions
+from smolstack.generation.sampling import Sampler
 from smolstack.generation.stopping import FinishReason, Stopping
 from smolstack.generation.stream import TextStream
+from smolstack.generation.structured import Constraint
 from smolstack.model.cache import KVCache
 from smolstack.model.vlm import VisionLanguageModel
 
 
 @dataclass
 class Growing:
-    """One answer as it grows."""
+    """One answer as it grows.
+
+    Attributes:
+        constraint: the form that it must keep to, or None.
+        top_logprobs: likeliest tokens noted at each place; None notes nothing.
+    """
 
     prompt_tokens: int
     limit: int
     sampler: Sampler
     stream: TextStream
+    stopping: Stopping
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    _handed_out: int = 0  # characters, the lead not counted
+    _lead_left: int = -1  # characters of the lead that are still to come
+
+    def take(self, logits: torch.Tensor) -> tuple[int, str]:
+        """Choose one token from logits (V,) and decide whether the answer ends with it.
+
+        Returns:
+            The token, and the characters of the answer that became certain.
+        """
+        with torch.inference_mode():
+            allowed = None if self.constraint is None else self.constraint.allowed()
+            token = self.sampler(logits, allowed)
+            if self.top_logprobs is not None:
+                self.logprobs.append(_logprob(logits, token, self.top_logprobs))
+        self.token_ids.append(token)
+        if self.constraint is not None:
+            self.constraint.take(token)
+        return token, self._after_lead(self._push(token))
+
+    def take_all(self, token_ids: Sequence[int]) -> str:
+        """Take a whole answer that was chosen otherwise; its text."""
+        self.token_ids.extend(token_ids)
+        text = "".join(self.stream.push(t) for t in token_ids if t not in self._ends)
+        self.finish_reason = "stop"
+        return self._after_lead(text + self.stream.finish())
+
+    @property
+    def text(self) -> str:
+        """The answer so far: without surrounding white space, or exactly as its form has it."""
+        if self.constraint is None:
+            return self.stream.text.strip()
+        return self.stream.text[self.constraint.lead :]
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return self.stopping.eos_token_ids
+
+    def _push(self, token: int) -> str:
+        if token in self._ends:
+            self.finish_reason = "stop"
+            return self.stream.finish()
+        piece = self.stream.push(token)
+        if self.stream.stopped or (self.constraint is not None and self.constraint.complete):
+            self.finish_reason = "stop"
+        elif self.stopping.repetition is not None and self.stopping.repetition.matches(
+            self.token_ids
+        ):
+            self.finish_reason = "repetition"
+        elif len(self.token_ids) >= self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            piece += self.stream.finish()
+            if self.stream.stopped:
+                self.finish_reason = "stop"
+        return piece
+
+    def _after_lead(self, piece: str) -> str:
+        """A piece without what the template leaves between prompt and answer to the model."""
+        if self.constraint is None:
+            piece = piece if self._handed_out else piece.lstrip()
+        else:
+            left = self.constraint.lead if self._lead_left < 0 else self._lead_left
+            self._lead_left = max(0, left - len(piece))
+            piece = piece[left:]
+        self._handed_out += len(piece)
+        return piece
 
 
 @dataclass(frozen=True)
@@ -49,45 +127,42 @@ class Run:
     decode_steps: int = 0
 
 
-def start(
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    stopping: Stopping,
+def begin(
+    token_ids: Sequence[int],
+    options: ReadOptions,
     decode: Callable[[Sequence[int]], str],
     max_positions: int,
-) -> Run:
-    """Check that every answer has room, before any work is done.
+    constraint: Constraint | None = None,
+) -> Growing:
+    """An answer that has not begun; checks that it has room, before any work is done.
 
     Args:
-        prompts: token ids of each sequence.
-        decode: token ids → text, special tokens left out.
+        token_ids: the prompt's.
+        decode: token ids → text.
         max_positions: tokens that the model's context holds.
+        constraint: the form of this answer alone.
 
     Raises:
-        ContextLengthError: a prompt leaves no room for a single new token.
+        ContextLengthError: the prompt leaves no room for a single new token.
     """
-    sequences = []
-    for prompt_ids in prompts:
-        room = max_positions - len(prompt_ids)
-        if room < 1:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt_ids)} tokens and the model's context holds "
-                f"{max_positions}, which leaves no room for an answer"
-            )
-        sequences.append(
-            Growing(
-                prompt_tokens=len(prompt_ids),
-                limit=min(stopping.max_new_tokens, room),
-                sampler=Sampler(sampling, torch.tensor(list(prompt_ids), dtype=torch.long)),
-                stream=TextStream(decode, stopping.stop),
-            )
+    room = max_positions - len(token_ids)
+    if room < 1:
+        raise ContextLengthError(
+            f"the prompt has {len(token_ids)} tokens and the model's context holds "
+            f"{max_positions}, which leaves no room for an answer"
         )
-    return Run(sequences)
+    return Growing(
+        prompt_tokens=len(token_ids),
+        limit=min(options.stopping.max_new_tokens, room),
+        sampler=Sampler(options.sampling, torch.tensor(list(token_ids), dtype=torch.long)),
+        stream=TextStream(decode, options.stopping.stop),
+        stopping=options.stopping,
+        constraint=constraint,
+        top_logprobs=options.logprobs,
+    )
 
 
-def generate(
-    model: VisionLanguageModel, batch: Batch, run: Run, stopping: Stopping, cache: KVCache
-) -> Iterator[Event]:
+def generate(model: VisionLanguageModel, batch: Batch, run: Run, cache: KVCache) -> Iterator[Event]:
     """Answer every sequence of a batch; yields an event per sequence and step.
 
     Each sequence has its own random state and limits, and finished ones leave the batch, so an
@@ -96,13 +171,13 @@ def generate(
     Args:
         cache: empty, or holding a prefix of the batch's only sequence; :func:`capacity` tokens.
     """
-    logits = _timed(run, "prefill_seconds", lambda: model.prefill(batch, cache))
+    logits = timed(run, "prefill_seconds", lambda: model.prefill(batch, cache))
     active = list(range(len(batch)))
     while True:
         tokens = []
         for place, row in enumerate(active):
             sequence = run.sequences[row]
-            token, piece = _step(sequence, logits[place], stopping)
+            token, piece = sequence.take(logits[place])
             tokens.append(token)
             yield Event(row, piece, sequence.finish_reason)
         going = [p for p, row in enumerate(active) if run.sequences[row].finish_reason is None]
@@ -112,7 +187,7 @@ def generate(
             cache.select(torch.tensor(going, device=model.device))
             active, tokens = [active[p] for p in going], [tokens[p] for p in going]
         new = torch.tensor(tokens, device=model.device)
-        logits = _timed(run, "decode_seconds", partial(model.decode_one_token, new, cache))
+        logits = timed(run, "decode_seconds", partial(model.decode_one_token, new, cache))
         run.decode_steps += 1
 
 
@@ -121,7 +196,7 @@ def capacity(batch: Batch, run: Run) -> int:
     return batch.token_ids.shape[1] + max(sequence.limit for sequence in run.sequences)
 
 
-def _timed(run: Run, total: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+def timed(run: Run, total: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Do ``work`` without autograd and add its seconds to a total of the run.
 
     Inference mode ends before anything is yielded: a generator that held it would leave it on in
@@ -134,23 +209,9 @@ def _timed(run: Run, total: str, work: Callable[[], torch.Tensor]) -> torch.Tens
     return result
 
 
-def _step(sequence: Growing, logits: torch.Tensor, stopping: Stopping) -> tuple[int, str]:
-    """Choose one token and decide whether the answer ends with it."""
-    with torch.inference_mode():
-        token = sequence.sampler(logits)
-    sequence.token_ids.append(token)
-    if token in stopping.eos_token_ids:
-        sequence.finish_reason = "stop"
-        return token, sequence.stream.finish()
-    piece = sequence.stream.push(token)
-    if sequence.stream.stopped:
-        sequence.finish_reason = "stop"
-    elif stopping.repetition is not None and stopping.repetition.matches(sequence.token_ids):
-        sequence.finish_reason = "repetition"
-    elif len(sequence.token_ids) >= sequence.limit:
-        sequence.finish_reason = "length"
-    if sequence.finish_reason is not None:
-        piece += sequence.stream.finish()
-        if sequence.stream.stopped:
-            sequence.finish_reason = "stop"
-    return token, piece
+def _logprob(logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
+    """What the model itself gave a token and its likeliest rivals, before any warping."""
+    scores = logits.float().log_softmax(dim=-1)
+    best = scores.topk(min(top, scores.numel()))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenLogprob(token, float(scores[token]), tuple(pairs))

@@ -9,9 +9,11 @@ from typing import Any
 from smolstack.errors import GenerationError
 from smolstack.generation.sampling import Sampling
 from smolstack.generation.stopping import RepetitionRule, Stopping
+from smolstack.generation.structured import Structure, read_structure
 from smolstack.processor.geometry import Tiling
 
 DEFAULT_MAX_NEW_TOKENS = 512
+MAX_LOGPROBS = 20
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -26,6 +28,11 @@ class AnswerOptions(Tiling, total=False):
         stop_on_repetition: end an answer that goes round in circles; True for the usual rule.
         keep_special_tokens: write special tokens into the text; document models (SmolDocling,
             granite-docling) answer in them. The end token never is part of the text.
+        schema: a JSON Schema or a pydantic model that the answer satisfies (extra ``structured``).
+        regex: a regular expression that the whole answer matches (extra ``structured``).
+        choices: texts of which the answer is one; their probabilities are computed exactly.
+        logprobs: log-probabilities of the tokens taken, and of so many likeliest ones at each
+            place (0 to 20).
     """
 
     max_new_tokens: int
@@ -38,6 +45,10 @@ class AnswerOptions(Tiling, total=False):
     stop: str | Sequence[str]
     stop_on_repetition: bool | RepetitionRule
     keep_special_tokens: bool
+    schema: Any
+    regex: str | None
+    choices: Sequence[str] | None
+    logprobs: int | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class ReadOptions:
     stopping: Stopping
     tiling: Tiling
     keep_special_tokens: bool
+    structure: Structure | None = None
+    logprobs: int | None = None
 
 
 def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> ReadOptions:
@@ -70,4 +83,11 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Read
     )
     sampling = Sampling(**{name: given[name] for name in _SAMPLING if name in given})
     tiling: Any = {name: given[name] for name in Tiling.__annotations__ if name in given}
-    return ReadOptions(sampling, stopping, tiling, options.get("keep_special_tokens", False))
+    structure = read_structure(
+        options.get("schema"), options.get("regex"), options.get("choices"), stopping.stop
+    )
+    logprobs = options.get("logprobs")
+    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+        raise GenerationError(f"logprobs is {logprobs}, expected 0 to {MAX_LOGPROBS}")
+    keep = options.get("keep_special_tokens", False)
+    return ReadOptions(sampling, stopping, tiling, keep, structure, logprobs)

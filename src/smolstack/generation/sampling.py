@@ -54,12 +54,14 @@ class Sampler:
         else:
             self.generator.manual_seed(sampling.seed)
 
-    def __call__(self, logits: Tensor) -> int:
-        """The next token, from logits (V,)."""
+    def __call__(self, logits: Tensor, allowed: Tensor | None = None) -> int:
+        """The next token, from logits (V,); ``allowed`` (V,) bool leaves the others out."""
         logits = logits.float()
         if self.seen is not None:
             self.seen = self.seen.to(logits.device)
             logits = penalise(logits, self.seen, self.sampling.repetition_penalty)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         if self.sampling.temperature == 0:
             token = int(logits.argmax())
         else:

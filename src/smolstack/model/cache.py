@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,49 @@ class KVCache:
         self.values = [values.index_select(0, rows) for values in self.values]
         if self.padding is not None:
             self.padding = self.padding.index_select(0, rows)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the keys and values held, without the room that is left."""
+        batch, heads, _, width = self.keys[0].shape
+        size = self.keys[0].element_size()
+        return 2 * len(self.keys) * batch * heads * self.length * width * size
+
+    def copied(self, rows: int, capacity: int, length: int | None = None) -> KVCache:
+        """The first ``length`` tokens (None: all) of the only sequence, ``rows`` times over, in a
+        new cache with room for ``capacity``."""
+        kept = self.length if length is None else length
+        copy = object.__new__(KVCache)
+        copy.keys = [_grown(keys.expand(rows, -1, -1, -1), kept, capacity) for keys in self.keys]
+        copy.values = [
+            _grown(held.expand(rows, -1, -1, -1), kept, capacity) for held in self.values
+        ]
+        copy.padding, copy.capacity, copy.length = None, capacity, kept
+        return copy
+
+
+class CacheRows:
+    """Caches of B sequences that are of different lengths, for one token of each.
+
+    Sequences join and leave by being in the list or not: nothing is padded, moved or copied, and
+    the attention of one does not know of the others.
+
+    Args:
+        caches: one per sequence, each made for a batch of 1 without padding.
+    """
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        self.caches = list(caches)
+        lengths = [cache.length for cache in self.caches]
+        self.length = max(lengths)
+        # Positions are counted from the longest, so a shorter one is padded in name alone.
+        self.padding = torch.tensor([self.length - length for length in lengths])
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` as written in every sequence."""
+        for cache in self.caches:
+            cache.advance(tokens)
+        self.length += tokens
 
 
 def _grown(buffer: Tensor, length: int, capacity: int) -> Tensor:

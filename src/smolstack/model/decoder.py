@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from smolstack.config import RopeConfig, TextConfig
-from smolstack.model.cache import KVCache
+from smolstack.model.cache import CacheRows, KVCache
 from smolstack.model.layers import ACTIVATION, RMSNorm, merge_heads, split_heads
 
 
@@ -58,11 +58,25 @@ class TextAttention(nn.Module):
         self.out = nn.Linear(config.num_heads * config.head_dim, width, bias=bias)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | CacheRows | None,
     ) -> Tensor:
         query = rotate(split_heads(self.query(x), self.num_heads), cos, sin)
         key = rotate(split_heads(self.key(x), self.num_kv_heads), cos, sin)
         value = split_heads(self.value(x), self.num_kv_heads)
+        if isinstance(cache, CacheRows):
+            mixed = [
+                self._attend(one, *own.append(self.layer, k, v), None)
+                for one, k, v, own in zip(
+                    query.split(1), key.split(1), value.split(1), cache.caches, strict=True
+                )
+            ]
+            of_each: Tensor = self.out(merge_heads(torch.cat(mixed)))
+            return of_each
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         out: Tensor = self.out(merge_heads(self._attend(query, key, value, mask)))
@@ -96,7 +110,12 @@ class TextLayer(nn.Module):
         self.activation = ACTIVATION[config.hidden_act]
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | CacheRows | None,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
         hidden = self.mlp_norm(x)
@@ -118,21 +137,24 @@ class Decoder(nn.Module):
         self,
         embeddings: Tensor,
         padding: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | CacheRows | None = None,
     ) -> Tensor:
         """States of the new tokens, normalised: (B, T, D) → (B, T, D).
 
         Args:
             embeddings: (B, T, D), text embeddings with visual tokens in their places.
             padding: (B,) left-padding tokens per row, when there is no cache (a cache knows them).
-            cache: appended to; the new tokens follow the cached ones.
+            cache: appended to; the new tokens follow the cached ones. Rows of different lengths
+                (CacheRows) take one new token each.
         """
         if cache is not None:
             padding = cache.padding
         past = 0 if cache is None else cache.length
         new = embeddings.shape[1]
         cos, sin = self._angles(past, new, padding, embeddings)
-        mask = attention_mask(past, new, padding, embeddings.device)
+        mask = None
+        if not isinstance(cache, CacheRows):
+            mask = attention_mask(past, new, padding, embeddings.device)
         x = embeddings
         for layer in self.layers:
             x = layer(x, cos, sin, mask, cache)

@@ -12,7 +12,7 @@ from smolstack.batch import Batch
 from smolstack.config import ModelConfig
 from smolstack.errors import AlignmentError, ConfigError
 from smolstack.model import packer
-from smolstack.model.cache import KVCache
+from smolstack.model.cache import CacheRows, KVCache
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.decoder import Decoder
 from smolstack.model.vision import VisionTower, distinct_tiles
@@ -131,7 +131,7 @@ class VisionLanguageModel(nn.Module):
         states = self.decoder(self.merge(batch)[:, cache.length :], cache=cache)
         return self.logits(states[:, -1])
 
-    def decode_one_token(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+    def decode_one_token(self, token_ids: Tensor, cache: KVCache | CacheRows) -> Tensor:
         """Append one token per sequence, (B,), to ``cache``; logits of the next one: (B, V)."""
         states = self.decoder(self.decoder.embedding(token_ids[:, None]), cache=cache)
         return self.logits(states[:, -1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -131,6 +132,17 @@ class Processor:
                 "tokenizer_config.json)"
             )
         return self.template.render(messages, answer_next=answer_next)
+
+    @cached_property
+    def answer_lead(self) -> str:
+        """What the chat template writes between a prompt and the answer to it: a space, say."""
+        asked, mark = prompts.user_message(0, "?"), "\x00"
+        said = {"role": "assistant", "content": [{"type": "text", "text": mark}]}
+        before = self.render([asked])
+        after = self.render([asked, said], answer_next=False)
+        if not after.startswith(before) or mark not in after:
+            return ""
+        return after[len(before) :].partition(mark)[0]
 
     def plan(self, picture: Picture | tuple[int, int], **tiling: Unpack[Tiling]) -> TilePlan:
         """The tile plan of a picture, of visual tokens, or of a size (width, height)."""

@@ -1,0 +1,247 @@
+"""Answers of a given form: a JSON Schema or a regular expression that every token keeps to.
+
+The grammar work is llguidance's (extra ``structured``): it says which tokens may come next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smolstack.errors import GenerationError
+from smolstack.processor.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_CHOICES = 1000
+# JSON as most of the world writes it on one line. With free white space a model that is unsure
+# may write it for ever.
+_STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A JSON Schema, and the pydantic model that it came from, if one was given."""
+
+    schema: Mapping[str, Any] | bool
+    model: Any = None
+
+    def parse(self, text: str) -> Any:
+        """The value that an answer stands for; None where the model's own validators refuse it."""
+        if self.model is None:
+            return json.loads(text)
+        try:
+            return self.model.model_validate_json(text)
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True)
+class Regex:
+    """A regular expression that the whole answer matches."""
+
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Texts of which the answer is one."""
+
+    texts: tuple[str, ...]
+
+
+Structure: TypeAlias = "Schema | Regex | Choices"
+
+
+def read_structure(
+    schema: Any, regex: str | None, choices: Sequence[str] | None, stop: Sequence[str]
+) -> Structure | None:
+    """The form that was asked for, or None.
+
+    Raises:
+        GenerationError: more than one was given, one beside stop strings, or of the wrong type.
+    """
+    given = {"schema": schema, "regex": regex, "choices": choices}
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise GenerationError(f"found {' and '.join(names)}, expected one of them")
+    if stop:
+        raise GenerationError(
+            f"found stop strings beside {names[0]}, which would cut the answer out of its form; "
+            "expected one of them"
+        )
+    if schema is not None:
+        return _schema(schema)
+    if regex is not None:
+        if not isinstance(regex, str):
+            raise GenerationError(f"regex is a {type(regex).__name__}, expected text")
+        return Regex(regex)
+    return _choices(choices)
+
+
+def _schema(schema: Any) -> Schema:
+    if isinstance(schema, (Mapping, bool)):
+        return Schema(schema)
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        return Schema(schema.model_json_schema(), schema)
+    raise GenerationError(
+        f"schema is a {type(schema).__name__}, expected a JSON Schema (a dict) or a pydantic model"
+    )
+
+
+def _choices(choices: Any) -> Choices:
+    if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
+        raise GenerationError(f"choices is {choices!r:.80}, expected a list of texts")
+    for choice in choices:
+        if not isinstance(choice, str) or not choice.strip():
+            raise GenerationError(f"a choice is {choice!r:.80}, expected text")
+    if len(set(choices)) < len(choices):
+        raise GenerationError("two choices are the same, expected each once")
+    if len(choices) > MAX_CHOICES:
+        raise GenerationError(f"found {len(choices)} choices, expected at most {MAX_CHOICES}")
+    return Choices(tuple(choices))
+
+
+@dataclass
+class Grammars:
+    """Grammars over one checkpoint's vocabulary.
+
+    Attributes:
+        tokenizer: the checkpoint's.
+        vocab_size: V, logits per token.
+        eos_token_ids: tokens that end an answer.
+        lead: what the chat template writes between the prompt and an answer.
+    """
+
+    tokenizer: TextTokenizer
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    lead: str
+    _backend: LLTokenizer | None = field(default=None, repr=False)
+
+    def compile(self, structure: Schema | Regex) -> str:
+        """The grammar of an answer, its lead included.
+
+        Raises:
+            GenerationError: a schema or expression that cannot be kept to, or llguidance is not
+                installed.
+        """
+        matching = _llguidance()
+        lead = f"{json.dumps(self.lead)} " if self.lead else ""
+        if isinstance(structure, Regex):
+            alone = matching.LLMatcher.grammar_from_regex(structure.pattern)
+            self._check("regex", structure.pattern, alone)
+            body = f"/{matching.regex_to_lark(structure.pattern)}/"
+            lark = f"start: {lead}{body}"
+        else:
+            lark = f"start: {lead}body\nbody: %json {_guided(structure.schema)}"
+        grammar: str = matching.LLMatcher.grammar_from_lark(lark)
+        name = "regex" if isinstance(structure, Regex) else "schema"
+        self._check(name, "", grammar)
+        return grammar
+
+    def constraint(self, grammar: str) -> Constraint:
+        """A constraint for one answer, from :meth:`compile`'s grammar."""
+        matcher = _llguidance().LLMatcher(self._tokens(), grammar, log_level=0)
+        return Constraint(matcher, self.vocab_size, len(self.lead))
+
+    def _check(self, name: str, shown: str, grammar: str) -> None:
+        refused, messages = _llguidance().LLMatcher.validate_grammar_with_warnings(
+            grammar, self._tokens()
+        )
+        if refused:
+            what = f"{name} {shown!r:.80}" if shown else f"the {name}"
+            raise GenerationError(f"{what} cannot be kept to: {_reason(messages[0])}")
+
+    def _tokens(self) -> LLTokenizer:
+        if self._backend is None:
+            vocabulary = max(self.vocab_size, self.tokenizer.size)
+            try:
+                self._backend = _llguidance().LLTokenizer(
+                    self.tokenizer.backend.to_str(),
+                    n_vocab=vocabulary,
+                    eos_token=list(self.eos_token_ids) or None,
+                )
+            except (ValueError, RuntimeError) as error:
+                raise GenerationError(
+                    f"tokenizer.json does not say which bytes its tokens are, which structured "
+                    f"answers need: {_reason(str(error))}"
+                ) from error
+        return self._backend
+
+
+class Constraint:
+    """What one answer may go on with; told every token taken.
+
+    Attributes:
+        lead: characters at the answer's beginning that are not part of its form.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, lead: int) -> None:
+        self.matcher, self.vocab_size, self.lead = matcher, vocab_size, lead
+
+    def allowed(self) -> Tensor:
+        """Tokens that may come next: (V,) bool.
+
+        Raises:
+            GenerationError: the form became too complex to follow.
+        """
+        bias = np.frombuffer(self.matcher.compute_logit_bias(), dtype=np.uint8)
+        self._check()
+        return torch.from_numpy(bias[: self.vocab_size] != 0)
+
+    def take(self, token: int) -> None:
+        """Count a token as written."""
+        self.matcher.consume_token(token)
+        self._check()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the form is whole and nothing can follow it."""
+        stopped: bool = self.matcher.is_stopped()
+        return stopped
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            reason = _reason(self.matcher.get_error())
+            raise GenerationError(f"the answer's form cannot be followed further: {reason}")
+
+
+def _guided(schema: Mapping[str, Any] | bool) -> str:
+    """A schema as JSON text that also says where white space stands."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    try:
+        return json.dumps({**schema, "x-guidance": _STYLE})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GenerationError(f"schema is no JSON: {error}") from None
+
+
+def _reason(message: str) -> str:
+    """The part of llguidance's message that tells what is wrong, in one line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    found = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    first = (found or lines or ["no reason given"])[0]
+    # Places in the grammar that stands around the schema say nothing to its author.
+    for mark in ("failed to compile JSON schema: ",):
+        first = first.partition(mark)[2] or first
+    return first[:300]
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise GenerationError(
+            "schema= and regex= need llguidance: pip install 'smolstack[structured]'"
+        ) from None
+    return llguidance
