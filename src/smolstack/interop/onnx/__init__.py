@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from smolstack.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smolstack.interop.onnx.export import ExportedGraph, export
+    from smolstack.interop.onnx.export import ExportedGraph, count_steps, export
     from smolstack.interop.onnx.graph import Precision
 
-__all__ = ["ExportedGraph", "Precision", "export"]
+__all__ = ["ExportedGraph", "Precision", "count_steps", "export"]
 
 
 def __getattr__(name: str) -> object:
@@ -26,8 +26,7 @@ def __getattr__(name: str) -> object:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"ONNX export needs {error.name}, which is not installed: "
-            "pip install 'smolstack[onnx]'"
+            f"ONNX export needs {error.name}, which is not installed: pip install 'smolstack[onnx]'"
         ) from error
     from smolstack.interop.onnx import export as exporting
     from smolstack.interop.onnx import graph

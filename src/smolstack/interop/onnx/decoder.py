@@ -6,10 +6,12 @@ V the vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from smolstack.config import ModelConfig, TextConfig
-from smolstack.interop.onnx.graph import Array, Graph, Precision, Value, rows_in_8_bits
+from smolstack.interop.onnx.graph import Graph, Precision, Value, rows_in_8_bits
 from smolstack.interop.onnx.weights import Weights
 from smolstack.model.decoder import rope_frequencies
 
@@ -56,18 +58,18 @@ def decoder_model_merged(graph: Graph, config: ModelConfig, weights: Weights) ->
         for layer in range(text.num_layers)
     ]
     with graph.scope("mask"):
-        seen = _bias(graph, embeds, mask, past[0][0])
+        bias = _bias(graph, embeds, mask, past[0][0])
     with graph.scope("positions"):
-        turn = _angles(graph, text, positions)
+        shared = _Shared(graph, text, bias, _angles(graph, text, positions))
     x = embeds if graph.type == np.float32 else graph.cast(embeds, graph.type.type)
     present = []
     for layer in range(text.num_layers):
         with graph.scope(f"layers.{layer}"):
             of = weights.under(f"decoder.layers.{layer}")
-            x, keys, values = _layer(graph, text, of, x, seen, turn, past[layer])
+            x, keys, values = _layer(shared, of, x, past[layer])
         present.append((keys, values))
     with graph.scope("head"):
-        x = rms_norm(graph, x, "decoder.norm", weights["decoder.norm.weight"], text.rms_norm_eps)
+        x = rms_norm(graph, x, weights.under("decoder"), "norm", text.rms_norm_eps)
         head = "decoder.embedding" if config.tied else "head"
         logits = graph.linear(x, head, weights[f"{head}.weight"])
         if graph.type != np.float32:
@@ -79,7 +81,7 @@ def decoder_model_merged(graph: Graph, config: ModelConfig, weights: Weights) ->
             graph.output(f"present.{layer}.{part}", value, graph.type.type, grown)
 
 
-def rms_norm(graph: Graph, x: Value, name: str, weight: Array, eps: float) -> Value:
+def rms_norm(graph: Graph, x: Value, of: Weights, name: str, eps: float) -> Value:
     """Root-mean-square norm, its squares summed in float32 (in 16 bits they overflow)."""
     small = graph.type != np.float32
     x = graph.cast(x, np.float32) if small else x
@@ -88,38 +90,35 @@ def rms_norm(graph: Graph, x: Value, name: str, weight: Array, eps: float) -> Va
     root = graph.op("Sqrt", graph.op("Add", mean, graph.constant(eps, np.float32)))
     out = graph.op("Div", x, root)
     out = graph.cast(out, graph.type.type) if small else out
-    return graph.op("Mul", out, graph.weight(f"{name}.weight", weight))
+    return graph.op("Mul", out, graph.weight(f"{of.prefix}.{name}.weight", of[f"{name}.weight"]))
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What every layer uses: attention scores' bias (B, 1, 1, T, L), cos and sin."""
+
+    graph: Graph
+    text: TextConfig
+    bias: Value
+    turn: tuple[Value, Value]
 
 
 def _layer(
-    graph: Graph,
-    text: TextConfig,
-    of: Weights,
-    x: Value,
-    seen: Value,
-    turn: tuple[Value, Value],
-    past: tuple[Value, ...],
+    shared: _Shared, of: Weights, x: Value, past: tuple[Value, ...]
 ) -> tuple[Value, Value, Value]:
     """One layer: its output (B, T, D) and its keys and values (B, kv heads, L, K)."""
+    graph, text = shared.graph, shared.text
     with graph.scope("attention"):
-        hidden = rms_norm(
-            graph,
-            x,
-            f"{of.prefix}.attention_norm",
-            of["attention_norm.weight"],
-            text.rms_norm_eps,
-        )
-        query = _rotate(graph, _heads(graph, hidden, of, "query", text.num_heads, text), turn)
-        key = _rotate(graph, _heads(graph, hidden, of, "key", text.num_kv_heads, text), turn)
-        value = _heads(graph, hidden, of, "value", text.num_kv_heads, text)
+        hidden = rms_norm(graph, x, of, "attention_norm", text.rms_norm_eps)
+        query = _rotate(shared, _heads(shared, hidden, of, "query", text.num_heads))
+        key = _rotate(shared, _heads(shared, hidden, of, "key", text.num_kv_heads))
+        value = _heads(shared, hidden, of, "value", text.num_kv_heads)
         key = graph.op("Concat", past[0], key, axis=2)
         value = graph.op("Concat", past[1], value, axis=2)
-        mixed = _attend(graph, text, query, key, value, seen)
+        mixed = _attend(shared, query, key, value)
         x = graph.op("Add", x, linear(graph, mixed, of, "attention.out"))
     with graph.scope("mlp"):
-        hidden = rms_norm(
-            graph, x, f"{of.prefix}.mlp_norm", of["mlp_norm.weight"], text.rms_norm_eps
-        )
+        hidden = rms_norm(graph, x, of, "mlp_norm", text.rms_norm_eps)
         gate = graph.activation(linear(graph, hidden, of, "gate"), text.hidden_act)
         inner = graph.op("Mul", gate, linear(graph, hidden, of, "up"))
         x = graph.op("Add", x, linear(graph, inner, of, "down"))
@@ -128,46 +127,43 @@ def _layer(
 
 def linear(graph: Graph, x: Value, of: Weights, name: str) -> Value:
     """A linear layer of the model by its name, with its bias where it has one."""
-    return graph.linear(
-        x, f"{of.prefix}.{name}", of[f"{name}.weight"], of.get(f"{name}.bias")
-    )
+    return graph.linear(x, f"{of.prefix}.{name}", of[f"{name}.weight"], of.get(f"{name}.bias"))
 
 
-def _heads(graph: Graph, x: Value, of: Weights, name: str, heads: int, text: TextConfig) -> Value:
+def _heads(shared: _Shared, x: Value, of: Weights, name: str, heads: int) -> Value:
     """(B, T, D) → (B, heads, T, K)."""
+    graph = shared.graph
     projected = linear(graph, x, of, f"attention.{name}")
-    return graph.transpose(graph.reshape(projected, 0, 0, heads, text.head_dim), 0, 2, 1, 3)
+    return graph.transpose(graph.reshape(projected, 0, 0, heads, shared.text.head_dim), 0, 2, 1, 3)
 
 
-def _rotate(graph: Graph, x: Value, turn: tuple[Value, Value]) -> Value:
-    """Turn the channel pairs (i, i + K/2) of (B, heads, T, K) by (B, 1, T, K/2) angles."""
-    cos, sin = turn
+def _rotate(shared: _Shared, x: Value) -> Value:
+    """Turn the channel pairs (i, i + K/2) of (B, heads, T, K)."""
+    graph, (cos, sin) = shared.graph, shared.turn
     first, second = graph.ops("Split", x, outputs=2, axis=-1, num_outputs=2)
     turned_first = graph.op("Sub", graph.op("Mul", first, cos), graph.op("Mul", second, sin))
     turned_second = graph.op("Add", graph.op("Mul", second, cos), graph.op("Mul", first, sin))
     return graph.op("Concat", turned_first, turned_second, axis=-1)
 
 
-def _attend(
-    graph: Graph, text: TextConfig, query: Value, key: Value, value: Value, seen: Value
-) -> Value:
+def _attend(shared: _Shared, query: Value, key: Value, value: Value) -> Value:
     """Attention of all heads: → (B, T, heads · K).
 
     The queries of a group stand one after the other on the token axis, so that no key or value is
     repeated for them.
     """
+    graph, text = shared.graph, shared.text
     groups, per_group = text.num_kv_heads, text.num_heads // text.num_kv_heads
     query = graph.op("Mul", query, graph.constant(text.head_dim**-0.5))
     query = graph.reshape(query, 0, groups, -1, text.head_dim)
     scores = graph.op("MatMul", query, graph.transpose(key, 0, 1, 3, 2))
-    tokens, total = graph.length(seen, -2), graph.length(key, 2)
+    tokens, total = graph.length(shared.bias, 3), graph.length(key, 2)
     scores = graph.reshape(scores, 0, groups, per_group, tokens, total)
-    shares = graph.op("Softmax", graph.op("Add", scores, seen), axis=-1)
+    shares = graph.op("Softmax", graph.op("Add", scores, shared.bias), axis=-1)
     shares = graph.reshape(shares, 0, groups, -1, total)
     mixed = graph.reshape(graph.op("MatMul", shares, value), 0, text.num_heads, -1, text.head_dim)
-    return graph.reshape(
-        graph.transpose(mixed, 0, 2, 1, 3), 0, 0, text.num_heads * text.head_dim
-    )
+    mixed = graph.transpose(mixed, 0, 2, 1, 3)
+    return graph.reshape(mixed, 0, 0, text.num_heads * text.head_dim)
 
 
 def _bias(graph: Graph, embeds: Value, mask: Value, past: Value) -> Value:
@@ -199,4 +195,3 @@ def _angles(graph: Graph, text: TextConfig, positions: Value) -> tuple[Value, Va
     if graph.type == np.float32:
         return turn
     return graph.cast(turn[0], graph.type.type), graph.cast(turn[1], graph.type.type)
-

@@ -21,8 +21,7 @@ from smolstack.checkpoint.files import read_files
 from smolstack.checkpoint.hub import find
 from smolstack.checkpoint.load import load_checkpoint
 from smolstack.checkpoint.save import atomic_folder, complete_side_files, config_json, to_json
-from smolstack.config import ModelConfig
-from smolstack.errors import CheckpointError, ConfigError
+from smolstack.errors import ConfigError
 from smolstack.interop.onnx import graph as graphs
 from smolstack.interop.onnx.check import Reference
 from smolstack.interop.onnx.decoder import decoder_model_merged, embed_tokens
@@ -148,9 +147,10 @@ def _bytes_of(name: str, precision: Precision, model: VisionLanguageModel) -> in
     if name == "decoder_model_merged" and model.config.tied:
         own = (*own, "decoder.embedding.")
     width = {Precision.fp32: 4, Precision.fp16: 2, Precision.int8: 1}[precision]
-    return width * sum(
+    elements: int = sum(
         tensor.numel() for key, tensor in model.state_dict().items() if key.startswith(own)
     )
+    return width * elements
 
 
 def _transformers_js(folder: Path) -> dict[str, Any]:

@@ -152,9 +152,7 @@ class Graph:
         """As torch's; 0 keeps the axis of the input, a value is a length known at run time."""
         if all(isinstance(length, int) for length in shape):
             return self.op("Reshape", x, self.constant(list(shape)))
-        parts = [
-            self.constant([length]) if isinstance(length, int) else length for length in shape
-        ]
+        parts = [self.constant([length]) if isinstance(length, int) else length for length in shape]
         return self.op("Reshape", x, self.op("Concat", *parts, axis=0))
 
     def transpose(self, x: Value, *order: int) -> Value:
@@ -205,7 +203,8 @@ class Graph:
 
     def bias_of(self, seen: Value) -> Value:
         """What is added to attention scores: 0 where ``seen`` is true, else the least number."""
-        least = self.constant(np.finfo(self.type).min)
+        kind = np.float16 if self.precision is Precision.fp16 else np.float32
+        least = self.constant(np.finfo(kind).min)
         return self.op("Where", seen, self.constant(0.0), least)
 
     # The whole

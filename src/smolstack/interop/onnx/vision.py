@@ -48,9 +48,7 @@ def vision_encoder(graph: Graph, config: ModelConfig, weights: Weights, edge: in
         if graph.type != np.float32:
             x = graph.cast(x, np.float32)
     tokens = (side // scale) ** 2
-    graph.output(
-        "image_features", x, np.float32, ("num_tiles", tokens, config.text.hidden_size)
-    )
+    graph.output("image_features", x, np.float32, ("num_tiles", tokens, config.text.hidden_size))
 
 
 def _real_tiles(
