@@ -33,8 +33,7 @@ class OnnxModel:
     def __init__(self, folder: Path, dtype: str = "fp32", threads: int = 0) -> None:
         self.config = _read(folder / "config.json")
         self.image = _read(folder / "preprocessor_config.json")
-        names = _read(folder / "tokenizer_config.json")
-        self.names = {**names, **names.get("extra_special_tokens", {})}
+        self.names = _read(folder / "tokenizer_config.json")
         self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
@@ -163,11 +162,14 @@ class OnnxModel:
 
     def named_tokens(self) -> dict[str, str]:
         """Special tokens by the names that chat templates use: ``bos_token``, …"""
-        return {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in self.names.items()
-            if name.endswith("_token") and token is not None
+        extra = self.names.get("extra_special_tokens")
+        named = {**self.names, **(extra if isinstance(extra, dict) else {})}
+        texts = {
+            name: token.get("content") if isinstance(token, dict) else token
+            for name, token in named.items()
+            if name.endswith("_token")
         }
+        return {name: text for name, text in texts.items() if isinstance(text, str)}
 
     def placeholder(self, rows: int, cols: int) -> str:
         """What one picture is in the prompt: every tile announced, the whole picture last."""
