@@ -13,6 +13,7 @@ import typer
 
 from smolstack.cli import options
 from smolstack.cli.console import progress, show, show_json, size_in_bytes
+from smolstack.errors import CheckpointError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,6 +62,8 @@ def export(
     Vision encoder, token embeddings and decoder with its cache, each checked against torch before
     the folder appears; the tokenizer's and the processor's files beside them.
     """
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; --overwrite replaces it")
     with progress("Starting …"):
         from smolstack.interop.onnx import count_steps
         from smolstack.interop.onnx import export as write

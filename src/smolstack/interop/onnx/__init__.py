@@ -6,12 +6,13 @@ Nothing here needs transformers.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from smolstack.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smolstack.interop.onnx.export import ExportedGraph, count_steps, export
+    from smolstack.interop.onnx.exporting import ExportedGraph, count_steps, export
     from smolstack.interop.onnx.graph import Precision
 
 __all__ = ["ExportedGraph", "Precision", "count_steps", "export"]
@@ -28,7 +29,5 @@ def __getattr__(name: str) -> object:
         raise ConfigError(
             f"ONNX export needs {error.name}, which is not installed: pip install 'smolstack[onnx]'"
         ) from error
-    from smolstack.interop.onnx import export as exporting
-    from smolstack.interop.onnx import graph
-
-    return getattr(graph if name == "Precision" else exporting, name)
+    module = import_module("smolstack.interop.onnx.exporting")
+    return getattr(module, name)
