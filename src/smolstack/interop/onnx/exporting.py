@@ -17,9 +17,8 @@ from typing import Any
 
 import onnx
 
-from smolstack.checkpoint.files import read_files
 from smolstack.checkpoint.hub import find
-from smolstack.checkpoint.load import load_checkpoint
+from smolstack.checkpoint.load import Checkpoint, load_checkpoint
 from smolstack.checkpoint.save import atomic_folder, complete_side_files, config_json, to_json
 from smolstack.errors import ConfigError
 from smolstack.interop.onnx import graph as graphs
@@ -102,10 +101,7 @@ def export(
                 written.append(
                     ExportedGraph(path.relative_to(temporary), precision, size, difference)
                 )
-        side = complete_side_files(
-            read_files(checkpoint.files.folder), config, checkpoint.processor.settings
-        )
-        for file, content in side.items():
+        for file, content in _side_files(checkpoint).items():
             (temporary / file).write_bytes(content)
         data = config_json(config, network.dtype)
         data["transformers.js_config"] = _transformers_js(temporary / "onnx")
@@ -151,6 +147,16 @@ def _bytes_of(name: str, precision: Precision, model: VisionLanguageModel) -> in
         tensor.numel() for key, tensor in model.state_dict().items() if key.startswith(own)
     )
     return width * elements
+
+
+def _side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The processor's files; the chat template also where transformers.js looks for it."""
+    files = checkpoint.files
+    side = complete_side_files(files, checkpoint.config, checkpoint.processor.settings)
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **files.tokenizer_config}
+    if files.chat_template is not None:
+        tokenizer.setdefault("chat_template", files.chat_template)
+    return {**side, "tokenizer_config.json": to_json(tokenizer).encode()}
 
 
 def _transformers_js(folder: Path) -> dict[str, Any]:
