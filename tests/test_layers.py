@@ -20,6 +20,7 @@ ORDER = [
     ("checkpoint",),
     ("generation",),
     ("vlm",),
+    ("bulk",),
     ("interop", "cli", "train", "serve", "bench"),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from smolstack import __version__
-from smolstack.cli import ask, bench, chat, console, export, inspect, new, plan, verify
+from smolstack.cli import ask, bench, chat, console, export, inspect, map, new, plan, verify
 from smolstack.errors import SmolstackError
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -87,6 +87,7 @@ def smolstack(
 
 app.command(epilog=ask.EXAMPLES)(ask.ask)
 app.command(epilog=chat.EXAMPLES)(chat.chat)
+app.command("map", epilog=map.EXAMPLES)(map.map_)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)

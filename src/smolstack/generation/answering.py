@@ -121,6 +121,10 @@ class AnswerStream:
     """Pieces of the answers to prepared prompts; iterate over it, then read ``answer``.
 
     With several prompts the pieces are those of all of them, as they come; use ``answers``.
+
+    Args:
+        prefix: a cache that holds the beginning of every prompt (beginning.py); it is
+            copied and stays as it is.
     """
 
     def __init__(
@@ -128,8 +132,10 @@ class AnswerStream:
         answering: Answering,
         prompts: Sequence[Prompt],
         options: ReadOptions,
+        prefix: KVCache | None = None,
     ) -> None:
         self._answering, self._prompts, self._options = answering, prompts, options
+        self._prefix = prefix
         self._form = Form(answering, options)
         self._run = Run([self._form.begin(prompt) for prompt in prompts])
         self._choices = [self._form.choices(prompt) for prompt in prompts]
@@ -198,6 +204,8 @@ class AnswerStream:
     ) -> tuple[KVCache, list[TokenKey]]:
         """A cache for a batch, holding what is known of a single prompt; and that prompt's keys."""
         model, prefix = self._answering.model, self._answering.prefix
+        if self._prefix is not None:
+            return self._prefix.forked(room), []
         if prefix is None or len(prompts) > 1:
             return model.new_cache(batch, room), []
         keys = prompt_keys(prompts[0], model)

@@ -72,6 +72,14 @@ class KVCache:
         if self.padding is not None:
             self.padding = self.padding.index_select(0, rows)
 
+    def forked(self, capacity: int) -> KVCache:
+        """All sequences in a new cache with room for ``capacity``, to go on without this one."""
+        fork = object.__new__(KVCache)
+        fork.keys = [_grown(keys, self.length, capacity) for keys in self.keys]
+        fork.values = [_grown(values, self.length, capacity) for values in self.values]
+        fork.padding, fork.capacity, fork.length = self.padding, capacity, self.length
+        return fork
+
     @property
     def held_bytes(self) -> int:
         """Bytes of the keys and values held, without the room that is left."""

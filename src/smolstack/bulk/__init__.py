@@ -1,0 +1,18 @@
+"""Bulk work: a folder or a table of pictures in, a table of answers or embeddings out.
+
+>>> from smolstack.bulk import map_pictures
+>>> map_pictures("photos", "What does it say?", out="answers.parquet")
+
+Needs the extra ``bulk`` (pyarrow), and ``ray`` for ``engine="ray"``.
+"""
+
+from __future__ import annotations
+
+try:
+    import pyarrow as _pyarrow  # noqa: F401 - every module of this room needs it
+except ImportError:
+    raise ImportError("bulk work needs pyarrow; pip install 'smolstack[bulk]'") from None
+
+from smolstack.bulk.job import Progress, Summary, map_pictures
+
+__all__ = ["Progress", "Summary", "map_pictures"]

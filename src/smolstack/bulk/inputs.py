@@ -1,0 +1,193 @@
+"""PICTURES: a folder, a glob, a table or a list, as a stream of rows that is never held whole."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow.parquet as pq
+
+from smolstack.bulk.rows import Row
+from smolstack.bulk.tables import (
+    TABLE_SUFFIXES,
+    Columns,
+    as_row,
+    choose_columns,
+    column_names,
+    read_table,
+)
+from smolstack.errors import BulkError
+
+Pictures: TypeAlias = "str | Path | Sequence[str | Path | bytes]"
+# What a folder is searched for; a glob or a table takes whatever it names.
+PICTURE_SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+_MAGIC = "*?["
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """Parquet files that are read where they are."""
+
+    files: tuple[Path, ...]
+    columns: Columns
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a job reads.
+
+    Attributes:
+        identity: what must be the same when the job is resumed, as plain data.
+        rows: makes the stream of rows; None for Parquet files, which need no list of their own.
+        parquet: those Parquet files, or None.
+    """
+
+    identity: dict[str, Any]
+    rows: Callable[[], Iterator[Row]] | None
+    parquet: ParquetFiles | None = None
+
+
+def open_input(
+    pictures: Pictures, picture_column: str | None = None, id_column: str | None = None
+) -> Input:
+    """Look at PICTURES far enough to refuse what cannot be read; nothing is listed yet.
+
+    Raises:
+        BulkError: nothing is there, or a table has no column of pictures.
+    """
+    if not isinstance(pictures, (str, Path)):
+        return _from_list(pictures)
+    path = Path(pictures)
+    if path.is_dir():
+        _no_columns(picture_column, id_column, f"{path} is a folder")
+        return Input({"pictures": str(path.absolute())}, lambda: walk(path))
+    if path.is_file():
+        files = [path]
+    elif any(sign in str(pictures) for sign in _MAGIC):
+        files = sorted(Path(name) for name in glob.iglob(str(pictures), recursive=True))
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise BulkError(f"{pictures}: no file matches, expected pictures or tables of them")
+    else:
+        raise BulkError(
+            f"{pictures}: found nothing, expected a folder, a glob, a picture, or a table of "
+            f"pictures ({', '.join(TABLE_SUFFIXES)})"
+        )
+    kinds = {file.suffix.lower() if file.suffix.lower() in TABLE_SUFFIXES else "" for file in files}
+    if kinds == {""}:
+        _no_columns(picture_column, id_column, f"{pictures} names pictures")
+        return Input({"pictures": str(Path(pictures).absolute())}, lambda: _named(files))
+    if len(kinds) > 1:
+        raise BulkError(
+            f"{pictures} matches files of several kinds ({', '.join(sorted(kinds - {''}))} among "
+            "them), expected tables of one kind or pictures"
+        )
+    return _from_tables(files, kinds.pop(), picture_column, id_column)
+
+
+def walk(folder: Path) -> Iterator[Row]:
+    """The pictures of a folder and its sub-folders in the order of their names.
+
+    Hidden files and folders are passed over, and links to folders are not followed.
+    """
+    root = folder.absolute()
+    for index, path in enumerate(_walk(str(root))):
+        yield Row(index, os.path.relpath(path, root).replace(os.sep, "/"), path=path)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    with os.scandir(folder) as found:
+        entries = sorted(
+            (entry.name, entry.is_dir(follow_symlinks=False))
+            for entry in found
+            if not entry.name.startswith(".")
+        )
+    for name, is_folder in entries:
+        path = os.path.join(folder, name)
+        if is_folder:
+            yield from _walk(path)
+        elif os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and os.path.isfile(path):
+            yield path
+
+
+def _named(files: Sequence[Path]) -> Iterator[Row]:
+    for index, file in enumerate(files):
+        yield Row(index, str(file), path=str(file.absolute()))
+
+
+def _from_list(pictures: Sequence[str | Path | bytes]) -> Input:
+    digest = hashlib.sha256()
+    for picture in pictures:
+        if not isinstance(picture, (str, Path, bytes)):
+            raise BulkError(
+                f"the list of pictures holds a {type(picture).__name__}, expected paths or bytes"
+            )
+        content = picture if isinstance(picture, bytes) else str(Path(picture).absolute()).encode()
+        digest.update(str(len(content)).encode() + b":" + content)
+
+    def rows() -> Iterator[Row]:
+        for index, picture in enumerate(pictures):
+            value = picture if isinstance(picture, bytes) else str(picture)
+            yield as_row(index, value, None, Path())
+
+    identity = f"a list of {len(pictures)}, sha256 {digest.hexdigest()[:16]}"
+    return Input({"pictures": identity}, rows)
+
+
+def _from_tables(
+    files: list[Path], kind: str, picture_column: str | None, id_column: str | None
+) -> Input:
+    where = str(files[0])
+    names = pq.read_schema(files[0]).names if kind == ".parquet" else column_names(files[0])
+    plain = kind in (".jsonl", ".ndjson") and not names  # lines of plain paths
+    if plain:
+        _no_columns(picture_column, id_column, f"{where} has no JSON object")
+    columns = None if plain else choose_columns(where, names, picture_column, id_column)
+    identity = {
+        "pictures": [str(file.absolute()) for file in files],
+        "state of the tables": [[(s := file.stat()).st_size, s.st_mtime_ns] for file in files],
+        "columns": None if columns is None else [columns.picture, columns.id],
+    }
+    if kind == ".parquet":
+        assert columns is not None
+        return Input(identity, None, ParquetFiles(tuple(f.absolute() for f in files), columns))
+
+    def rows() -> Iterator[Row]:
+        count = 0
+        for file in files:
+            for row in read_table(file, columns, count):
+                yield row
+                count = row.index + 1
+
+    return Input(identity, rows)
+
+
+def _no_columns(picture: str | None, id_column: str | None, found: str) -> None:
+    for value, option in ((picture, "--picture-column"), (id_column, "--id-column")):
+        if value is not None:
+            raise BulkError(f"{option} {value!r} is for tables, and {found}")

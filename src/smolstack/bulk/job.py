@@ -1,0 +1,284 @@
+"""map_pictures: a bulk job from its arguments to its output file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from smolstack.bulk.batching import DEFAULT_BATCH_ROWS, DEFAULT_BATCH_TOKENS, Limits
+from smolstack.bulk.inputs import Input, ParquetFiles, Pictures, open_input
+from smolstack.bulk.listing import RowReader, listed, write_listing
+from smolstack.bulk.outputs import check_output, write_output
+from smolstack.bulk.parts import Parts
+from smolstack.bulk.rows import Window, windows
+from smolstack.bulk.settings import Work, check_same, settings_of
+from smolstack.bulk.tasks import Task, check_embedding
+from smolstack.bulk.working import work_through
+from smolstack.checkpoint.hub import find
+from smolstack.errors import BulkError
+from smolstack.generation.options import AnswerOptions, read_options
+from smolstack.vlm import VLM
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+DEFAULT_WINDOW = 256
+ENGINES = ("embedded", "ray")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job stands.
+
+    Attributes:
+        done: pictures whose results are kept, those of earlier runs included.
+        kept: those of earlier runs.
+        total: pictures of the input.
+    """
+
+    done: int
+    kept: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished job wrote.
+
+    Attributes:
+        out: the output file.
+        pictures: rows of the input.
+        rows: rows of the output: one per picture and question.
+        bad_pictures: those whose rows hold an error.
+        kept: pictures that an earlier run had done.
+    """
+
+    out: Path
+    pictures: int
+    rows: int
+    bad_pictures: int
+    kept: int
+
+
+def map_pictures(
+    pictures: Pictures,
+    questions: str | Sequence[str] = (),
+    *,
+    out: str | Path,
+    model: VLM | str | Path | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    embed: str | None = None,
+    embed_dtype: str = "float32",
+    picture_column: str | None = None,
+    id_column: str | None = None,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_rows: int = DEFAULT_BATCH_ROWS,
+    window: int = DEFAULT_WINDOW,
+    engine: str = "embedded",
+    workers: int | None = None,
+    restart: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[AnswerOptions],
+) -> Summary:
+    """Ask questions about many pictures, or embed them; the results become one file.
+
+    A job that was cut off goes on where it was when it is called again in the same way: what is
+    done stands in the folder ``OUT.parts`` until the output is complete. Rows stand in the order
+    of the input; a picture that cannot be read is a row with its error. Answers are those of
+    :meth:`smolstack.VLM.ask`, however they are batched.
+
+    Args:
+        pictures: a folder (with its sub-folders), a glob, a picture, a JSONL, CSV or Parquet file
+            (or a glob of them) of paths or bytes, or a list of paths and bytes.
+        questions: a question or several; each picture is encoded once for all of them.
+        out: the output, .parquet, .jsonl or .csv.
+        model, revision, dtype, device: as for :func:`smolstack.load`; or a loaded VLM.
+        embed: instead of questions, "tokens" for all visual tokens of a picture or "mean" for
+            their mean.
+        embed_dtype: "float32" or "float16".
+        picture_column, id_column: columns of a table, where their names do not say it.
+        batch_tokens: prompt tokens of a batch at most, padding included.
+        batch_rows: pictures of a batch at most.
+        window: pictures that are sorted into batches and stored together.
+        engine: "embedded" (this process) or "ray" (Ray Data; its workers must see the same files).
+        workers: processes of engine "ray"; one unless given.
+        restart: forget what an earlier run did, and replace the output.
+        on_progress: called now and then.
+        **options: as for :meth:`smolstack.VLM.ask`.
+
+    Raises:
+        BulkError: naming what is wrong with the input, the output or the kept state; a full disk
+            too, and then nothing that was answered is lost.
+        SmolstackError: as :func:`smolstack.load` and :meth:`smolstack.VLM.ask` do.
+    """
+    asked = (questions,) if isinstance(questions, str) else tuple(questions)
+    out = Path(out)
+    _check_what(asked, embed, embed_dtype)
+    _check_how(engine, workers, window)
+    check_output(out, lists=embed is not None)
+    read_options(options, ())
+    source = open_input(pictures, picture_column, id_column)
+    vlm = model if isinstance(model, VLM) else None
+    folder = vlm.folder if vlm is not None else find(model, revision)  # type: ignore[arg-type]
+    work = Work(
+        folder=folder.absolute(),
+        dtype=dtype,
+        device=device,
+        questions=asked,
+        embed=embed,
+        embed_dtype=embed_dtype,
+        options=options,
+        limits=Limits(batch_tokens, batch_rows),
+    )
+    parts = Parts(out.with_name(out.name + ".parts").absolute())
+    if out.exists() and not restart and not parts.folder.exists():
+        raise BulkError(f"{out} exists already; choose another output, or replace it with restart "
+                        "(--restart)")  # fmt: skip
+    settings = settings_of(work, source.identity, window)
+    with parts.locked():
+        try:
+            if parts.begun and not restart:
+                check_same(parts, settings)
+            # Everything that can be refused is refused before the first file is written.
+            here = work if engine == "embedded" else replace(work, device="cpu")
+            task = here.task(vlm)
+            if restart or not parts.begun:
+                parts.clear()
+                _begin(parts, source, settings, window)
+            job = _Job(
+                out=out,
+                work=work,
+                parts=parts,
+                source=_parquet(parts, source),
+                window=window,
+                on_progress=on_progress,
+            )
+            summary = job.run(task, engine, workers or 1)
+        except BaseException:
+            if not parts.begun:
+                parts.remove()
+            raise
+        parts.remove()
+    return summary
+
+
+class _Job:
+    """A job that was begun: what is left of it, and its end."""
+
+    def __init__(
+        self,
+        *,
+        out: Path,
+        work: Work,
+        parts: Parts,
+        source: ParquetFiles,
+        window: int,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.out, self.work, self.parts, self.source = out, work, parts, source
+        self.reader = RowReader(source)
+        self.window, self.on_progress = window, on_progress
+        self.kept = self.done = parts.kept(self.windows())
+
+    def windows(self) -> Iterator[Window]:
+        return windows(len(self.reader), self.window)
+
+    def pending(self) -> Iterator[Window]:
+        return (window for window in self.windows() if not self.parts.is_finished(window))
+
+    def run(self, task: Task, engine: str, workers: int) -> Summary:
+        self._tell(0)
+        try:
+            if engine == "ray":
+                from smolstack.bulk.on_ray import work_on_ray
+
+                work_on_ray(
+                    self.pending(),
+                    self.work,
+                    self.source,
+                    self.parts.folder,
+                    workers=workers,
+                    done=self._tell,
+                )
+            else:
+                work_through(
+                    self.pending(),
+                    self.reader,
+                    task,
+                    self.parts,
+                    limits=self.work.limits,
+                    done=self._tell,
+                )
+            return self._merge(task)
+        except OSError as error:
+            raise BulkError(
+                f"{error.filename or self.parts.folder}: {error.strerror or error}; "
+                f"{self.done:,} of {len(self.reader):,} pictures are done and kept, and the same "
+                "call goes on from there"
+            ) from error
+
+    def _tell(self, rows: int) -> None:
+        self.done += rows
+        if self.on_progress is not None:
+            self.on_progress(Progress(self.done, self.kept, len(self.reader)))
+
+    def _merge(self, task: Task) -> Summary:
+        rows = bad = 0
+
+        def tables() -> Iterator[pa.Table]:
+            nonlocal rows, bad
+            for window in self.windows():
+                table = self.parts.results(window)
+                rows += len(table)
+                wrong = table.filter(pc.is_valid(table["error"]))
+                bad += len(pc.unique(wrong["row"]))
+                yield table
+
+        write_output(self.out, task.schema, tables(), self.parts.folder / "output.new")
+        return Summary(self.out, len(self.reader), rows, bad, self.kept)
+
+
+def _begin(parts: Parts, source: Input, settings: Mapping[str, Any], window: int) -> None:
+    """List the pictures and say what the job is."""
+    if source.rows is not None:
+        count = write_listing(parts.listing, source.rows(), window)
+    else:
+        count = len(RowReader(_parquet(parts, source)))
+    if not count:
+        raise BulkError(f"{settings['pictures']}: found no pictures")
+    parts.begin(settings)
+
+
+def _parquet(parts: Parts, source: Input) -> ParquetFiles:
+    return listed(parts.listing) if source.parquet is None else source.parquet
+
+
+def _check_what(questions: Sequence[str], embed: str | None, embed_dtype: str) -> None:
+    if embed is not None:
+        check_embedding(embed, embed_dtype)
+        if questions:
+            raise BulkError("found both questions and embed, expected one of them")
+    elif not questions:
+        raise BulkError("found no question, expected at least one (--question), or embed (--embed)")
+    for question in questions:
+        if not isinstance(question, str) or not question.strip():
+            raise BulkError(f"a question is {question!r}, expected some text")
+
+
+def _check_how(engine: str, workers: int | None, window: int) -> None:
+    if engine not in ENGINES:
+        raise BulkError(f"engine is {engine!r}, expected one of {list(ENGINES)}")
+    if workers is not None and engine != "ray":
+        raise BulkError(
+            f"workers is {workers}, but the embedded engine is one process; use engine ray"
+        )
+    for name, value in (("workers", workers), ("window", window)):
+        if value is not None and value < 1:
+            raise BulkError(f"{name} is {value}, expected 1 or more")

@@ -1,0 +1,58 @@
+"""What bulk work counts in: rows of the input, and the windows that they are stored by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from smolstack.errors import ImageError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture of the input.
+
+    Attributes:
+        index: its place in the input, from 0.
+        id: what the user calls it: the id column's value, else its path as written, else its place.
+        path: an absolute path, or None for a picture given as bytes.
+        content: the picture file's bytes, or None for a path.
+        error: why the input holds no picture here, or None.
+    """
+
+    index: int
+    id: str
+    path: str | None = None
+    content: bytes | None = None
+    error: str | None = None
+
+    @property
+    def picture(self) -> str | bytes:
+        """The picture as the processor takes it.
+
+        Raises:
+            ImageError: the input holds none here.
+        """
+        if self.error is not None:
+            raise ImageError(self.error)
+        source = self.path if self.content is None else self.content
+        if source is None:
+            raise ImageError("neither a path nor bytes stand here, expected a picture")
+        return source
+
+
+@dataclass(frozen=True, order=True)
+class Window:
+    """Rows ``start`` to ``stop`` (not included): read, batched and stored together."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def windows(rows: int, size: int) -> Iterator[Window]:
+    """All windows of an input of so many rows."""
+    for start in range(0, rows, size):
+        yield Window(start, min(start + size, rows))

@@ -1,0 +1,110 @@
+"""What a job is: what its workers must be told, and what must be the same when it is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolstack.bulk.batching import Limits
+from smolstack.bulk.parts import Parts
+from smolstack.bulk.tasks import Embeddings, Questions, Task
+from smolstack.errors import BulkError
+from smolstack.generation.options import AnswerOptions, read_options
+from smolstack.vlm import VLM, load
+
+_FORMAT = 1  # of the kept state; another one is not resumed
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to do with pictures and how: everything that a worker elsewhere has to be told."""
+
+    folder: Path
+    dtype: str
+    device: str
+    questions: tuple[str, ...]
+    embed: str | None
+    embed_dtype: str
+    options: AnswerOptions
+    limits: Limits
+
+    def task(self, vlm: VLM | None = None) -> Task:
+        """The task on a loaded checkpoint; it is loaded unless it is given."""
+        vlm = vlm or load(self.folder, dtype=self.dtype, device=self.device)
+        if self.embed is None:
+            return Questions(vlm, self.questions, self.options)
+        tiling = read_options(self.options, ()).tiling
+        return Embeddings(vlm, self.embed, self.embed_dtype, tiling)
+
+
+def settings_of(work: Work, pictures: Mapping[str, Any], window: int) -> dict[str, Any]:
+    """What must be the same for a job to go on, as plain data."""
+    what: dict[str, Any] = {"questions": list(work.questions)}
+    if work.embed is not None:
+        what = {"embed": work.embed, "embed_dtype": work.embed_dtype}
+    kept = {name: value for name, value in work.options.items() if not _is_default(name, value)}
+    data = {
+        "format": _FORMAT,
+        **pictures,
+        **what,
+        **kept,
+        "model": fingerprint(work.folder),
+        "dtype": work.dtype,
+        "window": window,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(data, default=_as_data))
+    return plain
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether an option is as it is when it is left out, so that both are the same job."""
+    if name == "stop":
+        return not value
+    with_option: Any = {name: value}
+    return value is None or read_options(with_option, ()) == read_options({}, ())
+
+
+def _as_data(value: Any) -> Any:
+    """A pydantic model by its schema, anything else by its text."""
+    schema = getattr(value, "model_json_schema", None)
+    return schema() if callable(schema) else repr(value)
+
+
+def check_same(parts: Parts, now: Mapping[str, Any]) -> None:
+    """Refuse to go on with another job than was begun, naming the first difference.
+
+    Raises:
+        BulkError: the settings differ.
+    """
+    begun = parts.settings()
+    for name in dict.fromkeys([*now, *begun]):
+        if begun.get(name) != now.get(name):
+            raise BulkError(
+                f"{parts.folder} holds a job with {name} {_short(begun.get(name))}, this one has "
+                f"{_short(now.get(name))}; finish that one as it was begun, choose another output, "
+                "or forget it with restart (--restart)"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return "not given"
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of every file that a checkpoint's answers depend on."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".jinja", ".safetensors", ".txt"):
+            continue
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,173 @@
+"""Tables of pictures: which column holds them, and what its values may be."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolstack.bulk.rows import Row
+from smolstack.errors import BulkError, ImageError
+
+TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
+# Column names that are understood without being told, likeliest first.
+PICTURE_COLUMNS = (
+    "image",
+    "picture",
+    "path",
+    "file",
+    "file_name",
+    "filename",
+    "image_path",
+    "file_path",
+    "bytes",
+    "image_bytes",
+    "base64",
+)
+ID_COLUMNS = ("id", "image_id", "picture_id", "key", "uid")
+_ENCODED = ("bytes", "image_bytes", "base64")  # columns of text that hold a picture in base64
+_MAX_FIELD = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that matter.
+
+    Attributes:
+        picture: a path, bytes, base64, or a struct of bytes and path.
+        id: what the picture is called, or None.
+        error: why a row has no picture, or None; only a job's own listing has this column.
+    """
+
+    picture: str
+    id: str | None
+    error: str | None = None
+
+
+def choose_columns(
+    where: str, names: Sequence[str], picture: str | None, id_column: str | None
+) -> Columns:
+    """The columns that were asked for, or those whose names say it.
+
+    Raises:
+        BulkError: naming the file, its columns and what was looked for.
+    """
+    found = ", ".join(repr(name) for name in names[:20]) or "none"
+    for asked, option in ((picture, "--picture-column"), (id_column, "--id-column")):
+        if asked is not None and asked not in names:
+            raise BulkError(f"{where} has no column {asked!r} ({option}); its columns are {found}")
+    if picture is None:
+        picture = next((name for name in PICTURE_COLUMNS if name in names), None)
+    if picture is None and len(names) == 1:
+        picture = names[0]
+    if picture is None:
+        raise BulkError(
+            f"{where}: which column holds the pictures? Name it with --picture-column; the columns "
+            f"are {found}"
+        )
+    if id_column is None:
+        id_column = next((name for name in ID_COLUMNS if name in names and name != picture), None)
+    return Columns(picture, id_column)
+
+
+def read_table(path: Path, columns: Columns | None, first: int = 0) -> Iterator[Row]:
+    """Rows of a CSV or JSONL file, numbered from ``first``."""
+    if path.suffix.lower() == ".csv":
+        assert columns is not None
+        return _read_csv(path, columns, first)
+    return _read_jsonl(path, columns, first)
+
+
+def _read_jsonl(path: Path, columns: Columns | None, index: int) -> Iterator[Row]:
+    """Objects, or plain strings (paths)."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                value = None
+            if isinstance(value, str):
+                yield as_row(index, value, None, path.parent)
+            elif isinstance(value, Mapping) and columns is not None:
+                yield from_record(index, value, columns, path.parent)
+            else:
+                error = f"line {number} of {path.name} is no JSON object"
+                yield Row(index, str(index), error=error)
+            index += 1
+
+
+def _read_csv(path: Path, columns: Columns, first: int) -> Iterator[Row]:
+    csv.field_size_limit(_MAX_FIELD)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        for index, record in enumerate(csv.DictReader(file), first):
+            yield from_record(index, record, columns, path.parent)
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a JSONL file (by its first object) or of a CSV file (by its header)."""
+    if path.suffix.lower() == ".csv":
+        csv.field_size_limit(_MAX_FIELD)
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            return next(csv.reader(file), [])
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                value = json.loads(line) if line.strip() else None
+            except (json.JSONDecodeError, RecursionError):
+                continue
+            if isinstance(value, Mapping):
+                return list(value)
+    return []
+
+
+def from_record(index: int, record: Mapping[str, Any], columns: Columns, folder: Path) -> Row:
+    """A row of a table as a Row; what is wrong with it becomes its error."""
+    given = None if columns.id is None else record.get(columns.id)
+    name = None if given is None or given == "" else str(given)
+    value = record.get(columns.picture)
+    if columns.error is not None and record.get(columns.error):
+        return Row(index, name or str(index), error=record[columns.error])
+    if isinstance(value, str) and columns.picture in _ENCODED:
+        value = {"bytes": value}
+    return as_row(index, value, name, folder)
+
+
+def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
+    """A picture's value as a Row: a path (relative to ``folder``), bytes, base64 or a struct of
+    ``bytes`` and ``path`` as Hugging Face datasets write it."""
+    path, content = value, None
+    if isinstance(value, Mapping):
+        path, content = value.get("path"), value.get("bytes")
+    elif isinstance(value, (bytes, bytearray, memoryview)):
+        path, content = None, value
+    named = str(index) if not isinstance(path, str) or not path else path[:200]
+    name = named if name is None else name
+    try:
+        if isinstance(path, str) and path.startswith("data:"):
+            content, path = path.partition(",")[2], None
+        if isinstance(content, str):
+            content = _decode(content)
+    except ImageError as error:
+        return Row(index, name, error=str(error))
+    if content is not None:
+        return Row(index, name, content=bytes(content))
+    if not isinstance(path, str) or not path:
+        found = "nothing" if path is None or path == "" else f"a {type(path).__name__}"
+        return Row(index, name, error=f"found {found} in place of a picture's path or bytes")
+    if "://" in path:
+        return Row(index, name, error=f"{path} is an address; pictures are not fetched")
+    return Row(index, name, path=str(folder.absolute() / path))
+
+
+def _decode(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageError("the picture's text is not valid base64") from None

@@ -1,0 +1,301 @@
+"""``smolstack map``: questions about a million pictures, or their embeddings, into one file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from smolstack.cli import options
+from smolstack.cli.console import note, plural, show, show_json
+from smolstack.errors import BulkError
+
+if TYPE_CHECKING:
+    from smolstack.bulk import Progress, Summary
+
+EXAMPLES = """
+**Examples**
+
+`smolstack map photos/ --question "What does it say?" --out answers.parquet`
+
+`smolstack map "scans/**/*.png" -q "What is the total?" -q "Who sent it?" --out answers.jsonl`
+
+`smolstack map pictures.csv --picture-column file -q "Is it a cat?" --out answers.csv`
+
+`smolstack map train.parquet --embed mean --embed-dtype float16 --out embeddings.parquet`
+
+Cut off in any way, the same command goes on where it was.
+"""
+_INPUT, _BATCHES = "Input", "How the work is done"
+
+
+class Embed(str, Enum):
+    """What of a picture's visual tokens is kept."""
+
+    tokens = "tokens"
+    mean = "mean"
+
+
+class EmbedDtype(str, Enum):
+    """Number formats of embeddings."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+class Engine(str, Enum):
+    """Where the work is done."""
+
+    embedded = "embedded"
+    ray = "ray"
+
+
+def map_(
+    pictures: Annotated[
+        str,
+        typer.Argument(
+            metavar="PICTURES",
+            help="A folder (with its sub-folders), a glob, or a JSONL, CSV or Parquet file of "
+            "paths or bytes.",
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FILE", help="The output: .parquet, .jsonl or .csv."),
+    ],
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--question",
+            "-q",
+            metavar="TEXT",
+            help="What to ask of each picture; may be given several times.",
+        ),
+    ] = None,
+    embed: Annotated[
+        Embed | None,
+        typer.Option(help="Instead of asking, keep each picture's visual tokens, or their mean."),
+    ] = None,
+    embed_dtype: Annotated[
+        EmbedDtype, typer.Option(help="Number format of the embeddings.")
+    ] = EmbedDtype.float32,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Forget what an earlier run did, and replace the output."),
+    ] = False,
+    picture_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The table's column of paths or bytes; without it, by its name.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    id_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The table's column of what pictures are called; without it, by its name.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="This process, or Ray Data's actors.", rich_help_panel=_BATCHES),
+    ] = Engine.embedded,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Actors of --engine ray; 1 if left out.", rich_help_panel=_BATCHES
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Prompt tokens of a batch at most, with padding.", rich_help_panel=_BATCHES
+        ),
+    ] = 4096,
+    batch_rows: Annotated[
+        int, typer.Option(min=1, help="Pictures of a batch at most.", rich_help_panel=_BATCHES)
+    ] = 16,
+    window: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Pictures that are sorted into batches and stored together.",
+            rich_help_panel=_BATCHES,
+        ),
+    ] = 256,
+    schema: options.SchemaOption = None,
+    regex: options.RegexOption = None,
+    choice: options.ChoiceOption = None,
+    model: options.ModelOption = None,
+    revision: options.RevisionOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = "auto",
+    threads: options.ThreadsOption = None,
+    split: options.SplitOption = None,
+    max_image_tokens: options.MaxImageTokens = None,
+    upscale: options.Upscale = True,
+    max_new_tokens: options.MaxNewTokens = 512,
+    stop: options.Stop = None,
+    stop_on_repetition: options.StopOnRepetition = False,
+    keep_special_tokens: options.KeepSpecialTokens = False,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    json: options.JsonOption = False,
+) -> None:
+    """Ask the same of many pictures, or embed them; rows in the order of the input.
+
+    A picture that cannot be read is a row with its error. Whatever ends the command, the same
+    command goes on where it was: nothing is lost, nothing is asked twice.
+    """
+    chosen = options.generation_options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        stop_on_repetition=stop_on_repetition,
+        keep_special_tokens=keep_special_tokens,
+        split=split,
+        max_image_tokens=max_image_tokens,
+        upscale=upscale,
+    )
+    chosen.update(options.form_options(schema, regex, choice))
+    map_pictures = _library(threads)
+    with _progress(out) as tell:
+        summary = map_pictures(
+            pictures,
+            question or [],
+            out=out,
+            model=model,
+            revision=revision,
+            dtype=dtype.value,
+            device=device,
+            embed=None if embed is None else embed.value,
+            embed_dtype=embed_dtype.value,
+            picture_column=picture_column,
+            id_column=id_column,
+            batch_tokens=batch_tokens,
+            batch_rows=batch_rows,
+            window=window,
+            engine=engine.value,
+            workers=workers,
+            restart=restart,
+            on_progress=tell,
+            **chosen,
+        )
+    if json:
+        show_json({**asdict(summary), "out": str(summary.out)})
+    else:
+        show(_line(summary))
+
+
+def _library(threads: int | None) -> Any:
+    """map_pictures, once torch has its threads."""
+    try:
+        from smolstack.bulk import map_pictures
+    except ImportError as error:
+        raise BulkError(str(error)) from None
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return map_pictures
+
+
+def _line(summary: Summary) -> str:
+    bad = summary.bad_pictures
+    errors = f", {bad:,} of them with an error" if bad else ""
+    earlier = f" ({summary.kept:,} by an earlier run)" if summary.kept else ""
+    return (
+        f"{summary.out}: {plural(summary.rows, 'row')} about "
+        f"{plural(summary.pictures, 'picture')}{earlier}{errors}"
+    )
+
+
+@contextmanager
+def _progress(out: Path) -> Iterator[Any]:
+    """A bar with rate and time left on stderr, on a terminal; how to go on after Ctrl-C."""
+    last: list[Progress] = []
+    with _bar() as show_progress:
+
+        def tell(progress: Progress) -> None:
+            last[:] = [progress]
+            show_progress(progress)
+
+        try:
+            yield tell
+        except KeyboardInterrupt:
+            where = last[0] if last else None
+            kept = (
+                f"{where.done:,} of {where.total:,} pictures are done and kept; " if where else ""
+            )
+            note(f"stopped: {kept}the same command goes on from there (towards {out})")
+            raise
+
+
+@contextmanager
+def _bar() -> Iterator[Any]:
+    if not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        SpinnerColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Pictures per second, or per minute when that reads better."""
+
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            if speed is None:
+                return Text("… /s")
+            return Text(f"{speed:.1f}/s" if speed >= 1 else f"{speed * 60:.1f}/min")
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=Console(file=sys.stderr), transient=True, speed_estimate_period=300
+    ) as bar:
+        task = bar.add_task("Loading …", total=None)
+
+        def tell(progress: Any) -> None:
+            if progress.done == progress.kept:
+                # Those of an earlier run count for nothing in the rate.
+                bar.reset(
+                    task, description="Pictures", total=progress.total, completed=progress.done
+                )
+            bar.update(task, completed=progress.done)
+
+        yield tell
