@@ -7,6 +7,7 @@ llama.cpp, its converter itself runs as well, and what it wrote is compared weig
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +161,10 @@ def as_llama_cpp_rotates(weight: Any, heads: int) -> Any:
     """Rows in the order of llama.cpp's rotation: pairs (2i, 2i + 1), not (i, i + K/2)."""
     halves = weight.reshape(heads, 2, -1, weight.shape[1])
     return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def test_the_python_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "interop-gguf.md").read_text()
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(compile(block, "docs/interop-gguf.md", "exec"), {"__name__": "page"})
+    assert capsys.readouterr().out == "mm.model.fc.weight\n"

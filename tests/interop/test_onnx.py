@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -296,3 +297,15 @@ def test_exporting_needs_no_transformers() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
+
+
+def test_the_python_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "interop-onnx.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(compile(block, "docs/interop-onnx.md", "exec"), {"__name__": "page"})
+    reader = smolstack.load()
+    tokens, width = reader.processor.tokens_per_tile, reader.config.text.hidden_size
+    assert capsys.readouterr().out.endswith(f"(3, {tokens}, {width})\n")
