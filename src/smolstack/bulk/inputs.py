@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smolstack.bulk.rows import Row
@@ -163,7 +164,7 @@ def _from_tables(
     files: list[Path], kind: str, picture_column: str | None, id_column: str | None
 ) -> Input:
     where = str(files[0])
-    names = pq.read_schema(files[0]).names if kind == ".parquet" else column_names(files[0])
+    names = _schema(files).names if kind == ".parquet" else column_names(files[0])
     plain = kind in (".jsonl", ".ndjson") and not names  # lines of plain paths
     if plain:
         _no_columns(picture_column, id_column, f"{where} has no JSON object")
@@ -185,6 +186,17 @@ def _from_tables(
                 count = row.index + 1
 
     return Input(identity, rows)
+
+
+def _schema(files: list[Path]) -> pa.Schema:
+    """The columns of the first Parquet file, once all of them are known to be some."""
+    schemas = []
+    for file in files:
+        try:
+            schemas.append(pq.read_schema(file))
+        except pa.ArrowInvalid as error:
+            raise BulkError(f"{file} is no Parquet file that can be read: {error}") from error
+    return schemas[0]
 
 
 def _no_columns(picture: str | None, id_column: str | None, found: str) -> None:

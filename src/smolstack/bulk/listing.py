@@ -6,6 +6,7 @@ the same rows even if the folder has grown. Parquet files are read where they ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smolstack.bulk.inputs import ParquetFiles
-from smolstack.bulk.rows import Row, Window
+from smolstack.bulk.rows import Row, Window, plain
 from smolstack.bulk.tables import Columns, from_record
 
 _PICTURE, _ID, _ERROR = "picture", "id", "error"
 _SCHEMA = pa.schema(
     [
-        (_PICTURE, pa.struct([("bytes", pa.large_binary()), ("path", pa.string())])),
+        (_PICTURE, pa.struct([("bytes", pa.large_binary()), ("path", pa.binary())])),
         (_ID, pa.string()),
         (_ERROR, pa.string()),
     ]
@@ -32,12 +33,16 @@ _ROWS_AT_ONCE = 16  # rows that are held while a file of pictures is read
 def write_listing(path: Path, rows: Iterator[Row], window: int) -> int:
     """Write the rows of an input, one row group per window; how many there are."""
     count = 0
+    # Paths stand there as bytes: a file's name need not be text.
     with pq.ParquetWriter(path, _SCHEMA) as writer:
         while some := list(islice(rows, window)):
             data = [
                 {
-                    _PICTURE: {"bytes": row.content, "path": row.path},
-                    _ID: row.id,
+                    _PICTURE: {
+                        "bytes": row.content,
+                        "path": None if row.path is None else os.fsencode(row.path),
+                    },
+                    _ID: plain(row.id),
                     _ERROR: row.error,
                 }
                 for row in some

@@ -56,3 +56,8 @@ def windows(rows: int, size: int) -> Iterator[Window]:
     """All windows of an input of so many rows."""
     for start in range(0, rows, size):
         yield Window(start, min(start + size, rows))
+
+
+def plain(text: str) -> str:
+    """Text that every format can hold: a lone surrogate, as in odd file names, becomes ``?``."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -6,12 +6,13 @@ import base64
 import binascii
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolstack.bulk.rows import Row
+from smolstack.bulk.rows import Row, plain
 from smolstack.errors import BulkError, ImageError
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
@@ -145,6 +146,8 @@ def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
     path, content = value, None
     if isinstance(value, Mapping):
         path, content = value.get("path"), value.get("bytes")
+        if isinstance(path, bytes):
+            path = os.fsdecode(path)
     elif isinstance(value, (bytes, bytearray, memoryview)):
         path, content = None, value
     named = str(index) if not isinstance(path, str) or not path else path[:200]
@@ -163,6 +166,10 @@ def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
         return Row(index, name, error=f"found {found} in place of a picture's path or bytes")
     if "://" in path:
         return Row(index, name, error=f"{path} is an address; pictures are not fetched")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return Row(index, name, error=f"{plain(path)!r} cannot be the name of a file")
     return Row(index, name, path=str(folder.absolute() / path))
 
 

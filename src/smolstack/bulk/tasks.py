@@ -16,7 +16,7 @@ import torch
 
 from smolstack.batch import VisualTokens
 from smolstack.bulk.parts import ROW
-from smolstack.bulk.rows import Row
+from smolstack.bulk.rows import Row, plain
 from smolstack.errors import BulkError, SmolstackError
 from smolstack.generation.answer import Answer
 from smolstack.generation.answering import Answering, AnswerStream, Encoding, Form
@@ -294,8 +294,3 @@ def sentence(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
     return f"the picture cannot be read ({type(error).__name__}: {error})"
-
-
-def plain(text: str) -> str:
-    """Text that every format can hold: a lone surrogate, as in odd file names, becomes ``?``."""
-    return text.encode("utf-8", "replace").decode("utf-8")
