@@ -39,6 +39,14 @@ class ContextLengthError(SmolstackError):
     """A prompt (with the answer asked for) does not fit into the model's context."""
 
 
+class QueueFullError(SmolstackError):
+    """More answers are asked for than may wait."""
+
+
+class DeadlineError(SmolstackError):
+    """An answer was not complete when its time was over."""
+
+
 class GenerationError(SmolstackError):
     """A sampling or stopping option has a value that has no meaning."""
 

@@ -41,6 +41,9 @@ class PictureCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
     @property
     def held_bytes(self) -> int:
         """Bytes of the visual tokens held."""

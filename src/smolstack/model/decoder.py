@@ -70,10 +70,12 @@ class TextAttention(nn.Module):
         value = split_heads(self.value(x), self.num_kv_heads)
         if isinstance(cache, CacheRows):
             mixed = [
-                self._attend(one, *own.append(self.layer, k, v), None)
-                for one, k, v, own in zip(
-                    query.split(1), key.split(1), value.split(1), cache.caches, strict=True
+                self._attend(
+                    query[row : row + 1],
+                    *own.append(self.layer, key[row : row + 1], value[row : row + 1]),
+                    None,
                 )
+                for row, own in enumerate(cache.caches)
             ]
             of_each: Tensor = self.out(merge_heads(torch.cat(mixed)))
             return of_each

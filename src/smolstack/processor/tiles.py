@@ -54,7 +54,11 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     name, opened = _open(source)
     with opened:
         _check_size(name, opened.size, max_pixels)
-        turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        try:
+            turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            # A PNG is read to its end for this.
+            raise ImageError(f"{name} is damaged or truncated: {error}") from error
         return (opened.height, opened.width) if turned else opened.size
 
 

@@ -1,0 +1,292 @@
+"""Many answers at once: each is the one that ``ask`` gives, whoever shares the batch."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import smolstack
+from smolstack.errors import ContextLengthError, DeadlineError, ImageError, QueueFullError
+from smolstack.generation.answer import Answer
+from smolstack.generation.answering import Answering
+from smolstack.generation.engine import Engine
+from smolstack.generation.options import read_options
+from smolstack.generation.scheduler import Scheduler, SchedulerLimits
+from smolstack.generation.sequence import Sequence, Update
+from smolstack.model.decoder import Decoder
+from smolstack.model.vision import VisionTower
+
+
+class Desk:
+    """A scheduler over a model, and what it told about each question."""
+
+    def __init__(self, vlm: smolstack.VLM, **limits: int) -> None:
+        self.vlm, self.now = vlm, 0.0
+        self.scheduler = Scheduler(
+            Answering(vlm.model, vlm.processor), SchedulerLimits(**limits), clock=lambda: self.now
+        )
+        self.updates: dict[int, list[Update]] = {}
+
+    def ask(
+        self, images: Any, text: str, deadline: float | None = None, **options: Any
+    ) -> Sequence:
+        chosen = read_options(options, self.vlm.eos_token_ids)  # type: ignore[arg-type]
+        prompt = self.vlm.processor.prepare((images, text), **chosen.tiling)
+        told: list[Update] = []
+        sequence = self.scheduler.submit(prompt, chosen, told.append, deadline)
+        self.updates[sequence.number] = told
+        return sequence
+
+    def run(self) -> None:
+        while not self.scheduler.idle:
+            self.scheduler.step()
+
+    def answer(self, sequence: Sequence) -> Answer:
+        answer = self.updates[sequence.number][-1].answer
+        assert answer is not None, self.updates[sequence.number]
+        return answer
+
+    def pieces(self, sequence: Sequence) -> str:
+        return "".join(update.piece for update in self.updates[sequence.number])
+
+
+QUESTIONS: list[tuple[tuple[int, ...], str, dict[str, Any]]] = [
+    ((), "Hello?", {"max_new_tokens": 7}),
+    ((0,), "What?", {"max_new_tokens": 12}),
+    ((0,), "What does it say in the end?", {"max_new_tokens": 1}),
+    ((1,), "What?", {"max_new_tokens": 9, "temperature": 1.0, "seed": 3, "top_p": 0.9}),
+    ((2, 0), "Compare.", {"max_new_tokens": 5, "repetition_penalty": 1.3}),
+    ((1,), "How many?", {"max_new_tokens": 6, "regex": "[0-9]{1,3}( apples)?"}),
+    ((1,), "Which?", {"choices": ["red", "green", "a longer one"]}),
+    ((2,), "As JSON.", {"max_new_tokens": 20, "schema": {"enum": ["a", "b", 17]}}),
+    ((0,), "Likely?", {"max_new_tokens": 4, "logprobs": 3, "split": False}),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder: Path, pictures: list[Image.Image]) -> list[Answer]:
+    """Each question put to a model that has seen nothing before."""
+    answers = []
+    for images, text, options in QUESTIONS:
+        vlm = smolstack.load(tiny_folder)
+        answers.append(vlm.ask([pictures[i] for i in images], text, **options))
+    return answers
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    order=st.lists(st.integers(0, len(QUESTIONS) - 1), min_size=1, max_size=12),
+    gaps=st.lists(st.integers(0, 4), min_size=12, max_size=12),
+    running=st.integers(1, 6),
+    tiles=st.integers(1, 5),
+    prefill_tokens=st.sampled_from([7, 64, 512]),
+)
+def test_answers_are_those_of_ask_in_any_mixture(
+    tiny_vlm: smolstack.VLM,
+    pictures: list[Image.Image],
+    alone: list[Answer],
+    order: list[int],
+    gaps: list[int],
+    running: int,
+    tiles: int,
+    prefill_tokens: int,
+) -> None:
+    desk = Desk(tiny_vlm, running=running, tiles=tiles, prefill_tokens=prefill_tokens)
+    asked = []
+    for which, gap in zip(order, gaps, strict=False):
+        images, text, options = QUESTIONS[which]
+        asked.append((which, desk.ask([pictures[i] for i in images], text, **options)))
+        for _ in range(gap):
+            desk.scheduler.step()
+    desk.run()
+    for which, sequence in asked:
+        found, expected = desk.answer(sequence), alone[which]
+        assert found.token_ids == expected.token_ids
+        assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
+        assert found.usage == expected.usage
+        assert found.parsed == expected.parsed
+        assert desk.pieces(sequence).rstrip() == expected.text
+        if expected.probabilities is not None:
+            assert found.probabilities == pytest.approx(expected.probabilities, rel=1e-3)
+        if expected.logprobs is not None:
+            assert [t.logprob for t in found.logprobs or ()] == pytest.approx(
+                [t.logprob for t in expected.logprobs], abs=1e-4
+            )
+
+
+def count_work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What goes through the networks, in order: tiles, or the tokens of one forward pass."""
+    log: list[tuple[str, int]] = []
+    tower, decoder = VisionTower.forward, Decoder.forward
+
+    def tiles(self: VisionTower, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        log.append(("tiles", x.shape[0]))
+        return tower(self, x, *rest)
+
+    def tokens(self: Decoder, x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        log.append(("decode", x.shape[0]) if x.shape[1] == 1 else ("prefill", x.shape[1]))
+        return decoder(self, x, *rest, **named)
+
+    monkeypatch.setattr(VisionTower, "forward", tiles)
+    monkeypatch.setattr(Decoder, "forward", tokens)
+    return log
+
+
+def test_a_picture_is_encoded_once_for_everybody(
+    tiny_vlm: smolstack.VLM, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = count_work(monkeypatch)
+    desk = Desk(tiny_vlm)
+    for number in range(5):
+        desk.ask(pictures[0], f"Question {number}?", max_new_tokens=2)
+    desk.run()
+    assert sum(count for kind, count in log if kind == "tiles") == 9
+    assert desk.scheduler.pictures.pictures_done == 1
+
+
+def test_what_prompts_share_is_read_once(
+    tiny_vlm: smolstack.VLM, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = count_work(monkeypatch)
+    desk = Desk(tiny_vlm)
+    visual = tiny_vlm.encode(pictures[0])
+    log.clear()
+    for number in range(4):
+        desk.ask(visual, f"Question {number}?", max_new_tokens=2)
+    desk.run()
+    first, *later = [count for kind, count in log if kind == "prefill"]
+    assert first > len(visual)
+    assert all(count < 20 for count in later)
+
+
+def test_decoding_never_waits_for_more_than_one_piece_of_a_newcomers_work(
+    tiny_vlm: smolstack.VLM, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tiny_vlm, tiles=2, prefill_tokens=16)
+    tiny_vlm.eos_token_ids, ends = (), tiny_vlm.eos_token_ids
+    try:
+        talker = desk.ask((), "Talk on.", max_new_tokens=60)
+        while talker.stage != "decode":
+            desk.scheduler.step()
+        log = count_work(monkeypatch)
+        for picture in pictures:
+            desk.ask(picture, "What?", max_new_tokens=3)
+        desk.run()
+    finally:
+        tiny_vlm.eos_token_ids = ends
+    assert len(desk.answer(talker).token_ids) == 60
+    kinds = [kind for kind, _ in log]
+    assert all("decode" in pair for pair in itertools.pairwise(kinds)), (
+        "between two pieces of the newcomers' work everybody decodes"
+    )
+    assert max(count for kind, count in log if kind == "tiles") <= 2
+    assert max(count for kind, count in log if kind == "prefill") <= 16
+
+
+def test_who_goes_away_stops_costing_anything(
+    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+) -> None:
+    desk = Desk(tiny_vlm, tiles=1)
+    gone = desk.ask(pictures[0], "What?", max_new_tokens=50)
+    stays = desk.ask(pictures[1], "What?", max_new_tokens=3)
+    desk.scheduler.step()
+    gone.cancelled = True
+    desk.run()
+    assert desk.scheduler.pictures.pictures_done == 1
+    assert desk.updates[gone.number] == []
+    assert desk.answer(stays).text == tiny_vlm.ask(pictures[1], "What?", max_new_tokens=3).text
+
+
+def test_a_picture_that_others_wait_for_survives_one_who_goes_away(
+    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+) -> None:
+    desk = Desk(tiny_vlm, tiles=1)
+    gone = desk.ask(pictures[0], "What?", max_new_tokens=3)
+    stays = desk.ask(pictures[0], "What else?", max_new_tokens=3)
+    desk.scheduler.step()
+    desk.scheduler.step()
+    gone.cancelled = True
+    desk.run()
+    assert desk.answer(stays).usage.tiles == 9
+
+
+def test_an_answer_that_is_late_ends_with_an_error_and_the_others_go_on(
+    tiny_vlm: smolstack.VLM,
+) -> None:
+    desk = Desk(tiny_vlm)
+    late = desk.ask((), "What?", deadline=5.0, max_new_tokens=100, regex="a{200}")
+    other = desk.ask((), "What?", max_new_tokens=10)
+    for _ in range(4):
+        desk.scheduler.step()
+    desk.now = 6.0
+    desk.run()
+    assert isinstance(desk.updates[late.number][-1].error, DeadlineError)
+    assert desk.answer(other).usage.completion_tokens > 0
+
+
+def test_a_damaged_picture_is_its_own_askers_trouble_alone(
+    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+) -> None:
+    content = io.BytesIO()
+    pictures[0].save(content, "jpeg")  # whose header tells its size
+    desk = Desk(tiny_vlm)
+    bad = desk.ask(content.getvalue()[:-200], "What?", max_new_tokens=3)
+    good = desk.ask(content.getvalue(), "What?", max_new_tokens=3)
+    desk.run()
+    assert isinstance(desk.updates[bad.number][-1].error, ImageError)
+    assert desk.answer(good).finish_reason in ("length", "stop")
+
+
+def test_a_full_queue_refuses_at_once(tiny_vlm: smolstack.VLM) -> None:
+    desk = Desk(tiny_vlm, running=1, queued=1)
+    desk.ask((), "One?", max_new_tokens=2)
+    desk.ask((), "Two?", max_new_tokens=2)
+    with pytest.raises(QueueFullError, match="the limit is 2"):
+        desk.ask((), "Three?", max_new_tokens=2)
+    desk.run()
+    desk.ask((), "Four?", max_new_tokens=2)
+
+
+def test_a_prompt_too_long_is_refused_before_it_waits(tiny_vlm: smolstack.VLM) -> None:
+    desk = Desk(tiny_vlm)
+    with pytest.raises(ContextLengthError):
+        desk.ask((), "word " * 600)
+    assert desk.scheduler.idle
+
+
+def test_nothing_is_kept_of_those_who_left(
+    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+) -> None:
+    desk = Desk(tiny_vlm, prefix_bytes=0)
+    sequences = [desk.ask(p, "What?", max_new_tokens=4) for p in pictures]
+    desk.run()
+    assert all(s.cache is None for s in sequences)
+    assert desk.scheduler.prefixes.held_bytes == 0
+    assert len(desk.scheduler.pictures) == 0
+
+
+def test_the_engine_answers_from_other_threads_and_drains(
+    tiny_vlm: smolstack.VLM, pictures: list[Image.Image], alone: list[Answer]
+) -> None:
+    engine = Engine(Answering(tiny_vlm.model, tiny_vlm.processor))
+    told: dict[int, list[Update]] = {}
+    for which, (images, text, options) in enumerate(QUESTIONS):
+        chosen = read_options(options, tiny_vlm.eos_token_ids)  # type: ignore[arg-type]
+        prompt = tiny_vlm.processor.prepare(([pictures[i] for i in images], text), **chosen.tiling)
+        engine.submit(prompt, [chosen], [told.setdefault(which, []).append])
+    engine.close()
+    assert not engine.alive
+    for which, expected in enumerate(alone):
+        answer = told[which][-1].answer
+        assert answer is not None
+        assert answer.token_ids == expected.token_ids
+    with pytest.raises(QueueFullError, match="shutting down"):
+        engine.submit(prompt, [chosen], [lambda _: None])
