@@ -11,7 +11,7 @@ from PIL import Image
 from tests.cli.conftest import Run
 
 import smolstack
-from smolstack.bulk import job
+from smolstack.bulk import job, working
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_ctrl_c_says_how_to_go_on(
     out = tmp_path / "a.csv"
     command = ("map", photos, "-q", "What?", "-o", out, "--model", tiny_folder, "--batch-rows", 1,
                "--max-new-tokens", 2)  # fmt: skip
-    whole = job.work_through
+    whole = working.work_through
 
     def interrupted(*arguments: Any, done: Any, **others: Any) -> None:
         def once(rows: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -218,8 +219,10 @@ class _Job:
                 )
             return self._merge(task)
         except OSError as error:
+            # By its number: pyarrow's own text is long and varies.
+            reason = os.strerror(error.errno) if error.errno else str(error)
             raise BulkError(
-                f"{error.filename or self.parts.folder}: {error.strerror or error}; "
+                f"{error.filename or self.parts.folder}: {reason}; "
                 f"{self.done:,} of {len(self.reader):,} pictures are done and kept, and the same "
                 "call goes on from there"
             ) from error
