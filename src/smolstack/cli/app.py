@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from smolstack import __version__
-from smolstack.cli import ask, bench, chat, console, export, inspect, map, new, plan, verify
+from smolstack.cli import ask, bench, chat, console, export, inspect, map, new, plan, serve, verify
 from smolstack.errors import SmolstackError
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -94,6 +94,7 @@ app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=verify.EXAMPLES)(verify.verify)
 app.command(epilog=new.EXAMPLES)(new.new)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
+app.command(epilog=serve.EXAMPLES)(serve.serve)
 
 
 def main() -> None:

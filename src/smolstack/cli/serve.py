@@ -1,0 +1,173 @@
+"""``smolstack serve``: OpenAI's chat completions over HTTP, and a page to try it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smolstack.cli import options
+from smolstack.cli.console import note
+from smolstack.errors import GenerationError
+
+EXAMPLES = """
+**Examples**
+
+`smolstack serve`
+
+`smolstack serve --model HuggingFaceTB/SmolVLM-256M-Instruct --port 9000`
+
+`SMOLSTACK_API_KEY=secret smolstack serve --host 0.0.0.0 --deadline 60`
+
+Then open http://127.0.0.1:8000, or point any OpenAI client at http://127.0.0.1:8000/v1.
+"""
+KEY = "SMOLSTACK_API_KEY"
+_LIMITS, _WORK, _REMOTE = "Limits", "How much is done at a time", "Remote pictures"
+
+
+def serve(
+    *,
+    model: options.ModelOption = None,
+    revision: options.RevisionOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = "auto",
+    threads: options.ThreadsOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What /v1/models calls the model; without it, its folder.")
+    ] = None,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1, help="Largest request body.", rich_help_panel=_LIMITS)
+    ] = 32 * 2**20,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Largest picture, in pixels.", rich_help_panel=_LIMITS)
+    ] = 40_000_000,
+    max_pictures: Annotated[
+        int, typer.Option(min=1, help="Most pictures of a request.", rich_help_panel=_LIMITS)
+    ] = 16,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest prompt, visual tokens included; without it, the model's context.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Longest answer, whatever is asked for.", rich_help_panel=_LIMITS),
+    ] = 2048,
+    max_answers: Annotated[
+        int, typer.Option(min=1, help="Most answers of a request (n).", rich_help_panel=_LIMITS)
+    ] = 8,
+    deadline: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that a request may take, waiting included.", rich_help_panel=_LIMITS
+        ),
+    ] = 300.0,
+    drain: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that requests at work get after SIGTERM.", rich_help_panel=_LIMITS
+        ),
+    ] = 30.0,
+    running: Annotated[
+        int, typer.Option(min=1, help="Answers at work together.", rich_help_panel=_WORK)
+    ] = 16,
+    queued: Annotated[
+        int,
+        typer.Option(min=0, help="Answers that may wait; beyond, 429.", rich_help_panel=_WORK),
+    ] = 64,
+    tiles: Annotated[
+        int, typer.Option(min=1, help="Tiles of one vision micro-batch.", rich_help_panel=_WORK)
+    ] = 4,
+    prefill_tokens: Annotated[
+        int, typer.Option(min=1, help="Prompt tokens read in one piece.", rich_help_panel=_WORK)
+    ] = 512,
+    prefix_cache_bytes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="KV caches of past prompts, for those that begin alike.",
+            rich_help_panel=_WORK,
+        ),
+    ] = 256 * 2**20,
+    allow_remote_images: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote-images",
+            help="Fetch pictures from public addresses; private ones are always refused.",
+            rich_help_panel=_REMOTE,
+        ),
+    ] = False,
+    max_remote_bytes: Annotated[
+        int, typer.Option(min=1, help="Largest picture fetched.", rich_help_panel=_REMOTE)
+    ] = 16 * 2**20,
+    remote_seconds: Annotated[
+        float, typer.Option(help="Longest fetch, in seconds.", rich_help_panel=_REMOTE)
+    ] = 10.0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log every request on stderr.")
+    ] = False,
+) -> None:
+    """Serve a model to OpenAI clients and browsers, many requests at once.
+
+    The environment variable SMOLSTACK_API_KEY is the key that clients must send.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import httpx  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as missing:
+        raise GenerationError(
+            f"smolstack serve needs {missing.name}: pip install 'smolstack[serve]'"
+        ) from None
+    from smolstack.generation.scheduler import SchedulerLimits
+    from smolstack.serve.running import run
+    from smolstack.serve.settings import ServerSettings
+
+    settings = ServerSettings(
+        name=name or (Path(model).name if model else "smolstack-reader"),
+        api_key=os.environ.get(KEY) or None,
+        body_bytes=max_body_bytes,
+        picture_pixels=max_pixels,
+        pictures=max_pictures,
+        prompt_tokens=max_prompt_tokens,
+        new_tokens=max_new_tokens,
+        answers=max_answers,
+        deadline=deadline,
+        drain=drain,
+        allow_remote_images=allow_remote_images,
+        remote_bytes=max_remote_bytes,
+        remote_seconds=remote_seconds,
+        scheduler=SchedulerLimits(
+            running=running,
+            queued=queued,
+            tiles=tiles,
+            prefill_tokens=prefill_tokens,
+            prefix_bytes=prefix_cache_bytes,
+        ),
+    )
+    listener = _listen(host, port)
+    with listener:
+        vlm = options.load_model(model, revision, dtype, device, threads)
+        shown = f"[{host}]" if ":" in host else host
+        note(f"Serving {settings.name} at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
+        run(vlm, settings, listener, log_level="info" if verbose else "warning")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The socket, taken before the model is loaded: a port in use is told at once."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise GenerationError(
+            f"cannot listen at {host} port {port}: {error.strerror or error}"
+        ) from None

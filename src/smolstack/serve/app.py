@@ -1,0 +1,258 @@
+"""The routes: chat completions, models, plans, health, metrics, and the page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from smolstack import __version__
+from smolstack.generation.answering import Answering
+from smolstack.generation.engine import Engine
+from smolstack.serve import reading
+from smolstack.serve.answering import Asking, in_thread, unless_gone
+from smolstack.serve.completions import Completion
+from smolstack.serve.failures import RefusedError, add_handlers, as_refusal
+from smolstack.serve.guard import Guard
+from smolstack.serve.metrics import Metrics
+from smolstack.serve.schemas import ChatRequest, PlanRequest
+from smolstack.serve.settings import ServerSettings
+from smolstack.vlm import VLM
+
+_READING_THREADS = 2
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text}
+    for status, text in {
+        400: "The request cannot be answered; the error says why.",
+        401: "The API key is missing or wrong.",
+        413: "The body is too large.",
+        429: "Too many answers wait; Retry-After says when to come back.",
+        503: "The server is shutting down.",
+        504: "The answer took longer than its deadline.",
+    }.items()
+}
+
+
+class Server:
+    """A model behind routes.
+
+    Attributes:
+        app: the ASGI application.
+        engine: where answers are made.
+    """
+
+    def __init__(self, vlm: VLM, settings: ServerSettings) -> None:
+        self.vlm, self.settings = vlm, settings
+        self.engine = Engine(Answering(vlm.model, vlm.processor), settings.scheduler)
+        self.metrics = Metrics(self.engine)
+        self.readers = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="reading")
+        self.app = FastAPI(title="smolstack", version=__version__, lifespan=self._lifespan)
+        add_handlers(self.app)
+        self.app.add_middleware(Guard, settings=settings, count=self.metrics.count_response)
+        self._add_routes()
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        yield
+        # Requests have ended or were given up by now.
+        await in_thread(None, self.close)
+
+    def close(self) -> None:
+        """End the engine's work."""
+        self.engine.close(drain=False)
+        self.readers.shutdown(cancel_futures=True)
+
+    def _add_routes(self) -> None:
+        app = self.app
+        errors = {"responses": _ERRORS}
+        app.post("/v1/chat/completions", response_model=None, **errors)(self.chat)  # type: ignore[arg-type]
+        app.get("/v1/models", responses={401: _ERRORS[401]})(self.models)
+        app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: {}})(self.one_model)
+        app.post("/plan", response_model=None, **errors)(self.plan)  # type: ignore[arg-type]
+        app.get("/health", responses={503: _ERRORS[503]})(self.health)
+        app.get("/metrics", response_model=None)(self.show_metrics)
+        for path, name, kind in (
+            ("/", "page.html", "text/html"),
+            ("/page.js", "page.js", "text/javascript"),
+            ("/page.css", "page.css", "text/css"),
+        ):
+            app.get(path, include_in_schema=False, response_model=None)(_file(name, kind))
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """Answer the last message of a chat, whole or as server-sent events."""
+        try:
+            self.engine.check_room(body.n or 1)
+            urls = reading.picture_urls(body, self.settings)
+            pictures = [await reading.read_picture(url, self.settings) for url in urls]
+            prompt, options = await in_thread(
+                self.readers, reading.prepare, self.vlm, body, pictures, self.settings
+            )
+            seconds = min(body.deadline or math.inf, self.settings.deadline)
+            asking = Asking(self.engine, self.metrics, prompt, options, seconds)
+        except Exception as error:
+            raise as_refusal(error, self._retry_after()) from None
+        completion = Completion(body.model or self.settings.name, self.vlm.processor.tokenizer)
+        if body.stream:
+            return await self._stream(body, request, asking, completion)
+        try:
+            whole = await unless_gone(request.receive, _whole(asking, completion))
+        except Exception as error:
+            raise as_refusal(error) from None
+        finally:
+            asking.close()
+        if whole is None:
+            return Response(status_code=499)  # nobody is there to read it
+        return JSONResponse(whole)
+
+    async def _stream(
+        self, body: ChatRequest, request: Request, asking: Asking, completion: Completion
+    ) -> Response:
+        """The same as events. What fails before the first token still has a status of its own."""
+        updates = aiter(asking)
+        try:
+            first = await unless_gone(request.receive, anext(updates))
+        except Exception as error:
+            asking.close()
+            raise as_refusal(error) from None
+        except BaseException:
+            asking.close()
+            raise
+        if first is None:
+            asking.close()
+            return Response(status_code=499)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                for index in range(len(asking.answers)):
+                    yield _event(completion.first_chunk(index))
+                yield _update_event(completion, *first)
+                async for index, update in updates:
+                    yield _update_event(completion, index, update)
+                if usage:
+                    answers = [answer for answer in asking.answers if answer is not None]
+                    yield _event(completion.usage_chunk(answers))
+                yield "data: [DONE]\n\n"
+            except Exception as error:
+                yield _event(as_refusal(error).body())
+            finally:
+                asking.close()
+
+        return StreamingResponse(
+            events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+    def _retry_after(self) -> int:
+        """Seconds until somebody who waits now would have left, by a mean answer's work."""
+        ahead = self.engine.queued + len(self.engine.scheduler.running)
+        seconds = ahead * self.metrics.mean_seconds / self.settings.scheduler.running
+        return max(1, min(60, math.ceil(seconds)))
+
+    async def models(self) -> dict[str, Any]:
+        """The one model that is served."""
+        return {"object": "list", "data": [self._model()]}
+
+    async def one_model(self, model: str) -> dict[str, Any]:
+        """The same, by its name."""
+        if model != self.settings.name:
+            raise RefusedError(
+                404, f"there is no model {model[:100]!r}, only {self.settings.name!r}"
+            )
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
+        text = self.vlm.config.text
+        return {
+            "id": self.settings.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "smolstack",
+            "context_length": text.max_positions,
+        }
+
+    async def plan(self, body: PlanRequest) -> dict[str, Any]:
+        """How a picture becomes tiles and tokens, before any network runs."""
+        try:
+            if body.image_url is not None:
+                picture = await reading.read_picture(body.image_url.url, self.settings)
+                size = await in_thread(self.readers, reading.check_pixels, picture, self.settings)
+            elif body.width and body.height:
+                size = (body.width, body.height)
+            else:
+                raise RefusedError(400, "found neither image_url nor width and height")
+            plan = await in_thread(self.readers, self._planned, size, body)
+        except Exception as error:
+            raise as_refusal(error) from None
+        return {
+            "source": plan.source,
+            "resized": plan.resized,
+            "canvas": plan.canvas,
+            "rows": plan.rows,
+            "cols": plan.cols,
+            "tile_edge": plan.tile_edge,
+            "tiles": plan.tiles,
+            "visual_tokens": plan.visual_tokens,
+            "prompt_tokens": plan.prompt_tokens,
+            "boxes": plan.source_boxes(),
+        }
+
+    def _planned(self, size: tuple[int, int], body: PlanRequest) -> Any:
+        return self.vlm.plan(size, body.text, **reading.tiling(body))
+
+    async def health(self) -> Response:
+        """Whether answers can be asked for."""
+        if not self.engine.alive:
+            return JSONResponse({"status": "stopped"}, 503)
+        return JSONResponse({"status": "ok", "version": __version__})
+
+    async def show_metrics(self) -> Response:
+        """Counters for Prometheus."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _whole(asking: Asking, completion: Completion) -> dict[str, Any]:
+    async for _ in asking:
+        pass
+    return completion.whole([answer for answer in asking.answers if answer is not None])
+
+
+def _update_event(completion: Completion, index: int, update: Any) -> str:
+    text = ""
+    if update.piece or update.logprobs:
+        text = _event(completion.chunk(index, update.piece, update.logprobs))
+    if update.answer is not None:
+        text += _event(completion.last_chunk(index, update.answer))
+    return text
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def _file(name: str, kind: str) -> Any:
+    content = resources.files("smolstack.serve").joinpath("page", name).read_bytes()
+
+    async def send() -> Response:
+        return Response(
+            content,
+            media_type=kind,
+            headers={
+                "Content-Security-Policy": _PAGE_POLICY,
+                "X-Content-Type-Options": "nosniff",
+                "Referrer-Policy": "no-referrer",
+                "Cache-Control": "no-cache",
+            },
+        )
+
+    return send

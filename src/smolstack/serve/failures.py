@@ -1,0 +1,94 @@
+"""Errors as OpenAI's clients read them: a status, and {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from smolstack.errors import DeadlineError, QueueFullError, SmolstackError
+
+_log = logging.getLogger("smolstack.serve")
+_TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "server_error",
+}
+_CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "queue_full", 504: "deadline"}
+
+
+class RefusedError(Exception):
+    """A request that is not answered, with the status that says why."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, "invalid_request_error"),
+                "param": self.param,
+                "code": _CODES.get(self.status),
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def as_refusal(error: Exception, retry_after: int = 1) -> RefusedError:
+    """The refusal that an error of the library amounts to."""
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, QueueFullError):
+        return RefusedError(429, str(error), headers={"Retry-After": str(retry_after)})
+    if isinstance(error, DeadlineError):
+        return RefusedError(504, str(error))
+    if isinstance(error, SmolstackError):
+        return RefusedError(400, str(error))
+    _log.error("a request failed", exc_info=error)
+    return RefusedError(500, "the server failed; its log says how")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Give every error of an app OpenAI's shape."""
+
+    @app.exception_handler(RefusedError)
+    async def refused(_: Request, error: RefusedError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part not in ("body", "query")]
+        param = ".".join(place) or None
+        where = f"{param}: " if param else ""
+        return RefusedError(400, f"{where}{first['msg']}"[:500], param=param).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        return RefusedError(
+            error.status_code, str(error.detail), headers=error.headers or {}
+        ).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return as_refusal(error).response()

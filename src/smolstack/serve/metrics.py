@@ -1,0 +1,97 @@
+"""What Prometheus reads at /metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from smolstack.generation.answer import Answer
+from smolstack.generation.engine import Engine
+
+_SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+
+
+class Metrics:
+    """The counters of one server; each server has its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        registry.register(_Work(engine))
+        self.requests = Counter(
+            "smolstack_requests", "Responses, by status.", ["path", "status"], registry=registry
+        )
+        self.answers = Counter(
+            "smolstack_answers", "Answers completed.", ["finish_reason"], registry=registry
+        )
+        self.abandoned = Counter(
+            "smolstack_answers_abandoned",
+            "Answers given up: the client went away, or a deadline or an error ended them.",
+            registry=registry,
+        )
+        self.first_token = Histogram(
+            "smolstack_first_token_seconds",
+            "From a request's submission to its first token.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "smolstack_request_seconds",
+            "From a request's submission to its end.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._seconds, self._counted = 0.0, 0
+
+    def count_response(self, path: str, status: int) -> None:
+        """Note the status of a response to a route."""
+        self.requests.labels(path, str(status)).inc()
+
+    def count_answer(self, answer: Answer) -> None:
+        """Note a complete answer."""
+        self.answers.labels(answer.finish_reason).inc()
+        self._seconds += answer.timings.total
+        self._counted += 1
+
+    @property
+    def mean_seconds(self) -> float:
+        """Seconds of work of a mean answer so far; 1 before the first."""
+        return self._seconds / self._counted if self._counted else 1.0
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
+
+
+class _Work(Collector):
+    """The scheduler's own numbers, read when they are asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine, scheduler = self.engine, self.engine.scheduler
+        gauges = {
+            "queued": ("Answers that wait.", engine.queued),
+            "running": ("Answers at work.", len(scheduler.running)),
+            "picture_cache_bytes": ("Visual tokens kept.", scheduler.pictures.cache.held_bytes),
+            "prefix_cache_bytes": ("KV caches kept.", scheduler.prefixes.held_bytes),
+        }
+        counters = {
+            "decode_steps": ("Decoding steps.", scheduler.decode_steps),
+            "generated_tokens": ("Tokens generated.", scheduler.generated_tokens),
+            "prefill_tokens": ("Prompt tokens read.", scheduler.prefill_tokens),
+            "reused_tokens": ("Prompt tokens not read again.", scheduler.prefixes.reused_tokens),
+            "tiles": ("Tiles encoded.", scheduler.pictures.tiles_done),
+            "pictures": ("Pictures encoded.", scheduler.pictures.pictures_done),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"smolstack_{name}", text, value)
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"smolstack_{name}", text, value)

@@ -1,0 +1,205 @@
+"use strict";
+
+const at = (id) => document.getElementById(id);
+let picture = null; // a data URL
+let running = null; // the AbortController of the request at work
+
+at("base").textContent = new URL("v1", location.href).href;
+at("key").value = sessionStorage.getItem("key") || "";
+at("key").addEventListener("change", () => {
+  sessionStorage.setItem("key", at("key").value);
+  showModel();
+});
+
+function headers() {
+  const key = at("key").value;
+  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+}
+
+function problem(text) {
+  at("problem").textContent = text;
+  at("problem").hidden = !text;
+}
+
+/** The sentence of a response that is no answer. */
+async function reason(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `the server answered with ${response.status}`;
+  }
+}
+
+async function showModel() {
+  const response = await fetch("v1/models", { headers: headers() });
+  if (response.ok) {
+    at("model").textContent = (await response.json()).data[0].id;
+    problem("");
+  } else {
+    at("access").open = response.status === 401;
+    problem(await reason(response));
+  }
+}
+
+function take(file) {
+  if (!file) return;
+  if (!file.type.startsWith("image/")) {
+    problem(`${file.name} is no picture`);
+    return;
+  }
+  const reader = new FileReader();
+  reader.onload = () => {
+    picture = reader.result;
+    at("shown").src = picture;
+    at("frame").hidden = false;
+    at("hint").hidden = true;
+    showPlan();
+  };
+  reader.onerror = () => problem(`${file.name} cannot be read`);
+  reader.readAsDataURL(file);
+}
+
+async function showPlan() {
+  problem("");
+  at("plan").textContent = "";
+  at("tiles").replaceChildren();
+  const response = await fetch("plan", {
+    method: "POST",
+    headers: headers(),
+    body: JSON.stringify({ image_url: { url: picture }, text: at("question").value }),
+  });
+  if (!response.ok) {
+    problem(await reason(response));
+    return;
+  }
+  const plan = await response.json();
+  const [width, height] = plan.source;
+  const boxes = plan.boxes.length ? plan.boxes : [[0, 0, width, height]];
+  at("tiles").setAttribute("viewBox", `0 0 ${width} ${height}`);
+  for (const [left, top, right, bottom] of boxes) {
+    const box = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+    const sizes = { x: left, y: top, width: right - left, height: bottom - top };
+    for (const [name, value] of Object.entries(sizes)) box.setAttribute(name, value);
+    at("tiles").append(box);
+  }
+  const grid = plan.rows ? `${plan.rows} × ${plan.cols} tiles and the whole` : "one tile";
+  at("plan").textContent =
+    `${width} × ${height} pixels: ${grid}, ${plan.visual_tokens} visual tokens`;
+}
+
+/** The events of a stream of server-sent events, as objects. */
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    text += value;
+    const parts = text.split("\n\n");
+    text = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+async function ask() {
+  problem("");
+  at("answer").textContent = "";
+  at("numbers").hidden = true;
+  running = new AbortController();
+  at("send").disabled = true;
+  at("stop").hidden = false;
+  const began = performance.now();
+  let first = null;
+  let reasonToEnd = null;
+  const content = [{ type: "text", text: at("question").value }];
+  if (picture) content.unshift({ type: "image_url", image_url: { url: picture } });
+  try {
+    const response = await fetch("v1/chat/completions", {
+      method: "POST",
+      headers: headers(),
+      signal: running.signal,
+      body: JSON.stringify({
+        messages: [{ role: "user", content }],
+        max_tokens: Number(at("tokens").value) || 256,
+        stream: true,
+        stream_options: { include_usage: true },
+      }),
+    });
+    if (!response.ok) throw new Error(await reason(response));
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message);
+      for (const choice of event.choices) {
+        if (choice.delta.content) {
+          first ??= performance.now() - began;
+          at("answer").append(choice.delta.content);
+        }
+        reasonToEnd = choice.finish_reason ?? reasonToEnd;
+      }
+      if (event.usage) numbers(event, first, performance.now() - began, reasonToEnd);
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") problem(error.message);
+  } finally {
+    at("send").disabled = false;
+    at("stop").hidden = true;
+    running = null;
+  }
+}
+
+function numbers({ usage, timings }, first, total, reasonToEnd) {
+  const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`);
+  const rows = {
+    "Prompt": `${usage.prompt_tokens} tokens`,
+    "of them visual": `${usage.prompt_tokens_details.visual_tokens} (${usage.prompt_tokens_details.tiles} tiles)`,
+    "Answer": `${usage.completion_tokens} tokens`,
+    "Ended by": reasonToEnd === "length" ? "its length" : "itself",
+    "First words": first === null ? "–" : seconds(first / 1000),
+    "In all": seconds(total / 1000),
+    "Vision": seconds(timings.vision),
+    "Reading the prompt": seconds(timings.prefill),
+    "Writing": timings.tokens_per_second ? `${timings.tokens_per_second} tokens/s` : "–",
+  };
+  at("numbers").replaceChildren(
+    ...Object.entries(rows).map(([name, value]) => {
+      const pair = document.createElement("div");
+      for (const [tag, text] of [["dt", name], ["dd", value]]) {
+        const cell = document.createElement(tag);
+        cell.textContent = text;
+        pair.append(cell);
+      }
+      return pair;
+    }),
+  );
+  at("numbers").hidden = false;
+}
+
+at("file").addEventListener("change", () => take(at("file").files[0]));
+at("outlines").addEventListener("change", () => {
+  at("tiles").toggleAttribute("hidden", !at("outlines").checked);
+});
+for (const name of ["dragover", "dragleave", "drop"]) {
+  document.addEventListener(name, (event) => {
+    event.preventDefault();
+    at("drop").classList.toggle("over", name === "dragover");
+    if (name === "drop") take(event.dataTransfer.files[0]);
+  });
+}
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) take(event.clipboardData.files[0]);
+});
+at("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (!running) ask();
+});
+at("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    at("ask").requestSubmit();
+  }
+});
+at("stop").addEventListener("click", () => running?.abort());
+showModel().catch((error) => problem(error.message));

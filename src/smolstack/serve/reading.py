@@ -1,0 +1,199 @@
+"""From a request's body to a prompt and options: pictures decoded from URLs, limits checked."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from smolstack.errors import ContextLengthError
+from smolstack.generation.options import (
+    DEFAULT_MAX_NEW_TOKENS,
+    AnswerOptions,
+    ReadOptions,
+    read_options,
+)
+from smolstack.processor.geometry import Tiling
+from smolstack.processor.processor import Prompt
+from smolstack.processor.tiles import image_size
+from smolstack.serve.failures import RefusedError
+from smolstack.serve.remote import fetch
+from smolstack.serve.schemas import ChatRequest, ImagePart, PlanRequest, ResponseFormat
+from smolstack.serve.settings import ServerSettings
+from smolstack.vlm import VLM
+
+_DATA = re.compile(r"data:[\w.+-]*/?[\w.+-]*((?:;[\w=.+-]+)*),", re.ASCII)
+_AS_ROLE = {"developer": "system"}
+
+
+async def read_picture(url: str, settings: ServerSettings) -> bytes:
+    """The bytes of a picture that a request names.
+
+    Raises:
+        RefusedError: it is no data URL, and fetching is not allowed or fails.
+    """
+    if url[:5].lower() == "data:":
+        return _from_data_url(url)
+    if not url.lower().startswith(("http://", "https://")):
+        raise RefusedError(400, "image_url.url is neither a data URL nor an http or https address")
+    if not settings.allow_remote_images:
+        raise RefusedError(
+            400,
+            "this server fetches no pictures; send them as data URLs (the flag "
+            "--allow-remote-images allows it)",
+        )
+    return await fetch(url, max_bytes=settings.remote_bytes, seconds=settings.remote_seconds)
+
+
+def _from_data_url(url: str) -> bytes:
+    head = _DATA.match(url[:200])
+    if head is None or "base64" not in (head[1] or ""):
+        raise RefusedError(400, "image_url.url is no data URL of the form data:image/…;base64,…")
+    try:
+        return base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
+    except (binascii.Error, ValueError):
+        raise RefusedError(400, "the picture's data URL holds no valid base64") from None
+
+
+def picture_urls(request: ChatRequest, settings: ServerSettings) -> list[str]:
+    """The pictures of a chat, in order, counted."""
+    urls = [part.image_url.url for part in _pictures(request)]
+    if len(urls) > settings.pictures:
+        raise RefusedError(
+            400, f"the request has {len(urls)} pictures, at most {settings.pictures} are accepted"
+        )
+    return urls
+
+
+def _pictures(request: ChatRequest) -> list[ImagePart]:
+    return [
+        part
+        for message in request.messages
+        if not isinstance(message.content, str)
+        for part in message.content
+        if isinstance(part, ImagePart)
+    ]
+
+
+def prepare(
+    vlm: VLM, request: ChatRequest, pictures: list[bytes], settings: ServerSettings
+) -> tuple[Prompt, list[ReadOptions]]:
+    """The prompt and, for each of ``n`` answers, its options. Slow: call it in a thread.
+
+    Raises:
+        RefusedError, SmolstackError: what is wrong with the request.
+    """
+    _check_supported(request)
+    count = request.n or 1
+    if count > settings.answers:
+        raise RefusedError(
+            400, f"n is {count}, at most {settings.answers} answers are given", param="n"
+        )
+    options = [
+        read_options(_options(request, settings, i), vlm.eos_token_ids) for i in range(count)
+    ]
+    for picture in pictures:
+        check_pixels(picture, settings)
+    rest = iter(pictures)
+    messages = [
+        {
+            "role": _AS_ROLE.get(message.role, message.role),
+            "content": message.content
+            if isinstance(message.content, str)
+            else [
+                {"type": "image", "image": next(rest)}
+                if isinstance(part, ImagePart)
+                else {"type": "text", "text": part.text}
+                for part in message.content
+            ],
+        }
+        for message in request.messages
+    ]
+    _check_markers(vlm, request)
+    prompt = vlm.processor.prepare(messages, **options[0].tiling)
+    limit = settings.prompt_tokens
+    if limit is not None and len(prompt.token_ids) > limit:
+        raise ContextLengthError(
+            f"the prompt has {len(prompt.token_ids)} tokens, at most {limit} are accepted"
+        )
+    return prompt, options
+
+
+def check_pixels(picture: bytes, settings: ServerSettings) -> tuple[int, int]:
+    """(width, height) of a picture, refused before it is decoded when there are too many pixels."""
+    return image_size(picture, settings.picture_pixels)
+
+
+def tiling(request: ChatRequest | PlanRequest) -> Tiling:
+    """How a request wants its pictures cut; "detail": "low" throughout is one tile each."""
+    split = request.split
+    if split is None and isinstance(request, ChatRequest):
+        details = {part.image_url.detail for part in _pictures(request)}
+        split = False if details == {"low"} else None
+    elif split is None and request.image_url is not None:  # type: ignore[union-attr]
+        split = False if request.image_url.detail == "low" else None  # type: ignore[union-attr]
+    return {
+        "split": split,
+        "max_image_tokens": request.max_image_tokens,
+        "upscale": request.upscale,
+    }
+
+
+def _options(request: ChatRequest, settings: ServerSettings, answer: int) -> AnswerOptions:
+    asked = request.max_completion_tokens or request.max_tokens or DEFAULT_MAX_NEW_TOKENS
+    chosen: dict[str, Any] = {
+        "max_new_tokens": min(asked, settings.new_tokens),
+        "stop": request.stop or [],
+        "stop_on_repetition": request.stop_on_repetition,
+        "keep_special_tokens": request.keep_special_tokens,
+        "regex": request.regex,
+        "choices": request.choices,
+        "schema": _schema(request.response_format),
+        "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
+        **tiling(request),
+    }
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        if getattr(request, name) is not None:
+            chosen[name] = getattr(request, name)
+    if request.seed is not None:
+        # Each of several answers draws differently, and the same again next time.
+        chosen["seed"] = (request.seed + answer) % 2**63
+    return chosen  # type: ignore[return-value]
+
+
+def _schema(wanted: ResponseFormat | None) -> Mapping[str, Any] | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return {"type": "object"}
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        raise RefusedError(
+            400, "response_format json_schema holds no json_schema.schema", param="response_format"
+        )
+    return wanted.json_schema.schema_
+
+
+def _check_supported(request: ChatRequest) -> None:
+    """Options that would change the answer and are not known here are refused, not ignored."""
+    for name in ("tools", "logit_bias", "frequency_penalty", "presence_penalty"):
+        if getattr(request, name):
+            raise RefusedError(400, f"{name} is not supported", param=name)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+
+
+def _check_markers(vlm: VLM, request: ChatRequest) -> None:
+    """A text that spells the image placeholder would ask for a picture that is not there."""
+    mark = vlm.processor.markers.image
+    for number, message in enumerate(request.messages):
+        parts = [message.content] if isinstance(message.content, str) else message.content
+        for part in parts:
+            text = part if isinstance(part, str) else getattr(part, "text", "")
+            if mark in text:
+                raise RefusedError(
+                    400,
+                    f"message {number} holds the text {mark}, which marks a picture; send "
+                    "pictures as image_url parts",
+                )

@@ -1,0 +1,52 @@
+"""What the server accepts and how it is protected; every limit has a default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from smolstack.errors import GenerationError
+from smolstack.generation.scheduler import SchedulerLimits
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Limits of one server.
+
+    Attributes:
+        name: what /v1/models calls the checkpoint; answers are given under any name.
+        api_key: what clients must send as a bearer token; None lets everybody in.
+        body_bytes: largest request body, counted while it arrives.
+        picture_pixels: largest picture, checked before it is decoded.
+        pictures: most pictures of one request.
+        prompt_tokens: longest prompt, visual tokens included; None is the model's context.
+        new_tokens: longest answer, whatever a request asks for.
+        answers: most answers of one request (``n``).
+        deadline: seconds that a request may take, waiting included.
+        drain: seconds that requests at work get to finish when the server is told to stop.
+        allow_remote_images: whether pictures are fetched from public addresses.
+        remote_bytes, remote_seconds: limits of one fetched picture.
+        scheduler: how much is done at a time.
+    """
+
+    name: str = "smolstack"
+    api_key: str | None = field(default=None, repr=False)
+    body_bytes: int = 32 * 2**20
+    picture_pixels: int = 40_000_000
+    pictures: int = 16
+    prompt_tokens: int | None = None
+    new_tokens: int = 2048
+    answers: int = 8
+    deadline: float = 300.0
+    drain: float = 30.0
+    allow_remote_images: bool = False
+    remote_bytes: int = 16 * 2**20
+    remote_seconds: float = 10.0
+    scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
+
+    def __post_init__(self) -> None:
+        for name in ("body_bytes", "picture_pixels", "pictures", "new_tokens", "answers"):
+            if getattr(self, name) < 1:
+                raise GenerationError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        for name in ("deadline", "drain", "remote_seconds"):
+            if getattr(self, name) <= 0:
+                raise GenerationError(f"{name} is {getattr(self, name)}, expected above 0")
