@@ -244,8 +244,8 @@ class Form:
             else None
         )
 
-    def begin(self, prompt: Prompt) -> Growing:
-        """An answer to a prompt that has not begun.
+    def begin(self, prompt: Prompt, options: ReadOptions | None = None) -> Growing:
+        """An answer to a prompt that has not begun; ``options`` may differ in their sampling.
 
         Raises:
             ContextLengthError: the prompt leaves no room for it.
@@ -255,7 +255,7 @@ class Form:
             grammars = self.answering.grammars(self.options.stopping.eos_token_ids)
             constraint = grammars.constraint(self._grammar)
         positions = self.answering.model.config.text.max_positions
-        return begin(prompt.token_ids, self.options, self._decode, positions, constraint)
+        return begin(prompt.token_ids, options or self.options, self._decode, positions, constraint)
 
     def choices(self, prompt: Prompt) -> list[tuple[int, ...]] | None:
         """Token ids of each choice after a prompt, or None when there are none."""

@@ -94,7 +94,7 @@ class Sequence:
         self.answering, self.prompt, self.options = answering, prompt, options
         self.listener, self.deadline = listener, deadline
         form = form or Form(answering, options)
-        self.growing = form.begin(prompt)
+        self.growing = form.begin(prompt, options)
         self.number, self.cancelled, self.read_tokens = -1, False, 0
         self.stage: Stage = "waiting"
         self.run = Taken()

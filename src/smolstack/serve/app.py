@@ -92,7 +92,7 @@ class Server:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a chat, whole or as server-sent events."""
         try:
-            self.engine.check_room(body.n or 1)
+            self.engine.check_room()
             urls = reading.picture_urls(body, self.settings)
             pictures = [await reading.read_picture(url, self.settings) for url in urls]
             prompt, options = await in_thread(

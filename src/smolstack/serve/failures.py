@@ -77,8 +77,10 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part not in ("body", "query")]
+        # Of the branches of a union, the one that came furthest is the one that was meant.
+        first = max(error.errors(), key=lambda each: len(each["loc"]))
+        # Names of branches ("constrained-str", "list[…]") are no part of the body.
+        place = [str(part) for part in first["loc"][1:] if str(part).replace("_", "").isalnum()]
         param = ".".join(place) or None
         where = f"{param}: " if param else ""
         return RefusedError(400, f"{where}{first['msg']}"[:500], param=param).response()

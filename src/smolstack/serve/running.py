@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import socket
 
 import uvicorn
@@ -24,8 +25,15 @@ def run(vlm: VLM, settings: ServerSettings, listener: socket.socket, *, log_leve
         h11_max_incomplete_event_size=64 * 1024,
         server_header=False,
     )
+    runner = uvicorn.Server(config)
+
+    def end(*_: object) -> None:
+        runner.should_exit = True
+
+    # uvicorn raises the signal again once it is done; to have ended as asked is no failure.
+    signal.signal(signal.SIGTERM, end)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        runner.run(sockets=[listener])
     finally:
         if server.engine.alive:
             server.close()

@@ -1,0 +1,112 @@
+"""A real server process, started once, and the unmodified openai client."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+class Process:
+    """``smolstack serve`` on a free port."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "smolstack.cli", "serve", "--port", "0", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        )
+        assert self.process.stderr is not None
+        said = ""
+        for line in self.process.stderr:
+            said += line
+            found = re.search(r"at (http://\S+)", line)
+            if found:
+                self.url = found[1]
+                break
+        else:
+            raise AssertionError(f"the server did not start: {said}")
+        self.said: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.said += list(self.process.stderr)
+
+    def stop(self) -> int:
+        self.process.terminate()
+        code = self.process.wait(60)
+        self._reader.join(10)
+        return code
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def metric(self, name: str, key: str | None = None) -> float:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        text = httpx.get(f"{self.url}/metrics", headers=headers, timeout=30).text
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if re.match(rf"smolstack_{name}(\{{.*\}})? ", line)
+        )
+
+
+@contextmanager
+def serving(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Process]:
+    process = Process(*arguments, environment=environment)
+    try:
+        yield process
+    finally:
+        if process.process.poll() is None:
+            process.stop()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Process]:
+    with serving() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def tight(tiny_folder: Path) -> Iterator[Process]:
+    """A server of a model that never knows when to stop, with small limits and a key."""
+    with serving(
+        "--model",
+        str(tiny_folder),
+        *("--running", "1", "--queued", "1", "--max-body-bytes", "300000"),
+        *("--max-pixels", "1000000", "--max-pictures", "2", "--max-prompt-tokens", "300"),
+        *("--max-new-tokens", "300", "--max-answers", "2", "--name", "tiny"),
+        environment={"SMOLSTACK_API_KEY": "secret"},
+    ) as process:
+        yield process
+
+
+@pytest.fixture
+def client(server: Process) -> Iterator[openai.OpenAI]:
+    with server.client() as client:
+        yield client
+
+
+def data_url(picture: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+@pytest.fixture(scope="session")
+def number() -> str:
+    """A picture that says 4711, as a data URL."""
+    return data_url((EXAMPLES / "number.png").read_bytes())

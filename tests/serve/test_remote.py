@@ -1,0 +1,86 @@
+"""Which addresses pictures may be fetched from, and what may come from there."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from smolstack.serve import remote
+from smolstack.serve.failures import RefusedError
+from smolstack.serve.remote import fetch, is_public
+
+INSIDE = (
+    "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 "
+    "240.0.0.1 255.255.255.255 192.0.2.1 198.18.0.1 ::1 :: fe80::1 fe80::1%eth0 fc00::1 ff02::1 "
+    "::ffff:10.0.0.1 64:ff9b::a00:1 2002:7f00:1:: 2001:db8::1"
+)
+
+
+@pytest.mark.parametrize("address", INSIDE.split())
+def test_addresses_that_are_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+def test_addresses_that_are(address: str) -> None:
+    assert is_public(address)
+
+
+class Host(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        kind = self.path.strip("/")
+        if kind == "inside":
+            self.send_response(302)
+            self.send_header("Location", "http://10.0.0.1/secret.png")
+        elif kind == "loop":
+            self.send_response(302)
+            self.send_header("Location", "/loop")
+        elif kind == "missing":
+            self.send_response(404)
+        else:
+            self.send_response(200)
+        self.end_headers()
+        if kind == "large":
+            self.wfile.write(b"x" * 5000)
+        if kind == "picture":
+            self.wfile.write(b"a picture")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A host on this machine that counts as public for once."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.1")
+    yield f"http://localhost:{server.server_address[1]}"
+    server.shutdown()
+
+
+def get(url: str) -> bytes:
+    return asyncio.run(fetch(url, max_bytes=1000, seconds=5))
+
+
+def test_a_picture_is_fetched(host: str) -> None:
+    assert get(f"{host}/picture") == b"a picture"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("inside", "10.0.0.1 is not on the open internet"),
+        ("loop", "redirects more than 3 times"),
+        ("missing", "answered with 404"),
+        ("large", "larger than 1,000 bytes"),
+    ],
+)
+def test_what_is_not_fetched(host: str, path: str, expected: str) -> None:
+    with pytest.raises(RefusedError, match=expected):
+        get(f"{host}/{path}")
