@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/shapes.md", "docs/forward.md"]
+PAGES = ["README.md", "docs/shapes.md", "docs/forward.md", "docs/bulk.md"]
 # Blocks that need the network or a checkpoint that is not here.
 ELSEWHERE = ("HuggingFaceTB/",)
 
