@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.idefics3.configuration_idefics3 import (
-    Idefics3Config as TransformersConfig,
-)
+from transformers.models.idefics3 import configuration_idefics3
 
 from smolstack.checkpoint.files import read_json
 from smolstack.checkpoint.verify import settle_head
@@ -25,6 +23,8 @@ from smolstack.interop.fms.inputs import attention_mask as fms_mask
 from smolstack.interop.fms.inputs import positions
 from smolstack.interop.fms.model import Idefics3
 
+# Typed as Any: transformers' own annotations cover parts of it only.
+_TransformersConfig: Any = configuration_idefics3.Idefics3Config
 # The key/value cache's name in transformers' outputs changed in the course of version 5.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -48,7 +48,7 @@ def build_idefics3_params(config: Any) -> dict[str, Any]:
     return dict(vars(to_fms_config(own)))
 
 
-class HFAdaptedIdefics3Config(TransformersConfig):
+class HFAdaptedIdefics3Config(_TransformersConfig):  # type: ignore[misc]
     """transformers' Idefics3Config under a name of its own, so that saved folders load again."""
 
     model_type = "hf_adapted_idefics3"

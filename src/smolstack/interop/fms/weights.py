@@ -126,7 +126,7 @@ def weight_unfusion(weights: Weights, **options: Any) -> dict[str, Tensor]:
             before, found, kind = name.partition(f".{fused}.")
             if found:
                 rows = _rows(config, name, len(parts), out[name].shape[0])
-                pieces = out.pop(name).split(rows)
+                pieces = torch.split(out.pop(name), rows)
                 for part, piece in zip(parts, pieces, strict=True):
                     out[f"{before}.{part}.{kind}"] = piece
     return out
@@ -154,12 +154,14 @@ def _reorder(
 
 def _halves_to_pairs(rows: Tensor, head: int) -> Tensor:
     """(heads · K, …): "(heads two half) … -> (heads half two) …"."""
-    return rows.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).flatten(0, 2)
+    apart = rows.reshape(-1, 2, head // 2, *rows.shape[1:])
+    return apart.transpose(1, 2).reshape(rows.shape)
 
 
 def _pairs_to_halves(rows: Tensor, head: int) -> Tensor:
     """(heads · K, …): "(heads half two) … -> (heads two half) …"."""
-    return rows.unflatten(0, (-1, head // 2, 2)).transpose(1, 2).flatten(0, 2)
+    apart = rows.reshape(-1, head // 2, 2, *rows.shape[1:])
+    return apart.transpose(1, 2).reshape(rows.shape)
 
 
 def _table(vision_only: bool) -> dict[str, str]:
