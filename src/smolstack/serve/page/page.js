@@ -152,9 +152,10 @@ async function ask() {
 
 function numbers({ usage, timings }, first, total, reasonToEnd) {
   const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`);
+  const details = usage.prompt_tokens_details;
   const rows = {
     "Prompt": `${usage.prompt_tokens} tokens`,
-    "of them visual": `${usage.prompt_tokens_details.visual_tokens} (${usage.prompt_tokens_details.tiles} tiles)`,
+    "of them visual": `${details.visual_tokens} (${details.tiles} ${details.tiles === 1 ? "tile" : "tiles"})`,
     "Answer": `${usage.completion_tokens} tokens`,
     "Ended by": reasonToEnd === "length" ? "its length" : "itself",
     "First words": first === null ? "–" : seconds(first / 1000),

@@ -1,0 +1,90 @@
+"""The page at /, in a real browser where one is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.serve.conftest import EXAMPLES, Process
+
+playwright = pytest.importorskip("playwright.sync_api")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def opened(browser: Any, server: Process, scheme: str = "light") -> tuple[Any, list[str]]:
+    page = browser.new_page(viewport={"width": 1100, "height": 760}, color_scheme=scheme)
+    problems: list[str] = []
+    page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(server.url)
+    return page, problems
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_picture_is_dropped_and_the_answer_streams(
+    browser: Any, server: Process, scheme: str
+) -> None:
+    page, problems = opened(browser, server, scheme)
+    page.wait_for_function("document.getElementById('model').textContent === 'smolstack-reader'")
+    page.set_input_files("#file", EXAMPLES / "number.png")
+    page.wait_for_selector("#tiles rect")
+    assert "visual tokens" in page.text_content("#plan")
+    page.fill("#question", "What does it say?")
+    page.press("#question", "Enter")
+    page.wait_for_selector("#numbers:not([hidden])")
+    assert page.text_content("#answer") == "4711"
+    assert "tokens" in page.text_content("#numbers")
+    page.uncheck("#outlines")
+    assert not page.is_visible("#tiles")
+    page.check("#outlines")
+    assert problems == []
+    folder = os.environ.get("SMOLSTACK_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=str(Path(folder) / f"serve-{scheme}.png"))
+    page.close()
+
+
+def test_what_is_wrong_is_said_on_the_page(browser: Any, server: Process, tmp_path: Path) -> None:
+    page, _ = opened(browser, server)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((EXAMPLES / "number.png").read_bytes()[:100])
+    page.set_input_files("#file", broken)
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "cannot be read as a picture" in page.text_content("#problem")
+    page.close()
+
+
+def test_the_page_asks_for_a_key_where_one_is_needed(browser: Any, tight: Process) -> None:
+    page, _ = opened(browser, tight)
+    page.wait_for_selector("#access[open]")
+    page.fill("#key", "secret")
+    page.press("#key", "Tab")
+    page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+    assert not page.is_visible("#problem")
+    page.close()
+
+
+def test_every_control_has_a_name(browser: Any, server: Process) -> None:
+    page, _ = opened(browser, server)
+    unnamed = page.eval_on_selector_all(
+        "input, textarea, button, output",
+        "all => all.filter(e => !e.labels?.length && !e.textContent.trim()"
+        " && !e.getAttribute('aria-labelledby')).map(e => e.id)",
+    )
+    assert unnamed == []
+    page.close()
