@@ -199,6 +199,8 @@ def test_pixels_and_image_tokens_that_disagree_are_refused_by_row(model: Any, ba
         model.merge(odd, pixel_values=tiles)
     with pytest.raises(GridError, match=r"expected \(N, 3, P, P\) or \(B, tiles, 3, P, P\)"):
         model.merge(ids, pixel_values=tiles[0])
+    with pytest.raises(GridError, match="give a 8x8 patch grid; the tower's table holds 4x4"):
+        model.encode_tiles(torch.zeros(1, 3, 64, 64))
     ragged = torch.zeros(tiles.shape[0], 32, 32, dtype=torch.bool)
     ragged[:, :8, :8] = ragged[:, 16:, 16:] = True
     with pytest.raises(GridError, match="tile 0 is no rectangle from the top left corner"):

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from fms.distributed.strategy import NoOpStrategy, TensorParallelStrategy
 from fms.models.llama import LLaMA
-from fms.models.siglip_vision import SiglipVisionHeadless
 from torch import Tensor, nn
 from torch.nn import functional
 
 from smolstack.errors import CheckpointError, ConfigError, ContextLengthError
 from smolstack.interop.fms.config import Idefics3Config
 from smolstack.interop.fms.inputs import Tiles, causal_again, read_tiles, split_pictures
+from smolstack.interop.fms.tower import VisionTower
 from smolstack.model import packer
 from smolstack.model.connector import Idefics3Connector
-from smolstack.model.vision import distinct_tiles, position_ids
+from smolstack.model.vision import distinct_tiles
 from smolstack.model.vlm import TILES_AT_ONCE
 
 
@@ -67,7 +67,7 @@ class Idefics3(nn.Module):
             vision.fused_weights = text.fused_weights = False
         self.distributed_strategy = distributed_strategy
         self._vision_only = vision_only
-        self.vision_tower = SiglipVisionHeadless(vision)
+        self.vision_tower = VisionTower(vision)
         if isinstance(distributed_strategy, TensorParallelStrategy):
             self._divide(distributed_strategy)
         self.connector = Idefics3Connector(vision.hidden_size, text.emb_dim, self.config.scale)
@@ -100,9 +100,7 @@ class Idefics3(nn.Module):
 
     def reset_parameters(self) -> None:
         """Random weights, each module's as FMS has them."""
-        self.vision_tower.embeddings.reset_parameters()
-        self.vision_tower.encoder.reset_parameters()
-        self.vision_tower.post_layernorm.reset_parameters()
+        self.vision_tower.reset_parameters()
         self.connector.proj.reset_parameters()
         if self._vision_only:
             self.text_embedding.reset_parameters()
@@ -230,7 +228,7 @@ class Idefics3(nn.Module):
         self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None
     ) -> Tensor:
         """Visual tokens of tiles, a few at a time, equal ones once: (N, 3, P, P) → (N, S, D)."""
-        grid = self._grid(tiles)
+        grid = self.vision_tower.grid_of(tiles)
         firsts, copies = distinct_tiles(tiles, filled)
         weight = self.connector.proj.weight
         tokens = (grid[0] // self.config.scale) * (grid[1] // self.config.scale)
@@ -238,33 +236,8 @@ class Idefics3(nn.Module):
         for start in range(0, len(firsts), TILES_AT_ONCE):
             some = firsts[start : start + TILES_AT_ONCE]
             parts = None if filled is None else [filled[i] for i in some]
-            encoded.append(self.connector(self._see(tiles[some].to(weight), parts), grid))
+            encoded.append(self.connector(self.vision_tower(tiles[some], parts), grid))
         return torch.cat(encoded)[copies]
-
-    def _see(self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None) -> Tensor:
-        """The tower's states: (N, 3, P, P) → (N, H·W, C).
-
-        FMS's own forward pass of the tower has positions for full tiles alone; its parts are run
-        one by one here.
-        """
-        embeddings = self.vision_tower.embeddings
-        rows, columns = self._grid(tiles)
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        attention: dict[str, Tensor] = {}
-        if filled is None:
-            ids = position_ids(rows, columns, side)[None]
-        else:
-            ids, seen = _partial(rows, columns, side, filled)
-            attention["mask"] = seen[:, None].to(tiles.device)
-        x = embeddings.patch_embedding(tiles).flatten(2).transpose(1, 2)
-        x = x + embeddings.position_embedding(ids.to(tiles.device))
-        x, _ = self.vision_tower.encoder(inputs_embeds=x, **attention)
-        states: Tensor = self.vision_tower.post_layernorm(x)
-        return states
-
-    def _grid(self, tiles: Tensor) -> tuple[int, int]:
-        patch = self.config.vision_config.patch_size
-        return tiles.shape[-2] // patch, tiles.shape[-1] // patch
 
     def _visual_tokens(
         self, input_ids: Tensor, pictures: dict[str, Any]
@@ -276,7 +249,7 @@ class Idefics3(nn.Module):
             given = pictures.get("tiles_per_sequence")
             counts = [n // visual.shape[1] for n in places] if given is None else given
             return visual, tuple(int(n) for n in counts)
-        rows, columns = self._grid(pictures["pixel_values"])
+        rows, columns = self.vision_tower.grid_of(pictures["pixel_values"])
         per_tile = (rows // self.config.scale) * (columns // self.config.scale)
         tiles: Tiles = read_tiles(
             places=places,
@@ -310,15 +283,3 @@ class Idefics3(nn.Module):
         layers = self.vision_tower.encoder.layers
         for index, layer in enumerate(layers):
             layers[index] = strategy.distribute_layer(layer, index)
-
-
-def _partial(
-    rows: int, columns: int, side: int, filled: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
-    """Position ids (N, H·W) of partly filled tiles, and which patches hold picture (N, H·W)."""
-    ids = torch.zeros(len(filled), rows, columns, dtype=torch.long)
-    seen = torch.zeros(len(filled), rows, columns, dtype=torch.bool)
-    for index, (high, wide) in enumerate(filled):
-        ids[index, :high, :wide] = position_ids(high, wide, side).view(high, wide)
-        seen[index, :high, :wide] = True
-    return ids.flatten(1), seen.flatten(1)

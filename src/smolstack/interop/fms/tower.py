@@ -1,0 +1,69 @@
+"""FMS's SigLIP tower for tiles of any size, also partly filled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from fms.models.siglip_vision import SiglipVisionHeadless
+from torch import Tensor
+
+from smolstack.errors import GridError
+from smolstack.model.vision import position_ids
+
+
+class VisionTower(SiglipVisionHeadless):  # type: ignore[misc]
+    """FMS's modules and weights; its own forward pass knows positions of full tiles alone."""
+
+    def grid_of(self, tiles: Tensor) -> tuple[int, int]:
+        """(H, W), the patches that fit into tiles of this size."""
+        patch: int = self.config.patch_size
+        return tiles.shape[-2] // patch, tiles.shape[-1] // patch
+
+    def forward(self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """Patch states: (N, 3, P, P) → (N, H·W, C).
+
+        Args:
+            tiles: normalised pixels, in any dtype.
+            filled: (rows, columns) of patches that hold picture, per tile; None when all do.
+
+        Raises:
+            GridError: the grid does not fit into the table of positions.
+        """
+        rows, columns = self.grid_of(tiles)
+        side = self.config.image_size // self.config.patch_size
+        if not (1 <= rows <= side and 1 <= columns <= side):
+            raise GridError(
+                f"tiles of {tiles.shape[-2]}x{tiles.shape[-1]} pixels give a {rows}x{columns} "
+                f"patch grid; the tower's table holds {side}x{side}"
+            )
+        attention: dict[str, Tensor] = {}
+        if filled is None:
+            ids = position_ids(rows, columns, side)[None]
+        else:
+            ids, seen = _partial(rows, columns, side, filled)
+            attention["mask"] = seen[:, None].to(tiles.device)
+        embed = self.embeddings.patch_embedding
+        x = embed(tiles.to(embed.weight)).flatten(2).transpose(1, 2)
+        x = x + self.embeddings.position_embedding(ids.to(tiles.device))
+        x, _ = self.encoder(inputs_embeds=x, **attention)
+        states: Tensor = self.post_layernorm(x)
+        return states
+
+    def reset_parameters(self) -> None:
+        """Random weights, each part's as FMS has them (its own version calls itself for ever)."""
+        self.embeddings.reset_parameters()
+        self.encoder.reset_parameters()
+        self.post_layernorm.reset_parameters()
+
+
+def _partial(
+    rows: int, columns: int, side: int, filled: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Position ids (N, H·W) of partly filled tiles, and which patches hold picture (N, H·W)."""
+    ids = torch.zeros(len(filled), rows, columns, dtype=torch.long)
+    seen = torch.zeros(len(filled), rows, columns, dtype=torch.bool)
+    for index, (high, wide) in enumerate(filled):
+        ids[index, :high, :wide] = position_ids(high, wide, side).view(high, wide)
+        seen[index, :high, :wide] = True
+    return ids.flatten(1), seen.flatten(1)
