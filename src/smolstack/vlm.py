@@ -96,7 +96,8 @@ class VLM:
                 filled from ``images`` in order.
             **options: max_new_tokens (512), temperature (0: greedy), top_p, top_k, min_p,
                 repetition_penalty, seed, stop (strings), stop_on_repetition (False),
-                keep_special_tokens (False), split, max_image_tokens, upscale; see AnswerOptions.
+                keep_special_tokens (False), schema, regex, choices (at most one of them),
+                logprobs, split, max_image_tokens, upscale; see AnswerOptions.
 
         Raises:
             ImageError, PromptError, ContextLengthError, GenerationError: before any work is done.
@@ -176,6 +177,11 @@ class VLM:
         ``picture_cache.max_bytes`` limits it (0 keeps nothing), ``picture_cache.clear()`` forgets.
         """
         return self._answering.pictures
+
+    def forget_conversation(self) -> None:
+        """Drop the last conversation's KV cache; the pictures stay known."""
+        if self._answering.prefix is not None:
+            self._answering.prefix.clear()
 
     def forget(self) -> None:
         """Drop everything kept for reuse: pictures and the last conversation's KV cache."""

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smolstack.batch import Batch
+from smolstack.bench import answers
 from smolstack.bench.timing import OURS, Case, Contender
 from smolstack.checkpoint.new import new_checkpoint, random_model
 from smolstack.family import Preset
@@ -186,6 +187,14 @@ class Bench:
                     lambda peer: type(peer).from_pretrained(path, dtype=self.dtype),
                 ),
             )
+
+    def structured(self) -> Iterator[Case]:
+        """Tokens of answers that keep to a form."""
+        return answers.structured(self.preset, self.dtype, self.seed)
+
+    def questions(self) -> Iterator[Case]:
+        """Several questions about one picture."""
+        return answers.questions(self.preset, self.dtype, self.seed)
 
     def _noise(self, *shape: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)

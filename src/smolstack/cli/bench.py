@@ -33,6 +33,8 @@ class What(str, Enum):
     images = "images"
     ask = "ask"
     load = "load"
+    structured = "structured"
+    questions = "questions"
 
 
 def bench(

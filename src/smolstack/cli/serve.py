@@ -89,6 +89,14 @@ def serve(
     prefill_tokens: Annotated[
         int, typer.Option(min=1, help="Prompt tokens read in one piece.", rich_help_panel=_WORK)
     ] = 512,
+    picture_cache_bytes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Visual tokens of past pictures, for those that come again.",
+            rich_help_panel=_WORK,
+        ),
+    ] = 128 * 2**20,
     prefix_cache_bytes: Annotated[
         int,
         typer.Option(
@@ -146,6 +154,7 @@ def serve(
         allow_remote_images=allow_remote_images,
         remote_bytes=max_remote_bytes,
         remote_seconds=remote_seconds,
+        picture_cache_bytes=picture_cache_bytes,
         scheduler=SchedulerLimits(
             running=running,
             queued=queued,

@@ -29,6 +29,7 @@ class AnswerOptions(Tiling, total=False):
         keep_special_tokens: write special tokens into the text; document models (SmolDocling,
             granite-docling) answer in them. The end token never is part of the text.
         schema: a JSON Schema or a pydantic model that the answer satisfies (extra ``structured``).
+            A pydantic model's objects hold its own fields alone; a JSON Schema is taken as it is.
         regex: a regular expression that the whole answer matches (extra ``structured``).
         choices: texts of which the answer is one; their probabilities are computed exactly.
         logprobs: log-probabilities of the tokens taken, and of so many likeliest ones at each

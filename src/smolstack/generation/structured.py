@@ -92,10 +92,26 @@ def _schema(schema: Any) -> Schema:
     if isinstance(schema, (Mapping, bool)):
         return Schema(schema)
     if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
-        return Schema(schema.model_json_schema(), schema)
+        return Schema(closed(schema.model_json_schema()), schema)
     raise GenerationError(
         f"schema is a {type(schema).__name__}, expected a JSON Schema (a dict) or a pydantic model"
     )
+
+
+def closed(schema: Any) -> Any:
+    """A schema whose objects hold the properties that it names and no others.
+
+    JSON Schema lets every object have more unless it says otherwise, and a model that may go on
+    inventing properties often does.
+    """
+    if isinstance(schema, Mapping):
+        made = {key: closed(value) for key, value in schema.items()}
+        if "properties" in made and not {"additionalProperties", "patternProperties"} & set(made):
+            made["additionalProperties"] = False
+        return made
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    return schema
 
 
 def _choices(choices: Any) -> Choices:

@@ -54,7 +54,9 @@ class Server:
 
     def __init__(self, vlm: VLM, settings: ServerSettings) -> None:
         self.vlm, self.settings = vlm, settings
-        self.engine = Engine(Answering(vlm.model, vlm.processor), settings.scheduler)
+        answering = Answering(vlm.model, vlm.processor)
+        answering.pictures.max_bytes = settings.picture_cache_bytes
+        self.engine = Engine(answering, settings.scheduler)
         self.metrics = Metrics(self.engine)
         self.readers = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="reading")
         self.app = FastAPI(title="smolstack", version=__version__, lifespan=self._lifespan)

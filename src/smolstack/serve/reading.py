@@ -15,6 +15,7 @@ from smolstack.generation.options import (
     ReadOptions,
     read_options,
 )
+from smolstack.generation.structured import closed
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tiles import image_size
@@ -172,7 +173,8 @@ def _schema(wanted: ResponseFormat | None) -> Mapping[str, Any] | None:
         raise RefusedError(
             400, "response_format json_schema holds no json_schema.schema", param="response_format"
         )
-    return wanted.json_schema.schema_
+    schema = wanted.json_schema.schema_
+    return closed(schema) if wanted.json_schema.strict else schema  # type: ignore[no-any-return]
 
 
 def _check_supported(request: ChatRequest) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from smolstack.errors import GenerationError
+from smolstack.generation.reuse import DEFAULT_PICTURE_BYTES
 from smolstack.generation.scheduler import SchedulerLimits
 
 
@@ -25,6 +26,7 @@ class ServerSettings:
         drain: seconds that requests at work get to finish when the server is told to stop.
         allow_remote_images: whether pictures are fetched from public addresses.
         remote_bytes, remote_seconds: limits of one fetched picture.
+        picture_cache_bytes: visual tokens of pictures kept for later requests.
         scheduler: how much is done at a time.
     """
 
@@ -41,6 +43,7 @@ class ServerSettings:
     allow_remote_images: bool = False
     remote_bytes: int = 16 * 2**20
     remote_seconds: float = 10.0
+    picture_cache_bytes: int = DEFAULT_PICTURE_BYTES
     scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
 
     def __post_init__(self) -> None:

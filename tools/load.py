@@ -1,0 +1,196 @@
+"""Throughput and latency of smolstack serve beside transformers serve, on the same checkpoint.
+
+Closed loop: each of N clients asks, reads its answer as it streams, and asks again, always about
+a picture that the server has not seen (or always the same one, with --same-picture). The servers
+take turns, so that whatever else the machine does falls on both.
+
+    python tools/load.py                          # the bundled reader
+    python tools/load.py --model FOLDER --tokens 32 --seconds 60 --json results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image, ImageDraw
+
+import smolstack
+
+
+@dataclass
+class Run:
+    """What one server did for some clients; times in seconds."""
+
+    server: str
+    clients: int
+    seconds: float = 0.0
+    first: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    failures: int = 0
+
+    def row(self) -> dict[str, Any]:
+        answers = len(self.whole)
+        return {
+            "server": self.server,
+            "clients": self.clients,
+            "answers": answers,
+            "failures": self.failures,
+            "answers_per_second": answers / self.seconds,
+            **{f"first_p{p}": percentile(self.first, p) for p in (50, 95)},
+            **{f"whole_p{p}": percentile(self.whole, p) for p in (50, 95, 99)},
+        }
+
+
+def percentile(values: list[float], p: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, len(ordered) * p // 100)] if ordered else float("nan")
+
+
+def picture(number: int) -> str:
+    """A small picture that no other number has, as a data URL."""
+    image = Image.new("RGB", (640, 400), (200 + number % 40, 190, 150 + number // 40 % 80))
+    ImageDraw.Draw(image).text((80, 90), str(number), fill=(20, 30, 120), font_size=190)
+    content = io.BytesIO()
+    image.save(content, "png", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+async def ask(client: httpx.AsyncClient, url: str, model: str, shown: str, tokens: int) -> Any:
+    """One streamed answer: seconds to its first words and to its end."""
+    began, first = time.perf_counter(), None
+    content = [
+        {"type": "image_url", "image_url": {"url": shown}},
+        {"type": "text", "text": "What does it say?"},
+    ]
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+    }
+    async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                choices = json.loads(line[6:]).get("choices") or [{}]
+                if first is None and choices[0].get("delta", {}).get("content"):
+                    first = time.perf_counter() - began
+    whole = time.perf_counter() - began
+    return (whole if first is None else first), whole
+
+
+async def load(run: Run, url: str, options: argparse.Namespace, numbers: Iterator[int]) -> None:
+    """Keep ``run.clients`` clients busy; answers begun in time are waited for and counted."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
+        began = time.perf_counter()
+
+        async def work() -> None:
+            while time.perf_counter() - began < options.seconds:
+                shown = picture(4711 if options.same_picture else next(numbers))
+                try:
+                    first, whole = await ask(client, url, options.model, shown, options.tokens)
+                except httpx.HTTPError:
+                    run.failures += 1
+                    continue
+                run.first.append(first)
+                run.whole.append(whole)
+
+        await asyncio.gather(*(work() for _ in range(run.clients)))
+        run.seconds = time.perf_counter() - began
+
+
+@contextmanager
+def serving(name: str, command: list[str], port: int) -> Iterator[tuple[str, str]]:
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                httpx.get(f"{url}/health", timeout=2)
+                break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        yield name, url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    reader = Path(smolstack.__file__).parent / "reader"
+    parser.add_argument("--model", default=str(reader), help="a checkpoint folder")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--seconds", type=float, default=10, help="of each run")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=16, help="of the longest answer")
+    parser.add_argument("--same-picture", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="without transformers serve")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    bin_folder, ports = Path(sys.executable).parent, (free_port(), free_port())
+    model = ["--model", options.model]
+    ours = [sys.executable, "-m", "smolstack.cli", "serve", *model, "--port", str(ports[0])]
+    theirs = [str(bin_folder / "transformers"), "serve", options.model, "--device", "cpu"]
+    theirs += ["--port", str(ports[1]), "--dtype", "float32", "--log-level", "error"]
+    rows = []
+    numbers = iter(range(1000, 10**9))
+    with (
+        serving("smolstack", [*ours, "--dtype", "float32"], ports[0]) as first,
+        serving("transformers", theirs if not options.alone else ["true"], ports[1]) as second,
+    ):
+        servers = [first] if options.alone else [first, second]
+        for name, url in servers:  # both have loaded and answered before anything is timed
+            warm = Run(name, 1)
+            asyncio.run(
+                load(warm, url, argparse.Namespace(**vars(options) | {"seconds": 0.1}), numbers)
+            )
+        for clients in options.clients:
+            runs = {name: Run(name, clients) for name, _ in servers}
+            for _ in range(options.rounds):
+                for name, url in servers:
+                    part = Run(name, clients)
+                    asyncio.run(load(part, url, options, numbers))
+                    whole = runs[name]
+                    whole.seconds += part.seconds
+                    whole.failures += part.failures
+                    whole.first += part.first
+                    whole.whole += part.whole
+            rows += [run.row() for run in runs.values()]
+            for row in rows[-len(servers) :]:
+                print(
+                    f"{row['server']:13} {clients:3} clients {row['answers_per_second']:7.2f} "
+                    f"answers/s  first words {row['first_p50']:.3f} / {row['first_p95']:.3f} s  "
+                    f"whole {row['whole_p50']:.3f} / {row['whole_p95']:.3f} / "
+                    f"{row['whole_p99']:.3f} s  ({row['answers']} answers, "
+                    f"{row['failures']} failures)",
+                    flush=True,
+                )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
