@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import smolstack
 from smolstack.errors import ContextLengthError, GenerationError, SmolstackError
+from smolstack.generation.structured import closed
 
 PICTURE = Path(__file__).parent.parent.parent / "examples" / "number.png"
 QUESTION = "What does it say?"
@@ -45,6 +46,16 @@ def test_a_pydantic_model_comes_back_as_an_object(reader: smolstack.VLM) -> None
     assert answer.finish_reason == "stop"
     assert isinstance(answer.parsed, Reading)
     assert answer.parsed == Reading.model_validate_json(answer.text)
+
+
+def test_a_pydantic_model_has_its_own_fields_alone() -> None:
+    inner = {"type": "object", "properties": {"properties": {"const": {"properties": {}}}}}
+    found = closed({"$defs": {"inner": inner}, "properties": {"a": {"enum": [1]}}})
+    assert found == {
+        "$defs": {"inner": {**inner, "additionalProperties": False}},
+        "properties": {"a": {"enum": [1]}},
+        "additionalProperties": False,
+    }
 
 
 def test_a_json_schema_comes_back_as_plain_data(vlm: smolstack.VLM) -> None:

@@ -105,13 +105,21 @@ def closed(schema: Any) -> Any:
     inventing properties often does.
     """
     if isinstance(schema, Mapping):
-        made = {key: closed(value) for key, value in schema.items()}
+        made = {key: _closed_under(key, value) for key, value in schema.items()}
         if "properties" in made and not {"additionalProperties", "patternProperties"} & set(made):
             made["additionalProperties"] = False
         return made
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     return schema
+
+
+def _closed_under(key: str, value: Any) -> Any:
+    if key in ("const", "enum", "default", "examples"):
+        return value  # data, not schemas
+    if key in ("properties", "$defs", "definitions") and isinstance(value, Mapping):
+        return {name: closed(one) for name, one in value.items()}
+    return closed(value)
 
 
 def _choices(choices: Any) -> Choices:
