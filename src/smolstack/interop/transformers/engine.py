@@ -1,0 +1,77 @@
+"""A smolstack network on the parameters of a transformers model: the same tensors, twice named."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from smolstack.checkpoint import keys
+from smolstack.config import ModelConfig
+from smolstack.errors import ConfigError
+from smolstack.model.vlm import VisionLanguageModel
+
+
+def config_of(model: Any) -> ModelConfig:
+    """The config of a transformers Idefics3 or SmolVLM model."""
+    return ModelConfig.from_hf(model.config.to_dict())
+
+
+def build_engine(base: Any) -> VisionLanguageModel | None:
+    """A network without a head on the very parameters of an Idefics3Model or SmolVLMModel.
+
+    Nothing is copied: gradients, moves between devices and changes of dtype are seen by both.
+
+    Returns:
+        None when the model is not plainly what its config says: adapters, quantised layers,
+        modules that are spread over devices.
+    """
+    try:
+        config = replace(config_of(base), tied=True, embedding_dim=None)
+        with torch.device("meta"):
+            engine = VisionLanguageModel(config)
+    except (ConfigError, KeyError):
+        return None
+    theirs = dict(base.named_parameters())
+    names = {keys.to_hf(name).removeprefix("model."): name for name in engine.state_dict()}
+    if set(theirs) != set(names) or any(hasattr(part, "_hf_hook") for part in base.modules()):
+        return None
+    for name, parameter in theirs.items():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            return None
+        module, _, kind = names[name].rpartition(".")
+        owner = engine.get_submodule(module)
+        if getattr(owner, kind).shape != parameter.shape:
+            return None
+        setattr(owner, kind, parameter)
+    # transformers trains no padding token's embedding
+    engine.decoder.embedding.padding_idx = base.get_input_embeddings().padding_idx
+    return engine.train(base.training)
+
+
+class EngineHolder:
+    """Builds the engine when it is first needed, and again when parameters were exchanged."""
+
+    def __init__(self) -> None:
+        self._engine: VisionLanguageModel | None = None
+        self._built_from: tuple[int, ...] = ()
+        self._owner: weakref.ref[Any] | None = None
+
+    def get(self, base: Any, *, check: bool) -> VisionLanguageModel | None:
+        """The engine of ``base``; ``check`` looks whether its parameters are still the same."""
+        mine = self._owner is not None and self._owner() is base
+        if check or not mine:
+            found = tuple(map(id, base.parameters()))
+            if found != self._built_from or not mine:
+                self._engine, self._built_from = build_engine(base), found
+                self._owner = weakref.ref(base)
+        return self._engine
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> EngineHolder:
+        return EngineHolder()  # a copy of the model has parameters of its own
+
+    def __reduce__(self) -> tuple[type[EngineHolder], tuple[()]]:
+        return EngineHolder, ()

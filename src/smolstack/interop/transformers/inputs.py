@@ -1,0 +1,69 @@
+"""What transformers' masks and positions say, in smolstack's terms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def left_padding(mask: Tensor | None, past: int, *, alone: bool) -> tuple[Tensor | None, bool]:
+    """Left-padding tokens per row, and whether the mask says nothing else.
+
+    Args:
+        mask: (B, past + T), 1 on real tokens; None for no padding.
+        past: tokens in the cache.
+        alone: nothing will follow these tokens. Then padding on the right does not matter: causal
+            attention never sees it.
+
+    Returns:
+        (B,) int64 or None, and whether smolstack's decoder can honour the mask.
+    """
+    if mask is None:
+        return None, True
+    if mask.dim() != 2:
+        return None, False
+    real = mask.bool()
+    if bool(real.all()):
+        return None, True
+    if bool((real[:, 1:] >= real[:, :-1]).all()):
+        return (~real).sum(dim=1), True
+    return None, alone and past == 0 and bool((real[:, 1:] <= real[:, :-1]).all())
+
+
+def same_positions(
+    position_ids: Tensor | None, padding: Tensor | None, past: int, new: int
+) -> bool:
+    """Whether given rotary positions, (B, T), are those that smolstack counts on real tokens."""
+    if position_ids is None:
+        return True
+    if position_ids.dim() != 2 or position_ids.shape[1] != new:
+        return False
+    expected = torch.arange(past, past + new, device=position_ids.device)[None]
+    if padding is None:
+        return bool((position_ids == expected).all())
+    expected = expected - padding.to(position_ids.device)[:, None]
+    return bool(((position_ids == expected) | (expected < 0)).all())
+
+
+def filled_grids(masks: Tensor, patch: int) -> tuple[bool, list[tuple[int, int]] | None]:
+    """(rows, columns) of patches that hold picture, per tile, from a mask of pixels.
+
+    Args:
+        masks: (N, height, width), true on pixels that hold picture.
+        patch: pixels of a patch's side.
+
+    Returns:
+        Whether every tile is filled from its top left corner, as a rectangle; and the grids, None
+        when every tile is full.
+    """
+    patches = masks.bool().unfold(1, patch, patch).unfold(2, patch, patch).any(dim=-1).any(dim=-1)
+    if bool(patches.all()):
+        return True, None
+    rows, columns = patches[:, :, 0].sum(dim=1), patches[:, 0].sum(dim=1)
+    height, width = patches.shape[1:]
+    inside = (torch.arange(height, device=masks.device)[None, :, None] < rows[:, None, None]) & (
+        torch.arange(width, device=masks.device)[None, None] < columns[:, None, None]
+    )
+    if not torch.equal(inside, patches) or not bool((rows > 0).all()):
+        return False, None
+    return True, list(zip(rows.tolist(), columns.tolist(), strict=True))

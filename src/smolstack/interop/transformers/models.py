@@ -1,0 +1,265 @@
+"""Models that are transformers' own on the outside and compute with smolstack.
+
+Parameters, names, configs, loading, saving, ``generate`` and pipelines are transformers'. Only the
+base model's forward pass is exchanged: tower, connector, packer and decoder are smolstack's, on the
+same parameters. Where something is asked that smolstack does not do (attention weights, hidden
+states of every layer, adapters, static caches, masks that are no padding), transformers' own
+forward pass runs, with the same result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModel, AutoModelForImageTextToText
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.idefics3 import modeling_idefics3
+from transformers.models.smolvlm import modeling_smolvlm
+
+from smolstack.interop.transformers.cache import BorrowedCache, new_cache
+from smolstack.interop.transformers.engine import EngineHolder
+from smolstack.interop.transformers.inputs import filled_grids, left_padding, same_positions
+from smolstack.model import packer
+from smolstack.model.vlm import TILES_AT_ONCE, VisionLanguageModel
+
+# Typed as Any: transformers' own annotations cover parts of it only.
+_Idefics3Model: Any = modeling_idefics3.Idefics3Model
+_SmolVLMModel: Any = modeling_smolvlm.SmolVLMModel
+_Idefics3WithHead: Any = modeling_idefics3.Idefics3ForConditionalGeneration
+_SmolVLMWithHead: Any = modeling_smolvlm.SmolVLMForConditionalGeneration
+_Pooled: Any = BaseModelOutputWithPooling
+
+
+class _ComputesWithSmolstack:
+    """The base model's forward pass and picture encoding, by smolstack wherever it can."""
+
+    config: Any
+    training: bool
+    text_model: Any
+
+    @property
+    def _holder(self) -> EngineHolder:
+        holder: EngineHolder = self.__dict__.setdefault("_smolstack", EngineHolder())
+        return holder
+
+    def get_image_features(
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Visual tokens as transformers returns them: one (n·S, D) per row in ``pooler_output``.
+
+        ``last_hidden_state`` is the tower's (N, H·W, C). Tiles that are zero throughout are
+        padding, as transformers has it.
+        """
+        engine = None if _asks_for_more(kwargs) else self._holder.get(self, check=True)
+        if engine is None or kwargs.get("return_dict") is False:
+            return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)  # type: ignore[misc]
+        rows, most = pixel_values.shape[:2]
+        tiles = pixel_values.to(engine.dtype).flatten(0, 1)
+        real = (tiles != 0).flatten(1).any(dim=1)
+        filled = None
+        if pixel_attention_mask is not None:
+            masks = pixel_attention_mask.flatten(0, 1)[real]
+            fits, filled = filled_grids(masks, engine.config.vision.patch_size)
+            if not fits:
+                return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)  # type: ignore[misc]
+        states, visual = _encode(engine, tiles[real], filled)
+        counts: list[int] = real.view(rows, most).sum(dim=1).tolist()
+        pooled = [part.flatten(0, 1) for part in torch.split(visual, counts)]
+        return _Pooled(last_hidden_state=states, pooler_output=pooled)
+
+    def forward(  # noqa: PLR0917 - transformers' own order
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        mm_encoder_outputs: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """States of every token, normalised; arguments and result are transformers' own."""
+        if "past_key_values" in kwargs:
+            cache = kwargs.pop("past_key_values")
+        if use_cache is None:
+            use_cache = bool(getattr(self.config, "use_cache", True))
+        if self.training and getattr(self.text_model, "gradient_checkpointing", False):
+            use_cache = False
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        past = 0 if cache is None else int(cache.get_seq_length())
+        engine = self._holder.get(self, check=past == 0)
+        padding, plain = left_padding(attention_mask, past, alone=cache is None and not use_cache)
+        new = _length(input_ids, inputs_embeds)
+        pictures = pixel_values is not None or bool(mm_encoder_outputs)
+        if (
+            engine is None
+            or not plain
+            or new == 0
+            or (input_ids is None and pictures)
+            or (input_ids is not None and inputs_embeds is not None)
+            or (cache is not None and (cache.is_compileable or any(cache.is_sliding)))
+            or not same_positions(position_ids, padding, past, new)
+            or _asks_for_more(kwargs)
+            or (self.training and getattr(self.text_model, "gradient_checkpointing", False))
+        ):
+            return super().forward(**given, cache=cache, use_cache=use_cache, **kwargs)  # type: ignore[misc]
+        if use_cache and cache is None:
+            cache = new_cache(engine.config.text.num_layers)
+        outputs = _picture_outputs(mm_encoder_outputs)
+        if pixel_values is not None:
+            outputs = self.get_image_features(pixel_values, pixel_attention_mask)
+        embeddings = _embed(engine, input_ids, inputs_embeds, outputs)
+        borrowed = None if cache is None else BorrowedCache(cache, padding)
+        states = engine.decoder(embeddings, padding=padding, cache=borrowed)
+        return self._output(last_hidden_state=states, cache=cache, image_outputs=outputs)
+
+    def _output(self, **values: Any) -> Any:
+        raise NotImplementedError
+
+
+class Idefics3Model(_ComputesWithSmolstack, _Idefics3Model):  # type: ignore[misc]
+    """transformers' Idefics3Model, computed by smolstack."""
+
+    def _output(self, **values: Any) -> Any:
+        return modeling_idefics3.Idefics3BaseModelOutputWithPast(**values)
+
+
+class SmolVLMModel(_ComputesWithSmolstack, _SmolVLMModel):  # type: ignore[misc]
+    """transformers' SmolVLMModel, computed by smolstack."""
+
+    def _output(self, **values: Any) -> Any:
+        return modeling_smolvlm.SmolVLMBaseModelOutputWithPast(**values)
+
+
+class _GeneratesWithSmolstack:
+    """``generate`` with a cache that is written in place."""
+
+    config: Any
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        kind = generation_config.cache_implementation
+        ordinary = kind in (None, "dynamic") and generation_config.use_cache is not False
+        if ordinary and all(model_kwargs.get(n) is None for n in ("cache", "past_key_values")):
+            model_kwargs["cache"] = new_cache(self.config.text_config.num_hidden_layers)
+            if generation_config.is_assistant:
+                model_kwargs["cache"].activate_past_recording()
+            return None
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )
+
+
+class Idefics3ForConditionalGeneration(_GeneratesWithSmolstack, _Idefics3WithHead):  # type: ignore[misc]
+    """transformers' Idefics3ForConditionalGeneration, computed by smolstack."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.__class__ = Idefics3Model
+
+
+class SmolVLMForConditionalGeneration(_GeneratesWithSmolstack, _SmolVLMWithHead):  # type: ignore[misc]
+    """transformers' SmolVLMForConditionalGeneration, computed by smolstack."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.__class__ = SmolVLMModel
+
+
+_REGISTERED: tuple[tuple[Any, Any, Any], ...] = (
+    (AutoModelForImageTextToText, transformers.Idefics3Config, Idefics3ForConditionalGeneration),
+    (AutoModelForImageTextToText, transformers.SmolVLMConfig, SmolVLMForConditionalGeneration),
+    (AutoModel, transformers.Idefics3Config, Idefics3Model),
+    (AutoModel, transformers.SmolVLMConfig, SmolVLMModel),
+)
+
+
+def register() -> None:
+    """Let transformers' auto classes and pipelines build these models from now on.
+
+    ``AutoModelForImageTextToText.from_pretrained``, ``AutoModel.from_pretrained`` and
+    ``pipeline("image-text-to-text")`` then load Idefics3 and SmolVLM checkpoints as the classes of
+    this module. What they save is what transformers saves.
+    """
+    for auto, config, model in _REGISTERED:
+        auto.register(config, model, exist_ok=True)
+
+
+def unregister() -> None:
+    """Undo :func:`register`: transformers' auto classes build their own models again."""
+    for auto, config, _ in _REGISTERED:
+        auto._model_mapping._extra_content.pop(config, None)
+
+
+def _asks_for_more(kwargs: dict[str, Any]) -> bool:
+    """Whether a call wants what only transformers' own forward pass returns."""
+    wants = ("output_attentions", "output_hidden_states", "block_sequence_ids")
+    return any(kwargs.get(name) for name in wants) or kwargs.get("return_dict") is False
+
+
+def _length(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    given = input_ids if input_ids is not None else inputs_embeds
+    return 0 if given is None else given.shape[1]
+
+
+def _picture_outputs(mm_encoder_outputs: Any) -> Any:
+    if isinstance(mm_encoder_outputs, dict):
+        return mm_encoder_outputs.get("image")
+    if isinstance(mm_encoder_outputs, Tensor):
+        return _Pooled(pooler_output=[mm_encoder_outputs.flatten(0, -2)])
+    return mm_encoder_outputs
+
+
+def _encode(
+    engine: VisionLanguageModel, tiles: Tensor, filled: list[tuple[int, int]] | None
+) -> tuple[Tensor, Tensor]:
+    """Patch states (N, H·W, C) and visual tokens (N, S, D), a few tiles at a time."""
+    grid = engine.vision.grid_of(tiles)
+    states, visual = [], []
+    for start in range(0, len(tiles), TILES_AT_ONCE):
+        some = slice(start, start + TILES_AT_ONCE)
+        states.append(engine.vision(tiles[some], None if filled is None else filled[some]))
+        visual.append(engine.connector(states[-1], grid))
+    if not states:
+        width, tokens = engine.config.text.hidden_size, engine.config.tokens_per_tile
+        return tiles.new_zeros(0, grid[0] * grid[1], 0), tiles.new_zeros(0, tokens, width)
+    return torch.cat(states), torch.cat(visual)
+
+
+def _embed(
+    engine: VisionLanguageModel,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    outputs: Any,
+) -> Tensor:
+    """Embeddings of all tokens (B, T, D), visual tokens in their places and counted per row."""
+    if input_ids is None:
+        assert inputs_embeds is not None
+        return inputs_embeds
+    embeddings: Tensor = engine.decoder.embedding(input_ids)
+    if outputs is None:
+        return embeddings
+    pooled = outputs.pooler_output
+    pooled = [pooled.flatten(0, -2)] if isinstance(pooled, Tensor) else list(pooled)
+    visual = torch.cat(pooled)
+    # One picture token counts as a tile of one: only numbers per row are known here.
+    counts = [len(part) for part in pooled]
+    if len(counts) != len(input_ids):
+        counts = (input_ids == engine.config.image_token_id).sum(dim=1).tolist()
+    places = packer.locate(input_ids, engine.config.image_token_id, counts, 1)
+    return packer.splice(embeddings, places, visual[:, None])
