@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/shapes.md", "docs/forward.md", "docs/bulk.md"]
+PAGES = ["README.md", "docs/shapes.md", "docs/forward.md", "docs/bulk.md", "docs/serving.md"]
 # Blocks that need the network or a checkpoint that is not here.
-ELSEWHERE = ("HuggingFaceTB/",)
+ELSEWHERE = ("HuggingFaceTB/", "127.0.0.1:8000")
 
 
 @pytest.mark.parametrize("page", PAGES)
