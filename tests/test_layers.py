@@ -15,6 +15,7 @@ ORDER = [
     ("errors", "config"),
     ("batch",),
     ("processor",),
+    ("native",),
     ("model",),
     ("family",),
     ("checkpoint",),

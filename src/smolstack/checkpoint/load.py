@@ -13,12 +13,15 @@ from smolstack.checkpoint.verify import compare, settle_head
 from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
 from smolstack.config import ModelConfig, as_ids
 from smolstack.errors import ConfigError
+from smolstack.model.precision import quantise
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tokenizer import TextTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+QUANTISED = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
 
     Args:
         folder: a Hugging Face checkpoint folder.
-        dtype: "float32", "bfloat16", "float16", or "auto": the weights' own, except on a CPU
-            without arithmetic in it, where float32 is faster and loses nothing.
+        dtype: "float32", "bfloat16", "float16", "int8" (quantised while loading), or
+            "auto": the weights' own, except on a CPU without arithmetic in it, where float32 is
+            faster and loses nothing.
         device: "cpu", "cuda", "mps", … or "auto": the first of cuda, mps, cpu that is there.
 
     Raises:
@@ -53,7 +57,11 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
     compare(config, entries).raise_if_wrong(folder)
     processor = build_processor(files, config)
     target = choose_device(device)
-    model = load_weights(folder, config, entries, choose_dtype(dtype, entries, target), target)
+    scheme = dtype if dtype in QUANTISED else None
+    floats = choose_dtype("float32" if scheme else dtype, entries, target)
+    model = load_weights(folder, config, entries, floats, target)
+    if scheme is not None:
+        quantise(model, scheme)
     return Checkpoint(files, config, model, processor, end_tokens(files, config, processor))
 
 
@@ -105,7 +113,9 @@ def choose_dtype(dtype: str, entries: dict[str, Entry], device: torch.device) ->
     """The dtype of a name; "auto" as :func:`load_checkpoint` says."""
     if dtype != "auto":
         if dtype not in DTYPES:
-            raise ConfigError(f"dtype is {dtype!r}, expected auto or one of {list(DTYPES)}")
+            raise ConfigError(
+                f"dtype is {dtype!r}, expected auto or one of {[*DTYPES, *QUANTISED]}"
+            )
         return DTYPES[dtype]
     stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     sizes: dict[str, int] = {}

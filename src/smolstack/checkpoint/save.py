@@ -46,6 +46,11 @@ def save_checkpoint(
     Returns:
         The folder.
     """
+    if model.scheme is not None:
+        raise CheckpointError(
+            f"an {model.scheme} model cannot be saved; expected floats (save it as float32 and "
+            f"load that with dtype {model.scheme!r})"
+        )
     with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
         for name, content in side.items():
             (temporary / name).write_bytes(content)

@@ -86,6 +86,7 @@ class TextAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         batch, heads, new, width = query.shape
+        key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may keep fewer bits
         if new == 1:
             # One new token sees everything, so the queries of a group can stand side by side on
             # the query axis: no key or value is repeated.

@@ -15,6 +15,8 @@ from smolstack.model import packer
 from smolstack.model.cache import CacheRows, KVCache
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.decoder import Decoder
+from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.step import NativeDecoder, native_decoder, suits
 from smolstack.model.vision import VisionTower, distinct_tiles
 
 TILES_AT_ONCE = 4  # tiles per pass of the tower: bounds its memory whatever the picture's size
@@ -34,7 +36,11 @@ class VisionLanguageModel(nn.Module):
         self.connector = Idefics3Connector.from_config(config)
         self.decoder = Decoder(config.text)
         width = config.text.hidden_size
-        self.head: nn.Linear | None = None
+        self.head: nn.Linear | QuantisedLinear | None = None
+        self.scheme: str | None = None  # "int8" or "int4" once quantised (precision.py)
+        # None: keys and values are kept as the weights are. See decode_one_token.
+        self.cache_dtype: torch.dtype | None = None
+        self._native: NativeDecoder | None = None
         if config.embedding_dim is not None:
             self.head = nn.Linear(width, config.embedding_dim)
         elif not config.tied:
@@ -109,8 +115,10 @@ class VisionLanguageModel(nn.Module):
         """Scores of the next token: (B, T, D) → (B, T, V)."""
         if self.config.embedding_dim is not None:
             raise ConfigError("this checkpoint ends in an embedding head; use embed() instead")
-        weight = self.decoder.embedding.weight if self.head is None else self.head.weight
-        return functional.linear(states, weight)
+        if self.head is not None:
+            scores: Tensor = self.head(states)
+            return scores
+        return functional.linear(states, self.decoder.embedding.weight)
 
     def new_cache(self, batch: Batch, capacity: int) -> KVCache:
         """An empty cache for ``batch``, with room for ``capacity`` tokens per sequence."""
@@ -119,7 +127,7 @@ class VisionLanguageModel(nn.Module):
             len(batch),
             capacity,
             padding=_padding(batch),
-            dtype=self.dtype,
+            dtype=self.cache_dtype or self.dtype,
             device=self.device,
         )
 
@@ -133,8 +141,23 @@ class VisionLanguageModel(nn.Module):
 
     def decode_one_token(self, token_ids: Tensor, cache: KVCache | CacheRows) -> Tensor:
         """Append one token per sequence, (B,), to ``cache``; logits of the next one: (B, V)."""
-        states = self.decoder(self.decoder.embedding(token_ids[:, None]), cache=cache)
+        embeddings: Tensor = self.decoder.embedding(token_ids)
+        kernels = self._kernels(embeddings, cache)
+        if kernels is not None:
+            return kernels(embeddings, cache)
+        states = self.decoder(embeddings[:, None], cache=cache)
         return self.logits(states[:, -1])
+
+    def _kernels(self, embeddings: Tensor, cache: KVCache | CacheRows) -> NativeDecoder | None:
+        """The compiled decoder, where one step can be left to it."""
+        if self.scheme is None or self.head is None:
+            return None
+        dtype = self.cache_dtype or self.dtype
+        if self._native is None or self._native.cache_dtype != dtype or not self._native.current():
+            self._native = native_decoder(self.decoder, self.head, dtype)
+        if self._native is None or not suits(embeddings, cache, dtype):
+            return None
+        return self._native
 
     def embed(self, batch: Batch) -> Tensor:
         """Late-interaction embeddings (ColSmol), unit length, zero on padding: (B, T, E).

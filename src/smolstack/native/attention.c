@@ -1,0 +1,94 @@
+// One new token's attention over the cache: a query group over a part of the positions at a time.
+#include "smolstack.h"
+
+#include "simd.h"
+
+INLINE Float8 load_cached(const Decoder *d, const void *from, int64_t at) {
+    return d->cache == CACHE_FLOAT16 ? load8_half((const uint16_t *)from + at)
+                                     : load8((const float *)from + at);
+}
+
+// Write one head's (head_dim) floats at element `at` of a cache buffer.
+void write_cache(const Decoder *d, void *cache, int64_t at, const float *x) {
+    for (int64_t i = 0; i < d->head_dim; i += 8) {
+        if (d->cache == CACHE_FLOAT16)
+            store8_half((uint16_t *)cache + at + i, load8(x + i));
+        else
+            store8((float *)cache + at + i, load8(x + i));
+    }
+}
+
+// Up to four query heads over the positions first .. end of their key/value head.
+INLINE void some_heads(const Decoder *d, int heads, int64_t count, const float *query,
+                       const void *keys, const void *values, int64_t from, float *partial) {
+    int64_t width = d->head_dim;
+    float scores[4][CHUNK], scale = 1.0f / sqrtf((float)width);
+    for (int64_t p = 0; p < count; p++) {
+        Float8 total[4];
+        UNROLL for (int h = 0; h < heads; h++) total[h] = zero8();
+        for (int64_t i = 0; i < width; i += 8) {
+            Float8 key = load_cached(d, keys, from + p * width + i);
+            UNROLL for (int h = 0; h < heads; h++)
+                total[h] = fma8(load8(query + h * width + i), key, total[h]);
+        }
+        UNROLL for (int h = 0; h < heads; h++) scores[h][p] = sum8(total[h]) * scale;
+    }
+    for (int h = 0; h < heads; h++) {
+        float *out = partial + h * (width + 2), most = scores[h][0], sum = 0;
+        for (int64_t p = 1; p < count; p++) most = scores[h][p] > most ? scores[h][p] : most;
+        for (int64_t p = 0; p < count; p++) scores[h][p] = fast_exp(scores[h][p] - most);
+        for (int64_t p = 0; p < count; p++) sum += scores[h][p];
+        out[0] = most, out[1] = sum;
+    }
+    for (int64_t i = 0; i < width; i += 8) {
+        Float8 total[4];
+        UNROLL for (int h = 0; h < heads; h++) total[h] = zero8();
+        for (int64_t p = 0; p < count; p++) {
+            Float8 value = load_cached(d, values, from + p * width + i);
+            UNROLL for (int h = 0; h < heads; h++)
+                total[h] = fma8(splat8(scores[h][p]), value, total[h]);
+        }
+        UNROLL for (int h = 0; h < heads; h++)
+            store8(partial + h * (width + 2) + 2 + i, total[h]);
+    }
+}
+
+// The query heads of one key/value head over `count` positions, whose keys and values begin at
+// element `from`. Per head: the largest score, the sum of the weights, the weighted values.
+void attend(const Decoder *d, int64_t count, int64_t from, const float *query, const void *keys,
+            const void *values, float *partial) {
+    int64_t group = d->heads / d->kv_heads, width = d->head_dim;
+    for (int64_t h = 0; h < group; h += 4) {
+        const float *q = query + h * width;
+        float *out = partial + h * (width + 2);
+        switch (least(4, group - h)) {
+        case 1: some_heads(d, 1, count, q, keys, values, from, out); break;
+        case 2: some_heads(d, 2, count, q, keys, values, from, out); break;
+        case 3: some_heads(d, 3, count, q, keys, values, from, out); break;
+        default: some_heads(d, 4, count, q, keys, values, from, out); break;
+        }
+    }
+}
+
+// The parts of one query head, `apart` floats from each other, as one softmax.
+void join(int64_t width, int64_t parts, const float *partial, int64_t apart, float *out) {
+    float most = partial[0], sum = 0;
+    for (int64_t i = 1; i < parts; i++) most = fmaxf(most, partial[i * apart]);
+    memset(out, 0, (size_t)width * 4);
+    for (int64_t i = 0; i < parts; i++) {
+        const float *part = partial + i * apart;
+        float weight = fast_exp(part[0] - most);
+        sum += part[1] * weight;
+        for (int64_t j = 0; j < width; j++) out[j] += part[2 + j] * weight;
+    }
+    for (int64_t j = 0; j < width; j++) out[j] /= sum;
+}
+
+// Turn the channel pairs (i, i + width/2); `turns` holds width/2 cosines, then as many sines.
+void rotate(int64_t width, const float *turns, float *x) {
+    for (int64_t i = 0, half = width / 2; i < half; i++) {
+        float first = x[i], second = x[i + half];
+        x[i] = first * turns[i] - second * turns[half + i];
+        x[i + half] = second * turns[i] + first * turns[half + i];
+    }
+}

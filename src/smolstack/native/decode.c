@@ -1,0 +1,208 @@
+// One new token of every sequence through the whole decoder: what smolstack/model/decoder.py
+// does, layer by layer, in one parallel region.
+//
+// Threads share the output channels of each linear layer and the positions of attention. What is
+// cheap (norms, quantising, rotating the queries) every thread does for itself, so that a layer
+// needs five barriers. Neither the threads nor the other sequences change a sequence's result.
+#include "smolstack.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "simd.h"
+
+// What one call of decode_step works on.
+typedef struct {
+    const Decoder *d;
+    int64_t rows, parts, threads;
+    const Place *place;
+    void *const *keys, *const *values;  // (rows, layers)
+    // Shared between threads: states, q k v of all rows, parts of attention, the gated MLP.
+    float *x, *mixed, *partial, *inner, *turns;
+} Step;
+
+// One thread's share and memory of its own.
+typedef struct {
+    int64_t thread;
+    float *h, *up;
+    void *numbers;
+} Share;
+
+static void span(const Step *s, const Share *share, int64_t count, int64_t *from, int64_t *to) {
+    int64_t part = rounded_up((count + s->threads - 1) / s->threads, 16);
+    *from = least(share->thread * part, count);
+    *to = least(*from + part, count);
+}
+
+static void norm(const Step *s, const float *weight, const float *x, float *out) {
+    int64_t hidden = s->d->hidden;
+    float squares[8] = {0}, total = 0;
+    for (int64_t i = 0; i < hidden; i++) squares[i & 7] += x[i] * x[i];
+    for (int i = 0; i < 8; i++) total += squares[i];
+    float scale = 1.0f / sqrtf(total / (float)hidden + (float)s->d->norm_eps);
+    for (int64_t i = 0; i < hidden; i++) out[i] = x[i] * scale * weight[i];
+}
+
+static void norm_rows(const Step *s, const Share *share, const float *weight) {
+    int64_t hidden = s->d->hidden;
+    for (int64_t row = 0; row < s->rows; row++)
+        norm(s, weight, s->x + row * hidden, share->h + row * hidden);
+}
+
+// One thread's channels of a layer: out[row][channel] = or += what they come to.
+static void share_of(const Step *s, const Share *share, const Linear *linear, const float *x,
+                     float *out, int64_t stride, int add) {
+    int64_t from, to;
+    Rows rows;
+    span(s, share, linear->out, &from, &to);
+    lay_out_rows(&rows, share->numbers, s->rows, linear->in);
+    prepare_rows(&rows, linear->kind, x, linear->in);
+    if (!add) {
+        multiply(linear, &rows, from, to, out + from, stride);
+        return;
+    }
+    multiply(linear, &rows, from, to, share->up, to - from);
+    for (int64_t row = 0; row < s->rows; row++)
+        for (int64_t i = from; i < to; i++)
+            out[row * stride + i] += share->up[row * (to - from) + i - from];
+}
+
+static void attention(const Step *s, const Share *share, int64_t layer) {
+    const Decoder *d = s->d;
+    int64_t group = d->heads / d->kv_heads, width = d->head_dim, slot = width + 2;
+    int64_t all = (d->heads + 2 * d->kv_heads) * width;
+    for (int64_t item = share->thread; item < s->rows * d->kv_heads * s->parts; item += s->threads) {
+        int64_t part = item % s->parts, head = item / s->parts % d->kv_heads;
+        int64_t row = item / s->parts / d->kv_heads, past = s->place[row].past;
+        int64_t begin = s->place[row].first + part * CHUNK, end = least(begin + CHUNK, past + 1);
+        int64_t base = head * s->place[row].capacity;
+        void *keys = s->keys[row * d->layers + layer], *values = s->values[row * d->layers + layer];
+        const float *turns = s->turns + row * width, *mixed = s->mixed + row * all;
+        float query[group * width], key[width];
+        float *partial = s->partial + (item / s->parts * s->parts + part) * group * slot;
+        if (begin > past) continue;
+        if (end == past + 1) {  // the part that holds the new token also stores it
+            memcpy(key, mixed + (d->heads + head) * width, sizeof key);
+            rotate(width, turns, key);
+            write_cache(d, keys, (base + past) * width, key);
+            write_cache(d, values, (base + past) * width,
+                        mixed + (d->heads + d->kv_heads + head) * width);
+        }
+        memcpy(query, mixed + head * group * width, sizeof query);
+        for (int64_t h = 0; h < group; h++) rotate(width, turns, query + h * width);
+        attend(d, end - begin, (base + begin) * width, query, keys, values, partial);
+    }
+}
+
+static void join_rows(const Step *s, const Share *share) {
+    const Decoder *d = s->d;
+    int64_t group = d->heads / d->kv_heads, width = d->head_dim, slot = width + 2;
+    for (int64_t row = 0; row < s->rows; row++) {
+        int64_t seen = s->place[row].past + 1 - s->place[row].first;
+        int64_t parts = (seen + CHUNK - 1) / CHUNK;
+        for (int64_t h = 0; h < d->heads; h++) {
+            int64_t at = (row * d->kv_heads + h / group) * s->parts * group + h % group;
+            join(width, parts, s->partial + at * slot, group * slot,
+                 share->h + (row * d->heads + h) * width);
+        }
+    }
+}
+
+static void gated(const Step *s, const Share *share, const Layer *layer) {
+    int64_t from, to, inner = s->d->intermediate;
+    Rows rows;
+    span(s, share, inner, &from, &to);
+    lay_out_rows(&rows, share->numbers, s->rows, s->d->hidden);
+    prepare_rows(&rows, layer->gate.kind, share->h, s->d->hidden);
+    multiply(&layer->gate, &rows, from, to, s->inner + from, inner);
+    if (layer->up.kind != layer->gate.kind)
+        prepare_rows(&rows, layer->up.kind, share->h, s->d->hidden);
+    multiply(&layer->up, &rows, from, to, share->up, to - from);
+    for (int64_t row = 0; row < s->rows; row++) {
+        float *gate = s->inner + row * inner + from, *up = share->up + row * (to - from);
+        activate(s->d->activation, gate, to - from);
+        for (int64_t i = 0; i < to - from; i++) gate[i] *= up[i];
+    }
+}
+
+static void all_layers(const Step *s, const Share *share, float *logits) {
+    const Decoder *d = s->d;
+    int64_t width = d->head_dim, all = (d->heads + 2 * d->kv_heads) * width;
+    for (int64_t i = 0; i < d->layers; i++) {
+        const Layer *layer = d->layer + i;
+        norm_rows(s, share, layer->attention_norm);
+        share_of(s, share, &layer->query, share->h, s->mixed, all, 0);
+        share_of(s, share, &layer->key, share->h, s->mixed + d->heads * width, all, 0);
+        share_of(s, share, &layer->value, share->h, s->mixed + (d->heads + d->kv_heads) * width,
+                 all, 0);
+#pragma omp barrier
+        attention(s, share, i);
+#pragma omp barrier
+        join_rows(s, share);
+        share_of(s, share, &layer->out, share->h, s->x, d->hidden, 1);
+#pragma omp barrier
+        norm_rows(s, share, layer->mlp_norm);
+        gated(s, share, layer);
+#pragma omp barrier
+        share_of(s, share, &layer->down, s->inner, s->x, d->hidden, 1);
+#pragma omp barrier
+    }
+    norm_rows(s, share, d->norm);
+    share_of(s, share, &d->head, share->h, logits, d->head.out, 0);
+}
+
+static float *take(char **memory, int64_t floats) {
+    float *at = (float *)*memory;
+    *memory += rounded_up(floats * 4, 64);
+    return at;
+}
+
+// Append one token per sequence to its cache; logits of the next one.
+//   embeddings (rows, hidden), logits (rows, head.out); keys, values (rows, layers): buffers of
+//   (kv_heads, capacity, head_dim) each.
+// Returns 0, or 1 when memory runs out.
+int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const *keys,
+                void *const *values, const float *embeddings, float *logits, int threads) {
+    int64_t width = d->head_dim, parts = 1;
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t own = (place[row].past - place[row].first) / CHUNK + 1;
+        parts = own > parts ? own : parts;
+    }
+    int64_t wide = d->heads * width > d->intermediate ? d->heads * width : d->intermediate;
+    wide = d->hidden > wide ? d->hidden : wide;
+    int64_t shared = rows * (d->hidden + (d->heads + 2 * d->kv_heads) * width + d->intermediate +
+                             width + d->heads * parts * (width + 2));
+    int64_t own = rounded_up(rows * wide * 8 + rows_bytes(rows, wide) + 256, 64);
+    char *memory = malloc((size_t)(shared * 4 + 512 + own * threads)), *at;
+    if (!memory) return 1;
+    at = (char *)rounded_up((int64_t)(intptr_t)memory, 64);
+    Step step = {d, rows, parts, 1, place, keys, values, 0, 0, 0, 0, 0};
+    step.x = take(&at, rows * d->hidden);
+    step.mixed = take(&at, rows * (d->heads + 2 * d->kv_heads) * width);
+    step.inner = take(&at, rows * d->intermediate);
+    step.turns = take(&at, rows * width);
+    step.partial = take(&at, rows * d->heads * parts * (width + 2));
+    memcpy(step.x, embeddings, (size_t)(rows * d->hidden) * 4);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < width / 2; i++) {
+            float angle = (float)(place[row].past - place[row].first) * d->frequencies[i];
+            step.turns[row * width + i] = cosf(angle);
+            step.turns[row * width + width / 2 + i] = sinf(angle);
+        }
+#pragma omp parallel num_threads(threads)
+    {
+        Share share = {0, 0, 0, 0};
+#if defined(_OPENMP)
+        share.thread = omp_get_thread_num();
+#pragma omp single
+        step.threads = omp_get_num_threads();  // fewer than asked for, where the system says so
+#endif
+        char *mine = at + share.thread * own;
+        share.h = take(&mine, rows * wide);
+        share.up = take(&mine, rows * wide);
+        share.numbers = mine;
+        all_layers(&step, &share, logits);
+    }
+    free(memory);
+    return 0;
+}
