@@ -32,14 +32,11 @@ def reader() -> VLM:
 
 
 def draw_number(seed: int) -> tuple[Image.Image, str]:
-    """A number of one to six digits, dark on light, somewhere in a picture.
-
-    Six digits fill at least half of the picture's width: docs/reader.md says what is too small.
-    """
+    """A number of one to six digits, dark on light, somewhere in a picture."""
     rng = random.Random(seed)
     width, height = rng.choice(SIZES)
     text = str(rng.randrange(10 ** rng.randint(0, 5), 10**6))[: rng.randint(1, 6)]
-    size = rng.uniform(0.5, 0.9) * min(height, width * 1.6 / len(text))
+    size = rng.uniform(0.35, 0.8) * min(height, width * 1.6 / len(text))
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont = ImageFont.load_default(size)
     if DEJAVU.is_file() and seed % 2:
         font = ImageFont.truetype(str(DEJAVU), size)
@@ -59,7 +56,7 @@ def test_it_reads_numbers_in_fonts_it_never_saw(reader: VLM) -> None:
     answers = [reader.ask(image, QUESTION, max_new_tokens=10).text.strip() for image, _ in drawn]
     wrong = [(text, answer) for (_, text), answer in zip(drawn, answers, strict=True)]
     wrong = [(text, answer) for text, answer in wrong if text != answer]
-    assert len(wrong) <= 6, wrong  # nine in ten
+    assert len(wrong) <= 5, wrong
 
 
 def test_it_says_nothing_on_an_empty_picture(reader: VLM) -> None:

@@ -87,6 +87,35 @@ def _decorate(rng: random.Random, image: Image.Image, paper: Color) -> None:
             draw.rectangle((x, y, x + rng.uniform(0, width), y + rng.uniform(0, height)), color)
 
 
+def draw_plate(
+    rng: random.Random, image: Image.Image, text: tuple[int, int, int, int], paper: Color
+) -> None:
+    """Another background, and on it a plate of paper behind the text, with or without a frame.
+
+    ``text`` is the box that the characters will cover.
+    """
+    left, top, right, bottom = text
+    room = bottom - top
+    image.paste(draw_background(rng, image.size, _any_color(rng)))
+    draw = ImageDraw.Draw(image)
+    margin = rng.uniform(0.15, 0.8) * room, rng.uniform(0.15, 0.6) * room
+    outer = left - margin[0], top - margin[1], right + margin[0], bottom + margin[1]
+    radius = rng.choice((0.0, rng.uniform(0, 0.4))) * room
+    draw.rounded_rectangle(outer, radius, paper)
+    if rng.random() < 0.7:
+        inset = rng.uniform(0, 0.5) * min(margin)
+        frame = outer[0] + inset, outer[1] + inset, outer[2] - inset, outer[3] - inset
+        width = max(1, round(rng.uniform(0.01, 0.06) * room))
+        draw.rounded_rectangle(
+            frame, max(0.0, radius - inset), outline=_any_color(rng), width=width
+        )
+    if rng.random() < 0.3:  # screws
+        size = max(1.0, 0.05 * room)
+        for x in (outer[0] + margin[0] / 2, outer[2] - margin[0] / 2):
+            y = (outer[1] + outer[3]) / 2
+            draw.ellipse((x - size, y - size, x + size, y + size), _any_color(rng))
+
+
 @cache
 def _noise_bank() -> npt.NDArray[np.float32]:
     """(1400, 1400) standard normal numbers, of which pictures take windows."""

@@ -14,9 +14,16 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from training.reader import fonts
-from training.reader.paper import Color, choose_colors, damage, draw_background, near
-from training.reader.shape import TILE
+from smolstack.processor.geometry import TilePlan, plan_tiles
+from training.reader import fonts, shape
+from training.reader.paper import (
+    Color,
+    choose_colors,
+    damage,
+    draw_background,
+    draw_plate,
+    near,
+)
 
 COMMON_SIZES = (
     (200, 80),
@@ -31,6 +38,7 @@ COMMON_SIZES = (
     (512, 512),
 )
 MAX_DIGITS = 6
+PLATES = 0.2  # the share of pictures whose number stands on a plate
 Corners = tuple[tuple[float, float], ...]
 
 
@@ -43,7 +51,7 @@ class Picture:
         text: what it says, "" for nothing.
         corners: for each character of ``text``, the four corners of its box in picture pixels.
         family: the font's family.
-        digit_width: mean width of a character in pixels of the tile that the model sees.
+        digit_width: mean width of a character in pixels of the tiles that the model sees.
     """
 
     image: Image.Image
@@ -58,6 +66,17 @@ def is_held_out(text: str) -> bool:
     if len(text) < 2:
         return False
     return hashlib.sha256(text.encode()).digest()[0] % 10 == 0
+
+
+def plan_of(size: tuple[int, int]) -> TilePlan:
+    """The tiles that the reader cuts a picture of ``size`` (width, height) into."""
+    return plan_tiles(size, shape.SETTINGS, shape.TOKENS_PER_TILE)
+
+
+def layout_of(seed: int, split: str = "train") -> tuple[int, int]:
+    """(rows, cols) of the picture that ``seed`` draws, without drawing it."""
+    plan = plan_of(_picture_size(random.Random(f"{split} {seed}")))
+    return plan.rows, plan.cols
 
 
 def draw_picture(seed: int, split: str = "train", *, empty: float = 0.04) -> Picture:
@@ -79,6 +98,8 @@ def draw_picture(seed: int, split: str = "train", *, empty: float = 0.04) -> Pic
         family, path = pick_font(rng, split)
         mask, corners = _text_mask(rng, text, path, size, _wanted_width(rng))
         place = _place(rng, size, mask.size)
+        if rng.random() < PLATES:
+            draw_plate(rng, image, (*place, place[0] + mask.width, place[1] + mask.height), paper)
         _paste_text(rng, image, mask, place, ink)
         corners = _moved(corners, place)
     return _finish(rng, image, text, corners, family)
@@ -97,8 +118,8 @@ def draw_crowd(seed: int) -> Picture:
     corners: tuple[Corners, ...] = ()
     while True:
         family, path = pick_font(rng, "train")
-        wanted = math.exp(rng.uniform(math.log(12.0), math.log(40)))
-        count = max(1, min(20, int(TILE / wanted * rng.uniform(0.5, 1))))
+        wanted = math.exp(rng.uniform(math.log(9.0), math.log(48)))
+        count = max(1, int(plan_of(size).canvas[0] / wanted * rng.uniform(0.4, 0.95)))
         line = "".join(rng.choices(fonts.DIGITS, k=count))
         mask, boxes = _text_mask(rng, line, path, size, wanted)
         if text and top + mask.height > size[1]:
@@ -112,9 +133,9 @@ def draw_crowd(seed: int) -> Picture:
 def _finish(
     rng: random.Random, image: Image.Image, text: str, corners: tuple[Corners, ...], family: str
 ) -> Picture:
-    width = _mean_width(corners) * TILE / image.width
-    glyph = width * max(image.size) / TILE  # what a character's width would be in a square picture
-    return Picture(damage(rng, image, glyph), text, corners, family, width)
+    width = _mean_width(corners)
+    scale = plan_of(image.size).canvas[0] / image.width
+    return Picture(damage(rng, image, width), text, corners, family, width * scale)
 
 
 def _moved(corners: tuple[Corners, ...], by: tuple[int, int]) -> tuple[Corners, ...]:
@@ -122,8 +143,8 @@ def _moved(corners: tuple[Corners, ...], by: tuple[int, int]) -> tuple[Corners, 
 
 
 def _wanted_width(rng: random.Random) -> float:
-    """How wide a digit should be, in pixels of the tile, as far as the picture has room."""
-    return math.exp(rng.uniform(math.log(13.0), math.log(60)))
+    """How wide a digit should be, in pixels of the tiles, as far as the picture has room."""
+    return math.exp(rng.uniform(math.log(9.0), math.log(100)))
 
 
 def pick_font(rng: random.Random, split: str) -> tuple[str, str]:
@@ -148,11 +169,11 @@ def _number(rng: random.Random, split: str) -> str:
 
 
 def _picture_size(rng: random.Random) -> tuple[int, int]:
-    """(width, height): a common size, or any from 48 to 900 pixels and from 1:2 to 5:1."""
+    """(width, height): a common size, or any from 48 to 900 pixels and from 2:5 to 6:1."""
     if rng.random() < 0.35:
         return rng.choice(COMMON_SIZES)
     longest = math.exp(rng.uniform(math.log(80), math.log(700)))
-    aspect = math.exp(rng.triangular(math.log(0.5), math.log(5), math.log(1.5)))
+    aspect = math.exp(rng.triangular(math.log(0.4), math.log(6), math.log(1.6)))
     if aspect >= 1:
         return round(longest), max(24, round(longest / aspect))
     return max(24, round(longest * aspect)), round(longest)
@@ -168,7 +189,7 @@ def _text_mask(
     unit = ImageFont.truetype(path, 100)
     unit_width = sum(unit.getlength(c) for c in text) / 100 + tracking * (len(text) - 1)
     unit_height = (unit.getbbox(text)[3] - unit.getbbox(text)[1]) / 100
-    em = wanted * width / TILE * len(text) / unit_width
+    em = wanted * width / plan_of(size).canvas[0] * len(text) / unit_width
     wide = unit_width * math.cos(angle) + unit_height * abs(math.sin(angle))
     high = unit_height * math.cos(angle) + unit_width * abs(math.sin(angle))
     room = min(width * rng.uniform(0.8, 0.97) / wide, height * rng.uniform(0.75, 0.95) / high)

@@ -6,6 +6,7 @@ from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from smolstack.processor.settings import ImageSettings
 
 TILE, PATCH, SCALE = 192, 12, 2
+EDGE = 2 * TILE  # a picture's longer side: two tiles, and one of the whole
 GRID = TILE // PATCH
 TOKENS_PER_TILE = (GRID // SCALE) ** 2
 
@@ -44,7 +45,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
-SETTINGS = ImageSettings(longest_edge=TILE, tile_edge=TILE)
+SETTINGS = ImageSettings(longest_edge=EDGE, tile_edge=TILE)
 CONFIG = ModelConfig(
     vision=VisionConfig(
         hidden_size=128,

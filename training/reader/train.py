@@ -56,8 +56,8 @@ class Stage:
 
     name: str
     steps: int
-    batch: int  # pictures with a question
-    crowd: int  # pictures full of digits
+    batch: int  # tiles of pictures with a question
+    crowd: int  # tiles full of digits
     rate: float
     naming: float  # weight of the patch-naming loss
     answering: float  # weight of the next-token loss
@@ -199,7 +199,7 @@ class Trainer:
         if stage.naming:
             scores = self.namer(states)
             losses["naming"] = naming_loss(scores, batch.patch_labels)
-            characters = batch.patch_labels != BACKGROUND
+            characters = batch.patch_labels > BACKGROUND
             right = scores.argmax(-1) == batch.patch_labels
             accuracy["patches"] = float(right[characters].float().mean())
         if stage.answering:
@@ -236,12 +236,12 @@ def naming_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def answer_logits(model: VisionLanguageModel, states: Tensor, batch: ReaderBatch) -> Tensor:
-    """Logits where answer tokens are predicted: patch states (B + X, H·W, C) → (B, A, V)."""
-    visual = model.connector(states[: len(batch.token_ids)], (shape.GRID, shape.GRID))
+    """Logits where answer tokens are predicted: patch states (B·n + X, H·W, C) → (B, A, V)."""
+    visual = model.connector(states[: batch.picture_tiles], (shape.GRID, shape.GRID))
     embeddings = model.decoder.embedding(batch.token_ids)
-    first = int((batch.token_ids[0] == shape.IDS[shape.IMAGE]).nonzero()[0])
-    after = first + shape.TOKENS_PER_TILE
-    embeddings = torch.cat([embeddings[:, :first], visual, embeddings[:, after:]], dim=1)
+    places = (batch.token_ids[0] == shape.IDS[shape.IMAGE]).nonzero().flatten()
+    visual = visual.reshape(len(batch.token_ids), len(places), -1)
+    embeddings = embeddings.index_copy(1, places, visual)
     return model.logits(model.decoder(embeddings)[:, batch.start :])
 
 
