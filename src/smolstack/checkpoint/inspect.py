@@ -151,12 +151,13 @@ def count_parts(entries: Mapping[str, Entry]) -> dict[str, int]:
     """Parameters by part; weights that the family does not have count as "unknown"."""
     parts = dict.fromkeys(PARTS, 0)
     for name, entry in entries.items():
-        part = _part(name)
+        part = part_name(name)
         parts[part] = parts.get(part, 0) + entry.elements
     return parts
 
 
-def _part(name: str) -> str:
+def part_name(name: str) -> str:
+    """The part (see PARTS) that a checkpoint's weight belongs to, or "unknown"."""
     try:
         ours = keys.from_hf(name)
     except CheckpointError:

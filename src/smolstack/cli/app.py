@@ -13,7 +13,21 @@ import typer
 from typer.core import TyperGroup
 
 from smolstack import __version__
-from smolstack.cli import ask, bench, chat, console, export, inspect, map, new, plan, serve, verify
+from smolstack.cli import (
+    ask,
+    bench,
+    chat,
+    console,
+    diff,
+    export,
+    inspect,
+    map,
+    new,
+    plan,
+    serve,
+    train,
+    verify,
+)
 from smolstack.errors import SmolstackError
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -92,7 +106,9 @@ app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=verify.EXAMPLES)(verify.verify)
+app.command(epilog=diff.EXAMPLES)(diff.diff)
 app.command(epilog=new.EXAMPLES)(new.new)
+app.command(epilog=train.EXAMPLES)(train.train)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=serve.EXAMPLES)(serve.serve)
 

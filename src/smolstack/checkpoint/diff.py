@@ -1,0 +1,201 @@
+"""What differs between two checkpoints: weights, from the mapped files, and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolstack.checkpoint.files import read_files
+from smolstack.checkpoint.inspect import part_name
+from smolstack.checkpoint.weights import Entry, open_weights, read_entries
+
+AT_ONCE = 2**22  # numbers that are compared in one go: 32 MiB in float64
+
+
+@dataclass
+class Change:
+    """How far one tensor, or a part of a model, moved from A to B.
+
+    Attributes:
+        name: the tensor's name in the files, or the part's.
+        tensors, changed: how many there are, and how many of them differ in any bit.
+        parameters: numbers in them.
+        before: Euclidean norm in A.
+        moved: Euclidean norm of B − A.
+        largest: largest absolute difference of one number.
+    """
+
+    name: str
+    tensors: int = 0
+    changed: int = 0
+    parameters: int = 0
+    before: float = 0.0
+    moved: float = 0.0
+    largest: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """‖B − A‖ / ‖A‖; infinite where A is zero and B is not."""
+        if self.before == 0:
+            return 0.0 if self.moved == 0 else float("inf")
+        return self.moved / self.before
+
+    def add(self, other: Change) -> None:
+        """Count another one in."""
+        self.tensors += other.tensors
+        self.changed += other.changed
+        self.parameters += other.parameters
+        self.before = (self.before**2 + other.before**2) ** 0.5
+        self.moved = (self.moved**2 + other.moved**2) ** 0.5
+        self.largest = max(self.largest, other.largest)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Two checkpoints compared.
+
+    Attributes:
+        parts: by part, in the order of the network.
+        tensors: every tensor that both hold, in the order of A's files.
+        only_a, only_b: names that one of them lacks.
+        reshaped: names whose shapes differ, with both.
+        formats: names stored in other number formats, as "F32 → BF16".
+        settings: config keys and side files that differ: name → (A's, B's).
+    """
+
+    parts: tuple[Change, ...]
+    tensors: tuple[Change, ...]
+    only_a: tuple[str, ...] = ()
+    only_b: tuple[str, ...] = ()
+    reshaped: Mapping[str, str] = field(default_factory=dict)
+    formats: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs, weights to the last bit."""
+        named = self.only_a or self.only_b or self.reshaped or self.formats or self.settings
+        return not named and all(change.changed == 0 for change in self.tensors)
+
+    def most_changed(self, count: int) -> list[Change]:
+        """The tensors that moved most for their size."""
+        moved = [change for change in self.tensors if change.changed]
+        return sorted(moved, key=lambda change: -change.relative)[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "same": self.same,
+            "parts": [_plain(change) for change in self.parts],
+            "tensors": [_plain(change) for change in self.tensors if change.changed],
+            "only_a": list(self.only_a),
+            "only_b": list(self.only_b),
+            "reshaped": dict(self.reshaped),
+            "formats": dict(self.formats),
+            "settings": {name: {"a": a, "b": b} for name, (a, b) in self.settings.items()},
+        }
+
+
+def diff_checkpoints(
+    a: Path, b: Path, *, progress: Callable[[], None] | None = None
+) -> Differences:
+    """Compare two checkpoint folders; weights are mapped and read piece by piece.
+
+    Args:
+        a, b: Hugging Face folders.
+        progress: called after every tensor.
+
+    Raises:
+        ConfigError, CheckpointError: a folder or a file of it cannot be read.
+    """
+    ours, theirs = read_entries(a), read_entries(b)
+    shared = [name for name in ours if name in theirs]
+    reshaped = {
+        name: f"{list(ours[name].shape)} → {list(theirs[name].shape)}"
+        for name in shared
+        if ours[name].shape != theirs[name].shape
+    }
+    parts: dict[str, Change] = {}
+    tensors = []
+    comparable = [name for name in shared if name not in reshaped]
+    for change in _compared(a, b, ours, theirs, comparable):
+        tensors.append(change)
+        part = part_name(change.name)
+        parts.setdefault(part, Change(part)).add(change)
+        if progress is not None:
+            progress()
+    return Differences(
+        parts=tuple(parts.values()),
+        tensors=tuple(tensors),
+        only_a=tuple(name for name in ours if name not in theirs),
+        only_b=tuple(name for name in theirs if name not in ours),
+        reshaped=reshaped,
+        formats={
+            name: f"{ours[name].dtype} → {theirs[name].dtype}"
+            for name in shared
+            if ours[name].dtype != theirs[name].dtype
+        },
+        settings=_settings(a, b),
+    )
+
+
+def _compared(
+    a: Path, b: Path, ours: Mapping[str, Entry], theirs: Mapping[str, Entry], names: list[str]
+) -> Iterator[Change]:
+    """Each tensor's change, in an order that opens every pair of files once."""
+    pairs = sorted({(ours[name].file, theirs[name].file) for name in names})
+    for first, second in pairs:
+        with open_weights(a / first) as one, open_weights(b / second) as other:
+            for name in names:
+                if (ours[name].file, theirs[name].file) == (first, second):
+                    yield _change(name, one.get_tensor(name), other.get_tensor(name))
+
+
+def _change(name: str, before: Tensor, after: Tensor) -> Change:
+    change = Change(name, tensors=1, parameters=before.numel())
+    squares = moved = 0.0
+    one, other = before.flatten(), after.flatten()
+    for start in range(0, one.numel(), AT_ONCE):
+        piece = slice(start, start + AT_ONCE)
+        x, y = one[piece].to(torch.float32), other[piece].to(torch.float32)
+        squares += float(x.double().square().sum())
+        if torch.equal(x, y):
+            continue
+        step = (y - x).abs()
+        moved += float(step.double().square().sum())
+        change.changed = 1
+        change.largest = max(change.largest, float(step.max()))
+    change.before, change.moved = squares**0.5, moved**0.5
+    return change
+
+
+def _settings(a: Path, b: Path) -> dict[str, tuple[Any, Any]]:
+    """Config keys that differ, and side files that do (by size, for want of a short way)."""
+    first, second = read_files(a), read_files(b)
+    found: dict[str, tuple[Any, Any]] = {}
+    one, other = dict(_leaves(first.config, "")), dict(_leaves(second.config, ""))
+    for key in sorted({*one, *other}):
+        if one.get(key) != other.get(key):
+            found[f"config.json {key}"] = (one.get(key), other.get(key))
+    for name in sorted({*first.side, *second.side}):
+        old, new = first.side.get(name), second.side.get(name)
+        if old != new:
+            found[name] = tuple("none" if c is None else f"{len(c):,} bytes" for c in (old, new))  # type: ignore[assignment]
+    return found
+
+
+def _leaves(values: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, values
+
+
+def _plain(change: Change) -> dict[str, Any]:
+    return {**asdict(change), "relative": change.relative}

@@ -1,0 +1,83 @@
+"""``smolstack train``: run a training recipe, or go on with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smolstack.cli.console import pairs, show
+
+EXAMPLES = """
+**Examples**
+
+`smolstack train recipe.toml`
+
+`smolstack train recipe.toml --resume`
+
+`torchrun --nproc-per-node 2 -m smolstack.cli train recipe.toml`
+
+A short recipe:
+
+`output = "run"`
+
+`[data]`
+
+`train = "pictures"`
+
+`[[stages]]`
+
+`train = "connector"`
+
+`steps = 500`
+"""
+
+
+def train(
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE", help="A recipe in TOML; docs/training.md has all keys."),
+    ],
+    *,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the run's last checkpoint, if there is one."),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Begin anew where an earlier run has been."),
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads to compute with; without it, torch decides."),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but the result.")
+    ] = False,
+) -> None:
+    """Train a connector, a text tower, a whole model or adapters, as a recipe says.
+
+    Everything that a run writes is in the recipe's output folder: checkpoints to go on from,
+    metrics.jsonl, loss.png, evaluation.png, and at the end the trained checkpoint in model/.
+    """
+    from smolstack.train.recipe import Recipe
+
+    read = Recipe.read(recipe)
+    import torch
+
+    from smolstack.train.trainer import train as run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    trained = run(read, resume=resume, overwrite=overwrite, quiet=quiet)
+    if trained.rank:
+        return
+    rows = [("steps", f"{trained.steps:,}"), ("model", str(trained.model))]
+    found = trained.evaluated
+    if found is not None:
+        rows.insert(1, ("evaluation loss", f"{found.loss:.4f}"))
+    if found is not None and found.exact is not None and found.character_error_rate is not None:
+        rows.insert(2, ("answers exact", f"{found.exact:.1%} of {len(found.answered)}"))
+        rows.insert(3, ("character error rate", f"{found.character_error_rate:.1%}"))
+    show(pairs(rows))

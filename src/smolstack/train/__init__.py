@@ -1,0 +1,33 @@
+"""Training: recipes in, checkpoint folders out. Needs the extra ``train``.
+
+>>> from smolstack.train import Recipe, train
+>>> train(Recipe.read("recipe.toml"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smolstack.train.recipe import Data, Evaluation, Lora, Recipe, Stage
+    from smolstack.train.trainer import Trained, train
+
+_HOMES = {
+    "Data": "recipe",
+    "Evaluation": "recipe",
+    "Lora": "recipe",
+    "Recipe": "recipe",
+    "Stage": "recipe",
+    "Trained": "trainer",
+    "train": "trainer",
+}
+__all__ = ["Data", "Evaluation", "Lora", "Recipe", "Stage", "Trained", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'smolstack.train' has no attribute {name!r}")
+    value = getattr(import_module(f"smolstack.train.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,87 @@
+"""LoRA through peft: adapters put in, merged, and saved so that peft finds them on transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from smolstack.checkpoint import keys
+from smolstack.checkpoint.save import atomic_folder
+from smolstack.errors import ConfigError
+from smolstack.model.vlm import VisionLanguageModel
+from smolstack.train.parts import adapted_layers
+from smolstack.train.recipe import Lora
+
+NAME = "default"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """peft's hold on a model whose layers it has replaced."""
+
+    tuner: Any
+    layers: tuple[str, ...]
+    lora: Lora
+
+    def merge(self) -> None:
+        """Add every adapter to its layer's weight and give the layers their places back."""
+        self.tuner.merge_and_unload()
+
+
+def add_adapters(model: VisionLanguageModel, lora: Lora, seed: int) -> Adapters:
+    """Put adapters into the layers that the recipe names; they change nothing at first.
+
+    Raises:
+        ConfigError: peft is not installed, or a pattern names no layer.
+    """
+    layers = adapted_layers(model, lora)
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError(
+            "adapters need the package peft (pip install 'smolstack[train]')"
+        ) from None
+    torch.manual_seed(seed)
+    return Adapters(peft.LoraModel(model, _config(lora, layers), NAME), tuple(layers), lora)
+
+
+def save_adapters(model: VisionLanguageModel, adapters: Adapters, folder: Path, base: str) -> Path:
+    """Write adapters as peft does, under the names that transformers' model has.
+
+    ``PeftModel.from_pretrained(model, folder)`` then puts them on transformers' model.
+    """
+    embedding = model.config.embedding_dim is not None
+
+    def theirs(layer: str) -> str:
+        name = keys.to_hf(f"{layer}.weight", embedding_head=embedding)
+        return name.removesuffix(".weight")
+
+    tensors = {}
+    for layer in adapters.layers:
+        module = model.get_submodule(layer)
+        for kind in ("lora_A", "lora_B"):
+            weight = getattr(module, kind)[NAME].weight
+            name = f"base_model.model.{theirs(layer)}.{kind}.weight"
+            tensors[name] = weight.detach().cpu().contiguous()
+    config = _config(adapters.lora, [theirs(layer) for layer in adapters.layers])
+    config.inference_mode = True
+    config.base_model_name_or_path = base
+    with atomic_folder(folder, overwrite=True) as temporary:
+        config.save_pretrained(str(temporary))
+        save_file(tensors, str(temporary / "adapter_model.safetensors"), {"format": "pt"})
+    return folder
+
+
+def _config(lora: Lora, layers: list[str]) -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=layers,
+    )

@@ -1,0 +1,155 @@
+"""From lessons to tensors: the order of examples, and micro-batches padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from smolstack.batch import VisualTokens
+from smolstack.errors import DataError
+from smolstack.processor.geometry import TilePlan
+from smolstack.processor.processor import Picture, Processor
+from smolstack.processor.tiles import ImageSource
+from smolstack.train.data import Source
+from smolstack.train.supervision import IGNORED, Lesson, Supervisor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass reads.
+
+    Padding stands on the right: a causal decoder never lets it reach a real token, so there is
+    no mask.
+
+    Attributes:
+        token_ids: (B, T) int64.
+        labels: (B, T) int64, the token's own id where it carries loss, IGNORED elsewhere.
+        tiles_per_sequence: tiles of each row, length B.
+        pictures: every picture with its plan, in order.
+        pixels: (N, 3, P, P) normalised tiles of all pictures, when a tower is trained on them.
+        states: (N, S, X), what a frozen tower made of them (see FrozenTower).
+    """
+
+    token_ids: Tensor
+    labels: Tensor
+    tiles_per_sequence: tuple[int, ...]
+    pictures: tuple[tuple[Picture, TilePlan], ...] = ()
+    pixels: Tensor | None = None
+    states: Tensor | None = None
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on ``device``."""
+        pixels, states = self.pixels, self.states
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            labels=self.labels.to(device),
+            pixels=None if pixels is None else pixels.to(device),
+            states=None if states is None else states.to(device),
+        )
+
+
+def collate(lessons: Sequence[Lesson], pad_id: int, processor: Processor | None) -> MicroBatch:
+    """Lessons as one micro-batch, their pictures cut into tiles if a processor is given."""
+    longest = max(len(lesson.token_ids) for lesson in lessons)
+    token_ids = torch.full((len(lessons), longest), pad_id, dtype=torch.long)
+    labels = torch.full_like(token_ids, IGNORED)
+    for row, lesson in enumerate(lessons):
+        token_ids[row, : len(lesson.token_ids)] = torch.tensor(lesson.token_ids)
+        labels[row, : len(lesson.labels)] = torch.tensor(lesson.labels)
+    pictures = tuple(
+        pair for lesson in lessons for pair in zip(lesson.pictures, lesson.plans, strict=True)
+    )
+    pixels = None
+    if processor is not None and pictures:
+        pixels = torch.cat([processor.pixels(as_source(p), plan) for p, plan in pictures])
+    return MicroBatch(
+        token_ids,
+        labels,
+        tuple(sum(plan.tiles for plan in lesson.plans) for lesson in lessons),
+        pictures,
+        pixels,
+    )
+
+
+def as_source(picture: Picture) -> ImageSource:
+    """A picture of training data, which never is visual tokens."""
+    if isinstance(picture, VisualTokens):
+        raise DataError("a training example holds visual tokens, expected a picture")
+    return picture
+
+
+class Order:
+    """The endless order of examples: epoch after epoch, each shuffled by seed and number.
+
+    Position ``i`` has one answer whatever was asked before, so a run can go on anywhere.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, self.count)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._permutation = torch.randperm(self.count, generator=generator)
+            self._epoch = epoch
+        return int(self._permutation[place])
+
+
+class StepBatches(torch.utils.data.Dataset[list[MicroBatch]]):
+    """The micro-batches that one process reads at a step.
+
+    The global batch is the same for any number of processes: positions step · batch to
+    (step + 1) · batch of the order, dealt out to the processes one by one.
+
+    Args:
+        source, supervisor: where lessons come from.
+        seed: of the order.
+        batch: examples per step over all processes.
+        micro_batch: examples per forward pass.
+        cut: cut pictures into tiles here, for a tower that is trained.
+        rank, processes: which process this is, of how many.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        supervisor: Supervisor,
+        *,
+        seed: int,
+        batch: int,
+        micro_batch: int,
+        cut: bool,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.source, self.supervisor = source, supervisor
+        self.order = Order(len(source), seed)
+        self.batch, self.micro_batch, self.cut = batch, micro_batch, cut
+        self.rank, self.processes = rank, processes
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        first = step * self.batch
+        mine = range(first + self.rank, first + self.batch, self.processes)
+        lessons = [self.supervisor(self.source[self.order[position]]) for position in mine]
+        return batches_of(lessons, self.micro_batch, self.supervisor.processor, cut=self.cut)
+
+
+def batches_of(
+    lessons: Sequence[Lesson], size: int, processor: Processor, *, cut: bool
+) -> list[MicroBatch]:
+    """Lessons in micro-batches of ``size``, in order."""
+    return [
+        collate(lessons[start : start + size], processor.pad_id, processor if cut else None)
+        for start in range(0, len(lessons), size)
+    ]

@@ -1,0 +1,247 @@
+"""Training data: folders, JSONL files and saved datasets, as examples that are read when needed."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolstack.errors import DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+METADATA = "metadata.jsonl"
+FILE_KEYS, ANSWER_KEYS = ("file_name", "image", "picture"), ("text", "answer", "caption")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One chat to learn from.
+
+    Attributes:
+        name: what it is called in messages: its file, or its file and line.
+        messages: the chat; its image parts hold their pictures.
+    """
+
+    name: str
+    messages: tuple[Mapping[str, Any], ...]
+
+
+class Source(ABC):
+    """Examples by number; nothing but names or line starts is held in memory."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example: ...
+
+
+def open_source(path: str | Path, question: str) -> Source:
+    """The examples at ``path``: a folder, a .jsonl file, or a dataset saved by ``datasets``.
+
+    Args:
+        question: asked about pictures that come with an answer alone.
+
+    Raises:
+        DataError: nothing is there, or nothing that can be read as examples.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix not in (".jsonl", ".ndjson"):
+            raise DataError(f"{path} is a {path.suffix or 'nameless'} file, expected .jsonl")
+        return JsonLines(path, question)
+    if not path.is_dir():
+        raise DataError(f"{path} does not exist, expected a folder, a .jsonl file or a dataset")
+    if (path / METADATA).is_file():
+        return JsonLines(path / METADATA, question)
+    if (path / "dataset_info.json").is_file() or (path / "state.json").is_file():
+        return SavedDataset(path, question)
+    if (path / "dataset_dict.json").is_file():
+        inside = sorted(p.name for p in path.iterdir() if p.is_dir())
+        raise DataError(f"{path} holds several datasets; name one of them: {inside}")
+    return PictureFolder(path, question)
+
+
+class PictureFolder(Source):
+    """Pictures, each with a .txt file of the same name that holds its answer."""
+
+    def __init__(self, folder: Path, question: str) -> None:
+        self.folder, self.question = folder, question
+        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not self.files:
+            raise DataError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+        bare = [path for path in self.files if not path.with_suffix(".txt").is_file()]
+        if bare:
+            raise DataError(
+                f"{len(bare)} of {len(self.files)} pictures have no .txt file beside them, "
+                f"the first is {bare[0]}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        path = self.files[index]
+        answer = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        name = str(path.relative_to(self.folder))
+        return Example(name, question_and_answer(name, [path], self.question, answer))
+
+
+class JsonLines(Source):
+    """A JSONL file: chats under "messages", or pictures under "file_name" with their answers."""
+
+    def __init__(self, path: Path, question: str) -> None:
+        self.path, self.question = path, question
+        self.starts = array("Q")
+        place = 0
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    self.starts.append(place)
+                place += len(line)
+        if not self.starts:
+            raise DataError(f"{path} holds no lines")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Example:
+        name = f"{self.path.name}, example {index + 1}"
+        with self.path.open("rb") as file:
+            file.seek(self.starts[index])
+            line = file.readline()
+        try:
+            row = json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{name} is not valid JSON: {error}") from error
+        return Example(name, read_row(name, row, self.question, self.path.parent))
+
+
+class SavedDataset(Source):
+    """A dataset that ``datasets`` saved to disk, memory-mapped; needs the package datasets."""
+
+    def __init__(self, folder: Path, question: str) -> None:
+        try:
+            import datasets
+        except ImportError:
+            raise DataError(
+                f"{folder} is a saved dataset; reading it needs the package datasets "
+                "(pip install 'smolstack[train]')"
+            ) from None
+        self.name, self.question = folder.name, question
+        try:
+            self.rows = datasets.load_from_disk(str(folder))
+        except Exception as error:  # it raises many kinds
+            raise DataError(f"{folder} cannot be read as a dataset: {error}") from error
+        if isinstance(self.rows, datasets.DatasetDict):
+            raise DataError(f"{folder} holds several datasets; name one of {sorted(self.rows)}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        name = f"{self.name}, row {index}"
+        return Example(name, read_row(name, self.rows[index], self.question, Path()))
+
+
+def read_row(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[str, Any], ...]:
+    """The chat of one row: its "messages" (with "images" beside them or inside), or a picture
+    with its question and answer."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{name} is {row!r:.60}, expected an object")
+    images = [_picture(name, image, folder) for image in _images_of(row)]
+    messages = row.get("messages")
+    if messages is not None:
+        return _chat(name, messages, images, folder)
+    answer = next((row[key] for key in ANSWER_KEYS if isinstance(row.get(key), str)), None)
+    if not images or answer is None:
+        raise DataError(
+            f"{name} has the keys {sorted(row)}, expected messages, or a picture under one of "
+            f"{list(FILE_KEYS)} and its answer under one of {list(ANSWER_KEYS)}"
+        )
+    asked = row.get("question") or question
+    return question_and_answer(name, images, asked, answer)
+
+
+def question_and_answer(
+    name: str, pictures: Sequence[Any], question: str, answer: str
+) -> tuple[Mapping[str, Any], ...]:
+    """The chat of one question about pictures and its answer."""
+    if not answer:
+        raise DataError(f"{name} has an empty answer; there is nothing to learn from it")
+    asked: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    asked.append({"type": "text", "text": question})
+    return (
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    )
+
+
+def _images_of(row: Mapping[str, Any]) -> list[Any]:
+    images = row.get("images")
+    if images is None:
+        images = next((row[key] for key in FILE_KEYS if row.get(key) is not None), [])
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _chat(
+    name: str, messages: Any, images: Sequence[Any], folder: Path
+) -> tuple[Mapping[str, Any], ...]:
+    """Messages with their pictures put into their image parts, in order."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise DataError(f"{name} has messages {messages!r:.60}, expected a list")
+    rest = iter(images)
+    chat = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, str) or content is None:
+            chat.append(message)
+            continue
+        parts = []
+        for part in content:
+            # A table of datasets gives every part every key, those it lacks as null.
+            filled = {key: value for key, value in part.items() if value is not None}
+            if filled.get("type") == "image":
+                own = next(
+                    (filled[k] for k in ("image", "path", "url", "bytes") if k in filled), None
+                )
+                own = next(rest, None) if own is None else _picture(name, own, folder)
+                if own is None:
+                    raise DataError(f"{name} has more image parts than the {len(images)} images")
+                filled = {"type": "image", "image": own}
+            parts.append(filled)
+        chat.append({**message, "content": parts})
+    if (left := sum(1 for _ in rest)) and left != len(images):
+        raise DataError(f"{name} has {len(images)} images, {left} of them without an image part")
+    if left:  # TRL's plain form: images beside a chat of strings belong to its first question
+        chat = _with_pictures_first(name, chat, images)
+    return tuple(chat)
+
+
+def _with_pictures_first(name: str, chat: list[Any], images: Sequence[Any]) -> list[Any]:
+    for place, message in enumerate(chat):
+        if isinstance(message, Mapping) and message.get("role") == "user":
+            content = message.get("content")
+            if isinstance(content, str):
+                parts = [{"type": "image", "image": image} for image in images]
+                asked = {**message, "content": [*parts, {"type": "text", "text": content}]}
+                return [*chat[:place], asked, *chat[place + 1 :]]
+            break
+    raise DataError(f"{name} has {len(images)} images and no image part for them")
+
+
+def _picture(name: str, value: Any, folder: Path) -> Any:
+    """A path made whole; bytes and Pillow pictures as they are."""
+    if isinstance(value, Mapping):  # datasets' undecoded form
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        if value.startswith(("http://", "https://")):
+            raise DataError(f"{name} names {value}; pictures are read from files, not fetched")
+        return folder / value.removeprefix("file://")
+    if value is None:
+        raise DataError(f"{name} has an empty picture")
+    return value

@@ -1,0 +1,208 @@
+"""Evaluation during training: the loss of every example, and answers compared with the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from smolstack.batch import VisualTokens
+from smolstack.errors import ConfigError
+from smolstack.processor.geometry import TilePlan
+from smolstack.processor.tiles import ImageSource, open_image
+from smolstack.train.batches import MicroBatch, as_source, batches_of
+from smolstack.train.data import Source
+from smolstack.train.frozen import FrozenTower
+from smolstack.train.objective import AnswerLoss
+from smolstack.train.recipe import Evaluation
+from smolstack.train.supervision import Lesson, Supervisor
+from smolstack.vlm import VLM
+
+AT_ONCE = 8  # answers generated as one batch
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One evaluation example as it was answered. ``picture`` is its first one, small."""
+
+    name: str
+    question: str
+    truth: str
+    answer: str
+    picture: Image.Image | None
+
+    @property
+    def right(self) -> bool:
+        return self.answer == self.truth
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The result of one evaluation.
+
+    Attributes:
+        loss: per token that carries loss, in nats.
+        exact: the share of answers that are the truth to the letter; None when none were asked.
+        character_error_rate: edits per character of truth, over all answers.
+        answered: every answer.
+    """
+
+    loss: float
+    exact: float | None = None
+    character_error_rate: float | None = None
+    answered: tuple[Answered, ...] = ()
+
+    def metrics(self) -> dict[str, float]:
+        """What goes into the log."""
+        found = {"evaluation_loss": self.loss}
+        if self.exact is not None and self.character_error_rate is not None:
+            found |= {"exact": self.exact, "character_error_rate": self.character_error_rate}
+        return found
+
+
+class Evaluator:
+    """Evaluates a model that is being trained.
+
+    Args:
+        vlm: holds the model.
+        source, supervisor: the examples.
+        settings: how many are answered.
+        micro_batch: examples per forward pass.
+        autocast: compute the loss in bfloat16.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        source: Source,
+        supervisor: Supervisor,
+        settings: Evaluation,
+        *,
+        micro_batch: int,
+        autocast: bool,
+    ) -> None:
+        self.vlm, self.source, self.supervisor = vlm, source, supervisor
+        self.settings, self.micro_batch, self.autocast = settings, micro_batch, autocast
+        if settings.answers:
+            _error_rate(["a"], ["a"])  # jiwer is missed now, not after hours
+
+    def __call__(self, loss: AnswerLoss, tower: FrozenTower | None) -> Evaluated:
+        """Evaluate the model as it stands; ``tower`` spares pictures a frozen one has seen."""
+        model = self.vlm.model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                total = self._loss(loss, tower)
+            answered = self._answers(tower)
+        finally:
+            model.train(was_training)
+            self.vlm.forget()
+        if not answered:
+            return Evaluated(total)
+        truths, answers = [a.truth for a in answered], [a.answer for a in answered]
+        exact = sum(a.right for a in answered) / len(answered)
+        return Evaluated(total, exact, _error_rate(truths, answers), tuple(answered))
+
+    def _loss(self, loss: AnswerLoss, tower: FrozenTower | None) -> float:
+        total, tokens = 0.0, 0
+        device, processor = self.vlm.device, self.vlm.processor
+        for start in range(0, len(self.source), self.micro_batch):
+            some = range(start, min(start + self.micro_batch, len(self.source)))
+            lessons = [self.supervisor(self.source[index]) for index in some]
+            for batch in batches_of(lessons, self.micro_batch, processor, cut=tower is None):
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+                    total += float(loss(with_states(batch, tower).to(device)))
+                tokens += batch.supervised
+        return total / max(tokens, 1)
+
+    def _answers(self, tower: FrozenTower | None) -> list[Answered]:
+        count = min(self.settings.answers, len(self.source))
+        answered = []
+        for start in range(0, count, AT_ONCE):
+            examples = [self.source[i] for i in range(start, min(start + AT_ONCE, count))]
+            lessons = [self.supervisor(example) for example in examples]
+            chats = [
+                self._asked(example.messages, lesson, tower)
+                for example, lesson in zip(examples, lessons, strict=True)
+            ]
+            answers = self.vlm.ask_many(
+                chats,
+                max_new_tokens=self.settings.max_new_tokens,
+                keep_special_tokens=self.settings.keep_special_tokens,
+                **self.supervisor.tiling,
+            )
+            for example, lesson, answer in zip(examples, lessons, answers, strict=True):
+                answered.append(_compared(example.name, example.messages, lesson, answer.text))
+        return answered
+
+    def _asked(
+        self, messages: Sequence[Mapping[str, Any]], lesson: Lesson, tower: FrozenTower | None
+    ) -> list[Mapping[str, Any]]:
+        """The chat up to its last answer, its pictures as visual tokens if a tower is frozen."""
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        asked = list(messages[:last])
+        if tower is None or not lesson.pictures:
+            return asked
+        visual = iter(
+            self._projected(tower, as_source(picture), plan)
+            for picture, plan in zip(lesson.pictures, lesson.plans, strict=True)
+        )
+        return [_with_pictures(message, visual) for message in asked]
+
+    @torch.no_grad()
+    def _projected(self, tower: FrozenTower, picture: ImageSource, plan: TilePlan) -> VisualTokens:
+        states = tower.states(picture, plan).to(self.vlm.dtype)
+        tokens = states if tower.projected else self.vlm.model.connector.proj(states)
+        return VisualTokens(tokens, plan.rows, plan.cols, plan.source)
+
+
+def with_states(batch: MicroBatch, tower: FrozenTower | None) -> MicroBatch:
+    """A micro-batch with what a frozen tower makes of its pictures."""
+    return batch if tower is None else replace(batch, states=tower(batch.pictures))
+
+
+def _with_pictures(message: Mapping[str, Any], visual: Any) -> Mapping[str, Any]:
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    parts = [
+        {"type": "image", "image": next(visual)} if part["type"] == "image" else part
+        for part in content
+    ]
+    return {**message, "content": parts}
+
+
+def _compared(
+    name: str, messages: Sequence[Mapping[str, Any]], lesson: Lesson, answer: str
+) -> Answered:
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    picture = None
+    if lesson.pictures:
+        picture = open_image(as_source(lesson.pictures[0]))
+        picture.thumbnail((320, 240))
+    question = _text(messages[last - 1]) if last else ""
+    return Answered(name, question, _text(messages[last]).strip(), answer.strip(), picture)
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)
+
+
+def _error_rate(truths: list[str], answers: list[str]) -> float:
+    """Character error rate over all pairs: edits per character of truth."""
+    try:
+        import jiwer
+    except ImportError:
+        raise ConfigError(
+            "evaluation by answers needs the package jiwer (pip install 'smolstack[train]'), "
+            "or evaluation.answers = 0"
+        ) from None
+    rate: float = jiwer.process_characters(truths, answers).cer
+    return rate

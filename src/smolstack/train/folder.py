@@ -1,0 +1,91 @@
+"""A run's folder: what is in it, and whether a run may begin or go on there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from smolstack.checkpoint.save import to_json
+from smolstack.errors import TrainingError
+from smolstack.train.metrics import METRICS
+from smolstack.train.processes import Processes
+from smolstack.train.recipe import Recipe
+from smolstack.train.state import Saved, latest, read_state, remove_leftovers
+
+RECIPE, CHECKPOINTS, MODEL, CACHE = "recipe.json", "checkpoints", "model", "cache"
+# Keys that do not change what is learned: a run may go on with other values.
+FREE = (
+    "output",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "evaluation",
+    "cache",
+    "cache_folder",
+    "device",
+    "data.workers",
+    "data.check",
+)
+
+
+def claim_folder(
+    recipe: Recipe, processes: Processes, *, resume: bool, overwrite: bool
+) -> Saved | None:
+    """The checkpoint to go on from; or None, and the folder free for a new run.
+
+    Raises:
+        TrainingError: an earlier run is there and nothing was said about it, or it had another
+            recipe, or its last checkpoint cannot be read.
+    """
+    folder = Path(recipe.output)
+    last = latest(folder / CHECKPOINTS)
+    if resume and last is not None:
+        _check_recipe(recipe, folder)
+        if processes.first:
+            remove_leftovers(folder / CHECKPOINTS)
+        return read_state(last)
+    used = [n for n in (RECIPE, METRICS, CHECKPOINTS, MODEL) if (folder / n).exists()]
+    if used and not (overwrite or resume):
+        raise TrainingError(
+            f"{folder} holds an earlier run ({', '.join(used)}); resume goes on with it, "
+            "overwrite removes it"
+        )
+    processes.wait()
+    if processes.first:
+        for name in (METRICS, RECIPE):
+            (folder / name).unlink(missing_ok=True)
+        for name in (CHECKPOINTS, MODEL):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    processes.wait()
+    return None
+
+
+def _check_recipe(recipe: Recipe, folder: Path) -> None:
+    """A run goes on with the recipe that it began with."""
+    try:
+        began = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{folder / RECIPE} cannot be read: {error}") from error
+    now = json.loads(to_json(recipe.to_dict()))
+    for key, old, new in _differences(began, now):
+        if not any(key == free or key.startswith(free + ".") for free in FREE):
+            raise TrainingError(
+                f"the recipe's {key} is {new!r}, the run in {folder} began with {old!r}"
+            )
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Keys whose values differ, with both."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(old.get(name), new.get(name), inner)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(one, other, f"{key}[{number}]")
+    elif old != new:
+        yield key, old, new

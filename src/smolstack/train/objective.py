@@ -1,0 +1,100 @@
+"""The loss of a micro-batch, as a module: what DDP and FSDP wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from smolstack.model import packer
+from smolstack.model.vlm import VisionLanguageModel
+from smolstack.train.batches import MicroBatch
+from smolstack.train.supervision import IGNORED
+
+
+class AnswerLoss(nn.Module):
+    """Cross-entropy of the supervised tokens of a micro-batch, summed.
+
+    Args:
+        model: the network.
+        projected: the states of frozen towers are the connector's outputs already.
+    """
+
+    def __init__(self, model: VisionLanguageModel, *, projected: bool = False) -> None:
+        super().__init__()
+        self.model, self.projected = model, projected
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """The sum over all tokens that carry loss: a scalar, float32."""
+        model = self.model
+        embeddings: Tensor = model.decoder.embedding(batch.token_ids)
+        visual = self._visual_tokens(batch)
+        unused = None
+        if visual is not None and not batch.pictures:
+            unused, visual = visual, None
+        if visual is not None:
+            places = packer.locate(
+                batch.token_ids,
+                model.config.image_token_id,
+                batch.tiles_per_sequence,
+                visual.shape[1],
+            )
+            embeddings = packer.splice(embeddings, places, visual)
+        states = model.decoder(embeddings)[:, :-1]
+        wanted = batch.labels[:, 1:]
+        carrying = wanted != IGNORED
+        logits = model.logits(states[carrying]).float()
+        loss = functional.cross_entropy(logits, wanted[carrying], reduction="sum")
+        return loss if unused is None else loss + 0 * unused.float().sum()
+
+    def _visual_tokens(self, batch: MicroBatch) -> Tensor | None:
+        """(N, S, D), or None where nothing about pictures is trained and there are none.
+
+        A batch without pictures sends one blank tile through what is trained, for a gradient of
+        zero: processes agree on the weights that take part, whatever their examples hold.
+        """
+        model = self.model
+        towers = [*model.vision.parameters(), *model.connector.parameters()]
+        if not batch.pictures and not any(parameter.requires_grad for parameter in towers):
+            return None
+        trained = any(parameter.requires_grad for parameter in model.vision.parameters())
+        if trained or batch.pixels is not None:
+            pixels = batch.pixels
+            if pixels is None:
+                edge = model.config.vision.image_size
+                pixels = torch.zeros(1, 3, edge, edge, device=batch.token_ids.device)
+            projected: Tensor = model.connector(model.vision(pixels), model.vision.grid_of(pixels))
+            return projected
+        states = batch.states
+        if states is None:
+            width = model.connector.proj.in_features
+            states = torch.zeros(1, 1, width, device=batch.token_ids.device)
+        if self.projected:
+            return states
+        through: Tensor = model.connector.proj(states)
+        return through
+
+
+@contextmanager
+def recomputed(model: VisionLanguageModel, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing: the layers' inner results are made again in the backward pass."""
+    layers = [*model.vision.layers, *model.decoder.layers] if wanted else []
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)

@@ -1,0 +1,74 @@
+"""What a run shows before it starts: how many tokens carry loss, and one example with its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich.text import Text
+
+from smolstack.processor.processor import Processor
+from smolstack.train.data import Source
+from smolstack.train.supervision import IGNORED, Lesson, Supervisor
+
+COUNTED = 200  # examples that are counted where not all are checked
+
+
+@dataclass
+class Counts:
+    """Tokens of the examples looked at, by what becomes of them."""
+
+    examples: int = 0
+    tokens: int = 0
+    visual: int = 0
+    supervised: int = 0
+    longest: int = 0
+
+    def add(self, lesson: Lesson) -> None:
+        self.examples += 1
+        self.tokens += len(lesson.token_ids)
+        self.visual += sum(plan.visual_tokens for plan in lesson.plans)
+        self.supervised += lesson.supervised
+        self.longest = max(self.longest, len(lesson.token_ids))
+
+    def sentence(self) -> str:
+        """The counts in words."""
+        share = self.supervised / max(self.tokens, 1)
+        return (
+            f"{self.examples:,} examples, {self.tokens:,} tokens: {share:.1%} carry loss "
+            f"({self.supervised:,} of assistants' answers), {self.visual:,} are visual, "
+            f"the longest example has {self.longest:,}"
+        )
+
+
+def lessons_to_check(
+    source: Source, supervisor: Supervisor, *, everything: bool
+) -> Iterator[Lesson]:
+    """Every lesson, or the first few; a bad example raises DataError naming it."""
+    for index in range(len(source) if everything else min(len(source), COUNTED)):
+        yield supervisor(source[index])
+
+
+def mask_shown(lesson: Lesson, processor: Processor) -> Text:
+    """The lesson's text; what carries loss stands in ⟦ ⟧ (and bold green on a terminal)."""
+    shown = Text()
+    pairs = list(zip(lesson.token_ids, lesson.labels, strict=True))
+    for carries, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        ids = [token for token, _ in run]
+        if carries:
+            shown.append(f"⟦{_text(ids, processor)}⟧", "bold green")
+        else:
+            shown.append(_text(ids, processor), "dim")
+    return shown
+
+
+def _text(ids: Sequence[int], processor: Processor) -> str:
+    """Tokens as text, runs of visual tokens as one word."""
+    image = processor.config.image_token_id
+    pieces = []
+    for visual, run in groupby(ids, key=lambda token: token == image):
+        some = list(run)
+        decoded = processor.tokenizer.decode(some, skip_special=False)
+        pieces.append(f"{processor.markers.image}×{len(some)}" if visual else decoded)
+    return "".join(pieces)

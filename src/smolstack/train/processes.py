@@ -1,0 +1,158 @@
+"""One process or several: torchrun's, with torch's own DDP or FSDP2."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from smolstack.errors import ConfigError
+from smolstack.model.vlm import VisionLanguageModel
+from smolstack.train.objective import AnswerLoss
+
+PATIENCE = datetime.timedelta(hours=6)  # others wait while the first process evaluates and saves
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among all: ``rank`` of ``count``; the first one writes files."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, *values: float) -> list[float]:
+        """The sums of values over all processes."""
+        if self.count == 1:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        return [float(value) for value in summed]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def connected(device: torch.device) -> Iterator[Processes]:
+    """The processes that torchrun started, or this one alone."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 and "RANK" not in os.environ:
+        yield Processes(device=device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+class Spread:
+    """A loss module as the processes hold it, and its trained weights by their plain names.
+
+    One process and DDP train the module's own weights. FSDP2 trains shards of a copy; the module
+    itself keeps whole weights for evaluation and saving, brought up to date by :meth:`gather`.
+    """
+
+    def __init__(self, loss: AnswerLoss, processes: Processes, parallel: str) -> None:
+        self.loss, self.processes = loss, processes
+        self.sharded = processes.count > 1 and parallel == "fsdp"
+        self.trained = _shard(loss, processes) if self.sharded else loss
+        self.module: nn.Module = self.trained
+        if processes.count > 1 and not self.sharded:
+            self.module = DistributedDataParallel(loss)
+        self.parameters: dict[str, nn.Parameter] = {
+            name.removeprefix("model."): parameter
+            for name, parameter in self.trained.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def models(self) -> list[VisionLanguageModel]:
+        """The networks in use: the whole one, and its shards if there are any."""
+        return [self.loss.model, *([self.trained.model] if self.sharded else [])]
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Gradients are exchanged in the last backward pass of a step alone."""
+        module: Any = self.module
+        if self.sharded:
+            module.set_requires_gradient_sync(last)
+        waits = isinstance(module, DistributedDataParallel) and not last
+        with module.no_sync() if waits else nullcontext():
+            yield
+
+    def gather(self) -> None:
+        """Bring the whole weights up to date with the shards. All processes take part."""
+        if not self.sharded:
+            return
+        own = dict(self.loss.model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                own[name].copy_(whole(parameter))
+
+    def scatter(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors named "weight" or "weight|…" as this process holds that weight."""
+        return {
+            key: _like(tensor, self.parameters[key.partition("|")[0]])
+            for key, tensor in tensors.items()
+            if key.partition("|")[0] in self.parameters
+        }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor without its shards. All processes take part."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor.detach() if full is None else full().detach()
+
+
+def _like(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A whole tensor, sharded as ``parameter`` is; scalars (a step count) stay whole."""
+    if not hasattr(parameter, "placements") or tensor.dim() == 0:
+        # AdamW keeps its step count on the CPU.
+        return tensor if tensor.dim() == 0 else tensor.to(parameter.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(
+        tensor.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
+
+
+def _shard(loss: AnswerLoss, processes: Processes) -> AnswerLoss:
+    """A copy of the module under FSDP2: every layer a unit of its own, the rest with the root.
+
+    A frozen vision tower runs outside the module (its outputs are cached): it is shared, not
+    copied, and stays whole.
+    """
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise ConfigError('parallel = "fsdp" needs torch 2.7 or newer') from None
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    tower = loss.model.vision
+    outside = not any(parameter.requires_grad for parameter in tower.parameters())
+    sharded: AnswerLoss = copy.deepcopy(loss, {id(tower): tower} if outside else None)
+    model = sharded.model
+    for layer in [*([] if outside else model.vision.layers), *model.decoder.layers]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh, ignored_params=set(tower.parameters()) if outside else None)
+    return sharded

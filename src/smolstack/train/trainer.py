@@ -1,0 +1,314 @@
+"""A training run: set up, stage by stage, a checkpoint folder at the end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolstack.checkpoint.hub import find
+from smolstack.checkpoint.load import DTYPES, choose_device, load_checkpoint
+from smolstack.checkpoint.save import complete_side_files, save_checkpoint, to_json
+from smolstack.checkpoint.weights import read_entries
+from smolstack.errors import ConfigError, DataError, TrainingError
+from smolstack.processor.geometry import Tiling
+from smolstack.train import preview
+from smolstack.train.adapters import save_adapters
+from smolstack.train.data import Source, open_source
+from smolstack.train.display import Display
+from smolstack.train.evaluation import Evaluated, Evaluator
+from smolstack.train.folder import CACHE, CHECKPOINTS, MODEL, RECIPE, claim_folder
+from smolstack.train.frozen import weights_digest
+from smolstack.train.metrics import Metrics, plot, write_text
+from smolstack.train.parts import changed_weights, plain_name
+from smolstack.train.processes import Processes, connected
+from smolstack.train.recipe import Recipe
+from smolstack.train.sheet import draw_sheet
+from smolstack.train.stage import RunningStage, steps_of
+from smolstack.train.state import Place, Saved, latest, save_state
+from smolstack.train.supervision import Supervisor
+from smolstack.vlm import VLM
+
+SHEET = "evaluation.png"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run made.
+
+    Attributes:
+        model: the trained checkpoint's folder.
+        steps: optimizer steps over all stages.
+        evaluated: the last evaluation, None without evaluation data.
+        rank: the process that says so; 0 is the first.
+    """
+
+    model: Path
+    steps: int
+    evaluated: Evaluated | None
+    rank: int = 0
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
+) -> Trained:
+    """Run a recipe to its end; under torchrun, on all its processes.
+
+    Args:
+        recipe: see Recipe.
+        resume: go on from the last checkpoint in ``recipe.output``, if there is one.
+        overwrite: begin anew where an earlier run has been; that run's files are removed.
+        quiet: say nothing and show no progress.
+
+    Raises:
+        ConfigError, CheckpointError: the recipe or the model cannot be used.
+        DataError: an example cannot be learned from; named, before the first step.
+        TrainingError: the run cannot go on; its last checkpoint is intact.
+    """
+    with (
+        connected(choose_device(recipe.device)) as processes,
+        Display(processes.first and not quiet) as display,
+    ):
+        saved = claim_folder(recipe, processes, resume=resume, overwrite=overwrite)
+        return Trainer(recipe, processes, display, saved).run()
+
+
+class Trainer:
+    """A run's model, data and folder; the stages do the work."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        processes: Processes,
+        display: Display,
+        saved: Saved | None,
+    ) -> None:
+        self.recipe, self.processes, self.display = recipe, processes, display
+        self.folder = Path(recipe.output)
+        self.saved = saved
+        folder = find(recipe.model or None, None)
+        self.checkpoint = load_checkpoint(folder, "float32", str(processes.device))
+        self.save_dtype = _stored_dtype(folder, recipe.save_dtype)
+        self.vlm = VLM(self.checkpoint)
+        if self.vlm.config.embedding_dim is not None:
+            raise ConfigError(f"{folder} ends in an embedding head; it gives no answers to train")
+        for parameter in self.vlm.model.parameters():
+            parameter.data = parameter.data.clone()  # no longer the mapped file
+        self.base = weights_digest(self.vlm.model.parameters()).hex()
+        self.cache_folder: Path | None = None
+        if recipe.cache:
+            self.cache_folder = Path(recipe.cache_folder or self.folder / CACHE)
+        data = recipe.data
+        tiling: Tiling = {
+            "split": data.split,
+            "max_image_tokens": data.max_image_tokens,
+            "upscale": data.upscale,
+        }
+        self.supervisor = Supervisor(
+            self.vlm.processor, self.vlm.eos_token_ids, data.max_tokens, tiling
+        )
+        self.train_source = open_source(data.train, data.question)
+        self.evaluation_source: Source | None = None
+        if data.evaluation:
+            self.evaluation_source = open_source(data.evaluation, data.question)
+        self.evaluated: Evaluated | None = None
+        self.total = sum(steps_of(self, number) for number in range(len(recipe.stages)))
+        self._check_saved()
+        self._preview()
+        self.metrics: Metrics | None = None
+        if processes.first:
+            place = Place() if self.saved is None else self.saved.place
+            write_text(self.folder / RECIPE, to_json(recipe.to_dict()))
+            self.metrics = Metrics(self.folder, place.total, tensorboard=recipe.tensorboard)
+        processes.wait()
+
+    def run(self) -> Trained:
+        """All stages from where the run stands, then the checkpoint folder."""
+        begin = 0 if self.saved is None else self.saved.place.stage
+        try:
+            for number in range(begin, len(self.recipe.stages)):
+                saved = self.saved if number == begin else None
+                running = RunningStage(self, number, saved)
+                self.display.say(*self._announced(running))
+                running.go()
+                self._finish(running)
+            return Trained(self._save_model(), self.total, self.evaluated, self.processes.rank)
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _announced(self, running: RunningStage) -> Iterator[str]:
+        count = sum(p.numel() for p in running.spread.parameters.values())
+        stage, number = running.stage, running.number
+        yield (
+            f"stage {number + 1} of {len(self.recipe.stages)}, {stage.train}: "
+            f"{running.steps - running.step:,} steps of {stage.batch} examples, "
+            f"{count:,} weights trained"
+            + (f", going on after step {running.step}" if running.step else "")
+        )
+        if running.tower is not None and self.cache_folder is not None:
+            yield f"the vision tower is frozen; its outputs are kept in {self.cache_folder}"
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """One line for metrics.jsonl."""
+        if self.metrics is not None:
+            self.metrics.write(line)
+
+    def evaluate(self, running: RunningStage) -> None:
+        """Evaluate the model as it stands, on the first process; the others wait."""
+        if self.evaluation_source is not None and self.processes.first:
+            evaluator = Evaluator(
+                self.vlm,
+                self.evaluation_source,
+                self.supervisor,
+                self.recipe.evaluation,
+                micro_batch=running.stage.micro_batch,
+                autocast=self.recipe.autocast == "bfloat16",
+            )
+            found = self.evaluated = evaluator(running.loss, running.tower)
+            place = running.place
+            self.log({"step": place.total, "stage": place.stage, **found.metrics()})
+            if found.answered:
+                draw_sheet(found.answered, self.folder / SHEET)
+            self.display.say(f"step {place.total:,}: " + _in_words(found))
+            plot(self.folder)
+        self.processes.wait()
+
+    def save(self, place: Place, optimizer: Mapping[str, Tensor]) -> None:
+        """Write a checkpoint, by the first process."""
+        if self.processes.first:
+            save_state(
+                self.folder / CHECKPOINTS,
+                place,
+                self._changed(place.stage),
+                optimizer,
+                base=self.base,
+                examples=len(self.train_source),
+                keep=self.recipe.keep_checkpoints,
+            )
+            plot(self.folder)
+        self.processes.wait()
+
+    def last_good(self) -> str:
+        """Where the last checkpoint is, in words."""
+        last = latest(self.folder / CHECKPOINTS)
+        return "there is no checkpoint yet" if last is None else f"the last good one is {last}"
+
+    def restore_weights(self, saved: Saved) -> None:
+        """Put a checkpoint's weights into the model, which has its adapters already."""
+        own = dict(self.vlm.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in saved.weights.items():
+                if name not in own or own[name].shape != tensor.shape:
+                    raise TrainingError(
+                        f"checkpoint {saved.folder} has {name} {list(tensor.shape)}, which the "
+                        "recipe's model does not have"
+                    )
+                own[name].copy_(tensor)
+
+    def _changed(self, stage: int) -> dict[str, Tensor]:
+        """The weights that the run has changed so far, by their names of now."""
+        earlier = {
+            name
+            for before in self.recipe.stages[:stage]
+            for name in changed_weights(self._plain, before)
+        }
+        return {
+            name: parameter
+            for name, parameter in self.vlm.model.named_parameters()
+            if parameter.requires_grad or plain_name(name) in earlier
+        }
+
+    @property
+    def _plain(self) -> Any:
+        """The model's shape without adapters, for names."""
+        from smolstack.model.vlm import VisionLanguageModel
+
+        with torch.device("meta"):
+            return VisionLanguageModel(self.vlm.config)
+
+    def _finish(self, running: RunningStage) -> None:
+        """Merge a stage's adapters, after saving them as peft does."""
+        if running.adapters is None:
+            return
+        if self.processes.first:
+            name = f"adapter-{running.number + 1}" if len(self.recipe.stages) > 1 else "adapter"
+            base = self.recipe.model or "smolstack's bundled reader"
+            save_adapters(self.vlm.model, running.adapters, self.folder / name, base)
+        running.adapters.merge()
+
+    def _save_model(self) -> Path:
+        target = self.folder / MODEL
+        if self.processes.first:
+            model = self.vlm.model.eval()
+            if self.save_dtype != model.dtype:
+                model = copy.deepcopy(model).to(self.save_dtype)
+            side = complete_side_files(
+                self.checkpoint.files, self.vlm.config, self.vlm.processor.settings
+            )
+            save_checkpoint(target, model, side, overwrite=True)
+        self.processes.wait()
+        return target
+
+    def _check_saved(self) -> None:
+        if self.saved is None:
+            return
+        if self.saved.base != self.base:
+            raise TrainingError(
+                f"{self.saved.folder} was trained from other weights than the recipe's model has"
+            )
+        if self.saved.examples != len(self.train_source):
+            raise TrainingError(
+                f"{self.recipe.data.train} has {len(self.train_source)} examples, the run began "
+                f"with {self.saved.examples}"
+            )
+
+    def _preview(self) -> None:
+        """Look at the examples before anything is trained on them, and show what was seen."""
+        if self.saved is not None or not self.processes.first:
+            return
+        sources = [("training", self.train_source)]
+        if self.evaluation_source is not None:
+            sources.append(("evaluation", self.evaluation_source))
+        for name, source in sources:
+            counts, shown = preview.Counts(), None
+            self.display.begin(f"checking {name} examples", len(source))
+            for lesson in preview.lessons_to_check(
+                source, self.supervisor, everything=self.recipe.data.check
+            ):
+                counts.add(lesson)
+                shown = shown or lesson
+                self.display.advance()
+            self.display.end()
+            if shown is None:
+                raise DataError(f"the {name} data holds no example")
+            self.display.say(f"{name}: {counts.sentence()}")
+            if name == "training":
+                self.display.say(f"{shown.name}, what carries loss in ⟦ ⟧:")
+                self.display.say(preview.mask_shown(shown, self.vlm.processor))
+
+
+def _stored_dtype(folder: Path, wanted: str) -> torch.dtype:
+    """The number format that the trained checkpoint is saved in."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    sizes: dict[str, int] = {}
+    for entry in read_entries(folder).values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
+    most = max(sizes, key=lambda name: sizes[name])
+    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[most]
+
+
+def _in_words(found: Evaluated) -> str:
+    words = f"evaluation loss {found.loss:.4f}"
+    if found.exact is not None and found.character_error_rate is not None:
+        words += (
+            f", {found.exact:.1%} of {len(found.answered)} answers exact, character error rate "
+            f"{found.character_error_rate:.1%}"
+        )
+    return words
