@@ -68,6 +68,11 @@ def save_adapters(model: VisionLanguageModel, adapters: Adapters, folder: Path, 
             name = f"base_model.model.{theirs(layer)}.{kind}.weight"
             tensors[name] = weight.detach().cpu().contiguous()
     config = _config(adapters.lora, [theirs(layer) for layer in adapters.layers])
+    if adapters.lora.connector:
+        name = theirs("connector.proj")
+        config.modules_to_save = [name.removeprefix("model.")]
+        whole = model.connector.proj.weight.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.weight"] = whole
     config.inference_mode = True
     config.base_model_name_or_path = base
     with atomic_folder(folder, overwrite=True) as temporary:

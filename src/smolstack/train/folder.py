@@ -10,8 +10,7 @@ from typing import Any
 
 from smolstack.checkpoint.save import to_json
 from smolstack.errors import TrainingError
-from smolstack.train.metrics import METRICS
-from smolstack.train.processes import Processes
+from smolstack.train.metrics import METRICS, write_text
 from smolstack.train.recipe import Recipe
 from smolstack.train.state import Saved, latest, read_state, remove_leftovers
 
@@ -31,10 +30,8 @@ FREE = (
 )
 
 
-def claim_folder(
-    recipe: Recipe, processes: Processes, *, resume: bool, overwrite: bool
-) -> Saved | None:
-    """The checkpoint to go on from; or None, and the folder free for a new run.
+def claim_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Saved | None:
+    """The checkpoint to go on from; None for a new run. Nothing is written or removed.
 
     Raises:
         TrainingError: an earlier run is there and nothing was said about it, or it had another
@@ -44,24 +41,27 @@ def claim_folder(
     last = latest(folder / CHECKPOINTS)
     if resume and last is not None:
         _check_recipe(recipe, folder)
-        if processes.first:
-            remove_leftovers(folder / CHECKPOINTS)
         return read_state(last)
-    used = [n for n in (RECIPE, METRICS, CHECKPOINTS, MODEL) if (folder / n).exists()]
+    used = [name for name in (RECIPE, METRICS, MODEL, CHECKPOINTS) if (folder / name).exists()]
     if used and not (overwrite or resume):
         raise TrainingError(
             f"{folder} holds an earlier run ({', '.join(used)}); resume goes on with it, "
             "overwrite removes it"
         )
-    processes.wait()
-    if processes.first:
+    return None
+
+
+def prepare_folder(recipe: Recipe, saved: Saved | None) -> None:
+    """Make the run's folder fit to go on from ``saved``, or to begin: no earlier run's files."""
+    folder = Path(recipe.output)
+    if saved is None:
         for name in (METRICS, RECIPE):
             (folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, MODEL):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    processes.wait()
-    return None
+    remove_leftovers(folder / CHECKPOINTS)
+    write_text(folder / RECIPE, to_json(recipe.to_dict()))
 
 
 def _check_recipe(recipe: Recipe, folder: Path) -> None:

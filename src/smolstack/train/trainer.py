@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smolstack.checkpoint.hub import find
 from smolstack.checkpoint.load import DTYPES, choose_device, load_checkpoint
-from smolstack.checkpoint.save import complete_side_files, save_checkpoint, to_json
+from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.checkpoint.weights import read_entries
 from smolstack.errors import ConfigError, DataError, TrainingError
 from smolstack.processor.geometry import Tiling
@@ -22,9 +22,9 @@ from smolstack.train.adapters import save_adapters
 from smolstack.train.data import Source, open_source
 from smolstack.train.display import Display
 from smolstack.train.evaluation import Evaluated, Evaluator
-from smolstack.train.folder import CACHE, CHECKPOINTS, MODEL, RECIPE, claim_folder
+from smolstack.train.folder import CACHE, CHECKPOINTS, MODEL, claim_folder, prepare_folder
 from smolstack.train.frozen import weights_digest
-from smolstack.train.metrics import Metrics, plot, write_text
+from smolstack.train.metrics import Metrics, plot
 from smolstack.train.parts import changed_weights, plain_name
 from smolstack.train.processes import Processes, connected
 from smolstack.train.recipe import Recipe
@@ -74,7 +74,7 @@ def train(
         connected(choose_device(recipe.device)) as processes,
         Display(processes.first and not quiet) as display,
     ):
-        saved = claim_folder(recipe, processes, resume=resume, overwrite=overwrite)
+        saved = claim_folder(recipe, resume=resume, overwrite=overwrite)
         return Trainer(recipe, processes, display, saved).run()
 
 
@@ -120,10 +120,11 @@ class Trainer:
         self.total = sum(steps_of(self, number) for number in range(len(recipe.stages)))
         self._check_saved()
         self._preview()
+        processes.wait()  # nobody looks for an earlier run once this one has begun to write
         self.metrics: Metrics | None = None
         if processes.first:
             place = Place() if self.saved is None else self.saved.place
-            write_text(self.folder / RECIPE, to_json(recipe.to_dict()))
+            prepare_folder(recipe, saved)
             self.metrics = Metrics(self.folder, place.total, tensorboard=recipe.tensorboard)
         processes.wait()
 

@@ -1,0 +1,109 @@
+"""Examples are found in folders, JSONL files and saved datasets, and bad ones are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tests.train.conftest import ANSWERS, chat, draw
+
+from smolstack.errors import DataError
+from smolstack.processor.prompt import split_messages
+from smolstack.train.data import Example, open_source
+
+QUESTION = "What does it say?"
+
+
+def shape(example: Example) -> tuple[list[str], list[Any]]:
+    """Texts by message and the pictures, as the processor would read the chat."""
+    messages, pictures = split_messages(example.messages)
+    return ["".join(p.get("text", "") for p in m["content"]) for m in messages], pictures
+
+
+def test_the_same_examples_in_every_form(data: Path, tmp_path: Path) -> None:
+    folder = open_source(data / "pictures", QUESTION)
+    lines = open_source(data / "train.jsonl", QUESTION)
+    rows = [{"file_name": f"{i}.png", "text": answer} for i, answer in enumerate(ANSWERS)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    metadata = open_source(tmp_path, QUESTION)
+    assert len(folder) == len(lines) == len(metadata) == len(ANSWERS)
+    for index, answer in enumerate(ANSWERS):
+        picture = data / "pictures" / f"{index}.png"
+        assert shape(folder[index]) == ([QUESTION, answer], [picture])
+        assert shape(lines[index]) == ([QUESTION, answer], [picture])
+        assert shape(metadata[index]) == ([QUESTION, answer], [tmp_path / f"{index}.png"])
+
+
+def test_pictures_may_stand_beside_the_messages(tmp_path: Path) -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "And now?"}, {"type": "image"}]
+    answer = {"role": "assistant", "content": "two"}
+    rows = [
+        {"images": ["a.png", "b.png"], "messages": [{"role": "user", "content": parts}, answer]},
+        {"images": ["a.png"], "messages": [{"role": "user", "content": "plain"}, answer]},
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source = open_source(path, QUESTION)
+    assert shape(source[0]) == (["And now?", "two"], [tmp_path / "a.png", tmp_path / "b.png"])
+    assert shape(source[1]) == (["plain", "two"], [tmp_path / "a.png"])
+
+
+def test_a_dataset_that_datasets_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"images": [draw(a, i)], **chat(None, a)} for i, a in enumerate(ANSWERS[:3])]
+    features = datasets.Features(
+        {
+            "images": [datasets.Image()],
+            "messages": [
+                {
+                    "role": datasets.Value("string"),
+                    "content": [
+                        {key: datasets.Value("string") for key in ("type", "text", "image")}
+                    ],
+                }
+            ],
+        }
+    )
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    source = open_source(tmp_path / "saved", QUESTION)
+    assert len(source) == 3
+    texts, pictures = shape(source[1])
+    assert texts == [QUESTION, ANSWERS[1]]
+    assert isinstance(pictures[0], Image.Image)
+    assert pictures[0].tobytes() == draw(ANSWERS[1], 1).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "example 1 is not valid JSON"),
+        ("[]", "expected an object"),
+        ('{"a": 1}', r"has the keys \['a'\], expected messages, or a picture"),
+        ('{"file_name": "a.png", "text": ""}', "empty answer"),
+        ('{"messages": "hi"}', "expected a list"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "more image parts"),
+        ('{"images": ["a.png"], "messages": []}', "no image part"),
+        ('{"file_name": "https://a/b.png", "text": "x"}', "not fetched"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=words):
+        open_source(path, QUESTION)[0]
+
+
+def test_places_without_examples_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        open_source(tmp_path / "nothing", QUESTION)
+    with pytest.raises(DataError, match="holds no pictures"):
+        open_source(tmp_path, QUESTION)
+    draw("1", 1).save(tmp_path / "lonely.png")
+    with pytest.raises(DataError, match=r"no \.txt file beside them.*lonely\.png"):
+        open_source(tmp_path, QUESTION)
+    (tmp_path / "data.csv").write_text("a")
+    with pytest.raises(DataError, match=r"expected \.jsonl"):
+        open_source(tmp_path / "data.csv", QUESTION)

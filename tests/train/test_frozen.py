@@ -1,0 +1,78 @@
+"""A frozen tower runs once per picture, and nothing depends on whether it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tests.train.conftest import draw
+
+import smolstack
+from smolstack.processor.geometry import TilePlan
+from smolstack.train.frozen import FrozenTower
+from smolstack.vlm import VLM
+
+
+@pytest.fixture
+def vlm(tiny_folder: Path) -> VLM:
+    return smolstack.load(tiny_folder)
+
+
+def planned(vlm: VLM, *pictures: Image.Image) -> list[tuple[Image.Image, TilePlan]]:
+    return [(picture, vlm.processor.plan(picture)) for picture in pictures]
+
+
+def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
+
+
+def tower(vlm: VLM, cache: Path | None, *, projected: bool = False) -> FrozenTower:
+    return FrozenTower(vlm.model, vlm.processor, projected=projected, cache=cache)
+
+
+def test_the_second_time_the_tower_does_not_run(vlm: VLM, tmp_path: Path) -> None:
+    pictures = planned(vlm, draw("1", 1), draw("2", 2), draw("1", 1))
+    first, again, none = (tower(vlm, cache) for cache in (tmp_path, tmp_path, None))
+    states = first(pictures)
+    assert (first.computed, first.read) == (2, 1)
+    assert same(again(pictures), states)
+    assert (again.computed, again.read) == (0, 3)
+    assert same(none(pictures), states)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_visual_tokens_are_those_of_the_model(vlm: VLM, tmp_path: Path, projected: bool) -> None:
+    picture = draw("12", 3)
+    (pair,) = planned(vlm, picture)
+    states = tower(vlm, tmp_path, projected=projected).states(*pair)
+    visual = states if projected else vlm.model.connector.proj(states)
+    torch.testing.assert_close(visual, vlm.encode(picture).tokens, atol=1e-6, rtol=1e-6)
+
+
+def test_other_weights_pictures_or_settings_are_other_entries(vlm: VLM, tmp_path: Path) -> None:
+    one, other = planned(vlm, draw("1", 1), draw("1", 5))
+    tower(vlm, tmp_path)([one])
+    with torch.no_grad():
+        vlm.model.connector.proj.weight.mul_(2)
+    kept = tower(vlm, tmp_path)
+    kept([one])
+    assert kept.computed == 0, "the connector stands behind what is kept"
+    kept([other, (one[0], vlm.processor.plan(one[0], split=False))])
+    assert kept.computed == 2
+    with torch.no_grad():
+        vlm.model.vision.norm.bias[0] += 1e-3
+    changed = tower(vlm, tmp_path)
+    changed([one])
+    assert changed.computed == 1
+
+
+def test_a_damaged_entry_is_made_again(vlm: VLM, tmp_path: Path) -> None:
+    pictures = planned(vlm, draw("1", 1))
+    states = tower(vlm, tmp_path)(pictures)
+    (entry,) = tmp_path.rglob("*.safetensors")
+    entry.write_bytes(entry.read_bytes()[:100])
+    again = tower(vlm, tmp_path)
+    assert same(again(pictures), states)
+    assert again.computed == 1
