@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smolstack.train.bridge import bridge_towers
     from smolstack.train.recipe import Data, Evaluation, Lora, Recipe, Stage
     from smolstack.train.trainer import Trained, train
 
@@ -20,9 +21,10 @@ _HOMES = {
     "Recipe": "recipe",
     "Stage": "recipe",
     "Trained": "trainer",
+    "bridge_towers": "bridge",
     "train": "trainer",
 }
-__all__ = ["Data", "Evaluation", "Lora", "Recipe", "Stage", "Trained", "train"]
+__all__ = ["Data", "Evaluation", "Lora", "Recipe", "Stage", "Trained", "bridge_towers", "train"]
 
 
 def __getattr__(name: str) -> Any:
