@@ -8,7 +8,7 @@ has to learn to say, in the decoder's language, what the tower sees.
 
 Afterwards bridge/run/model is a checkpoint like any other:
 
-    smolstack ask examples/number.png "Which number is it?" --model bridge/run/model --no-split
+    smolstack ask bridge/test/00001.png "Which number is it?" --model bridge/run/model --no-split
 """
 
 from __future__ import annotations

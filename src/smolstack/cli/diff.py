@@ -94,7 +94,7 @@ def _table(title: str, changes: tuple[Change, ...] | list[Change]) -> Table:
             change.name,
             f"{change.changed} of {change.tensors}",
             millions(change.parameters),
-            "none" if same else f"{change.relative:.3%}",
+            "none" if same else f"{100 * change.relative:.3g}%",
             "" if same else f"{change.largest:.3g}",
         )
     return table

@@ -76,7 +76,7 @@ def _fresh_projection(
 ) -> torch.Tensor:
     """Noise at the scale of the words: the tower's last norm makes its states about 1 in size."""
     rows, columns = model.connector.proj.weight.shape
-    size = float(words.decoder.embedding.weight.square().mean().sqrt())
+    size = float(words.decoder.embedding.weight.detach().square().mean().sqrt())
     generator = torch.Generator().manual_seed(seed)
     noise: torch.Tensor = torch.randn(rows, columns, generator=generator) * size
     return noise / math.sqrt(columns)

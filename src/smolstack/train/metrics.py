@@ -113,7 +113,7 @@ def plot(folder: Path) -> Path | None:
         )
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
-    axes.legend(handles, labels, loc="upper right", fontsize=8, framealpha=0.9)
+    axes.legend(handles, labels, loc="center right", fontsize=8, framealpha=0.9)
     temporary = folder / f".{PLOT}"
     figure.savefig(temporary, format="png")
     os.replace(temporary, folder / PLOT)
