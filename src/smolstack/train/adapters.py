@@ -77,7 +77,9 @@ def save_adapters(model: VisionLanguageModel, adapters: Adapters, folder: Path, 
     config.base_model_name_or_path = base
     with atomic_folder(folder, overwrite=True) as temporary:
         config.save_pretrained(str(temporary))
-        save_file(tensors, str(temporary / "adapter_model.safetensors"), {"format": "pt"})
+        weights = temporary / "adapter_model.safetensors"
+        save_file(tensors, str(weights), {"format": "pt"})
+        weights.chmod(0o644)  # safetensors writes for the owner alone
     return folder
 
 

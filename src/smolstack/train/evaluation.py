@@ -55,6 +55,16 @@ class Evaluated:
     character_error_rate: float | None = None
     answered: tuple[Answered, ...] = ()
 
+    def sentence(self) -> str:
+        """The result in words."""
+        words = f"evaluation loss {self.loss:.4f}"
+        if self.exact is not None and self.character_error_rate is not None:
+            words += (
+                f", {self.exact:.1%} of {len(self.answered)} answers exact, character error rate "
+                f"{self.character_error_rate:.1%}"
+            )
+        return words
+
     def metrics(self) -> dict[str, float]:
         """What goes into the log."""
         found = {"evaluation_loss": self.loss}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from smolstack.checkpoint.hub import find
@@ -176,7 +178,7 @@ class Trainer:
             self.log({"step": place.total, "stage": place.stage, **found.metrics()})
             if found.answered:
                 draw_sheet(found.answered, self.folder / SHEET)
-            self.display.say(f"step {place.total:,}: " + _in_words(found))
+            self.display.say(f"step {place.total:,}: " + found.sentence())
             plot(self.folder)
         self.processes.wait()
 
@@ -199,6 +201,16 @@ class Trainer:
         """Where the last checkpoint is, in words."""
         last = latest(self.folder / CHECKPOINTS)
         return "there is no checkpoint yet" if last is None else f"the last good one is {last}"
+
+    @contextmanager
+    def _writing(self, target: Path) -> Iterator[None]:
+        """What the disk refuses is said in one sentence; the checkpoints are there still."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"{target} cannot be written: {error}; {self.last_good()}"
+            ) from error
 
     def restore_weights(self, saved: Saved) -> None:
         """Put a checkpoint's weights into the model, which has its adapters already."""
@@ -240,7 +252,8 @@ class Trainer:
         if self.processes.first:
             name = f"adapter-{running.number + 1}" if len(self.recipe.stages) > 1 else "adapter"
             base = self.recipe.model or "smolstack's bundled reader"
-            save_adapters(self.vlm.model, running.adapters, self.folder / name, base)
+            with self._writing(self.folder / name):
+                save_adapters(self.vlm.model, running.adapters, self.folder / name, base)
         running.adapters.merge()
 
     def _save_model(self) -> Path:
@@ -252,7 +265,8 @@ class Trainer:
             side = complete_side_files(
                 self.checkpoint.files, self.vlm.config, self.vlm.processor.settings
             )
-            save_checkpoint(target, model, side, overwrite=True)
+            with self._writing(target):
+                save_checkpoint(target, model, side, overwrite=True)
         self.processes.wait()
         return target
 
@@ -303,13 +317,3 @@ def _stored_dtype(folder: Path, wanted: str) -> torch.dtype:
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
     most = max(sizes, key=lambda name: sizes[name])
     return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[most]
-
-
-def _in_words(found: Evaluated) -> str:
-    words = f"evaluation loss {found.loss:.4f}"
-    if found.exact is not None and found.character_error_rate is not None:
-        words += (
-            f", {found.exact:.1%} of {len(found.answered)} answers exact, character error rate "
-            f"{found.character_error_rate:.1%}"
-        )
-    return words
