@@ -16,6 +16,8 @@ import httpx
 import openai
 import pytest
 
+import smolstack
+
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
@@ -107,6 +109,17 @@ def data_url(picture: bytes, kind: str = "png") -> str:
 
 
 @pytest.fixture(scope="session")
+def reader() -> smolstack.VLM:
+    return smolstack.load()
+
+
+@pytest.fixture(scope="session")
+def says(reader: smolstack.VLM) -> str:
+    """What the model reads in the example picture: a number of four digits."""
+    return reader.ask(EXAMPLES / "number.png", "What does it say?").text
+
+
+@pytest.fixture(scope="session")
 def number() -> str:
-    """A picture that says 4711, as a data URL."""
+    """The example picture as a data URL."""
     return data_url((EXAMPLES / "number.png").read_bytes())

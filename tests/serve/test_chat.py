@@ -20,22 +20,19 @@ def asking(*pictures: str, text: str = QUESTION) -> list[Any]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-@pytest.fixture(scope="module")
-def reader() -> smolstack.VLM:
-    return smolstack.load()
-
-
 def test_a_picture_is_read(client: openai.OpenAI, reader: smolstack.VLM, number: str) -> None:
     made = client.chat.completions.create(model=MODEL, messages=asking(number))
     expected = reader.ask(EXAMPLES / "number.png", QUESTION)
-    assert made.choices[0].message.content == expected.text == "4711"
+    assert made.choices[0].message.content == expected.text
     assert made.choices[0].finish_reason == "stop"
     assert made.usage is not None
     assert made.usage.prompt_tokens == expected.usage.prompt_tokens
     assert made.usage.completion_tokens == expected.usage.completion_tokens
 
 
-def test_an_answer_streams_and_ends_with_its_usage(client: openai.OpenAI, number: str) -> None:
+def test_an_answer_streams_and_ends_with_its_usage(
+    client: openai.OpenAI, number: str, says: str
+) -> None:
     chunks = list(
         client.chat.completions.create(
             model=MODEL,
@@ -45,7 +42,7 @@ def test_an_answer_streams_and_ends_with_its_usage(client: openai.OpenAI, number
         )
     )
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert "".join(pieces) == "4711"
+    assert "".join(pieces) == says
     assert len([piece for piece in pieces if piece]) > 1
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == "stop"
@@ -97,16 +94,16 @@ def test_sampling_is_that_of_ask(client: openai.OpenAI, reader: smolstack.VLM, n
     assert made.choices[0].message.content == expected.text
 
 
-def test_a_stop_string_ends_an_answer(client: openai.OpenAI, number: str) -> None:
-    made = client.chat.completions.create(model=MODEL, messages=asking(number), stop=["11"])
-    assert (made.choices[0].message.content, made.choices[0].finish_reason) == ("47", "stop")
+def test_a_stop_string_ends_an_answer(client: openai.OpenAI, number: str, says: str) -> None:
+    made = client.chat.completions.create(model=MODEL, messages=asking(number), stop=[says[2:]])
+    assert (made.choices[0].message.content, made.choices[0].finish_reason) == (says[:2], "stop")
     made = client.chat.completions.create(model=MODEL, messages=asking(number), max_tokens=3)
-    assert (made.choices[0].message.content, made.choices[0].finish_reason) == ("47", "length")
+    assert (made.choices[0].message.content, made.choices[0].finish_reason) == (says[:2], "length")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_tell_how_likely_each_token_was(
-    client: openai.OpenAI, number: str, stream: bool
+    client: openai.OpenAI, number: str, says: str, stream: bool
 ) -> None:
     made: Any = client.chat.completions.create(
         model=MODEL, messages=asking(number), logprobs=True, top_logprobs=3, stream=stream
@@ -115,7 +112,7 @@ def test_logprobs_tell_how_likely_each_token_was(
     for part in made if stream else [made]:
         for choice in part.choices:
             tokens += choice.logprobs.content if choice.logprobs else []
-    assert "".join(token.token for token in tokens).strip().startswith("4711")
+    assert "".join(token.token for token in tokens).strip().startswith(says)
     for token in tokens:
         assert len(token.top_logprobs) == 3
         assert token.logprob <= 0
@@ -156,15 +153,17 @@ def test_json_that_is_cut_off_says_so(client: openai.OpenAI, number: str) -> Non
         json.loads(made.choices[0].message.content or "")
 
 
-def test_choices_come_with_their_probabilities(client: openai.OpenAI, number: str) -> None:
+def test_choices_come_with_their_probabilities(
+    client: openai.OpenAI, number: str, says: str
+) -> None:
     made = client.chat.completions.create(
-        model=MODEL, messages=asking(number), extra_body={"choices": ["1234", "4711", "47"]}
+        model=MODEL, messages=asking(number), extra_body={"choices": ["1234", says, "47"]}
     )
     choice = made.choices[0]
-    assert choice.message.content == "4711"
+    assert choice.message.content == says
     found = choice.model_extra["probabilities"]  # type: ignore[index]
     assert sum(found.values()) == pytest.approx(1)
-    assert max(found, key=found.get) == "4711"
+    assert max(found, key=found.get) == says
 
 
 def test_a_picture_is_encoded_once_for_many_requests(
