@@ -132,7 +132,7 @@ def count_work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return tower(self, x, *rest)
 
     def tokens(self: Decoder, x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        log.append(("decode", x.shape[0]) if x.shape[1] == 1 else ("prefill", x.shape[1]))
+        log.append(("decode", x.shape[0]) if x.shape[1] == 1 else ("prefill", x.shape[:2].numel()))
         return decoder(self, x, *rest, **named)
 
     monkeypatch.setattr(VisionTower, "forward", tiles)
@@ -179,6 +179,7 @@ def test_decoding_never_waits_for_more_than_one_piece_of_a_newcomers_work(
         log = count_work(monkeypatch)
         for picture in pictures:
             desk.ask(picture, "What?", max_new_tokens=3)
+        desk.ask((), "Which?", choices=["a short one", "another " * 5, "one more", "the fourth"])
         desk.run()
     finally:
         tiny_vlm.eos_token_ids = ends

@@ -132,6 +132,15 @@ def test_choices_are_exactly_as_likely_as_the_model_has_them(vlm: smolstack.VLM)
     assert answer.text == max(answer.probabilities, key=answer.probabilities.__getitem__)
 
 
+def test_many_and_long_choices_are_read_in_pieces(reader: smolstack.VLM) -> None:
+    texts = [str(number) * 4 for number in range(200)] + ["0123456789" * 55]
+    many = reader.ask(PICTURE, QUESTION, choices=texts).choice_logprobs
+    assert many is not None
+    for some in (texts[:3], texts[-2:]):
+        few = reader.ask(PICTURE, QUESTION, choices=some).choice_logprobs
+        assert few == pytest.approx({text: many[text] for text in some}, rel=1e-4)
+
+
 def test_choices_are_drawn_as_often_as_they_are_likely(reader: smolstack.VLM) -> None:
     options: dict[str, Any] = {"choices": ["4711", "4712", "4719"], "temperature": 3.0}
     found = [reader.ask(PICTURE, QUESTION, seed=seed, **options).text for seed in range(12)]

@@ -30,6 +30,20 @@ def png(width: int, height: int) -> bytes:
     return content.getvalue()
 
 
+def saved(kind: str) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, kind)
+    return content.getvalue()
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A response_format whose objects stand so deep in each other."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"in": schema}}
+    return {"type": "json_schema", "json_schema": {"schema": schema, "strict": True}}
+
+
 def bomb(side: int) -> bytes:
     """A PNG of a few bytes that says it has side² pixels."""
 
@@ -99,7 +113,10 @@ def message(response: httpx.Response) -> str:
         ),
         ({"messages": asking(data_url(bomb(60_000)))}, "too large to decode"),
         ({"messages": asking(*[data_url(png(8, 8))] * 17)}, "17 pictures, at most 16"),
-        ({"messages": [{"role": "user", "content": "long " * 9000}]}, "the model's context holds"),
+        ({"messages": [{"role": "user", "content": "long " * 3000}]}, "the model's context holds"),
+        ({"messages": [{"role": "user", "content": "long " * 90_000}]}, "450,000 characters"),
+        ({"messages": asking(data_url(saved("tga")))}, "the picture's format is TGA, expected"),
+        ({"response_format": nested(300)}, "nested too deeply"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -43,6 +43,9 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option(min=1, help="Largest request body.", rich_help_panel=_LIMITS)
     ] = 32 * 2**20,
+    body_seconds: Annotated[
+        float, typer.Option(help="Longest wait for a request's body.", rich_help_panel=_LIMITS)
+    ] = 60.0,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Largest picture, in pixels.", rich_help_panel=_LIMITS)
     ] = 40_000_000,
@@ -144,6 +147,7 @@ def serve(
         name=name or (Path(model).name if model else "smolstack-reader"),
         api_key=os.environ.get(KEY) or None,
         body_bytes=max_body_bytes,
+        body_seconds=body_seconds,
         picture_pixels=max_pixels,
         pictures=max_pictures,
         prompt_tokens=max_prompt_tokens,

@@ -19,6 +19,7 @@ from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor, Prompt
 
 _COPIED_BYTES = 256 * 2**20  # of the prompt's cache, for the choices read side by side
+_TOKENS = 512  # of choices read in one pass, padding included
 
 
 def continuations(
@@ -51,36 +52,53 @@ def continuations(
 
 
 def score(
-    model: VisionLanguageModel, logits: Tensor, cache: KVCache, choices: Sequence[Sequence[int]]
+    model: VisionLanguageModel,
+    logits: Tensor,
+    cache: KVCache,
+    choices: Sequence[Sequence[int]],
+    tokens: int = _TOKENS,
 ) -> Iterator[list[float]]:
-    """Log-probabilities of whole choices after a prompt, some per step.
+    """Log-probabilities of whole choices after a prompt, a bounded piece of work per step.
 
     Args:
         logits: (V,) after the prompt.
         cache: holds the prompt of one sequence; it is left as it was.
         choices: token ids of each.
+        tokens: read in one step at most, padding included.
 
     Yields:
         Natural logarithms of the joint probability of a choice's tokens, in order, for as many
-        choices as were read in one pass.
+        choices as that step completed (none, in the midst of a long one).
     """
     first = logits.float().log_softmax(dim=-1)
-    at_once = max(1, _COPIED_BYTES // max(cache.held_bytes, 1))
-    for start in range(0, len(choices), at_once):
-        some = choices[start : start + at_once]
+    most = max(1, _COPIED_BYTES // max(cache.held_bytes, 1))
+    for some in _side_by_side(choices, most, tokens):
         totals = [float(first[ids[0]]) for ids in some]
-        longest = max(len(ids) for ids in some) - 1
-        if longest:
-            with torch.inference_mode():
-                later = _later(model, cache, some, longest)
+        for later in _later(model, cache, some, tokens):
+            yield []
             totals = [a + b for a, b in zip(totals, later, strict=True)]
         yield totals
 
 
+def _side_by_side(
+    choices: Sequence[Sequence[int]], rows: int, tokens: int
+) -> Iterator[list[Sequence[int]]]:
+    """Neighbours that fit into one pass; a choice that does not fit into one is alone."""
+    some: list[Sequence[int]] = []
+    for ids in choices:
+        longest = max(len(each) for each in [*some, ids])
+        if some and (len(some) == rows or (len(some) + 1) * longest > tokens):
+            yield some
+            some = []
+        some.append(ids)
+    yield some
+
+
 def _later(
-    model: VisionLanguageModel, cache: KVCache, choices: Sequence[Sequence[int]], longest: int
-) -> list[float]:
-    """Log-probabilities of all tokens of each choice but its first."""
+    model: VisionLanguageModel, cache: KVCache, choices: Sequence[Sequence[int]], tokens: int
+) -> Iterator[list[float]]:
+    """Log-probabilities of the tokens of each choice but its first: those of one pass per step."""
+    longest = max(len(ids) for ids in choices) - 1
     fed = torch.zeros(len(choices), longest, dtype=torch.long)
     wanted = torch.zeros_like(fed)
     real = torch.zeros_like(fed, dtype=torch.bool)
@@ -90,11 +108,17 @@ def _later(
         wanted[row, :known] = torch.tensor(ids[1:])
         real[row, :known] = True
     # Padding stands on the right, where nothing that counts can see it.
-    beside = cache.copied(len(choices), cache.length + longest)
-    states = model.decoder(model.decoder.embedding(fed.to(model.device)), cache=beside)
-    scores = model.logits(states).float().log_softmax(dim=-1)
-    taken = scores.gather(2, wanted.to(model.device)[..., None])[..., 0].cpu()
-    return [float(row[keep].sum()) for row, keep in zip(taken, real, strict=True)]
+    beside = cache.copied(len(choices), cache.length + longest) if longest else cache
+    width = max(1, tokens // len(choices))
+    for start in range(0, longest, width):
+        part = slice(start, start + width)
+        with torch.inference_mode():
+            states = model.decoder(
+                model.decoder.embedding(fed[:, part].to(model.device)), cache=beside
+            )
+            scores = model.logits(states).float().log_softmax(dim=-1)
+            taken = scores.gather(2, wanted[:, part].to(model.device)[..., None])[..., 0].cpu()
+        yield [float(row[keep].sum()) for row, keep in zip(taken, real[:, part], strict=True)]
 
 
 def probabilities(log_probabilities: Sequence[float]) -> list[float]:

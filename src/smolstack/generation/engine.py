@@ -42,23 +42,42 @@ class Engine:
         *,
         seconds: float | None = None,
     ) -> list[Sequence]:
-        """Ask for one answer per entry of ``options``, all to the same prompt; all or none.
+        """Ask for one answer per entry of ``options``: :meth:`make`, then :meth:`enter`."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        sequences = self.make(prompt, options, listeners, deadline=deadline)
+        self.enter(sequences)
+        return sequences
+
+    def make(
+        self,
+        prompt: Prompt,
+        options: list[ReadOptions],
+        listeners: list[Callable[[Update], None]],
+        *,
+        deadline: float | None = None,
+    ) -> list[Sequence]:
+        """Answers to one prompt that do not wait yet. A large form takes its time to compile.
 
         Args:
             listeners: one per answer, called in the engine's thread; they must be quick.
-            seconds: how long an answer may take, waiting included.
+            deadline: when an answer must be complete, on time.monotonic's clock.
 
         Raises:
-            QueueFullError: too many wait already, or the engine is closing.
             ContextLengthError, GenerationError: the prompt or its options cannot be answered.
         """
-        deadline = None if seconds is None else time.monotonic() + seconds
         answering = self.scheduler.answering
         form = Form(answering, options[0])
-        sequences = [
+        return [
             Sequence(answering, prompt, one, listener, deadline=deadline, form=form)
             for one, listener in zip(options, listeners, strict=True)
         ]
+
+    def enter(self, sequences: list[Sequence]) -> None:
+        """Let answers wait for their turn; all or none.
+
+        Raises:
+            QueueFullError: too many wait already, or the engine is closing.
+        """
         with self._changed:
             if self._closing:
                 raise QueueFullError("the server is shutting down")
@@ -66,7 +85,6 @@ class Engine:
             self._inbox += sequences
             self._news = True
             self._changed.notify()
-        return sequences
 
     def check_room(self, sequences: int = 1) -> None:
         """Raises QueueFullError when so many more could not be asked for now."""

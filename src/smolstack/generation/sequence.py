@@ -193,7 +193,9 @@ class Sequence:
                 return False
             if self._choices is not None:
                 assert self.cache is not None
-                self._scoring = score(self.answering.model, logits, self.cache, self._choices)
+                self._scoring = score(
+                    self.answering.model, logits, self.cache, self._choices, tokens
+                )
                 return False
         finally:
             self.run.prefill_seconds += perf_counter() - began

@@ -103,14 +103,24 @@ def closed(schema: Any) -> Any:
 
     JSON Schema lets every object have more unless it says otherwise, and a model that may go on
     inventing properties often does.
+
+    Raises:
+        GenerationError: a schema that is nested too deeply to be walked through.
     """
+    try:
+        return _closed(schema)
+    except RecursionError:
+        raise GenerationError("the schema is nested too deeply") from None
+
+
+def _closed(schema: Any) -> Any:
     if isinstance(schema, Mapping):
         made = {key: _closed_under(key, value) for key, value in schema.items()}
         if "properties" in made and not {"additionalProperties", "patternProperties"} & set(made):
             made["additionalProperties"] = False
         return made
     if isinstance(schema, list):
-        return [closed(item) for item in schema]
+        return [_closed(item) for item in schema]
     return schema
 
 
@@ -118,8 +128,8 @@ def _closed_under(key: str, value: Any) -> Any:
     if key in ("const", "enum", "default", "examples"):
         return value  # data, not schemas
     if key in ("properties", "$defs", "definitions") and isinstance(value, Mapping):
-        return {name: closed(one) for name, one in value.items()}
-    return closed(value)
+        return {name: _closed(one) for name, one in value.items()}
+    return _closed(value)
 
 
 def _choices(choices: Any) -> Choices:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import tokenizers
 
 from smolstack.errors import CheckpointError
+
+_LONG = 4096  # characters
 
 
 class TextTokenizer:
@@ -36,7 +39,12 @@ class TextTokenizer:
         bos = self.special_tokens.get("bos_token")
         if bos and text.startswith(bos):
             special = False
-        ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        if len(text) < _LONG:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+            return ids
+        # A batch of one lets other threads go on meanwhile, which encode does not.
+        (found,) = self.backend.encode_batch([text], add_special_tokens=special)
+        ids = found.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -53,6 +61,11 @@ class TextTokenizer:
         """The token of an id, or None when the vocabulary does not hold it."""
         found: str | None = self.backend.id_to_token(token_id)
         return found
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token: a text of n characters has at least n / longest."""
+        return max(len(token) for token in self.backend.get_vocab(with_added_tokens=True))
 
     @property
     def size(self) -> int:

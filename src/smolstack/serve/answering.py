@@ -6,47 +6,58 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from smolstack.generation.answer import Answer
 from smolstack.generation.engine import Engine
 from smolstack.generation.options import ReadOptions
-from smolstack.generation.sequence import Update
+from smolstack.generation.sequence import Sequence, Update
 from smolstack.processor.processor import Prompt
 from smolstack.serve.metrics import Metrics
 
+T = TypeVar("T")
+
 
 class Asking:
-    """The answers to one request.
+    """The answers to one request: made in any thread, begun and listened to in the loop's.
 
     Iterating gives (answer's index, update) until all are complete. :meth:`close` must be called:
     it stops the work of answers that nobody waits for any more.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        metrics: Metrics,
-        prompt: Prompt,
-        options: list[ReadOptions],
-        seconds: float,
-    ) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self._engine, self._metrics = engine, metrics
+        self._loop = asyncio.get_running_loop()
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-        self._began, self._open = time.perf_counter(), len(options)
+        self._sequences: list[Sequence] = []
+        self._began, self._open = time.perf_counter(), 0
         self._spoke = False
-        self.answers: list[Answer | None] = [None] * len(options)
-        self._sequences = engine.submit(
-            prompt, options, [self._listener(i) for i in range(len(options))], seconds=seconds
-        )
+        self.answers: list[Answer | None] = []
+
+    def make(self, prompt: Prompt, options: list[ReadOptions], deadline: float) -> None:
+        """Make the answers, without any work on them; ``deadline`` is on time.monotonic's clock."""
+        listeners = [self._listener(index) for index in range(len(options))]
+        self._sequences = self._engine.make(prompt, options, listeners, deadline=deadline)
+
+    def begin(self) -> None:
+        """Let the answers wait for their turn.
+
+        Raises:
+            QueueFullError: too many wait already.
+        """
+        self._engine.enter(self._sequences)
+        self._open = len(self._sequences)
+        self.answers = [None] * self._open
 
     def _listener(self, index: int) -> Callable[[Update], None]:
-        loop = asyncio.get_running_loop()
-
         def listen(update: Update) -> None:
             with contextlib.suppress(RuntimeError):  # the loop ended before the answer
-                loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+                self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
 
         return listen
 
@@ -73,6 +84,22 @@ class Asking:
         self._metrics.duration.observe(time.perf_counter() - self._began)
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events of an asking, which is closed whatever ends them, even before the first
+    one: a client may be gone by then."""
+
+    def __init__(self, events: AsyncIterator[str], asking: Asking) -> None:
+        headers = {"Cache-Control": "no-store"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._asking = asking
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._asking.close()
+
+
 async def unless_gone(receive: Callable[[], Any], work: Any) -> Any:
     """The result of awaiting ``work``, or None when the client went away first."""
     watching = asyncio.ensure_future(_gone(receive))
@@ -93,6 +120,6 @@ async def _gone(receive: Callable[[], Any]) -> None:
         pass
 
 
-async def in_thread(executor: Any, work: Callable[..., Any], *args: Any) -> Any:
+async def in_thread(executor: Executor | None, work: Callable[..., T], *args: Any) -> T:
     """Await slow work that runs in an executor's thread."""
     return await asyncio.get_running_loop().run_in_executor(executor, partial(work, *args))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from smolstack import __version__
+from smolstack.errors import DeadlineError
 from smolstack.generation.answering import Answering
 from smolstack.generation.engine import Engine
 from smolstack.serve import reading
-from smolstack.serve.answering import Asking, in_thread, unless_gone
+from smolstack.serve.answering import Asking, EventStream, in_thread, unless_gone
 from smolstack.serve.completions import Completion
 from smolstack.serve.failures import RefusedError, add_handlers, as_refusal
 from smolstack.serve.guard import Guard
@@ -36,6 +39,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "The request cannot be answered; the error says why.",
         401: "The API key is missing or wrong.",
+        408: "The body did not arrive in time.",
         413: "The body is too large.",
         429: "Too many answers wait; Retry-After says when to come back.",
         503: "The server is shutting down.",
@@ -59,7 +63,14 @@ class Server:
         self.engine = Engine(answering, settings.scheduler)
         self.metrics = Metrics(self.engine)
         self.readers = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="reading")
-        self.app = FastAPI(title="smolstack", version=__version__, lifespan=self._lifespan)
+        # FastAPI's own pages about the description load their scripts from elsewhere.
+        self.app = FastAPI(
+            title="smolstack",
+            version=__version__,
+            lifespan=self._lifespan,
+            docs_url=None,
+            redoc_url=None,
+        )
         add_handlers(self.app)
         self.app.add_middleware(Guard, settings=settings, count=self.metrics.count_response)
         self._add_routes()
@@ -93,15 +104,13 @@ class Server:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a chat, whole or as server-sent events."""
+        seconds = min(body.deadline or math.inf, self.settings.deadline)
         try:
             self.engine.check_room()
-            urls = reading.picture_urls(body, self.settings)
-            pictures = [await reading.read_picture(url, self.settings) for url in urls]
-            prompt, options = await in_thread(
-                self.readers, reading.prepare, self.vlm, body, pictures, self.settings
-            )
-            seconds = min(body.deadline or math.inf, self.settings.deadline)
-            asking = Asking(self.engine, self.metrics, prompt, options, seconds)
+            asking = await unless_gone(request.receive, self._made(body, seconds))
+            if asking is None:
+                return _gone()
+            asking.begin()
         except Exception as error:
             raise as_refusal(error, self._retry_after()) from None
         completion = Completion(body.model or self.settings.name, self.vlm.processor.tokenizer)
@@ -113,9 +122,29 @@ class Server:
             raise as_refusal(error) from None
         finally:
             asking.close()
-        if whole is None:
-            return Response(status_code=499)  # nobody is there to read it
-        return JSONResponse(whole)
+        return _gone() if whole is None else JSONResponse(whole)
+
+    async def _made(self, body: ChatRequest, seconds: float) -> Asking:
+        """The answers to a request, once its pictures are here and everything was checked."""
+        deadline = time.monotonic() + seconds
+        asking = Asking(self.engine, self.metrics)
+
+        async def reading_it() -> None:
+            urls = reading.picture_urls(body, self.settings)
+            pictures = [await reading.read_picture(url, self.settings) for url in urls]
+            await in_thread(self.readers, self._prepare, body, pictures, asking, deadline)
+
+        try:
+            await asyncio.wait_for(reading_it(), seconds)
+        except asyncio.TimeoutError:
+            raise DeadlineError("the request was not read before its deadline") from None
+        return asking
+
+    def _prepare(
+        self, body: ChatRequest, pictures: list[bytes], asking: Asking, deadline: float
+    ) -> None:
+        prompt, options = reading.prepare(self.vlm, body, pictures, self.settings)
+        asking.make(prompt, options, deadline)
 
     async def _stream(
         self, body: ChatRequest, request: Request, asking: Asking, completion: Completion
@@ -132,7 +161,7 @@ class Server:
             raise
         if first is None:
             asking.close()
-            return Response(status_code=499)
+            return _gone()
         usage = body.stream_options is not None and body.stream_options.include_usage
 
         async def events() -> AsyncIterator[str]:
@@ -148,12 +177,8 @@ class Server:
                 yield "data: [DONE]\n\n"
             except Exception as error:
                 yield _event(as_refusal(error).body())
-            finally:
-                asking.close()
 
-        return StreamingResponse(
-            events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
+        return EventStream(events(), asking)
 
     def _retry_after(self) -> int:
         """Seconds until somebody who waits now would have left, by a mean answer's work."""
@@ -188,7 +213,7 @@ class Server:
         try:
             if body.image_url is not None:
                 picture = await reading.read_picture(body.image_url.url, self.settings)
-                size = await in_thread(self.readers, reading.check_pixels, picture, self.settings)
+                size = await in_thread(self.readers, reading.check_picture, picture, self.settings)
             elif body.width and body.height:
                 size = (body.width, body.height)
             else:
@@ -223,6 +248,11 @@ class Server:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
+def _gone() -> Response:
+    """What is answered to a client that went away: nobody reads it."""
+    return Response(status_code=499)
+
+
 async def _whole(asking: Asking, completion: Completion) -> dict[str, Any]:
     async for _ in asking:
         pass
@@ -243,7 +273,7 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def _file(name: str, kind: str) -> Any:
-    content = resources.files("smolstack.serve").joinpath("page", name).read_bytes()
+    content = resources.files("smolstack.serve").joinpath("page").joinpath(name).read_bytes()
 
     async def send() -> Response:
         return Response(

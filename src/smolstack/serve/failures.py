@@ -21,7 +21,13 @@ _TYPES = {
     503: "server_error",
     504: "server_error",
 }
-_CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "queue_full", 504: "deadline"}
+_CODES = {
+    401: "invalid_api_key",
+    408: "request_too_slow",
+    413: "request_too_large",
+    429: "queue_full",
+    504: "deadline",
+}
 
 
 class RefusedError(Exception):

@@ -1,8 +1,10 @@
-"""What stands before every request: the key, and a body that is counted while it arrives."""
+"""What stands before every request: the key, and a body counted and timed while it arrives."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import time
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
@@ -15,7 +17,7 @@ OPEN = ("/", "/page.js", "/page.css", "/health")  # answered without a key
 
 
 class Guard:
-    """ASGI middleware that refuses requests without the key and bodies that are too large.
+    """ASGI middleware that refuses requests without the key, and too large or too slow bodies.
 
     Args:
         count: told the route and the status of every response.
@@ -32,6 +34,7 @@ class Guard:
             return
         headers, limit = Headers(scope=scope), self.settings.body_bytes
         received = 0
+        until, complete = time.monotonic() + self.settings.body_seconds, False
         answered = False
 
         async def sending(message: Message) -> None:
@@ -48,19 +51,25 @@ class Guard:
             return
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:  # what comes now is the client's going away, whenever it does
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise _BodyError(self._too_slow()) from None
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
                 if received > limit:
-                    raise _TooLargeError
+                    raise _BodyError(self._too_large())
             return message
 
         try:
             await self.app(scope, counted, sending)
-        except _TooLargeError:
+        except _BodyError as error:
             if not answered:
-                await self._too_large().response()(scope, receive, sending)
+                await error.refusal.response()(scope, receive, sending)
 
     def _refusal(self, path: str, headers: Headers) -> RefusedError | None:
         key = self.settings.api_key
@@ -87,6 +96,17 @@ class Guard:
             headers={"Connection": "close"},
         )
 
+    def _too_slow(self) -> RefusedError:
+        return RefusedError(
+            408,
+            f"the body did not arrive within {self.settings.body_seconds:g} s",
+            headers={"Connection": "close"},
+        )
 
-class _TooLargeError(BaseException):
+
+class _BodyError(BaseException):
     """Passes every handler of ordinary errors on its way out of the app."""
+
+    def __init__(self, refusal: RefusedError) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal

@@ -37,13 +37,13 @@ class Metrics:
         )
         self.first_token = Histogram(
             "smolstack_first_token_seconds",
-            "From a request's submission to its first token.",
+            "From a request's arrival to its first token.",
             buckets=_SECONDS,
             registry=registry,
         )
         self.duration = Histogram(
             "smolstack_request_seconds",
-            "From a request's submission to its end.",
+            "From a request's arrival to its end.",
             buckets=_SECONDS,
             registry=registry,
         )

@@ -6,7 +6,10 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
+from io import BytesIO
 from typing import Any
+
+from PIL import Image
 
 from smolstack.errors import ContextLengthError
 from smolstack.generation.options import (
@@ -19,6 +22,7 @@ from smolstack.generation.structured import closed
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tiles import image_size
+from smolstack.serve.answering import in_thread
 from smolstack.serve.failures import RefusedError
 from smolstack.serve.remote import fetch
 from smolstack.serve.schemas import ChatRequest, ImagePart, PlanRequest, ResponseFormat
@@ -26,6 +30,10 @@ from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
 _DATA = re.compile(r"data:[\w.+-]*/?[\w.+-]*((?:;[\w=.+-]+)*),", re.ASCII)
+# Pillow opens dozens more, some by running other programs.
+FORMATS = frozenset(
+    ["AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"]
+)
 _AS_ROLE = {"developer": "system"}
 
 
@@ -36,7 +44,7 @@ async def read_picture(url: str, settings: ServerSettings) -> bytes:
         RefusedError: it is no data URL, and fetching is not allowed or fails.
     """
     if url[:5].lower() == "data:":
-        return _from_data_url(url)
+        return await in_thread(None, _from_data_url, url)
     if not url.lower().startswith(("http://", "https://")):
         raise RefusedError(400, "image_url.url is neither a data URL nor an http or https address")
     if not settings.allow_remote_images:
@@ -96,7 +104,8 @@ def prepare(
         read_options(_options(request, settings, i), vlm.eos_token_ids) for i in range(count)
     ]
     for picture in pictures:
-        check_pixels(picture, settings)
+        check_picture(picture, settings)
+    _check_length(vlm, request, settings)
     rest = iter(pictures)
     messages = [
         {
@@ -122,9 +131,17 @@ def prepare(
     return prompt, options
 
 
-def check_pixels(picture: bytes, settings: ServerSettings) -> tuple[int, int]:
-    """(width, height) of a picture, refused before it is decoded when there are too many pixels."""
-    return image_size(picture, settings.picture_pixels)
+def check_picture(picture: bytes, settings: ServerSettings) -> tuple[int, int]:
+    """(width, height) of a picture; it is refused before it is decoded when it has too many
+    pixels, or a format whose decoder is not for strangers' files."""
+    size = image_size(picture, settings.picture_pixels)
+    with Image.open(BytesIO(picture)) as opened:
+        found = opened.format
+    if found not in FORMATS:
+        raise RefusedError(
+            400, f"the picture's format is {found}, expected one of {', '.join(sorted(FORMATS))}"
+        )
+    return size
 
 
 def tiling(request: ChatRequest | PlanRequest) -> Tiling:
@@ -184,6 +201,21 @@ def _check_supported(request: ChatRequest) -> None:
             raise RefusedError(400, f"{name} is not supported", param=name)
     if request.top_logprobs is not None and not request.logprobs:
         raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+
+
+def _check_length(vlm: VLM, request: ChatRequest, settings: ServerSettings) -> None:
+    """A text that cannot fit is refused before it is tokenized, which takes its time."""
+    tokenizer, limit = vlm.processor.tokenizer, vlm.config.text.max_positions
+    limit = min(limit, settings.prompt_tokens or limit)
+    count = sum(
+        len(part if isinstance(part, str) else getattr(part, "text", ""))
+        for message in request.messages
+        for part in ([message.content] if isinstance(message.content, str) else message.content)
+    )
+    if count > limit * tokenizer.longest:
+        raise ContextLengthError(
+            f"the messages hold {count:,} characters, at most {limit:,} tokens are accepted"
+        )
 
 
 def _check_markers(vlm: VLM, request: ChatRequest) -> None:

@@ -44,15 +44,18 @@ async def fetch(url: str, *, max_bytes: int, seconds: float) -> bytes:
         RefusedError: with status 400, naming what was wrong.
     """
     try:
-        async with asyncio.timeout(seconds):
-            for _ in range(_REDIRECTS + 1):
-                content, url = await _get(url, max_bytes)
-                if content is not None:
-                    return content
-    except TimeoutError:
+        return await asyncio.wait_for(_follow(url, max_bytes), seconds)
+    except asyncio.TimeoutError:
         raise RefusedError(400, f"the picture did not arrive within {seconds:g} s") from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
         raise RefusedError(400, f"the picture cannot be fetched: {type(error).__name__}") from None
+
+
+async def _follow(url: str, max_bytes: int) -> bytes:
+    for _ in range(_REDIRECTS + 1):
+        content, url = await _get(url, max_bytes)
+        if content is not None:
+            return content
     raise RefusedError(400, f"the picture's address redirects more than {_REDIRECTS} times")
 
 

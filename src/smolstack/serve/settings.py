@@ -17,12 +17,14 @@ class ServerSettings:
         name: what /v1/models calls the checkpoint; answers are given under any name.
         api_key: what clients must send as a bearer token; None lets everybody in.
         body_bytes: largest request body, counted while it arrives.
+        body_seconds: how long a request body may take to arrive.
         picture_pixels: largest picture, checked before it is decoded.
         pictures: most pictures of one request.
         prompt_tokens: longest prompt, visual tokens included; None is the model's context.
         new_tokens: longest answer, whatever a request asks for.
         answers: most answers of one request (``n``).
-        deadline: seconds that a request may take, waiting included.
+        deadline: seconds that a request may take once its body is here, fetching its pictures
+            and waiting included.
         drain: seconds that requests at work get to finish when the server is told to stop.
         allow_remote_images: whether pictures are fetched from public addresses.
         remote_bytes, remote_seconds: limits of one fetched picture.
@@ -33,6 +35,7 @@ class ServerSettings:
     name: str = "smolstack"
     api_key: str | None = field(default=None, repr=False)
     body_bytes: int = 32 * 2**20
+    body_seconds: float = 60.0
     picture_pixels: int = 40_000_000
     pictures: int = 16
     prompt_tokens: int | None = None
@@ -50,6 +53,6 @@ class ServerSettings:
         for name in ("body_bytes", "picture_pixels", "pictures", "new_tokens", "answers"):
             if getattr(self, name) < 1:
                 raise GenerationError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        for name in ("deadline", "drain", "remote_seconds"):
+        for name in ("body_seconds", "deadline", "drain", "remote_seconds"):
             if getattr(self, name) <= 0:
                 raise GenerationError(f"{name} is {getattr(self, name)}, expected above 0")
