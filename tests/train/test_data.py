@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.train.conftest import ANSWERS, chat, draw
+from tests.train.conftest import ANSWERS, MakeRecipe, chat, draw
 
 from smolstack.errors import DataError
 from smolstack.processor.prompt import split_messages
+from smolstack.train import train
 from smolstack.train.data import Example, open_source
+from smolstack.train.metrics import read_metrics
 
 QUESTION = "What does it say?"
 
@@ -74,6 +76,42 @@ def test_a_dataset_that_datasets_saved(tmp_path: Path) -> None:
     assert texts == [QUESTION, ANSWERS[1]]
     assert isinstance(pictures[0], Image.Image)
     assert pictures[0].tobytes() == draw(ANSWERS[1], 1).tobytes()
+
+
+def test_rows_in_memory_train_like_a_file(
+    make_recipe: MakeRecipe, data: Path, tmp_path: Path
+) -> None:
+    """A ``datasets.Dataset``, or a list of dictionaries, handed over in Python."""
+    datasets = pytest.importorskip("datasets")
+    lines = (data / "train.jsonl").read_text().replace("pictures/", f"{data}/pictures/")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    table = {
+        "image": [str(data / "pictures" / f"{i}.png") for i in range(len(ANSWERS))],
+        "text": list(ANSWERS),
+    }
+    drawn = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+    losses = []
+    for number, given in enumerate((None, rows, drawn)):
+        recipe = make_recipe(output=str(tmp_path / str(number)))
+        trained = train(recipe, rows=given, evaluation_rows=rows[:2], quiet=True)
+        assert trained.evaluated is not None
+        metrics = read_metrics(Path(recipe.output) / "metrics.jsonl")
+        losses.append([line["loss"] for line in metrics if "loss" in line])
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "receipts holds no rows"),
+        ({"train": [], "test": []}, r"several datasets; pass one of \['train', 'test'\]"),
+        (iter([{}]), "list_iterator, expected rows that can be counted"),
+        ([{"a": 1}], r"receipts, row 0 has the keys \['a'\]"),
+    ],
+)
+def test_rows_that_are_none_are_named(rows: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        open_source("receipts", QUESTION, rows)[0]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from tests.train.conftest import MakeRecipe
 
 from smolstack.errors import TrainingError
 from smolstack.train import Recipe, train
-from smolstack.train.metrics import read_metrics
+from smolstack.train.metrics import Metrics, read_metrics
 from smolstack.train.state import checkpoints, read_state
 
 # Runs a recipe in a process of its own and says on stdout what it is about to do.
@@ -126,6 +128,34 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one_intact(
     assert [path for path in good.parent.iterdir() if path != good] == []
     train(recipe, resume=True, quiet=True)
     assert len(log(recipe)) == 4
+
+
+@pytest.mark.parametrize("what", ["cache", "log"])
+def test_a_full_disk_is_named_with_the_last_good_checkpoint(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    recipe = make_recipe({"steps": 4, "batch": 2}, checkpoint_every=1)
+    killed_at(recipe, "line", 2)
+    folder = Path(recipe.output) / "checkpoints"
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise full
+
+    if what == "cache":
+        monkeypatch.setattr(Path, "write_bytes", refuse)
+    else:
+        monkeypatch.setattr(Metrics, "write", refuse)
+    named = r"cache/../.*safetensors" if what == "cache" else "run"
+    words = rf"the run stops: .*{named}: No space left on device; the last good one is (.*)"
+    with pytest.raises(TrainingError, match=words) as caught:
+        train(recipe, resume=True, quiet=True)
+    monkeypatch.undo()
+    last = checkpoints(folder)[-1]
+    assert str(caught.value).endswith(str(last))
+    assert read_state(last).place.step in (1, 2)
+    train(recipe, resume=True, quiet=True)
+    assert [line["step"] for line in log(recipe)] == [1, 2, 3, 4]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_it_does_harm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from tests.train.conftest import ANSWERS, MakeRecipe
 import smolstack
 from smolstack.checkpoint.diff import diff_checkpoints
 from smolstack.errors import ConfigError, DataError, TrainingError
-from smolstack.train import Recipe, train
+from smolstack.train import Lora, Recipe, train
 from smolstack.train.metrics import read_metrics
+from smolstack.train.parts import adapted_layers
 
 
 def losses(recipe: Recipe) -> list[float]:
@@ -158,6 +160,41 @@ def test_a_pattern_that_names_no_layer_is_told_the_layers(make_recipe: MakeRecip
     recipe = make_recipe({"train": "lora", "lora": {"modules": ["q_proj"]}})
     with pytest.raises(ConfigError, match=r"'q_proj'.*decoder\.layers\.\*\.attention\.query"):
         run(recipe)
+
+
+def test_a_later_stage_is_checked_before_the_first_begins(make_recipe: MakeRecipe) -> None:
+    first = {"train": "connector", "steps": 1}
+    recipe = make_recipe(stages=[first, {"train": "lora", "steps": 1, "lora": {"modules": ["x"]}}])
+    with pytest.raises(ConfigError, match="'x', which names no linear layer"):
+        run(recipe)
+    assert not Path(recipe.output).exists()
+
+
+def test_what_an_extra_lacks_is_said_before_the_first_step(
+    make_recipe: MakeRecipe, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jiwer", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    evaluated = make_recipe(data={"evaluation": str(data / "pictures")}, evaluation={"answers": 2})
+    with pytest.raises(ConfigError, match="the package jiwer"):
+        run(evaluated)
+    with pytest.raises(ConfigError, match="the package peft"):
+        run(make_recipe({"train": "lora"}))
+    assert not Path(evaluated.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layers"),
+    [
+        ("decoder.layers.*.attention", 8),
+        ("decoder.layers.*.attention.query", 2),
+        ("vision.layers.1", 6),
+        ("*", 27),
+    ],
+)
+def test_adapters_go_where_the_pattern_says(tiny_folder: Path, pattern: str, layers: int) -> None:
+    model = smolstack.load(tiny_folder).model
+    assert len(adapted_layers(model, Lora(modules=(pattern,)))) == layers
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(make_recipe: MakeRecipe) -> None:

@@ -38,15 +38,26 @@ def add_adapters(model: VisionLanguageModel, lora: Lora, seed: int) -> Adapters:
     Raises:
         ConfigError: peft is not installed, or a pattern names no layer.
     """
-    layers = adapted_layers(model, lora)
+    layers = check_adapters(model, lora)
+    import peft
+
+    torch.manual_seed(seed)
+    return Adapters(peft.LoraModel(model, _config(lora, layers), NAME), tuple(layers), lora)
+
+
+def check_adapters(model: VisionLanguageModel, lora: Lora) -> list[str]:
+    """The layers that adapters go into.
+
+    Raises:
+        ConfigError: peft is not installed, or a pattern names no layer.
+    """
     try:
-        import peft
+        import peft  # noqa: F401
     except ImportError:
         raise ConfigError(
             "adapters need the package peft (pip install 'smolstack[train]')"
         ) from None
-    torch.manual_seed(seed)
-    return Adapters(peft.LoraModel(model, _config(lora, layers), NAME), tuple(layers), lora)
+    return adapted_layers(model, lora)
 
 
 def save_adapters(model: VisionLanguageModel, adapters: Adapters, folder: Path, base: str) -> Path:

@@ -40,15 +40,20 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Example: ...
 
 
-def open_source(path: str | Path, question: str) -> Source:
+def open_source(
+    path: str | Path, question: str, rows: Sequence[Mapping[str, Any]] | None = None
+) -> Source:
     """The examples at ``path``: a folder, a .jsonl file, or a dataset saved by ``datasets``.
 
     Args:
         question: asked about pictures that come with an answer alone.
+        rows: the examples themselves, e.g. a ``datasets.Dataset``; ``path`` is then their name.
 
     Raises:
         DataError: nothing is there, or nothing that can be read as examples.
     """
+    if rows is not None:
+        return Rows(str(path), rows, question)
     path = Path(path)
     if path.is_file():
         if path.suffix not in (".jsonl", ".ndjson"):
@@ -121,7 +126,33 @@ class JsonLines(Source):
         return Example(name, read_row(name, row, self.question, self.path.parent))
 
 
-class SavedDataset(Source):
+class Rows(Source):
+    """Rows by number: a list of dictionaries, or a ``datasets.Dataset``, read one at a time.
+
+    Relative paths of pictures start at the working folder.
+    """
+
+    def __init__(self, name: str, rows: Sequence[Mapping[str, Any]], question: str) -> None:
+        if isinstance(rows, Mapping):
+            raise DataError(f"{name} holds several datasets; pass one of {list(rows)}")
+        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+            raise DataError(
+                f"{name} is a {type(rows).__name__}, expected rows that can be counted and read "
+                "by number (a list, a datasets.Dataset); a stream has to be saved first"
+            )
+        if len(rows) == 0:
+            raise DataError(f"{name} holds no rows")
+        self.name, self.rows, self.question = name, rows, question
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        name = f"{self.name}, row {index}"
+        return Example(name, read_row(name, self.rows[index], self.question, Path()))
+
+
+class SavedDataset(Rows):
     """A dataset that ``datasets`` saved to disk, memory-mapped; needs the package datasets."""
 
     def __init__(self, folder: Path, question: str) -> None:
@@ -132,20 +163,11 @@ class SavedDataset(Source):
                 f"{folder} is a saved dataset; reading it needs the package datasets "
                 "(pip install 'smolstack[train]')"
             ) from None
-        self.name, self.question = folder.name, question
         try:
-            self.rows = datasets.load_from_disk(str(folder))
+            rows = datasets.load_from_disk(str(folder))
         except Exception as error:  # it raises many kinds
             raise DataError(f"{folder} cannot be read as a dataset: {error}") from error
-        if isinstance(self.rows, datasets.DatasetDict):
-            raise DataError(f"{folder} holds several datasets; name one of {sorted(self.rows)}")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        name = f"{self.name}, row {index}"
-        return Example(name, read_row(name, self.rows[index], self.question, Path()))
+        super().__init__(folder.name, rows, question)
 
 
 def read_row(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[str, Any], ...]:

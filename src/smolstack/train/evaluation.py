@@ -96,8 +96,6 @@ class Evaluator:
     ) -> None:
         self.vlm, self.source, self.supervisor = vlm, source, supervisor
         self.settings, self.micro_batch, self.autocast = settings, micro_batch, autocast
-        if settings.answers:
-            _error_rate(["a"], ["a"])  # jiwer is missed now, not after hours
 
     def __call__(self, loss: AnswerLoss, tower: FrozenTower | None) -> Evaluated:
         """Evaluate the model as it stands; ``tower`` spares pictures a frozen one has seen."""
@@ -203,6 +201,16 @@ def _text(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content)
+
+
+def check_evaluation(settings: Evaluation) -> None:
+    """Miss what evaluation needs before the first step, not after hours.
+
+    Raises:
+        ConfigError: answers are to be compared and jiwer is not installed.
+    """
+    if settings.answers:
+        _error_rate(["a"], ["a"])
 
 
 def _error_rate(truths: list[str], answers: list[str]) -> float:

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from smolstack.checkpoint.load import DTYPES
 from smolstack.checkpoint.save import to_json
+from smolstack.checkpoint.weights import read_entries
 from smolstack.errors import TrainingError
 from smolstack.train.metrics import METRICS, write_text
 from smolstack.train.recipe import Recipe
@@ -51,6 +55,12 @@ def claim_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Saved | No
     return None
 
 
+def last_good(recipe: Recipe) -> str:
+    """Where the run's last checkpoint is, in words."""
+    last = latest(Path(recipe.output) / CHECKPOINTS)
+    return "there is no checkpoint yet" if last is None else f"the last good one is {last}"
+
+
 def prepare_folder(recipe: Recipe, saved: Saved | None) -> None:
     """Make the run's folder fit to go on from ``saved``, or to begin: no earlier run's files."""
     folder = Path(recipe.output)
@@ -89,3 +99,14 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
             yield from _differences(one, other, f"{key}[{number}]")
     elif old != new:
         yield key, old, new
+
+
+def stored_dtype(folder: Path, wanted: str) -> torch.dtype:
+    """The number format that the trained checkpoint is saved in."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    sizes: dict[str, int] = {}
+    for entry in read_entries(folder).values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
+    most = max(sizes, key=lambda name: sizes[name])
+    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[most]

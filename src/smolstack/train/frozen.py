@@ -159,6 +159,9 @@ def _store(path: Path, entry: dict[str, Tensor]) -> None:
     try:
         temporary.write_bytes(save({name: tensor.cpu() for name, tensor in entry.items()}))
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # write() names no file
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ class Metrics:
                     self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        self._file.close()
+        """Nothing is lost by a disk that refuses this: every line was flushed before."""
+        with suppress(OSError):
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

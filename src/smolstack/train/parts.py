@@ -42,7 +42,9 @@ def adapted_layers(model: nn.Module, lora: Lora) -> list[str]:
     chosen: set[str] = set()
     for pattern in lora.modules:
         found = [
-            name for name in linear if fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+            name
+            for name in linear
+            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
         ]
         if not found:
             raise ConfigError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from rich.text import Text
 
+from smolstack.errors import DataError
 from smolstack.processor.processor import Processor
 from smolstack.train.data import Source
+from smolstack.train.display import Display
 from smolstack.train.supervision import IGNORED, Lesson, Supervisor
 
 COUNTED = 200  # examples that are counted where not all are checked
@@ -42,10 +44,37 @@ class Counts:
         )
 
 
-def lessons_to_check(
+def show_examples(
+    sources: Mapping[str, Source], supervisor: Supervisor, display: Display, *, everything: bool
+) -> None:
+    """Look at examples before anything is trained on them, and say what was seen.
+
+    Args:
+        sources: by name; of the first one an example is shown with its mask.
+        everything: look at all of them, not only at the first few.
+
+    Raises:
+        DataError: an example that cannot be learned from, by its name.
+    """
+    for number, (name, source) in enumerate(sources.items()):
+        counts, shown = Counts(), None
+        display.begin(f"checking {name} examples", len(source))
+        for lesson in _lessons_to_check(source, supervisor, everything=everything):
+            counts.add(lesson)
+            shown = shown or lesson
+            display.advance()
+        display.end()
+        if shown is None:
+            raise DataError(f"the {name} data holds no example")
+        display.say(f"{name}: {counts.sentence()}")
+        if number == 0:
+            display.say(f"{shown.name}, what carries loss in ⟦ ⟧:")
+            display.say(mask_shown(shown, supervisor.processor))
+
+
+def _lessons_to_check(
     source: Source, supervisor: Supervisor, *, everything: bool
 ) -> Iterator[Lesson]:
-    """Every lesson, or the first few; a bad example raises DataError naming it."""
     for index in range(len(source) if everything else min(len(source), COUNTED)):
         yield supervisor(source[index])
 

@@ -16,6 +16,7 @@ from smolstack.errors import ConfigError, TrainingError
 from smolstack.train.adapters import Adapters, add_adapters
 from smolstack.train.batches import MicroBatch, StepBatches
 from smolstack.train.evaluation import with_states
+from smolstack.train.folder import last_good
 from smolstack.train.frozen import FrozenTower
 from smolstack.train.objective import AnswerLoss, recomputed
 from smolstack.train.optimizer import make_optimizer, moments, restore_moments, set_rates
@@ -180,11 +181,11 @@ class RunningStage:
     def _refuse_nonsense(self, mean: float, norm: float) -> None:
         if math.isfinite(mean) and math.isfinite(norm):
             return
+        last = last_good(self.run.recipe)
         found = f"the loss is {mean}" if not math.isfinite(mean) else f"the gradient is {norm}"
         raise TrainingError(
             f"{found} at step {self.place.total + 1} (stage {self.stage.train}); nothing was "
-            f"changed by it, {self.run.last_good()}. A lower learning rate or a longer warm-up "
-            "may help"
+            f"changed by it, {last}. A lower learning rate or a longer warm-up may help"
         )
 
     def _evaluate_and_save(self) -> None:

@@ -52,6 +52,21 @@ class Saved:
     base: str
     examples: int
 
+    def check(self, base: str, examples: int, data: str) -> None:
+        """Whether a run with these base weights and so many examples may go on from here.
+
+        Raises:
+            TrainingError: it began with others.
+        """
+        if self.base != base:
+            raise TrainingError(
+                f"{self.folder} was trained from other weights than the recipe's model has"
+            )
+        if self.examples != examples:
+            raise TrainingError(
+                f"{data} has {examples} examples, the run began with {self.examples}"
+            )
+
 
 def save_state(
     folder: Path,

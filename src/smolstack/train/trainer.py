@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from smolstack.checkpoint.hub import find
-from smolstack.checkpoint.load import DTYPES, choose_device, load_checkpoint
+from smolstack.checkpoint.load import choose_device, load_checkpoint
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
-from smolstack.checkpoint.weights import read_entries
-from smolstack.errors import ConfigError, DataError, TrainingError
+from smolstack.errors import ConfigError, TrainingError
 from smolstack.processor.geometry import Tiling
 from smolstack.train import preview
-from smolstack.train.adapters import save_adapters
+from smolstack.train.adapters import check_adapters, save_adapters
 from smolstack.train.data import Source, open_source
 from smolstack.train.display import Display
-from smolstack.train.evaluation import Evaluated, Evaluator
-from smolstack.train.folder import CACHE, CHECKPOINTS, MODEL, claim_folder, prepare_folder
+from smolstack.train.evaluation import Evaluated, Evaluator, check_evaluation
+from smolstack.train.folder import (
+    CACHE,
+    CHECKPOINTS,
+    MODEL,
+    claim_folder,
+    last_good,
+    prepare_folder,
+    stored_dtype,
+)
 from smolstack.train.frozen import weights_digest
 from smolstack.train.metrics import Metrics, plot
 from smolstack.train.parts import changed_weights, plain_name
@@ -32,11 +39,12 @@ from smolstack.train.processes import Processes, connected
 from smolstack.train.recipe import Recipe
 from smolstack.train.sheet import draw_sheet
 from smolstack.train.stage import RunningStage, steps_of
-from smolstack.train.state import Place, Saved, latest, save_state
+from smolstack.train.state import Place, Saved, save_state
 from smolstack.train.supervision import Supervisor
 from smolstack.vlm import VLM
 
 SHEET = "evaluation.png"
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,21 @@ class Trained:
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
+    recipe: Recipe,
+    *,
+    rows: Rows | None = None,
+    evaluation_rows: Rows | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
 ) -> Trained:
     """Run a recipe to its end; under torchrun, on all its processes.
 
     Args:
         recipe: see Recipe.
+        rows: training examples in place of the files that the recipe names, e.g. a
+            ``datasets.Dataset``; the recipe's ``data.train`` is then what messages call them.
+        evaluation_rows: the same for evaluation.
         resume: go on from the last checkpoint in ``recipe.output``, if there is one.
         overwrite: begin anew where an earlier run has been; that run's files are removed.
         quiet: say nothing and show no progress.
@@ -77,7 +94,13 @@ def train(
         Display(processes.first and not quiet) as display,
     ):
         saved = claim_folder(recipe, resume=resume, overwrite=overwrite)
-        return Trainer(recipe, processes, display, saved).run()
+        try:
+            return Trainer(
+                recipe, processes, display, saved, rows=rows, evaluation_rows=evaluation_rows
+            ).run()
+        except OSError as error:
+            found = f"{error.filename or recipe.output}: {error.strerror or error}"
+            raise TrainingError(f"the run stops: {found}; {last_good(recipe)}") from error
 
 
 class Trainer:
@@ -89,13 +112,16 @@ class Trainer:
         processes: Processes,
         display: Display,
         saved: Saved | None,
+        *,
+        rows: Rows | None = None,
+        evaluation_rows: Rows | None = None,
     ) -> None:
         self.recipe, self.processes, self.display = recipe, processes, display
         self.folder = Path(recipe.output)
         self.saved = saved
         folder = find(recipe.model or None, None)
         self.checkpoint = load_checkpoint(folder, "float32", str(processes.device))
-        self.save_dtype = _stored_dtype(folder, recipe.save_dtype)
+        self.save_dtype = stored_dtype(folder, recipe.save_dtype)
         self.vlm = VLM(self.checkpoint)
         if self.vlm.config.embedding_dim is not None:
             raise ConfigError(f"{folder} ends in an embedding head; it gives no answers to train")
@@ -114,14 +140,24 @@ class Trainer:
         self.supervisor = Supervisor(
             self.vlm.processor, self.vlm.eos_token_ids, data.max_tokens, tiling
         )
-        self.train_source = open_source(data.train, data.question)
+        self.train_source = open_source(data.train, data.question, rows)
         self.evaluation_source: Source | None = None
-        if data.evaluation:
-            self.evaluation_source = open_source(data.evaluation, data.question)
+        if data.evaluation or evaluation_rows is not None:
+            name = data.evaluation or "evaluation"
+            self.evaluation_source = open_source(name, data.question, evaluation_rows)
         self.evaluated: Evaluated | None = None
         self.total = sum(steps_of(self, number) for number in range(len(recipe.stages)))
-        self._check_saved()
-        self._preview()
+        self._check_stages()
+        if saved is not None:
+            saved.check(self.base, len(self.train_source), data.train)
+        elif processes.first:
+            sources = {"training": self.train_source, "evaluation": self.evaluation_source}
+            preview.show_examples(
+                {name: source for name, source in sources.items() if source is not None},
+                self.supervisor,
+                display,
+                everything=data.check,
+            )
         processes.wait()  # nobody looks for an earlier run once this one has begun to write
         self.metrics: Metrics | None = None
         if processes.first:
@@ -197,11 +233,6 @@ class Trainer:
             plot(self.folder)
         self.processes.wait()
 
-    def last_good(self) -> str:
-        """Where the last checkpoint is, in words."""
-        last = latest(self.folder / CHECKPOINTS)
-        return "there is no checkpoint yet" if last is None else f"the last good one is {last}"
-
     @contextmanager
     def _writing(self, target: Path) -> Iterator[None]:
         """What the disk refuses is said in one sentence; the checkpoints are there still."""
@@ -209,7 +240,7 @@ class Trainer:
             yield
         except (OSError, SafetensorError) as error:
             raise TrainingError(
-                f"{target} cannot be written: {error}; {self.last_good()}"
+                f"{target} cannot be written: {error}; {last_good(self.recipe)}"
             ) from error
 
     def restore_weights(self, saved: Saved) -> None:
@@ -270,50 +301,10 @@ class Trainer:
         self.processes.wait()
         return target
 
-    def _check_saved(self) -> None:
-        if self.saved is None:
-            return
-        if self.saved.base != self.base:
-            raise TrainingError(
-                f"{self.saved.folder} was trained from other weights than the recipe's model has"
-            )
-        if self.saved.examples != len(self.train_source):
-            raise TrainingError(
-                f"{self.recipe.data.train} has {len(self.train_source)} examples, the run began "
-                f"with {self.saved.examples}"
-            )
-
-    def _preview(self) -> None:
-        """Look at the examples before anything is trained on them, and show what was seen."""
-        if self.saved is not None or not self.processes.first:
-            return
-        sources = [("training", self.train_source)]
+    def _check_stages(self) -> None:
+        """What a later stage would trip over is said before the first one begins."""
+        for stage in self.recipe.stages:
+            if stage.train == "lora":
+                check_adapters(self.vlm.model, stage.lora)
         if self.evaluation_source is not None:
-            sources.append(("evaluation", self.evaluation_source))
-        for name, source in sources:
-            counts, shown = preview.Counts(), None
-            self.display.begin(f"checking {name} examples", len(source))
-            for lesson in preview.lessons_to_check(
-                source, self.supervisor, everything=self.recipe.data.check
-            ):
-                counts.add(lesson)
-                shown = shown or lesson
-                self.display.advance()
-            self.display.end()
-            if shown is None:
-                raise DataError(f"the {name} data holds no example")
-            self.display.say(f"{name}: {counts.sentence()}")
-            if name == "training":
-                self.display.say(f"{shown.name}, what carries loss in ⟦ ⟧:")
-                self.display.say(preview.mask_shown(shown, self.vlm.processor))
-
-
-def _stored_dtype(folder: Path, wanted: str) -> torch.dtype:
-    """The number format that the trained checkpoint is saved in."""
-    if wanted != "auto":
-        return DTYPES[wanted]
-    sizes: dict[str, int] = {}
-    for entry in read_entries(folder).values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
-    most = max(sizes, key=lambda name: sizes[name])
-    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[most]
+            check_evaluation(self.recipe.evaluation)
