@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.train.conftest import draw
 
 import smolstack
 from smolstack.processor.geometry import TilePlan
+from smolstack.train import measure
 from smolstack.train.frozen import FrozenTower
 from smolstack.vlm import VLM
 
@@ -76,3 +78,11 @@ def test_a_damaged_entry_is_made_again(vlm: VLM, tmp_path: Path) -> None:
     again = tower(vlm, tmp_path)
     assert same(again(pictures), states)
     assert again.computed == 1
+
+
+def test_seconds_per_epoch_can_be_measured(tiny_folder: Path, capsys: Any) -> None:
+    arguments = [str(tiny_folder), "--pictures", "3", "--batch", "2", "--rounds", "1"]
+    measure.main([*arguments, "--no-split", "--train", "connector", "lora"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["stage", "connector", "lora"]
+    assert all(line.count(" s") == 3 and line.endswith(" MiB") for line in printed[1:])
