@@ -1,7 +1,8 @@
 """Ten minutes of good and hostile requests: no good answer is lost, and memory does not grow.
 
 Good clients ask about pictures whose answers are known from ``ask``. Beside them others send
-truncated pictures, pixel bombs, deep and huge JSON, half a request, or go away in mid-answer.
+truncated pictures, pixel bombs, deep and huge JSON, texts and schemas that are too large, half a
+request, or go away in mid-answer.
 
     python tools/soak.py --minutes 10
 """
@@ -30,7 +31,7 @@ import smolstack
 sys.path.insert(0, str(Path(__file__).parent))
 from load import picture
 
-ABUSES = ("truncated", "bomb", "deep", "huge", "half", "vanish", "nonsense")
+ABUSES = ["truncated", "bomb", "deep", "huge", "half", "vanish", "nonsense", "long", "form"]
 GOOD_PICTURES = 40
 
 
@@ -76,6 +77,11 @@ async def hostile(client: httpx.AsyncClient, kind: str, count: Counter[str]) -> 
         except httpx.TransportError:  # the server hung up before all of it was sent
             count[kind] += 1
             return
+    elif kind == "long":
+        message = {"role": "user", "content": "hello world " * 150_000}
+        response = await client.post(url, json={"messages": [message]})
+    elif kind == "form":
+        response = await client.post(url, json=body(shown, response_format=form()))
     elif kind == "nonsense":
         response = await client.post(url, json={"messages": [{"role": "user"}], "n": -1})
     else:
@@ -86,6 +92,16 @@ async def hostile(client: httpx.AsyncClient, kind: str, count: Counter[str]) -> 
         count[kind] += 1
     else:
         count[f"UNEXPECTED: {kind} {response.status_code}"] += 1
+
+
+def form() -> dict[str, Any]:
+    """A schema that nobody can keep to: nested too deeply, or with too many values."""
+    schema: dict[str, Any] = {"enum": [f"value number {i} of many" for i in range(120_000)]}
+    if random.random() < 0.5:
+        schema = {"type": "string"}
+        for _ in range(300):
+            schema = {"type": "object", "properties": {"in": schema}}
+    return {"type": "json_schema", "json_schema": {"schema": schema, "strict": True}}
 
 
 async def vanish(client: httpx.AsyncClient, request: dict[str, Any], kind: str) -> None:

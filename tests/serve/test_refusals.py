@@ -90,6 +90,7 @@ def message(response: httpx.Response) -> str:
         ({"max_tokens": 0}, "max_tokens"),
         ({"n": 99}, "n is 99"),
         ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 17}, "at most 16"),
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
         ({"logit_bias": {"1": 5}}, "logit_bias is not supported"),
         ({"top_logprobs": 2}, "needs logprobs"),
@@ -223,6 +224,9 @@ LONG: dict[str, Any] = {
 }
 
 
+ENDLESS = {**LONG, "max_tokens": 800, "regex": "(a|b)*c{900}"}
+
+
 def test_a_full_queue_is_429_and_says_when_to_come_back(tight: Process) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: post(tight, LONG, KEY), range(8)))
@@ -321,6 +325,23 @@ def test_sigterm_lets_answers_finish(tiny_folder: Any) -> None:
         asker.join(30)
     assert response[0].status_code == 200
     assert response[0].json()["usage"]["completion_tokens"] == 300
+
+
+def test_an_answer_that_outlasts_the_drain_ends_with_an_error(tiny_folder: Any) -> None:
+    with (
+        serving("--model", str(tiny_folder), "--drain", "0.01") as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        asked = [pool.submit(post, server, {**ENDLESS, "stream": s}) for s in (False, True)]
+        while server.metric("decode_steps_total") < 3 or server.metric("running") < 2:
+            pass
+        assert server.stop() == 0
+        whole, streamed = (each.result() for each in asked)
+        assert server.said == []
+    assert whole.status_code == 503
+    assert "shutting down" in message(whole)
+    assert streamed.status_code == 200
+    assert "shutting down" in streamed.text.rstrip().rpartition("\n")[2]
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(server: Process) -> None:

@@ -113,10 +113,8 @@ def _later(
     for start in range(0, longest, width):
         part = slice(start, start + width)
         with torch.inference_mode():
-            states = model.decoder(
-                model.decoder.embedding(fed[:, part].to(model.device)), cache=beside
-            )
-            scores = model.logits(states).float().log_softmax(dim=-1)
+            embeddings = model.decoder.embedding(fed[:, part].to(model.device))
+            scores = model.read(embeddings, beside, every=True).float().log_softmax(dim=-1)
             taken = scores.gather(2, wanted[:, part].to(model.device)[..., None])[..., 0].cpu()
         yield [float(row[keep].sum()) for row, keep in zip(taken, real[:, part], strict=True)]
 

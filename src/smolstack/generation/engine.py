@@ -110,16 +110,27 @@ class Engine:
 
     def close(self, *, drain: bool = True) -> None:
         """Take nothing new, finish what was asked for (or give it up), and end the thread."""
+        sequences = self._end()
+        if not drain:
+            for sequence in sequences:
+                sequence.cancelled = True
+            self._wake()
+        self._thread.join()
+        self._workers.shutdown(cancel_futures=True)
+
+    def give_up(self, error: Exception) -> None:
+        """Take nothing new, and tell everybody who waits or is at work that there is no answer."""
+        for sequence in self._end():
+            sequence.given_up = error
+        self._wake()
+
+    def _end(self) -> list[Sequence]:
+        """Take nothing new; what was asked for so far."""
         with self._changed:
             self._closing = True
             self._news = True
             self._changed.notify()
-            sequences = [*self._inbox, *self.scheduler.waiting, *self.scheduler.running]
-        if not drain:
-            for sequence in sequences:
-                sequence.cancelled = True
-        self._thread.join()
-        self._workers.shutdown(cancel_futures=True)
+            return [*self._inbox, *self.scheduler.waiting, *self.scheduler.running]
 
     def _wake(self) -> None:
         with self._changed:

@@ -132,11 +132,13 @@ class Scheduler:
         return self._decode() or worked
 
     def _clear_out(self) -> None:
-        """Let go of sequences that were cancelled or are out of time."""
+        """Let go of sequences that were cancelled, given up, or are out of time."""
         now = self.clock()
         for sequence in [*self.running, *self.waiting]:
             if sequence.cancelled:
                 self._leave(sequence)
+            elif sequence.given_up is not None:
+                self._fail(sequence, sequence.given_up)
             elif sequence.deadline is not None and now >= sequence.deadline:
                 self._fail(sequence, DeadlineError("the answer took longer than its deadline"))
 

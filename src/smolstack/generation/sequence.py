@@ -78,6 +78,7 @@ class Sequence:
     Attributes:
         number: set by the scheduler.
         cancelled: set by anybody: the scheduler lets go of it at its next step.
+        given_up: set by anybody: the same, and the listener is told this error.
         read_tokens: prompt tokens that were read, not copied.
     """
 
@@ -96,6 +97,7 @@ class Sequence:
         form = form or Form(answering, options)
         self.growing = form.begin(prompt, options)
         self.number, self.cancelled, self.read_tokens = -1, False, 0
+        self.given_up: Exception | None = None
         self.stage: Stage = "waiting"
         self.run = Taken()
         self.cache: KVCache | None = None
@@ -219,13 +221,12 @@ class Sequence:
             prefixes.work(self.number, keys, self.cache, [v.tokens for v in visual])
         start = self.cache.length
         part = self._embeddings[:, start : start + tokens]
-        states = model.decoder(part, cache=self.cache)
+        logits = model.read(part, self.cache)
         self.read_tokens += part.shape[1]
         if self.cache.length < self._embeddings.shape[1]:
             return None
         self._embeddings = None
-        logits: Tensor = model.logits(states[:, -1])[0]
-        return logits
+        return logits[0]
 
     def _score(self) -> bool:
         assert self._scoring is not None

@@ -83,8 +83,12 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Of the branches of a union, the one that came furthest is the one that was meant.
-        first = max(error.errors(), key=lambda each: len(each["loc"]))
+        # Of the branches of a union, the one that came furthest is the one that was meant: the
+        # deepest, and not one that met another type from the first.
+        first = max(
+            error.errors(),
+            key=lambda each: (len(each["loc"]), not str(each["type"]).endswith("_type")),
+        )
         # Names of branches ("constrained-str", "list[…]") are no part of the body.
         place = [str(part) for part in first["loc"][1:] if str(part).replace("_", "").isalnum()]
         param = ".".join(place) or None

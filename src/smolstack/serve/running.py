@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import signal
 import socket
@@ -9,8 +10,11 @@ import socket
 import uvicorn
 
 from smolstack.serve.app import Server
+from smolstack.serve.failures import RefusedError
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
+
+_BACKSTOP = 5  # seconds after the drain's end, for clients that do not read their answer
 
 
 def run(vlm: VLM, settings: ServerSettings, listener: socket.socket, *, log_level: str) -> None:
@@ -20,12 +24,12 @@ def run(vlm: VLM, settings: ServerSettings, listener: socket.socket, *, log_leve
         server.app,
         log_level=log_level,
         access_log=log_level == "info",
-        timeout_graceful_shutdown=math.ceil(settings.drain),
+        timeout_graceful_shutdown=math.ceil(settings.drain) + _BACKSTOP,
         # A client that sends its headers byte by byte holds no more than this.
         h11_max_incomplete_event_size=64 * 1024,
         server_header=False,
     )
-    runner = uvicorn.Server(config)
+    runner = _Runner(config, server)
 
     def end(*_: object) -> None:
         runner.should_exit = True
@@ -37,3 +41,21 @@ def run(vlm: VLM, settings: ServerSettings, listener: socket.socket, *, log_leve
     finally:
         if server.engine.alive:
             server.close()
+
+
+class _Runner(uvicorn.Server):
+    """uvicorn's server, which tells those whose answers take longer than the drain."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self.server = server
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        late = RefusedError(503, "the server is shutting down and the answer was not complete")
+        timer = asyncio.get_running_loop().call_later(
+            self.server.settings.drain, self.server.engine.give_up, late
+        )
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
