@@ -55,7 +55,11 @@ def _theirs(size: tuple[int, int], chosen: ImageSettings) -> tuple[int, int, int
 
 def _assert_same_plan(size: tuple[int, int], chosen: ImageSettings) -> None:
     plan = plan_tiles(size, chosen, 64)
-    expected = _theirs(size, chosen)
+    try:
+        expected = _theirs(size, chosen)
+    except ValueError:  # less than a pixel is left of the shorter side: only transformers refuses
+        assert min(plan.resized) == 1
+        return
     assert (plan.rows, plan.cols, plan.tiles, plan.tile_edge) == expected, (size, chosen)
 
 

@@ -17,6 +17,8 @@ from smolstack.model.quantised import GROUP, QuantisedLinear
 from smolstack.model.vlm import VisionLanguageModel
 
 SCHEMES = ("int8", "int4")
+# Keys and values beside quantised weights: half the bytes, and eight times finer than bfloat16.
+CACHE_DTYPE = torch.float16
 _QUANTISED = ("vision.layers.", "connector.", "decoder.layers.", "head")
 _FOUR_BITS = ("decoder.layers.", "head")
 
@@ -46,7 +48,7 @@ def quantise(model: VisionLanguageModel, scheme: str) -> VisionLanguageModel:
         model.config = replace(model.config, tied=False)
     for name, layer, bits in list(_layers(model, scheme)):
         _replace(model, name, QuantisedLinear.from_float(layer.weight.detach(), _bias(layer), bits))
-    model.scheme = scheme
+    model.scheme, model.cache_dtype = scheme, CACHE_DTYPE
     return model.float().eval()
 
 
@@ -58,7 +60,7 @@ def with_quantised_layers(model: VisionLanguageModel, scheme: str) -> VisionLang
                 layer.in_features, layer.out_features, bits, bias=layer.bias is not None
             )
         _replace(model, name, made)
-    model.scheme = scheme
+    model.scheme, model.cache_dtype = scheme, CACHE_DTYPE
     return model
 
 

@@ -11,8 +11,11 @@ the scales are multiplied in as float32.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ _LARGEST = 127.0
 # Candidates for a group's scale, as shares of the one that reaches its largest weight.
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 _ROWS_AT_ONCE = 4096
+_NO_NORM = ctypes.byref(native.Norm(native.NO_NORM, 0.0, None, None))
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +76,19 @@ def unpack_groups(packed: Tensor, scale: Tensor) -> Tensor:
     return (q * scale.float()[..., None]).flatten(1)
 
 
+@dataclass
+class _Struct:
+    """A layer as the kernels read it, and the tensors that it points into."""
+
+    linear: native.Linear
+    origin: int  # address of the weights that it was made of
+    kept: tuple[Tensor | None, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the layer makes its own: pointers mean nothing to it."""
+        return type(None), ()
+
+
 class QuantisedLinear(nn.Module):
     """A linear layer with int8 or int4 weights; float32 in, float32 out. For inference only.
 
@@ -102,8 +119,7 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
-        self._sums: Tensor | None = None
-        self._struct: native.Linear | None = None
+        self._struct: _Struct | None = None
         self._floats: Tensor | None = None
 
     @classmethod
@@ -120,6 +136,15 @@ class QuantisedLinear(nn.Module):
             if bias is not None:
                 made.bias = bias.detach().float().clone()
         return made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
+        """Move to another device; ``model.float()`` and the like change nothing here."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer if buffer.is_meta else buffer[:0])
+                self._buffers[name] = moved if buffer.is_meta else buffer.to(moved.device)
+        self._floats = None
+        return self
 
     def dequantised(self) -> Tensor:
         """The weights as float32, (O, I)."""
@@ -140,16 +165,21 @@ class QuantisedLinear(nn.Module):
     def _by_kernels(self, kernels: native.Library, rows: Tensor) -> Tensor:
         rows = rows.detach().float().contiguous()
         out = torch.empty(rows.shape[0], self.out_features)
-        failed = kernels.linear_layer(
+        struct, count, threads = (
             ctypes.byref(self.struct(kernels)),
-            rows.data_ptr(),
             rows.shape[0],
-            out.data_ptr(),
-            0,
             torch.get_num_threads(),
         )
+        if kernels.panels:
+            failed = kernels.dense_rows(
+                struct, _NO_NORM, rows.data_ptr(), count, 0, None, out.data_ptr(), threads
+            )
+        else:
+            failed = kernels.linear_layer(
+                struct, rows.data_ptr(), count, out.data_ptr(), 0, threads
+            )
         if failed:
-            raise MemoryError(f"no memory for {rows.shape[0]} rows of a linear layer")
+            raise MemoryError(f"no memory for {count} rows of a linear layer")
         return out
 
     def _by_torch(self, rows: Tensor) -> Tensor:
@@ -174,28 +204,42 @@ class QuantisedLinear(nn.Module):
     def struct(self, kernels: native.Library) -> native.Linear:
         """The layer as the kernels read it; its pointers hold while the tensors live."""
         made = self._struct
-        if made is not None and made.weight == self.weight.data_ptr():
-            return made
-        if not (self.weight.is_contiguous() and self.weight_scale.is_contiguous()):
-            self.weight, self.weight_scale = (
-                self.weight.contiguous(),
-                self.weight_scale.contiguous(),
-            )
-        if self.bits == 8 and kernels.instructions == "VNNI":
-            self._sums = torch.empty(self.out_features, dtype=torch.int32)
+        if made is not None and made.origin == self.weight.data_ptr():
+            return made.linear
+        self.weight, self.weight_scale = self.weight.contiguous(), self.weight_scale.contiguous()
+        kind = native.INT8 if self.bits == 8 else native.INT4
+        weight, scale, sums = self.weight, self.weight_scale, None
+        if kernels.panels:
+            weight, scale = self._as_panels(kernels, kind)
+        elif self.bits == 8 and kernels.instructions == "VNNI":
+            sums = torch.empty(self.out_features, dtype=torch.int32)
             kernels.sum_rows(
-                self.weight.data_ptr(), self.out_features, self.in_features, self._sums.data_ptr()
+                weight.data_ptr(), self.out_features, self.in_features, sums.data_ptr()
             )
-        self._struct = native.Linear(
-            native.INT8 if self.bits == 8 else native.INT4,
+        linear = native.Linear(
+            kind,
             self.in_features,
             self.out_features,
-            self.weight.data_ptr(),
-            self.weight_scale.data_ptr(),
-            None if self._sums is None else self._sums.data_ptr(),
+            int(kernels.panels),
+            weight.data_ptr(),
+            scale.data_ptr(),
+            None if sums is None else sums.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
         )
-        return self._struct
+        self._struct = _Struct(linear, self.weight.data_ptr(), (weight, scale, sums))
+        return linear
+
+    def _as_panels(self, kernels: native.Library, kind: int) -> tuple[Tensor, Tensor]:
+        """Weights and scales in the order in which the kernels for AVX-512 read them."""
+        inputs, outputs = self.in_features, self.out_features
+        weight = torch.empty(kernels.panel_bytes(kind, inputs, outputs), dtype=torch.uint8)
+        kernels.pack_panels(kind, self.weight.data_ptr(), inputs, outputs, weight.data_ptr())
+        if self.bits == 8:
+            return weight, self.weight_scale
+        groups = inputs // GROUP
+        scale = torch.empty(-(-outputs // 16) * 16, groups, dtype=torch.float16)
+        kernels.pack_scales(self.weight_scale.data_ptr(), groups, outputs, scale.data_ptr())
+        return weight, scale
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, int{self.bits}"

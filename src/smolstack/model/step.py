@@ -1,4 +1,5 @@
-"""One new token through the whole decoder by the compiled kernels: decoder.py's results, faster.
+"""The whole decoder by the compiled kernels, a prompt or one token at a time: decoder.py's results,
+faster.
 
 decoder.py stays the description; :func:`native_decoder` says where this takes its place.
 """
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 
 from smolstack.model.cache import CacheRows, KVCache
 from smolstack.model.decoder import Decoder, TextLayer, rope_frequencies
+from smolstack.model.packing import Packed, packs
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.native import library as native
 
-_KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
-_CACHES = {torch.float32: native.CACHE_FLOAT32, torch.float16: native.CACHE_FLOAT16}
-_PARTS = ("query", "key", "value", "out")
+_CACHES = {
+    torch.float32: native.CACHE_FLOAT32,
+    torch.float16: native.CACHE_FLOAT16,
+    torch.bfloat16: native.CACHE_BFLOAT16,
+}
+_ATTENTION = ("query", "key", "value", "out")
 _MOST_ROWS = 64  # beyond it torch's matrix products are as good
 
 
@@ -27,7 +32,7 @@ class NativeDecoder:
     """The decoder and its head as the kernels read them.
 
     Args:
-        decoder: its tensors must stay where they are; :meth:`current` tells whether they have.
+        decoder: its weights must stay as they are; :meth:`current` tells whether they have.
         head: (D → V).
         cache_dtype: of the keys and values that it will be given.
     """
@@ -40,14 +45,13 @@ class NativeDecoder:
         cache_dtype: torch.dtype,
     ) -> None:
         config = decoder.config
-        self.kernels, self.cache_dtype = kernels, cache_dtype
+        self.kernels, self.cache_dtype, self.norm = kernels, cache_dtype, decoder.norm
         self.hidden, self.vocabulary = config.hidden_size, head.weight.shape[0]
-        self._kept: list[Tensor] = []  # what the structures point into
-        self._origins: list[tuple[Any, int]] = []
-        layers = [self._layer(layer) for layer in decoder.layers if isinstance(layer, TextLayer)]
-        self._layers = (native.Layer * len(layers))(*layers)
-        frequencies = rope_frequencies(config.rope, config.head_dim).contiguous()
-        self._kept.append(frequencies)
+        layers = [layer for layer in decoder.layers if isinstance(layer, TextLayer)]
+        self._packed = Packed(kernels, [*(part for one in layers for part in _linears(one)), head])
+        made = [self._layer(layer) for layer in layers]
+        self._layers = (native.Layer * len(made))(*made)
+        frequencies = rope_frequencies(config.rope, config.head_dim)
         self._struct = native.Decoder(
             len(layers),
             config.hidden_size,
@@ -58,15 +62,20 @@ class NativeDecoder:
             native.ACTIVATIONS[config.hidden_act],
             _CACHES[cache_dtype],
             config.rms_norm_eps,
-            frequencies.data_ptr(),
-            self._norm(decoder.norm),
+            self._packed.floats(frequencies),
+            self._packed.norm(decoder.norm),
             ctypes.addressof(self._layers),
-            self._linear(head),
+            self._packed.linear(head),
         )
 
     def current(self) -> bool:
-        """Whether the decoder's tensors are still the ones that were read."""
-        return all(layer.weight.data_ptr() == origin for layer, origin in self._origins)
+        """Whether the decoder's weights are still the ones that were read."""
+        return self._packed.current()
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether :meth:`prefill` can be used."""
+        return self.kernels.panels
 
     def __call__(self, embeddings: Tensor, cache: KVCache | CacheRows) -> Tensor:
         """Append one token per row to ``cache``; logits of the next: (B, D) → (B, V)."""
@@ -89,56 +98,82 @@ class NativeDecoder:
         cache.advance(1)
         return logits
 
-    def _layer(self, layer: TextLayer) -> native.Layer:
-        parts = [self._linear(getattr(layer.attention, name)) for name in _PARTS]
-        parts += [self._linear(part) for part in (layer.gate, layer.up, layer.down)]
-        return native.Layer(self._norm(layer.attention_norm), self._norm(layer.mlp_norm), *parts)
+    def prefill(self, embeddings: Tensor, cache: KVCache, *, every: bool = False) -> Tensor:
+        """Append T tokens per row to ``cache``: (B, T, D) → (B, V), logits of the token after them,
+        or (B, T, V), those after each.
 
-    def _linear(self, layer: Any) -> native.Linear:
-        self._origins.append((layer, layer.weight.data_ptr()))
-        if isinstance(layer, QuantisedLinear):
-            return layer.struct(self.kernels)
-        weight = layer.weight
-        bias = getattr(layer, "bias", None)
-        return native.Linear(
-            _KINDS[weight.dtype],
-            weight.shape[1],
-            weight.shape[0],
-            weight.data_ptr(),
+        Rows go one after the other, each from its own first token, so that padding changes nothing.
+        """
+        rows, new, _ = embeddings.shape
+        places, keys, values = _places(cache, rows)
+        states = torch.zeros(rows, new, self.hidden)
+        for row, place in enumerate(places):
+            padding = max(0, place.first - place.past)
+            own = native.Place(place.past + padding, place.capacity, place.first)
+            states[row, padding:].copy_(embeddings[row, padding:])
+            offset = row * len(cache.keys) * ctypes.sizeof(ctypes.c_void_p)
+            failed = self.kernels.prefill_rows(
+                ctypes.addressof(self._struct),
+                new - padding,
+                ctypes.addressof(own),
+                ctypes.addressof(keys) + offset,
+                ctypes.addressof(values) + offset,
+                states[row, padding:].data_ptr(),
+                torch.get_num_threads(),
+            )
+            if failed:
+                raise MemoryError(f"no memory for a prompt of {new} tokens")
+        cache.advance(new)
+        if not every:
+            states = states[:, -1].contiguous()
+        return self._head(states.view(-1, self.hidden)).view(*states.shape[:-1], -1)
+
+    def _head(self, states: Tensor) -> Tensor:
+        """The decoder's last norm, then the head: (R, D) → (R, V)."""
+        norm = native.Norm(native.RMS_NORM, self._struct.norm_eps, self._struct.norm, None)
+        logits = torch.empty(states.shape[0], self.vocabulary)
+        failed = self.kernels.dense_rows(
+            ctypes.addressof(self._struct) + native.Decoder.head.offset,
+            ctypes.addressof(norm),
+            states.data_ptr(),
+            states.shape[0],
+            native.ACTIVATIONS[""],
             None,
-            None,
-            None if bias is None else self._floats(bias),
+            logits.data_ptr(),
+            torch.get_num_threads(),
         )
+        if failed:
+            raise MemoryError(f"no memory for the logits of {states.shape[0]} tokens")
+        return logits
 
-    def _norm(self, norm: Any) -> int:
-        self._origins.append((norm, norm.weight.data_ptr()))
-        return self._floats(norm.weight)
+    def _layer(self, layer: TextLayer) -> native.Layer:
+        norms = [self._packed.norm(norm) for norm in (layer.attention_norm, layer.mlp_norm)]
+        return native.Layer(*norms, *(self._packed.linear(part) for part in _linears(layer)))
 
-    def _floats(self, tensor: Tensor) -> int:
-        """Address of a tensor as float32; its own where that is what it is."""
-        kept = tensor.detach().float().contiguous()
-        self._kept.append(kept)
-        return kept.data_ptr()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model makes its own."""
+        return type(None), ()
 
 
 def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> NativeDecoder | None:
     """The decoder for the kernels; None where they are not there or do not suit it."""
-    config, weight = decoder.config, head.weight
-    if weight.device.type != "cpu" or config.head_dim % 8 or config.hidden_size % 8:
+    config = decoder.config
+    if head.weight.device.type != "cpu" or config.head_dim % 8 or config.hidden_size % 8:
         return None
     if cache_dtype not in _CACHES or config.hidden_act not in native.ACTIVATIONS:
         return None
-    linears = [m for m in decoder.layers.modules() if isinstance(m, nn.Linear)]
-    if any(m.weight.dtype not in _KINDS or not m.weight.is_contiguous() for m in linears):
-        return None
-    if not isinstance(head, QuantisedLinear) and weight.dtype not in _KINDS:
-        return None
-    # The compiled step does not reproduce decoder.py with 4-bit layers yet: those go one by one.
-    quantised = [m for m in decoder.layers.modules() if isinstance(m, QuantisedLinear)]
-    if any(m.bits == 4 for m in (*quantised, head) if isinstance(m, QuantisedLinear)):
-        return None
     kernels = native.library()
-    return None if kernels is None else NativeDecoder(kernels, decoder, head, cache_dtype)
+    if kernels is None:
+        return None
+    linears = [m for m in decoder.layers.modules() if isinstance(m, (nn.Linear, QuantisedLinear))]
+    if not all(packs(layer) for layer in (*linears, head)):
+        return None
+    # Without panels the compiled step does not reproduce decoder.py with 4-bit layers.
+    if not kernels.panels and any(
+        m.bits == 4 for m in (*linears, head) if isinstance(m, QuantisedLinear)
+    ):
+        return None
+    return NativeDecoder(kernels, decoder, head, cache_dtype)
 
 
 def suits(embeddings: Tensor, cache: KVCache | CacheRows, dtype: torch.dtype) -> bool:
@@ -149,6 +184,12 @@ def suits(embeddings: Tensor, cache: KVCache | CacheRows, dtype: torch.dtype) ->
         and not embeddings.requires_grad
         and all(one.length < one.capacity and one.keys[0].dtype == dtype for one in held)
     )
+
+
+def _linears(layer: TextLayer) -> list[Any]:
+    """A layer's linear parts in the order in which they are read."""
+    attention = [getattr(layer.attention, name) for name in _ATTENTION]
+    return [*attention, layer.gate, layer.up, layer.down]
 
 
 def _places(

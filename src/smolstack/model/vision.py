@@ -6,6 +6,7 @@ Shapes: N tiles of P×P pixels, H×W patches of p×p pixels, C the hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from torch.nn import functional
 
 from smolstack.config import VisionConfig
 from smolstack.errors import GridError
+from smolstack.model.encoder import NativeEncoder, native_encoder
 from smolstack.model.layers import ACTIVATION, merge_heads, split_heads
+from smolstack.model.quantised import QuantisedLinear
 
 
 def position_ids(rows: int, columns: int, side: int) -> Tensor:
@@ -79,6 +82,7 @@ class VisionTower(nn.Module):
         self.position_embedding = nn.Embedding(config.side**2, width)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self._native: NativeEncoder | None = None
 
     def grid_of(self, tiles: Tensor) -> tuple[int, int]:
         """(H, W), the patches that fit into tiles of this size; pixels left over are not seen."""
@@ -111,10 +115,28 @@ class VisionTower(nn.Module):
             ids, seen = _partial_positions(rows, columns, self.config.side, filled)
             x = x + self.position_embedding(ids.to(tiles.device))
             mask = seen[:, None, None, :].to(tiles.device)
-        for layer in self.layers:
-            x = layer(x, mask)
+        kernels = self._kernels() if mask is None else None
+        if kernels is not None:
+            x = kernels(x)
+        else:
+            for layer in self.layers:
+                x = layer(x, mask)
         out: Tensor = self.norm(x)
         return out
+
+    def _kernels(self) -> NativeEncoder | None:
+        """The compiled layers, where full tiles can be left to them: in bfloat16 and quantised."""
+        if torch.compiler.is_compiling():
+            return None
+        weight = self.patch_embedding.weight
+        first: Any = self.layers[0]
+        if weight.dtype != torch.bfloat16 and not isinstance(first.up, QuantisedLinear):
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.layers.parameters()):
+            return None
+        if self._native is None or not self._native.current():
+            self._native = native_encoder(self.config, self.layers)
+        return self._native
 
     def patches(self, tiles: Tensor) -> Tensor:
         """Patch embedding without positions, as one matrix product: (N, 3, P, P) → (N, H·W, C).

@@ -136,8 +136,19 @@ class VisionLanguageModel(nn.Module):
 
         Tokens that the cache holds already (a shared prefix) are not read again.
         """
-        states = self.decoder(self.merge(batch)[:, cache.length :], cache=cache)
-        return self.logits(states[:, -1])
+        return self.read(self.merge(batch)[:, cache.length :], cache)
+
+    def read(self, embeddings: Tensor, cache: KVCache, *, every: bool = False) -> Tensor:
+        """Append tokens, (B, T, D), to ``cache``.
+
+        Returns:
+            Logits of the token after them, (B, V); with ``every``, after each of them, (B, T, V).
+        """
+        kernels = self._kernels(embeddings, cache)
+        if kernels is not None and kernels.reads_prompts:
+            return kernels.prefill(embeddings, cache, every=every)
+        states = self.decoder(embeddings, cache=cache)
+        return self.logits(states if every else states[:, -1])
 
     def decode_one_token(self, token_ids: Tensor, cache: KVCache | CacheRows) -> Tensor:
         """Append one token per sequence, (B,), to ``cache``; logits of the next one: (B, V)."""
@@ -149,12 +160,15 @@ class VisionLanguageModel(nn.Module):
         return self.logits(states[:, -1])
 
     def _kernels(self, embeddings: Tensor, cache: KVCache | CacheRows) -> NativeDecoder | None:
-        """The compiled decoder, where one step can be left to it."""
-        if self.scheme is None or self.head is None:
+        """The compiled decoder, where tokens can be left to it: in bfloat16 and quantised."""
+        if self.scheme is None and self.dtype != torch.bfloat16:
+            return None
+        if self.config.embedding_dim is not None or torch.compiler.is_compiling():
             return None
         dtype = self.cache_dtype or self.dtype
         if self._native is None or self._native.cache_dtype != dtype or not self._native.current():
-            self._native = native_decoder(self.decoder, self.head, dtype)
+            head = self.decoder.embedding if self.head is None else self.head
+            self._native = native_decoder(self.decoder, head, dtype)
         if self._native is None or not suits(embeddings, cache, dtype):
             return None
         return self._native

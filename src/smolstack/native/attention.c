@@ -3,9 +3,10 @@
 
 #include "simd.h"
 
-INLINE Float8 load_cached(const Decoder *d, const void *from, int64_t at) {
-    return d->cache == CACHE_FLOAT16 ? load8_half((const uint16_t *)from + at)
-                                     : load8((const float *)from + at);
+INLINE Float8 load_cached(int64_t kind, const void *from, int64_t at) {
+    if (kind == CACHE_FLOAT16) return load8_half((const uint16_t *)from + at);
+    if (kind == CACHE_BFLOAT16) return load8_bfloat((const uint16_t *)from + at);
+    return load8((const float *)from + at);
 }
 
 // Write one head's (head_dim) floats at element `at` of a cache buffer.
@@ -13,29 +14,30 @@ void write_cache(const Decoder *d, void *cache, int64_t at, const float *x) {
     for (int64_t i = 0; i < d->head_dim; i += 8) {
         if (d->cache == CACHE_FLOAT16)
             store8_half((uint16_t *)cache + at + i, load8(x + i));
+        else if (d->cache == CACHE_BFLOAT16)
+            store8_bfloat((uint16_t *)cache + at + i, load8(x + i));
         else
             store8((float *)cache + at + i, load8(x + i));
     }
 }
 
 // Up to four query heads over the positions first .. end of their key/value head.
-INLINE void some_heads(const Decoder *d, int heads, int64_t count, const float *query,
+INLINE void some_heads(int64_t kind, int64_t width, int heads, int64_t count, const float *query,
                        const void *keys, const void *values, int64_t from, float *partial) {
-    int64_t width = d->head_dim;
     float scores[4][CHUNK], scale = 1.0f / sqrtf((float)width);
     for (int64_t p = 0; p < count; p++) {
         Float8 total[4];
         UNROLL for (int h = 0; h < heads; h++) total[h] = zero8();
         for (int64_t i = 0; i < width; i += 8) {
-            Float8 key = load_cached(d, keys, from + p * width + i);
+            Float8 key = load_cached(kind, keys, from + p * width + i);
             UNROLL for (int h = 0; h < heads; h++)
                 total[h] = fma8(load8(query + h * width + i), key, total[h]);
         }
         UNROLL for (int h = 0; h < heads; h++) scores[h][p] = sum8(total[h]) * scale;
     }
     for (int h = 0; h < heads; h++) {
-        float *out = partial + h * (width + 2), most = scores[h][0], sum = 0;
-        for (int64_t p = 1; p < count; p++) most = scores[h][p] > most ? scores[h][p] : most;
+        float *out = partial + h * (width + 2), most = -INFINITY, sum = 0;
+        for (int64_t p = 0; p < count; p++) most = scores[h][p] > most ? scores[h][p] : most;
         for (int64_t p = 0; p < count; p++) scores[h][p] = fast_exp(scores[h][p] - most);
         for (int64_t p = 0; p < count; p++) sum += scores[h][p];
         out[0] = most, out[1] = sum;
@@ -44,7 +46,7 @@ INLINE void some_heads(const Decoder *d, int heads, int64_t count, const float *
         Float8 total[4];
         UNROLL for (int h = 0; h < heads; h++) total[h] = zero8();
         for (int64_t p = 0; p < count; p++) {
-            Float8 value = load_cached(d, values, from + p * width + i);
+            Float8 value = load_cached(kind, values, from + p * width + i);
             UNROLL for (int h = 0; h < heads; h++)
                 total[h] = fma8(splat8(scores[h][p]), value, total[h]);
         }
@@ -52,6 +54,20 @@ INLINE void some_heads(const Decoder *d, int heads, int64_t count, const float *
             store8(partial + h * (width + 2) + 2 + i, total[h]);
     }
 }
+
+#define HEADS(KIND, NAME)                                                                       \
+    static void NAME(int64_t width, int64_t heads, int64_t count, const float *query,           \
+                     const void *keys, const void *values, int64_t from, float *partial) {      \
+        switch (heads) {                                                                        \
+        case 1: some_heads(KIND, width, 1, count, query, keys, values, from, partial); break;   \
+        case 2: some_heads(KIND, width, 2, count, query, keys, values, from, partial); break;   \
+        case 3: some_heads(KIND, width, 3, count, query, keys, values, from, partial); break;   \
+        default: some_heads(KIND, width, 4, count, query, keys, values, from, partial); break;  \
+        }                                                                                       \
+    }
+HEADS(CACHE_FLOAT32, over_floats)
+HEADS(CACHE_FLOAT16, over_halves)
+HEADS(CACHE_BFLOAT16, over_bfloats)
 
 // The query heads of one key/value head over `count` positions, whose keys and values begin at
 // element `from`. Per head: the largest score, the sum of the weights, the weighted values.
@@ -61,12 +77,13 @@ void attend(const Decoder *d, int64_t count, int64_t from, const float *query, c
     for (int64_t h = 0; h < group; h += 4) {
         const float *q = query + h * width;
         float *out = partial + h * (width + 2);
-        switch (least(4, group - h)) {
-        case 1: some_heads(d, 1, count, q, keys, values, from, out); break;
-        case 2: some_heads(d, 2, count, q, keys, values, from, out); break;
-        case 3: some_heads(d, 3, count, q, keys, values, from, out); break;
-        default: some_heads(d, 4, count, q, keys, values, from, out); break;
-        }
+        int64_t some = least(4, group - h);
+        if (d->cache == CACHE_FLOAT16)
+            over_halves(width, some, count, q, keys, values, from, out);
+        else if (d->cache == CACHE_BFLOAT16)
+            over_bfloats(width, some, count, q, keys, values, from, out);
+        else
+            over_floats(width, some, count, q, keys, values, from, out);
     }
 }
 

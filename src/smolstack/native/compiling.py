@@ -17,8 +17,17 @@ import tempfile
 from pathlib import Path
 
 SWITCH = "SMOLSTACK_NATIVE"  # 0 switches the kernels off
-SOURCES = ("rows.c", "linear.c", "attention.c", "decode.c")
-HEADERS = ("smolstack.h", "simd.h", "tiles.h")
+SOURCES = (
+    "rows.c",
+    "linear.c",
+    "panels.c",
+    "layers.c",
+    "attend.c",
+    "towers.c",
+    "attention.c",
+    "decode.c",
+)
+HEADERS = ("smolstack.h", "simd.h", "tiles.h", "wide.h")
 # Not -ffast-math: it would change how the whole process treats small numbers.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 _EXACT = ("-ffp-contract=off",)

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "simd.h"
+#include "wide.h"
 
 // What one call of decode_step works on.
 typedef struct {
@@ -21,11 +21,13 @@ typedef struct {
     float *x, *mixed, *partial, *inner, *turns;
 } Step;
 
-// One thread's share and memory of its own.
+// One thread's share, memory of its own, and the rows that it made ready last.
 typedef struct {
     int64_t thread;
     float *h, *up;
     void *numbers;
+    Rows rows;
+    Block block;
 } Share;
 
 static void span(const Step *s, const Share *share, int64_t count, int64_t *from, int64_t *to) {
@@ -49,22 +51,50 @@ static void norm_rows(const Step *s, const Share *share, const float *weight) {
         norm(s, weight, s->x + row * hidden, share->h + row * hidden);
 }
 
-// One thread's channels of a layer: out[row][channel] = or += what they come to.
-static void share_of(const Step *s, const Share *share, const Linear *linear, const float *x,
-                     float *out, int64_t stride, int add) {
-    int64_t from, to;
-    Rows rows;
-    span(s, share, linear->out, &from, &to);
-    lay_out_rows(&rows, share->numbers, s->rows, linear->in);
-    prepare_rows(&rows, linear->kind, x, linear->in);
-    if (!add) {
-        multiply(linear, &rows, from, to, out + from, stride);
+// All rows of x in the numbers that a layer multiplies.
+static void prepare(const Step *s, Share *share, const Linear *linear, const float *x) {
+#if defined(SIMD_WIDE)
+    const Norm none = {NO_NORM, 0, NULL, NULL};
+    if (linear->panels) {
+        lay_out_block(&share->block, share->numbers, s->rows, linear->in);
+        prepare_block(&share->block, linear, &none, x, linear->in);
         return;
     }
-    multiply(linear, &rows, from, to, share->up, to - from);
-    for (int64_t row = 0; row < s->rows; row++)
-        for (int64_t i = from; i < to; i++)
-            out[row * stride + i] += share->up[row * (to - from) + i - from];
+#endif
+    lay_out_rows(&share->rows, share->numbers, s->rows, linear->in);
+    prepare_rows(&share->rows, linear->kind, x, linear->in);
+}
+
+// Channels from .. to of a layer for the rows made ready; `out` and the finish begin with `from`.
+static void product(const Step *s, const Share *share, const Linear *linear, int64_t from,
+                    int64_t to, const Finish *finish, float *out, int64_t stride) {
+    int64_t count = to - from;
+#if defined(SIMD_WIDE)
+    if (linear->panels) {
+        multiply_block(linear, &share->block, from, to, finish, out, stride);
+        return;
+    }
+#endif
+    multiply(linear, &share->rows, from, to, share->up, count);
+    for (int64_t row = 0; row < s->rows; row++) {
+        float *y = share->up + row * count;
+        activate(finish->activation, y, count);
+        for (int64_t i = 0; finish->times && i < count; i++)
+            y[i] *= finish->times[row * finish->stride + i];
+        for (int64_t i = 0; finish->plus && i < count; i++)
+            y[i] += finish->plus[row * finish->stride + i];
+        memcpy(out + row * stride, y, (size_t)count * 4);
+    }
+}
+
+// One thread's channels of a layer: out[row][channel] = or += what they come to.
+static void share_of(const Step *s, Share *share, const Linear *linear, const float *x, float *out,
+                     int64_t stride, int add) {
+    int64_t from, to;
+    span(s, share, linear->out, &from, &to);
+    Finish finish = {NONE, NULL, add ? out + from : NULL, stride};
+    prepare(s, share, linear, x);
+    product(s, share, linear, from, to, &finish, out + from, stride);
 }
 
 static void attention(const Step *s, const Share *share, int64_t layer) {
@@ -108,24 +138,19 @@ static void join_rows(const Step *s, const Share *share) {
     }
 }
 
-static void gated(const Step *s, const Share *share, const Layer *layer) {
+static void gated(const Step *s, Share *share, const Layer *layer) {
     int64_t from, to, inner = s->d->intermediate;
-    Rows rows;
     span(s, share, inner, &from, &to);
-    lay_out_rows(&rows, share->numbers, s->rows, s->d->hidden);
-    prepare_rows(&rows, layer->gate.kind, share->h, s->d->hidden);
-    multiply(&layer->gate, &rows, from, to, s->inner + from, inner);
-    if (layer->up.kind != layer->gate.kind)
-        prepare_rows(&rows, layer->up.kind, share->h, s->d->hidden);
-    multiply(&layer->up, &rows, from, to, share->up, to - from);
-    for (int64_t row = 0; row < s->rows; row++) {
-        float *gate = s->inner + row * inner + from, *up = share->up + row * (to - from);
-        activate(s->d->activation, gate, to - from);
-        for (int64_t i = 0; i < to - from; i++) gate[i] *= up[i];
-    }
+    Finish plain = {NONE, NULL, NULL, inner};
+    Finish gate = {s->d->activation, s->inner + from, NULL, inner};
+    prepare(s, share, &layer->up, share->h);
+    product(s, share, &layer->up, from, to, &plain, s->inner + from, inner);
+    if (layer->up.kind != layer->gate.kind || layer->up.panels != layer->gate.panels)
+        prepare(s, share, &layer->gate, share->h);
+    product(s, share, &layer->gate, from, to, &gate, s->inner + from, inner);
 }
 
-static void all_layers(const Step *s, const Share *share, float *logits) {
+static void all_layers(const Step *s, Share *share, float *logits) {
     const Decoder *d = s->d;
     int64_t width = d->head_dim, all = (d->heads + 2 * d->kv_heads) * width;
     for (int64_t i = 0; i < d->layers; i++) {
@@ -172,7 +197,11 @@ int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const 
     wide = d->hidden > wide ? d->hidden : wide;
     int64_t shared = rows * (d->hidden + (d->heads + 2 * d->kv_heads) * width + d->intermediate +
                              width + d->heads * parts * (width + 2));
-    int64_t own = rounded_up(rows * wide * 8 + rows_bytes(rows, wide) + 256, 64);
+    int64_t numbers = rows_bytes(rows, wide);
+#if defined(SIMD_WIDE)
+    numbers = numbers > block_bytes(rows, wide) ? numbers : block_bytes(rows, wide);
+#endif
+    int64_t own = rounded_up(rows * wide * 8 + numbers + 256, 64);
     char *memory = malloc((size_t)(shared * 4 + 512 + own * threads)), *at;
     if (!memory) return 1;
     at = (char *)rounded_up((int64_t)(intptr_t)memory, 64);
@@ -191,7 +220,7 @@ int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const 
         }
 #pragma omp parallel num_threads(threads)
     {
-        Share share = {0, 0, 0, 0};
+        Share share = {0};
 #if defined(_OPENMP)
         share.thread = omp_get_thread_num();
 #pragma omp single

@@ -12,7 +12,8 @@ from smolstack.native.compiling import CompileError, compiled
 logger = logging.getLogger(__name__)
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
-CACHE_FLOAT32, CACHE_FLOAT16 = range(2)
+CACHE_FLOAT32, CACHE_FLOAT16, CACHE_BFLOAT16 = range(3)
+NO_NORM, LAYER_NORM, RMS_NORM = range(3)
 ACTIVATIONS = {"": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_pytorch_tanh": 4}
 
 _integer, _pointer, _number, _count = (
@@ -30,10 +31,44 @@ class Linear(ctypes.Structure):
         ("kind", _integer),
         ("inputs", _integer),
         ("outputs", _integer),
+        ("panels", _integer),
         ("weight", _pointer),
         ("scale", _pointer),
         ("sums", _pointer),
         ("bias", _pointer),
+    )
+
+
+class Norm(ctypes.Structure):
+    """What is done to rows before a layer multiplies them."""
+
+    _fields_ = (("kind", _integer), ("eps", _number), ("weight", _pointer), ("bias", _pointer))
+
+
+class EncoderLayer(ctypes.Structure):
+    """A layer of the vision tower."""
+
+    _fields_ = (
+        ("attention_norm", Norm),
+        ("mlp_norm", Norm),
+        ("query", Linear),
+        ("key", Linear),
+        ("value", Linear),
+        ("out", Linear),
+        ("up", Linear),
+        ("down", Linear),
+    )
+
+
+class Encoder(ctypes.Structure):
+    """The vision tower between patch embedding and last norm."""
+
+    _fields_ = (
+        ("layers", _integer),
+        ("hidden", _integer),
+        ("heads", _integer),
+        ("activation", _integer),
+        ("layer", _pointer),
     )
 
 
@@ -80,7 +115,12 @@ class Place(ctypes.Structure):
 
 
 class Library:
-    """The functions of a compiled library."""
+    """The functions of a compiled library.
+
+    Attributes:
+        instructions: what they were compiled for: "plain C", "AVX2" or "VNNI".
+        panels: whether weights can be laid out as panels, which the functions for many rows need.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,7 +133,33 @@ class Library:
         self.quantise_int8.argtypes = [_pointer, _integer, _integer, _pointer, _pointer]
         self.sum_rows = handle.sum_rows
         self.sum_rows.argtypes = [_pointer, _integer, _integer, _pointer]
+        self.want_large_pages = handle.want_large_pages
+        self.want_large_pages.argtypes = [_pointer, _integer]
+        self.put_aside = handle.put_aside
+        self.put_aside.argtypes = [_pointer, _integer]
         self.instructions = (b"plain C", b"AVX2", b"VNNI")[handle.instructions()].decode()
+        self.panels = bool(handle.has_panels())
+        if self.panels:
+            self._panels(handle)
+
+    def _panels(self, handle: ctypes.CDLL) -> None:
+        self.panel_bytes = handle.panel_bytes
+        self.panel_bytes.argtypes, self.panel_bytes.restype = [_integer] * 3, _integer
+        self.pack_panels = handle.pack_panels
+        self.pack_panels.argtypes = [_integer, _pointer, _integer, _integer, _pointer]
+        self.pack_scales = handle.pack_scales
+        self.pack_scales.argtypes = [_pointer, _integer, _integer, _pointer]
+        self.dense_rows = handle.dense_rows
+        self.dense_rows.argtypes = [
+            *[_pointer] * 3,
+            *[_integer] * 2,
+            *[_pointer] * 2,
+            _count,
+        ]
+        self.encode_tiles = handle.encode_tiles
+        self.encode_tiles.argtypes = [_pointer, _integer, _integer, _pointer, _count]
+        self.prefill_rows = handle.prefill_rows
+        self.prefill_rows.argtypes = [_pointer, _integer, *[_pointer] * 4, _count]
 
 
 @lru_cache(maxsize=1)

@@ -40,6 +40,14 @@ INLINE Float8 load8_bfloat(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+INLINE void store8_bfloat(uint16_t *p, Float8 x) {  // rounded to nearest even
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    bits = _mm256_srli_epi32(bits, 16);
+    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(bits));
+}
 INLINE float sum8(Float8 x) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -107,6 +115,13 @@ INLINE Float8 load8_bfloat(const uint16_t *p) {
         memcpy(&out.at[i], &bits, 4);
     }
     return out;
+}
+INLINE void store8_bfloat(uint16_t *p, Float8 x) {  // rounded to nearest even
+    for (int i = 0; i < 8; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x.at[i], 4);
+        p[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
 }
 INLINE float sum8(Float8 x) {
     float a = (x.at[0] + x.at[4]) + (x.at[2] + x.at[6]);

@@ -10,7 +10,7 @@
 
 // Holds a sum in its register: left alone, gcc multiplies first, adds later and spills the sums.
 #define KEEP(x) __asm__("" : "+x"(x))
-#define AHEAD 1536  // bytes of weights fetched ahead of their use
+#define FAR 1536  // bytes of weights fetched ahead of their use
 
 #if defined(SIMD_VNNI)
 typedef uint8_t Number;
@@ -38,7 +38,7 @@ INLINE void float_tile(int rows, int channels, const float *x, int64_t stride, c
     for (; i + 8 <= in; i += 8) {
         UNROLL for (int c = 0; c < channels; c++) {
             Float8 weight = load8(w + c * in + i);
-            prefetch(w + c * in + i + AHEAD / 4);
+            prefetch(w + c * in + i + FAR / 4);
             UNROLL for (int r = 0; r < rows; r++)
                 total[r][c] = fma8(load8(x + r * stride + i), weight, total[r][c]);
         }
@@ -59,7 +59,7 @@ INLINE void bfloat_tile(int rows, int channels, const float *x, int64_t stride,
     for (; i + 8 <= in; i += 8) {
         UNROLL for (int c = 0; c < channels; c++) {
             Float8 weight = load8_bfloat(w + c * in + i);
-            prefetch(w + c * in + i + AHEAD / 2);
+            prefetch(w + c * in + i + FAR / 2);
             UNROLL for (int r = 0; r < rows; r++)
                 total[r][c] = fma8(load8(x + r * stride + i), weight, total[r][c]);
         }
@@ -104,7 +104,7 @@ INLINE void int8_tile(int rows, int channels, const Number *x, int64_t stride, c
         __m256i weight[4];
         UNROLL for (int c = 0; c < channels; c++) {
             weight[c] = load_weights(w + c * in + i);
-            if (rows < 4) prefetch(w + c * in + i + AHEAD);
+            if (rows < 4) prefetch(w + c * in + i + FAR);
         }
         UNROLL for (int r = 0; r < rows; r++) {
             __m256i numbers = _mm256_loadu_si256((const __m256i *)(x + r * stride + i));
@@ -164,7 +164,7 @@ INLINE void int4_tile(int rows, int channels, const int8_t *x, int64_t stride,
                 const uint8_t *at = w + c * (in / 2) + g * (GROUP / 2);
                 __m256i weights = load_group(at);
                 Float8 factor = splat8(scales[c][g - some]);
-                if (rows < 4) prefetch(at + AHEAD);
+                if (rows < 4) prefetch(at + FAR);
                 UNROLL for (int r = 0; r < rows; r++) {
                     __m256i products = group_products(weights, x + r * stride + g * GROUP,
                                                       offsets + (r * groups + g) * 8);

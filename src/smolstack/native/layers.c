@@ -1,0 +1,136 @@
+// Linear layers and MLPs over many rows, with the norm before and the sum after them, so that a
+// block of rows stays in a core's own cache from one end to the other.
+#include "smolstack.h"
+
+#include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "wide.h"
+
+#define BLOCK_ROWS 64
+
+// Whether layers can be laid out as panels on this processor.
+int has_panels(void) {
+#if defined(SIMD_WIDE)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Ask for large pages for memory that is about to be filled and then read over and over: a pass
+// through all weights touches each page once a token.
+void want_large_pages(void *memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    uintptr_t from = ((uintptr_t)memory + 4095) / 4096 * 4096;
+    uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) / 4096 * 4096;
+    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+// Give pages of a mapped file back to the system, which reads them again if they are needed again.
+// Memory that is no file's keeps what it holds.
+void put_aside(const void *memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_PAGEOUT)
+    uintptr_t from = ((uintptr_t)memory + 4095) / 4096 * 4096;
+    uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) / 4096 * 4096;
+    if (to > from) madvise((void *)from, to - from, MADV_PAGEOUT);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+#if defined(SIMD_WIDE)
+
+static int64_t rows_of_block(int64_t rows, int threads) {
+    return least(BLOCK_ROWS, rounded_up((rows + threads - 1) / threads, TILE_ROWS));
+}
+
+static int this_thread(void) {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// out = activation(norm(x) · weightᵀ + bias) + plus: x (rows, in); out, and plus unless it is NULL,
+// (rows, out). Returns 1 when memory runs out, else 0.
+int dense_rows(const Linear *linear, const Norm *norm, const float *x, int64_t rows,
+               int64_t activation, const float *plus, float *out, int threads) {
+    int64_t some = rows_of_block(rows, threads), bytes = block_bytes(some, linear->in);
+    char *memory = malloc((size_t)(bytes * threads));
+    if (!memory) return 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t first = 0; first < rows; first += some) {
+        Block block;
+        int64_t at = first * linear->out;
+        Finish finish = {activation, NULL, plus ? plus + at : NULL, linear->out};
+        lay_out_block(&block, memory + this_thread() * bytes, least(some, rows - first),
+                      linear->in);
+        prepare_block(&block, linear, norm, x + first * linear->in, linear->in);
+        multiply_block(linear, &block, 0, linear->out, &finish, out + at, linear->out);
+    }
+    free(memory);
+    return 0;
+}
+
+// Queries, keys and values side by side: out (rows, q + k + v channels).
+int mixed_rows(const Norm *norm, const Linear *query, const Linear *key, const Linear *value,
+               const float *x, int64_t rows, float *out, int threads) {
+    const Linear *parts[3] = {query, key, value};
+    int64_t some = rows_of_block(rows, threads), bytes = block_bytes(some, query->in);
+    int64_t stride = query->out + key->out + value->out;
+    char *memory = malloc((size_t)(bytes * threads));
+    if (!memory) return 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t first = 0; first < rows; first += some) {
+        const Finish finish = {NONE, NULL, NULL, 0};
+        Block block;
+        float *to = out + first * stride;
+        lay_out_block(&block, memory + this_thread() * bytes, least(some, rows - first), query->in);
+        for (int i = 0; i < 3; i++) {
+            if (i == 0 || parts[i]->kind != parts[i - 1]->kind)
+                prepare_block(&block, parts[i], norm, x + first * query->in, query->in);
+            multiply_block(parts[i], &block, 0, parts[i]->out, &finish, to, stride);
+            to += parts[i]->out;
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+// x += down(activation(gate(norm(x))) · up(norm(x))), or without a gate down(activation(up(…))).
+int mlp_rows(const Norm *norm, const Linear *gate, const Linear *up, const Linear *down,
+             int64_t activation, float *x, int64_t rows, int threads) {
+    const Norm none = {NO_NORM, 0, NULL, NULL};
+    int64_t some = rows_of_block(rows, threads), inner = up->out, hidden = up->in;
+    int64_t widest = inner > hidden ? inner : hidden;
+    int64_t scratch = rounded_up(some * inner * 4, 64);
+    int64_t bytes = rounded_up(block_bytes(some, widest), 64) + scratch;
+    char *memory = malloc((size_t)(bytes * threads + 64));
+    if (!memory) return 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t first = 0; first < rows; first += some) {
+        char *own = (char *)rounded_up((int64_t)(intptr_t)memory, 64) + this_thread() * bytes;
+        float *between = (float *)own, *states = x + first * hidden;
+        Block block;
+        Finish plain = {gate ? NONE : activation, NULL, NULL, inner};
+        Finish gated = {activation, between, NULL, inner}, added = {NONE, NULL, states, hidden};
+        lay_out_block(&block, own + scratch, least(some, rows - first), widest);
+        prepare_block(&block, up, norm, states, hidden);
+        multiply_block(up, &block, 0, inner, &plain, between, inner);
+        if (gate && gate->kind != up->kind) prepare_block(&block, gate, norm, states, hidden);
+        if (gate) multiply_block(gate, &block, 0, inner, &gated, between, inner);
+        prepare_block(&block, down, &none, between, inner);
+        multiply_block(down, &block, 0, hidden, &added, states, hidden);
+    }
+    free(memory);
+    return 0;
+}
+
+#endif

@@ -1,0 +1,97 @@
+// Many rows through all layers of a tower: tiles of patches through the vision tower, the tokens of
+// a prompt through the decoder. What smolstack/model/vision.py and decoder.py do.
+#include "smolstack.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "wide.h"
+
+#if defined(SIMD_WIDE)
+
+// Patches of `tiles` tiles through all layers, in place: x (tiles, patches, hidden).
+// Returns 1 when memory runs out, else 0.
+int encode_tiles(const Encoder *e, int64_t tiles, int64_t patches, float *x, int threads) {
+    int64_t hidden = e->hidden, width = hidden / e->heads, failed = 0;
+    float *mixed = malloc((size_t)(patches * hidden * 4) * 4), *seen = mixed + patches * hidden * 3;
+    if (!mixed) return 1;
+    Attention attention = {
+        .rows = patches, .heads = e->heads, .kv_heads = e->heads, .width = width, .keys = patches,
+        .kind = CACHE_FLOAT32, .key_stride = 3 * hidden, .head_stride = width,
+        .query_stride = 3 * hidden, .query = mixed, .key = mixed + hidden,
+        .value = mixed + 2 * hidden, .out = seen,
+    };
+    const Norm none = {NO_NORM, 0, NULL, NULL};
+    for (int64_t tile = 0; tile < tiles && !failed; tile++, x += patches * hidden)
+        for (int64_t i = 0; i < e->layers && !failed; i++) {
+            const EncoderLayer *layer = e->layer + i;
+            failed |= mixed_rows(&layer->attention_norm, &layer->query, &layer->key, &layer->value,
+                                 x, patches, mixed, threads);
+            failed |= attend_rows(&attention, threads);
+            failed |= dense_rows(&layer->out, &none, seen, patches, NONE, x, x, threads);
+            failed |= mlp_rows(&layer->mlp_norm, NULL, &layer->up, &layer->down, e->activation, x,
+                               patches, threads);
+        }
+    free(mixed);
+    return (int)failed;
+}
+
+// Queries and keys of (rows, q + k + v) turned by their positions, keys and values into the cache.
+static void place_rows(const Decoder *d, int64_t rows, const Place *place, const float *turns,
+                       float *mixed, void *keys, void *values, int threads) {
+    int64_t width = d->head_dim, all = (d->heads + 2 * d->kv_heads) * width;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        float *q = mixed + row * all, *k = q + d->heads * width, *v = k + d->kv_heads * width;
+        for (int64_t h = 0; h < d->heads + d->kv_heads; h++)
+            rotate(width, turns + row * width, q + h * width);
+        for (int64_t h = 0; h < d->kv_heads; h++) {
+            int64_t at = (h * place->capacity + place->past + row) * width;
+            write_cache(d, keys, at, k + h * width);
+            write_cache(d, values, at, v + h * width);
+        }
+    }
+}
+
+// The next `rows` tokens of one sequence through all layers, in place, into its cache: x (rows,
+// hidden); keys, values: one buffer (kv_heads, capacity, head_dim) per layer.
+// Returns 1 when memory runs out, else 0.
+int prefill_rows(const Decoder *d, int64_t rows, const Place *place, void *const *keys,
+                 void *const *values, float *x, int threads) {
+    int64_t width = d->head_dim, all = (d->heads + 2 * d->kv_heads) * width, failed = 0;
+    int64_t size = d->cache == CACHE_FLOAT32 ? 4 : 2;
+    float *mixed = malloc((size_t)(rows * (all + d->heads * width + width)) * 4);
+    if (!mixed) return 1;
+    float *seen = mixed + rows * all, *turns = seen + rows * d->heads * width;
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < width / 2; i++) {
+            float angle = (float)(place->past - place->first + row) * d->frequencies[i];
+            turns[row * width + i] = cosf(angle);
+            turns[row * width + width / 2 + i] = sinf(angle);
+        }
+    const Norm none = {NO_NORM, 0, NULL, NULL};
+    for (int64_t i = 0; i < d->layers && !failed; i++) {
+        const Layer *layer = d->layer + i;
+        const Norm before = {RMS_NORM, d->norm_eps, layer->attention_norm, NULL};
+        const Norm between = {RMS_NORM, d->norm_eps, layer->mlp_norm, NULL};
+        failed |= mixed_rows(&before, &layer->query, &layer->key, &layer->value, x, rows, mixed,
+                             threads);
+        place_rows(d, rows, place, turns, mixed, keys[i], values[i], threads);
+        // Padding before the first token does not take part: positions count from there.
+        Attention attention = {
+            .rows = rows, .heads = d->heads, .kv_heads = d->kv_heads, .width = width,
+            .keys = place->past + rows - place->first, .causal = 1, .kind = d->cache,
+            .key_stride = width, .head_stride = place->capacity * width, .query_stride = all,
+            .query = mixed, .key = (const char *)keys[i] + place->first * width * size,
+            .value = (const char *)values[i] + place->first * width * size, .out = seen,
+        };
+        failed |= attend_rows(&attention, threads);
+        failed |= dense_rows(&layer->out, &none, seen, rows, NONE, x, x, threads);
+        failed |= mlp_rows(&between, &layer->gate, &layer->up, &layer->down, d->activation, x, rows,
+                           threads);
+    }
+    free(mixed);
+    return (int)failed;
+}
+
+#endif
