@@ -14,6 +14,8 @@ import torch
 from tests.bulk.conftest import BAD, Job, rows
 
 import smolstack
+from smolstack.bulk import Progress
+from smolstack.cli.rate import Lines
 from smolstack.errors import BulkError, GenerationError
 
 ROOT = Path(__file__).parents[2]
@@ -222,3 +224,16 @@ def test_what_makes_no_sense_is_refused_before_any_work(
     with pytest.raises(BulkError, match="empty: found no pictures"):
         job(tmp_path / "empty")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_log_gets_the_rate_and_the_time_left_now_and_then() -> None:
+    said: list[str] = []
+    now = [100.0]
+    tell = Lines(said.append, clock=lambda: now[0], every=30)
+    for seconds, done in ((0, 1000), (10, 1100), (30, 1300), (40, 1400), (70, 1700), (90, 2000)):
+        now[0] = 100.0 + seconds
+        tell(Progress(done=done, kept=1000, total=9300))
+    assert said == [
+        "1,300 of 9,300 pictures, 10.0/s, 0:13:20 left",
+        "1,700 of 9,300 pictures, 10.0/s, 0:12:40 left",
+    ]

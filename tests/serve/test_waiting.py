@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests.serve.test_chat import asking
 
 import smolstack
+from smolstack.cli.serve import _listen
 from smolstack.serve import reading
 from smolstack.serve.answering import EventStream
 from smolstack.serve.app import Server
@@ -78,3 +80,9 @@ def test_a_client_gone_before_its_stream_begins_stops_its_work() -> None:
     stream = EventStream(events(), asked)
     asyncio.run(stream({"type": "http", "asgi": {"spec_version": "2.3"}}, gone, send))
     assert asked.closed
+
+
+def test_events_leave_at_once() -> None:
+    with _listen("127.0.0.1", 0) as listener:
+        # What asyncio asks before it switches Nagle's algorithm off.
+        assert listener.proto == socket.IPPROTO_TCP

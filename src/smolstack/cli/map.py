@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -13,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smolstack.cli import options
-from smolstack.cli.console import note, plural, show, show_json
+from smolstack.cli.console import plural, show, show_json
+from smolstack.cli.rate import progress
 from smolstack.errors import BulkError
 
 if TYPE_CHECKING:
-    from smolstack.bulk import Progress, Summary
+    from smolstack.bulk import Summary
 
 EXAMPLES = """
 **Examples**
@@ -178,7 +176,7 @@ def map_(
     )
     chosen.update(options.form_options(schema, regex, choice))
     map_pictures = _library(threads)
-    with _progress(out) as tell:
+    with progress(out) as tell:
         summary = map_pictures(
             pictures,
             question or [],
@@ -227,75 +225,3 @@ def _line(summary: Summary) -> str:
         f"{summary.out}: {plural(summary.rows, 'row')} about "
         f"{plural(summary.pictures, 'picture')}{earlier}{errors}"
     )
-
-
-@contextmanager
-def _progress(out: Path) -> Iterator[Any]:
-    """A bar with rate and time left on stderr, on a terminal; how to go on after Ctrl-C."""
-    last: list[Progress] = []
-    with _bar() as show_progress:
-
-        def tell(progress: Progress) -> None:
-            last[:] = [progress]
-            show_progress(progress)
-
-        try:
-            yield tell
-        except KeyboardInterrupt:
-            where = last[0] if last else None
-            kept = (
-                f"{where.done:,} of {where.total:,} pictures are done and kept; " if where else ""
-            )
-            note(f"stopped: {kept}the same command goes on from there (towards {out})")
-            raise
-
-
-@contextmanager
-def _bar() -> Iterator[Any]:
-    if not sys.stderr.isatty():
-        yield lambda progress: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        SpinnerColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        """Pictures per second, or per minute when that reads better."""
-
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            if speed is None:
-                return Text("… /s")
-            return Text(f"{speed:.1f}/s" if speed >= 1 else f"{speed * 60:.1f}/min")
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=Console(file=sys.stderr), transient=True, speed_estimate_period=300
-    ) as bar:
-        task = bar.add_task("Loading …", total=None)
-
-        def tell(progress: Any) -> None:
-            if progress.done == progress.kept:
-                # Those of an earlier run count for nothing in the rate.
-                bar.reset(
-                    task, description="Pictures", total=progress.total, completed=progress.done
-                )
-            bar.update(task, completed=progress.done)
-
-        yield tell

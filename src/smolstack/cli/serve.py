@@ -179,8 +179,11 @@ def _listen(host: str, port: int) -> socket.socket:
     """The socket, taken before the model is loaded: a port in use is told at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=512)
+        made = socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
         raise GenerationError(
             f"cannot listen at {host} port {port}: {error.strerror or error}"
         ) from None
+    # asyncio sends small events at once only where a socket names its protocol; without it, the
+    # first words of an answer wait for the client's delayed acknowledgement, some 40 ms.
+    return socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())
