@@ -1,68 +1,142 @@
-"""Benchmarks measure the same work for every contender. (How long it takes is no test.)"""
+"""Benchmarks give every contender the same work, in turn. (How long it takes is no test.)"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from smolstack.bench import machine, report
-from smolstack.bench.cases import Bench
-from smolstack.bench.timing import OURS, Case, Contender, measure
-from smolstack.family import Preset
+from smolstack.bench.cases import PARTS, answers, parts
+from smolstack.bench.peers.side import Side
+from smolstack.bench.setting import Setting
+from smolstack.bench.timing import OURS, Case, Contender, Reading, Result, later, measure
+from smolstack.bench.worker import Worker, WorkerError
 
 
-@pytest.fixture(scope="module")
-def bench(tiny_preset: Preset) -> Bench:
-    return Bench(tiny_preset, torch.float32)
+def runner(order: list[str], name: str) -> Callable[[], None]:
+    return lambda: order.append(name)
 
 
 def test_contenders_run_in_turn_after_a_warm_up() -> None:
     order: list[str] = []
-
-    def runner(name: str) -> Callable[[], None]:
-        return lambda: order.append(name)
-
-    case = Case("x", [Contender(OURS, runner("a")), Contender("peer", runner("b"))], units=2)
+    case = Case(
+        "x", [Contender(OURS, runner(order, "a")), Contender("peer", runner(order, "b"))], units=2
+    )
     results = measure(case, rounds=3, warmup=1)
     assert order == ["a", "b"] * 4
     assert [r.contender for r in results] == [OURS, "peer"]
-    assert results[0].ratio == 1
     assert all(r.fastest <= r.median <= r.slowest and r.rounds == 3 for r in results)
 
 
+def test_ratios_are_those_of_medians_in_each_of_our_precisions() -> None:
+    def taking(*values: float) -> Callable[[], Reading]:
+        left = iter((values[0], *values))
+        return lambda: Reading(next(left))
+
+    case = Case(
+        "x",
+        [
+            Contender(OURS, taking(4, 2, 3), "float32", bytes_read=6e9),
+            Contender(OURS, taking(1, 1, 1), "int8"),
+            Contender("peer", taking(6, 7, 5), "bfloat16", "eager"),
+        ],
+        flops=12e9,
+        units=2,
+    )
+    ours, _, peer = measure(case, rounds=3)
+    assert (ours.median, ours.fastest, ours.slowest) == (1.5, 1, 2)
+    assert (ours.gflops, ours.gigabytes) == (4, 2)
+    assert peer.contender == "peer bfloat16 eager"
+    assert peer.ratios == {"float32": 2, "int8": 6}
+
+
+def test_no_round_begins_after_the_time_of_a_case_is_spent() -> None:
+    order: list[str] = []
+    measure(Case("x", [Contender(OURS, runner(order, "a"))]), rounds=9, warmup=0, seconds=0)
+    assert order == ["a"]
+
+
+def test_a_long_contender_may_warm_up_with_something_shorter() -> None:
+    order: list[str] = []
+    contender = Contender(OURS, runner(order, "long"), warm=runner(order, "short"))
+    measure(Case("x", [contender]), rounds=2)
+    assert order == ["short", "long", "long"]
+
+
+def test_models_that_nobody_measures_are_not_loaded() -> None:
+    loaded: list[str] = []
+
+    def load() -> Callable[[], object]:
+        loaded.append("model")
+        return lambda: len(loaded)
+
+    run = later(load)
+    assert loaded == []
+    assert [run(), run(), loaded] == [1, 1, ["model"]]
+
+
 @pytest.mark.parametrize("part", ["connector", "vision", "prefill", "images"])
-def test_both_do_the_same_work(bench: Bench, part: str) -> None:
-    for case in getattr(bench, part)():
+def test_transformers_does_the_same_work(tiny: Setting, everyone: list[Side], part: str) -> None:
+    torch_sides = [side for side in everyone if side.name in (OURS, "transformers")]
+    for case in PARTS[part](tiny, torch_sides):
+        exact = [c for c in case.contenders if c.precision in ("", "float32")]
+        assert {c.name for c in exact} == {OURS, "transformers"}
         with torch.inference_mode():
-            ours, theirs = (_tensor(contender.run()) for contender in case.contenders)
-        torch.testing.assert_close(ours, theirs.view_as(ours), atol=1e-4, rtol=1e-4)
+            ours, *theirs = (_tensor(contender.run()) for contender in exact)
+        for other in theirs:
+            torch.testing.assert_close(ours, other.view_as(ours), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("part", ["decode", "ask", "load"])
-def test_the_long_parts_run_for_both(
-    bench: Bench, part: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part", ["decode", "ask", "load", "memory", "import"])
+def test_the_long_parts_run_for_all(
+    tiny: Setting, everyone: list[Side], part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smolstack.bench.cases.CONTEXTS", (20,))
-    monkeypatch.setattr("smolstack.bench.cases.NEW_TOKENS", 3)
-    for case in getattr(bench, part)():
-        results = measure(case, rounds=1, warmup=1)
-        assert [r.contender for r in results] == [OURS, "transformers"]
-        assert all(r.median > 0 for r in results)
+    monkeypatch.setattr(parts, "CONTEXTS", (20,))
+    monkeypatch.setattr(parts, "STEPS", 2)
+    case = next(PARTS[part](tiny, everyone))
+    if part == "memory":  # a process for each
+        case = replace(case, contenders=case.contenders[-3::2])
+    results = measure(case, rounds=1)
+    assert {r.name for r in results} >= {OURS, "transformers"}
+    assert _sane(results)
+    if part == "memory":
+        assert all(r.unit == "B" and r.median > 2**20 for r in results)
 
 
-def test_a_report_can_be_read_by_people_and_programs(bench: Bench) -> None:
-    results = measure(next(bench.vision()), rounds=1)
-    limits = {"matmul_gflops": 100.0, "read_gigabytes": 10.0}
-    data = json.loads(json.dumps(report.to_dict(results, machine.describe(), limits)))
-    assert data["results"][0]["case"] == "vision, one tile, float32"
-    assert {"torch", "transformers", "smolstack"} <= set(data["machine"]["versions"])
-    assert report.table(results, limits).row_count == 2
-    assert "× as fast" in report.markdown(results)
-    assert [report.duration(s) for s in (0.00123456, 0.5, 12.3)] == ["1.23 ms", "500 ms", "12.3 s"]
+@pytest.mark.parametrize("part", ["structured", "questions", "reuse"])
+def test_our_own_ways_are_compared_with_the_plain_ones(
+    tiny: Setting, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "TOKENS", 3)
+    for case in PARTS[part](tiny, []):
+        if "float32" in case.name:
+            results = measure(case, rounds=1)
+            assert results[0].name == OURS
+            assert len(results) > 1
+            assert _sane(results)
+
+
+def test_a_child_process_does_what_it_is_told_until_it_is_closed(
+    tiny: Setting, tmp_path: Path
+) -> None:
+    scene = tiny.scenes[0]
+    with Worker(
+        "smolstack.bench.peers.ours:asking", 1, folder=str(tiny.folder), dtype="float32"
+    ) as worker:
+        told = worker.tell(path=str(scene.path), split=False, tokens=2)
+        assert 0 < told["seconds"] < 600
+        assert told["peak_bytes"] > 2**20
+        with pytest.raises(WorkerError, match=r"missing\.jpg"):
+            worker.tell(path=str(tmp_path / "missing.jpg"), split=False, tokens=2)
+        assert worker.run(path=str(scene.path), split=False, tokens=2).value > 0
+
+
+def _sane(results: list[Result]) -> bool:
+    return all(0 < r.fastest <= r.median <= r.slowest and r.rounds == 1 for r in results)
 
 
 def _tensor(result: Any) -> torch.Tensor:

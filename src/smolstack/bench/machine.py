@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -13,11 +13,22 @@ import torch
 
 from smolstack import __version__
 
-PACKAGES = ("torch", "transformers", "numpy", "pillow", "tokenizers", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "openvino",
+    "llama-cpp-python",
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "safetensors",
+)
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, threads and versions, as plain data."""
+    """Processor, its instructions, threads and versions, as plain data."""
     versions = {"smolstack": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -25,7 +36,8 @@ def describe() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "instructions": _instructions(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
@@ -33,32 +45,52 @@ def describe() -> dict[str, Any]:
     }
 
 
-def limits(dtype: torch.dtype) -> dict[str, float]:
-    """The fastest matrix product and memory read seen here: GFLOP/s in ``dtype``, GB/s."""
-    side = 1536
-    left, right = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
-    product = _seconds(lambda: left @ right, 7)
+def limits() -> dict[str, float]:
+    """The fastest matrix products and memory read seen here, with the threads in use.
+
+    Returns:
+        "float32", "bfloat16", "int8": 10⁹ operations a second in a product of matrices of about
+        the towers' shapes (0 where torch has none); "read": 10⁹ bytes a second.
+    """
+    found = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        left, right = (torch.randn(1024, 3072).to(dtype) for _ in range(2))
+        found[name] = 2 * 1024 * 1024 * 3072 / _fastest(lambda: left @ right.t()) / 1e9  # noqa: B023
+    found["int8"] = _int8_rate()
     vector = torch.ones(2**26)  # 256 MiB, beyond any cache
-    read = _seconds(vector.sum, 7)
-    return {
-        "matmul_gflops": 2 * side**3 / product / 1e9,
-        "read_gigabytes": vector.numel() * 4 / read / 1e9,
-    }
+    found["read"] = vector.numel() * 4 / _fastest(vector.sum) / 1e9
+    return found
 
 
-def _seconds(work: Any, rounds: int) -> float:
+def _int8_rate() -> float:
+    left = torch.ones(1024, 3072, dtype=torch.int8)
+    right = torch.ones(1024, 3072, dtype=torch.int8)
+    try:
+        seconds = _fastest(lambda: torch._int_mm(left, right.t()))
+    except (RuntimeError, NotImplementedError):
+        return 0.0
+    return 2 * 1024 * 1024 * 3072 / seconds / 1e9
+
+
+def _fastest(work: Callable[[], object], rounds: int = 15) -> float:
+    """Seconds of the fastest of some runs: a limit is what the machine can do when left alone."""
     taken = []
     for _ in range(rounds):
         began = perf_counter()
         work()
         taken.append(perf_counter() - began)
-    return median(taken)
+    return min(taken)
 
 
-def _processor() -> str:
+def _instructions() -> list[str]:
+    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
+    return [flag for flag in _FLAGS if flag in flags]
+
+
+def _cpuinfo(name: str) -> str | None:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(name):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
 
@@ -13,11 +13,38 @@ OURS = "smolstack"
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What a contender measured by itself, in the unit of its case: another process's seconds, or
+    bytes."""
+
+    value: float
+
+
+@dataclass(frozen=True)
 class Contender:
-    """One way to do the work of a case; ``run`` does it once."""
+    """One way to do the work of a case.
+
+    Attributes:
+        name: whose way it is: OURS or a peer's name.
+        run: does the work once; what a run must prepare, the first one prepares (see
+            :func:`later`).
+        precision: number format of the weights, "" where there are none.
+        form: what else tells it apart, e.g. "sdpa".
+        bytes_read: bytes of weights that one run must read, 0 when that is no measure of it.
+        warm: what the warm-up does instead of a run that takes long.
+    """
 
     name: str
     run: Callable[[], object]
+    precision: str = ""
+    form: str = ""
+    bytes_read: float = 0.0
+    warm: Callable[[], object] | None = None
+
+    @property
+    def label(self) -> str:
+        """Name, precision and form in one line."""
+        return " ".join(part for part in (self.name, self.precision, self.form) if part)
 
 
 @dataclass(frozen=True)
@@ -25,61 +52,122 @@ class Case:
     """The same work for every contender.
 
     Attributes:
-        name: what is done, e.g. "17 tiles, float32".
+        name: what is done, e.g. "connector, 17 tiles".
         contenders: smolstack's own first.
         flops: floating-point operations of one run, 0 when that is no measure of it.
-        bytes_read: bytes of weights that one run must read, 0 likewise.
         units: results are given per this many units of work (64 for "64 tokens").
+        unit: "s" for seconds, "B" for bytes.
+        rounds: at most so many rounds, where one says as much as many (memory).
     """
 
     name: str
     contenders: Sequence[Contender]
     flops: float = 0.0
-    bytes_read: float = 0.0
     units: int = 1
+    unit: str = "s"
+    rounds: int | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds per unit of one contender's runs."""
+    """What one contender's runs took, per unit of work.
+
+    Attributes:
+        values: every round's, in the order of rounds; seconds or bytes, as ``unit`` says.
+        flops, bytes_read: of one unit of work, 0 when not counted.
+        ratios: this contender's median over smolstack's in each precision: above 1, smolstack
+            needs less.
+    """
 
     case: str
     contender: str
+    name: str
+    precision: str
+    unit: str
     median: float
     fastest: float
     slowest: float
     rounds: int
-    gflops: float  # 10⁹ floating-point operations a second, 0 when not counted
-    gigabytes: float  # 10⁹ bytes of weights a second, 0 when not counted
-    ratio: float  # this contender's median over smolstack's: above 1, smolstack is faster
+    values: list[float]
+    flops: float
+    bytes_read: float
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> bool:
+        return self.name == OURS
+
+    @property
+    def gflops(self) -> float:
+        """10⁹ floating-point operations a second, 0 when not counted."""
+        return self.flops / self.median / 1e9
+
+    @property
+    def gigabytes(self) -> float:
+        """10⁹ bytes of weights a second, 0 when not counted."""
+        return self.bytes_read / self.median / 1e9
 
 
-def measure(case: Case, rounds: int, warmup: int = 1) -> list[Result]:
-    """Run every contender ``warmup`` times, then all of them in turn, ``rounds`` times."""
-    times: dict[str, list[float]] = {contender.name: [] for contender in case.contenders}
+def later(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """A run that is made when it is first called: models that nobody measures are not loaded."""
+    made: list[Callable[[], object]] = []
+
+    def run() -> object:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return run
+
+
+def measure(case: Case, rounds: int, warmup: int = 1, seconds: float | None = None) -> list[Result]:
+    """Run every contender ``warmup`` times, then all of them in turn, ``rounds`` times.
+
+    Args:
+        seconds: after the first round no other begins once the rounds have taken so long.
+    """
+    rounds = min(rounds, case.rounds or rounds)
+    values: dict[str, list[float]] = {contender.label: [] for contender in case.contenders}
     with torch.inference_mode():
-        for turn in range(-warmup, rounds):
+        for _ in range(warmup if case.unit == "s" else 0):
             for contender in case.contenders:
-                began = perf_counter()
-                contender.run()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if turn >= 0:
-                    times[contender.name].append(perf_counter() - began)
-    ours = median(times[case.contenders[0].name])
-    return [_result(case, name, taken, ours) for name, taken in times.items()]
+                (contender.warm or contender.run)()
+        began = perf_counter()
+        for turn in range(rounds):
+            if turn and seconds is not None and perf_counter() - began > seconds:
+                break
+            for contender in case.contenders:
+                values[contender.label].append(_once(contender.run))
+    medians: dict[str, float] = {}
+    for contender in case.contenders:
+        if contender.name == OURS:
+            medians.setdefault(contender.precision, median(values[contender.label]))
+    return [_result(case, c, values[c.label], medians) for c in case.contenders]
 
 
-def _result(case: Case, name: str, taken: list[float], ours: float) -> Result:
-    middle = median(taken)
+def _once(run: Callable[[], object]) -> float:
+    began = perf_counter()
+    found = run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return found.value if isinstance(found, Reading) else perf_counter() - began
+
+
+def _result(case: Case, contender: Contender, taken: list[float], ours: dict[str, float]) -> Result:
+    values = [value / case.units for value in taken]
+    middle = median(values)
     return Result(
         case=case.name,
-        contender=name,
-        median=middle / case.units,
-        fastest=min(taken) / case.units,
-        slowest=max(taken) / case.units,
-        rounds=len(taken),
-        gflops=case.flops / middle / 1e9,
-        gigabytes=case.bytes_read / middle / 1e9,
-        ratio=middle / ours,
+        contender=contender.label,
+        name=contender.name,
+        precision=contender.precision,
+        unit=case.unit,
+        median=middle,
+        fastest=min(values),
+        slowest=max(values),
+        rounds=len(values),
+        values=values,
+        flops=case.flops / case.units,
+        bytes_read=contender.bytes_read / case.units,
+        ratios={name: middle * case.units / reference for name, reference in ours.items()},
     )

@@ -1,4 +1,4 @@
-"""``smolstack bench``: smolstack and transformers in turn, as ratios of medians."""
+"""``smolstack bench``: smolstack and its peers in turn, as ratios of medians."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from typing import Annotated
 import typer
 
 from smolstack.cli import options
-from smolstack.cli.console import progress, show, show_json
+from smolstack.cli.console import note, progress, show, show_json
 
 EXAMPLES = """
 **Examples**
 
-`smolstack bench connector`
+`smolstack bench vision --dtype bfloat16,int8 --plot roofline.png`
 
-`smolstack bench vision prefill decode --threads 2 --rounds 9`
+`smolstack bench prefill decode --threads 2 --rounds 9 --save text.json`
 
-`smolstack bench ask --preset smolvlm-500m --dtype bfloat16 --save results.json`
+`smolstack bench ask --match 17 --only "smolstack int8" --only "transformers bfloat16"`
+
+`smolstack bench quality --dtype bfloat16,int8,int4`
+
+`smolstack bench --add vision.json --add text.json --markdown`
 """
 
 
 class What(str, Enum):
-    """Parts that can be measured."""
+    """Parts that can be measured, and studies that can be made."""
 
     connector = "connector"
     vision = "vision"
@@ -33,61 +37,111 @@ class What(str, Enum):
     images = "images"
     ask = "ask"
     load = "load"
+    memory = "memory"
+    import_ = "import"
     structured = "structured"
     questions = "questions"
+    reuse = "reuse"
+    quality = "quality"
+    growth = "growth"
+    budget = "budget"
 
 
 def bench(
-    what: Annotated[list[What], typer.Argument(help="What to measure; several are allowed.")],
+    what: Annotated[
+        list[What] | None,
+        typer.Argument(help="What to measure; several are allowed.", show_default=False),
+    ] = None,
     *,
     preset: Annotated[
         str, typer.Option(help="A published shape; its weights are random.")
     ] = "smolvlm-256m",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="smolstack's own precisions, with commas between.")
+    ] = "float32,bfloat16,int8,int4",
     threads: options.ThreadsOption = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender, in turn.")] = 7,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of one case, after which no further round begins."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Contenders whose name contains it; several add up."),
+    ] = None,
+    match: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Cases whose name contains it; several add up."),
+    ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Results of an earlier run, shown with these."),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the random checkpoint there, also as peers need it, for next time."
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
-    markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw them: the roofline, and what was studied."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print Markdown tables.")] = False,
     json: options.JsonOption = False,
 ) -> None:
-    """Measure smolstack, and transformers where it is installed, in one run.
+    """Measure smolstack, and every peer that is installed, in one run.
 
-    Contenders run alternately on the same weights and inputs; medians are compared.
+    Peers: transformers; onnxruntime and OpenVINO for the vision tower; llama.cpp (llama-cpp-python)
+    for text. All run in turn on the same weights and inputs; medians are compared. quality,
+    growth and budget study smolstack alone.
     """
     import torch
 
-    from smolstack.bench import machine, report
-    from smolstack.bench.cases import Bench
-    from smolstack.bench.timing import measure
+    from smolstack.bench import plots, report, targets
+    from smolstack.bench.running import Choice, absences, run
     from smolstack.checkpoint.load import DTYPES
     from smolstack.errors import ConfigError
     from smolstack.family import preset as find_preset
+    from smolstack.model.precision import SCHEMES
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}, expected one of {list(DTYPES)}")
+    found = find_preset(preset)
+    dtypes = _read_dtypes(dtype, [*DTYPES, *SCHEMES])
+    if not what and not add:
+        raise ConfigError(f"nothing to measure, expected some of {[w.value for w in What]}")
     if threads is not None:
         torch.set_num_threads(threads)
-    made = Bench(find_preset(preset), DTYPES[dtype])
-    described = machine.describe()
-    results = []
-    with progress("Measuring the machine …"):
-        limits = machine.limits(DTYPES[dtype])
-    for part in dict.fromkeys(what):
-        with progress(f"Measuring {part.value} …"):
-            for case in getattr(made, part.value)():
-                results += measure(case, rounds)
-    data = {"preset": preset, **report.to_dict(results, described, limits)}
+    parts = list(dict.fromkeys(part.value for part in what or ()))
+    for sentence in absences(parts):
+        note(sentence)
+    choice = Choice(parts, dtypes, rounds, seconds, only or (), match or (), folder)
+    record = run(found, choice, progress)
+    for path in reversed(add or ()):
+        record.add(path)
     if save is not None:
-        save.write_text(jsonlib.dumps(data, indent=2) + "\n", encoding="utf-8")
+        save.write_text(jsonlib.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        for path in plots.draw(record.results, record.studies, record.limits, plot):
+            note(f"wrote {path}")
+    reached = targets.reached(record.results, record.studies)
     if json:
-        show_json(data)
+        show_json({**record.to_dict(), "targets": reached})
     elif markdown:
-        typer.echo(report.markdown(results), nl=False)
+        text = report.markdown(record.results, record.studies, record.limits)
+        typer.echo(text + targets.markdown(reached), nl=False)
     else:
-        versions = ", ".join(f"{name} {v}" for name, v in described["versions"].items())
-        show(report.table(results, limits))
-        show(
-            f"{described['processor']} ({described['capability']}), {described['threads']} "
-            f"threads, {limits['matmul_gflops']:.0f} GFLOP/s, "
-            f"{limits['read_gigabytes']:.0f} GB/s; {versions}"
-        )
+        if record.results:
+            show(report.table(record.results, record.limits))
+        show(*(report.rows_table(title, rows) for title, rows in record.studies.items()))
+        show(report.machine_line(record.machine, record.limits))
+
+
+def _read_dtypes(text: str, known: list[str]) -> tuple[str, ...]:
+    from smolstack.errors import ConfigError
+
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"dtype is {name!r}, expected some of {known}")
+    return names

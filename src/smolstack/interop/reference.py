@@ -85,9 +85,12 @@ class RetrievalReference(nn.Module):
         return unit * inputs["attention_mask"][..., None]
 
 
-def load_model(folder: str | Path) -> Any:
-    """transformers' model of a checkpoint folder, in float32."""
-    return _AUTO_MODEL.from_pretrained(folder, dtype=torch.float32).eval()
+def load_model(folder: str | Path, dtype: str = "float32", attention: str | None = None) -> Any:
+    """transformers' model of a checkpoint folder, with "sdpa" or "eager" attention if given."""
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
+    options = {} if attention is None else {"attn_implementation": attention}
+    return _AUTO_MODEL.from_pretrained(folder, dtype=getattr(torch, dtype), **options).eval()
 
 
 def image_processor(settings: ImageSettings, model_type: str = "idefics3") -> Any:

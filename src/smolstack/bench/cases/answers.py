@@ -1,0 +1,80 @@
+"""What a form costs per token, and what is saved when one picture is asked about several times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from PIL import Image
+
+from smolstack.bench.peers.side import Side
+from smolstack.bench.setting import Setting, noise_picture
+from smolstack.bench.timing import OURS, Case, Contender
+from smolstack.generation.options import AnswerOptions
+from smolstack.vlm import VLM, load
+
+TOKENS = 48
+QUESTIONS = ("What is this?", "What colour is it?", "How many are there?", "Where was it taken?")
+WIDE = (1600, 300)
+FORMS: dict[str, AnswerOptions] = {
+    "regex": {"regex": "[a-zA-Z ,.]{400,}"},
+    "schema": {"schema": {"type": "object", "additionalProperties": {"type": "string"}}},
+}
+
+
+def structured(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
+    """A token of a free answer, and of one that keeps to a form."""
+    for dtype in setting.dtypes:
+        vlm = endless(setting, dtype)
+        contenders = [Contender(OURS, partial(_write, vlm, {}), dtype)]
+        contenders += [
+            Contender(f"with a {name}", partial(_write, vlm, form), dtype)
+            for name, form in FORMS.items()
+        ]
+        yield Case(f"structured, per token, {dtype}", contenders, units=TOKENS)
+
+
+def questions(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
+    """Four questions about one picture: read once, or anew each time."""
+    picture = noise_picture(WIDE)
+    for dtype in setting.dtypes:
+        vlm = endless(setting, dtype)
+        tiles = vlm.plan(picture).tiles
+        yield Case(
+            f"{len(QUESTIONS)} questions, one picture of {tiles} tiles, {dtype}",
+            [
+                Contender(
+                    OURS, partial(_question, vlm, picture, pictures=True, prefix=True), dtype
+                ),
+                Contender(
+                    "picture kept alone", partial(_question, vlm, picture, pictures=True), dtype
+                ),
+                Contender("nothing kept", partial(_question, vlm, picture), dtype),
+            ],
+        )
+
+
+def endless(setting: Setting, dtype: str) -> VLM:
+    """The setting's checkpoint, which never ends an answer by itself."""
+    vlm = load(setting.folder, dtype=dtype)
+    vlm.eos_token_ids = ()
+    return vlm
+
+
+def _write(vlm: VLM, form: AnswerOptions) -> None:
+    options: AnswerOptions = {"max_new_tokens": TOKENS, "seed": 0, "temperature": 1.0}
+    options.update(form)
+    answer = vlm.ask(text="Write.", **options)
+    assert answer.usage.completion_tokens == TOKENS
+
+
+def _question(
+    vlm: VLM, picture: Image.Image, *, pictures: bool = False, prefix: bool = False
+) -> None:
+    vlm.forget()
+    for question in QUESTIONS:
+        vlm.ask(picture, question, max_new_tokens=4)
+        if not pictures:
+            vlm.picture_cache.clear()
+        if not prefix:
+            vlm.forget_conversation()

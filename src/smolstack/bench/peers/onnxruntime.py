@@ -1,0 +1,36 @@
+"""onnxruntime for the vision tower: float32, and its dynamic quantisation to int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from smolstack.bench.peers.towers import Towers
+
+
+class OnnxRuntime(Towers):
+    """The tower's graph in a process of its own."""
+
+    name = "onnxruntime"
+    packages = ("onnx", "onnxruntime")
+    work = f"{__name__}:tower"
+    precisions = {"float32": False, "int8": True}  # noqa: RUF012 (read only)
+
+
+def tower(graph: str, tile: str, precision: str, threads: int) -> Callable[..., Any]:
+    """A worker's work: one tile through the graph."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    feeds = {"pixel_values": np.load(tile)}
+
+    def run(give: bool = False) -> Any:
+        states = session.run(None, feeds)[0]
+        return states.tolist() if give else None
+
+    return run

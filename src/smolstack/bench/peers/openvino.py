@@ -1,0 +1,43 @@
+"""OpenVINO for the vision tower: float32 and bfloat16, by its hint for the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from smolstack.bench.peers.towers import Towers
+
+
+class OpenVino(Towers):
+    """The tower's graph in a process of its own."""
+
+    name = "openvino"
+    packages = ("onnx", "openvino")
+    work = f"{__name__}:tower"
+    precisions = {"float32": False, "bfloat16": False}  # noqa: RUF012 (read only)
+
+
+def tower(graph: str, tile: str, precision: str, threads: int) -> Callable[..., Any]:
+    """A worker's work: one tile through the graph."""
+    import openvino
+
+    core = openvino.Core()
+    compiled = core.compile_model(
+        graph,
+        "CPU",
+        {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        },
+    )
+    request = compiled.create_infer_request()
+    pixels = np.load(tile)
+
+    def run(give: bool = False) -> Any:
+        states = request.infer({0: pixels})[0]
+        return np.asarray(states, dtype=np.float32).tolist() if give else None
+
+    return run

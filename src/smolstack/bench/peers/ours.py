@@ -1,0 +1,161 @@
+"""smolstack's own contenders, one per precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from smolstack.bench import sizes
+from smolstack.bench.peers.fresh import import_seconds
+from smolstack.bench.peers.side import Side
+from smolstack.bench.setting import BITS, QUESTION, Scene, Setting, text_batch
+from smolstack.bench.timing import OURS, Contender, Reading, later
+from smolstack.bench.worker import Worker
+from smolstack.processor.tiles import cut_tiles, normalise
+from smolstack.vlm import VLM, load
+
+
+class Ours(Side):
+    """Models in every precision of the setting, loaded when first needed."""
+
+    name = OURS
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._loaded: dict[str, VLM] = {}
+
+    def vlm(self, dtype: str) -> VLM:
+        """The checkpoint in one precision; no answer ends by itself."""
+        if dtype not in self._loaded:
+            # Loaded in the midst of a measurement: the weights are to be ordinary tensors.
+            with torch.inference_mode(False):
+                self._loaded[dtype] = _load(self.setting.folder, dtype)
+        return self._loaded[dtype]
+
+    def connector(self, patches: Tensor) -> Sequence[Contender]:
+        def make(dtype: str) -> Callable[[], object]:
+            model = self.vlm(dtype).model
+            return partial(model.connector, patches.to(model.dtype))
+
+        return self._each(make)
+
+    def vision(self, tile: Tensor) -> Sequence[Contender]:
+        def make(dtype: str) -> Callable[[], object]:
+            model = self.vlm(dtype).model
+            return partial(model.vision, tile.to(model.dtype))
+
+        return self._each(make, sizes.tower(self.setting.config))
+
+    def prefill(self, ids: Tensor) -> Sequence[Contender]:
+        def make(dtype: str) -> Callable[[], object]:
+            model, batch = self.vlm(dtype).model, text_batch(ids)
+            return lambda: model.prefill(batch, model.new_cache(batch, ids.shape[1] + 1))
+
+        return self._each(make, sizes.decoder(self.setting.config))
+
+    def decode(self, ids: Tensor, steps: int) -> Sequence[Contender]:
+        return self._each(
+            lambda dtype: decoding(self.vlm(dtype), ids, steps),
+            steps * sizes.decoder(self.setting.config),
+        )
+
+    def images(self, scene: Scene) -> Sequence[Contender]:
+        settings = self.setting.preset.settings
+        image = Image.open(scene.path).convert("RGB")
+        return [
+            Contender(OURS, lambda: normalise(cut_tiles(image, scene.plan, settings), settings))
+        ]
+
+    def ask(self, scene: Scene) -> Sequence[Contender]:
+        tokens = self.setting.new_tokens
+        small = self.setting.scenes[0]
+
+        def run(dtype: str, scene: Scene, tokens: int) -> None:
+            ask_once(self.vlm(dtype), scene.path, scene.split, tokens)
+
+        return [
+            Contender(
+                OURS,
+                partial(run, dtype, scene, tokens),
+                dtype,
+                warm=partial(run, dtype, small, 2),
+            )
+            for dtype in self.setting.dtypes
+        ]
+
+    def load(self) -> Sequence[Contender]:
+        return self._each(lambda dtype: partial(load, self.setting.folder, dtype=dtype))
+
+    def memory(self, scene: Scene) -> Sequence[Contender]:
+        return [
+            Contender(OURS, partial(self._peak, dtype, scene), dtype)
+            for dtype in self.setting.dtypes
+        ]
+
+    def imports(self) -> Sequence[Contender]:
+        return [Contender(OURS, lambda: Reading(import_seconds("smolstack")))]
+
+    def _peak(self, dtype: str, scene: Scene) -> Reading:
+        work = f"{__name__}:asking"
+        with Worker(
+            work, self.setting.threads, folder=str(self.setting.folder), dtype=dtype
+        ) as worker:
+            told = worker.tell(
+                path=str(scene.path), split=scene.split, tokens=self.setting.new_tokens
+            )
+        return Reading(float(told["peak_bytes"]))
+
+    def _each(
+        self, make: Callable[[str], Callable[[], object]], weights: float = 0.0
+    ) -> list[Contender]:
+        return [
+            Contender(
+                OURS, later(partial(make, dtype)), dtype, bytes_read=weights * BITS[dtype] / 8
+            )
+            for dtype in self.setting.dtypes
+        ]
+
+
+def decoding(vlm: VLM, ids: Tensor, steps: int) -> Callable[[], object]:
+    """Greedy steps after a prompt; the cache is cut back to the prompt before each run."""
+    model, batch = vlm.model, text_batch(ids)
+    cache = model.new_cache(batch, ids.shape[1] + steps)
+
+    def run() -> None:
+        if cache.length == 0:
+            model.prefill(batch, cache)
+        cache.truncate(ids.shape[1])
+        token = ids[:, -1]
+        for _ in range(steps):
+            token = model.decode_one_token(token, cache).argmax(dim=-1)
+
+    return run
+
+
+def ask_once(vlm: VLM, path: Any, split: bool, tokens: int) -> None:
+    """Ask as for the first time: what earlier rounds left to reuse is dropped."""
+    vlm.forget()
+    answer = vlm.ask(path, QUESTION, max_new_tokens=tokens, split=split)
+    assert answer.usage.completion_tokens == tokens
+
+
+def asking(folder: str, dtype: str, threads: int) -> Callable[..., None]:
+    """A worker's work: answers from picture files."""
+    vlm = _load(folder, dtype)
+    torch.set_num_threads(threads)
+    return partial(_ask_by_worker, vlm)
+
+
+def _ask_by_worker(vlm: VLM, path: str, split: bool, tokens: int) -> None:
+    ask_once(vlm, path, split, tokens)
+
+
+def _load(folder: Any, dtype: str) -> VLM:
+    vlm = load(folder, dtype=dtype)
+    vlm.eos_token_ids = ()
+    return vlm

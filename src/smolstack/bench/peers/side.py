@@ -1,0 +1,78 @@
+"""A side: smolstack or a peer, with its way to do each part that it can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+
+from torch import Tensor
+
+from smolstack.bench.setting import Scene, Setting
+from smolstack.bench.timing import Contender
+
+
+class Side:
+    """Whoever takes part; each method gives the contenders for one case, none unless overridden.
+
+    Attributes:
+        name: as results show it.
+        packages: distributions that must be installed.
+    """
+
+    name = ""
+    packages: tuple[str, ...] = ()
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """Distributions that are not installed."""
+        return [package for package in cls.packages if not _installed(package)]
+
+    def connector(self, patches: Tensor) -> Sequence[Contender]:
+        """Patch states (N, H·W, C) to visual tokens."""
+        return ()
+
+    def vision(self, tile: Tensor) -> Sequence[Contender]:
+        """One tile (1, 3, P, P) through the tower."""
+        return ()
+
+    def prefill(self, ids: Tensor) -> Sequence[Contender]:
+        """A prompt (1, T) of text to the logits of the token after it."""
+        return ()
+
+    def decode(self, ids: Tensor, steps: int) -> Sequence[Contender]:
+        """``steps`` tokens one at a time after a prompt (1, T)."""
+        return ()
+
+    def images(self, scene: Scene) -> Sequence[Contender]:
+        """A decoded picture to normalised tiles."""
+        return ()
+
+    def ask(self, scene: Scene) -> Sequence[Contender]:
+        """A picture file and a question to ``setting.new_tokens`` tokens."""
+        return ()
+
+    def load(self) -> Sequence[Contender]:
+        """The checkpoint folder to a model that can be asked."""
+        return ()
+
+    def memory(self, scene: Scene) -> Sequence[Contender]:
+        """Peak memory of a fresh process that loads the checkpoint and answers once."""
+        return ()
+
+    def imports(self) -> Sequence[Contender]:
+        """Importing the package in a fresh process."""
+        return ()
+
+    def close(self) -> None:
+        """End child processes."""
+
+
+def _installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True

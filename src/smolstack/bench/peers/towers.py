@@ -1,0 +1,87 @@
+"""Peers of the vision tower alone: a graph file and a process of its own for each precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from smolstack.bench import sizes
+from smolstack.bench.peers.side import Side
+from smolstack.bench.setting import BITS, Setting, made_once
+from smolstack.bench.timing import Contender, Reading
+from smolstack.bench.worker import Worker
+
+
+class Towers(Side):
+    """A side whose work is a function of a graph file and a tile, done by workers.
+
+    Attributes:
+        work: "module:function" of the worker, called with ``graph``, ``tile`` (paths of an ONNX
+            and a numpy file) and ``precision``.
+        precisions: that take part, and whether the graph's matrices are int8.
+    """
+
+    work = ""
+    precisions: dict[str, bool]
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._workers: dict[str, Worker] = {}
+
+    def vision(self, tile: Tensor) -> Sequence[Contender]:
+        def run(precision: str) -> Reading:
+            if precision not in self._workers:
+                self._workers[precision] = self._worker(precision, tile)
+            return self._workers[precision].run()
+
+        weights = sizes.tower(self.setting.config)
+        return [
+            Contender(
+                self.name,
+                _bound(run, precision),
+                precision,
+                bytes_read=weights * BITS[precision] / 8,
+            )
+            for precision in self.precisions
+        ]
+
+    def result(self, precision: str, tile: Tensor) -> Any:
+        """The states that the peer computes, (N, H·W, C): whether it does the same work."""
+        self.vision(tile)
+        with self._worker(precision, tile) as worker:
+            return np.array(worker.tell(give=True)["value"], dtype=np.float32)
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+
+    def _worker(self, precision: str, tile: Tensor) -> Worker:
+        saved = self.setting.root / "tile.npy"
+        np.save(saved, tile.float().numpy())
+        return Worker(
+            self.work,
+            self.setting.threads,
+            graph=str(self._graph(int8=self.precisions[precision])),
+            tile=str(saved),
+            precision=precision,
+        )
+
+    def _graph(self, *, int8: bool) -> Path:
+        from smolstack.bench.peers.tower_graph import write_tower
+        from smolstack.vlm import load
+
+        path = self.setting.root / f"tower-{'int8' if int8 else 'float32'}.onnx"
+        if not path.exists():
+            model = load(self.setting.folder, dtype="float32").model
+            with made_once(path) as partial:
+                write_tower(partial, self.setting.config.vision, model, int8=int8)
+        return path
+
+
+def _bound(run: Any, precision: str) -> Any:
+    return lambda: run(precision)

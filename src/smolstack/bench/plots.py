@@ -1,0 +1,144 @@
+"""Plots of a run: the roofline, how cost grows, what a budget of tokens costs (matplotlib)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smolstack.bench.timing import OURS, Result
+from smolstack.errors import ConfigError
+
+_COLOURS = {"float32": "#777777", "bfloat16": "#1f6fb4", "int8": "#d0662b", "int4": "#2c8a4b"}
+_MARKS = {OURS: "o", "transformers": "s", "onnxruntime": "^", "openvino": "D", "llama.cpp": "v"}
+_DOTS = 120  # per inch
+
+
+def draw(
+    results: Sequence[Result],
+    studies: Mapping[str, Sequence[Mapping[str, Any]]],
+    limits: Mapping[str, float],
+    path: Path,
+) -> list[Path]:
+    """Draw all that there is to draw: into ``path``, and beside it where that is more than one.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or nothing measured can be drawn.
+    """
+    _figure()
+    kinds: list[tuple[str, Any]] = []
+    counted = [result for result in results if result.flops and result.bytes_read]
+    if counted:
+        kinds.append(("roofline", lambda: roofline(counted, limits)))
+    if "growth" in studies:
+        kinds.append(("growth", lambda: growth(studies["growth"])))
+    for name, rows in studies.items():
+        if name.startswith("budget"):
+            kinds.append(("budget", lambda rows=rows: budget(rows)))
+    if not kinds:
+        raise ConfigError(
+            "nothing to plot, expected one of vision, prefill, decode, connector, growth, budget"
+        )
+    written = []
+    for kind, make in kinds:
+        own = path if len(kinds) == 1 else path.with_name(f"{path.stem}-{kind}{path.suffix}")
+        make().savefig(own, dpi=_DOTS)
+        written.append(own)
+    return written
+
+
+def roofline(results: Sequence[Result], limits: Mapping[str, float]) -> Any:
+    """Rates over operations per byte of weights, under the machine's limits (Williams 2009)."""
+    figure = _figure(9, 6)
+    axes = figure.add_subplot()
+    intensity = [result.flops / result.bytes_read for result in results]
+    low, high = min(intensity) / 2, max(intensity) * 2
+    for name, colour in _COLOURS.items():
+        if limits.get(name):
+            knee = limits[name] / limits["read"]
+            axes.plot([knee, high], [limits[name]] * 2, color=colour, lw=1, ls="--")
+            axes.text(high, limits[name], f"{name} ", ha="right", va="bottom", color=colour)
+    top = max(limits.get(name, 0) for name in _COLOURS)
+    axes.plot([low, top / limits["read"]], [low * limits["read"], top], color="black", lw=1)
+    axes.text(low, low * limits["read"], f" memory {limits['read']:.0f} GB/s", va="bottom")
+    for result, x in zip(results, intensity, strict=True):
+        axes.plot(
+            x,
+            result.gflops,
+            _MARKS.get(result.name, "x"),
+            color=_COLOURS.get(result.precision, "black"),
+            markersize=9 if result.ours else 6,
+            alpha=0.9 if result.ours else 0.55,
+        )
+    for name in dict.fromkeys(result.name for result in results):
+        axes.plot([], [], _MARKS.get(name, "x"), color="black", label=name)
+    for name in dict.fromkeys(result.precision for result in results):
+        axes.plot([], [], "s", color=_COLOURS.get(name, "black"), label=name)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(low, high),
+        xlabel="operations per byte of weights",
+        ylabel="10⁹ operations a second",
+    )
+    axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.2)
+    return figure
+
+
+def growth(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Seconds (above) and peak memory (below) of every curve, with what is expected."""
+    works = list(dict.fromkeys((row["work"], row["over"]) for row in rows))
+    figure = _figure(4 * len(works), 7)
+    for place, (work, over) in enumerate(works):
+        time = figure.add_subplot(2, len(works), place + 1)
+        memory = figure.add_subplot(2, len(works), len(works) + place + 1)
+        for dtype in dict.fromkeys(row["precision"] for row in rows):
+            own = [r for r in rows if r["precision"] == dtype and r["work"] == work]
+            counts = [row["count"] for row in own]
+            colour = _COLOURS.get(dtype, "black")
+            for axes, name, scale in ((time, "seconds", 1.0), (memory, "bytes", 2.0**30)):
+                measured = "seconds" if name == "seconds" else "peak bytes"
+                axes.plot(counts, [r[measured] / scale for r in own], "o-", color=colour)
+                axes.plot(
+                    counts, [r[f"expected {name}"] / scale for r in own], ls=":", color=colour
+                )
+            time.plot([], [], "o-", color=colour, label=dtype)
+        time.plot([], [], ls=":", color="black", label="expected")
+        time.set(xscale="log", yscale="log", title=work, ylabel="seconds")
+        memory.set(xscale="log", ylim=(0, None), xlabel=over, ylabel="peak memory, GiB")
+        for axes in (time, memory):
+            axes.grid(alpha=0.2)
+        time.legend(fontsize=8)
+    return figure
+
+
+def budget(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Exact answers and seconds per picture over the budget of visual tokens."""
+    figure = _figure(9, 4)
+    exact, seconds = figure.subplots(1, 2)
+    for dtype in dict.fromkeys(row["precision"] for row in rows):
+        own = [row for row in rows if row["precision"] == dtype]
+        budgets = [row["max_image_tokens"] for row in own]
+        colour = _COLOURS.get(dtype, "black")
+        exact.plot(budgets, [100 * r["exact"] for r in own], "o-", color=colour, label=dtype)
+        seconds.plot(budgets, [1e3 * r["seconds per picture"] for r in own], "o-", color=colour)
+    exact.set(xlabel="max_image_tokens", ylabel="exact answers, %", ylim=(0, 100))
+    seconds.set(xlabel="max_image_tokens", ylabel="ms per picture", ylim=(0, None))
+    for axes in (exact, seconds):
+        axes.grid(alpha=0.2)
+    exact.legend(fontsize=8)
+    return figure
+
+
+def _figure(width: float = 6, height: float = 4) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "plots need matplotlib, which is not installed: pip install 'smolstack[bench]'"
+        ) from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,129 @@
+"""A whole run: the parts asked for, one after another, and what earlier runs have kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from smolstack.bench import machine, report
+from smolstack.bench.cases import PARTS
+from smolstack.bench.peers import absent, sides
+from smolstack.bench.setting import setting
+from smolstack.bench.studies import STUDIES
+from smolstack.bench.timing import Case, Result, measure
+from smolstack.errors import ConfigError
+from smolstack.family import Preset
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is measured, and how.
+
+    Attributes:
+        parts: keys of PARTS and STUDIES.
+        dtypes: smolstack's own precisions.
+        rounds: of each contender, in turn.
+        seconds: of one case, after which no further round begins.
+        only: contenders whose label contains one of these; all when empty.
+        match: cases whose name contains one of these; all when empty.
+        folder: keeps the checkpoint and what peers need of it, for the next run.
+    """
+
+    parts: Sequence[str]
+    dtypes: tuple[str, ...]
+    rounds: int = 7
+    seconds: float | None = None
+    only: Sequence[str] = ()
+    match: Sequence[str] = ()
+    folder: Path | None = None
+
+
+@dataclass
+class Record:
+    """What a run, or several, found."""
+
+    preset: str
+    machine: dict[str, Any]
+    limits: dict[str, float]
+    results: list[Result] = field(default_factory=list)
+    studies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for a file."""
+        return {
+            "preset": self.preset,
+            **report.to_dict(self.results, self.studies, self.machine, self.limits),
+        }
+
+    def add(self, path: Path) -> None:
+        """Put the results of a file before these; a case measured anew takes the old one's place.
+
+        Raises:
+            ConfigError: the file is no record of a run.
+        """
+        try:
+            data: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            earlier, studies = report.from_dict(data), dict(data["studies"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is no record of smolstack bench --save: {error}") from None
+        anew = {result.case for result in self.results}
+        self.results = [r for r in earlier if r.case not in anew] + self.results
+        self.studies = {**studies, **self.studies}
+        if not self.limits:
+            self.limits = dict(data["limits"])
+
+
+Progress = Callable[[str], AbstractContextManager[None]]
+
+
+def run(preset: Preset, choice: Choice, progress: Progress) -> Record:
+    """Measure everything that was chosen.
+
+    Args:
+        progress: a context for each step, given what it does.
+    """
+    with progress("Measuring the machine …"):
+        limits = machine.limits() if choice.parts else {}
+    record = Record(preset.name, machine.describe(), limits)
+    with setting(preset, choice.dtypes, choice.folder) as shared:
+        everyone = sides(shared)
+        try:
+            for part in choice.parts:
+                if part in STUDIES:
+                    with progress(f"Studying {part} …"):
+                        record.studies.update(STUDIES[part](shared))
+                    continue
+                for case in _chosen(PARTS[part](shared, everyone), choice):
+                    with progress(f"Measuring {case.name} …"):
+                        record.results += measure(case, choice.rounds, seconds=choice.seconds)
+        finally:
+            for side in everyone:
+                side.close()
+    return record
+
+
+def absences(parts: Sequence[str]) -> list[str]:
+    """A sentence for each peer that is not installed, where one could have taken part."""
+    if not any(part in PARTS for part in parts):
+        return []
+    return [
+        f"{name} takes no part: {', '.join(packages)} not installed"
+        for name, packages in absent().items()
+    ]
+
+
+def _chosen(cases: Iterator[Case], choice: Choice) -> Iterator[Case]:
+    for case in cases:
+        if choice.match and not any(text in case.name for text in choice.match):
+            continue
+        contenders = [
+            contender
+            for contender in case.contenders
+            if not choice.only or any(text in contender.label for text in choice.only)
+        ]
+        if contenders:
+            yield replace(case, contenders=contenders)

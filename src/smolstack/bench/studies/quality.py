@@ -1,0 +1,100 @@
+"""How good each precision is: the bundled reader's answers, and a preset's logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolstack.bench.setting import QUESTION, Setting
+from smolstack.bench.studies.drawn import character_error_rate, drawn_numbers, exact_share
+from smolstack.vlm import VLM, load
+
+PICTURES = 400
+AT_ONCE = 16
+FORCED = 256  # tokens that a model is made to read one at a time
+REFERENCE = "float32"
+
+
+def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
+    """Every precision of the setting against float32."""
+    return {"quality of the bundled reader": reader(setting), "quality of logits": logits(setting)}
+
+
+def reader(setting: Setting) -> list[dict[str, Any]]:
+    """Exact match and character error rate on drawn numbers."""
+    pictures = drawn_numbers(PICTURES)
+    truths = [picture.text for picture in pictures]
+    said = {dtype: _read(dtype, pictures) for dtype in _with_reference(setting)}
+    return [
+        {
+            "precision": dtype,
+            "pictures": len(truths),
+            "exact": exact_share(answers, truths),
+            "points lost": 100
+            * (exact_share(said[REFERENCE], truths) - exact_share(answers, truths)),
+            "character error rate": character_error_rate(answers, truths),
+            "same answer as float32": exact_share(answers, said[REFERENCE]),
+        }
+        for dtype, answers in said.items()
+    ]
+
+
+def logits(setting: Setting) -> list[dict[str, Any]]:
+    """Differences of logits on a picture and forced tokens, read as answers are made: the prompt
+    in one go, then one token at a time."""
+    found = {dtype: _forced_logits(setting, dtype) for dtype in _with_reference(setting)}
+    expected = found[REFERENCE]
+    spread = float(expected.std())
+    best = expected.topk(2, dim=-1).values
+    return [
+        {
+            "preset": setting.preset.name,
+            "precision": dtype,
+            "tokens": len(scores),
+            "largest difference": float((scores - expected).abs().max()),
+            "mean difference": float((scores - expected).abs().mean()),
+            "spread of float32's logits": spread,
+            "float32's lead, median": float((best[:, 0] - best[:, 1]).median()),
+            "top-1 agreement": float(
+                (scores.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean()
+            ),
+        }
+        for dtype, scores in found.items()
+    ]
+
+
+def _with_reference(setting: Setting) -> list[str]:
+    return list(dict.fromkeys((REFERENCE, *setting.dtypes)))
+
+
+def _read(dtype: str, pictures: list[Any]) -> list[str]:
+    """The bundled reader's answers."""
+    vlm = load(dtype=dtype)
+    return read_all(vlm, pictures)
+
+
+def read_all(vlm: VLM, pictures: list[Any], **tiling: Any) -> list[str]:
+    """Answers to "What does it say?" about each picture, some at a time."""
+    answers: list[str] = []
+    for start in range(0, len(pictures), AT_ONCE):
+        prompts = [(p.image, QUESTION) for p in pictures[start : start + AT_ONCE]]
+        found = vlm.ask_many(prompts, max_new_tokens=12, **tiling)
+        answers += [answer.text for answer in found]
+    return answers
+
+
+def _forced_logits(setting: Setting, dtype: str) -> Tensor:
+    """Logits (tokens, V) while a prompt with a picture is followed by the same random tokens."""
+    vlm = load(setting.folder, dtype=dtype)
+    model, scene = vlm.model, setting.scenes[0]
+    prompt = vlm.processor.prepare((str(scene.path), QUESTION), split=scene.split)
+    batch = vlm.processor.batch([prompt])
+    count = min(FORCED, setting.config.text.max_positions - batch.token_ids.shape[1] - 1)
+    forced = setting.ids(count)[0]
+    with torch.inference_mode():
+        cache = model.new_cache(batch, batch.token_ids.shape[1] + count)
+        scores = [model.prefill(batch, cache)]
+        scores += [model.decode_one_token(token[None], cache) for token in forced]
+        return torch.cat(scores).float()

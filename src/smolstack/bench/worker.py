@@ -1,0 +1,151 @@
+"""Child processes that prepare work once, stay alive, and do it when told.
+
+Contenders whose threads or libraries must not meet (two OpenMP runtimes, a thread pool that
+spins), and everything whose memory is measured, run in one of these. Parent and child talk in
+lines of JSON over the child's own pipe; what libraries print goes to stderr, and nowhere unless
+the environment variable SMOLSTACK_DEBUG is set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+from smolstack.bench.timing import Reading
+
+
+class WorkerError(RuntimeError):
+    """A child process could not prepare or do its work."""
+
+
+class Worker:
+    """A child process for one kind of work.
+
+    Args:
+        prepare: "module:function"; called in the child with ``arguments``, it returns the work: a
+            function of keyword arguments whose result is plain data or None.
+        threads: OpenMP threads of the child.
+    """
+
+    def __init__(self, prepare: str, threads: int, **arguments: Any) -> None:
+        self.prepare, self.threads, self.arguments = prepare, threads, arguments
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, **arguments: Any) -> Reading:
+        """Do the work once: the seconds that it took in the child."""
+        return Reading(float(self.tell(**arguments)["seconds"]))
+
+    def tell(self, **arguments: Any) -> dict[str, Any]:
+        """Do the work once: its ``seconds``, the child's ``peak_bytes`` so far, the ``value``."""
+        self.start()
+        return self._ask(arguments)
+
+    def start(self) -> None:
+        """Start the child and wait until its work is prepared; once is enough."""
+        if self._process is not None:
+            return
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        quiet = not os.environ.get("SMOLSTACK_DEBUG")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "smolstack.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if quiet else None,
+            text=True,
+            env=environment,
+        )
+        self._ask({"prepare": self.prepare, "threads": self.threads, "arguments": self.arguments})
+
+    def close(self) -> None:
+        """End the child."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = process.wait()
+            raise WorkerError(f"the process of {self.prepare} ended with exit code {code}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{self.prepare}: {answer['error']}")
+        return answer
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far, mapped files included."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: there a child begins with the peak of the process that started it.
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """The child: one answer per line that is read."""
+    # Libraries print on stdout as well, some of them from C: the parent's pipe becomes ours alone.
+    pipe = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    work: Callable[..., Any] | None = None
+    for line in sys.stdin:
+        message = json.loads(line)
+        try:
+            if work is None:
+                work = _prepare(message)
+                answer: dict[str, Any] = {"ready": True}
+            else:
+                began = perf_counter()
+                value = work(**message)
+                seconds = perf_counter() - began
+                answer = {"seconds": seconds, "peak_bytes": peak_bytes(), "value": value}
+        except Exception as error:  # whatever a peer raises, the parent is to hear of it
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        pipe.write(json.dumps(answer) + "\n")
+        pipe.flush()
+
+
+def _prepare(message: Mapping[str, Any]) -> Callable[..., Any]:
+    module, _, name = message["prepare"].partition(":")
+    made: Callable[..., Any] = getattr(import_module(module), name)(
+        threads=message["threads"], **message["arguments"]
+    )
+    return made
+
+
+if __name__ == "__main__":
+    main()
