@@ -38,9 +38,9 @@ def load(
     Args:
         model: a Hugging Face checkpoint folder, or a hub id (needs the extra ``hf``); None is the
             small reader that comes with the package.
-        dtype: "float32", "bfloat16", "float16", "int8" (quantised while loading, see
-            model/quantised.py), or "auto": the weights' own, except on a CPU that cannot compute
-            in it, where float32 is faster and loses nothing.
+        dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantised while loading, see
+            model/precision.py; never chosen unasked), or "auto": the weights' own, except on a CPU
+            that cannot compute in it, where float32 is faster and loses nothing.
         device: "cpu", "cuda", "mps", … or "auto", the fastest that is there.
         revision: branch, tag or commit of a hub id.
 
@@ -73,6 +73,11 @@ class VLM:
     def dtype(self) -> torch.dtype:
         """The dtype of the weights in use."""
         return self.model.dtype
+
+    @property
+    def precision(self) -> str:
+        """What computes, and in which numbers: "int8, compiled kernels (AVX-512 VNNI)"."""
+        return self.model.precision
 
     @property
     def device(self) -> torch.device:

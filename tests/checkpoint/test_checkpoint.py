@@ -217,9 +217,12 @@ Q_PROJ = "model.text_model.layers.1.self_attn.q_proj.weight"
         (lambda w: w.update(surplus=torch.zeros(2)), r"1 extra: surplus"),
         (
             lambda w: w.update({Q_PROJ: torch.zeros(3, 4)}),
-            rf"1 of wrong shape: {Q_PROJ} \[3, 4\] instead of \[48, 48\]",
+            rf"1 of wrong shape or format: {Q_PROJ} \[3, 4\] instead of \[48, 48\]",
         ),
-        (lambda w: w.update({Q_PROJ: torch.zeros(48, 48, dtype=torch.int8)}), "holds I8 weights"),
+        (
+            lambda w: w.update({Q_PROJ: torch.zeros(48, 48, dtype=torch.int8)}),
+            "I8 instead of F32 or BF16 or F16",
+        ),
     ],
 )
 def test_weights_that_do_not_match_the_config_are_listed(

@@ -19,7 +19,10 @@ from smolstack.processor.settings import ImageSettings
 
 PARTS = ("vision tower", "connector", "token embedding", "decoder layers", "decoder norm", "head")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Bytes of a weight in large matrices; int4 keeps to the decoder and its head, with a scale of two
+# bytes per 32 weights. The rest is float32, keys and values are float16 (model/precision.py).
+_QUANTISED = {"int8": (1.0, 1.0), "int4": (1.0, 0.5625)}
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8", "U8": "int4"}
 _PREFIXES = (
     ("vision.", "vision tower"),
     ("connector.", "connector"),
@@ -82,14 +85,21 @@ class Inspection:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes of the weights in memory, by the number format they are used in."""
-        return {name: self.total_parameters * size for name, size in BYTES.items()}
+        found = {name: self.total_parameters * size for name, size in BYTES.items()}
+        parts = self.parameters
+        embedding = parts["token embedding"]
+        head = parts["head"] or embedding  # a tied head becomes a matrix of its own
+        for name, (tower, decoder) in _QUANTISED.items():
+            whole = tower * (parts["vision tower"] + parts["connector"])
+            found[name] = round(whole + decoder * (parts["decoder layers"] + head) + 4 * embedding)
+        return found
 
     @property
     def cache_per_token(self) -> dict[str, int]:
         """Bytes of keys and values that one token adds, by number format."""
         text = self.config.text
         numbers = 2 * text.num_layers * text.num_kv_heads * text.head_dim
-        return {name: numbers * size for name, size in BYTES.items()}
+        return {name: numbers * size for name, size in {**BYTES, "int8": 2, "int4": 2}.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -152,7 +162,7 @@ def count_parts(entries: Mapping[str, Entry]) -> dict[str, int]:
     parts = dict.fromkeys(PARTS, 0)
     for name, entry in entries.items():
         part = part_name(name)
-        parts[part] = parts.get(part, 0) + entry.elements
+        parts[part] = parts.get(part, 0) + _weights(name, entry)
     return parts
 
 
@@ -167,10 +177,17 @@ def part_name(name: str) -> str:
 
 def _count_formats(entries: Mapping[str, Entry]) -> dict[str, int]:
     formats: dict[str, int] = {}
-    for entry in entries.values():
-        name = _STORED[entry.dtype]
-        formats[name] = formats.get(name, 0) + entry.elements
+    for name, entry in entries.items():
+        stored = _STORED[entry.dtype]
+        formats[stored] = formats.get(stored, 0) + _weights(name, entry)
     return formats
+
+
+def _weights(name: str, entry: Entry) -> int:
+    """How many parameters a stored tensor holds: int4 has two a byte, scales are none."""
+    if name.endswith(".weight_scale"):
+        return 0
+    return entry.elements * (2 if entry.dtype == "U8" else 1)
 
 
 def _special_tokens(processor: Processor) -> dict[str, int]:

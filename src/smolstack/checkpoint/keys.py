@@ -1,7 +1,8 @@
 """One table of weight names, read in both directions.
 
 Left stands smolstack's module, right the name that Hugging Face checkpoints use; ``{i}`` is a
-layer index. A module's weight and bias follow it. An unknown name is an error, never ignored.
+layer index. A module's weight, its scale (of integers) and bias follow it. An unknown name is an
+error, never ignored.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ TABLE: tuple[tuple[str, str], ...] = (
 )
 # The module `head` is lm_head in a language model and `linear` in a retrieval model (ColSmol).
 LM_HEAD, EMBEDDING_HEAD = "lm_head", "linear"
+KINDS = ("weight", "weight_scale", "bias")
 _INDEX = re.compile(r"\.(\d+)(?=\.)")
 
 
@@ -71,7 +73,7 @@ def _translate(name: str, table: dict[str, str]) -> str:
     module, _, kind = name.rpartition(".")
     index = _INDEX.search(module + ".")
     pattern = module if index is None else _INDEX.sub(".{i}", module + ".", count=1)[:-1]
-    if kind not in ("weight", "bias") or pattern not in table:
+    if kind not in KINDS or pattern not in table:
         raise CheckpointError(f"{name!r} is no weight of the Idefics3 / SmolVLM family")
     target = table[pattern]
     if index is not None:

@@ -12,6 +12,7 @@ from smolstack.checkpoint.files import CheckpointFiles, read_files
 from smolstack.checkpoint.verify import compare, settle_head
 from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
 from smolstack.config import ModelConfig, as_ids
+from smolstack.config.model import SCHEMES
 from smolstack.errors import ConfigError
 from smolstack.model.precision import quantise
 from smolstack.model.vlm import VisionLanguageModel
@@ -21,7 +22,7 @@ from smolstack.processor.tokenizer import TextTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-QUANTISED = ("int8",)
+QUANTISED = SCHEMES
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
 
     Args:
         folder: a Hugging Face checkpoint folder.
-        dtype: "float32", "bfloat16", "float16", "int8" (quantised while loading), or
-            "auto": the weights' own, except on a CPU without arithmetic in it, where float32 is
-            faster and loses nothing.
+        dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantised while loading, unless
+            they are stored so), or "auto": the weights' own, except on a CPU without arithmetic in
+            it, where float32 is faster and loses nothing.
         device: "cpu", "cuda", "mps", … or "auto": the first of cuda, mps, cpu that is there.
 
     Raises:
@@ -57,12 +58,17 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
     compare(config, entries).raise_if_wrong(folder)
     processor = build_processor(files, config)
     target = choose_device(device)
-    scheme = dtype if dtype in QUANTISED else None
+    scheme = dtype if dtype in QUANTISED else config.scheme
+    if config.scheme is not None and dtype not in ("auto", config.scheme):
+        raise ConfigError(
+            f"{folder} holds {config.scheme} weights and dtype is {dtype!r}, expected auto or "
+            f"{config.scheme!r}"
+        )
     floats = choose_dtype("float32" if scheme else dtype, entries, target)
     model = load_weights(folder, config, entries, floats, target)
-    if scheme is not None:
+    if scheme is not None and config.scheme is None:
         quantise(model, scheme)
-    return Checkpoint(files, config, model, processor, end_tokens(files, config, processor))
+    return Checkpoint(files, model.config, model, processor, end_tokens(files, config, processor))
 
 
 def build_processor(files: CheckpointFiles, config: ModelConfig) -> Processor:
@@ -86,10 +92,10 @@ def load_weights(
     """A model in evaluation mode with the folder's weights."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
-    state = {
-        keys.from_hf(name): tensor.to(device=device, dtype=dtype)
-        for name, tensor in read_tensors(folder, entries)
-    }
+    state = {}
+    for name, tensor in read_tensors(folder, entries):
+        whole = tensor.is_floating_point() and not name.endswith(".weight_scale")
+        state[keys.from_hf(name)] = tensor.to(device=device, dtype=dtype if whole else None)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 

@@ -36,6 +36,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a Hugging Face folder, for transformers, vLLM, llama.cpp's converter and smolstack.
 
+    A quantised model is for smolstack alone: its config.json says so, and others refuse it.
+
     Args:
         folder: must not exist, or be empty, unless ``overwrite``.
         model: its weights go to safetensors in their own dtype, under Hugging Face names.
@@ -46,11 +48,6 @@ def save_checkpoint(
     Returns:
         The folder.
     """
-    if model.scheme is not None:
-        raise CheckpointError(
-            f"an {model.scheme} model cannot be saved; expected floats (save it as float32 and "
-            f"load that with dtype {model.scheme!r})"
-        )
     with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
         for name, content in side.items():
             (temporary / name).write_bytes(content)

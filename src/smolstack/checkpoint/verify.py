@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from smolstack.checkpoint import keys
-from smolstack.checkpoint.weights import Entry
+from smolstack.checkpoint.weights import FLOAT_TYPES, Entry
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
 from smolstack.model.vlm import VisionLanguageModel
+
+_INTEGERS = {torch.int8: ("I8",), torch.uint8: ("U8",)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Comparison:
             for kind, names in (
                 ("missing", self.missing),
                 ("extra", self.extra),
-                ("of wrong shape", self.misshaped),
+                ("of wrong shape or format", self.misshaped),
             )
             if names
         ]
@@ -54,27 +57,45 @@ def settle_head(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfi
     return replace(config, tied=f"{keys.LM_HEAD}.weight" not in entries, embedding_dim=None)
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Checkpoint name → shape of every weight, from a model on the meta device."""
+def expected_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """Checkpoint name → every weight, without values: of a model on the meta device."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     embedding = config.embedding_dim is not None
     return {
-        keys.to_hf(name, embedding_head=embedding): tuple(tensor.shape)
+        keys.to_hf(name, embedding_head=embedding): tensor
         for name, tensor in model.state_dict().items()
     }
 
 
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name → shape of every weight."""
+    return {name: tuple(tensor.shape) for name, tensor in expected_weights(config).items()}
+
+
+def unlike(entry: Entry, expected: Tensor) -> str:
+    """How a stored weight differs from what is expected in its place; empty when it does not."""
+    if entry.shape != tuple(expected.shape):
+        return f"{list(entry.shape)} instead of {list(expected.shape)}"
+    formats = _INTEGERS.get(expected.dtype, FLOAT_TYPES)
+    if entry.dtype not in formats:
+        return f"{entry.dtype} instead of {' or '.join(formats)}"
+    return ""
+
+
 def compare(config: ModelConfig, entries: Mapping[str, Entry]) -> Comparison:
     """Compare names and shapes; ``config`` must be settled (:func:`settle_head`)."""
-    expected = expected_shapes(config)
+    expected = expected_weights(config)
+    differences = {
+        name: unlike(entries[name], weight)
+        for name, weight in sorted(expected.items())
+        if name in entries
+    }
     return Comparison(
         expected=len(expected),
         missing=sorted(set(expected) - set(entries)),
         extra=sorted(set(entries) - set(expected)),
         misshaped=[
-            f"{name} {list(entries[name].shape)} instead of {list(shape)}"
-            for name, shape in sorted(expected.items())
-            if name in entries and entries[name].shape != shape
+            f"{name} {difference}" for name, difference in differences.items() if difference
         ],
     )

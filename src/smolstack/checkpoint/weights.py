@@ -15,6 +15,8 @@ from smolstack.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_TYPES = ("F32", "BF16", "F16")
+INTEGER_TYPES = ("I8", "U8")  # quantised weights
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        return self.elements * (4 if self.dtype == "F32" else 2)
+        return self.elements * _BYTES.get(self.dtype, 8)
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
@@ -66,7 +68,8 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         raise CheckpointError(
             f"{folder / INDEX} and its files disagree: promised only {missing}, held only {extra}"
         )
-    wrong = sorted(key for key, entry in entries.items() if entry.dtype not in FLOAT_TYPES)
+    known = (*FLOAT_TYPES, *INTEGER_TYPES)
+    wrong = sorted(key for key, entry in entries.items() if entry.dtype not in known)
     if wrong:
         raise CheckpointError(
             f"{folder} holds {entries[wrong[0]].dtype} weights ({wrong[0]}), expected one of "

@@ -97,6 +97,7 @@ def ask(
     tiling = options.tiling_of(chosen)
     plans = [vlm.processor.plan(picture, **tiling) for picture in pictures]
     if verbose:
+        note(vlm.precision)
         for name, plan in zip(names, plans, strict=True):
             note(plan_line(name, plan))
     with progress(_reading(plans)):

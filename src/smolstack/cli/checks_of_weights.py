@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from smolstack.checkpoint import keys
 from smolstack.checkpoint.files import read_json
-from smolstack.checkpoint.verify import expected_shapes
+from smolstack.checkpoint.verify import expected_weights, unlike
 from smolstack.checkpoint.weights import (
     FLOAT_TYPES,
     INDEX,
+    INTEGER_TYPES,
     SINGLE,
     Entry,
     open_weights,
@@ -61,12 +62,15 @@ def read_weight_files(check: Check, folder: Path, raw: Mapping[str, Any]) -> dic
 
 def check_names(check: Check, config: ModelConfig, entries: Mapping[str, Entry]) -> None:
     """Each weight that the config describes is there, in its shape, and no other."""
-    expected = expected_shapes(config)
-    for name, shape in sorted(expected.items()):
+    expected = expected_weights(config)
+    for name, weight in sorted(expected.items()):
+        shape = list(weight.shape)
         if name not in entries:
-            check.problems.append(f"{name} is missing, expected {list(shape)}")
-        elif entries[name].shape != shape:
-            check.problems.append(f"{name} is {list(entries[name].shape)}, expected {list(shape)}")
+            check.problems.append(f"{name} is missing, expected {shape}")
+        elif list(entries[name].shape) != shape:
+            check.problems.append(f"{name} is {list(entries[name].shape)}, expected {shape}")
+        elif difference := unlike(entries[name], weight):
+            check.problems.append(f"{name} is stored as {difference}")
     unknown = set(keys.unknown_to_hf(entries))
     for name in sorted(set(entries) - set(expected)):
         why = "which no model of the family has" if name in unknown else "which the config excludes"
@@ -130,7 +134,7 @@ def _promised(check: Check, folder: Path) -> dict[str, str] | None:
 
 def _check_formats(check: Check, entries: Mapping[str, Entry], raw: Mapping[str, Any]) -> None:
     for name, entry in sorted(entries.items()):
-        if entry.dtype not in FLOAT_TYPES:
+        if entry.dtype not in (*FLOAT_TYPES, *INTEGER_TYPES):
             check.problems.append(
                 f"{name} is stored as {entry.dtype}, expected one of {', '.join(FLOAT_TYPES)}"
             )

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from smolstack.config.model import SCHEMES as SCHEMES
 from smolstack.errors import ConfigError
 from smolstack.model.quantised import GROUP, QuantisedLinear
-from smolstack.model.vlm import VisionLanguageModel
 
-SCHEMES = ("int8", "int4")
+if TYPE_CHECKING:
+    from smolstack.model.vlm import VisionLanguageModel
+
 # Keys and values beside quantised weights: half the bytes, and eight times finer than bfloat16.
 CACHE_DTYPE = torch.float16
 _QUANTISED = ("vision.layers.", "connector.", "decoder.layers.", "head")
@@ -45,23 +48,20 @@ def quantise(model: VisionLanguageModel, scheme: str) -> VisionLanguageModel:
         weight = model.decoder.embedding.weight
         model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         model.head.weight = nn.Parameter(weight, requires_grad=False)
-        model.config = replace(model.config, tied=False)
     for name, layer, bits in list(_layers(model, scheme)):
         _replace(model, name, QuantisedLinear.from_float(layer.weight.detach(), _bias(layer), bits))
-    model.scheme, model.cache_dtype = scheme, CACHE_DTYPE
+    tied = model.config.tied and model.head is None
+    model.config = replace(model.config, tied=tied, scheme=scheme)
     return model.float().eval()
 
 
-def with_quantised_layers(model: VisionLanguageModel, scheme: str) -> VisionLanguageModel:
-    """A float model on the meta device with quantised layers in the places of its own."""
+def lay_out(model: VisionLanguageModel, scheme: str) -> None:
+    """Put quantised layers without values into the places of a model's own."""
     for name, layer, bits in list(_layers(model, scheme)):
-        with torch.device("meta"):
-            made = QuantisedLinear(
-                layer.in_features, layer.out_features, bits, bias=layer.bias is not None
-            )
+        bias = layer.bias is not None
+        with layer.weight.device:
+            made = QuantisedLinear(layer.in_features, layer.out_features, bits, bias=bias)
         _replace(model, name, made)
-    model.scheme, model.cache_dtype = scheme, CACHE_DTYPE
-    return model
 
 
 def _layers(model: VisionLanguageModel, scheme: str) -> Iterator[tuple[str, nn.Linear, int]]:

@@ -15,9 +15,11 @@ from smolstack.model import packer
 from smolstack.model.cache import CacheRows, KVCache
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.decoder import Decoder
+from smolstack.model.precision import CACHE_DTYPE, lay_out
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.model.step import NativeDecoder, native_decoder, suits
 from smolstack.model.vision import VisionTower, distinct_tiles
+from smolstack.native import library as native
 
 TILES_AT_ONCE = 4  # tiles per pass of the tower: bounds its memory whatever the picture's size
 
@@ -37,14 +39,23 @@ class VisionLanguageModel(nn.Module):
         self.decoder = Decoder(config.text)
         width = config.text.hidden_size
         self.head: nn.Linear | QuantisedLinear | None = None
-        self.scheme: str | None = None  # "int8" or "int4" once quantised (precision.py)
-        # None: keys and values are kept as the weights are. See decode_one_token.
-        self.cache_dtype: torch.dtype | None = None
         self._native: NativeDecoder | None = None
         if config.embedding_dim is not None:
             self.head = nn.Linear(width, config.embedding_dim)
         elif not config.tied:
             self.head = nn.Linear(width, config.text.vocab_size, bias=False)
+        if config.scheme is not None:
+            lay_out(self, config.scheme)
+
+    @property
+    def scheme(self) -> str | None:
+        """ "int8" or "int4" when large matrices are integers (precision.py)."""
+        return self.config.scheme
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values: half the bytes beside integers, else the weights' own."""
+        return self.dtype if self.scheme is None else CACHE_DTYPE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,6 +64,19 @@ class VisionLanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.decoder.embedding.weight.device
+
+    @property
+    def precision(self) -> str:
+        """Numbers and what multiplies them, for people: "bfloat16, torch"."""
+        name = self.scheme or str(self.dtype).removeprefix("torch.")
+        if self.device.type != "cpu":
+            return f"{name}, torch on {self.device.type}"
+        if self.scheme is None and self.dtype != torch.bfloat16:
+            return f"{name}, torch"
+        kernels = native.library()
+        if kernels is None:
+            return f"{name}, torch (no compiled kernels: {native.reason()})"
+        return f"{name}, compiled kernels ({kernels.instructions})"
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of every position: (B, T, V). Rows of padding positions mean nothing."""
@@ -127,7 +151,7 @@ class VisionLanguageModel(nn.Module):
             len(batch),
             capacity,
             padding=_padding(batch),
-            dtype=self.cache_dtype or self.dtype,
+            dtype=self.cache_dtype,
             device=self.device,
         )
 
@@ -165,7 +189,7 @@ class VisionLanguageModel(nn.Module):
             return None
         if self.config.embedding_dim is not None or torch.compiler.is_compiling():
             return None
-        dtype = self.cache_dtype or self.dtype
+        dtype = self.cache_dtype
         if self._native is None or self._native.cache_dtype != dtype or not self._native.current():
             head = self.decoder.embedding if self.head is None else self.head
             self._native = native_decoder(self.decoder, head, dtype)

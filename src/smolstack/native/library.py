@@ -118,7 +118,7 @@ class Library:
     """The functions of a compiled library.
 
     Attributes:
-        instructions: what they were compiled for: "plain C", "AVX2" or "VNNI".
+        instructions: what they were compiled for: "plain C", "AVX2", "VNNI" or "AVX-512 VNNI".
         panels: whether weights can be laid out as panels, which the functions for many rows need.
     """
 
@@ -137,8 +137,10 @@ class Library:
         self.want_large_pages.argtypes = [_pointer, _integer]
         self.put_aside = handle.put_aside
         self.put_aside.argtypes = [_pointer, _integer]
-        self.instructions = (b"plain C", b"AVX2", b"VNNI")[handle.instructions()].decode()
+        self.instructions = ("plain C", "AVX2", "VNNI")[handle.instructions()]
         self.panels = bool(handle.has_panels())
+        if self.panels:
+            self.instructions = "AVX-512 VNNI"
         if self.panels:
             self._panels(handle)
 
