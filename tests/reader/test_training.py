@@ -1,65 +1,212 @@
-"""Drawing and labelling: seeded, split cleanly, and labels lie where the characters are."""
+"""Drawing, labelling and training: seeded, split cleanly, resumable; labels lie where text is.
+
+Everything is drawn in the font that comes with Pillow, so no font package is needed.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from PIL import ImageFont
 from training.reader import fonts, shape
-from training.reader.batches import BACKGROUND, DrawnBatches, answer_ids, patch_labels, prompt_ids
+from training.reader.batches import DrawnBatches, Question, answer_ids, labelled, prompt_ids
 from training.reader.files import build_tokenizer
-from training.reader.pictures import draw_picture, is_held_out
+from training.reader.labels import BACKGROUND, CLASS_OF
+from training.reader.pictures import draw_crowd, draw_picture, lay_out
+from training.reader.scores import Result, figures, tidy
+from training.reader.text import draw_line, is_held_out, words
+from training.reader.train import STAGES, Stage, Trainer
 
-pytestmark = pytest.mark.skipif(
-    not fonts.families("train") or not fonts.families("held-out"),
-    reason="the font packages of training/reader/fonts.py are not installed",
-)
+
+@pytest.fixture(autouse=True)
+def only_pillows_font(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Both splits have one family, Pillow's own."""
+    font = ImageFont.load_default(20)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    assert isinstance(font.path, BytesIO)
+    path = tmp_path_factory.getbasetemp() / "own.ttf"
+    path.write_bytes(font.path.getvalue())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fonts, "families", lambda split: {"Pillow's own": [str(path)]})
+        yield
 
 
 def test_the_same_seed_draws_the_same_picture() -> None:
     first, second = draw_picture(7), draw_picture(7)
-    assert first.text == second.text
+    assert first.lines == second.lines
     assert first.image.tobytes() == second.image.tobytes()
     assert draw_picture(8).image.tobytes() != first.image.tobytes()
 
 
-def test_splits_share_no_family_and_no_number() -> None:
+def test_a_picture_says_what_its_layout_says() -> None:
+    for seed in range(10):
+        layout, _ = lay_out(seed)
+        picture = draw_picture(seed)
+        assert picture.lines == tuple(line.text for line in layout.lines)
+        assert picture.corners == layout.corners
+
+
+def test_lines_grow_from_one_short_one_to_four_of_24_characters() -> None:
+    easy = [draw_picture(seed, level=0.0).lines for seed in range(40)]
+    hard = [lay_out(seed)[0].lines for seed in range(200)]
+    assert max(map(len, easy)) == 1
+    assert max(len(line) for lines in easy for line in lines) <= 8
+    assert max(map(len, hard)) == shape.MAX_LINES
+    assert max(len(line.text) for lines in hard for line in lines) > 16
+    assert any(not lines for lines in hard)
+
+
+def test_splits_share_no_family_no_word_and_no_other_string() -> None:
     assert not set(fonts.TRAIN) & set(fonts.HELD_OUT)
-    trained = [draw_picture(seed).text for seed in range(60)]
-    kept = [draw_picture(seed, "held-out").text for seed in range(60)]
-    assert not any(is_held_out(text) for text in trained)
-    assert all(is_held_out(text) for text in kept if len(text) > 1)
+    trained, kept = words("train"), words("held-out")
+    assert not set(trained[0] + trained[1]) & set(kept[0] + kept[1])
+    rng = random.Random(0)
+    for split in ("train", "held-out"):
+        for _ in range(100):
+            line = draw_line(rng, split, 6)
+            if line.isdigit() and len(line) > 1:
+                assert is_held_out(line) == (split == "held-out")
+
+
+def test_lines_hold_known_characters_and_no_idle_spaces() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        line = draw_line(rng, "train", 24)
+        assert 1 <= len(line) <= 24
+        assert line == " ".join(line.split())
+        assert set(line) <= {*shape.CHARACTERS, " "}
 
 
 def test_labels_name_the_characters_that_a_picture_shows() -> None:
-    for seed in range(20):
-        picture = draw_picture(seed, empty=0.0)
-        if picture.digit_width < shape.PATCH:
+    checked = 0
+    for seed in range(60):
+        picture = draw_picture(seed)
+        if picture.width < 2 * shape.PATCH:
             continue
-        shown = set(np.unique(patch_labels(picture)[:-1])) - {BACKGROUND}
-        assert shown == {1 + fonts.DIGITS.index(character) for character in picture.text}
+        _, classes, _, _ = labelled(picture)
+        shown = set(classes[:-1].flatten().tolist()) - {BACKGROUND}
+        assert shown <= {CLASS_OF[character] for character in picture.characters}
+        letters = {CLASS_OF[c] for c in picture.characters if c.isalnum() and c not in "Iijl1"}
+        assert letters <= shown
+        checked += 1
+    assert checked > 10
+
+
+def test_places_run_from_the_left_edge_of_a_character_to_its_right() -> None:
+    layouts = (lay_out(seed)[0] for seed in range(400))
+    layout = next(
+        one
+        for one in layouts
+        if len(one.characters) == 1 and not one.angle and one.characters in "HMNOQWX0"
+    )
+    _, classes, places, _ = labelled(layout)
+    rows, cols = shape.GRID, shape.GRID
+    tile = int((classes[:-1] > BACKGROUND).sum(dim=1).argmax())
+    grid, where = classes[tile].view(rows, cols), places[tile].view(rows, cols)
+    row = int((grid > BACKGROUND).sum(dim=1).argmax())
+    run = where[row][grid[row] > BACKGROUND]
+    assert torch.equal(run, run.sort(descending=True).values)
+
+
+def test_crowds_fill_their_tiles() -> None:
+    shares = [float((labelled(draw_crowd(seed))[1][:-1] > 0).float().mean()) for seed in range(6)]
+    assert float(np.mean(shares)) > 0.3
+
+
+def test_questions_ask_for_everything_for_the_count_or_for_one_line() -> None:
+    lines = ("Total: 12.50", "Cash", "Thank you!")
+    assert Question("What does it say?").answer(lines) == "Total: 12.50\nCash\nThank you!"
+    assert Question("How many lines?", -1).answer(lines) == "3"
+    assert Question("Read line 2.", 2).answer(lines) == "Cash"
+    assert Question("Read line 4.", 4).answer(lines) == "nothing"
+    assert Question("What does it say?").answer(()) == "nothing"
+    assert Question("How many lines?", -1).answer(()) == "0"
 
 
 def test_batches_predict_the_answer_after_the_prompt() -> None:
-    batch = DrawnBatches(10, 1, crowd=2)[0]
-    pictures, tiles = len(batch.texts), batch.picture_tiles
-    assert tiles // pictures in (3, 5)  # two tiles or four, and the whole picture
-    assert batch.tiles.shape == (tiles + 2, 3, shape.TILE, shape.TILE)
-    assert batch.patch_labels.shape == (tiles + 2, shape.GRID**2)
-    images = (batch.token_ids == shape.IDS[shape.IMAGE]).sum(dim=1)
-    assert images.tolist() == [shape.TOKENS_PER_TILE * tiles // pictures] * pictures
-    for row, text in enumerate(batch.texts):
-        answer = answer_ids(text)
-        assert batch.labels[row, : len(answer)].tolist() == list(answer)
-        following = batch.token_ids[row, batch.start + 1 : batch.start + 1 + len(answer)]
-        assert following.tolist() == list(answer)
+    for index in range(4):
+        batch = DrawnBatches(12, 4, crowd=2)[index]
+        pictures, tiles = len(batch.token_ids), batch.picture_tiles
+        assert tiles // pictures in {4, 7, 10}  # 1x3, 2x3 or 3x3 tiles, and the whole picture
+        assert batch.tiles.shape == (tiles + 2, 3, shape.TILE, shape.TILE)
+        assert batch.patch_labels.shape == (tiles + 2, shape.GRID**2)
+        images = (batch.token_ids == shape.IDS[shape.IMAGE]).sum(dim=1)
+        assert images.tolist() == [shape.TOKENS_PER_TILE * tiles // pictures] * pictures
+        for tokens, labels in zip(batch.token_ids, batch.labels, strict=True):
+            length = int((labels >= 0).sum())
+            assert labels[length - 1] == shape.IDS[shape.END]
+            following = tokens[batch.start + 1 : batch.start + 1 + length]
+            assert following.tolist() == labels[:length].tolist()
 
 
 def test_a_byte_is_its_own_token() -> None:
     tokenizer = build_tokenizer()
-    assert tokenizer.encode(" 4711é<end_of_utterance>").ids == [
-        *" 4711é".encode(),
-        shape.IDS[shape.END],
-    ]
+    expected = [*" 4711é".encode(), shape.IDS[shape.END]]
+    assert tokenizer.encode(" 4711é<end_of_utterance>").ids == expected
+    assert answer_ids("4711é") == tuple(expected)
     assert tokenizer.decode(list(" 4711é".encode())) == " 4711é"
     assert tokenizer.get_vocab_size() == shape.VOCABULARY
-    assert prompt_ids(shape.QUESTION, (1, 2))[0] == shape.IDS[shape.START]
+    assert prompt_ids(shape.QUESTION, (1, 3))[0] == shape.IDS[shape.START]
+
+
+def test_the_longest_chat_fits_into_the_context() -> None:
+    longest = len(prompt_ids("How many lines of text are there?", (3, 3)))
+    answer = shape.MAX_LINES * (shape.MAX_LENGTH + 1) + 1
+    assert longest + answer <= shape.CONFIG.text.max_positions
+
+
+def small(name: str, steps: int = 2) -> Stage:
+    """A stage of a few tiny steps."""
+    stage = next(stage for stage in STAGES if stage.name == name)
+    size = {"batch": 4 if stage.batch else 0, "crowd": 2 if stage.crowd else 0}
+    return Stage(**{**vars(stage), **size, "steps": steps})
+
+
+def test_a_stopped_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    straight = Trainer(whole, small("name"), seed=3)
+    straight.run(workers=0)
+    first = Trainer(stopped, small("name"), seed=3)
+    first.step_on(0)
+    first.save()
+    second = Trainer(stopped, small("name"), seed=3)
+    second.resume()
+    assert second.step == 1
+    second.run(workers=0)
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+def test_the_whole_starts_from_the_tower_that_names_and_the_decoder_that_spells(
+    tmp_path: Path,
+) -> None:
+    trained = {}
+    for name in ("name", "spell"):
+        trainer = Trainer(tmp_path, small(name, steps=1), seed=0)
+        trainer.run(workers=0)
+        trained[name] = trainer.model.state_dict()
+    whole = Trainer(tmp_path, small("whole"), seed=0).model.state_dict()
+    for name, value in whole.items():
+        taught_by = "name" if name.startswith("vision.") else "spell"
+        assert torch.equal(value, trained[taught_by][name]), name
+    fresh = Trainer(tmp_path / "none", small("whole"), seed=0).model.state_dict()
+    changed = {name.split(".")[0] for name in whole if not torch.equal(whole[name], fresh[name])}
+    assert changed == {"vision", "connector", "decoder", "head"}
+
+
+def test_scores_count_wrong_characters_over_all_characters() -> None:
+    image = draw_picture(0).image
+    results = [
+        Result(image, "What does it say?", truth="abcd", answer="abcd"),
+        Result(image, "What does it say?", truth="efgh", answer="efg"),
+    ]
+    assert figures(results) == {"exact": 0.5, "cer": 0.125, "pictures": 2}
+    assert tidy(" one  two \n\n three\n") == "one two\nthree"

@@ -4,51 +4,78 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import tokenizers
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from smolstack.processor.prompt import ChatTemplate, Markers, expand_placeholders, user_message
 from smolstack.processor.tiles import cut_tiles
-from training.reader import fonts, shape
+from training.reader import shape
 from training.reader.files import build_tokenizer
-from training.reader.pictures import Picture, draw_crowd, draw_picture, layout_of, plan_of
+from training.reader.labels import CLASS_OF, IGNORED, patch_labels, token_labels
+from training.reader.pictures import (
+    Layout,
+    Picture,
+    draw_crowd,
+    draw_picture,
+    grid_of,
+    lay_out,
+    plan_of,
+)
 
-BACKGROUND = 0
-PATCH_CLASSES = 1 + len(fonts.DIGITS)
-COVERED = 0.2  # the share of a patch that a character's box must cover to name it
-FINE = 4  # coverage is counted on FINE² points per patch
-IGNORED = -100
-READABLE = 6  # pixels of the whole picture's tile
 SEEDS_PER_BATCH = 10_000
+COUNTING, ONE_LINE = 0.12, 0.25  # shares of batches that ask for the count, and for one line
+UNFIT = 0.15  # the share kept of pictures that have no line of the number asked for
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question in its words, and what it asks for.
+
+    Attributes:
+        words: as put to the reader.
+        line: 0 for all lines, a line's number, or -1 for how many there are.
+    """
+
+    words: str
+    line: int = 0
+
+    def answer(self, lines: tuple[str, ...]) -> str:
+        if self.line < 0:
+            return str(len(lines))
+        wanted = lines if self.line == 0 else lines[self.line - 1 : self.line]
+        return "\n".join(wanted) or shape.NOTHING
 
 
 @dataclass(frozen=True)
 class ReaderBatch:
-    """B pictures of n tiles each with the same question, and X tiles full of digits without one.
+    """B pictures of n tiles each with the same question, and X tiles full of text without one.
 
     Attributes:
-        tiles: (B·n + X, 3, P, P) uint8.
+        tiles: (B·n + X, 3, P, P) uint8; (0, 3, P, P) where nothing was drawn.
         patch_labels: (B·n + X, H·W) int64, the class of the character under each patch.
+        token_labels: (B·n, S, 2) int64, the class of each visual token's character and of the one
+            before it in its line.
+        patch_places: (B·n + X, H·W) float32, where in that character the patch stands (labels.py).
         token_ids: (B, T) int64, prompt and answer, padded on the right.
         labels: (B, T - start) int64, the token that follows each position from ``start`` on.
         start: the prompt's last position, where the answer's first token is predicted.
-        texts: what each picture says.
     """
 
     tiles: Tensor
     patch_labels: Tensor
+    patch_places: Tensor
+    token_labels: Tensor
     token_ids: Tensor
     labels: Tensor
     start: int
-    texts: tuple[str, ...]
 
     @property
     def picture_tiles(self) -> int:
@@ -64,12 +91,28 @@ class DrawnBatches(Dataset[ReaderBatch]):
 
     Args:
         size: tiles of pictures with a question, about.
-        count: batches.
-        crowd: X, tiles full of digits.
+        count: batches; over the first half of them, lines grow longer and more, crowds harder.
+        crowd: X, tiles full of text.
+        drawn: False for labels alone, without the tiles.
+        level: where growing starts; 1 for none.
     """
 
-    def __init__(self, size: int, count: int, seed: int = 0, *, crowd: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        count: int,
+        seed: int = 0,
+        *,
+        crowd: int = 0,
+        drawn: bool = True,
+        level: float = 1.0,
+    ) -> None:
         self.size, self.count, self.seed, self.crowd = size, count, seed, crowd
+        self.drawn, self.level = drawn, level
+
+    def level_at(self, index: int) -> float:
+        """How varied batch ``index`` is, from 0 to 1."""
+        return min(1.0, self.level + (1 - self.level) * 2 * index / self.count)
 
     def __len__(self) -> int:
         return self.count
@@ -77,35 +120,110 @@ class DrawnBatches(Dataset[ReaderBatch]):
     def __getitem__(self, index: int) -> ReaderBatch:
         first = self.seed * 1_000_000_000 + index * SEEDS_PER_BATCH
         rng = random.Random(f"batch {first}")
-        rows, cols = layout_of(first)
-        wanted = round(self.size / (rows * cols + 1))
-        alike = (seed for seed in itertools.count(first) if layout_of(seed) == (rows, cols))
-        pictures = [draw_picture(seed) for seed in itertools.islice(alike, wanted)]
-        question = shape.QUESTION if rng.random() < 0.4 else rng.choice(shape.QUESTIONS)
-        return make_batch(pictures, question, _crowded(first, self.crowd))
+        level = self.level_at(index)
+        crowd = [_crowded(first, self.crowd, level)] if self.crowd else []
+        if not self.size:
+            return make_batch([], Question(shape.QUESTION), crowd)
+        question = draw_question(rng, level)
+        rows, cols = grid_of(first)
+        wanted = max(1, round(self.size / (rows * cols + 1)))
+        seeds = itertools.islice(_fitting(rng, first, (rows, cols), question, level), wanted)
+        pictures = [
+            draw_picture(seed, level=level) if self.drawn else lay_out(seed, level=level)[0]
+            for seed in seeds
+        ]
+        return make_batch(pictures, question, crowd)
 
 
-def _crowded(first: int, count: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-    """``count`` tiles full of digits and their patch labels."""
-    tiles, labels = [torch.zeros(0, 3, shape.TILE, shape.TILE, dtype=torch.uint8)], []
-    labels = [np.zeros((0, shape.GRID**2), dtype=np.int64)]
+def draw_question(rng: random.Random, level: float) -> Question:
+    """A question: mostly for everything, at times for the count or for one line."""
+    kind = rng.random()
+    if kind < COUNTING:
+        return Question(rng.choice(shape.COUNT_QUESTIONS), -1)
+    if kind < COUNTING + ONE_LINE:
+        line = rng.randint(1, 1 + round((shape.MAX_LINES - 1) * level))
+        return Question(rng.choice(shape.LINE_QUESTIONS).format(line), line)
+    words = shape.QUESTION if rng.random() < 0.4 else rng.choice(shape.QUESTIONS)
+    return Question(words)
+
+
+def _fitting(
+    rng: random.Random, first: int, grid: tuple[int, int], question: Question, level: float
+) -> Iterator[int]:
+    """Seeds of pictures that are cut alike and, mostly, have the line that is asked for."""
+    for seed in itertools.count(first):
+        if grid_of(seed) != grid:
+            continue
+        if question.line:
+            lines = len(lay_out(seed, level=level)[0].lines)
+            plain = lines < 2 if question.line < 2 else lines < question.line
+            if plain and rng.random() > (0.4 if question.line < 2 else UNFIT):
+                continue
+        yield seed
+
+
+Labelled = tuple[Tensor, Tensor, Tensor, Tensor]  # tiles, labels and places of patches, of tokens
+
+
+def _crowded(first: int, count: int, level: float) -> Labelled:
+    """``count`` tiles full of text and their labels."""
+    parts: list[Labelled] = []
     seeds = itertools.count(first)
-    while sum(map(len, tiles)) < count:
-        picture = draw_crowd(next(seeds))
-        tiles.append(to_tiles(picture.image)[:-1])  # of the whole picture only a blur is left
-        labels.append(patch_labels(picture)[:-1])
-    return torch.cat(tiles)[:count], np.concatenate(labels)[:count]
+    while sum(len(tiles) for tiles, *_ in parts) < count:
+        tiles, labels, places, tokens = labelled(draw_crowd(next(seeds), level))
+        parts.append((tiles[:-1], labels[:-1], places[:-1], tokens[:0]))  # the whole is but a blur
+    tiles, labels, places, tokens = (torch.cat(part)[:count] for part in zip(*parts, strict=True))
+    return tiles, labels, places, tokens
+
+
+def labelled(picture: Picture | Layout) -> Labelled:
+    """Tiles of a picture, none of a mere layout, and the labels of their patches."""
+    if isinstance(picture, Layout):
+        size, tiles = picture.size, torch.zeros(0, 3, shape.TILE, shape.TILE, dtype=torch.uint8)
+    else:
+        size, tiles = picture.image.size, to_tiles(picture.image)
+    plan = plan_of(size)
+    classes, places, index = patch_labels(
+        size, (plan.rows, plan.cols), picture.characters, picture.corners, _width(picture)
+    )
+    lines = (line.replace(" ", "") for line in _lines(picture))
+    previous = [
+        0 if at == 0 else CLASS_OF[line[at - 1]] for line in lines for at in range(len(line))
+    ]
+    if len(previous) != len(picture.characters):  # a crowd has no lines to read
+        previous = [0] * len(picture.characters)
+    tokens = token_labels(classes, places, index, np.array(previous, dtype=np.int64))
+    return (
+        tiles,
+        torch.from_numpy(classes),
+        torch.from_numpy(places),
+        torch.from_numpy(tokens),
+    )
+
+
+def _width(picture: Picture | Layout) -> float:
+    """Mean width of a character on the tiles."""
+    if isinstance(picture, Picture):
+        return picture.width
+    boxes = picture.corners
+    scale = plan_of(picture.size).canvas[0] / picture.size[0]
+    return scale * sum(box[1][0] - box[0][0] for box in boxes) / max(1, len(boxes))
 
 
 def make_batch(
-    pictures: list[Picture],
-    question: str,
-    crowd: tuple[Tensor, npt.NDArray[np.int64]] | None = None,
+    pictures: list[Picture] | list[Layout] | list[Picture | Layout],
+    question: Question,
+    crowd: list[Labelled],
 ) -> ReaderBatch:
-    """Tiles, patch labels and tokens of pictures that are cut alike."""
-    crowd_tiles, crowd_labels = _crowded(0, 0) if crowd is None else crowd
-    prompt = prompt_ids(question, layout_of_picture(pictures[0])) if pictures else ()
-    answers = [answer_ids(picture.text) for picture in pictures]
+    """Tiles, labels and tokens of pictures that are cut alike."""
+    parts = [*(labelled(picture) for picture in pictures), *crowd]
+    tiles, classes, places, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+    answers = [answer_ids(question.answer(_lines(picture))) for picture in pictures]
+    prompt: tuple[int, ...] = ()
+    if pictures:
+        first = pictures[0]
+        plan = plan_of(first.size if isinstance(first, Layout) else first.image.size)
+        prompt = prompt_ids(question.words, (plan.rows, plan.cols))
     longest = max(map(len, answers), default=0)
     token_ids = torch.full((len(pictures), len(prompt) + longest), shape.IDS[shape.PAD])
     labels = torch.full((len(pictures), longest + 1), IGNORED)
@@ -113,22 +231,13 @@ def make_batch(
         token_ids[row, : len(prompt)] = torch.tensor(prompt)
         token_ids[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
         labels[row, : len(answer)] = torch.tensor(answer)
-    return ReaderBatch(
-        tiles=torch.cat([*(to_tiles(picture.image) for picture in pictures), crowd_tiles]),
-        patch_labels=torch.from_numpy(
-            np.concatenate([*(patch_labels(picture) for picture in pictures), crowd_labels])
-        ),
-        token_ids=token_ids,
-        labels=labels,
-        start=len(prompt) - 1,
-        texts=tuple(picture.text for picture in pictures),
-    )
+    return ReaderBatch(tiles, classes, places, tokens, token_ids, labels, len(prompt) - 1)
 
 
-def layout_of_picture(picture: Picture) -> tuple[int, int]:
-    """(rows, cols) that a picture is cut into."""
-    plan = plan_of(picture.image.size)
-    return plan.rows, plan.cols
+def _lines(picture: Picture | Layout) -> tuple[str, ...]:
+    if isinstance(picture, Picture):
+        return picture.lines
+    return tuple(line.text for line in picture.lines)
 
 
 def to_tiles(image: Image.Image) -> Tensor:
@@ -141,13 +250,16 @@ def normalised(tiles: Tensor) -> Tensor:
     return tiles.float() / 127.5 - 1
 
 
-def relit(batch: ReaderBatch, rng: random.Random) -> ReaderBatch:
-    """The same pictures a little lighter or darker, with less or more contrast, or inverted."""
-    pictures = len(batch.texts)
+def relit(batch: ReaderBatch, rng: random.Random, inverted: float = 0.5) -> ReaderBatch:
+    """The same pictures a little lighter or darker, with less or more contrast, or inverted.
+
+    ``inverted`` is the share of those.
+    """
+    pictures = len(batch.token_ids)
     each = batch.picture_tiles // pictures if pictures else 0
     crowd = len(batch.tiles) - batch.picture_tiles
     lights = [
-        (rng.uniform(0.75, 1.1) * rng.choice((-1, 1)), rng.uniform(-0.1, 0.1))
+        (rng.uniform(0.75, 1.1) * (-1 if rng.random() < inverted else 1), rng.uniform(-0.1, 0.1))
         for _ in range(pictures + crowd)
     ]
     times = torch.tensor([each] * pictures + [1] * crowd)
@@ -158,58 +270,20 @@ def relit(batch: ReaderBatch, rng: random.Random) -> ReaderBatch:
     return replace(batch, tiles=tiles.round().clamp(0, 255).to(torch.uint8))
 
 
-def patch_labels(picture: Picture) -> npt.NDArray[np.int64]:
-    """The class of the character whose box covers most of each patch of each tile: (n, H·W).
-
-    Characters too small to be told on the tile of the whole picture are IGNORED there.
-    """
-    plan = plan_of(picture.image.size)
-    grid = _labels_of_grid(picture, plan.rows, plan.cols)
-    side = shape.GRID
-    tiles = [
-        grid[row * side : (row + 1) * side, col * side : (col + 1) * side].reshape(-1)
-        for row in range(plan.rows)
-        for col in range(plan.cols)
-    ]
-    whole = _labels_of_grid(picture, 1, 1).reshape(-1)
-    if picture.digit_width / plan.cols < READABLE:
-        whole[whole != BACKGROUND] = IGNORED
-    return np.stack([*tiles, whole])
-
-
-def _labels_of_grid(picture: Picture, rows: int, cols: int) -> npt.NDArray[np.int64]:
-    """Labels of the whole picture laid over rows by cols tiles: (rows·H, cols·W)."""
-    width, height = cols * shape.GRID * FINE, rows * shape.GRID * FINE
-    painted = Image.new("L", (width, height))
-    draw = ImageDraw.Draw(painted)
-    x_scale, y_scale = width / picture.image.width, height / picture.image.height
-    for character, corners in zip(picture.text, picture.corners, strict=True):
-        draw.polygon(
-            [(x * x_scale - 0.5, y * y_scale - 0.5) for x, y in corners],
-            fill=1 + fonts.DIGITS.index(character),
-        )
-    points = np.asarray(painted).reshape(rows * shape.GRID, FINE, cols * shape.GRID, FINE)
-    counts = (points[..., None] == np.arange(PATCH_CLASSES)).sum(axis=(1, 3))
-    counts[..., BACKGROUND] = 0
-    best: npt.NDArray[np.int64] = counts.argmax(axis=-1)
-    best[counts.max(axis=-1) < COVERED * FINE * FINE] = BACKGROUND
-    return best.astype(np.int64)
-
-
 @cache
-def prompt_ids(question: str, layout: tuple[int, int]) -> tuple[int, ...]:
+def prompt_ids(question: str, grid: tuple[int, int]) -> tuple[int, ...]:
     """Tokens of the prompt that asks ``question`` about one picture of (rows, cols) tiles."""
     text = ChatTemplate(shape.CHAT_TEMPLATE, {}).render([user_message(1, question)])
-    rows, cols = layout
+    rows, cols = grid
     plan = plan_of((cols * shape.TILE, rows * shape.TILE))
-    if (plan.rows, plan.cols) != layout:
+    if (plan.rows, plan.cols) != grid:
         raise ValueError(f"no picture is cut into {rows} rows and {cols} columns")
     return tuple(_tokenizer().encode(expand_placeholders(text, [plan], Markers())).ids)
 
 
 def answer_ids(text: str) -> tuple[int, ...]:
     """Tokens of the answer, its leading space and its end included."""
-    return (*f" {text or shape.NOTHING}".encode(), shape.IDS[shape.END])
+    return (*f" {text}".encode(), shape.IDS[shape.END])
 
 
 @cache

@@ -1,8 +1,8 @@
-"""Measure the reader on pictures whose fonts and numbers training never saw.
+"""Measure the reader on pictures whose fonts and strings training never saw.
 
-Goes through the public API, as a user would. Prints and writes (JSON) the share of pictures
-answered exactly, in all and per length, size, font family; draws a sheet of pictures with their
-answers, wrong ones first.
+Goes through the public API, as a user would, and asks tesseract about the same pictures. Prints and
+writes (JSON) exact answers and character error rates, in all and by length, line count, size and
+font family, for each question; draws a sheet of pictures with their answers, wrong ones first.
 """
 
 from __future__ import annotations
@@ -10,106 +10,121 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
-
 import smolstack
+from smolstack.vlm import VLM
 from training.reader import shape
+from training.reader.batches import Question
 from training.reader.pictures import Picture, draw_picture
+from training.reader.scores import (
+    Result,
+    ask_tesseract,
+    by,
+    draw_sheet,
+    figures,
+    tesseract_version,
+    tidy,
+)
 
 FIRST_SEED = 900_000_000
-WIDTHS = (0, 8, 10, 14, 20, 30, 1000)  # bounds of classes of digit width, in tile pixels
-READABLE = 14  # tile pixels; a digit narrower than that is hardly more than one patch
-CELL = (180, 150)
+WIDTHS = (0, 12, 16, 24, 36, 1000)  # bounds of classes of character width, in tile pixels
+LENGTHS = (1, 5, 9, 17, 25)  # bounds of classes of line length
+NEW_TOKENS = 110
+TARGETS = {
+    "one line of up to 16 characters": (0.90, 0.03),
+    "one line of up to 24 characters": (0.0, 0.06),
+    "blocks of two to four lines": (0.0, 0.06),
+}
 
 
 @dataclass(frozen=True)
-class Result:
-    """A picture, the truth and the reader's answer."""
+class Read(Result):
+    """A result and the picture that it belongs to."""
 
-    picture: Picture
-    answer: str
-
-    @property
-    def truth(self) -> str:
-        return self.picture.text or shape.NOTHING
+    picture: Picture | None = None
 
     @property
-    def exact(self) -> bool:
-        return self.answer == self.truth
+    def lines(self) -> int:
+        return 0 if self.picture is None else len(self.picture.lines)
+
+    @property
+    def family(self) -> str:
+        return "" if self.picture is None else self.picture.family
 
 
-def read_pictures(model: str | None, count: int, split: str) -> list[Result]:
-    """Answers to the first ``count`` pictures of a split."""
-    vlm = smolstack.load() if model is None else smolstack.load(model)
-    results = []
+def read_pictures(vlm: VLM, count: int, split: str) -> tuple[list[Read], list[Read]]:
+    """Answers about the first ``count`` pictures of a split.
+
+    Each is asked for all of its text. Every third is also asked how many lines there are, or for
+    one of them.
+    """
+    read, asked = [], []
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         picture = draw_picture(seed, split)
-        answer = vlm.ask(picture.image, shape.QUESTION, max_new_tokens=12)
-        results.append(Result(picture, answer.text.strip()))
-    return results
+        read.append(_ask(vlm, picture, Question(shape.QUESTION), tesseract=True))
+        if seed % 3 == 0:
+            rng = random.Random(f"question {seed}")
+            line = rng.choice((-1, rng.randint(1, max(1, len(picture.lines)))))
+            words = "How many lines?" if line < 0 else f"Read line {line}"
+            asked.append(_ask(vlm, picture, Question(words, line)))
+    return read, asked
 
 
-def share(results: Iterable[Result]) -> dict[str, float | int]:
-    """Exact answers as a share of all, with their number."""
-    right = [result.exact for result in results]
-    return {"exact": round(sum(right) / max(1, len(right)), 4), "pictures": len(right)}
+def _ask(vlm: VLM, picture: Picture, question: Question, tesseract: bool = False) -> Read:
+    answer = vlm.ask(picture.image, question.words, max_new_tokens=NEW_TOKENS).text
+    other = ask_tesseract(picture.image) if tesseract else None
+    truth = question.answer(picture.lines)
+    return Read(picture.image, question.words, truth, tidy(answer), other, picture)
 
 
-def by(results: list[Result], key: Callable[[Result], str]) -> dict[str, dict[str, float | int]]:
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        groups[key(result)].append(result)
-    return {name: share(groups[name]) for name in sorted(groups)}
-
-
-def width_class(result: Result) -> str:
-    """The class of a picture's digit width, such as "10-14 px"."""
-    width = result.picture.digit_width
-    low, high = next((low, high) for low, high in itertools.pairwise(WIDTHS) if low <= width < high)
-    return f"{low:02d}-{high:02d} px" if high < 1000 else f"{low:02d} px and more"
-
-
-def report(results: list[Result]) -> dict[str, Any]:
+def report(read: list[Read], asked: list[Read]) -> dict[str, Any]:
     """Every figure, as written to the JSON file."""
-    numbers = [result for result in results if result.picture.text]
-    empty = [result for result in results if not result.picture.text]
+    text = [result for result in read if result.lines]
+    single = [result for result in text if result.lines == 1]
+    lines = [r for r in asked if r.question.startswith("Read line")]
     return {
-        "numbers": share(numbers),
-        f"numbers, digits at least {READABLE} px wide": share(
-            r for r in numbers if r.picture.digit_width >= READABLE
-        ),
-        "no number": share(empty),
-        "by length": by(numbers, lambda r: str(len(r.picture.text))),
-        "by digit width on the tile": by(numbers, width_class),
-        "by font family": by(numbers, lambda r: r.picture.family),
+        "one line of up to 16 characters": figures(r for r in single if len(r.truth) <= 16),
+        "one line of up to 24 characters": figures(single),
+        "blocks of two to four lines": figures(r for r in text if r.lines > 1),
+        "no text": figures(r for r in read if not r.lines),
+        "how many lines?": figures(r for r in asked if r.question == "How many lines?"),
+        "read line N": figures(lines),
+        "by line count": by(text, lambda r: str(r.lines)),
+        "one line, by length": by(single, lambda r: _class(len(r.truth), LENGTHS, "characters")),
+        "by character width on the tiles": by(text, _width),
+        "by font family": by(text, lambda r: r.family),
+        "tesseract": tesseract_version() or "not installed",
     }
 
 
-def draw_sheet(results: list[Result], path: Path, columns: int = 6, rows: int = 5) -> None:
-    """Pictures with truth and answer; wrong answers first and in red, at most half the sheet."""
-    wrong = [r for r in results if not r.exact][: columns * rows // 2]
-    right = [r for r in results if r.exact][: columns * rows - len(wrong)]
-    sheet = Image.new("RGB", (columns * CELL[0], rows * CELL[1]), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    for index, result in enumerate([*wrong, *right]):
-        x, y = index % columns * CELL[0], index // columns * CELL[1]
-        small = result.picture.image.copy()
-        small.thumbnail((CELL[0] - 12, CELL[1] - 30))
-        sheet.paste(small, (x + 6, y + 4))
-        draw.rectangle((x + 5, y + 3, x + 6 + small.width, y + 4 + small.height), outline="grey")
-        text = result.answer if result.exact else f"{result.answer}  (is {result.truth})"
-        color = "darkgreen" if result.exact else "crimson"
-        draw.text((x + 6, y + CELL[1] - 24), text, color, font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(128).save(path, optimize=True)
+def _width(result: Read) -> str | None:
+    return None if result.picture is None else _class(result.picture.width, WIDTHS, "px")
+
+
+def _class(value: float, bounds: tuple[int, ...], unit: str) -> str:
+    """The class of a value, such as "12-16 px"."""
+    for low, high in itertools.pairwise(bounds):
+        if low <= value < high:
+            return f"{low:02d} {unit} and more" if high >= 1000 else f"{low:02d}-{high:02d} {unit}"
+    raise ValueError(f"{value} {unit} is outside {bounds[0]} to {bounds[-1]}")
+
+
+def verdict(found: dict[str, Any]) -> list[str]:
+    """One sentence for each target."""
+    said = []
+    for name, (exact, cer) in TARGETS.items():
+        met = found[name]["exact"] >= exact and found[name]["cer"] <= cer
+        wanted = f"exact {exact:.0%}, error rate {cer:.0%}" if exact else f"error rate {cer:.0%}"
+        said.append(
+            f"{name}: {'met' if met else 'NOT met'}: exact {found[name]['exact']:.1%}, "
+            f"error rate {found[name]['cer']:.1%} (target: {wanted})"
+        )
+    return said
 
 
 def main() -> None:
@@ -119,15 +134,17 @@ def main() -> None:
     parser.add_argument("--split", default="held-out", choices=["held-out", "train"])
     parser.add_argument("--out", type=Path, default=Path(".cache/reader/evaluation"))
     options = parser.parse_args()
+    vlm = smolstack.load() if options.model is None else smolstack.load(options.model)
     started = time.monotonic()
-    results = read_pictures(options.model, options.count, options.split)
-    figures = report(results)
-    figures["seconds"] = round(time.monotonic() - started, 1)
+    read, asked = read_pictures(vlm, options.count, options.split)
+    found = report(read, asked)
+    found["seconds"] = round(time.monotonic() - started, 1)
     options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(figures, indent=2)
+    text = json.dumps(found, indent=2)
     (options.out / f"{options.split}.json").write_text(text + "\n", encoding="utf-8")
-    draw_sheet(results, options.out / f"{options.split}.png")
+    draw_sheet([*read[: len(read) // 2], *asked], options.out / f"{options.split}.png")
     print(text)
+    print("\n".join(verdict(found)))
 
 
 if __name__ == "__main__":

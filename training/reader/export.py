@@ -11,19 +11,23 @@ from smolstack.checkpoint.save import save_checkpoint
 from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
 from training.reader.files import side_files
-from training.reader.train import STATE
+from training.reader.train import FOLDER, STAGES
 
 BUNDLED = Path("src/smolstack/reader")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".cache/reader"))
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--out", type=Path, default=BUNDLED)
+    parser.add_argument("--stage", default=STAGES[-1].name, help="whose state is written")
     options = parser.parse_args()
-    state = torch.load(options.folder / STATE, weights_only=True)
+    path = options.folder / f"{options.stage}.pt"
+    if not path.is_file():
+        parser.error(f"there is no {path}; run python -m training.reader.train first")
+    state = torch.load(path, weights_only=True)
     model = VisionLanguageModel(shape.CONFIG)
-    model.load_state_dict(state["average"] if "average" in state else state["model"])
+    model.load_state_dict(state["average"])
     save_checkpoint(options.out, model, side_files(), overwrite=True)
     size = sum(path.stat().st_size for path in options.out.iterdir())
     print(f"{options.out}: {size / 1e6:.2f} MB, stage {state['stage']}, step {state['step']}")

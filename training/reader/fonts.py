@@ -13,8 +13,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from training.reader import shape, text
+
 ROOTS = (Path("/usr/share/fonts"), Path("/usr/share/texmf/fonts"))
-DIGITS = "0123456789"
+ALIKE = 6  # characters that a font may draw like another one: I and l, O and 0, and their like
 
 # family → (Debian package, pattern of file names)
 TRAIN: Mapping[str, tuple[str, str]] = {
@@ -130,8 +132,9 @@ SPLITS: Mapping[str, Mapping[str, tuple[str, str]]] = {"train": TRAIN, "held-out
 
 
 def packages() -> list[str]:
-    """Debian packages that hold every family of both splits."""
-    return sorted({package for split in SPLITS.values() for package, _ in split.values()})
+    """Debian packages that hold every family of both splits, and the dictionary."""
+    named = {package for split in SPLITS.values() for package, _ in split.values()}
+    return sorted(named | {text.DICTIONARY_PACKAGE})
 
 
 @cache
@@ -140,28 +143,33 @@ def families(split: str) -> dict[str, list[str]]:
     found = {}
     for family, (_, pattern) in SPLITS[split].items():
         paths = sorted({p.name: p for root in ROOTS for p in root.rglob(pattern)}.items())
-        usable = [str(path) for _, path in paths if draws_digits(str(path))]
+        usable = [str(path) for _, path in paths if draws_text(str(path))]
         if usable:
             found[family] = usable
     return found
 
 
-def draws_digits(path: str) -> bool:
-    """Whether a font file can be opened and has ten visible, different digits."""
+def draws_text(path: str) -> bool:
+    """Whether a font file can be opened and has all characters, visible and apart.
+
+    Capitals in place of small letters, or one box in place of all that is missing, are refused.
+    """
     if Path(path).suffix.lower() not in (".ttf", ".otf"):
         return False
     try:
-        font = ImageFont.truetype(path, 40)
-        shapes = {_shape(font, digit) for digit in DIGITS}
+        font = ImageFont.truetype(path, 32)
+        shapes = [_shape(font, character) for character in shape.CHARACTERS]
     except OSError:
         return False
-    return len(shapes) == 10 and b"" not in shapes
+    distinct = set(shapes)
+    small, capital = (_shape(font, character) for character in "eE")
+    return b"" not in distinct and len(distinct) >= len(shapes) - ALIKE and small != capital
 
 
 def _shape(font: ImageFont.FreeTypeFont, character: str) -> bytes:
     """The character's pixels, empty when it draws nothing."""
-    image = Image.new("L", (80, 80))
-    ImageDraw.Draw(image).text((10, 10), character, 255, font=font)
+    image = Image.new("L", (64, 64))
+    ImageDraw.Draw(image).text((8, 8), character, 255, font=font)
     return image.tobytes() if image.getbbox() else b""
 
 

@@ -1,45 +1,42 @@
-"""Drawn pictures of printed numbers, each from its own seed.
+"""Drawn pictures of printed text, each from its own seed.
 
-A picture comes with its text and with the corners of every character, so that the patches of the
-tile can be labelled with the character they show. Sizes, fonts, places, colours, backgrounds and
-damage vary widely; nothing is read from disk but fonts.
+A picture comes with its lines and with the corners of every character, so that the patches of the
+tiles can be labelled with the character they show. Sizes, fonts, places, colours, backgrounds and
+damage vary widely; nothing is read from disk but fonts and a dictionary.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from smolstack.processor.geometry import TilePlan, plan_tiles
 from training.reader import fonts, shape
-from training.reader.paper import (
-    Color,
-    choose_colors,
-    damage,
-    draw_background,
-    draw_plate,
-    near,
-)
+from training.reader.lines import Corners, Line, moved, set_line, turned
+from training.reader.paper import Color, choose_colors, damage, draw_background, draw_plate, near
+from training.reader.text import draw_line
 
 COMMON_SIZES = (
     (200, 80),
+    (400, 100),
     (400, 200),
     (640, 480),
     (256, 256),
     (320, 240),
     (300, 100),
-    (224, 224),
+    (384, 48),
     (480, 320),
     (600, 400),
-    (512, 512),
+    (600, 150),
+    (512, 128),
+    (320, 64),
 )
-MAX_DIGITS = 6
-PLATES = 0.2  # the share of pictures whose number stands on a plate
-Corners = tuple[tuple[float, float], ...]
+PLATES = 0.12  # the share of pictures whose text stands on a plate
+EMPTY = 0.04  # the share of pictures without text
+NARROWEST = 9.0  # mean width of a character on the tiles, in their pixels
 
 
 @dataclass(frozen=True)
@@ -48,24 +45,45 @@ class Picture:
 
     Attributes:
         image: RGB, of any size.
-        text: what it says, "" for nothing.
-        corners: for each character of ``text``, the four corners of its box in picture pixels.
+        lines: what it says, from top to bottom; empty for nothing.
+        characters: every visible character, in reading order.
+        corners: for each of ``characters``, the four corners of its box in picture pixels.
         family: the font's family.
-        digit_width: mean width of a character in pixels of the tiles that the model sees.
+        width: mean width of a character in pixels of the tiles that the model sees.
     """
 
     image: Image.Image
-    text: str
+    lines: tuple[str, ...]
+    characters: str
     corners: tuple[Corners, ...]
     family: str
-    digit_width: float
+    width: float
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
 
 
-def is_held_out(text: str) -> bool:
-    """Whether a number is kept for the test: one in ten of those of two digits and more."""
-    if len(text) < 2:
-        return False
-    return hashlib.sha256(text.encode()).digest()[0] % 10 == 0
+@dataclass(frozen=True)
+class Layout:
+    """A picture before it is drawn: its size and its lines, set and placed."""
+
+    size: tuple[int, int]
+    lines: tuple[Line, ...]
+    block: tuple[int, int]
+    place: tuple[int, int]
+    angle: float
+    family: str
+
+    @property
+    def characters(self) -> str:
+        return "".join(line.characters for line in self.lines)
+
+    @property
+    def corners(self) -> tuple[Corners, ...]:
+        """Corners of every visible character, in picture pixels."""
+        corners = tuple(box for line in self.lines for box in line.corners)
+        return moved(turned(corners, self.block, self.angle), self.place)
 
 
 def plan_of(size: tuple[int, int]) -> TilePlan:
@@ -73,78 +91,173 @@ def plan_of(size: tuple[int, int]) -> TilePlan:
     return plan_tiles(size, shape.SETTINGS, shape.TOKENS_PER_TILE)
 
 
-def layout_of(seed: int, split: str = "train") -> tuple[int, int]:
+def grid_of(seed: int, split: str = "train") -> tuple[int, int]:
     """(rows, cols) of the picture that ``seed`` draws, without drawing it."""
     plan = plan_of(_picture_size(random.Random(f"{split} {seed}")))
     return plan.rows, plan.cols
 
 
-def draw_picture(seed: int, split: str = "train", *, empty: float = 0.04) -> Picture:
-    """Draw a picture of a number of the split, in a font of the split.
-
-    Args:
-        seed: the same seed gives the same picture.
-        split: "train", or "held-out" for fonts and numbers that training never sees.
-        empty: the share of pictures without a number.
-    """
+def lay_out(seed: int, split: str = "train", level: float = 1.0) -> tuple[Layout, random.Random]:
+    """Size, text and places of the picture that ``seed`` draws, and what goes on drawing it."""
     rng = random.Random(f"{split} {seed}")
     size = _picture_size(rng)
-    text = "" if rng.random() < empty else _number(rng, split)
+    family, path = pick_font(rng, split)
+    if rng.random() < EMPTY:
+        return Layout(size, (), (0, 0), (0, 0), 0.0, ""), rng
+    longest = 1 + round((shape.MAX_LENGTH - 1) * min(1.0, 0.3 + 0.7 * level))
+    most = 1 + round((shape.MAX_LINES - 1) * level)
+    count = 1 if rng.random() < 0.5 else rng.randint(1, most)
+    length = rng.choice((rng.randint(1, longest), rng.randint(1, longest), rng.randint(1, 8)))
+    scale = plan_of(size).canvas[0] / size[0]
+    angle = rng.gauss(0, 2.5) if rng.random() < 0.35 else 0.0
+    wanted = math.exp(rng.uniform(math.log(11), math.log(22 + 48 * level)))
+    spacing, tracking = rng.uniform(1.0, 1.7), 0.0
+    if rng.random() < 0.2:
+        tracking = rng.uniform(-0.02, 0.25)
+    fill = rng.uniform(0.7, 0.97), rng.uniform(0.7, 0.95)
+    align = rng.choice((0.0, 0.0, 0.5, 0.5, 1.0))
+    while True:
+        shares = [1.0, *(rng.choice((1.0, rng.uniform(0.2, 1.0))) for _ in range(count - 1))]
+        texts = [draw_line(rng, split, max(1, round(length * share))) for share in shares]
+        unit = [set_line(text, path, 100, tracking) for text in texts]
+        wide = max(line.width for line in unit) / 100
+        high = sum(line.height for line in unit) / 100 * (1 + (spacing - 1) * (count - 1) / count)
+        turn = math.radians(abs(angle))
+        room = min(
+            fill[0] * size[0] / (wide * math.cos(turn) + high * math.sin(turn)),
+            fill[1] * size[1] / (high * math.cos(turn) + wide * math.sin(turn)),
+        )
+        mean = sum(line.width for line in unit) / 100 / sum(map(len, texts))
+        if room * mean * scale >= NARROWEST * 0.95 and room >= 6:
+            break
+        count, length = max(1, count - rng.randint(0, 1)), max(1, round(length * 0.75))
+        if length == 1 and count == 1 and len(texts[0]) == 1:
+            break
+    em = max(6, round(min(room, max(wanted, NARROWEST) / (mean * scale))))
+    lines, block = _set_block(texts, path, em, tracking=tracking, spacing=spacing, align=align)
+    outer = _turned_size(block, angle)
+    layout = Layout(size, lines, block, _place(rng, size, outer), angle, family)
+    return layout, rng
+
+
+def draw_picture(seed: int, split: str = "train", level: float = 1.0) -> Picture:
+    """Draw a picture of text of the split, in a font of the split.
+
+    Args:
+        seed: the same seed (with the same level) gives the same picture.
+        split: "train", or "held-out" for fonts and strings that training never sees.
+        level: from 0, one short line of small characters, to 1, up to four lines of up to 24.
+    """
+    layout, rng = lay_out(seed, split, level)
     ink, paper = choose_colors(rng)
-    image = draw_background(rng, size, paper)
-    family = ""
-    corners: tuple[Corners, ...] = ()
-    if text:
-        family, path = pick_font(rng, split)
-        mask, corners = _text_mask(rng, text, path, size, _wanted_width(rng))
-        place = _place(rng, size, mask.size)
+    image = draw_background(rng, layout.size, paper)
+    if layout.lines:
+        mask = _mask(layout)
+        place = layout.place
         if rng.random() < PLATES:
             draw_plate(rng, image, (*place, place[0] + mask.width, place[1] + mask.height), paper)
         _paste_text(rng, image, mask, place, ink)
-        corners = _moved(corners, place)
-    return _finish(rng, image, text, corners, family)
+    texts = tuple(line.text for line in layout.lines)
+    return _finish(
+        rng,
+        image,
+        texts,
+        characters=layout.characters,
+        corners=layout.corners,
+        family=layout.family,
+    )
 
 
-def draw_crowd(seed: int) -> Picture:
-    """Draw a picture full of digits, line under line, each line in a font and size of its own.
+def draw_crowd(seed: int, level: float = 1.0) -> Picture:
+    """Draw a picture full of text, line under line, each line in a font and size of its own.
 
-    For learning to name patches: nearly every patch shows a character.
+    For learning to name patches: nearly every patch shows a character. ``level`` is the share of
+    pictures that are as varied as those with a question; the others are black on white, undamaged,
+    not stretched, and their characters not small.
     """
     rng = random.Random(f"crowd {seed}")
-    size = _picture_size(rng)
-    ink, paper = choose_colors(rng)
-    image = draw_background(rng, size, paper)
-    text, top = "", 0
+    easy = rng.random() >= level
+    size = (shape.EDGE, shape.EDGE) if easy else _picture_size(rng)
+    ink, paper = ((0, 0, 0), (255, 255, 255)) if easy else choose_colors(rng)
+    image = Image.new("RGB", size, paper) if easy else draw_background(rng, size, paper)
+    draw = ImageDraw.Draw(image)
+    plan = plan_of(size)
+    characters, top = "", rng.randint(0, 4)
     corners: tuple[Corners, ...] = ()
     while True:
         family, path = pick_font(rng, "train")
-        wanted = math.exp(rng.uniform(math.log(9.0), math.log(48)))
-        count = max(1, int(plan_of(size).canvas[0] / wanted * rng.uniform(0.4, 0.95)))
-        line = "".join(rng.choices(fonts.DIGITS, k=count))
-        mask, boxes = _text_mask(rng, line, path, size, wanted)
-        if text and top + mask.height > size[1]:
-            return _finish(rng, image, text, corners, family)
-        place = rng.randint(0, max(0, size[0] - mask.width)), top
-        _paste_text(rng, image, mask, place, ink)
-        text, corners = text + line, corners + _moved(boxes, place)
-        top += mask.height + rng.randint(1, 2 + mask.height // 2)
+        wanted = math.exp(rng.uniform(math.log(15.0 if easy else 9.0), math.log(40)))
+        em = wanted * size[0] / plan.canvas[0] / 0.55
+        em = max(6, round(min(em, size[1] * 0.7)))
+        text = _filler(rng, max(1, round(size[0] / (em * 0.5))))
+        line = set_line(text, path, em, rng.choice((0.0, 0.0, 0.0, 0.1)))
+        if characters and top + line.height > size[1]:
+            return _finish(rng, image, (), characters=characters, corners=corners, family=family)
+        left = rng.randint(-em // 3, max(0, round(size[0] - line.width)))
+        line.draw(draw, (left, top), ink)
+        characters += line.characters
+        corners += moved(line.corners, (left, top))
+        top += round(line.height * rng.uniform(0.85, 1.3)) + 1
+
+
+def _filler(rng: random.Random, length: int) -> str:
+    """Text of about ``length`` characters: words and numbers, or any characters alike."""
+    parts: list[str] = []
+    while sum(map(len, parts)) < length:
+        if rng.random() < 0.5:
+            parts.append("".join(rng.choices(shape.CHARACTERS, k=rng.randint(2, 8))))
+        else:
+            parts.append(draw_line(rng, "train", rng.randint(3, 12)))
+    return " ".join(parts)[:length].strip() or "0"
+
+
+def _set_block(
+    texts: list[str], path: str, em: int, *, tracking: float, spacing: float, align: float
+) -> tuple[tuple[Line, ...], tuple[int, int]]:
+    """Lines one under the other, each with its place in the block, and the block's size."""
+    lines = [set_line(text, path, em, tracking) for text in texts]
+    wide = math.ceil(max(line.width for line in lines)) + 2
+    placed, top = [], 1.0
+    for line in lines:
+        placed.append(line.at(1 + (wide - 2 - line.width) * align, top))
+        top += line.height * spacing
+    high = math.ceil(top - lines[-1].height * (spacing - 1)) + 1
+    return tuple(placed), (wide, high)
+
+
+def _mask(layout: Layout) -> Image.Image:
+    """The text as a mask just large enough for the block, turned."""
+    mask = Image.new("L", layout.block)
+    draw = ImageDraw.Draw(mask)
+    for line in layout.lines:
+        line.draw(draw, (0, 0), 255)
+    if layout.angle:
+        mask = mask.rotate(layout.angle, Image.Resampling.BICUBIC, expand=True)
+    return mask
+
+
+def _turned_size(block: tuple[int, int], angle: float) -> tuple[int, int]:
+    if not angle:
+        return block
+    turn = math.radians(abs(angle))
+    wide = block[0] * math.cos(turn) + block[1] * math.sin(turn)
+    high = block[1] * math.cos(turn) + block[0] * math.sin(turn)
+    return math.ceil(wide), math.ceil(high)
 
 
 def _finish(
-    rng: random.Random, image: Image.Image, text: str, corners: tuple[Corners, ...], family: str
+    rng: random.Random | None,
+    image: Image.Image,
+    lines: tuple[str, ...],
+    *,
+    characters: str,
+    corners: tuple[Corners, ...],
+    family: str,
 ) -> Picture:
-    width = _mean_width(corners)
+    width = sum(math.dist(box[0], box[1]) for box in corners) / max(1, len(corners))
     scale = plan_of(image.size).canvas[0] / image.width
-    return Picture(damage(rng, image, width), text, corners, family, width * scale)
-
-
-def _moved(corners: tuple[Corners, ...], by: tuple[int, int]) -> tuple[Corners, ...]:
-    return tuple(tuple((x + by[0], y + by[1]) for x, y in box) for box in corners)
-
-
-def _wanted_width(rng: random.Random) -> float:
-    """How wide a digit should be, in pixels of the tiles, as far as the picture has room."""
-    return math.exp(rng.uniform(math.log(9.0), math.log(100)))
+    picture = Picture(image, lines, characters, corners, family, width * scale)
+    return picture if rng is None else replace(picture, image=damage(rng, image, width))
 
 
 def pick_font(rng: random.Random, split: str) -> tuple[str, str]:
@@ -154,86 +267,26 @@ def pick_font(rng: random.Random, split: str) -> tuple[str, str]:
     return family, rng.choice(families[family])
 
 
-def _number(rng: random.Random, split: str) -> str:
-    length = rng.choices(range(1, MAX_DIGITS + 1), weights=(1, 1.5, 2, 2.5, 2.5, 2.5))[0]
-    while True:
-        digits = "".join(rng.choices(fonts.DIGITS, k=length))
-        if rng.random() < 0.15:  # runs of one digit are hard to count
-            start = rng.randrange(length)
-            run = rng.randint(2, 4)
-            digits = (digits[:start] + digits[start] * run + digits[start + run :])[:length]
-        if length > 1 and digits[0] == "0" and rng.random() < 0.7:
-            digits = rng.choice(fonts.DIGITS[1:]) + digits[1:]
-        if length == 1 or is_held_out(digits) == (split == "held-out"):
-            return digits
-
-
 def _picture_size(rng: random.Random) -> tuple[int, int]:
-    """(width, height): a common size, or any from 48 to 900 pixels and from 2:5 to 6:1."""
-    if rng.random() < 0.35:
+    """(width, height): a common size, or any whose longer side has 80 to 700 pixels.
+
+    Strips, three times as wide as high and more, are half of all: they cost the fewest tiles.
+    """
+    if rng.random() < 0.3:
         return rng.choice(COMMON_SIZES)
-    longest = math.exp(rng.uniform(math.log(80), math.log(700)))
-    aspect = math.exp(rng.triangular(math.log(0.4), math.log(6), math.log(1.6)))
+    longest = round(math.exp(rng.uniform(math.log(100), math.log(700))))
+    kind = rng.random()
+    if kind < 0.5:
+        aspect = math.exp(rng.uniform(math.log(3), math.log(8)))
+    elif kind < 0.8:
+        aspect = rng.uniform(1.5, 3)
+    elif kind < 0.95:
+        aspect = rng.uniform(1, 1.5)
+    else:
+        aspect = rng.uniform(0.6, 1)
     if aspect >= 1:
-        return round(longest), max(24, round(longest / aspect))
-    return max(24, round(longest * aspect)), round(longest)
-
-
-def _text_mask(
-    rng: random.Random, text: str, path: str, size: tuple[int, int], wanted: float
-) -> tuple[Image.Image, tuple[Corners, ...]]:
-    """The text as a mask just large enough, and its characters' corners on it."""
-    width, height = size
-    angle = math.radians(rng.gauss(0, 4)) if rng.random() < 0.4 else 0.0
-    tracking = rng.uniform(-0.02, 0.35) if rng.random() < 0.25 else 0.0
-    unit = ImageFont.truetype(path, 100)
-    unit_width = sum(unit.getlength(c) for c in text) / 100 + tracking * (len(text) - 1)
-    unit_height = (unit.getbbox(text)[3] - unit.getbbox(text)[1]) / 100
-    em = wanted * width / plan_of(size).canvas[0] * len(text) / unit_width
-    wide = unit_width * math.cos(angle) + unit_height * abs(math.sin(angle))
-    high = unit_height * math.cos(angle) + unit_width * abs(math.sin(angle))
-    room = min(width * rng.uniform(0.8, 0.97) / wide, height * rng.uniform(0.75, 0.95) / high)
-    em = max(min(em, room), min(room, 11.0))
-    pixels = max(6, round(em))
-    font = ImageFont.truetype(path, pixels)
-    pad = max(2, round(pixels * 0.08))
-    boxes, x = [], float(pad)
-    ascent = max(0, -min(0, int(font.getbbox(text)[1])))
-    room_for = round(pixels * unit_width) + 2 * pad + pixels // 3, 2 * (pixels + pad)
-    mask = Image.new("L", room_for)
-    draw = ImageDraw.Draw(mask)
-    for character in text:
-        draw.text((x, pad + ascent), character, 255, font=font)
-        left, top, right, bottom = font.getbbox(character)
-        boxes.append((x + left, pad + ascent + top, x + right, pad + ascent + bottom))
-        x += font.getlength(character) + tracking * pixels
-    crop = mask.getbbox() or (0, 0, *mask.size)
-    mask = mask.crop(crop)
-    corners = [_corners(box, crop[:2]) for box in boxes]
-    if angle:
-        mask, corners = _rotate(mask, corners, angle)
-    return mask, tuple(corners)
-
-
-def _corners(box: tuple[float, float, float, float], origin: tuple[int, int]) -> Corners:
-    left, right = box[0] - origin[0], box[2] - origin[0]
-    top, bottom = box[1] - origin[1], box[3] - origin[1]
-    return ((left, top), (right, top), (right, bottom), (left, bottom))
-
-
-def _rotate(
-    mask: Image.Image, corners: list[Corners], angle: float
-) -> tuple[Image.Image, list[Corners]]:
-    turned = mask.rotate(math.degrees(angle), Image.Resampling.BICUBIC, expand=True)
-    cos, sin = math.cos(angle), math.sin(angle)
-    old, new = (mask.width / 2, mask.height / 2), (turned.width / 2, turned.height / 2)
-    moved = []
-    for box in corners:
-        shifted = [(x - old[0], y - old[1]) for x, y in box]
-        moved.append(
-            tuple((x * cos + y * sin + new[0], y * cos - x * sin + new[1]) for x, y in shifted)
-        )
-    return turned, moved
+        return longest, max(16, round(longest / aspect))
+    return round(longest * aspect), longest
 
 
 def _place(
@@ -243,12 +296,6 @@ def _place(
     if rng.random() < 0.3:
         return free[0] // 2, free[1] // 2
     return rng.randint(0, free[0]), rng.randint(0, free[1])
-
-
-def _mean_width(corners: tuple[Corners, ...]) -> float:
-    if not corners:
-        return 0.0
-    return sum(math.dist(box[0], box[1]) for box in corners) / len(corners)
 
 
 def _paste_text(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from smolstack.processor.settings import ImageSettings
 
-TILE, PATCH, SCALE = 192, 12, 2
-EDGE = 2 * TILE  # a picture's longer side: two tiles, and one of the whole
+TILE, PATCH, SCALE = 128, 8, 2
+EDGE = 3 * TILE  # a picture's longer side: three tiles, and one of the whole
 GRID = TILE // PATCH
 TOKENS_PER_TILE = (GRID // SCALE) ** 2
 
@@ -18,18 +18,29 @@ FIRST_SPECIAL = 256  # ids below are the bytes
 VOCABULARY = FIRST_SPECIAL + len(SPECIAL_TOKENS)
 IDS = {token: FIRST_SPECIAL + index for index, token in enumerate(SPECIAL_TOKENS)}
 
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:;!?'\"-_()/&%$#@+*="
+MAX_LINES, MAX_LENGTH = 4, 24
+
 NOTHING = "nothing"
 QUESTION = "What does it say?"
 QUESTIONS = (
     QUESTION,
-    "What number is it?",
-    "Read the number.",
     "What is written here?",
-    "Which number is in the picture?",
     "What does this picture say?",
     "Read it.",
-    "What number is this?",
+    "Read the text.",
+    "What is the text?",
+    "What number is it?",
+    "Read the number.",
+    "Transcribe this.",
 )
+COUNT_QUESTIONS = (
+    "How many lines?",
+    "How many lines are there?",
+    "How many lines of text are there?",
+    "Count the lines.",
+)
+LINE_QUESTIONS = ("Read line {}.", "Read line {}", "What does line {} say?", "What is on line {}?")
 CHAT_TEMPLATE = (
     "<|im_start|>"
     "{% for message in messages %}"
@@ -48,10 +59,10 @@ CHAT_TEMPLATE = (
 SETTINGS = ImageSettings(longest_edge=EDGE, tile_edge=TILE)
 CONFIG = ModelConfig(
     vision=VisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
+        hidden_size=160,
+        intermediate_size=640,
         num_layers=4,
-        num_heads=4,
+        num_heads=5,
         image_size=TILE,
         patch_size=PATCH,
     ),
@@ -59,7 +70,7 @@ CONFIG = ModelConfig(
         rope=RopeConfig(theta=10000.0),
         vocab_size=VOCABULARY,
         hidden_size=192,
-        intermediate_size=512,
+        intermediate_size=384,
         num_layers=4,
         num_heads=4,
         num_kv_heads=2,

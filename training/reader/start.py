@@ -22,12 +22,13 @@ FREQUENCIES = torch.linspace(0.15, 2.2, PLACE // 4)
 PLACE_STRENGTH = 0.9
 SHARPNESS = 1.1
 UP, DOWN, LEFT, RIGHT = (-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)
+HERE = (0.0, 0.0)
 DIAGONALS = ((-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0))
 STEPS = (  # (rows, columns) that each head of each layer looks away from its own patch
-    (UP, DOWN, LEFT, RIGHT),
-    DIAGONALS,
-    tuple((2 * row, 2 * col) for row, col in (UP, DOWN, LEFT, RIGHT)),
-    ((-3.0, 0.0), (3.0, 0.0), (0.0, -1.5), (0.0, 1.5)),
+    (UP, DOWN, LEFT, RIGHT, HERE),
+    (*DIAGONALS, (2.0, 0.0)),
+    (*((2 * row, 2 * col) for row, col in (UP, DOWN, LEFT, RIGHT)), HERE),
+    ((-4.0, 0.0), (4.0, 0.0), (0.0, -1.5), (0.0, 1.5), (0.0, 3.0)),
 )
 
 
@@ -102,9 +103,10 @@ def moved(rows: float, columns: float) -> Tensor:
 
 
 def cosine_filters(size: int, count: int) -> Tensor:
-    """The ``count`` smoothest filters of the cosine transform, grey: (count, 3, size, size).
+    """The smoothest filters of the cosine transform, grey: (count, 3, size, size).
 
-    A tenth of them, the smoothest again, look at red against blue instead.
+    A tenth of them, the smoothest again, look at red against blue instead. Where the transform has
+    fewer than asked for, the last filters are left at zero: channels that layers can write to.
     """
     steps = (torch.arange(size) + 0.5) * math.pi / size
     waves = torch.cos(torch.arange(size)[:, None] * steps)
@@ -117,4 +119,15 @@ def cosine_filters(size: int, count: int) -> Tensor:
     colored = count // 10
     grey = planes[: count - colored, None] * torch.full((3, 1, 1), 1 / 3)
     red_blue = planes[:colored, None] * torch.tensor([0.5, 0.0, -0.5])[:, None, None]
-    return torch.cat((grey, red_blue))
+    filters = torch.zeros(count, 3, size, size)
+    filters[: len(grey)] = grey
+    filters[len(grey) : len(grey) + colored] = red_blue
+    return filters
+
+
+def codes(count: int, width: int) -> Tensor:
+    """``count`` directions at right angles to each other, always the same: (count, width)."""
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(width, count, generator=generator, dtype=torch.float64)
+    directions: Tensor = torch.linalg.qr(matrix).Q.T.float().contiguous()
+    return directions

@@ -1,15 +1,17 @@
 """Train the bundled reader in stages, resumable at any moment.
 
-1. ``name``: on pictures full of digits, the tower learns to name the character under each patch,
-   through a linear head that is thrown away afterwards. Next-token loss alone stays long on the
-   plateau where only the length of an answer is learned.
-2. ``bridge``: with the tower frozen, connector and decoder learn to answer.
-3. ``whole``: everything together, patch naming kept as a small second loss.
-4. ``mixed``: the same on pictures with a question and pictures full of digits side by side, which
-   makes a digit's name sure and the answer with it.
+1. ``name``: on pictures full of text, the tower learns to name the character under each patch.
+   Next-token loss alone stays long on the plateau where only the length of an answer is learned.
+2. ``spell``: without a tower, connector and decoder learn to answer from the names of patches, as
+   a good tower would give them. Halfway up the decoder, a throw-away head asks of each visual
+   token which character it shows and which stands before that, so that going on from the
+   character written last is learned early. The stage needs nothing from ``name``: the two can run
+   side by side (``--stages``), each with its own state.
+3. ``whole``: everything together, on pictures with a question and pictures full of text side by
+   side, naming kept as a second loss.
 
-Drawing costs a third of what a step does, so half of the steps show a recent batch again, in
-other light. State is saved every minute; ``--resume`` goes on from it.
+Half of the steps on pictures show a recent batch again, in other light: drawing costs time. State
+is saved every minute; ``--resume`` goes on from it, also with other ``--steps``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +32,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from smolstack.model.vlm import VisionLanguageModel
-from training.reader import shape
-from training.reader.batches import (
-    BACKGROUND,
-    IGNORED,
-    PATCH_CLASSES,
-    DrawnBatches,
-    ReaderBatch,
-    normalised,
-    relit,
-)
-from training.reader.start import fresh_model
+from training.reader import attention, shape
+from training.reader.batches import DrawnBatches, ReaderBatch, normalised, relit
+from training.reader.labels import CLASSES, IGNORED
+from training.reader.losses import answer_logits, finding_loss, naming_loss, random_states
+from training.reader.start import PLACE, PLACE_STRENGTH, codes, fresh_model, places
 
+FOLDER = Path(".cache/reader")
 SAVE_SECONDS = 60
 REPLAYED = 0.5  # the share of steps on recent batches
-RECENT = 150  # batches that may come again
-BACKGROUND_WEIGHT = 0.1
-STATE = "state.pt"
+RECENT = 120  # batches that may come again
+WARM_UP, DECAY = 40, 0.4  # steps; the last share of a stage, over which the rate falls to 0
+AVERAGED = 0.99  # how much of the average of all weights a step keeps
 
 
 @dataclass(frozen=True)
@@ -57,208 +53,271 @@ class Stage:
     name: str
     steps: int
     batch: int  # tiles of pictures with a question
-    crowd: int  # tiles full of digits
+    crowd: int  # tiles full of text
     rate: float
-    naming: float  # weight of the patch-naming loss
-    answering: float  # weight of the next-token loss
-    tower_frozen: bool = False
+    part: str = ""  # names of the weights that are trained start with one of these, by comma
+    naming: float = 0.0  # weight of the patch-naming loss
+    answering: float = 0.0  # weight of the next-token loss
+    finding: float = 0.0  # weight of the loss of what the decoder's middle knows of the tiles
+    drawn: bool = True  # False: no pictures, no tower
+    level: float = 1.0  # how hard pictures are at first
 
 
 STAGES = (
-    Stage("name", steps=1460, batch=0, crowd=32, rate=1.4e-3, naming=1.0, answering=0.0),
+    Stage("name", 3000, batch=0, crowd=32, rate=2.5e-3, part="vision.", naming=1.0, level=0.0),
     Stage(
-        "bridge", 700, batch=32, crowd=0, rate=1e-3, naming=0.0, answering=1.0, tower_frozen=True
+        "spell",
+        3000,
+        batch=64,
+        crowd=0,
+        rate=2e-3,
+        part="connector.,decoder.,head.",
+        answering=1.0,
+        finding=0.5,
+        drawn=False,
+        level=0.0,
     ),
-    Stage("whole", steps=1260, batch=32, crowd=0, rate=1e-3, naming=0.3, answering=1.0),
-    Stage("mixed", steps=1300, batch=20, crowd=20, rate=9e-4, naming=0.6, answering=1.0),
+    Stage(
+        "whole",
+        2000,
+        batch=40,
+        crowd=12,
+        rate=1.5e-3,
+        naming=0.5,
+        answering=1.0,
+        finding=0.2,
+        level=0.5,
+    ),
 )
 
 
 class Trainer:
-    """Model, naming head, optimizer and the place in the schedule."""
+    """Model, optimizers and the place in one stage."""
 
-    def __init__(self, folder: Path, stages: tuple[Stage, ...], seed: int) -> None:
-        self.folder, self.stages, self.seed = folder, stages, seed
+    def __init__(self, folder: Path, stage: Stage, seed: int) -> None:
+        self.folder, self.stage, self.seed = folder, stage, seed
+        self.number = [known.name for known in STAGES].index(stage.name)
         self.model = fresh_model(seed)
-        self.namer = nn.Linear(shape.CONFIG.vision.hidden_size, PATCH_CLASSES)
-        self.stage, self.step = 0, 0
-        self.seconds = 0.0
-        self.optimizer = self._optimizer()
+        self.finder = nn.Linear(shape.CONFIG.text.hidden_size, 2 * CLASSES)  # thrown away
+        nn.init.zeros_(self.finder.weight)
+        nn.init.zeros_(self.finder.bias)
+        for earlier in STAGES[: self.number]:
+            self._take(earlier)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(_is_of(name, stage.part))
+        width = shape.CONFIG.vision.hidden_size - PLACE
+        self.codes = codes(CLASSES + 1, width)
+        self.places = PLACE_STRENGTH * places(shape.GRID)
+        self.average = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
+        self.optimizers = self._optimizers()
+        self.step, self.seconds = 0, 0.0
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        parts = [*self.model.named_parameters(), *self.namer.named_parameters()]
-        matrices = [p for name, p in parts if p.dim() > 1 and "embedding" not in name]
-        rest = [p for name, p in parts if p.dim() < 2 or "embedding" in name]
+    def _take(self, earlier: Stage) -> None:
+        """The weights that an earlier stage trained."""
+        path = self.folder / f"{earlier.name}.pt"
+        if not path.is_file():
+            return
+        state = torch.load(path, weights_only=True)
+        weights = state["model"]
+        if earlier.finding:
+            self.finder.load_state_dict(state["finder"])
+        kept = {name: value for name, value in weights.items() if _is_of(name, earlier.part)}
+        self.model.load_state_dict(kept, strict=False)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for everything else."""
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in trained if p.dim() == 2 and ".layers." in n]
+        tables = [p for n, p in trained if p.dim() > 1 and ".layers." not in n]
+        rest = [
+            *(p for _, p in trained if p.dim() < 2),
+            *(self.finder.parameters() if self.stage.finding else ()),
+        ]
+        found: list[torch.optim.Optimizer] = []
+        if matrices:
+            found.append(
+                torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+            )
         groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": 0.02},
+            {"params": tables, "weight_decay": 0.01},
             {"params": rest, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
+        found.append(torch.optim.AdamW(groups, betas=(0.9, 0.98)))
+        return found
+
+    @property
+    def state_path(self) -> Path:
+        return self.folder / f"{self.stage.name}.pt"
 
     def save(self) -> None:
         """Write the whole state beside its place, then rename it: never half a file."""
         state = {
-            "stage": self.stage,
+            "stage": self.stage.name,
             "step": self.step,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
-            "namer": self.namer.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "finder": self.finder.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        temporary = self.folder / f".{STATE}"
+        temporary = self.folder / f".{self.state_path.name}"
         torch.save(state, temporary)
-        os.replace(temporary, self.folder / STATE)
+        os.replace(temporary, self.state_path)
 
     def resume(self) -> None:
         """Take up the saved state, if there is one."""
-        if not (self.folder / STATE).is_file():
+        if not self.state_path.is_file():
             return
-        state = torch.load(self.folder / STATE, weights_only=True)
-        self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+        state = torch.load(self.state_path, weights_only=True)
+        self.step, self.seconds, self.average = state["step"], state["seconds"], state["average"]
         self.model.load_state_dict(state["model"])
-        self.namer.load_state_dict(state["namer"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.finder.load_state_dict(state["finder"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def step_on(self, workers: int) -> None:
+        """One step, not saved."""
+        self._train_on(next(self._batches(workers)))
+        self.step += 1
 
     def run(self, workers: int) -> None:
-        """All stages from where the state stands."""
-        while self.stage < len(self.stages):
-            self._run_stage(self.stages[self.stage], workers)
-            self.stage, self.step = self.stage + 1, 0
-            self.optimizer = self._optimizer()
-            self.save()
-
-    def _run_stage(self, stage: Stage, workers: int) -> None:
+        """What is left of the stage."""
         self.model.train()
-        for name, parameter in self.model.named_parameters():
-            frozen = stage.tower_frozen and name.startswith("vision.")
-            parameter.requires_grad_(not frozen)
-        saved = logged = time.monotonic()
-        for batch in self._batches(stage, workers):
-            self._set_rate(stage)
-            losses, accuracy = self._losses(batch, stage)
-            total = stage.naming * losses["naming"] + stage.answering * losses["answering"]
-            self.optimizer.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            if not math.isfinite(float(norm)):
-                raise FloatingPointError(f"gradient norm is {norm} at {stage.name} {self.step}")
-            self.optimizer.step()
+        used = time.process_time()
+        saved = time.monotonic()
+        seen: list[dict[str, float]] = []
+        for batch in self._batches(workers):
+            seen.append(self._train_on(batch))
             self.step += 1
-            now = time.monotonic()
-            if self.step % 20 == 0 or self.step == stage.steps:
-                took = (now - logged) / 20
-                self.seconds += now - logged
-                logged = now
-                self._log(stage, {k: float(v) for k, v in losses.items()}, accuracy, took)
-            if now - saved > SAVE_SECONDS:
+            if self.step % 20 == 0 or self.step == self.stage.steps:
+                now = time.process_time()
+                self.seconds, used = self.seconds + now - used, now
+                self._log(seen)
+                seen = []
+            if time.monotonic() - saved > SAVE_SECONDS:
                 self.save()
-                saved = now
+                saved = time.monotonic()
+        self.save()
 
-    def _batches(self, stage: Stage, workers: int) -> Iterator[ReaderBatch]:
+    def _train_on(self, batch: ReaderBatch) -> dict[str, float]:
+        """One step; its losses and the shares that were right."""
+        self._set_rate()
+        losses, figures = self._losses(batch)
+        total = sum(getattr(self.stage, name) * loss for name, loss in losses.items())
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(f"gradient norm is {norm} at {self.stage.name} {self.step}")
+        for optimizer in self.optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            share = min(AVERAGED, (self.step + 1) / (self.step + 10))
+            for name, value in self.model.state_dict().items():
+                self.average[name].lerp_(value, 1 - share)
+        return {f"loss_{name}": loss.item() for name, loss in losses.items()} | figures
+
+    def _batches(self, workers: int) -> Iterator[ReaderBatch]:
         """What is left of the stage: fresh batches, and recent ones again in other light."""
+        stage = self.stage
         data = DrawnBatches(
             stage.batch,
             stage.steps,
-            seed=self.seed * 10 + self.stage + 1,
+            seed=self.seed * 10 + self.number + 1,
             crowd=stage.crowd,
+            drawn=stage.drawn,
+            level=stage.level,
         )
         loader: DataLoader[ReaderBatch] = DataLoader(
             data,
             batch_size=None,
             sampler=range(self.step, stage.steps),
             num_workers=workers,
-            prefetch_factor=16 if workers else None,
+            prefetch_factor=12 if workers else None,
         )
         fresh = iter(loader)
-        rng = random.Random(f"replay {self.seed} {self.stage} {self.step}")
+        rng = random.Random(f"replay {self.seed} {stage.name} {self.step}")
         recent: list[ReaderBatch] = []
-        for _ in range(self.step, stage.steps):
-            if len(recent) > RECENT // 4 and rng.random() < REPLAYED:
-                yield relit(rng.choice(recent), rng)
+        for step in range(self.step, stage.steps):
+            if stage.drawn and len(recent) > RECENT // 4 and rng.random() < REPLAYED:
+                yield relit(rng.choice(recent), rng, 0.5 * data.level_at(step))
                 continue
             if len(recent) == RECENT:
                 recent.pop(rng.randrange(RECENT // 2))
             recent.append(next(fresh))
             yield recent[-1]
 
-    def _set_rate(self, stage: Stage) -> None:
-        """Warm-up over 80 steps, then a cosine down to a twentieth."""
-        progress = self.step / stage.steps
-        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in self.optimizer.param_groups:
-            group["lr"] = stage.rate * min(1.0, (self.step + 1) / 80) * cosine
+    def _set_rate(self) -> None:
+        """Warm-up, then even, then straight down to (nearly) nothing."""
+        left = (self.stage.steps - self.step) / (DECAY * self.stage.steps)
+        rate = self.stage.rate * min(1.0, (self.step + 1) / WARM_UP, max(0.02, left))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
 
-    def _losses(
-        self, batch: ReaderBatch, stage: Stage
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Both losses, and the share of character patches and of whole answers that are right."""
-        with torch.set_grad_enabled(not stage.tower_frozen):
-            states = self.model.vision(normalised(batch.tiles))
-        zero = torch.zeros(())
-        losses, accuracy = {"naming": zero, "answering": zero}, {}
+    def _losses(self, batch: ReaderBatch) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """All losses, and the shares of patches, answer characters and answers that are right."""
+        stage = self.stage
+        losses, figures = {}, {}
+        with torch.autocast("cpu", torch.bfloat16), attention.plain():
+            if stage.drawn:
+                states = self.model.vision(normalised(batch.tiles))
+            else:
+                generator = torch.Generator().manual_seed(self.step)
+                states = random_states(batch, self.codes, self.places, generator)
+            if stage.answering:
+                logits, seen = answer_logits(self.model, states, batch)
+                guesses = self.finder(seen)
         if stage.naming:
-            scores = self.namer(states)
-            losses["naming"] = naming_loss(scores, batch.patch_labels)
-            characters = batch.patch_labels > BACKGROUND
-            right = scores.argmax(-1) == batch.patch_labels
-            accuracy["patches"] = float(right[characters].float().mean())
+            losses["naming"], figures["patches"] = naming_loss(states.float(), batch, self.codes)
         if stage.answering:
-            logits = answer_logits(self.model, states, batch)
+            losses["finding"], figures["found"] = finding_loss(guesses.float(), batch)
             losses["answering"] = functional.cross_entropy(
-                logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
+                logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
             )
-            right = (logits.argmax(-1) == batch.labels) | (batch.labels == IGNORED)
-            accuracy["answers"] = float(right.all(dim=1).float().mean())
-        return losses, accuracy
+            counted = batch.labels != IGNORED
+            right = (logits.argmax(-1) == batch.labels) | ~counted
+            figures["characters"] = float(right[counted].float().mean())
+            figures["answers"] = float(right.all(dim=1).float().mean())
+        return losses, figures
 
-    def _log(
-        self, stage: Stage, losses: dict[str, float], accuracy: dict[str, float], took: float
-    ) -> None:
-        line = {
-            "stage": stage.name,
-            "step": self.step,
-            **{f"loss_{name}": round(value, 4) for name, value in losses.items() if value},
-            **{name: round(value, 4) for name, value in accuracy.items()},
-            "seconds_per_step": round(took, 3),
-            "minutes": round(self.seconds / 60, 2),
-        }
+    def _log(self, seen: list[dict[str, float]]) -> None:
+        line: dict[str, Any] = {"stage": self.stage.name, "step": self.step}
+        for name in seen[-1]:
+            values = [figures[name] for figures in seen if name in figures]
+            line[name] = round(sum(values) / len(values), 4)
+        line |= {"cpu_minutes": round(self.seconds / 60, 2), "at": time.strftime("%H:%M:%S")}
         text = json.dumps(line)
         print(text, flush=True)
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(text + "\n")
 
 
-def naming_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy over patches, (B, H·W, classes) and (B, H·W), background weighted down."""
-    weight = torch.ones(PATCH_CLASSES)
-    weight[BACKGROUND] = BACKGROUND_WEIGHT
-    return functional.cross_entropy(scores.flatten(0, 1), labels.flatten(), weight=weight)
-
-
-def answer_logits(model: VisionLanguageModel, states: Tensor, batch: ReaderBatch) -> Tensor:
-    """Logits where answer tokens are predicted: patch states (B·n + X, H·W, C) → (B, A, V)."""
-    visual = model.connector(states[: batch.picture_tiles], (shape.GRID, shape.GRID))
-    embeddings = model.decoder.embedding(batch.token_ids)
-    places = (batch.token_ids[0] == shape.IDS[shape.IMAGE]).nonzero().flatten()
-    visual = visual.reshape(len(batch.token_ids), len(places), -1)
-    embeddings = embeddings.index_copy(1, places, visual)
-    return model.logits(model.decoder(embeddings)[:, batch.start :])
+def _is_of(name: str, part: str) -> bool:
+    return name.startswith(tuple(part.split(",")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".cache/reader"))
-    parser.add_argument("--resume", action="store_true", help="go on from the saved state")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--resume", action="store_true", help="go on from the saved states")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES))
+    parser.add_argument("--steps", type=int, help="length of the stages run, instead of their own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(options.folder, STAGES, options.seed)
-    if options.resume:
-        trainer.resume()
-    trainer.run(options.workers)
+    for stage in STAGES:
+        if stage.name in options.stages.split(","):
+            trainer = Trainer(
+                options.folder, replace(stage, steps=options.steps or stage.steps), options.seed
+            )
+            if options.resume:
+                trainer.resume()
+            trainer.run(options.workers)
 
 
 if __name__ == "__main__":
