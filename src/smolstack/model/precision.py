@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from smolstack.config.model import SCHEMES as SCHEMES
+from smolstack.config.model import SCHEMES
 from smolstack.errors import ConfigError
 from smolstack.model.quantised import GROUP, QuantisedLinear
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ _CACHES = {
     torch.bfloat16: native.CACHE_BFLOAT16,
 }
 _ATTENTION = ("query", "key", "value", "out")
+_LINEARS = (*_ATTENTION, "gate", "up", "down")
 _MOST_ROWS = 64  # beyond it torch's matrix products are as good
 
 
@@ -72,10 +74,11 @@ class NativeDecoder:
         """Whether the decoder's weights are still the ones that were read."""
         return self._packed.current()
 
-    @property
+    @cached_property
     def reads_prompts(self) -> bool:
-        """Whether :meth:`prefill` can be used."""
-        return self.kernels.panels
+        """Whether :meth:`prefill` can be used: every layer is laid out as panels."""
+        linears = [getattr(layer, name) for layer in self._layers for name in _LINEARS]
+        return all(linear.panels for linear in (*linears, self._struct.head))
 
     def __call__(self, embeddings: Tensor, cache: KVCache | CacheRows) -> Tensor:
         """Append one token per row to ``cache``; logits of the next: (B, D) → (B, V)."""

@@ -71,11 +71,13 @@ class VisionLanguageModel(nn.Module):
         name = self.scheme or str(self.dtype).removeprefix("torch.")
         if self.device.type != "cpu":
             return f"{name}, torch on {self.device.type}"
-        if self.scheme is None and self.dtype != torch.bfloat16:
-            return f"{name}, torch"
         kernels = native.library()
         if kernels is None:
             return f"{name}, torch (no compiled kernels: {native.reason()})"
+        if self.dtype == torch.float16:
+            return f"{name}, torch"
+        if self.scheme is None and (self.dtype == torch.float32 or not kernels.panels):
+            return f"{name}, torch; one token at a time compiled kernels ({kernels.instructions})"
         return f"{name}, compiled kernels ({kernels.instructions})"
 
     def forward(self, batch: Batch) -> Tensor:
@@ -184,9 +186,7 @@ class VisionLanguageModel(nn.Module):
         return self.logits(states[:, -1])
 
     def _kernels(self, embeddings: Tensor, cache: KVCache | CacheRows) -> NativeDecoder | None:
-        """The compiled decoder, where tokens can be left to it: in bfloat16 and quantised."""
-        if self.scheme is None and self.dtype != torch.bfloat16:
-            return None
+        """The compiled decoder, where tokens can be left to it."""
         if self.config.embedding_dim is not None or torch.compiler.is_compiling():
             return None
         dtype = self.cache_dtype

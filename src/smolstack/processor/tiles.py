@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -65,18 +67,24 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
 def cut_tiles(image: Image.Image, plan: TilePlan, settings: ImageSettings) -> Tensor:
     """The tiles of an RGB picture as pixels: (plan.tiles, 3, P, P) uint8.
 
-    Tiles of the grid come first, row by row, the whole picture last.
+    Tiles of the grid come first, row by row, the whole picture last. Channels are scaled each by
+    itself, side by side on as many threads as torch uses: the numbers are those of scaling them
+    together, and each goes straight to its place.
     """
-    resample = Image.Resampling(settings.resample)
-    edge = plan.tile_edge
     if image.size != plan.source:
         raise ImageError(f"a plan for {plan.source} pixels was given a picture of {image.size}")
-    canvas = image.resize(plan.resized, resample).resize(plan.canvas, resample)
-    pixels = np.asarray(canvas)
+    resample = Image.Resampling(settings.resample)
+    edge = plan.tile_edge
     tiles = np.empty((plan.tiles, 3, edge, edge), dtype=np.uint8)
-    for index, (left, top, right, bottom) in enumerate(plan.boxes()):
-        tiles[index] = pixels[top:bottom, left:right].transpose(2, 0, 1)
-    tiles[-1] = np.asarray(canvas.resize((edge, edge), resample)).transpose(2, 0, 1)
+
+    def cut(channel: int, band: Image.Image) -> None:
+        canvas = band.resize(plan.resized, resample).resize(plan.canvas, resample)
+        pixels = np.asarray(canvas)
+        for index, (left, top, right, bottom) in enumerate(plan.boxes()):
+            tiles[index, channel] = pixels[top:bottom, left:right]
+        tiles[-1, channel] = np.asarray(canvas.resize((edge, edge), resample))
+
+    _side_by_side(cut, enumerate(image.split()))
     return torch.from_numpy(tiles)
 
 
@@ -90,10 +98,25 @@ def normalise(tiles: Tensor, settings: ImageSettings) -> Tensor:
     table = _table(settings)
     pixels = tiles.contiguous().numpy()
     values = np.empty(pixels.shape, dtype=np.float32)
-    for channel in range(3):
+
+    def look_up(channel: int) -> None:
         # "clip" spares a check of every index; a byte is always within the 256 entries.
         np.take(table[channel], pixels[:, channel], out=values[:, channel], mode="clip")
+
+    _side_by_side(look_up, ((channel,) for channel in range(3)))
     return torch.from_numpy(values)
+
+
+def _side_by_side(work: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """Call ``work`` with each tuple of arguments, on torch's number of threads."""
+    threads = min(3, torch.get_num_threads())
+    if threads == 1:
+        for each in arguments:
+            work(*each)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, *each) for each in arguments]:
+            done.result()
 
 
 def _table(settings: ImageSettings) -> npt.NDArray[np.float32]:
