@@ -5,6 +5,7 @@ Everything is drawn in the font that comes with Pillow, so no font package is ne
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from io import BytesIO
@@ -17,11 +18,15 @@ from PIL import ImageFont
 from training.reader import fonts, shape
 from training.reader.batches import DrawnBatches, Question, answer_ids, labelled, prompt_ids
 from training.reader.files import build_tokenizer
-from training.reader.labels import BACKGROUND, CLASS_OF
+from training.reader.labels import BACKGROUND, CLASS_OF, CLASSES
 from training.reader.pictures import draw_crowd, draw_picture, lay_out
 from training.reader.scores import Result, figures, tidy
+from training.reader.start import BACK, EVEN, PLACE, codes, constant_direction, fresh_model
 from training.reader.text import draw_line, is_held_out, words
 from training.reader.train import STAGES, Stage, Trainer
+
+from smolstack.model.decoder import TextAttention, rotate
+from smolstack.model.layers import split_heads
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +164,30 @@ def test_the_longest_chat_fits_into_the_context() -> None:
     longest = len(prompt_ids("How many lines of text are there?", (3, 3)))
     answer = shape.MAX_LINES * (shape.MAX_LENGTH + 1) + 1
     assert longest + answer <= shape.CONFIG.text.max_positions
+
+
+def test_a_patchs_constant_is_no_characters_direction() -> None:
+    width = shape.CONFIG.vision.hidden_size
+    even = constant_direction(width)
+    directions = codes(CLASSES + 1, width - PLACE)
+    assert float(even.norm()) == pytest.approx(1.0, abs=1e-5)
+    assert float((directions @ even[:-PLACE]).abs().max()) < 1e-5
+    products = directions @ directions.T
+    assert torch.allclose(products, torch.eye(len(directions)), atol=1e-5)
+
+
+def test_a_fresh_decoder_looks_back_by_a_few_tokens() -> None:
+    model = fresh_model(0)
+    attention = next(m for m in model.decoder.modules() if isinstance(m, TextAttention))
+    tokens = torch.randn(1, 100, model.config.text.hidden_size)
+    tokens[..., 0] = EVEN
+    cos, sin = model.decoder._angles(0, 100, None, tokens)
+    query = rotate(split_heads(attention.query(tokens), 4), cos, sin)
+    key = rotate(split_heads(attention.key(tokens), 2), cos, sin).repeat_interleave(2, dim=1)
+    scores = (query @ key.transpose(-1, -2))[0] / math.sqrt(query.shape[-1])
+    seen = scores.masked_fill(torch.ones(100, 100).triu(1) > 0, -math.inf).softmax(dim=-1)
+    for head, back in zip(seen, BACK[0], strict=True):
+        assert float(head.diagonal(-back).mean()) > 0.25
 
 
 def small(name: str, steps: int = 2) -> Stage:

@@ -10,6 +10,7 @@ from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
 from training.reader.batches import ReaderBatch
 from training.reader.labels import BACKGROUND, CLASSES, IGNORED
+from training.reader.start import CONSTANT, constant_direction
 
 BACKGROUND_WEIGHT = 0.1
 EDGE_WEIGHT, EDGE_SCALE = 0.5, 4.0
@@ -75,7 +76,7 @@ def finding_loss(scores: Tensor, batch: ReaderBatch) -> tuple[Tensor, float]:
         Cross-entropy, and the share of characters before that were guessed right.
     """
     seen = batch.token_labels[..., 0] > BACKGROUND
-    of_each = scores[seen].unflatten(-1, (2, CLASSES))
+    of_each = scores[seen].reshape(-1, 2, CLASSES)
     labels = batch.token_labels[seen]
     if not len(labels):
         return scores.sum() * 0, 1.0
@@ -90,7 +91,8 @@ def random_states(
     """What a tower that names patches would say of a batch, without a tower: (N, H·W, C).
 
     Each patch's class as a direction of its own, where it stands in the character as one more,
-    noise on both, and the patch's place in the last channels, normalised as the tower's output is.
+    noise on both, and the patch's place in the last channels, normalised as the tower's output is,
+    and the constant that every state holds.
 
     Args:
         batch: labels; a share of them is exchanged, as a tower errs.
@@ -114,4 +116,5 @@ def random_states(
     noise = torch.randn(count, patches, codes.shape[1], generator=generator)
     content = content + noise * uniform(0.15, 0.45, count, 1, 1)
     states = torch.cat((content, places.expand(count, -1, -1)), dim=-1)
-    return functional.layer_norm(states, states.shape[-1:])
+    width = states.shape[-1]
+    return functional.layer_norm(states, (width,)) + CONSTANT * constant_direction(width)

@@ -79,7 +79,7 @@ STAGES = (
     ),
     Stage(
         "whole",
-        2000,
+        8000,
         batch=40,
         crowd=12,
         rate=1.5e-3,
@@ -203,7 +203,9 @@ class Trainer:
         """One step; its losses and the shares that were right."""
         self._set_rate()
         losses, figures = self._losses(batch)
-        total = sum(getattr(self.stage, name) * loss for name, loss in losses.items())
+        total = torch.stack(
+            [getattr(self.stage, name) * loss for name, loss in losses.items()]
+        ).sum()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
