@@ -187,7 +187,7 @@ def test_a_fresh_decoder_looks_back_by_a_few_tokens() -> None:
     scores = (query @ key.transpose(-1, -2))[0] / math.sqrt(query.shape[-1])
     seen = scores.masked_fill(torch.ones(100, 100).triu(1) > 0, -math.inf).softmax(dim=-1)
     for head, back in zip(seen, BACK[0], strict=True):
-        assert float(head.diagonal(-back).mean()) > 0.25
+        assert head.diagonal(-back).mean().item() > 0.25
 
 
 def small(name: str, steps: int = 2) -> Stage:
