@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import base64
 import io
-import itertools
 import json
 import socket
 import subprocess
@@ -31,7 +30,8 @@ from PIL import Image, ImageDraw
 
 import smolstack
 
-MOST_PER_SECOND = 25  # answers that pictures are drawn for in advance
+# Answers that pictures are drawn for before the clock runs: the generator shares the processor.
+MOST_PER_SECOND = 20
 
 
 @dataclass
@@ -97,20 +97,20 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, shown: str, token
     return (whole if first is None else first), whole
 
 
-async def load(run: Run, url: str, options: argparse.Namespace, numbers: Iterator[int]) -> None:
-    """Keep ``run.clients`` clients busy; answers begun in time are waited for and counted."""
-    # Drawn before the clock runs: the generator has the same processor as the servers.
-    drawn = [picture(next(numbers)) for _ in range(int(options.seconds * MOST_PER_SECOND) + 1)]
-    rest = itertools.chain(drawn, (picture(next(numbers)) for _ in itertools.count()))
-    limits = httpx.Limits(max_connections=None)
+async def load(run: Run, url: str, options: argparse.Namespace, shown: list[str]) -> None:
+    """Keep ``run.clients`` clients busy; answers begun in time are waited for and counted.
+
+    ``shown`` are as many pictures as can be asked about in that time, none of them seen before.
+    """
+    limits, rest = httpx.Limits(max_connections=None), iter(shown)
     async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
         began = time.perf_counter()
 
         async def work() -> None:
             while time.perf_counter() - began < options.seconds:
-                shown = drawn[0] if options.same_picture else next(rest)
+                asked = shown[0] if options.same_picture else next(rest)
                 try:
-                    first, whole = await ask(client, url, options.model, shown, options.tokens)
+                    first, whole = await ask(client, url, options.model, asked, options.tokens)
                 except httpx.HTTPError:
                     run.failures += 1
                     continue
@@ -169,16 +169,16 @@ def main() -> None:
     ):
         servers = [first] if options.alone else [first, second]
         for name, url in servers:  # both have loaded and answered before anything is timed
-            warm = Run(name, 1)
-            asyncio.run(
-                load(warm, url, argparse.Namespace(**vars(options) | {"seconds": 0.1}), numbers)
-            )
+            warm = argparse.Namespace(**vars(options) | {"seconds": 0.1})
+            asyncio.run(load(Run(name, 1), url, warm, [picture(next(numbers)) for _ in range(9)]))
         for clients in options.clients:
             runs = {name: Run(name, clients) for name, _ in servers}
             for _ in range(options.rounds):
+                count = clients + int(options.seconds * MOST_PER_SECOND)
+                shown = [picture(next(numbers)) for _ in range(count)]
                 for name, url in servers:
                     part = Run(name, clients)
-                    asyncio.run(load(part, url, options, numbers))
+                    asyncio.run(load(part, url, options, shown))
                     whole = runs[name]
                     whole.seconds += part.seconds
                     whole.failures += part.failures
