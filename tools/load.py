@@ -127,6 +127,8 @@ def serving(name: str, command: list[str], port: int) -> Iterator[tuple[str, str
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
+            if process.poll() is not None:
+                raise SystemExit(f"{name} ended with {process.returncode}: {' '.join(command)}")
             try:
                 httpx.get(f"{url}/health", timeout=2)
                 break
