@@ -14,6 +14,11 @@ from smolstack.family import Preset
 DTYPES = ("float32", "int8")
 
 
+@pytest.fixture(autouse=True)
+def _limits_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smolstack.bench.machine.ROUNDS", 1)
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_preset: Preset) -> Iterator[Setting]:
     with setting(tiny_preset, DTYPES) as made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,28 +61,32 @@ def test_growth_is_measured_beside_what_is_expected_and_drawn(
     monkeypatch.setattr(growth, "TILES", (1, 2))
     monkeypatch.setattr(growth, "CONTEXTS", (20, 40, 100_000))
     monkeypatch.setattr(growth, "BATCHES", (1, 2, 4))
-    rows = growth.study(tiny)["growth"]
-    counts = {
-        (row["work"], row["precision"]): [
-            r["count"]
-            for r in rows
-            if (r["work"], r["precision"]) == (row["work"], row["precision"])
-        ]
-        for row in rows
+    rows = growth.study(replace(tiny, dtypes=("float32",)))["growth"]
+    counts = {row["work"]: [r["count"] for r in rows if r["work"] == row["work"]] for row in rows}
+    assert counts == {
+        "vision tower and connector": [1, 2],
+        "prefill": [20, 40],  # as far as the model's context goes
+        "one more token": [20, 40],
+        "32 tokens for each sequence": [1, 2, 4],
     }
-    assert counts["prefill", "int8"] == [20, 40]  # as far as the model's context goes
-    assert counts["vision tower and connector", "float32"] == [1, 2]
-    assert counts["32 tokens for each sequence", "float32"] == [1, 2, 4]
     for row in rows:
         assert row["seconds"] > 0
         assert row["peak bytes"] > 2**20
-    tiles = [r for r in rows if r["over"] == "tiles" and r["precision"] == "float32"]
-    # Twice the tiles, twice the work: the line goes through the middle size.
-    assert tiles[1]["expected seconds"] == 2 * tiles[0]["expected seconds"]
-    assert tiles[1]["expected seconds"] == tiles[1]["seconds"]
+    tiles = [row for row in rows if row["over"] == "tiles"]
+    # Twice the tiles, twice the work.
+    assert tiles[1]["expected seconds"] == pytest.approx(2 * tiles[0]["expected seconds"])
     files = plots.draw([], {"growth": rows}, {}, tmp_path / "growth.png")
     assert files == [tmp_path / "growth.png"]
     assert files[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_expected_is_the_nearest_curve_of_its_form() -> None:
+    counts = (1, 2, 4, 8)
+    prompts = [3 * n + 2 * n**2 for n in counts]
+    assert growth.fitted(counts, prompts, (1, 2)) == pytest.approx(prompts)
+    # No part of a cost is negative; what grows faster than its form lies above it in the end.
+    squares = [float(n**2) for n in counts]
+    assert growth.fitted(counts, squares, (0, 1))[-1] < squares[-1]
 
 
 def test_the_reader_is_asked_with_every_budget_that_changes_a_plan(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from smolstack import __version__
+from smolstack.native import library as native
 
 PACKAGES = (
     "torch",
@@ -24,6 +25,7 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
 )
+ROUNDS = 15  # of each limit, the fastest of which counts
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
@@ -39,10 +41,17 @@ def describe() -> dict[str, Any]:
         "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "instructions": _instructions(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": _kernels(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
         "versions": versions,
     }
+
+
+def _kernels() -> str:
+    """What smolstack's compiled kernels use here, or why there are none."""
+    kernels = native.library()
+    return f"none ({native.reason()})" if kernels is None else kernels.instructions
 
 
 def limits() -> dict[str, float]:
@@ -72,10 +81,10 @@ def _int8_rate() -> float:
     return 2 * 1024 * 1024 * 3072 / seconds / 1e9
 
 
-def _fastest(work: Callable[[], object], rounds: int = 15) -> float:
+def _fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of some runs: a limit is what the machine can do when left alone."""
     taken = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         began = perf_counter()
         work()
         taken.append(perf_counter() - began)

@@ -70,6 +70,7 @@ def roofline(results: Sequence[Result], limits: Mapping[str, float]) -> Any:
             markersize=9 if result.ours else 6,
             alpha=0.9 if result.ours else 0.55,
         )
+    _name_cases(axes, results)
     for name in dict.fromkeys(result.name for result in results):
         axes.plot([], [], _MARKS.get(name, "x"), color="black", label=name)
     for name in dict.fromkeys(result.precision for result in results):
@@ -84,6 +85,18 @@ def roofline(results: Sequence[Result], limits: Mapping[str, float]) -> Any:
     axes.legend(fontsize=8, loc="lower right")
     axes.grid(alpha=0.2)
     return figure
+
+
+def _name_cases(axes: Any, results: Sequence[Result]) -> None:
+    """The name of each case beside the fastest that smolstack does there."""
+    for case in dict.fromkeys(result.case for result in results):
+        own = [result for result in results if result.case == case and result.ours]
+        if own:
+            best = max(own, key=lambda result: result.gflops)
+            place = (best.flops / best.bytes_read, best.gflops)
+            axes.annotate(
+                case, place, (6, -10), textcoords="offset points", fontsize=7, color="#333333"
+            )
 
 
 def growth(rows: Sequence[Mapping[str, Any]]) -> Any:

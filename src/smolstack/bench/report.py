@@ -95,7 +95,7 @@ def markdown(
 def machine_line(machine: Mapping[str, Any], limits: Mapping[str, float]) -> str:
     """Processor, threads, what it can do at most, and versions."""
     said = [f"{machine['processor']} ({', '.join(machine['instructions'])})"]
-    said.append(f"{machine['threads']} threads")
+    said += [f"{machine['threads']} threads", f"kernels: {machine['kernels']}"]
     if limits:
         rates = (
             f"{_SHORT.get(name, name)} {limits[name]:.0f}" for name in limits if name != "read"

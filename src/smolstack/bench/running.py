@@ -60,7 +60,8 @@ class Record:
         }
 
     def add(self, path: Path) -> None:
-        """Put the results of a file before these; a case measured anew takes the old one's place.
+        """Put the results of a file before these; a case (or a
+        study's precision) measured anew takes the old one's place.
 
         Raises:
             ConfigError: the file is no record of a run.
@@ -72,7 +73,10 @@ class Record:
             raise ConfigError(f"{path} is no record of smolstack bench --save: {error}") from None
         anew = {result.case for result in self.results}
         self.results = [r for r in earlier if r.case not in anew] + self.results
-        self.studies = {**studies, **self.studies}
+        for name, rows in studies.items():
+            own = self.studies.setdefault(name, [])
+            precisions = {row.get("precision") for row in own}
+            own[:0] = [row for row in rows if row.get("precision") not in precisions]
         if not self.limits:
             self.limits = dict(data["limits"])
 

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from smolstack.batch import Batch
-from smolstack.checkpoint.load import DTYPES
+from smolstack.checkpoint.load import DTYPES, QUANTISED
 from smolstack.checkpoint.new import new_checkpoint
 from smolstack.config import ModelConfig
 from smolstack.family import Preset
 from smolstack.processor.geometry import TilePlan, plan_tiles
+from smolstack.vlm import load
 
 QUESTION = "What does it say?"
 NEW_TOKENS = 64
@@ -67,6 +68,16 @@ class Setting:
         path = self.root / "model"
         if not path.exists():
             new_checkpoint(self.preset, path, seed=self.seed, dtype="bfloat16")
+        return path
+
+    def saved(self, dtype: str) -> Path:
+        """The checkpoint as it is saved in a precision: quantised, or the one that all load."""
+        if dtype not in QUANTISED:
+            return self.folder
+        path = self.root / f"model-{dtype}"
+        if not path.exists():
+            with torch.inference_mode(False):  # in the midst of a measurement
+                load(self.folder, dtype=dtype).save(path)
         return path
 
     @cached_property

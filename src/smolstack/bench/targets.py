@@ -1,7 +1,7 @@
 """What speed is asked for, as ratios of medians in one run, and whether it was reached.
 
 A peer stands for the fastest of its forms in a precision; smolstack for the precision named, or,
-where none is, for the fastest of its own.
+where none is, for the best of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Race:
     precision: str | None = None
 
     def describe(self) -> str:
-        own = f"smolstack {self.precision}" if self.precision else "smolstack, fastest precision"
+        own = "best precision" if self.precision is None else self.precision
+        own = f"smolstack {own}".strip()
         return f"{self.case}: {own} against {self.peer} {self.peer_precision}".strip()
 
     def measured(self, results: Results) -> float | None:

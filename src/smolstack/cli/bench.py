@@ -101,13 +101,12 @@ def bench(
 
     from smolstack.bench import plots, report, targets
     from smolstack.bench.running import Choice, absences, run
-    from smolstack.checkpoint.load import DTYPES
+    from smolstack.checkpoint.load import DTYPES, QUANTISED
     from smolstack.errors import ConfigError
     from smolstack.family import preset as find_preset
-    from smolstack.model.precision import SCHEMES
 
     found = find_preset(preset)
-    dtypes = _read_dtypes(dtype, [*DTYPES, *SCHEMES])
+    dtypes = _read_dtypes(dtype, [*DTYPES, *QUANTISED])
     if not what and not add:
         raise ConfigError(f"nothing to measure, expected some of {[w.value for w in What]}")
     if threads is not None:

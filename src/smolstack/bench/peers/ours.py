@@ -16,8 +16,11 @@ from smolstack.bench.peers.side import Side
 from smolstack.bench.setting import BITS, QUESTION, Scene, Setting, text_batch
 from smolstack.bench.timing import OURS, Contender, Reading, later
 from smolstack.bench.worker import Worker
+from smolstack.checkpoint.load import QUANTISED
 from smolstack.processor.tiles import cut_tiles, normalise
 from smolstack.vlm import VLM, load
+
+SAVED = "saved so"
 
 
 class Ours(Side):
@@ -89,22 +92,33 @@ class Ours(Side):
         ]
 
     def load(self) -> Sequence[Contender]:
-        return self._each(lambda dtype: partial(load, self.setting.folder, dtype=dtype))
+        """From the checkpoint in bfloat16, and from one saved in the precision itself."""
+        return [
+            *self._each(lambda dtype: partial(load, self.setting.folder, dtype=dtype)),
+            *(
+                Contender(OURS, later(partial(self._loading_saved, dtype)), dtype, SAVED)
+                for dtype in self.setting.dtypes
+                if dtype in QUANTISED
+            ),
+        ]
 
     def memory(self, scene: Scene) -> Sequence[Contender]:
         return [
-            Contender(OURS, partial(self._peak, dtype, scene), dtype)
+            Contender(OURS, partial(self._peak, dtype, form, scene), dtype, form)
             for dtype in self.setting.dtypes
+            for form in (("", SAVED) if dtype in QUANTISED else ("",))
         ]
+
+    def _loading_saved(self, dtype: str) -> Callable[[], object]:
+        return partial(load, self.setting.saved(dtype))
 
     def imports(self) -> Sequence[Contender]:
         return [Contender(OURS, lambda: Reading(import_seconds("smolstack")))]
 
-    def _peak(self, dtype: str, scene: Scene) -> Reading:
+    def _peak(self, dtype: str, form: str, scene: Scene) -> Reading:
+        folder = self.setting.saved(dtype) if form == SAVED else self.setting.folder
         work = f"{__name__}:asking"
-        with Worker(
-            work, self.setting.threads, folder=str(self.setting.folder), dtype=dtype
-        ) as worker:
+        with Worker(work, self.setting.threads, folder=str(folder), dtype=dtype) as worker:
             told = worker.tell(
                 path=str(scene.path), split=scene.split, tokens=self.setting.new_tokens
             )

@@ -6,11 +6,12 @@ that of the size just measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from smolstack.bench import sizes
@@ -24,11 +25,22 @@ CONTEXTS = (100, 200, 400, 800, 1600, 3200, 6400, 8000)
 BATCHES = (1, 2, 4, 8, 16, 32)
 STEPS = 8
 NEW_TOKENS = 32
-REPEATS = 3  # of what takes less than a second
+# Powers of the count in each curve's time: linear layers read a prompt's tokens once and attention
+# every pair of them; one more token reads all weights and then keys and values; further sequences
+# share the weights.
+TOWER, PROMPT, TOKEN, ANSWERS = (
+    "vision tower and connector",
+    "prefill",
+    "one more token",
+    f"{NEW_TOKENS} tokens for each sequence",
+)
+FORMS = {TOWER: (1,), PROMPT: (1, 2), TOKEN: (0, 1), ANSWERS: (0, 1)}
+REPEATS = 3  # of what takes less than two seconds
 
 
 def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every curve and precision; what is expected is drawn through the middle size."""
+    """Rows of every curve and precision. What is expected is the mathematical form of each curve,
+    fitted to it: where cost grew faster, the largest sizes would lie above."""
     room = setting.config.text.max_positions - STEPS - 1
     contexts = tuple(length for length in CONTEXTS if length <= room)
     rows = []
@@ -41,17 +53,17 @@ def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
 def _curve(
     setting: Setting, dtype: str, curve: str, counts: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    arguments = {"folder": str(setting.folder), "dtype": dtype}
+    arguments = {"folder": str(setting.saved(dtype)), "dtype": dtype}
     told = []
     with Worker(f"{__name__}:growing", setting.threads, **arguments) as worker:
+        worker.tell(curve=curve, count=counts[0])  # a warm-up
         for count in counts:
             told.append(worker.tell(curve=curve, count=count))
     rows = []
     for name in told[0]["value"]:
         taken = [answer["value"][name] for answer in told]
-        middle = len(counts) // 2
-        for count, seconds, answer in zip(counts, taken, told, strict=True):
-            work = _work(setting.config, name, count) / _work(setting.config, name, counts[middle])
+        expected = fitted(counts, taken, FORMS[name])
+        for count, seconds, likely, answer in zip(counts, taken, expected, told, strict=True):
             held = _bytes(setting.config, curve, count) - _bytes(setting.config, curve, counts[0])
             rows.append(
                 {
@@ -60,7 +72,7 @@ def _curve(
                     "over": curve,
                     "count": count,
                     "seconds": seconds,
-                    "expected seconds": taken[middle] * work,
+                    "expected seconds": likely,
                     "peak bytes": answer["peak_bytes"],
                     "expected bytes": told[0]["peak_bytes"] + held,
                 }
@@ -68,14 +80,17 @@ def _curve(
     return rows
 
 
-def _work(config: ModelConfig, name: str, count: int) -> float:
-    """What the mathematics of a curve's work is proportional to."""
-    if name == "prefill":
-        return sizes.prefill_flops(config, count)
-    if name == "one more token":
-        # Weights and cached keys and values that are read, both in 16 bits.
-        return 2 * sizes.decoder(config) + sizes.cache_bytes(config, count, 2)
-    return count  # tiles, and at most so for sequences: one more of them reads no more weights
+def fitted(counts: Sequence[int], taken: Sequence[float], powers: Sequence[int]) -> list[float]:
+    """The sum of powers of the count, with coefficients ≥ 0, that is nearest to what was taken
+    (least squares of relative errors)."""
+    kept = list(powers)
+    while True:
+        columns = np.array([[float(n) ** power for power in kept] for n in counts])
+        scaled = columns / np.array(taken)[:, None]
+        factors = np.linalg.lstsq(scaled, np.ones(len(counts)), rcond=None)[0]
+        if (factors >= 0).all() or len(kept) == 1:
+            return [float(value) for value in columns @ factors]
+        del kept[int(factors.argmin())]
 
 
 def _bytes(config: ModelConfig, curve: str, count: int) -> int:
@@ -105,7 +120,7 @@ def growing(folder: str, dtype: str, threads: int) -> Callable[..., dict[str, fl
 def _tiles(vlm: VLM, count: int) -> dict[str, float]:
     vision = vlm.config.vision
     tiles = torch.randn(count, vision.num_channels, vision.image_size, vision.image_size)
-    return {"vision tower and connector": _seconds(lambda: vlm.model.encode_tiles(tiles))}
+    return {TOWER: _seconds(lambda: vlm.model.encode_tiles(tiles))}
 
 
 def _context(vlm: VLM, count: int) -> dict[str, float]:
@@ -123,7 +138,7 @@ def _context(vlm: VLM, count: int) -> dict[str, float]:
         for _ in range(STEPS):
             token = model.decode_one_token(token, cache).argmax(dim=-1)
 
-    return {"prefill": _seconds(prefill), "one more token": _seconds(decode) / STEPS}
+    return {PROMPT: _seconds(prefill), TOKEN: _seconds(decode) / STEPS}
 
 
 def _batch(vlm: VLM, count: int) -> dict[str, float]:
@@ -133,7 +148,7 @@ def _batch(vlm: VLM, count: int) -> dict[str, float]:
         vlm.forget()
         vlm.ask_many(prompts, max_new_tokens=NEW_TOKENS)
 
-    return {f"{NEW_TOKENS} tokens for each sequence": _seconds(run)}
+    return {ANSWERS: _seconds(run)}
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -141,7 +156,7 @@ def _seconds(work: Callable[[], object]) -> float:
     began = perf_counter()
     work()
     first = perf_counter() - began
-    if first > 1:
+    if first > 2:
         return first
     taken = []
     for _ in range(REPEATS):
