@@ -21,9 +21,10 @@ from training.reader.files import build_tokenizer
 from training.reader.labels import BACKGROUND, CLASS_OF, CLASSES
 from training.reader.pictures import draw_crowd, draw_picture, lay_out
 from training.reader.scores import Result, figures, tidy
+from training.reader.stages import STAGES, Stage
 from training.reader.start import BACK, EVEN, PLACE, codes, constant_direction, fresh_model
 from training.reader.text import draw_line, is_held_out, words
-from training.reader.train import STAGES, Stage, Trainer
+from training.reader.train import Trainer
 
 from smolstack.model.decoder import TextAttention, rotate
 from smolstack.model.layers import split_heads
@@ -221,7 +222,7 @@ def test_the_whole_starts_from_the_tower_that_names_and_the_decoder_that_spells(
     for name in ("name", "spell"):
         trainer = Trainer(tmp_path, small(name, steps=1), seed=0)
         trainer.run(workers=0)
-        trained[name] = trainer.model.state_dict()
+        trained[name] = trainer.average
     whole = Trainer(tmp_path, small("whole"), seed=0).model.state_dict()
     for name, value in whole.items():
         taught_by = "name" if name.startswith("vision.") else "spell"

@@ -95,6 +95,7 @@ class DrawnBatches(Dataset[ReaderBatch]):
         crowd: X, tiles full of text.
         drawn: False for labels alone, without the tiles.
         level: where growing starts; 1 for none.
+        split: whose fonts and strings.
     """
 
     def __init__(
@@ -106,9 +107,10 @@ class DrawnBatches(Dataset[ReaderBatch]):
         crowd: int = 0,
         drawn: bool = True,
         level: float = 1.0,
+        split: str = "train",
     ) -> None:
         self.size, self.count, self.seed, self.crowd = size, count, seed, crowd
-        self.drawn, self.level = drawn, level
+        self.drawn, self.level, self.split = drawn, level, split
 
     def level_at(self, index: int) -> float:
         """How varied batch ``index`` is, from 0 to 1."""
@@ -121,18 +123,29 @@ class DrawnBatches(Dataset[ReaderBatch]):
         first = self.seed * 1_000_000_000 + index * SEEDS_PER_BATCH
         rng = random.Random(f"batch {first}")
         level = self.level_at(index)
-        crowd = [_crowded(first, self.crowd, level)] if self.crowd else []
+        crowd = [_crowded(first, self.crowd, self.split, level)] if self.crowd else []
         if not self.size:
             return make_batch([], Question(shape.QUESTION), crowd)
         question = draw_question(rng, level)
-        rows, cols = grid_of(first)
+        rows, cols = grid_of(first, self.split)
         wanted = max(1, round(self.size / (rows * cols + 1)))
-        seeds = itertools.islice(_fitting(rng, first, (rows, cols), question, level), wanted)
-        pictures = [
-            draw_picture(seed, level=level) if self.drawn else lay_out(seed, level=level)[0]
-            for seed in seeds
-        ]
+        alike = (s for s in itertools.count(first) if grid_of(s, self.split) == (rows, cols))
+        seeds = itertools.islice(self._fitting(rng, alike, question, level), wanted)
+        draw = draw_picture if self.drawn else _laid_out
+        pictures = [draw(seed, self.split, level) for seed in seeds]
         return make_batch(pictures, question, crowd)
+
+    def _fitting(
+        self, rng: random.Random, seeds: Iterator[int], question: Question, level: float
+    ) -> Iterator[int]:
+        """Those of the seeds whose pictures, mostly, have the line that is asked for."""
+        for seed in seeds:
+            if question.line:
+                lines = len(lay_out(seed, self.split, level)[0].lines)
+                plain = lines < 2 if question.line < 2 else lines < question.line
+                if plain and rng.random() > (0.4 if question.line < 2 else UNFIT):
+                    continue
+            yield seed
 
 
 def draw_question(rng: random.Random, level: float) -> Question:
@@ -147,30 +160,19 @@ def draw_question(rng: random.Random, level: float) -> Question:
     return Question(words)
 
 
-def _fitting(
-    rng: random.Random, first: int, grid: tuple[int, int], question: Question, level: float
-) -> Iterator[int]:
-    """Seeds of pictures that are cut alike and, mostly, have the line that is asked for."""
-    for seed in itertools.count(first):
-        if grid_of(seed) != grid:
-            continue
-        if question.line:
-            lines = len(lay_out(seed, level=level)[0].lines)
-            plain = lines < 2 if question.line < 2 else lines < question.line
-            if plain and rng.random() > (0.4 if question.line < 2 else UNFIT):
-                continue
-        yield seed
+def _laid_out(seed: int, split: str, level: float) -> Layout:
+    return lay_out(seed, split, level)[0]
 
 
 Labelled = tuple[Tensor, Tensor, Tensor, Tensor]  # tiles, labels and places of patches, of tokens
 
 
-def _crowded(first: int, count: int, level: float) -> Labelled:
+def _crowded(first: int, count: int, split: str, level: float) -> Labelled:
     """``count`` tiles full of text and their labels."""
     parts: list[Labelled] = []
     seeds = itertools.count(first)
     while sum(len(tiles) for tiles, *_ in parts) < count:
-        tiles, labels, places, tokens = labelled(draw_crowd(next(seeds), level))
+        tiles, labels, places, tokens = labelled(draw_crowd(next(seeds), split, level))
         parts.append((tiles[:-1], labels[:-1], places[:-1], tokens[:0]))  # the whole is but a blur
     tiles, labels, places, tokens = (torch.cat(part)[:count] for part in zip(*parts, strict=True))
     return tiles, labels, places, tokens

@@ -11,7 +11,7 @@ from smolstack.checkpoint.save import save_checkpoint
 from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
 from training.reader.files import side_files
-from training.reader.train import FOLDER, STAGES
+from training.reader.stages import FOLDER, STAGES
 
 BUNDLED = Path("src/smolstack/reader")
 

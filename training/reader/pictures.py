@@ -168,14 +168,14 @@ def draw_picture(seed: int, split: str = "train", level: float = 1.0) -> Picture
     )
 
 
-def draw_crowd(seed: int, level: float = 1.0) -> Picture:
+def draw_crowd(seed: int, split: str = "train", level: float = 1.0) -> Picture:
     """Draw a picture full of text, line under line, each line in a font and size of its own.
 
     For learning to name patches: nearly every patch shows a character. ``level`` is the share of
     pictures that are as varied as those with a question; the others are black on white, undamaged,
     not stretched, and their characters not small.
     """
-    rng = random.Random(f"crowd {seed}")
+    rng = random.Random(f"crowd {seed}" if split == "train" else f"crowd {split} {seed}")
     easy = rng.random() >= level
     size = (shape.EDGE, shape.EDGE) if easy else _picture_size(rng)
     ink, paper = ((0, 0, 0), (255, 255, 255)) if easy else choose_colors(rng)
@@ -185,7 +185,7 @@ def draw_crowd(seed: int, level: float = 1.0) -> Picture:
     characters, top = "", rng.randint(0, 4)
     corners: tuple[Corners, ...] = ()
     while True:
-        family, path = pick_font(rng, "train")
+        family, path = pick_font(rng, split)
         wanted = math.exp(rng.uniform(math.log(15.0 if easy else 9.0), math.log(40)))
         em = wanted * size[0] / plan.canvas[0] / 0.55
         em = max(6, round(min(em, size[1] * 0.7)))

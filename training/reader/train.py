@@ -23,7 +23,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,59 +36,14 @@ from training.reader import attention, shape
 from training.reader.batches import DrawnBatches, ReaderBatch, normalised, relit
 from training.reader.labels import CLASSES, IGNORED
 from training.reader.losses import answer_logits, finding_loss, naming_loss, random_states
+from training.reader.stages import FOLDER, STAGES, Stage
 from training.reader.start import PLACE, PLACE_STRENGTH, codes, fresh_model, places
 
-FOLDER = Path(".cache/reader")
 SAVE_SECONDS = 60
 REPLAYED = 0.5  # the share of steps on recent batches
 RECENT = 120  # batches that may come again
 WARM_UP, DECAY = 40, 0.4  # steps; the last share of a stage, over which the rate falls to 0
 AVERAGED = 0.99  # how much of the average of all weights a step keeps
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage: how long, how fast, and what is trained."""
-
-    name: str
-    steps: int
-    batch: int  # tiles of pictures with a question
-    crowd: int  # tiles full of text
-    rate: float
-    part: str = ""  # names of the weights that are trained start with one of these, by comma
-    naming: float = 0.0  # weight of the patch-naming loss
-    answering: float = 0.0  # weight of the next-token loss
-    finding: float = 0.0  # weight of the loss of what the decoder's middle knows of the tiles
-    drawn: bool = True  # False: no pictures, no tower
-    level: float = 1.0  # how hard pictures are at first
-
-
-STAGES = (
-    Stage("name", 3000, batch=0, crowd=32, rate=2.5e-3, part="vision.", naming=1.0, level=0.0),
-    Stage(
-        "spell",
-        3000,
-        batch=64,
-        crowd=0,
-        rate=2e-3,
-        part="connector.,decoder.,head.",
-        answering=1.0,
-        finding=0.5,
-        drawn=False,
-        level=0.0,
-    ),
-    Stage(
-        "whole",
-        8000,
-        batch=40,
-        crowd=12,
-        rate=1.5e-3,
-        naming=0.5,
-        answering=1.0,
-        finding=0.2,
-        level=0.5,
-    ),
-)
 
 
 class Trainer:
@@ -118,7 +73,7 @@ class Trainer:
         if not path.is_file():
             return
         state = torch.load(path, weights_only=True)
-        weights = state["model"]
+        weights = state["average"]
         if earlier.finding:
             self.finder.load_state_dict(state["finder"])
         kept = {name: value for name, value in weights.items() if _is_of(name, earlier.part)}
@@ -202,7 +157,7 @@ class Trainer:
     def _train_on(self, batch: ReaderBatch) -> dict[str, float]:
         """One step; its losses and the shares that were right."""
         self._set_rate()
-        losses, figures = self._losses(batch)
+        losses, figures = self.losses(batch)
         total = torch.stack(
             [getattr(self.stage, name) * loss for name, loss in losses.items()]
         ).sum()
@@ -258,7 +213,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-    def _losses(self, batch: ReaderBatch) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def losses(self, batch: ReaderBatch) -> tuple[dict[str, Tensor], dict[str, float]]:
         """All losses, and the shares of patches, answer characters and answers that are right."""
         stage = self.stage
         losses, figures = {}, {}

@@ -1,0 +1,53 @@
+"""The stages of the reader's training: how long, how fast, on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(".cache/reader")  # where the states are kept
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: how long, how fast, and what is trained."""
+
+    name: str
+    steps: int
+    batch: int  # tiles of pictures with a question
+    crowd: int  # tiles full of text
+    rate: float
+    part: str = ""  # names of the weights that are trained start with one of these, by comma
+    naming: float = 0.0  # weight of the patch-naming loss
+    answering: float = 0.0  # weight of the next-token loss
+    finding: float = 0.0  # weight of the loss of what the decoder's middle knows of the tiles
+    drawn: bool = True  # False: no pictures, no tower
+    level: float = 1.0  # how hard pictures are at first
+
+
+STAGES = (
+    Stage("name", 3000, batch=0, crowd=32, rate=2.5e-3, part="vision.", naming=1.0, level=0.0),
+    Stage(
+        "spell",
+        3000,
+        batch=64,
+        crowd=0,
+        rate=2e-3,
+        part="connector.,decoder.,head.",
+        answering=1.0,
+        finding=0.5,
+        drawn=False,
+        level=0.0,
+    ),
+    Stage(
+        "whole",
+        8000,
+        batch=40,
+        crowd=12,
+        rate=1.5e-3,
+        naming=0.5,
+        answering=1.0,
+        finding=0.2,
+        level=0.5,
+    ),
+)
