@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,20 @@ import pytest
 from tests.serve.conftest import EXAMPLES, Process
 
 playwright = pytest.importorskip("playwright.sync_api")
+DROP = """(coded) => {
+  const bytes = Uint8Array.from(atob(coded), (letter) => letter.charCodeAt(0));
+  const carried = new DataTransfer();
+  carried.items.add(new File([bytes], "number.png", { type: "image/png" }));
+  const options = { dataTransfer: carried, bubbles: true, cancelable: true };
+  document.getElementById("drop").dispatchEvent(new DragEvent("drop", options));
+}"""
+WATCH = """() => {
+  window.pieces = [];
+  new MutationObserver((changes) => {
+    for (const change of changes)
+      for (const node of change.addedNodes) if (node.data) pieces.push(node.data);
+  }).observe(document.getElementById("answer"), { childList: true });
+}"""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -41,13 +56,16 @@ def test_a_picture_is_dropped_and_the_answer_streams(
 ) -> None:
     page, problems = opened(browser, server, scheme)
     page.wait_for_function("document.getElementById('model').textContent === 'smolstack-reader'")
-    page.set_input_files("#file", EXAMPLES / "number.png")
+    page.evaluate(DROP, base64.b64encode((EXAMPLES / "number.png").read_bytes()).decode())
     page.wait_for_selector("#tiles rect")
     assert "visual tokens" in page.text_content("#plan")
+    page.evaluate(WATCH)
     page.fill("#question", "What does it say?")
     page.press("#question", "Enter")
     page.wait_for_selector("#numbers:not([hidden])")
     assert page.text_content("#answer") == says
+    assert len(page.evaluate("pieces")) > 1
+    assert "".join(page.evaluate("pieces")) == says
     assert "tokens" in page.text_content("#numbers")
     page.uncheck("#outlines")
     assert not page.is_visible("#tiles")
