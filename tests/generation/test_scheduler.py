@@ -21,8 +21,8 @@ from smolstack.generation.engine import Engine
 from smolstack.generation.options import read_options
 from smolstack.generation.scheduler import Scheduler, SchedulerLimits
 from smolstack.generation.sequence import Sequence, Update
-from smolstack.model.decoder import Decoder
 from smolstack.model.vision import VisionTower
+from smolstack.model.vlm import VisionLanguageModel
 
 
 class Desk:
@@ -125,18 +125,24 @@ def test_answers_are_those_of_ask_in_any_mixture(
 def count_work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What goes through the networks, in order: tiles, or the tokens of one forward pass."""
     log: list[tuple[str, int]] = []
-    tower, decoder = VisionTower.forward, Decoder.forward
+    tower, read = VisionTower.forward, VisionLanguageModel.read
+    decode = VisionLanguageModel.decode_one_token
 
     def tiles(self: VisionTower, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         log.append(("tiles", x.shape[0]))
         return tower(self, x, *rest)
 
-    def tokens(self: Decoder, x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        log.append(("decode", x.shape[0]) if x.shape[1] == 1 else ("prefill", x.shape[:2].numel()))
-        return decoder(self, x, *rest, **named)
+    def prefill(self: VisionLanguageModel, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        log.append(("prefill", x.shape[:2].numel()))
+        return read(self, x, *rest, **named)
+
+    def one_token(self: VisionLanguageModel, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        log.append(("decode", x.shape[0]))
+        return decode(self, x, *rest)
 
     monkeypatch.setattr(VisionTower, "forward", tiles)
-    monkeypatch.setattr(Decoder, "forward", tokens)
+    monkeypatch.setattr(VisionLanguageModel, "read", prefill)
+    monkeypatch.setattr(VisionLanguageModel, "decode_one_token", one_token)
     return log
 
 

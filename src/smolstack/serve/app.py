@@ -59,6 +59,7 @@ class Server:
     def __init__(self, vlm: VLM, settings: ServerSettings) -> None:
         self.vlm, self.settings = vlm, settings
         answering = Answering(vlm.model, vlm.processor)
+        answering.pictures = vlm.picture_cache
         answering.pictures.max_bytes = settings.picture_cache_bytes
         self.engine = Engine(answering, settings.scheduler)
         self.metrics = Metrics(self.engine)
