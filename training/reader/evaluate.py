@@ -95,7 +95,9 @@ def report(read: list[Read], asked: list[Read]) -> dict[str, Any]:
         "how many lines?": figures(r for r in asked if r.question == "How many lines?"),
         "read line N": figures(lines),
         "by line count": by(text, lambda r: str(r.lines)),
-        "one line, by length": by(single, lambda r: _class(len(r.truth), LENGTHS, "characters")),
+        "one line, by length": by(
+            single, lambda r: _class(len(r.truth), LENGTHS, "characters", whole=True)
+        ),
         "by character width on the tiles": by(text, _width),
         "by font family": by(text, lambda r: r.family),
         "tesseract": tesseract_version() or "not installed",
@@ -106,11 +108,15 @@ def _width(result: Read) -> str | None:
     return None if result.picture is None else _class(result.picture.width, WIDTHS, "px")
 
 
-def _class(value: float, bounds: tuple[int, ...], unit: str) -> str:
-    """The class of a value, such as "12-16 px"."""
+def _class(value: float, bounds: tuple[int, ...], unit: str, *, whole: bool = False) -> str:
+    """The class of a value, such as "12-16 px"; of a whole number, its last one included."""
     for low, high in itertools.pairwise(bounds):
         if low <= value < high:
-            return f"{low:02d} {unit} and more" if high >= 1000 else f"{low:02d}-{high:02d} {unit}"
+            return (
+                f"{low:02d} {unit} and more"
+                if high >= 1000
+                else f"{low:02d}-{high - whole:02d} {unit}"
+            )
     raise ValueError(f"{value} {unit} is outside {bounds[0]} to {bounds[-1]}")
 
 
