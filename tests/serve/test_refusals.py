@@ -224,9 +224,6 @@ LONG: dict[str, Any] = {
 }
 
 
-ENDLESS = {**LONG, "max_tokens": 800, "regex": "(a|b)*c{900}"}
-
-
 def test_a_full_queue_is_429_and_says_when_to_come_back(tight: Process) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: post(tight, LONG, KEY), range(8)))
@@ -312,39 +309,3 @@ def test_private_addresses_are_never_fetched_from() -> None:
             assert post(server, {"messages": asking(url)}).status_code == 400, url
     neighbour.shutdown()
     assert Local.reached == 0
-
-
-def test_sigterm_lets_answers_finish(tiny_folder: Any) -> None:
-    with serving("--model", str(tiny_folder)) as server:
-        response: list[httpx.Response] = []
-        asker = threading.Thread(target=lambda: response.append(post(server, LONG)))
-        asker.start()
-        while server.metric("running") < 1:
-            pass
-        assert server.stop() == 0
-        asker.join(30)
-    assert response[0].status_code == 200
-    assert response[0].json()["usage"]["completion_tokens"] == 300
-
-
-def test_an_answer_that_outlasts_the_drain_ends_with_an_error(tiny_folder: Any) -> None:
-    with (
-        serving("--model", str(tiny_folder), "--drain", "0.01") as server,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        asked = [pool.submit(post, server, {**ENDLESS, "stream": s}) for s in (False, True)]
-        while server.metric("decode_steps_total") < 3 or server.metric("running") < 2:
-            pass
-        assert server.stop() == 0
-        whole, streamed = (each.result() for each in asked)
-        assert server.said == []
-    assert whole.status_code == 503
-    assert "shutting down" in message(whole)
-    assert streamed.status_code == 200
-    assert "shutting down" in streamed.text.rstrip().rpartition("\n")[2]
-
-
-def test_a_port_in_use_is_told_before_anything_is_loaded(server: Process) -> None:
-    port = server.url.rpartition(":")[2]
-    with pytest.raises(AssertionError, match=f"cannot listen at 127.0.0.1 port {port}"):
-        Process("--port", port)
