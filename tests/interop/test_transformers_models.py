@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.interop.conftest import Folder, picture
 transformers = pytest.importorskip("transformers")
 
 from smolstack.interop import transformers as bridge  # noqa: E402
+from smolstack.interop.transformers import speed  # noqa: E402
 from smolstack.interop.transformers.cache import BorrowedCache  # noqa: E402
 
 Inputs = dict[str, torch.Tensor]
@@ -28,17 +30,24 @@ def pair(folder: Folder) -> tuple[Any, Any]:
 
 @pytest.fixture
 def smolstack_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every run of smolstack's decoder through a model of this module, by its new tokens."""
+    """Every run of smolstack's decoder, by torch or compiled kernels, by its new tokens."""
     from smolstack.model.decoder import Decoder
+    from smolstack.model.step import NativeDecoder
 
     runs: list[int] = []
-    own = Decoder.forward
 
-    def counted(self: Decoder, embeddings: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        runs.append(embeddings.shape[1])
-        return own(self, embeddings, *args, **kwargs)
+    def count(owner: Any, name: str, tokens: Callable[[torch.Tensor], int]) -> None:
+        own = getattr(owner, name)
 
-    monkeypatch.setattr(Decoder, "forward", counted)
+        def counted(self: Any, embeddings: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            runs.append(tokens(embeddings))
+            return own(self, embeddings, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(Decoder, "forward", lambda embeddings: embeddings.shape[1])
+    count(NativeDecoder, "__call__", lambda _: 1)
+    count(NativeDecoder, "prefill", lambda embeddings: embeddings.shape[1])
     return runs
 
 
@@ -107,6 +116,61 @@ def test_generate_runs_on_smolstack(
     _, ours = pair
     ours.generate(**prompts, **GREEDY)
     assert smolstack_runs == [prompts["input_ids"].shape[1], *[1] * 11]
+
+
+def test_in_bfloat16_it_is_as_near_to_float32_as_transformers_is(
+    folder: Folder, pair: tuple[Any, Any], prompts: Inputs
+) -> None:
+    """Prompt and answer by the kernels of the number format, where the processor has any."""
+    load = type(pair[1]).from_pretrained
+    theirs = type(pair[0]).from_pretrained(folder.path, dtype=torch.bfloat16).eval()
+    ours = load(folder.path, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        exact = pair[0](**prompts, logits_to_keep=1).logits
+        errors = []
+        for model in (theirs, ours):
+            first = model(**prompts, logits_to_keep=1, use_cache=True)
+            assert first.logits.dtype == torch.bfloat16
+            assert first.logits.shape == exact.shape
+            errors.append((first.logits.float() - exact).square().mean().sqrt())
+    assert errors[1] < 2 * errors[0]
+    answers = [model.generate(**prompts, **GREEDY) for model in (theirs, ours)]
+    assert answers[0].shape == answers[1].shape
+
+
+def test_the_next_token_follows_whatever_was_done_to_the_cache(
+    pair: tuple[Any, Any], prompts: Inputs
+) -> None:
+    """Rows exchanged, repeated and cut off, as beams and assistants do."""
+    logits = []
+    for model in pair:
+        with torch.no_grad():
+            out = model(**prompts, use_cache=True)
+            cache, mask = out.cache, prompts["attention_mask"]
+            cache.reorder_cache(torch.tensor([2, 0, 0]))
+            cache.crop(-2)
+            cache.batch_repeat_interleave(2)
+            mask = mask[[2, 0, 0], :-2].repeat_interleave(2, dim=0)
+            for token in (5, 7):
+                mask = torch.cat((mask, mask.new_ones(6, 1)), dim=1)
+                out = model(input_ids=torch.full((6, 1), token), attention_mask=mask, cache=cache)
+            logits.append(out.logits)
+    assert (logits[0] - logits[1]).abs().max() < BOUND
+
+
+def test_hooks_of_others_are_called(folder: Folder, prompts: Inputs) -> None:
+    model, seen = folder.ours(), []
+    with torch.no_grad():
+        before = model(**prompts).logits
+        model(**prompts, output_hidden_states=True)  # leaves transformers' own hooks behind
+        layer = model.model.text_model.layers[1]
+        hook = layer.register_forward_hook(lambda *_: seen.append(1))
+        watched = model(**prompts).logits
+        hook.remove()
+        after = model(**prompts).logits
+    assert seen == [1]
+    assert (watched - before)[prompts["attention_mask"].bool()].abs().max() < BOUND
+    assert torch.equal(after, before)
 
 
 def test_an_assistant_helps_without_changing_the_answer(
@@ -301,3 +365,14 @@ def test_the_pipeline_answers_as_ask_does(folder: Folder) -> None:
     )
     expected = folder.vlm().ask(image, "Read it.", max_new_tokens=6)
     assert said[0]["generated_text"].strip() == expected.text.strip()
+
+
+def test_its_speed_can_be_compared_in_the_same_call(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--rounds", "1", "--new-tokens", "3", "--no-split", "--rows", "2"]
+    threads = ["--threads", str(torch.get_num_threads())]
+    speed.main([str(folder.path), *options, *threads])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 2
+    assert all(line.endswith("same") for line in lines)

@@ -37,17 +37,40 @@ class GrowingLayer(_DynamicLayer):  # type: ignore[misc]
         length = held.shape[-2] if held.numel() else 0
         if torch.is_grad_enabled() and new.requires_grad:
             return new if length == 0 else torch.cat((held, new), dim=-2)
-        buffer: Tensor | None = self.__dict__.get(f"_{name}")
         end = length + new.shape[-2]
+        buffer = self._room(name, new, end)
+        buffer[:, :, length:end] = new
+        return buffer[:, :, :end]
+
+    def _room(self, name: str, like: Tensor, end: int) -> Tensor:
+        """The buffer (B, kv heads, room ≥ end, K), with what is held at its beginning.
+
+        Reordered, repeated or cropped keys are tensors of their own by then: they are copied in.
+        """
+        held: Tensor = getattr(self, name)
+        length = held.shape[-2] if held.numel() else 0
+        buffer: Tensor | None = self.__dict__.get(f"_{name}")
         moved = buffer is None or held.data_ptr() != buffer.data_ptr()
-        if buffer is None or moved or buffer.shape[0] != new.shape[0] or end > buffer.shape[-2]:
+        if buffer is None or moved or buffer.shape[0] != like.shape[0] or end > buffer.shape[-2]:
             room = max(end + STEP, end + end // 4)
-            buffer = new.new_empty(*new.shape[:2], room, new.shape[-1])
+            buffer = like.new_empty(*like.shape[:2], room, like.shape[-1])
             if length:
                 buffer[:, :, :length] = held
             self.__dict__[f"_{name}"] = buffer
-        buffer[:, :, length:end] = new
-        return buffer[:, :, :end]
+        return buffer
+
+    def reserve(self, like: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Buffers of keys and values with room for ``end`` tokens; ``like`` is (B, kv heads, …, K).
+
+        Whoever writes into them says so with :meth:`written`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        return self._room("keys", like, end), self._room("values", like, end)
+
+    def written(self, end: int) -> None:
+        """The buffers of :meth:`reserve` hold ``end`` tokens now."""
+        self.keys, self.values = (self.__dict__[n][:, :, :end] for n in ("_keys", "_values"))
 
 
 def new_cache(layers: int) -> Cache:
@@ -72,3 +95,33 @@ class BorrowedCache(KVCache):
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         held: tuple[Tensor, Tensor] = self.cache.update(keys, values, layer)
         return held
+
+
+class ReservedCache(KVCache):
+    """A cache of growing layers as the compiled decoder wants it: whole buffers, written in place.
+
+    Args:
+        cache: of growing layers alone (:func:`grows` tells).
+        like: (B, kv heads, …, K) in the dtype of the keys and values.
+        new: tokens that will be written, to all layers.
+        padding: (B,) left-padding tokens per row, or None.
+    """
+
+    def __init__(self, cache: Cache, like: Tensor, new: int, padding: Tensor | None) -> None:
+        self.padding, self.length = padding, int(cache.get_seq_length())
+        self.layers = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
+        pairs = [layer.reserve(like, self.length + new) for layer in self.layers]
+        self.keys, self.values = [keys for keys, _ in pairs], [values for _, values in pairs]
+        self.capacity = self.keys[0].shape[-2]
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` as written, once every layer has them."""
+        super().advance(tokens)
+        for layer in self.layers:
+            layer.written(self.length)
+
+
+def grows(cache: Any, layers: int) -> bool:
+    """Whether a cache has so many layers and all of them are growing ones of one capacity."""
+    held = getattr(cache, "layers", [])
+    return len(held) == layers and all(type(layer) is GrowingLayer for layer in held)

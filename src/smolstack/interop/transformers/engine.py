@@ -27,7 +27,7 @@ def build_engine(base: Any) -> VisionLanguageModel | None:
 
     Returns:
         None when the model is not plainly what its config says: adapters, quantised layers,
-        modules that are spread over devices.
+        modules that are spread over devices or have hooks.
     """
     try:
         config = replace(config_of(base), tied=True, embedding_dim=None)
@@ -37,7 +37,7 @@ def build_engine(base: Any) -> VisionLanguageModel | None:
         return None
     theirs = dict(base.named_parameters())
     names = {keys.to_hf(name).removeprefix("model."): name for name in engine.state_dict()}
-    if set(theirs) != set(names) or any(hasattr(part, "_hf_hook") for part in base.modules()):
+    if set(theirs) != set(names) or any(map(_is_watched, base.modules())):
         return None
     for name, parameter in theirs.items():
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
@@ -52,6 +52,17 @@ def build_engine(base: Any) -> VisionLanguageModel | None:
     return engine.train(base.training)
 
 
+def _is_watched(part: nn.Module) -> bool:
+    """Whether somebody else's hook waits for this module to be called.
+
+    transformers' own hooks collect states and attentions for calls that ask for them; those calls
+    run on transformers' own modules anyway.
+    """
+    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    owners = (str(getattr(hook, "__module__", "")) for hook in hooks)
+    return hasattr(part, "_hf_hook") or not all(o.startswith("transformers.") for o in owners)
+
+
 class EngineHolder:
     """Builds the engine when it is first needed, and again when parameters were exchanged."""
 
@@ -64,7 +75,8 @@ class EngineHolder:
         """The engine of ``base``; ``check`` looks whether its parameters are still the same."""
         mine = self._owner is not None and self._owner() is base
         if check or not mine:
-            found = tuple(map(id, base.parameters()))
+            watched = any(map(_is_watched, base.modules()))
+            found = (int(watched), *map(id, base.parameters()))
             if found != self._built_from or not mine:
                 self._engine, self._built_from = build_engine(base), found
                 self._owner = weakref.ref(base)

@@ -9,6 +9,7 @@ forward pass runs, with the same result.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,22 +17,20 @@ import transformers
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics3 import modeling_idefics3
 from transformers.models.smolvlm import modeling_smolvlm
 
-from smolstack.interop.transformers.cache import BorrowedCache, new_cache
+from smolstack.interop.transformers.cache import new_cache
 from smolstack.interop.transformers.engine import EngineHolder
 from smolstack.interop.transformers.inputs import filled_grids, left_padding, same_positions
-from smolstack.model import packer
-from smolstack.model.vlm import TILES_AT_ONCE, VisionLanguageModel
+from smolstack.interop.transformers.pictures import Pooled, embed, encode, picture_outputs
+from smolstack.interop.transformers.steps import Steps, Task
 
 # Typed as Any: transformers' own annotations cover parts of it only.
 _Idefics3Model: Any = modeling_idefics3.Idefics3Model
 _SmolVLMModel: Any = modeling_smolvlm.SmolVLMModel
 _Idefics3WithHead: Any = modeling_idefics3.Idefics3ForConditionalGeneration
 _SmolVLMWithHead: Any = modeling_smolvlm.SmolVLMForConditionalGeneration
-_Pooled: Any = BaseModelOutputWithPooling
 
 
 class _ComputesWithSmolstack:
@@ -66,10 +65,10 @@ class _ComputesWithSmolstack:
             fits, filled = filled_grids(masks, engine.config.vision.patch_size)
             if not fits:
                 return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)  # type: ignore[misc]
-        states, visual = _encode(engine, tiles[real], filled)
+        states, visual = encode(engine, tiles[real], filled)
         counts: list[int] = real.view(rows, most).sum(dim=1).tolist()
         pooled = [part.flatten(0, 1) for part in torch.split(visual, counts)]
-        return _Pooled(last_hidden_state=states, pooler_output=pooled)
+        return Pooled(last_hidden_state=states, pooler_output=pooled)
 
     def forward(  # noqa: PLR0917 - transformers' own order
         self,
@@ -85,26 +84,42 @@ class _ComputesWithSmolstack:
         **kwargs: Any,
     ) -> Any:
         """States of every token, normalised; arguments and result are transformers' own."""
-        if "past_key_values" in kwargs:
-            cache = kwargs.pop("past_key_values")
-        if use_cache is None:
-            use_cache = bool(getattr(self.config, "use_cache", True))
-        if self.training and getattr(self.text_model, "gradient_checkpointing", False):
-            use_cache = False
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
+            "cache": kwargs.pop("past_key_values", cache),
             "inputs_embeds": inputs_embeds,
             "pixel_values": pixel_values,
             "pixel_attention_mask": pixel_attention_mask,
             "mm_encoder_outputs": mm_encoder_outputs,
+            "use_cache": use_cache,
         }
+        task = self.smolstack_task(given, kwargs)
+        if task is None:
+            return super().forward(**given, **kwargs)  # type: ignore[misc]
+        return self._output(
+            last_hidden_state=task.states(), cache=task.cache, image_outputs=task.pictures
+        )
+
+    def smolstack_task(self, given: dict[str, Any], kwargs: Mapping[str, Any]) -> Task | None:
+        """A call's embeddings and cache for smolstack's decoder; None: transformers' own runs.
+
+        ``given`` are the arguments of :meth:`forward`; ``use_cache`` is settled in place.
+        """
+        recomputes = self.training and getattr(self.text_model, "gradient_checkpointing", False)
+        if given["use_cache"] is None:
+            given["use_cache"] = bool(getattr(self.config, "use_cache", True))
+        if recomputes:
+            given["use_cache"] = False
+        input_ids, inputs_embeds = given["input_ids"], given["inputs_embeds"]
+        cache, pixel_values = given["cache"], given["pixel_values"]
         past = 0 if cache is None else int(cache.get_seq_length())
         engine = self._holder.get(self, check=past == 0)
-        padding, plain = left_padding(attention_mask, past, alone=cache is None and not use_cache)
+        alone = cache is None and not given["use_cache"]
+        padding, plain = left_padding(given["attention_mask"], past, alone=alone)
         new = _length(input_ids, inputs_embeds)
-        pictures = pixel_values is not None or bool(mm_encoder_outputs)
+        pictures = pixel_values is not None or bool(given["mm_encoder_outputs"])
         if (
             engine is None
             or not plain
@@ -112,20 +127,18 @@ class _ComputesWithSmolstack:
             or (input_ids is None and pictures)
             or (input_ids is not None and inputs_embeds is not None)
             or (cache is not None and (cache.is_compileable or any(cache.is_sliding)))
-            or not same_positions(position_ids, padding, past, new)
+            or not same_positions(given["position_ids"], padding, past, new)
             or _asks_for_more(kwargs)
-            or (self.training and getattr(self.text_model, "gradient_checkpointing", False))
+            or recomputes
         ):
-            return super().forward(**given, cache=cache, use_cache=use_cache, **kwargs)  # type: ignore[misc]
-        if use_cache and cache is None:
+            return None
+        if given["use_cache"] and cache is None:
             cache = new_cache(engine.config.text.num_layers)
-        outputs = _picture_outputs(mm_encoder_outputs)
+        outputs = picture_outputs(given["mm_encoder_outputs"])
         if pixel_values is not None:
-            outputs = self.get_image_features(pixel_values, pixel_attention_mask)
-        embeddings = _embed(engine, input_ids, inputs_embeds, outputs)
-        borrowed = None if cache is None else BorrowedCache(cache, padding)
-        states = engine.decoder(embeddings, padding=padding, cache=borrowed)
-        return self._output(last_hidden_state=states, cache=cache, image_outputs=outputs)
+            outputs = self.get_image_features(pixel_values, given["pixel_attention_mask"])
+        embeddings = embed(engine, input_ids, inputs_embeds, outputs)
+        return Task(engine, embeddings, padding, cache, outputs)
 
     def _output(self, **values: Any) -> Any:
         raise NotImplementedError
@@ -146,9 +159,56 @@ class SmolVLMModel(_ComputesWithSmolstack, _SmolVLMModel):  # type: ignore[misc]
 
 
 class _GeneratesWithSmolstack:
-    """``generate`` with a cache that is written in place."""
+    """``generate`` with a cache that is written in place, by compiled kernels if possible."""
 
     config: Any
+    model: Any
+    lm_head: Any
+
+    def forward(  # noqa: PLR0917 - transformers' own order
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        mm_encoder_outputs: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits and loss; arguments and result are transformers' own."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": kwargs.pop("past_key_values", cache),
+            "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "mm_encoder_outputs": mm_encoder_outputs,
+            "use_cache": use_cache,
+        }
+        last = isinstance(logits_to_keep, int) and (
+            logits_to_keep == 1 or _length(input_ids, inputs_embeds) == 1
+        )
+        # Without a gradient and for one position, as generate asks, kernels may do it all.
+        task = None
+        if last and labels is None and not torch.is_grad_enabled():
+            task = self.model.smolstack_task(given, kwargs)
+        if task is None:
+            return super().forward(  # type: ignore[misc]
+                **given, labels=labels, logits_to_keep=logits_to_keep, **kwargs
+            )
+        steps: Steps = self.__dict__.setdefault("_smolstack_steps", Steps())
+        logits = steps.next_logits(task, self.lm_head)
+        return self._output(logits=logits, cache=task.cache, image_outputs=task.pictures)
+
+    def _output(self, **values: Any) -> Any:
+        raise NotImplementedError
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -172,6 +232,9 @@ class Idefics3ForConditionalGeneration(_GeneratesWithSmolstack, _Idefics3WithHea
         super().__init__(config)
         self.model.__class__ = Idefics3Model
 
+    def _output(self, **values: Any) -> Any:
+        return modeling_idefics3.Idefics3CausalLMOutputWithPast(**values)
+
 
 class SmolVLMForConditionalGeneration(_GeneratesWithSmolstack, _SmolVLMWithHead):  # type: ignore[misc]
     """transformers' SmolVLMForConditionalGeneration, computed by smolstack."""
@@ -179,6 +242,9 @@ class SmolVLMForConditionalGeneration(_GeneratesWithSmolstack, _SmolVLMWithHead)
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model.__class__ = SmolVLMModel
+
+    def _output(self, **values: Any) -> Any:
+        return modeling_smolvlm.SmolVLMCausalLMOutputWithPast(**values)
 
 
 _REGISTERED: tuple[tuple[Any, Any, Any], ...] = (
@@ -206,7 +272,7 @@ def unregister() -> None:
         auto._model_mapping._extra_content.pop(config, None)
 
 
-def _asks_for_more(kwargs: dict[str, Any]) -> bool:
+def _asks_for_more(kwargs: Mapping[str, Any]) -> bool:
     """Whether a call wants what only transformers' own forward pass returns."""
     wants = ("output_attentions", "output_hidden_states", "block_sequence_ids")
     return any(kwargs.get(name) for name in wants) or kwargs.get("return_dict") is False
@@ -215,51 +281,3 @@ def _asks_for_more(kwargs: dict[str, Any]) -> bool:
 def _length(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
     given = input_ids if input_ids is not None else inputs_embeds
     return 0 if given is None else given.shape[1]
-
-
-def _picture_outputs(mm_encoder_outputs: Any) -> Any:
-    if isinstance(mm_encoder_outputs, dict):
-        return mm_encoder_outputs.get("image")
-    if isinstance(mm_encoder_outputs, Tensor):
-        return _Pooled(pooler_output=[mm_encoder_outputs.flatten(0, -2)])
-    return mm_encoder_outputs
-
-
-def _encode(
-    engine: VisionLanguageModel, tiles: Tensor, filled: list[tuple[int, int]] | None
-) -> tuple[Tensor, Tensor]:
-    """Patch states (N, H·W, C) and visual tokens (N, S, D), a few tiles at a time."""
-    grid = engine.vision.grid_of(tiles)
-    states, visual = [], []
-    for start in range(0, len(tiles), TILES_AT_ONCE):
-        some = slice(start, start + TILES_AT_ONCE)
-        states.append(engine.vision(tiles[some], None if filled is None else filled[some]))
-        visual.append(engine.connector(states[-1], grid))
-    if not states:
-        width, tokens = engine.config.text.hidden_size, engine.config.tokens_per_tile
-        return tiles.new_zeros(0, grid[0] * grid[1], 0), tiles.new_zeros(0, tokens, width)
-    return torch.cat(states), torch.cat(visual)
-
-
-def _embed(
-    engine: VisionLanguageModel,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    outputs: Any,
-) -> Tensor:
-    """Embeddings of all tokens (B, T, D), visual tokens in their places and counted per row."""
-    if input_ids is None:
-        assert inputs_embeds is not None
-        return inputs_embeds
-    embeddings: Tensor = engine.decoder.embedding(input_ids)
-    if outputs is None:
-        return embeddings
-    pooled = outputs.pooler_output
-    pooled = [pooled.flatten(0, -2)] if isinstance(pooled, Tensor) else list(pooled)
-    visual = torch.cat(pooled)
-    # One picture token counts as a tile of one: only numbers per row are known here.
-    counts = [len(part) for part in pooled]
-    if len(counts) != len(input_ids):
-        counts = (input_ids == engine.config.image_token_id).sum(dim=1).tolist()
-    places = packer.locate(input_ids, engine.config.image_token_id, counts, 1)
-    return packer.splice(embeddings, places, visual[:, None])

@@ -1,0 +1,84 @@
+"""One forward pass as smolstack's decoder runs it, by torch or by the compiled kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from smolstack.interop.transformers.cache import BorrowedCache, ReservedCache, grows
+from smolstack.model.step import NativeDecoder, native_decoder, suits
+from smolstack.model.vlm import VisionLanguageModel
+
+
+@dataclass
+class Task:
+    """What a call asks of the decoder.
+
+    Attributes:
+        engine: smolstack's network on the model's parameters.
+        embeddings: (B, T, D), visual tokens in their places.
+        padding: (B,) left-padding tokens per row, or None.
+        cache: transformers' cache, appended to; None for none.
+        pictures: what the tower and the connector made, as transformers returns it.
+    """
+
+    engine: VisionLanguageModel
+    embeddings: Tensor
+    padding: Tensor | None
+    cache: Cache | None
+    pictures: Any
+
+    def states(self) -> Tensor:
+        """States of every new token, normalised: (B, T, D)."""
+        borrowed = None if self.cache is None else BorrowedCache(self.cache, self.padding)
+        states: Tensor = self.engine.decoder(self.embeddings, padding=self.padding, cache=borrowed)
+        return states
+
+
+class Steps:
+    """The compiled decoder of a model, made when it is first needed and when weights change."""
+
+    def __init__(self) -> None:
+        self._native: NativeDecoder | None = None
+        self._made_for: tuple[int, int, torch.dtype] | None = None
+
+    def next_logits(self, task: Task, head: Any) -> Tensor:
+        """Logits of the token after the new ones: (B, 1, V), in the model's dtype."""
+        native = self._kernels(task, head)
+        if native is not None and task.cache is not None:
+            embeddings, text = task.embeddings, task.engine.config.text
+            rows, new = embeddings.shape[:2]
+            like = embeddings.new_empty(rows, text.num_kv_heads, 0, text.head_dim)
+            cache = ReservedCache(task.cache, like, new, task.padding)
+            if suits(embeddings, cache, like.dtype):
+                if new == 1:
+                    return native(embeddings[:, 0], cache)[:, None].to(like.dtype)
+                return native.prefill(embeddings, cache)[:, None].to(like.dtype)
+        logits: Tensor = head(task.states()[:, -1:])
+        return logits
+
+    def _kernels(self, task: Task, head: Any) -> NativeDecoder | None:
+        """The compiled decoder where it can take this task, otherwise None."""
+        engine, cache = task.engine, task.cache
+        if torch.compiler.is_compiling() or type(head) is not nn.Linear or head.bias is not None:
+            return None
+        if not grows(cache, engine.config.text.num_layers):
+            return None
+        made_for = (id(engine), id(head.weight), engine.dtype)
+        if self._made_for != made_for or (self._native is not None and not self._native.current()):
+            self._native = native_decoder(engine.decoder, head, engine.dtype)
+            self._made_for = made_for
+        native = self._native
+        if native is None or (task.embeddings.shape[1] > 1 and not native.reads_prompts):
+            return None
+        return native
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Steps:
+        return Steps()  # a copy of the model has weights of its own
+
+    def __reduce__(self) -> tuple[type[Steps], tuple[()]]:
+        return Steps, ()
