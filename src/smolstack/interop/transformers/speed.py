@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import smolstack
 from smolstack.interop import transformers as bridge
 from smolstack.interop.reference import model_inputs
 from smolstack.interop.transformers.conversion import to_transformers
+from smolstack.vlm import load
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def compare(
         split: whether pictures are split into tiles; None as the checkpoint says.
         rounds: runs of each, in turn, after one that is not counted.
     """
-    vlm = smolstack.load(folder, dtype=dtype, device="cpu")
+    vlm = load(folder, dtype=dtype, device="cpu")
     theirs = to_transformers(vlm)
     family = "SmolVLM" if vlm.config.model_type == "smolvlm" else "Idefics3"
     ours: Any = getattr(bridge, f"{family}ForConditionalGeneration")
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'call':<44}{'transformers':>14}{'smolstack':>12}{'ratio':>8}  tokens")
     for dtype, rows in product(options.dtype, options.rows):
         for one in compare(
-            options.model or smolstack.load().folder,
+            options.model or load().folder,
             dtype=dtype,
             rows=rows,
             new_tokens=options.new_tokens,
