@@ -3,7 +3,8 @@
     smolstack export MODEL ./exported
     python examples/onnx_loop.py ./exported examples/number.png "What does it say?"
 
-Needs onnxruntime, numpy, Pillow, tokenizers and, for the checkpoint's chat template, jinja2.
+Needs onnxruntime (with its numpy), Pillow and tokenizers. The prompt around a question was rendered
+from the checkpoint's chat template at export: prompt.json.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2.sandbox
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
@@ -34,7 +34,7 @@ class OnnxModel:
         self.config = _read(folder / "config.json")
         self.image = _read(folder / "preprocessor_config.json")
         self.names = _read(folder / "tokenizer_config.json")
-        self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self.around = _read(folder / "prompt.json")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -146,17 +146,9 @@ class OnnxModel:
 
     def prompt(self, question: str, rows: int, cols: int) -> list[int]:
         """Token ids of one user message: the picture, then the question."""
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True
-        )
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        named = self.named_tokens()
-        text = environment.from_string(self.template).render(
-            messages=[{"role": "user", "content": content}], add_generation_prompt=True, **named
-        )
+        text = self.around["before"] + question + self.around["after"]
         text = text.replace("<image>", self.placeholder(rows, cols), 1)
-        bos = named.get("bos_token")
-        special = not (bos and text.startswith(bos))
+        special: bool = self.around["add_special_tokens"]
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 # Runs the example with everything but its own needs out of reach.
 ALONE = """
 import runpy, sys
-sys.modules.update(dict.fromkeys(("torch", "smolstack", "transformers", "onnx")))
+sys.modules.update(dict.fromkeys(("torch", "smolstack", "transformers", "onnx", "jinja2")))
 sys.argv = ["onnx_loop.py", *sys.argv[1:]]
 runpy.run_path("examples/onnx_loop.py", run_name="__main__")
 """
@@ -75,6 +75,7 @@ def test_the_folder_is_laid_out_as_published_exports_are(exported: Path) -> None
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "prompt.json",
     ):
         assert (exported / side).is_file()
 
@@ -151,6 +152,43 @@ def test_the_example_answers_as_smolstack_does_with_several_tiles(tmp_path: Path
     options = ("--ids", "--max-new-tokens", "12")
     found = answer_of_the_example(tmp_path / "exported", picture, "Describe it.", *options)
     assert [int(token) for token in found.split()] == list(expected.token_ids)
+
+
+def test_a_fine_tune_with_merged_adapters_answers_the_same(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    from smolstack.train import Data, Evaluation, Lora, Recipe, Stage, train
+
+    picture = tmp_path / "picture.png"
+    noise = np.random.default_rng(1).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture)
+    recipe = Recipe(
+        output=str(tmp_path / "run"),
+        model=str(tiny_folder),
+        data=Data(train="rows"),
+        evaluation=Evaluation(answers=0),
+        stages=(
+            Stage(
+                "lora",
+                steps=6,
+                batch=2,
+                warmup=0,
+                learning_rate=2e-2,
+                lora=Lora(("decoder", "vision"), connector=True),
+            ),
+        ),
+    )
+    rows = [{"image": str(picture), "text": f"answer {i}"} for i in range(2)]
+    tuned = train(recipe, rows=rows, quiet=True).model
+    export(tuned, tmp_path / "exported")
+    question, options = "What does it say?", ("--ids", "--max-new-tokens", "8")
+    answers = [
+        list(smolstack.load(folder).ask(picture, question, max_new_tokens=8).token_ids)
+        for folder in (tuned, tiny_folder)
+    ]
+    found = answer_of_the_example(tmp_path / "exported", picture, question, *options)
+    assert [int(token) for token in found.split()] == answers[0] != answers[1]
 
 
 def test_tiles_of_padding_have_no_features_and_part_of_a_tile_is_seen(

@@ -3,6 +3,7 @@
 ::
 
     DIR/config.json, tokenizer.json, preprocessor_config.json, …
+    DIR/prompt.json                     one question about one picture, for loops without jinja2
     DIR/onnx/vision_encoder.onnx        _fp16.onnx, _int8.onnx
     DIR/onnx/embed_tokens.onnx          …
     DIR/onnx/decoder_model_merged.onnx  …
@@ -28,7 +29,9 @@ from smolstack.interop.onnx.graph import Graph, Precision
 from smolstack.interop.onnx.vision import vision_encoder
 from smolstack.interop.onnx.weights import Weights
 from smolstack.model.vlm import VisionLanguageModel
+from smolstack.processor.prompt import user_message
 
+_QUESTION = "\ue000"  # of the private use area: no template has it
 NAMES = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 
 
@@ -156,7 +159,22 @@ def _side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **files.tokenizer_config}
     if files.chat_template is not None:
         tokenizer.setdefault("chat_template", files.chat_template)
-    return {**side, "tokenizer_config.json": to_json(tokenizer).encode()}
+    made = {**side, "tokenizer_config.json": to_json(tokenizer).encode()}
+    if (around := _prompt(checkpoint)) is not None:
+        made["prompt.json"] = to_json(around).encode()
+    return made
+
+
+def _prompt(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What stands before and after one question about one picture; None if it cannot be told."""
+    processor = checkpoint.processor
+    text = processor.render([user_message(1, _QUESTION)])
+    before, _, after = text.partition(_QUESTION)
+    if text.count(_QUESTION) != 1 or text.count(processor.markers.image) != 1:
+        return None
+    bos = processor.tokenizer.special_tokens.get("bos_token")
+    special = not (bos and text.startswith(bos))
+    return {"before": before, "after": after, "add_special_tokens": special}
 
 
 def _transformers_js(folder: Path) -> dict[str, Any]:
