@@ -1,11 +1,13 @@
 """GGUF: a folder that smolstack saved is one that llama.cpp's own converter reads.
 
 The tables of names are llama.cpp's (the package ``gguf``). With LLAMA_CPP set to a checkout of
-llama.cpp, its converter itself runs as well, and what it wrote is compared weight by weight.
+llama.cpp, its converter itself runs as well, and what it wrote is compared weight by weight; with
+LLAMA_CPP_PYTHON set to a Python that has llama-cpp-python (built with mtmd), so are answers.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -18,23 +20,35 @@ import numpy as np
 import pytest
 import torch
 
+import smolstack
 from smolstack.checkpoint.load import load_checkpoint
-from smolstack.checkpoint.new import new_checkpoint
-from smolstack.checkpoint.save import config_json, hf_state_dict
+from smolstack.checkpoint.new import new_checkpoint, side_files
+from smolstack.checkpoint.save import config_json, hf_state_dict, save_checkpoint
 from smolstack.family import PRESETS, Preset
 from smolstack.interop.miniature import miniature
+from smolstack.interop.weights import sharp_model
 from smolstack.model.vlm import VisionLanguageModel
+from smolstack.processor.prompt import user_message
 
 ANSWERING = [preset for preset in PRESETS.values() if preset.config.embedding_dim is None]
 # What the converter calls the classes that it knows: of the whole model and of its decoder.
 WHOLE = {"Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"}
 DECODER = "LlamaForCausalLM"
 LLAMA_CPP = os.environ.get("LLAMA_CPP")
-# The converter knows tokenizers by a fingerprint, and one trained on the spot is none of them.
+LLAMA_CPP_PYTHON = os.environ.get("LLAMA_CPP_PYTHON")
+ROOT = Path(__file__).parents[2]
+# The converter knows tokenizers by a fingerprint, and one trained on the spot is none of them. The
+# reader's has no merges, which llama.cpp does not expect: it gets one that never applies.
 CONVERT = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
 from conversion import base
+import gguf
+load = gguf.SpecialVocab._load
+def with_a_merge(self, path):
+    load(self, path)
+    self.merges = self.merges or ["\u0100 \u0100"]
+gguf.SpecialVocab._load = with_a_merge
 base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 program = sys.argv[1] + "/convert_hf_to_gguf.py"
 sys.argv = [program, *sys.argv[2:]]
@@ -147,6 +161,30 @@ def test_llama_cpps_converter_writes_every_weight_as_it_is(name: str, tmp_path: 
             expected = as_llama_cpp_rotates(expected, heads)
         np.testing.assert_array_equal(found.reshape(expected.shape), expected, err_msg=weight)
     assert set(written) <= {"rope_freqs.weight"}
+
+
+@pytest.mark.skipif(
+    None in (LLAMA_CPP, LLAMA_CPP_PYTHON), reason="LLAMA_CPP_PYTHON names no llama-cpp-python"
+)
+@pytest.mark.parametrize("name", ["reader", "smolvlm-256m"])
+def test_llama_cpp_answers_as_smolstack_does(name: str, tmp_path: Path) -> None:
+    folder = smolstack.load().folder
+    if name != "reader":
+        small = miniature(PRESETS[name])
+        sharp = sharp_model(small.config, seed=1)
+        folder = save_checkpoint(tmp_path / "model", sharp, side_files(small, small.config))
+    vlm, picture, question = smolstack.load(folder), ROOT / "examples/number.png", "What is it?"
+    converted(folder, tmp_path)
+    converted(folder, tmp_path, "--mmproj")
+    files = [str(tmp_path / f"model{number}.gguf") for number in (0, 1)]
+    prompt = vlm.processor.render([user_message(1, question)])
+    newlines = json.dumps(vlm.processor.tokenizer.encode("\n") * 2)
+    script = str(ROOT / "tests" / "interop" / "gguf_answers.py")
+    command = [str(LLAMA_CPP_PYTHON), script, *files, prompt, "10", newlines, str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = vlm.ask(picture, question, max_new_tokens=10).token_ids
+    assert tuple(json.loads(done.stdout)) == expected
 
 
 def converted(folder: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
