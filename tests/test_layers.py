@@ -14,8 +14,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "smolstack"
 ORDER = [
     ("errors", "config"),
     ("batch",),
-    ("processor",),
     ("native",),
+    ("processor",),
     ("model",),
     ("family",),
     ("checkpoint",),

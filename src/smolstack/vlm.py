@@ -16,7 +16,7 @@ from smolstack.errors import PromptError
 from smolstack.generation.answer import Answer
 from smolstack.generation.answering import Answering, AnswerStream
 from smolstack.generation.options import AnswerOptions, read_options
-from smolstack.generation.reuse import PictureCache
+from smolstack.generation.pictures import PictureCache
 from smolstack.processor.geometry import TilePlan, Tiling
 from smolstack.processor.processor import Picture, Prompt, PromptLike, as_pictures
 from smolstack.processor.prompt import Message
@@ -180,7 +180,8 @@ class VLM:
     def picture_cache(self) -> PictureCache:
         """Visual tokens of the pictures asked about last, by content.
 
-        ``picture_cache.max_bytes`` limits it (0 keeps nothing), ``picture_cache.clear()`` forgets.
+        ``picture_cache.max_bytes`` limits it (0 keeps nothing), ``picture_cache.clear()`` forgets,
+        ``picture_cache.folder`` keeps them on disk for the next process.
         """
         return self._answering.pictures
 

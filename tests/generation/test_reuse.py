@@ -12,9 +12,9 @@ from PIL import Image
 
 import smolstack
 from smolstack.batch import VisualTokens
-from smolstack.generation.reuse import PictureCache
-from smolstack.model.decoder import Decoder
+from smolstack.generation.pictures import PictureCache
 from smolstack.model.vision import VisionTower
+from smolstack.model.vlm import VisionLanguageModel
 
 
 @pytest.fixture
@@ -27,18 +27,26 @@ def vlm(tiny_folder: Path) -> smolstack.VLM:
 def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts of tiles that went through the tower and tokens that went through the decoder."""
     counts = {"tiles": 0, "tokens": 0}
-    tower, decoder = VisionTower.forward, Decoder.forward
+    tower = VisionTower.forward
+    read, decode = VisionLanguageModel.read, VisionLanguageModel.decode_one_token
 
     def count_tiles(self: VisionTower, tiles: torch.Tensor, *rest: Any) -> torch.Tensor:
         counts["tiles"] += tiles.shape[0]
         return tower(self, tiles, *rest)
 
-    def count_tokens(self: Decoder, x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+    def count_read(
+        self: VisionLanguageModel, x: torch.Tensor, *rest: Any, **named: Any
+    ) -> torch.Tensor:
         counts["tokens"] += x.shape[1]
-        return decoder(self, x, *rest, **named)
+        return read(self, x, *rest, **named)
+
+    def count_decoded(self: VisionLanguageModel, *arguments: Any) -> torch.Tensor:
+        counts["tokens"] += 1
+        return decode(self, *arguments)
 
     monkeypatch.setattr(VisionTower, "forward", count_tiles)
-    monkeypatch.setattr(Decoder, "forward", count_tokens)
+    monkeypatch.setattr(VisionLanguageModel, "read", count_read)
+    monkeypatch.setattr(VisionLanguageModel, "decode_one_token", count_decoded)
     return counts
 
 
@@ -101,6 +109,53 @@ def test_the_memory_of_pictures_is_limited() -> None:
     cache.put(b"huge", visual(11))
     assert cache.get(b"huge") is None
     assert (len(cache), cache.held_bytes) == (2, 36)
+
+
+def test_pictures_are_kept_on_disk_for_the_next_process(
+    tiny_folder: Path, work: dict[str, int], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    def asked() -> tuple[smolstack.VLM, tuple[int, ...]]:
+        vlm = smolstack.load(tiny_folder)
+        vlm.picture_cache.folder = tmp_path / "kept"
+        return vlm, vlm.ask(pictures[0], "What?", max_new_tokens=4).token_ids
+
+    _, first = asked()
+    assert work["tiles"] == 9
+    vlm, second = asked()
+    assert work["tiles"] == 9  # read from disk
+    assert second == first == fresh(tiny_folder, pictures[0], "What?", max_new_tokens=4)
+    work["tiles"] = 0
+    with torch.no_grad():
+        vlm.model.connector.proj.weight.mul_(2)  # other weights, other entries
+    vlm.picture_cache.clear()
+    vlm.encode(pictures[0])
+    assert work["tiles"] == 9
+    (kept, other) = sorted((tmp_path / "kept").iterdir())
+    for path in (kept, other):
+        path.write_bytes(path.read_bytes()[:100])  # torn by a power cut
+    asked()
+    assert work["tiles"] == 18
+
+
+def test_the_folder_of_pictures_is_limited(tiny_folder: Path, tmp_path: Path) -> None:
+    vlm = smolstack.load(tiny_folder)
+    vlm.picture_cache.folder = tmp_path
+    vlm.picture_cache.max_folder_bytes = 20_000
+    for shade in range(40):
+        vlm.encode(np.full((20, 20, 3), shade, dtype=np.uint8), split=False)
+    kept = list(tmp_path.iterdir())
+    assert 0 < len(kept) < 40
+    assert sum(path.stat().st_size for path in kept) <= 20_000
+
+
+def test_a_folder_that_cannot_be_written_to_costs_no_answer(
+    tiny_folder: Path, tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    vlm = smolstack.load(tiny_folder)
+    vlm.picture_cache.folder = tmp_path / "file"
+    answer = vlm.ask(pictures[0], "What?", max_new_tokens=4)
+    assert answer.token_ids == fresh(tiny_folder, pictures[0], "What?", max_new_tokens=4)
 
 
 def test_a_second_question_reads_only_what_is_new(

@@ -200,7 +200,7 @@ def test_a_compiled_forward_pass_gives_the_same(pair: tuple[Any, Any]) -> None:
     torch._dynamo.reset()
     with torch.no_grad():
         expected = pair[0](input_ids=ids, use_cache=False).logits
-        compiled = torch.compile(pair[1], backend="eager")
+        compiled: Any = torch.compile(pair[1], backend="eager")
         found = compiled(input_ids=ids, use_cache=False).logits
     assert (found - expected).abs().max() < BOUND
 

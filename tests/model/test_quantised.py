@@ -78,7 +78,8 @@ def test_the_compiled_decoder_gives_the_logits_of_the_plain_one(
             steps = [model.prefill(batch, cache)]
             steps += [model.decode_one_token(torch.tensor([40, 50]), cache) for _ in range(4)]
         logits.append(torch.stack(steps))
-    assert near(*logits, share=0.03)
+    found, expected = logits
+    assert near(found, expected, 0.03)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
@@ -94,7 +95,8 @@ def test_the_compiled_tower_gives_the_states_of_the_plain_one(
         monkeypatch.setattr(native, "library", lambda found=kernels: found)
         with torch.inference_mode():
             states.append(copy.deepcopy(vlm.model.vision)(tiles))
-    assert near(*states, share=0.03)
+    found, expected = states
+    assert near(found, expected, 0.03)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])

@@ -64,8 +64,7 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
             f"{folder} holds {config.scheme} weights and dtype is {dtype!r}, expected auto or "
             f"{config.scheme!r}"
         )
-    floats = choose_dtype("float32" if scheme else dtype, entries, target)
-    model = load_weights(folder, config, entries, floats, target)
+    model = load_weights(folder, config, entries, _floats(dtype, config, entries, target), target)
     if scheme is not None and config.scheme is None:
         quantise(model, scheme)
     return Checkpoint(files, model.config, model, processor, end_tokens(files, config, processor))
@@ -115,6 +114,16 @@ def choose_device(device: str) -> torch.device:
     return target
 
 
+def _floats(
+    dtype: str, config: ModelConfig, entries: dict[str, Entry], device: torch.device
+) -> torch.dtype:
+    """What float weights are loaded in. Those that will be quantised stay as they are stored, so
+    that no whole copy of the model is ever made; beside stored integers they are float32."""
+    if config.scheme is not None:
+        return torch.float32
+    return _stored_dtype(entries) if dtype in QUANTISED else choose_dtype(dtype, entries, device)
+
+
 def choose_dtype(dtype: str, entries: dict[str, Entry], device: torch.device) -> torch.dtype:
     """The dtype of a name; "auto" as :func:`load_checkpoint` says."""
     if dtype != "auto":
@@ -123,14 +132,20 @@ def choose_dtype(dtype: str, entries: dict[str, Entry], device: torch.device) ->
                 f"dtype is {dtype!r}, expected auto or one of {[*DTYPES, *QUANTISED]}"
             )
         return DTYPES[dtype]
-    stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    sizes: dict[str, int] = {}
-    for entry in entries.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
-    own = stored[max(sizes, key=lambda name: sizes[name])]
+    own = _stored_dtype(entries)
     if device.type == "cpu" and own != torch.float32 and not _cpu_computes_in(own):
         return torch.float32
     return own
+
+
+def _stored_dtype(entries: dict[str, Entry]) -> torch.dtype:
+    """The number format that most of the float weights are stored in."""
+    stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    sizes = dict.fromkeys(stored, 0)
+    for entry in entries.values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.elements
+    return stored[max(sizes, key=lambda name: sizes[name])]
 
 
 def _cpu_computes_in(dtype: torch.dtype) -> bool:

@@ -54,6 +54,7 @@ def ask(
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
+    picture_cache: options.PictureFolder = None,
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
@@ -93,7 +94,7 @@ def ask(
         upscale=upscale,
     )
     chosen.update(options.form_options(schema, regex, choice))
-    vlm = options.load_model(model, revision, dtype, device, threads)
+    vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
     tiling = options.tiling_of(chosen)
     plans = [vlm.processor.plan(picture, **tiling) for picture in pictures]
     if verbose:

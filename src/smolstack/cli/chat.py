@@ -102,6 +102,7 @@ def chat(
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
+    picture_cache: options.PictureFolder = None,
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
@@ -133,7 +134,7 @@ def chat(
         max_image_tokens=max_image_tokens,
         upscale=upscale,
     )
-    vlm = options.load_model(model, revision, dtype, device, threads)
+    vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
     conversation = Conversation(vlm, chosen, verbose=verbose)
     for image in images or []:
         conversation.add_picture(image)

@@ -63,6 +63,15 @@ DtypeOption = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+PictureFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture-cache",
+        metavar="FOLDER",
+        help="Keep encoded pictures there: asking about one again, later too, skips the tower.",
+        rich_help_panel=_MODEL,
+    ),
+]
 DeviceOption = Annotated[
     str,
     typer.Option(
@@ -268,7 +277,13 @@ def tiling_of(chosen: AnswerOptions) -> Tiling:
 
 
 def load_model(
-    model: str | None, revision: str | None, dtype: Dtype, device: str, threads: int | None
+    model: str | None,
+    revision: str | None,
+    dtype: Dtype,
+    device: str,
+    threads: int | None,
+    *,
+    pictures: Path | None = None,
 ) -> VLM:
     """Load a checkpoint as the options say, with a spinner while it takes its time."""
     from smolstack.cli.console import progress
@@ -280,4 +295,6 @@ def load_model(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        return load(model, dtype=dtype.value, device=device, revision=revision)
+        vlm = load(model, dtype=dtype.value, device=device, revision=revision)
+    vlm.picture_cache.folder = pictures
+    return vlm

@@ -35,6 +35,7 @@ def serve(
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
+    picture_cache: options.PictureFolder = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     name: Annotated[
@@ -169,7 +170,7 @@ def serve(
     )
     listener = _listen(host, port)
     with listener:
-        vlm = options.load_model(model, revision, dtype, device, threads)
+        vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
         shown = f"[{host}]" if ":" in host else host
         note(f"Serving {settings.name} at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
         run(vlm, settings, listener, log_level="info" if verbose else "warning")

@@ -16,13 +16,8 @@ from smolstack.generation.answer import Answer, Timings, Usage
 from smolstack.generation.choices import continuations, pick, probabilities, score
 from smolstack.generation.generate import Growing, Run, begin, capacity, generate, timed
 from smolstack.generation.options import ReadOptions
-from smolstack.generation.reuse import (
-    PictureCache,
-    PrefixCache,
-    TokenKey,
-    picture_key,
-    token_keys,
-)
+from smolstack.generation.pictures import PictureCache
+from smolstack.generation.reuse import PrefixCache, TokenKey, token_keys
 from smolstack.generation.structured import Choices, Grammars, Regex, Schema
 from smolstack.model.cache import KVCache
 from smolstack.model.vlm import VisionLanguageModel
@@ -86,9 +81,10 @@ class Encoding:
         if isinstance(picture, VisualTokens):
             return picture
         processor = self.answering.processor
-        key = picture_key(picture, plan, processor.settings, self.answering.model)
+        pictures, model = self.answering.pictures, self.answering.model
+        key = pictures.key(picture, plan, processor.settings, model)
         if key not in self.known and key not in self.cut:
-            found = self.answering.pictures.get(key)
+            found = pictures.get(key)
             if found is not None:
                 self.known[key] = found
             else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smolstack.batch import VisualTokens
-from smolstack.generation.reuse import PictureCache, picture_key
+from smolstack.generation.pictures import PictureCache
 from smolstack.model.vision import distinct_tiles
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
@@ -64,7 +64,7 @@ class Picturing:
             ImageError: the picture cannot be decoded.
         """
         assert not isinstance(picture, VisualTokens)
-        key = picture_key(picture, plan, self.processor.settings, self.model)
+        key = self.cache.key(picture, plan, self.processor.settings, self.model)
         if key in self._work or key in self.cache:
             return key, None
         return key, self.cut(picture, plan)

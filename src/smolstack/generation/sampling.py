@@ -82,7 +82,10 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     """Temperature, top-k, top-p, min-p, in this order; tokens dropped get −inf: (V,) → (V,)."""
+    likeliest = logits == logits.max()
     logits = logits / sampling.temperature
+    if not bool(logits.max().isfinite()):  # so cold that the quotient overflows: only they are left
+        logits = torch.zeros_like(logits).masked_fill(~likeliest, -torch.inf)
     if 0 < sampling.top_k < logits.numel():
         smallest_kept = logits.topk(sampling.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smolstack.model.digest import version_of
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.native import library as native
 
@@ -40,7 +41,7 @@ class Packed:
     def current(self) -> bool:
         """Whether all weights are still the ones that were read."""
         return all(
-            module.weight.data_ptr() == address and _version(module.weight) == version
+            module.weight.data_ptr() == address and version_of(module.weight) == version
             for module, address, version in self._origins
         )
 
@@ -101,7 +102,7 @@ class Packed:
         return weight.data_ptr()
 
     def _note(self, module: Any) -> None:
-        self._origins.append((module, module.weight.data_ptr(), _version(module.weight)))
+        self._origins.append((module, module.weight.data_ptr(), version_of(module.weight)))
 
     def _size(self, layer: Any) -> int:
         size = self.kernels.panel_bytes(_kind(layer), _inputs(layer), layer.weight.shape[0])
@@ -141,8 +142,3 @@ def _inputs(layer: Any) -> int:
 def _scale_bytes(layer: Any) -> int:
     outputs, groups = layer.weight_scale.shape
     return -(-int(outputs) // 16) * 16 * int(groups) * 2
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; tensors made in inference mode do not count that."""
-    return 0 if tensor.is_inference() else tensor._version

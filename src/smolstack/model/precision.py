@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smolstack.config.model import SCHEMES
 from smolstack.errors import ConfigError
 from smolstack.model.quantised import GROUP, QuantisedLinear
+from smolstack.native import library as native
 
 if TYPE_CHECKING:
     from smolstack.model.vlm import VisionLanguageModel
@@ -48,8 +49,14 @@ def quantise(model: VisionLanguageModel, scheme: str) -> VisionLanguageModel:
         weight = model.decoder.embedding.weight
         model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         model.head.weight = nn.Parameter(weight, requires_grad=False)
-    for name, layer, bits in list(_layers(model, scheme)):
-        _replace(model, name, QuantisedLinear.from_float(layer.weight.detach(), _bias(layer), bits))
+    kernels = native.library()
+    for name, bits in [(name, bits) for name, _, bits in _layers(model, scheme)]:
+        layer = model.get_submodule(name)  # one at a time, so that each is let go at once
+        assert isinstance(layer, nn.Linear)
+        weight = layer.weight.detach()
+        _replace(model, name, QuantisedLinear.from_float(weight, _bias(layer), bits))
+        if kernels is not None and weight.device.type == "cpu":
+            kernels.put_aside(weight.data_ptr(), weight.nbytes)  # a mapped file's pages
     tied = model.config.tied and model.head is None
     model.config = replace(model.config, tied=tied, scheme=scheme)
     return model.float().eval()

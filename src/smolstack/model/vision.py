@@ -201,7 +201,8 @@ def distinct_tiles(
     firsts: list[int] = []
     groups: list[int] = []
     by_sum: dict[tuple[float, tuple[int, int] | None], list[int]] = {}
-    for index, total in enumerate(tiles.flatten(1).sum(dim=1, dtype=torch.float64).tolist()):
+    # One tile at a time: summing in float64 makes a copy, eight bytes a number.
+    for index, total in enumerate(float(tile.sum(dtype=torch.float64)) for tile in tiles):
         part = None if filled is None else filled[index]
         alike = by_sum.setdefault((total, part), [])  # a sum finds candidates, torch.equal decides
         same = (g for g in alike if torch.equal(tiles[firsts[g]], tiles[index]))

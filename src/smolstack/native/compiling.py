@@ -26,6 +26,7 @@ SOURCES = (
     "towers.c",
     "attention.c",
     "decode.c",
+    "resize.c",
 )
 HEADERS = ("smolstack.h", "simd.h", "tiles.h", "wide.h")
 # Not -ffast-math: it would change how the whole process treats small numbers.

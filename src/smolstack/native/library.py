@@ -137,6 +137,11 @@ class Library:
         self.want_large_pages.argtypes = [_pointer, _integer]
         self.put_aside = handle.put_aside
         self.put_aside.argtypes = [_pointer, _integer]
+        self.resize_planes = handle.resize_planes
+        self.resize_planes.argtypes = [_pointer, *[_integer] * 6, _count, _pointer, _count]
+        self.look_up = handle.look_up
+        self.look_up.argtypes = [*[_pointer] * 2, *[_integer] * 2, _pointer, _count]
+        self.look_up.restype = None
         self.instructions = ("plain C", "AVX2", "VNNI")[handle.instructions()]
         self.panels = bool(handle.has_panels())
         if self.panels:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from smolstack.errors import ImageError
+from smolstack.native import library as native
 from smolstack.processor.geometry import TilePlan
+from smolstack.processor.scaling import resize
 from smolstack.processor.settings import ImageSettings
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image | npt.NDArray[np.uint8]"
@@ -67,24 +67,17 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
 def cut_tiles(image: Image.Image, plan: TilePlan, settings: ImageSettings) -> Tensor:
     """The tiles of an RGB picture as pixels: (plan.tiles, 3, P, P) uint8.
 
-    Tiles of the grid come first, row by row, the whole picture last. Channels are scaled each by
-    itself, side by side on as many threads as torch uses: the numbers are those of scaling them
-    together, and each goes straight to its place.
+    Tiles of the grid come first, row by row, the whole picture last.
     """
     if image.size != plan.source:
         raise ImageError(f"a plan for {plan.source} pixels was given a picture of {image.size}")
-    resample = Image.Resampling(settings.resample)
-    edge = plan.tile_edge
+    edge, resample = plan.tile_edge, settings.resample
     tiles = np.empty((plan.tiles, 3, edge, edge), dtype=np.uint8)
-
-    def cut(channel: int, band: Image.Image) -> None:
-        canvas = band.resize(plan.resized, resample).resize(plan.canvas, resample)
-        pixels = np.asarray(canvas)
-        for index, (left, top, right, bottom) in enumerate(plan.boxes()):
-            tiles[index, channel] = pixels[top:bottom, left:right]
-        tiles[-1, channel] = np.asarray(canvas.resize((edge, edge), resample))
-
-    _side_by_side(cut, enumerate(image.split()))
+    planes = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    canvas = resize(resize(planes, plan.resized, resample), plan.canvas, resample)
+    for index, (left, top, right, bottom) in enumerate(plan.boxes()):
+        tiles[index] = canvas[:, top:bottom, left:right]
+    tiles[-1] = resize(canvas, (edge, edge), resample)
     return torch.from_numpy(tiles)
 
 
@@ -95,28 +88,20 @@ def normalise(tiles: Tensor, settings: ImageSettings) -> Tensor:
     table is computed in the order and precision of the family's image processor (the product in
     float64, then float32), so values agree to the last bit.
     """
-    table = _table(settings)
+    table = np.ascontiguousarray(_table(settings))
     pixels = tiles.contiguous().numpy()
     values = np.empty(pixels.shape, dtype=np.float32)
-
-    def look_up(channel: int) -> None:
+    kernels = native.library()
+    if kernels is not None:
+        size, threads = pixels[0, 0].size if len(pixels) else 0, torch.get_num_threads()
+        kernels.look_up(
+            table.ctypes.data, pixels.ctypes.data, len(pixels), size, values.ctypes.data, threads
+        )
+        return torch.from_numpy(values)
+    for channel in range(3):
         # "clip" spares a check of every index; a byte is always within the 256 entries.
         np.take(table[channel], pixels[:, channel], out=values[:, channel], mode="clip")
-
-    _side_by_side(look_up, ((channel,) for channel in range(3)))
     return torch.from_numpy(values)
-
-
-def _side_by_side(work: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
-    """Call ``work`` with each tuple of arguments, on torch's number of threads."""
-    threads = min(3, torch.get_num_threads())
-    if threads == 1:
-        for each in arguments:
-            work(*each)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, *each) for each in arguments]:
-            done.result()
 
 
 def _table(settings: ImageSettings) -> npt.NDArray[np.float32]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from smolstack.errors import GenerationError
-from smolstack.generation.reuse import DEFAULT_PICTURE_BYTES
+from smolstack.generation.pictures import DEFAULT_PICTURE_BYTES
 from smolstack.generation.scheduler import SchedulerLimits
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from smolstack.model.connector import Idefics3Connector
+from smolstack.model.digest import weights_digest
 from smolstack.model.vision import distinct_tiles
 from smolstack.model.vlm import TILES_AT_ONCE, VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
@@ -113,16 +114,6 @@ class FrozenTower:
         digest.update(repr((plan.source, plan.resized, plan.canvas, plan.rows, plan.cols)).encode())
         name = digest.hexdigest()
         return cache / name[:2] / f"{name}.safetensors"
-
-
-def weights_digest(parameters: Iterable[Tensor]) -> bytes:
-    """A digest of weights: shapes, number formats and values, in order."""
-    digest = hashlib.sha256()
-    for parameter in parameters:
-        values = parameter.detach().cpu().contiguous()
-        digest.update(repr((tuple(values.shape), values.dtype)).encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.digest()
 
 
 def _content(picture: ImageSource) -> bytes:

@@ -17,6 +17,7 @@ from smolstack.checkpoint.hub import find
 from smolstack.checkpoint.load import choose_device, load_checkpoint
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import ConfigError, TrainingError
+from smolstack.model.digest import weights_digest
 from smolstack.processor.geometry import Tiling
 from smolstack.train import preview
 from smolstack.train.adapters import check_adapters, save_adapters
@@ -32,7 +33,6 @@ from smolstack.train.folder import (
     prepare_folder,
     stored_dtype,
 )
-from smolstack.train.frozen import weights_digest
 from smolstack.train.metrics import Metrics, plot
 from smolstack.train.parts import changed_weights, plain_name
 from smolstack.train.processes import Processes, connected

@@ -1,0 +1,188 @@
+"""Pictures encoded once: their visual tokens by content, in memory and, if asked for, on disk.
+
+Entries are exact results of the same computation; what changes the result (the picture's bytes, its
+plan, the preprocessing, the weights, what multiplies them) is part of the key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smolstack.batch import VisualTokens
+from smolstack.model.digest import version_of, weights_digest
+from smolstack.model.vlm import VisionLanguageModel
+from smolstack.processor.geometry import TilePlan
+from smolstack.processor.settings import ImageSettings
+from smolstack.processor.tiles import ImageSource
+
+DEFAULT_PICTURE_BYTES = 128 * 2**20
+DEFAULT_FOLDER_BYTES = 4 * 2**30
+_FORMAT = b"smolstack visual tokens 1"
+
+
+class PictureCache:
+    """Visual tokens of the pictures seen last, by content, up to ``max_bytes``.
+
+    Attributes:
+        max_bytes: of memory; 0 keeps nothing there.
+        folder: where entries are kept on disk too, for later processes; None: nowhere. Set it
+            before the first picture. Files are written beside their place and renamed, so several
+            processes may share a folder.
+        max_folder_bytes: of disk; the files unused for longest go first.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_PICTURE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.folder: Path | None = None
+        self.max_folder_bytes = DEFAULT_FOLDER_BYTES
+        self._entries: OrderedDict[bytes, VisualTokens] = OrderedDict()
+        self._weights: tuple[bytes, bytes] | None = None  # identity of weights, their digest
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries or (self.folder is not None and self._path(key).is_file())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the visual tokens held in memory."""
+        return sum(_size(entry) for entry in self._entries.values())
+
+    def key(
+        self,
+        picture: ImageSource,
+        plan: TilePlan,
+        settings: ImageSettings,
+        model: VisionLanguageModel,
+    ) -> bytes:
+        """A digest of everything that a picture's visual tokens depend on."""
+        digest = hashlib.sha256(_FORMAT)
+        if isinstance(picture, (str, Path)):
+            digest.update(b"file" + Path(picture).read_bytes())
+        elif isinstance(picture, bytes):
+            digest.update(b"file" + picture)
+        elif isinstance(picture, Image.Image):
+            # The palette and a transparent colour stand beside the pixels.
+            extra = (picture.mode, picture.getpalette(), repr(picture.info.get("transparency")))
+            digest.update(repr(extra).encode() + picture.tobytes())
+        else:
+            digest.update(b"array" + picture.tobytes())
+        digest.update(repr((plan, settings)).encode())
+        # Other tensors, or the same ones written to since (training), are other weights.
+        weights = repr([(id(w), version_of(w), w.dtype) for w in _weights(model)]).encode()
+        if self.folder is not None:
+            weights = self._digest(weights, model)
+        digest.update(weights)
+        return digest.digest()
+
+    def get(self, key: bytes) -> VisualTokens | None:
+        """The entry of a key, which becomes the last to be dropped."""
+        if key not in self._entries and self.folder is not None:
+            found = _read(self._path(key))
+            if found is not None:
+                self._remember(key, found)
+            return found
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: bytes, visual: VisualTokens) -> None:
+        """Keep an entry, dropping those unused for longest; one that is too large is not kept.
+
+        A folder that cannot be written to costs nothing but the entry.
+        """
+        self._remember(key, visual)
+        if self.folder is not None and _size(visual) <= self.max_folder_bytes:
+            with contextlib.suppress(OSError):
+                _write(self._path(key), visual)
+                _prune(self.folder, self.max_folder_bytes)
+
+    def clear(self) -> None:
+        """Forget everything that is in memory; a folder keeps what it holds."""
+        self._entries.clear()
+
+    def _remember(self, key: bytes, visual: VisualTokens) -> None:
+        if _size(visual) > self.max_bytes:
+            return
+        self._entries[key] = visual
+        self._entries.move_to_end(key)
+        while self.held_bytes > self.max_bytes:
+            self._entries.popitem(last=False)
+
+    def _path(self, key: bytes) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key.hex()}.safetensors"
+
+    def _digest(self, identity: bytes, model: VisionLanguageModel) -> bytes:
+        """The weights' values and what multiplies them, computed once per state of the weights."""
+        if self._weights is None or self._weights[0] != identity:
+            how = f"{model.precision} {model.device.type} {torch.__version__}".encode()
+            self._weights = identity, weights_digest(_weights(model)) + how
+        return self._weights[1]
+
+
+def _weights(model: VisionLanguageModel) -> Iterator[Tensor]:
+    for part in (model.vision, model.connector):
+        yield from chain(part.parameters(), part.buffers())
+
+
+def _size(visual: VisualTokens) -> int:
+    return visual.tokens.numel() * visual.tokens.element_size()
+
+
+def _read(path: Path) -> VisualTokens | None:
+    """A kept entry, or None when there is no whole one."""
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            about = json.loads((file.metadata() or {})["picture"])
+            tokens = file.get_tensor("tokens").clone()
+        os.utime(path)  # used last
+        return VisualTokens(tokens, about["rows"], about["cols"], tuple(about["source"]))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _write(path: Path, visual: VisualTokens) -> None:
+    """Write beside its place, then rename: never half an entry."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"rows": visual.rows, "cols": visual.cols, "source": list(visual.source)}
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        tokens = visual.tokens.detach().cpu().contiguous()
+        save_file({"tokens": tokens}, name, metadata={"picture": json.dumps(about)})
+        os.replace(name, path)
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(str(error)) from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _prune(folder: Path, most: int) -> None:
+    """Drop the files unused for longest until the rest fits."""
+    files = []
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(OSError):  # another process may have dropped it
+            status = path.stat()
+            files.append((status.st_mtime_ns, status.st_size, path))
+    held = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if held <= most:
+            return
+        path.unlink(missing_ok=True)
+        held -= size
