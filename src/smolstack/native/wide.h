@@ -129,45 +129,30 @@ INLINE void sum_panels(int64_t kind, int rows, int panels, const char *x, int64_
     }
 }
 
-// The same for 4-bit weights, one or two panels: a step is eight numbers of a row, the first four in
-// the low halves of the bytes; after the four steps of a group its scale is multiplied in. Scales of
-// panels lie as far from each other as a panel has groups.
-INLINE void sum_groups(int rows, int panels, const char *x, int64_t stride, const int32_t *offsets,
+// The same for one panel of 4-bit weights: a step is eight numbers of a row, the first four in the
+// low halves of the bytes; after the four steps of a group its scale is multiplied in.
+INLINE void sum_groups(int rows, const char *x, int64_t stride, const int32_t *offsets,
                        const char *w, const uint16_t *scale, int64_t groups, Sums total) {
     const __m512i low = _mm512_set1_epi8(15);
-    int64_t apart = groups * 4 * STEP_BYTES;
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int p = 0; p < panels; p++) total[r][p] = _mm512_setzero_si512();
+    UNROLL for (int r = 0; r < rows; r++) total[r][0] = _mm512_setzero_si512();
     for (int64_t g = 0; g < groups; g++) {
-        __m512i sum[TILE_ROWS][2];
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int p = 0; p < panels; p++)
-                sum[r][p] = _mm512_set1_epi32(offsets[r * groups + g]);
-        for (int s = 0; s < 4; s++) {
+        __m512i sum[TILE_ROWS];
+        UNROLL for (int r = 0; r < rows; r++) sum[r] = _mm512_set1_epi32(offsets[r * groups + g]);
+        UNROLL for (int s = 0; s < 4; s++) {
             const char *at = w + (g * 4 + s) * STEP_BYTES, *numbers = x + g * GROUP + s * 8;
-            __m512i first[2], second[2];
-            UNROLL for (int p = 0; p < panels; p++) {
-                __m512i both = _mm512_loadu_si512(at + p * apart);
-                second[p] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-                first[p] = _mm512_and_si512(both, low);
-                prefetch(at + p * apart + (rows == 1 ? AHEAD : SOON));
-            }
+            __m512i both = _mm512_loadu_si512(at);
+            __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+            prefetch(at + (rows == 1 ? AHEAD : SOON));
+            both = _mm512_and_si512(both, low);
             UNROLL for (int r = 0; r < rows; r++) {
-                __m512i four = four_bytes(numbers + r * stride);
-                __m512i next = four_bytes(numbers + r * stride + 4);
-                UNROLL for (int p = 0; p < panels; p++) {
-                    sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], first[p], four);
-                    sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], second[p], next);
-                }
+                sum[r] = _mm512_dpbusd_epi32(sum[r], both, four_bytes(numbers + r * stride));
+                sum[r] = _mm512_dpbusd_epi32(sum[r], high, four_bytes(numbers + r * stride + 4));
             }
         }
-        UNROLL for (int p = 0; p < panels; p++) {
-            const uint16_t *own = scale + (p * groups + g) * PANEL;
-            Wide factor = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)own));
-            UNROLL for (int r = 0; r < rows; r++)
-                total[r][p] = _mm512_castps_si512(_mm512_fmadd_ps(
-                    _mm512_cvtepi32_ps(sum[r][p]), factor, _mm512_castsi512_ps(total[r][p])));
-        }
+        Wide factor = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(scale + g * PANEL)));
+        UNROLL for (int r = 0; r < rows; r++)
+            total[r][0] = _mm512_castps_si512(_mm512_fmadd_ps(
+                _mm512_cvtepi32_ps(sum[r]), factor, _mm512_castsi512_ps(total[r][0])));
     }
 }
 
