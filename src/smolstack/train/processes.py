@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from smolstack.errors import ConfigError
@@ -20,6 +23,8 @@ from smolstack.model.vlm import VisionLanguageModel
 from smolstack.train.objective import AnswerLoss
 
 PATIENCE = datetime.timedelta(hours=6)  # others wait while the first process evaluates and saves
+
+_trainings = itertools.count()  # of this process, the same in all of them
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,15 @@ def connected(device: torch.device) -> Iterator[Processes]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    # A place of its own in the store: a second training would else read addresses of the first.
+    store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore(f"training {next(_trainings)}", store),
+        rank=rank,
+        world_size=count,
+        timeout=PATIENCE,
+    )
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
