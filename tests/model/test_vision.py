@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import smolstack
 from smolstack.config import VisionConfig
-from smolstack.errors import GridError
+from smolstack.errors import ConfigError, GridError
 from smolstack.model.vision import VisionTower, distinct_tiles, position_ids
 
 CONFIG = VisionConfig(16, 32, 2, 2, image_size=28, patch_size=8)  # 3x3 patches, 4 pixels unseen
@@ -107,3 +112,30 @@ def test_equal_tiles_are_found_and_only_those() -> None:
     filled = [(1, 1), (1, 1), (2, 1), (1, 1), (1, 1)]
     assert distinct_tiles(tiles, filled) == ([0, 1, 2, 3], [0, 1, 2, 3, 1])
     assert distinct_tiles(tiles[:0]) == ([], [])
+
+
+def test_a_compiled_tower_is_compiled_once_whatever_the_pictures_sizes(tiny_folder: Path) -> None:
+    vlm = smolstack.load(tiny_folder)
+    noise = np.random.default_rng(0)
+    sizes = ((40, 30), (60, 20), (25, 70), (64, 64), (90, 15))
+    pictures = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    expected = [vlm.encode(picture).tokens for picture in pictures]
+    vlm.forget()
+    graphs: list[object] = []
+
+    def backend(graph: Any, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    vlm.model.compile_tower(backend)
+    found = [vlm.encode(picture).tokens for picture in pictures]
+    found.append(vlm.encode(pictures[0], split=False).tokens)
+    for one, other in zip(found, expected, strict=False):
+        torch.testing.assert_close(one, other)
+    assert len(graphs) <= 4, "tower and connector, for one tile and for several"
+
+
+def test_integers_are_not_compiled(tiny_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="compiling needs float weights, found int8"):
+        smolstack.load(tiny_folder, dtype="int8", compile=True)

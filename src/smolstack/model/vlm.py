@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class VisionLanguageModel(nn.Module):
         width = config.text.hidden_size
         self.head: nn.Linear | QuantisedLinear | None = None
         self._native: NativeDecoder | None = None
+        self._tower_is_compiled = False
         if config.embedding_dim is not None:
             self.head = nn.Linear(width, config.embedding_dim)
         elif not config.tied:
@@ -99,6 +101,8 @@ class VisionLanguageModel(nn.Module):
         for start in range(0, len(firsts), TILES_AT_ONCE):
             some = firsts[start : start + TILES_AT_ONCE]
             pixels = tiles[some].to(device=self.device, dtype=self.dtype)
+            if self._tower_is_compiled:
+                torch._dynamo.maybe_mark_dynamic(pixels, 0)
             states = self.vision(pixels, None if filled is None else [filled[i] for i in some])
             encoded.append(self.connector(states, grid))
         if not encoded:
@@ -107,6 +111,21 @@ class VisionLanguageModel(nn.Module):
             return torch.empty(empty, dtype=self.dtype, device=self.device)
         visual = encoded[0] if len(encoded) == 1 else torch.cat(encoded)
         return visual if len(firsts) == tiles.shape[0] else visual[copies]
+
+    def compile_tower(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Let torch.compile have the vision tower and the connector, as one graph each.
+
+        They are compiled when they first run, once for one tile and once for any other number,
+        whatever the pictures' sizes. Prompts and tokens stay as they are.
+
+        Raises:
+            ConfigError: the weights are integers, which only smolstack's kernels multiply quickly.
+        """
+        if self.scheme is not None:
+            raise ConfigError(f"compiling needs float weights, found {self.scheme}")
+        self.vision.compile(fullgraph=True, backend=backend)
+        self.connector.compile(fullgraph=True, backend=backend)
+        self._tower_is_compiled = True
 
     def merge(self, batch: Batch) -> Tensor:
         """Text embeddings with the visual tokens in their places: (B, T, D).
