@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -24,6 +25,7 @@ def reuse(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
     """Each saving beside the same work without it."""
     picture = page()
     for dtype in setting.dtypes:
+        folder = setting.folder / f"pictures-{dtype}"
         vlm = endless(setting, dtype)
         tiles = _tiles(vlm, picture)
         different = len({tile.numpy().tobytes() for tile in tiles})
@@ -39,6 +41,7 @@ def reuse(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
             [
                 Contender(OURS, partial(_again, vlm, picture, picture_kept=True), dtype),
                 Contender("picture kept alone", partial(_picture_alone, vlm, picture), dtype),
+                Contender("picture kept on disk", partial(_from_disk, vlm, picture, folder), dtype),
                 Contender("nothing kept", partial(_again, vlm, picture), dtype),
             ],
         )
@@ -67,6 +70,16 @@ def _again(vlm: VLM, picture: Image.Image, picture_kept: bool = False) -> None:
     if not picture_kept:
         vlm.forget()
     vlm.ask(picture, QUESTION, max_new_tokens=TOKENS)
+
+
+def _from_disk(vlm: VLM, picture: Image.Image, folder: Path) -> None:
+    """As a new process would: nothing in memory, the visual tokens in a folder."""
+    vlm.forget()
+    vlm.picture_cache.folder = folder
+    try:
+        vlm.ask(picture, QUESTION, max_new_tokens=TOKENS)
+    finally:
+        vlm.picture_cache.folder = None
 
 
 def _picture_alone(vlm: VLM, picture: Image.Image) -> None:
