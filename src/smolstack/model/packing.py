@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolstack.model.digest import version_of
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.native import library as native
 
@@ -31,7 +30,7 @@ class Packed:
     def __init__(self, kernels: native.Library, layers: Iterable[Any]) -> None:
         self.kernels = kernels
         self._kept: list[Tensor] = []  # what the structures point into
-        self._origins: list[tuple[Any, int, int]] = []
+        self._origins: list[tuple[dict[str, Any], Tensor, int, int]] = []
         layers = [layer for layer in layers if kernels.panels and _kind(layer) != native.FLOAT32]
         size = sum(self._size(layer) for layer in layers)
         self._memory = torch.empty(size + _LINE, dtype=torch.uint8)
@@ -40,9 +39,12 @@ class Packed:
 
     def current(self) -> bool:
         """Whether all weights are still the ones that were read."""
+        # Asked before every token: the modules' own tables are several times as fast as attributes.
         return all(
-            module.weight.data_ptr() == address and version_of(module.weight) == version
-            for module, address, version in self._origins
+            table["weight"] is weight
+            and weight.data_ptr() == address
+            and (version < 0 or weight._version == version)
+            for table, weight, address, version in self._origins
         )
 
     def linear(self, layer: Any) -> native.Linear:
@@ -102,7 +104,10 @@ class Packed:
         return weight.data_ptr()
 
     def _note(self, module: Any) -> None:
-        self._origins.append((module, module.weight.data_ptr(), version_of(module.weight)))
+        weight = module.weight
+        table = module._parameters if "weight" in module._parameters else module._buffers
+        version = -1 if weight.is_inference() else weight._version  # which inference does not count
+        self._origins.append((table, weight, weight.data_ptr(), version))
 
     def _size(self, layer: Any) -> int:
         size = self.kernels.panel_bytes(_kind(layer), _inputs(layer), layer.weight.shape[0])

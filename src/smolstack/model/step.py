@@ -7,9 +7,9 @@ decoder.py stays the description; :func:`native_decoder` says where this takes i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ _CACHES = {
 }
 _ATTENTION = ("query", "key", "value", "out")
 _LINEARS = (*_ATTENTION, "gate", "up", "down")
+_TOKENS = 1024  # of prompts that are read together
+# Where every row stands in its cache, and its buffers of keys and of values, layer by layer.
+_Held: TypeAlias = "tuple[ctypes.Array[native.Place], ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]"
 _MOST_ROWS = 64  # beyond it torch's matrix products are as good
 
 
@@ -105,31 +108,52 @@ class NativeDecoder:
         """Append T tokens per row to ``cache``: (B, T, D) → (B, V), logits of the token after them,
         or (B, T, V), those after each.
 
-        Rows go one after the other, each from its own first token, so that padding changes nothing.
+        Each row begins at its own first token, so that padding changes nothing; rows share the
+        weights, as many at once as have few tokens together.
         """
         rows, new, _ = embeddings.shape
         places, keys, values = _places(cache, rows)
         states = torch.zeros(rows, new, self.hidden)
-        for row, place in enumerate(places):
-            padding = max(0, place.first - place.past)
-            own = native.Place(place.past + padding, place.capacity, place.first)
-            states[row, padding:].copy_(embeddings[row, padding:])
-            offset = row * len(cache.keys) * ctypes.sizeof(ctypes.c_void_p)
-            failed = self.kernels.prefill_rows(
-                ctypes.addressof(self._struct),
-                new - padding,
-                ctypes.addressof(own),
-                ctypes.addressof(keys) + offset,
-                ctypes.addressof(values) + offset,
-                states[row, padding:].data_ptr(),
-                torch.get_num_threads(),
-            )
-            if failed:
-                raise MemoryError(f"no memory for a prompt of {new} tokens")
+        for some in _together([new - max(0, p.first - p.past) for p in places]):
+            self._prefill(some, embeddings, states, (places, keys, values))
         cache.advance(new)
         if not every:
             states = states[:, -1].contiguous()
         return self._head(states.view(-1, self.hidden)).view(*states.shape[:-1], -1)
+
+    def _prefill(
+        self,
+        rows: dict[int, int],
+        embeddings: Tensor,
+        states: Tensor,
+        held: _Held,
+    ) -> None:
+        """The last tokens of some rows, as many as ``rows`` says of each, into ``states``."""
+        (places, keys, values), layers = held, len(self._layers)
+        new = embeddings.shape[1]
+        tokens = torch.cat([embeddings[row, new - count :].float() for row, count in rows.items()])
+        own = [
+            native.Place(places[row].past + new - count, places[row].capacity, places[row].first)
+            for row, count in rows.items()
+        ]
+        of_rows = [row * layers + layer for row in rows for layer in range(layers)]
+        pointers = ctypes.c_void_p * len(of_rows)
+        failed = self.kernels.prefill_rows(
+            ctypes.addressof(self._struct),
+            len(rows),
+            (ctypes.c_int64 * len(rows))(*rows.values()),
+            (native.Place * len(rows))(*own),
+            pointers(*(keys[at] for at in of_rows)),
+            pointers(*(values[at] for at in of_rows)),
+            tokens.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a prompt of {new} tokens")
+        for (row, count), done in zip(
+            rows.items(), torch.split(tokens, list(rows.values())), strict=True
+        ):
+            states[row, new - count :] = done
 
     def _head(self, states: Tensor) -> Tensor:
         """The decoder's last norm, then the head: (R, D) → (R, V)."""
@@ -189,17 +213,24 @@ def suits(embeddings: Tensor, cache: KVCache | CacheRows, dtype: torch.dtype) ->
     )
 
 
+def _together(counts: Sequence[int]) -> Iterator[dict[int, int]]:
+    """Neighbouring rows and their tokens, so that a pass has not many more than _TOKENS of them."""
+    some: dict[int, int] = {}
+    for row, count in enumerate(counts):
+        if some and sum(some.values()) + count > _TOKENS:
+            yield some
+            some = {}
+        some[row] = count
+    yield some
+
+
 def _linears(layer: TextLayer) -> list[Any]:
     """A layer's linear parts in the order in which they are read."""
     attention = [getattr(layer.attention, name) for name in _ATTENTION]
     return [*attention, layer.gate, layer.up, layer.down]
 
 
-def _places(
-    cache: KVCache | CacheRows, rows: int
-) -> tuple[
-    ctypes.Array[native.Place], ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]
-]:
+def _places(cache: KVCache | CacheRows, rows: int) -> _Held:
     """Where every row stands, and its buffers, layer by layer."""
     if isinstance(cache, CacheRows):
         places = [native.Place(one.length, one.capacity, 0) for one in cache.caches]

@@ -166,7 +166,7 @@ class Library:
         self.encode_tiles = handle.encode_tiles
         self.encode_tiles.argtypes = [_pointer, _integer, _integer, _pointer, _count]
         self.prefill_rows = handle.prefill_rows
-        self.prefill_rows.argtypes = [_pointer, _integer, *[_pointer] * 4, _count]
+        self.prefill_rows.argtypes = [_pointer, _integer, *[_pointer] * 5, _count]
 
 
 @lru_cache(maxsize=1)

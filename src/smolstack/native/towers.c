@@ -53,22 +53,42 @@ static void place_rows(const Decoder *d, int64_t rows, const Place *place, const
     }
 }
 
-// The next `rows` tokens of one sequence through all layers, in place, into its cache: x (rows,
-// hidden); keys, values: one buffer (kv_heads, capacity, head_dim) per layer.
+// One sequence's new rows: into its cache, then over all that the cache holds of it. Padding before
+// the first token does not take part: positions count from there.
+static int attend_sequence(const Decoder *d, int64_t rows, const Place *place, const float *turns,
+                           float *mixed, void *keys, void *values, float *seen, int threads) {
+    int64_t width = d->head_dim, size = d->cache == CACHE_FLOAT32 ? 4 : 2;
+    place_rows(d, rows, place, turns, mixed, keys, values, threads);
+    Attention attention = {
+        .rows = rows, .heads = d->heads, .kv_heads = d->kv_heads, .width = width,
+        .keys = place->past + rows - place->first, .causal = 1, .kind = d->cache,
+        .key_stride = width, .head_stride = place->capacity * width,
+        .query_stride = (d->heads + 2 * d->kv_heads) * width, .query = mixed,
+        .key = (const char *)keys + place->first * width * size,
+        .value = (const char *)values + place->first * width * size, .out = seen,
+    };
+    return attend_rows(&attention, threads);
+}
+
+// The next counts[s] tokens of every sequence through all layers, in place, into their caches: x
+// (all tokens, hidden), sequence after sequence; keys, values (sequences, layers): buffers of
+// (kv_heads, capacity, head_dim). All share each layer's weights while they are at hand; none
+// changes another's result.
 // Returns 1 when memory runs out, else 0.
-int prefill_rows(const Decoder *d, int64_t rows, const Place *place, void *const *keys,
-                 void *const *values, float *x, int threads) {
-    int64_t width = d->head_dim, all = (d->heads + 2 * d->kv_heads) * width, failed = 0;
-    int64_t size = d->cache == CACHE_FLOAT32 ? 4 : 2;
+int prefill_rows(const Decoder *d, int64_t sequences, const int64_t *counts, const Place *place,
+                 void *const *keys, void *const *values, float *x, int threads) {
+    int64_t width = d->head_dim, all = (d->heads + 2 * d->kv_heads) * width, rows = 0, failed = 0;
+    for (int64_t s = 0; s < sequences; s++) rows += counts[s];
     float *mixed = malloc((size_t)(rows * (all + d->heads * width + width)) * 4);
     if (!mixed) return 1;
-    float *seen = mixed + rows * all, *turns = seen + rows * d->heads * width;
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = 0; i < width / 2; i++) {
-            float angle = (float)(place->past - place->first + row) * d->frequencies[i];
-            turns[row * width + i] = cosf(angle);
-            turns[row * width + width / 2 + i] = sinf(angle);
-        }
+    float *seen = mixed + rows * all, *turns = seen + rows * d->heads * width, *turn = turns;
+    for (int64_t s = 0; s < sequences; s++)
+        for (int64_t row = 0; row < counts[s]; row++, turn += width)
+            for (int64_t i = 0; i < width / 2; i++) {
+                float angle = (float)(place[s].past - place[s].first + row) * d->frequencies[i];
+                turn[i] = cosf(angle);
+                turn[width / 2 + i] = sinf(angle);
+            }
     const Norm none = {NO_NORM, 0, NULL, NULL};
     for (int64_t i = 0; i < d->layers && !failed; i++) {
         const Layer *layer = d->layer + i;
@@ -76,16 +96,11 @@ int prefill_rows(const Decoder *d, int64_t rows, const Place *place, void *const
         const Norm between = {RMS_NORM, d->norm_eps, layer->mlp_norm, NULL};
         failed |= mixed_rows(&before, &layer->query, &layer->key, &layer->value, x, rows, mixed,
                              threads);
-        place_rows(d, rows, place, turns, mixed, keys[i], values[i], threads);
-        // Padding before the first token does not take part: positions count from there.
-        Attention attention = {
-            .rows = rows, .heads = d->heads, .kv_heads = d->kv_heads, .width = width,
-            .keys = place->past + rows - place->first, .causal = 1, .kind = d->cache,
-            .key_stride = width, .head_stride = place->capacity * width, .query_stride = all,
-            .query = mixed, .key = (const char *)keys[i] + place->first * width * size,
-            .value = (const char *)values[i] + place->first * width * size, .out = seen,
-        };
-        failed |= attend_rows(&attention, threads);
+        for (int64_t s = 0, row = 0; s < sequences; row += counts[s++])
+            failed |= attend_sequence(d, counts[s], place + s, turns + row * width,
+                                      mixed + row * all, keys[s * d->layers + i],
+                                      values[s * d->layers + i], seen + row * d->heads * width,
+                                      threads);
         failed |= dense_rows(&layer->out, &none, seen, rows, NONE, x, x, threads);
         failed |= mlp_rows(&between, &layer->gate, &layer->up, &layer->down, d->activation, x, rows,
                            threads);
