@@ -29,7 +29,8 @@ _ATTENTION = ("query", "key", "value", "out")
 _LINEARS = (*_ATTENTION, "gate", "up", "down")
 _TOKENS = 1024  # of prompts that are read together
 # Where every row stands in its cache, and its buffers of keys and of values, layer by layer.
-_Held: TypeAlias = "tuple[ctypes.Array[native.Place], ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]"
+_Pointers: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
+_Held: TypeAlias = "tuple[ctypes.Array[native.Place], _Pointers, _Pointers]"
 _MOST_ROWS = 64  # beyond it torch's matrix products are as good
 
 
