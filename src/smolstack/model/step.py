@@ -190,11 +190,13 @@ def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> Nat
         return None
     if cache_dtype not in _CACHES or config.hidden_act not in native.ACTIVATIONS:
         return None
+    if not packs(head):
+        return None
     kernels = native.library()
     if kernels is None:
         return None
     linears = [m for m in decoder.layers.modules() if isinstance(m, (nn.Linear, QuantisedLinear))]
-    if not all(packs(layer) for layer in (*linears, head)):
+    if not all(packs(layer) for layer in linears):
         return None
     # Without panels the compiled step does not reproduce decoder.py with 4-bit layers.
     if not kernels.panels and any(
