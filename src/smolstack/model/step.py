@@ -186,13 +186,15 @@ class NativeDecoder:
 def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> NativeDecoder | None:
     """The decoder for the kernels; None where they are not there or do not suit it."""
     config = decoder.config
-    if head.weight.device.type != "cpu" or config.head_dim % 8 or config.hidden_size % 8:
-        return None
-    if cache_dtype not in _CACHES or config.hidden_act not in native.ACTIVATIONS:
-        return None
-    if not packs(head):
-        return None
-    kernels = native.library()
+    fits = (
+        head.weight.device.type == "cpu"
+        and config.head_dim % 8 == 0
+        and config.hidden_size % 8 == 0
+        and cache_dtype in _CACHES
+        and config.hidden_act in native.ACTIVATIONS
+        and packs(head)
+    )
+    kernels = native.library() if fits else None
     if kernels is None:
         return None
     linears = [m for m in decoder.layers.modules() if isinstance(m, (nn.Linear, QuantisedLinear))]
