@@ -222,3 +222,30 @@ def test_streaming_leaves_autograd_as_it_was(
     for _ in vlm.stream(pictures[0], "What?", max_new_tokens=3):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
+
+
+def test_what_the_prompts_of_a_batch_begin_with_is_read_once(
+    vlm: smolstack.VLM, work: dict[str, int], pictures: list[Image.Image]
+) -> None:
+    questions = ["What?", "And what else is to be seen in this picture?", "Is it red or blue?"]
+    alone = [vlm.ask(pictures[0], question, max_new_tokens=6) for question in questions]
+    lengths = [answer.usage.prompt_tokens for answer in alone]
+    vlm.forget()
+    work.update(tiles=0, tokens=0)
+    together = vlm.ask_many([(pictures[0], q) for q in questions], max_new_tokens=6)
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    # All up to the question for one of them, and then as many tokens of each as the longest needs.
+    assert work["tiles"] == 9
+    assert work["tokens"] <= max(lengths) + 6
+
+
+def test_prompts_that_begin_otherwise_share_nothing(
+    vlm: smolstack.VLM, work: dict[str, int], pictures: list[Image.Image]
+) -> None:
+    prompts: list[Any] = [(pictures[0], "What?"), (pictures[1], "What?"), ([], "What?")]
+    alone = [vlm.ask(*prompt, max_new_tokens=4).token_ids for prompt in prompts]
+    work.update(tokens=0)
+    together = vlm.ask_many(prompts, max_new_tokens=4)
+    assert [answer.token_ids for answer in together] == alone
+    longest = max(answer.usage.prompt_tokens for answer in together)
+    assert work["tokens"] == longest + 3

@@ -13,6 +13,7 @@ from torch import Tensor
 from smolstack.batch import Batch, VisualTokens
 from smolstack.errors import GenerationError
 from smolstack.generation.answer import Answer, Timings, Usage
+from smolstack.generation.beginning import share_beginning
 from smolstack.generation.choices import continuations, pick, probabilities, score
 from smolstack.generation.generate import Growing, Run, begin, capacity, generate, timed
 from smolstack.generation.options import ReadOptions
@@ -198,14 +199,20 @@ class AnswerStream:
     def _cache(
         self, prompts: Sequence[Prompt], batch: Batch, room: int
     ) -> tuple[KVCache, list[TokenKey]]:
-        """A cache for a batch, holding what is known of a single prompt; and that prompt's keys."""
+        """A cache for a batch, holding what is known of a single prompt or what several begin with;
+        and the first prompt's keys."""
         model, prefix = self._answering.model, self._answering.prefix
         if self._prefix is not None:
             return self._prefix.forked(room), []
-        if prefix is None or len(prompts) > 1:
+        if prefix is None:
             return model.new_cache(batch, room), []
-        keys = prompt_keys(prompts[0], model)
-        return prefix.take(keys, room) or model.new_cache(batch, room), keys
+        keys = [prompt_keys(prompt, model) for prompt in prompts]
+        known = (
+            prefix.take(keys[0], room)
+            if len(prompts) == 1
+            else share_beginning(model, batch, keys, room)
+        )
+        return known or model.new_cache(batch, room), keys[0]
 
     def _keep(self, prompts: Sequence[Prompt], keys: list[TokenKey], cache: KVCache) -> None:
         """Keep the cache of a single prompt for the next one that begins like it."""

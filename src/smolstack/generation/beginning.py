@@ -1,4 +1,4 @@
-"""Several questions about the same pictures: what their prompts begin with is read once."""
+"""Prompts that begin alike (with the same pictures, say): their beginning is read once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,44 @@ from dataclasses import replace
 
 import torch
 
+from smolstack.batch import Batch
+from smolstack.generation.reuse import TokenKey
 from smolstack.model.cache import KVCache
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor, Prompt
+
+_WORTH = 64  # tokens: a pass over the weights of its own must save more than it costs
+
+
+def share_beginning(
+    model: VisionLanguageModel, batch: Batch, keys: Sequence[Sequence[TokenKey]], room: int
+) -> KVCache | None:
+    """What the prompts of one batch begin with in common, read once for all of them.
+
+    Args:
+        batch: its pictures are visual tokens.
+        keys: of each prompt's tokens, in the batch's order.
+        room: tokens that the cache must hold in the end.
+
+    Returns:
+        A cache for ``batch``, or None where too little would be saved. As many tokens are left to
+        be read in each row as in the one that goes on longest alone: a cache's rows are equally
+        long, so a row with a shorter ending reads the last of the beginning again.
+    """
+    lengths = [len(own) for own in keys]
+    left = max(lengths) - _common(keys)
+    kept = [max(0, length - left) for length in lengths]
+    most = max(kept)
+    if sum(kept) - most < _WORTH:
+        return None
+    row = kept.index(most)
+    padding = max(lengths) - lengths[row]
+    alone = KVCache(model.config.text, 1, most, dtype=model.cache_dtype, device=model.device)
+    cache = model.new_cache(batch, room)
+    with torch.inference_mode():
+        model.read(model.merge(batch)[row : row + 1, padding : padding + most], alone)
+        cache.begin_with(alone, kept)
+    return cache
 
 
 def read_beginning(
@@ -47,8 +82,9 @@ def read_beginning(
 
 def _shared(prompts: Sequence[Prompt]) -> int:
     """Tokens that prompts begin with in common; at least the last of each is left."""
-    limit = min(len(prompt.token_ids) for prompt in prompts) - 1
-    first = prompts[0].token_ids
-    return next(
-        (i for i in range(limit) if any(p.token_ids[i] != first[i] for p in prompts)), limit
-    )
+    return _common([prompt.token_ids for prompt in prompts])
+
+
+def _common(rows: Sequence[Sequence[TokenKey]]) -> int:
+    limit, first = min(map(len, rows)) - 1, rows[0]
+    return next((i for i in range(limit) if any(row[i] != first[i] for row in rows)), limit)

@@ -169,7 +169,7 @@ def generate(model: VisionLanguageModel, batch: Batch, run: Run, cache: KVCache)
     answer does not depend on its neighbours.
 
     Args:
-        cache: empty, or holding a prefix of the batch's only sequence; :func:`capacity` tokens.
+        cache: empty, or holding the beginning of every sequence; :func:`capacity` tokens.
     """
     logits = timed(run, "prefill_seconds", lambda: model.prefill(batch, cache))
     active = list(range(len(batch)))

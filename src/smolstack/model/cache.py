@@ -72,6 +72,16 @@ class KVCache:
         if self.padding is not None:
             self.padding = self.padding.index_select(0, rows)
 
+    def begin_with(self, beginning: KVCache, kept: Sequence[int]) -> None:
+        """Hold the first ``kept[row]`` tokens of the only sequence of ``beginning`` in each row of
+        this empty cache, as many more before them being padding as the row needs."""
+        self.length = max(kept)
+        for own, held in ((self.keys, beginning.keys), (self.values, beginning.values)):
+            for to, source in zip(own, held, strict=True):
+                for row, count in enumerate(kept):
+                    to[row, :, : self.length - count] = 0  # masked, but read by torch's attention
+                    to[row, :, self.length - count : self.length] = source[0, :, :count]
+
     def forked(self, capacity: int) -> KVCache:
         """All sequences in a new cache with room for ``capacity``, to go on without this one."""
         fork = object.__new__(KVCache)
