@@ -196,19 +196,19 @@ INLINE void put_tile(const Target *t, int64_t kind, int rows, int panels, int64_
                    total);                                                                      \
         put_tile(t, KIND, ROWS, PANELS, row, channel, total);                                   \
     }
-#define GROUP_TILE(ROWS, PANELS)                                                                \
-    static void int4_##ROWS##_##PANELS(const Target *t, int64_t row, int64_t channel) {         \
+#define GROUP_TILE(ROWS)                                                                        \
+    static void int4_##ROWS(const Target *t, int64_t row, int64_t channel) {                    \
         Sums total;                                                                             \
         int64_t groups = t->linear->in / GROUP;                                                 \
-        sum_groups(ROWS, PANELS, t->x->numbers + row * t->x->stride, t->x->stride,                      \
+        sum_groups(ROWS, t->x->numbers + row * t->x->stride, t->x->stride,                      \
                    t->x->sums + row * groups,                                                   \
                    (const char *)t->linear->weight + channel / PANEL * groups * 4 * STEP_BYTES, \
                    (const uint16_t *)t->linear->scale + channel * groups, groups, total);       \
-        put_tile(t, INT4, ROWS, PANELS, row, channel, total);                                   \
+        put_tile(t, INT4, ROWS, 1, row, channel, total);                                        \
     }
 TILE(int8, INT8, 1, 1) TILE(int8, INT8, 8, 1) TILE(int8, INT8, 8, 2) TILE(int8, INT8, 8, 3)
 TILE(bfloat, BFLOAT16, 1, 1) TILE(bfloat, BFLOAT16, 8, 1) TILE(bfloat, BFLOAT16, 8, 2)
-TILE(bfloat, BFLOAT16, 8, 3) GROUP_TILE(1, 1) GROUP_TILE(8, 1) GROUP_TILE(8, 2)
+TILE(bfloat, BFLOAT16, 8, 3) GROUP_TILE(1) GROUP_TILE(8)
 
 typedef void Tile(const Target *, int64_t row, int64_t channel);
 
@@ -219,13 +219,13 @@ void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t 
     static Tile *const tiles[4][4] = {
         [BFLOAT16] = {bfloat_1_1, bfloat_8_1, bfloat_8_2, bfloat_8_3},
         [INT8] = {int8_1_1, int8_8_1, int8_8_2, int8_8_3},
-        [INT4] = {int4_1_1, int4_8_1, int4_8_2},
+        [INT4] = {int4_1, int4_8},
     };
     const Target target = {linear, x, finish, out, from, stride};
     int64_t end = (to + PANEL - 1) / PANEL;
     for (int64_t panel = from / PANEL; panel < end;) {
         int count = x->rows == 1 ? 1 : next_panels(end - panel);
-        if (linear->kind == INT4 && count == 3) count = 2;  // three leave no registers
+        if (linear->kind == INT4) count = 1;  // wider tiles spill their sums: slower
         Tile *tile = tiles[linear->kind][x->rows == 1 ? 0 : count];
         for (int64_t row = 0; row < x->rows; row += TILE_ROWS) tile(&target, row, panel * PANEL);
         panel += count;

@@ -98,9 +98,6 @@ INLINE Wide add_pairs(Wide total, __m512i a, __m512i b) {
 
 typedef __m512i Sums[TILE_ROWS][TILE_PANELS];
 
-// What stands in `it` is in memory here, not in registers.
-#define IN_MEMORY(it) __asm__ volatile("" : "+m"(*(Sums *)(it)))
-
 INLINE __m512i four_bytes(const char *from) {
     int32_t four;
     memcpy(&four, from, 4);
@@ -132,46 +129,30 @@ INLINE void sum_panels(int64_t kind, int rows, int panels, const char *x, int64_
     }
 }
 
-// The same for panels of 4-bit weights: a step is eight numbers of a row, the first four in the low
-// halves of the bytes; after the four steps of a group its scale is multiplied in. Of many rows the
-// floats wait in memory meanwhile, so that two panels' sums of integers have the registers.
-INLINE void sum_groups(int rows, int panels, const char *x, int64_t stride, const int32_t *offsets,
+// The same for one panel of 4-bit weights: a step is eight numbers of a row, the first four in the
+// low halves of the bytes; after the four steps of a group its scale is multiplied in.
+INLINE void sum_groups(int rows, const char *x, int64_t stride, const int32_t *offsets,
                        const char *w, const uint16_t *scale, int64_t groups, Sums total) {
     const __m512i low = _mm512_set1_epi8(15);
-    int64_t apart = groups * 4 * STEP_BYTES;
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int p = 0; p < panels; p++) total[r][p] = _mm512_setzero_si512();
+    UNROLL for (int r = 0; r < rows; r++) total[r][0] = _mm512_setzero_si512();
     for (int64_t g = 0; g < groups; g++) {
-        __m512i sum[TILE_ROWS][TILE_PANELS];
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int p = 0; p < panels; p++)
-                sum[r][p] = _mm512_set1_epi32(offsets[r * groups + g]);
+        __m512i sum[TILE_ROWS];
+        UNROLL for (int r = 0; r < rows; r++) sum[r] = _mm512_set1_epi32(offsets[r * groups + g]);
         UNROLL for (int s = 0; s < 4; s++) {
             const char *at = w + (g * 4 + s) * STEP_BYTES, *numbers = x + g * GROUP + s * 8;
-            __m512i first[TILE_PANELS], second[TILE_PANELS];
-            UNROLL for (int p = 0; p < panels; p++) {
-                __m512i both = _mm512_loadu_si512(at + p * apart);
-                prefetch(at + p * apart + (rows == 1 ? AHEAD : SOON));
-                first[p] = _mm512_and_si512(both, low);
-                second[p] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-            }
+            __m512i both = _mm512_loadu_si512(at);
+            __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+            prefetch(at + (rows == 1 ? AHEAD : SOON));
+            both = _mm512_and_si512(both, low);
             UNROLL for (int r = 0; r < rows; r++) {
-                __m512i four = four_bytes(numbers + r * stride);
-                UNROLL for (int p = 0; p < panels; p++)
-                    sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], first[p], four);
-                four = four_bytes(numbers + r * stride + 4);
-                UNROLL for (int p = 0; p < panels; p++)
-                    sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], second[p], four);
+                sum[r] = _mm512_dpbusd_epi32(sum[r], both, four_bytes(numbers + r * stride));
+                sum[r] = _mm512_dpbusd_epi32(sum[r], high, four_bytes(numbers + r * stride + 4));
             }
         }
-        UNROLL for (int p = 0; p < panels; p++) {
-            const uint16_t *own = scale + (p * groups + g) * PANEL;
-            Wide factor = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)own));
-            UNROLL for (int r = 0; r < rows; r++)
-                total[r][p] = _mm512_castps_si512(_mm512_fmadd_ps(
-                    _mm512_cvtepi32_ps(sum[r][p]), factor, _mm512_castsi512_ps(total[r][p])));
-        }
-        if (panels > 1) IN_MEMORY(total);
+        Wide factor = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(scale + g * PANEL)));
+        UNROLL for (int r = 0; r < rows; r++)
+            total[r][0] = _mm512_castps_si512(_mm512_fmadd_ps(
+                _mm512_cvtepi32_ps(sum[r]), factor, _mm512_castsi512_ps(total[r][0])));
     }
 }
 
