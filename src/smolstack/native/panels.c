@@ -208,7 +208,7 @@ INLINE void put_tile(const Target *t, int64_t kind, int rows, int panels, int64_
     }
 TILE(int8, INT8, 1, 1) TILE(int8, INT8, 8, 1) TILE(int8, INT8, 8, 2) TILE(int8, INT8, 8, 3)
 TILE(bfloat, BFLOAT16, 1, 1) TILE(bfloat, BFLOAT16, 8, 1) TILE(bfloat, BFLOAT16, 8, 2)
-TILE(bfloat, BFLOAT16, 8, 3) GROUP_TILE(1) GROUP_TILE(8)
+TILE(bfloat, BFLOAT16, 8, 3) GROUP_TILE(1) GROUP_TILE(4) GROUP_TILE(8)
 
 typedef void Tile(const Target *, int64_t row, int64_t channel);
 
@@ -226,8 +226,11 @@ void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t 
     for (int64_t panel = from / PANEL; panel < end;) {
         int count = x->rows == 1 ? 1 : next_panels(end - panel);
         if (linear->kind == INT4) count = 1;  // wider tiles spill their sums: slower
-        Tile *tile = tiles[linear->kind][x->rows == 1 ? 0 : count];
-        for (int64_t row = 0; row < x->rows; row += TILE_ROWS) tile(&target, row, panel * PANEL);
+        for (int64_t row = 0; row < x->rows; row += TILE_ROWS) {
+            Tile *tile = tiles[linear->kind][x->rows == 1 ? 0 : count];
+            if (linear->kind == INT4 && x->rows > 1 && x->rows - row <= 4) tile = int4_4;
+            tile(&target, row, panel * PANEL);
+        }
         panel += count;
     }
 }

@@ -142,7 +142,7 @@ INLINE void sum_groups(int rows, const char *x, int64_t stride, const int32_t *o
             const char *at = w + (g * 4 + s) * STEP_BYTES, *numbers = x + g * GROUP + s * 8;
             __m512i both = _mm512_loadu_si512(at);
             __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-            prefetch(at + (rows == 1 ? AHEAD : SOON));
+            prefetch(at + AHEAD);
             both = _mm512_and_si512(both, low);
             UNROLL for (int r = 0; r < rows; r++) {
                 sum[r] = _mm512_dpbusd_epi32(sum[r], both, four_bytes(numbers + r * stride));
