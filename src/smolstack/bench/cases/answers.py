@@ -46,6 +46,7 @@ def questions(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
                 Contender(
                     OURS, partial(_question, vlm, picture, pictures=True, prefix=True), dtype
                 ),
+                Contender("asked together", partial(_together, vlm, picture), dtype),
                 Contender(
                     "picture kept alone", partial(_question, vlm, picture, pictures=True), dtype
                 ),
@@ -66,6 +67,11 @@ def _write(vlm: VLM, form: AnswerOptions) -> None:
     options.update(form)
     answer = vlm.ask(text="Write.", **options)
     assert answer.usage.completion_tokens == TOKENS
+
+
+def _together(vlm: VLM, picture: Image.Image) -> None:
+    vlm.forget()
+    vlm.ask_many([(picture, question) for question in QUESTIONS], max_new_tokens=4)
 
 
 def _question(
