@@ -41,10 +41,10 @@ STAGES = (
     ),
     Stage(
         "whole",
-        8000,
+        12000,
         batch=40,
         crowd=12,
-        rate=1.5e-3,
+        rate=7e-4,
         naming=0.5,
         answering=1.0,
         finding=0.2,
