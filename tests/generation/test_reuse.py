@@ -37,12 +37,12 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     def count_read(
         self: VisionLanguageModel, x: torch.Tensor, *rest: Any, **named: Any
     ) -> torch.Tensor:
-        counts["tokens"] += x.shape[1]
+        counts["tokens"] += x.shape[0] * x.shape[1]
         return read(self, x, *rest, **named)
 
-    def count_decoded(self: VisionLanguageModel, *arguments: Any) -> torch.Tensor:
-        counts["tokens"] += 1
-        return decode(self, *arguments)
+    def count_decoded(self: VisionLanguageModel, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        counts["tokens"] += len(tokens)
+        return decode(self, tokens, *rest)
 
     monkeypatch.setattr(VisionTower, "forward", count_tiles)
     monkeypatch.setattr(VisionLanguageModel, "read", count_read)
@@ -234,9 +234,9 @@ def test_what_the_prompts_of_a_batch_begin_with_is_read_once(
     work.update(tiles=0, tokens=0)
     together = vlm.ask_many([(pictures[0], q) for q in questions], max_new_tokens=6)
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
-    # All up to the question for one of them, and then as many tokens of each as the longest needs.
+    # The beginning once; the ends of all, which alone would be three times the longest prompt.
     assert work["tiles"] == 9
-    assert work["tokens"] <= max(lengths) + 6
+    assert max(lengths) < work["tokens"] < sum(lengths)
 
 
 def test_prompts_that_begin_otherwise_share_nothing(
@@ -248,4 +248,4 @@ def test_prompts_that_begin_otherwise_share_nothing(
     together = vlm.ask_many(prompts, max_new_tokens=4)
     assert [answer.token_ids for answer in together] == alone
     longest = max(answer.usage.prompt_tokens for answer in together)
-    assert work["tokens"] == longest + 3
+    assert work["tokens"] == 3 * (longest + 3)

@@ -207,12 +207,12 @@ class AnswerStream:
         if prefix is None:
             return model.new_cache(batch, room), []
         keys = [prompt_keys(prompt, model) for prompt in prompts]
-        known = (
-            prefix.take(keys[0], room)
-            if len(prompts) == 1
-            else share_beginning(model, batch, keys, room)
-        )
-        return known or model.new_cache(batch, room), keys[0]
+        if len(prompts) == 1:
+            return prefix.take(keys[0], room) or model.new_cache(batch, room), keys[0]
+        began = perf_counter()
+        shared = share_beginning(model, batch, keys, room)
+        self._run.prefill_seconds += perf_counter() - began
+        return shared or model.new_cache(batch, room), keys[0]
 
     def _keep(self, prompts: Sequence[Prompt], keys: list[TokenKey], cache: KVCache) -> None:
         """Keep the cache of a single prompt for the next one that begins like it."""
