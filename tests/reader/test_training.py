@@ -16,13 +16,17 @@ import pytest
 import torch
 from PIL import ImageFont
 from training.reader import fonts, shape
-from training.reader.batches import DrawnBatches, Question, answer_ids, labelled, prompt_ids
+from training.reader.batches import DrawnBatches, labelled, prompt_ids, wanted_ids
 from training.reader.files import build_tokenizer
 from training.reader.labels import BACKGROUND, CLASS_OF, CLASSES
+from training.reader.lines import Corners
 from training.reader.pictures import draw_crowd, draw_picture, lay_out
+from training.reader.places import PLACE, codes, constant_direction
+from training.reader.pointing import Question, cell_id, cells_of, plain_ids, pointing_ids
 from training.reader.scores import Result, figures, tidy
 from training.reader.stages import STAGES, Stage
-from training.reader.start import BACK, EVEN, PLACE, codes, constant_direction, fresh_model
+from training.reader.start import fresh_model
+from training.reader.start_decoder import BACK, EVEN, RESERVED, SPREAD
 from training.reader.text import draw_line, is_held_out, words
 from training.reader.train import Trainer
 
@@ -95,7 +99,7 @@ def test_labels_name_the_characters_that_a_picture_shows() -> None:
         picture = draw_picture(seed)
         if picture.width < 2 * shape.PATCH:
             continue
-        _, classes, _, _ = labelled(picture)
+        _, classes, _ = labelled(picture)
         shown = set(classes[:-1].flatten().tolist()) - {BACKGROUND}
         assert shown <= {CLASS_OF[character] for character in picture.characters}
         letters = {CLASS_OF[c] for c in picture.characters if c.isalnum() and c not in "Iijl1"}
@@ -111,7 +115,7 @@ def test_places_run_from_the_left_edge_of_a_character_to_its_right() -> None:
         for one in layouts
         if len(one.characters) == 1 and not one.angle and one.characters in "HMNOQWX0"
     )
-    _, classes, places, _ = labelled(layout)
+    _, classes, places = labelled(layout)
     rows, cols = shape.GRID, shape.GRID
     tile = int((classes[:-1] > BACKGROUND).sum(dim=1).argmax())
     grid, where = classes[tile].view(rows, cols), places[tile].view(rows, cols)
@@ -135,6 +139,50 @@ def test_questions_ask_for_everything_for_the_count_or_for_one_line() -> None:
     assert Question("How many lines?", -1).answer(()) == "0"
 
 
+def test_an_answer_points_at_the_cell_of_each_character_before_it_reads_it() -> None:
+    cells = [[(0, 0), (0, 2), (0, 2)], [(3, 1)]]
+    points = [cell_id(cell) for line in cells for cell in line]
+    end = shape.IDS[shape.END]
+    lines = ("a bc", "d")
+    right = shape.IDS[shape.RIGHT]
+    first = [points[0], *b"a ", points[1], *b"b", right, *b"c"]
+    everything = pointing_ids(Question("What does it say?"), lines, cells)
+    assert everything == (*b" ", *first, *b"\n", points[3], *b"d", end)
+    assert pointing_ids(Question("", 1), lines, cells) == (*b" ", *first, end)
+    second = pointing_ids(Question("Read line 2.", 2), lines, cells)
+    assert second == (*b" ", points[0], points[3], *b"d", end)
+    third = pointing_ids(Question("Read line 3.", 3), lines, cells)
+    assert third == (*b" ", points[0], points[3], *b"nothing", end)
+    count = pointing_ids(Question("How many lines?", -1), lines, cells)
+    assert count == (*b" ", points[0], points[3], *b"2", end)
+    assert pointing_ids(Question(""), (), []) == (*b" nothing", end)
+
+
+def test_a_reader_of_answers_does_not_see_where_they_point() -> None:
+    tokenizer = build_tokenizer()
+    for seed in range(20):
+        picture = draw_picture(seed, full=0.5)
+        ids = wanted_ids(Question("What does it say?"), picture)
+        assert max(ids) >= shape.FIRST_CELL or not picture.lines
+        assert tokenizer.decode(list(ids)) == f" {picture.text or shape.NOTHING}"
+
+
+def box(left: float, top: float, right: float, bottom: float) -> Corners:
+    return ((left, top), (right, top), (right, bottom), (left, bottom))
+
+
+def test_a_cell_is_where_the_visual_token_that_shows_the_characters_middle_stands() -> None:
+    lines = [[box(0, 0, 10, 20), box(130, 4, 150, 30)], [box(4, 100, 10, 120)]]
+    assert cells_of((384, 128), (1, 3), lines) == [[(0, 0), (0, 8)], [(6, 0)]]
+    assert cells_of((192, 64), (1, 3), lines) == [[(1, 0), (1, 17)], [(7, 0)]]
+
+
+def test_a_line_stays_in_its_row_of_cells_while_its_characters_show_there() -> None:
+    high, low, dot = box(0, 2, 10, 26), box(20, 12, 30, 28), box(40, 25, 44, 28)
+    assert cells_of((384, 128), (1, 3), [[high, low, dot]]) == [[(0, 0), (1, 1), (1, 2)]]
+    assert cells_of((384, 128), (1, 3), [[low, high, dot]]) == [[(1, 1), (1, 0), (1, 2)]]
+
+
 def test_batches_predict_the_answer_after_the_prompt() -> None:
     for index in range(4):
         batch = DrawnBatches(12, 4, crowd=2)[index]
@@ -155,7 +203,7 @@ def test_a_byte_is_its_own_token() -> None:
     tokenizer = build_tokenizer()
     expected = [*" 4711é".encode(), shape.IDS[shape.END]]
     assert tokenizer.encode(" 4711é<end_of_utterance>").ids == expected
-    assert answer_ids("4711é") == tuple(expected)
+    assert plain_ids("4711é") == tuple(expected)
     assert tokenizer.decode(list(" 4711é".encode())) == " 4711é"
     assert tokenizer.get_vocab_size() == shape.VOCABULARY
     assert prompt_ids(shape.QUESTION, (1, 3))[0] == shape.IDS[shape.START]
@@ -163,7 +211,7 @@ def test_a_byte_is_its_own_token() -> None:
 
 def test_the_longest_chat_fits_into_the_context() -> None:
     longest = len(prompt_ids("How many lines of text are there?", (3, 3)))
-    answer = shape.MAX_LINES * (shape.MAX_LENGTH + 1) + 1
+    answer = 2 * shape.MAX_LINES * (shape.MAX_LENGTH + 1) + 1  # a cell before each character
     assert longest + answer <= shape.CONFIG.text.max_positions
 
 
@@ -177,18 +225,35 @@ def test_a_patchs_constant_is_no_characters_direction() -> None:
     assert torch.allclose(products, torch.eye(len(directions)), atol=1e-5)
 
 
-def test_a_fresh_decoder_looks_back_by_a_few_tokens() -> None:
+def fresh_scores(layer: int, tokens: torch.Tensor) -> torch.Tensor:
+    """How much each head of a fresh decoder's layer looks at what, from (T, D): (heads, T, T)."""
     model = fresh_model(0)
-    attention = next(m for m in model.decoder.modules() if isinstance(m, TextAttention))
-    tokens = torch.randn(1, 100, model.config.text.hidden_size)
-    tokens[..., 0] = EVEN
-    cos, sin = model.decoder._angles(0, 100, None, tokens)
+    attention = [m for m in model.decoder.modules() if isinstance(m, TextAttention)][layer]
+    tokens, count = tokens[None], len(tokens)
+    cos, sin = model.decoder._angles(0, count, None, tokens)
     query = rotate(split_heads(attention.query(tokens), 4), cos, sin)
     key = rotate(split_heads(attention.key(tokens), 2), cos, sin).repeat_interleave(2, dim=1)
     scores = (query @ key.transpose(-1, -2))[0] / math.sqrt(query.shape[-1])
-    seen = scores.masked_fill(torch.ones(100, 100).triu(1) > 0, -math.inf).softmax(dim=-1)
-    for head, back in zip(seen, BACK[0], strict=True):
+    hidden = torch.ones(count, count).triu(1) > 0
+    return scores.masked_fill(hidden, -math.inf).softmax(dim=-1).detach()
+
+
+def test_a_fresh_decoder_looks_back_by_a_few_tokens() -> None:
+    tokens = torch.randn(100, shape.CONFIG.text.hidden_size)
+    tokens[:, :RESERVED] = 0
+    tokens[:, 0] = EVEN
+    for head, back in zip(fresh_scores(0, tokens), BACK[0], strict=False):
         assert head.diagonal(-back).mean().item() > 0.25
+
+
+def test_a_fresh_decoder_looks_at_the_last_marker_and_at_the_cell_pointed_at_last() -> None:
+    tokens = fresh_model(0).decoder.embedding.weight.detach()
+    marker, cell = shape.IDS["<row_1_col_2>"], cell_id((2, 9))
+    tile = [shape.IDS[shape.IMAGE]] * shape.TOKENS_PER_TILE
+    chat = [shape.IDS["<row_1_col_1>"], *tile, marker, *tile, cell_id((0, 0)), *b"a"]
+    scores = fresh_scores(0, tokens[torch.tensor([*chat, cell, *b"b"])] / SPREAD)
+    assert scores[2, -1, chat.index(marker)].item() > 0.9
+    assert scores[3, -1, len(chat)].item() > 0.6
 
 
 def small(name: str, steps: int = 2) -> Stage:
@@ -229,7 +294,7 @@ def test_the_whole_starts_from_the_tower_that_names_and_the_decoder_that_spells(
         assert torch.equal(value, trained[taught_by][name]), name
     fresh = Trainer(tmp_path / "none", small("whole"), seed=0).model.state_dict()
     changed = {name.split(".")[0] for name in whole if not torch.equal(whole[name], fresh[name])}
-    assert changed == {"vision", "connector", "decoder", "head"}
+    assert changed == {"vision", "connector", "decoder"}
 
 
 def test_scores_count_wrong_characters_over_all_characters() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
-import numpy as np
 import tokenizers
 import torch
 from PIL import Image
@@ -19,7 +18,7 @@ from smolstack.processor.prompt import ChatTemplate, Markers, expand_placeholder
 from smolstack.processor.tiles import cut_tiles
 from training.reader import shape
 from training.reader.files import build_tokenizer
-from training.reader.labels import CLASS_OF, IGNORED, patch_labels, token_labels
+from training.reader.labels import IGNORED, patch_labels
 from training.reader.pictures import (
     Layout,
     Picture,
@@ -29,29 +28,12 @@ from training.reader.pictures import (
     lay_out,
     plan_of,
 )
+from training.reader.pointing import Question, cells_of, plain_ids, pointing_ids
 
 SEEDS_PER_BATCH = 10_000
 COUNTING, ONE_LINE = 0.12, 0.25  # shares of batches that ask for the count, and for one line
+PLAIN = 0.12  # the share of batches whose answers do not point, as when an answer is constrained
 UNFIT = 0.15  # the share kept of pictures that have no line of the number asked for
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question in its words, and what it asks for.
-
-    Attributes:
-        words: as put to the reader.
-        line: 0 for all lines, a line's number, or -1 for how many there are.
-    """
-
-    words: str
-    line: int = 0
-
-    def answer(self, lines: tuple[str, ...]) -> str:
-        if self.line < 0:
-            return str(len(lines))
-        wanted = lines if self.line == 0 else lines[self.line - 1 : self.line]
-        return "\n".join(wanted) or shape.NOTHING
 
 
 @dataclass(frozen=True)
@@ -61,8 +43,6 @@ class ReaderBatch:
     Attributes:
         tiles: (B·n + X, 3, P, P) uint8; (0, 3, P, P) where nothing was drawn.
         patch_labels: (B·n + X, H·W) int64, the class of the character under each patch.
-        token_labels: (B·n, S, 2) int64, the class of each visual token's character and of the one
-            before it in its line.
         patch_places: (B·n + X, H·W) float32, where in that character the patch stands (labels.py).
         token_ids: (B, T) int64, prompt and answer, padded on the right.
         labels: (B, T - start) int64, the token that follows each position from ``start`` on.
@@ -72,7 +52,6 @@ class ReaderBatch:
     tiles: Tensor
     patch_labels: Tensor
     patch_places: Tensor
-    token_labels: Tensor
     token_ids: Tensor
     labels: Tensor
     start: int
@@ -95,6 +74,7 @@ class DrawnBatches(Dataset[ReaderBatch]):
         crowd: X, tiles full of text.
         drawn: False for labels alone, without the tiles.
         level: where growing starts; 1 for none.
+        full: the share of pictures with as many and as long lines as the level allows.
         split: whose fonts and strings.
     """
 
@@ -107,10 +87,11 @@ class DrawnBatches(Dataset[ReaderBatch]):
         crowd: int = 0,
         drawn: bool = True,
         level: float = 1.0,
+        full: float = 0.0,
         split: str = "train",
     ) -> None:
         self.size, self.count, self.seed, self.crowd = size, count, seed, crowd
-        self.drawn, self.level, self.split = drawn, level, split
+        self.drawn, self.level, self.full, self.split = drawn, level, full, split
 
     def level_at(self, index: int) -> float:
         """How varied batch ``index`` is, from 0 to 1."""
@@ -132,8 +113,8 @@ class DrawnBatches(Dataset[ReaderBatch]):
         alike = (s for s in itertools.count(first) if grid_of(s, self.split) == (rows, cols))
         seeds = itertools.islice(self._fitting(rng, alike, question, level), wanted)
         draw = draw_picture if self.drawn else _laid_out
-        pictures = [draw(seed, self.split, level) for seed in seeds]
-        return make_batch(pictures, question, crowd)
+        pictures = [draw(seed, self.split, level, self.full) for seed in seeds]
+        return make_batch(pictures, question, crowd, points=rng.random() >= PLAIN)
 
     def _fitting(
         self, rng: random.Random, seeds: Iterator[int], question: Question, level: float
@@ -141,7 +122,7 @@ class DrawnBatches(Dataset[ReaderBatch]):
         """Those of the seeds whose pictures, mostly, have the line that is asked for."""
         for seed in seeds:
             if question.line:
-                lines = len(lay_out(seed, self.split, level)[0].lines)
+                lines = len(lay_out(seed, self.split, level, self.full)[0].lines)
                 plain = lines < 2 if question.line < 2 else lines < question.line
                 if plain and rng.random() > (0.4 if question.line < 2 else UNFIT):
                     continue
@@ -160,11 +141,11 @@ def draw_question(rng: random.Random, level: float) -> Question:
     return Question(words)
 
 
-def _laid_out(seed: int, split: str, level: float) -> Layout:
-    return lay_out(seed, split, level)[0]
+def _laid_out(seed: int, split: str, level: float, full: float) -> Layout:
+    return lay_out(seed, split, level, full)[0]
 
 
-Labelled = tuple[Tensor, Tensor, Tensor, Tensor]  # tiles, labels and places of patches, of tokens
+Labelled = tuple[Tensor, Tensor, Tensor]  # tiles; labels of their patches, and places
 
 
 def _crowded(first: int, count: int, split: str, level: float) -> Labelled:
@@ -172,10 +153,11 @@ def _crowded(first: int, count: int, split: str, level: float) -> Labelled:
     parts: list[Labelled] = []
     seeds = itertools.count(first)
     while sum(len(tiles) for tiles, *_ in parts) < count:
-        tiles, labels, places, tokens = labelled(draw_crowd(next(seeds), split, level))
-        parts.append((tiles[:-1], labels[:-1], places[:-1], tokens[:0]))  # the whole is but a blur
-    tiles, labels, places, tokens = (torch.cat(part)[:count] for part in zip(*parts, strict=True))
-    return tiles, labels, places, tokens
+        found = labelled(draw_crowd(next(seeds), split, level))
+        tiles, labels, places = (part[:-1] for part in found)  # the whole is but a blur
+        parts.append((tiles, labels, places))
+    tiles, labels, places = (torch.cat(part)[:count] for part in zip(*parts, strict=True))
+    return tiles, labels, places
 
 
 def labelled(picture: Picture | Layout) -> Labelled:
@@ -185,22 +167,10 @@ def labelled(picture: Picture | Layout) -> Labelled:
     else:
         size, tiles = picture.image.size, to_tiles(picture.image)
     plan = plan_of(size)
-    classes, places, index = patch_labels(
+    classes, places = patch_labels(
         size, (plan.rows, plan.cols), picture.characters, picture.corners, _width(picture)
     )
-    lines = (line.replace(" ", "") for line in _lines(picture))
-    previous = [
-        0 if at == 0 else CLASS_OF[line[at - 1]] for line in lines for at in range(len(line))
-    ]
-    if len(previous) != len(picture.characters):  # a crowd has no lines to read
-        previous = [0] * len(picture.characters)
-    tokens = token_labels(classes, places, index, np.array(previous, dtype=np.int64))
-    return (
-        tiles,
-        torch.from_numpy(classes),
-        torch.from_numpy(places),
-        torch.from_numpy(tokens),
-    )
+    return tiles, torch.from_numpy(classes), torch.from_numpy(places)
 
 
 def _width(picture: Picture | Layout) -> float:
@@ -216,16 +186,19 @@ def make_batch(
     pictures: list[Picture] | list[Layout] | list[Picture | Layout],
     question: Question,
     crowd: list[Labelled],
+    *,
+    points: bool = True,
 ) -> ReaderBatch:
-    """Tiles, labels and tokens of pictures that are cut alike."""
+    """Tiles, labels and tokens of pictures that are cut alike; ``points``: so do the answers."""
     parts = [*(labelled(picture) for picture in pictures), *crowd]
-    tiles, classes, places, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
-    answers = [answer_ids(question.answer(_lines(picture))) for picture in pictures]
+    tiles, classes, places = (torch.cat(part) for part in zip(*parts, strict=True))
+    answers = [
+        wanted_ids(question, picture) if points else plain_ids(question.answer(_lines(picture)))
+        for picture in pictures
+    ]
     prompt: tuple[int, ...] = ()
     if pictures:
-        first = pictures[0]
-        plan = plan_of(first.size if isinstance(first, Layout) else first.image.size)
-        prompt = prompt_ids(question.words, (plan.rows, plan.cols))
+        prompt = prompt_ids(question.words, _grid(pictures[0]))
     longest = max(map(len, answers), default=0)
     token_ids = torch.full((len(pictures), len(prompt) + longest), shape.IDS[shape.PAD])
     labels = torch.full((len(pictures), longest + 1), IGNORED)
@@ -233,7 +206,24 @@ def make_batch(
         token_ids[row, : len(prompt)] = torch.tensor(prompt)
         token_ids[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
         labels[row, : len(answer)] = torch.tensor(answer)
-    return ReaderBatch(tiles, classes, places, tokens, token_ids, labels, len(prompt) - 1)
+    return ReaderBatch(tiles, classes, places, token_ids, labels, len(prompt) - 1)
+
+
+def wanted_ids(question: Question, picture: Picture | Layout) -> tuple[int, ...]:
+    """Tokens of the answer about a picture, pointing at what is read."""
+    lines, following = _lines(picture), iter(picture.corners)
+    corners = [[next(following) for _ in line.replace(" ", "")] for line in lines]
+    cells = cells_of(_size(picture), _grid(picture), corners)
+    return pointing_ids(question, lines, cells)
+
+
+def _size(picture: Picture | Layout) -> tuple[int, int]:
+    return picture.size if isinstance(picture, Layout) else picture.image.size
+
+
+def _grid(picture: Picture | Layout) -> tuple[int, int]:
+    plan = plan_of(_size(picture))
+    return plan.rows, plan.cols
 
 
 def _lines(picture: Picture | Layout) -> tuple[str, ...]:
@@ -281,11 +271,6 @@ def prompt_ids(question: str, grid: tuple[int, int]) -> tuple[int, ...]:
     if (plan.rows, plan.cols) != grid:
         raise ValueError(f"no picture is cut into {rows} rows and {cols} columns")
     return tuple(_tokenizer().encode(expand_placeholders(text, [plan], Markers())).ids)
-
-
-def answer_ids(text: str) -> tuple[int, ...]:
-    """Tokens of the answer, its leading space and its end included."""
-    return (*f" {text}".encode(), shape.IDS[shape.END])
 
 
 @cache

@@ -19,8 +19,8 @@ from typing import Any
 import smolstack
 from smolstack.vlm import VLM
 from training.reader import shape
-from training.reader.batches import Question
 from training.reader.pictures import Picture, draw_picture
+from training.reader.pointing import Question
 from training.reader.scores import (
     Result,
     ask_tesseract,
@@ -34,7 +34,7 @@ from training.reader.scores import (
 FIRST_SEED = 900_000_000
 WIDTHS = (0, 12, 16, 24, 36, 1000)  # bounds of classes of character width, in tile pixels
 LENGTHS = (1, 5, 9, 17, 25)  # bounds of classes of line length
-NEW_TOKENS = 110
+NEW_TOKENS = 260
 TARGETS = {
     "one line of up to 16 characters": (0.90, 0.03),
     "one line of up to 24 characters": (0.0, 0.06),

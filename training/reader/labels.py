@@ -30,7 +30,7 @@ def patch_labels(
     characters: str,
     corners: Sequence[Corners],
     width: float,
-) -> tuple[Ints, Floats, Ints]:
+) -> tuple[Ints, Floats]:
     """Labels of every patch of a picture's tiles, the whole picture's tile last.
 
     Args:
@@ -42,39 +42,36 @@ def patch_labels(
             narrower, unreadable characters are IGNORED.
 
     Returns:
-        Three of (n, H·W): the class of the character whose box covers most of each patch; where in
-        the box the patch's middle lies, as cos(π·x) with x from 0, its left edge, to 1: this
-        tells two equal characters side by side from one, and is 0 on the background; and the
-        character's index, -1 on the background.
+        Two of (n, H·W): the class of the character whose box covers most of each patch; and
+        where in the box the patch's middle lies, as cos(π·x) with x from 0, its left edge, to 1:
+        this tells two equal characters side by side from one, and is 0 on the background.
     """
     rows, cols = grid
     side = shape.GRID
-    classes, places, index = _of_grid(size, rows, cols, characters, corners)
+    classes, places = _of_grid(size, rows, cols, characters, corners)
 
     def cut(of_all: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         tiles = of_all.reshape(rows, side, cols, side).transpose(0, 2, 1, 3)
         return tiles.reshape(rows * cols, side * side)
 
-    of_whole, whole_places, whole_index = _of_grid(size, 1, 1, characters, corners)
+    of_whole, whole_places = _of_grid(size, 1, 1, characters, corners)
     if width / cols < READABLE:
         of_whole[of_whole != BACKGROUND] = IGNORED
     return (
         np.concatenate([cut(classes), of_whole.reshape(1, -1)]).astype(np.int64),
         np.concatenate([cut(places), whole_places.reshape(1, -1)]).astype(np.float32),
-        np.concatenate([cut(index), whole_index.reshape(1, -1)]).astype(np.int64),
     )
 
 
 def _of_grid(
     size: tuple[int, int], rows: int, cols: int, characters: str, corners: Sequence[Corners]
-) -> tuple[Ints, Floats, Ints]:
-    """Labels of the whole picture laid over rows by cols tiles: three of (rows·H, cols·W)."""
+) -> tuple[Ints, Floats]:
+    """Labels of the whole picture laid over rows by cols tiles: two of (rows·H, cols·W)."""
     high, wide = rows * shape.GRID, cols * shape.GRID
     classes = np.zeros(high * wide, dtype=np.int64)
     places = np.zeros(high * wide, dtype=np.float32)
-    indices = np.full(high * wide, -1, dtype=np.int64)
     if not characters:
-        return classes.reshape(high, wide), places.reshape(high, wide), indices.reshape(high, wide)
+        return classes.reshape(high, wide), places.reshape(high, wide)
     boxes = np.asarray(corners, dtype=np.float32) * (wide / size[0], high / size[1])  # in patches
     boxes = _grown(boxes)
     painted = Image.new("I", (wide * FINE, high * FINE))
@@ -90,40 +87,12 @@ def _of_grid(
     index = inked[np.arange(len(seen)), most] - 1
     enough = counts.max(axis=1) >= COVERED * FINE * FINE
     seen, index = seen[enough], index[enough]
-    indices[seen] = index
     classes[seen] = np.array([CLASS_OF[character] for character in characters])[index]
     middles = np.stack([seen % wide + 0.5, seen // wide + 0.5], axis=1)
     start, along = boxes[index, 0], boxes[index, 1] - boxes[index, 0]
     share = ((middles - start) * along).sum(axis=1) / (along**2).sum(axis=1)
     places[seen] = np.cos(np.pi * share.clip(0, 1))
-    return classes.reshape(high, wide), places.reshape(high, wide), indices.reshape(high, wide)
-
-
-def token_labels(classes: Ints, places: Floats, index: Ints, previous: Ints) -> Ints:
-    """Two labels of each visual token: its character's class, and that of the one before it.
-
-    Args:
-        classes: (n, H·W), of each patch.
-        places: (n, H·W), where in its character each patch stands.
-        index: (n, H·W), each patch's character.
-        previous: for each character, the class of the one that stands before it in its line.
-
-    Returns:
-        (n, S, 2), of the token's first patch that shows a character, column by column; 0, 0 for
-        none, and 0 for what comes before a line's first. On the right half of a character, what
-        comes before it is IGNORED: only one who starts to read it needs to know.
-    """
-    side, scale = shape.GRID // shape.SCALE, shape.SCALE
-    before = np.where(places > 0, np.append(previous, 0)[index], IGNORED)
-
-    def folded(of_patches: Ints) -> Ints:  # columns of a token's block first
-        blocks = of_patches.reshape(-1, side, scale, side, scale).transpose(0, 1, 3, 4, 2)
-        return blocks.reshape(-1, side * side, scale * scale)
-
-    own = folded(np.maximum(classes, 0))
-    first = (own > 0).argmax(axis=-1)[..., None]
-    found = [np.take_along_axis(part, first, axis=-1)[..., 0] for part in (own, folded(before))]
-    return np.stack(found, axis=-1) * (found[0] > 0)[..., None]
+    return classes.reshape(high, wide), places.reshape(high, wide)
 
 
 def _grown(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -10,7 +10,7 @@ from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
 from training.reader.batches import ReaderBatch
 from training.reader.labels import BACKGROUND, CLASSES, IGNORED
-from training.reader.start import CONSTANT, constant_direction
+from training.reader.places import CONSTANT, constant_direction
 
 BACKGROUND_WEIGHT = 0.1
 EDGE_WEIGHT, EDGE_SCALE = 0.5, 4.0
@@ -36,53 +36,34 @@ def naming_loss(states: Tensor, batch: ReaderBatch, directions: Tensor) -> tuple
     return named + EDGE_WEIGHT * placed, float(right.float().mean())
 
 
-def answer_logits(
-    model: VisionLanguageModel, states: Tensor, batch: ReaderBatch
-) -> tuple[Tensor, Tensor]:
-    """Logits where answer tokens are predicted, and what the decoder's middle makes of the tiles.
+def answer_logits(model: VisionLanguageModel, states: Tensor, batch: ReaderBatch) -> Tensor:
+    """Logits where answer tokens are predicted: (B, A, V).
 
     Args:
         states: (B·n + X, H·W, C), of patches.
-
-    Returns:
-        (B, A, V), and (B·n, S, D): states of visual tokens after half of the layers.
     """
     visual = model.connector(states[: batch.picture_tiles], (shape.GRID, shape.GRID))
     embeddings = model.decoder.embedding(batch.token_ids)
     spots = (batch.token_ids[0] == shape.IDS[shape.IMAGE]).nonzero().flatten()
     visual = visual.reshape(len(batch.token_ids), len(spots), -1).to(embeddings.dtype)
-    embeddings = embeddings.index_copy(1, spots, visual)
-    middle: list[Tensor] = []
-    layer = model.decoder.layers[shape.CONFIG.text.num_layers // 2 - 1]
-    hook = layer.register_forward_hook(lambda _layer, _inputs, output: middle.append(output))
-    try:
-        decoded = model.decoder(embeddings)
-    finally:
-        hook.remove()
-    seen = middle[0][:, spots].reshape(-1, shape.TOKENS_PER_TILE, middle[0].shape[-1])
-    return model.logits(decoded[:, batch.start :]), seen
+    decoded = model.decoder(embeddings.index_copy(1, spots, visual))
+    return model.logits(decoded[:, batch.start :])
 
 
-def finding_loss(scores: Tensor, batch: ReaderBatch) -> tuple[Tensor, float]:
-    """Loss of guesses at each visual token's character and the one before it in its line.
-
-    A decoder that knows both can go on reading from the character that it wrote last. Tokens
-    without a character are left out.
-
-    Args:
-        scores: (B·n, S, 2·classes).
-
-    Returns:
-        Cross-entropy, and the share of characters before that were guessed right.
-    """
-    seen = batch.token_labels[..., 0] > BACKGROUND
-    of_each = scores[seen].reshape(-1, 2, CLASSES)
-    labels = batch.token_labels[seen]
-    if not len(labels):
-        return scores.sum() * 0, 1.0
-    right = (of_each[:, 1].argmax(-1) == labels[:, 1])[labels[:, 1] != IGNORED].float().mean()
-    loss = functional.cross_entropy(of_each.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-    return loss, float(right)
+def answering_loss(logits: Tensor, batch: ReaderBatch) -> tuple[Tensor, dict[str, float]]:
+    """Next-token loss; the shares of cells, of characters and of whole answers that are right."""
+    labels = batch.labels
+    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    right = logits.argmax(-1) == labels
+    points = labels >= shape.FIRST_CELL
+    spells = (labels != IGNORED) & ~points
+    figures = {
+        "characters": float(right[spells].float().mean()),
+        "answers": float((right | ~spells).all(dim=1).float().mean()),
+    }
+    if points.any():
+        figures["cells"] = float(right[points].float().mean())
+    return loss, figures
 
 
 def random_states(

@@ -8,15 +8,23 @@ from smolstack.processor.settings import ImageSettings
 TILE, PATCH, SCALE = 128, 8, 2
 EDGE = 3 * TILE  # a picture's longer side: three tiles, and one of the whole
 GRID = TILE // PATCH
-TOKENS_PER_TILE = (GRID // SCALE) ** 2
+CELLS = GRID // SCALE  # visual tokens along a tile's side; each shows one cell of the picture
+TOKENS_PER_TILE = CELLS**2
+SIDE = EDGE // TILE * CELLS  # cells along the longer side of a picture
 
 START, IMAGE, AROUND = "<|im_start|>", "<image>", "<fake_token_around_image>"
 WHOLE, END, PAD = "<global-img>", "<end_of_utterance>", "<|pad|>"
 TILE_MARKERS = tuple(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7))
-SPECIAL_TOKENS = (START, IMAGE, AROUND, WHOLE, END, PAD, *TILE_MARKERS)
+CELL_TOKENS = tuple(
+    f"<cell_{row}_{col}>" for row in range(1, SIDE + 1) for col in range(1, SIDE + 1)
+)
+RIGHT = "<right>"  # a character further right in the cell of the one before
+SPECIAL_TOKENS = (START, IMAGE, AROUND, WHOLE, END, PAD, *TILE_MARKERS, *CELL_TOKENS, RIGHT)
 FIRST_SPECIAL = 256  # ids below are the bytes
 VOCABULARY = FIRST_SPECIAL + len(SPECIAL_TOKENS)
 IDS = {token: FIRST_SPECIAL + index for index, token in enumerate(SPECIAL_TOKENS)}
+
+FIRST_CELL = IDS[CELL_TOKENS[0]]
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:;!?'\"-_()/&%$#@+*="
 MAX_LINES, MAX_LENGTH = 4, 24
@@ -67,7 +75,7 @@ CONFIG = ModelConfig(
         patch_size=PATCH,
     ),
     text=TextConfig(
-        rope=RopeConfig(theta=10000.0),
+        rope=RopeConfig(theta=1e6),
         vocab_size=VOCABULARY,
         hidden_size=192,
         intermediate_size=384,
@@ -75,11 +83,12 @@ CONFIG = ModelConfig(
         num_heads=4,
         num_kv_heads=2,
         head_dim=48,
-        max_positions=1024,
+        max_positions=2048,
         bos_token_id=IDS[START],
         eos_token_ids=(IDS[END],),
         pad_token_id=IDS[PAD],
     ),
     scale=SCALE,
     image_token_id=IDS[IMAGE],
+    tied=True,
 )

@@ -20,24 +20,24 @@ class Stage:
     part: str = ""  # names of the weights that are trained start with one of these, by comma
     naming: float = 0.0  # weight of the patch-naming loss
     answering: float = 0.0  # weight of the next-token loss
-    finding: float = 0.0  # weight of the loss of what the decoder's middle knows of the tiles
     drawn: bool = True  # False: no pictures, no tower
     level: float = 1.0  # how hard pictures are at first
+    full: float = 0.0  # the share of pictures with as many and as long lines as the level allows
 
 
 STAGES = (
     Stage("name", 3000, batch=0, crowd=32, rate=2.5e-3, part="vision.", naming=1.0, level=0.0),
     Stage(
         "spell",
-        3000,
+        2400,
         batch=64,
         crowd=0,
         rate=2e-3,
         part="connector.,decoder.,head.",
         answering=1.0,
-        finding=0.5,
         drawn=False,
-        level=0.0,
+        level=0.5,
+        full=0.6,
     ),
     Stage(
         "whole",
@@ -47,7 +47,7 @@ STAGES = (
         rate=7e-4,
         naming=0.5,
         answering=1.0,
-        finding=0.2,
         level=0.5,
+        full=0.5,
     ),
 )

@@ -3,9 +3,8 @@
 1. ``name``: on pictures full of text, the tower learns to name the character under each patch.
    Next-token loss alone stays long on the plateau where only the length of an answer is learned.
 2. ``spell``: without a tower, connector and decoder learn to answer from the names of patches, as
-   a good tower would give them. Halfway up the decoder, a throw-away head asks of each visual
-   token which character it shows and which stands before that, so that going on from the
-   character written last is learned early. The stage needs nothing from ``name``: the two can run
+   a good tower would give them: to point at the cell of each character and to say what that shows
+   (``pointing.py``). The stage needs nothing from ``name``: the two can run
    side by side (``--stages``), each with its own state.
 3. ``whole``: everything together, on pictures with a question and pictures full of text side by
    side, naming kept as a second loss.
@@ -29,20 +28,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from training.reader import attention, shape
 from training.reader.batches import DrawnBatches, ReaderBatch, normalised, relit
-from training.reader.labels import CLASSES, IGNORED
-from training.reader.losses import answer_logits, finding_loss, naming_loss, random_states
+from training.reader.labels import CLASSES
+from training.reader.losses import answer_logits, answering_loss, naming_loss, random_states
+from training.reader.places import PLACE, codes, places
 from training.reader.stages import FOLDER, STAGES, Stage
-from training.reader.start import PLACE, PLACE_STRENGTH, codes, fresh_model, places
+from training.reader.start import PLACE_STRENGTH, fresh_model
 
 SAVE_SECONDS = 60
 REPLAYED = 0.5  # the share of steps on recent batches
 RECENT = 120  # batches that may come again
-WARM_UP, DECAY = 40, 0.4  # steps; the last share of a stage, over which the rate falls to 0
+WARM_UP, DECAY = 100, 0.4  # steps; the last share of a stage, over which the rate falls to 0
 AVERAGED = 0.99  # how much of the average of all weights a step keeps
 
 
@@ -53,9 +52,6 @@ class Trainer:
         self.folder, self.stage, self.seed = folder, stage, seed
         self.number = [known.name for known in STAGES].index(stage.name)
         self.model = fresh_model(seed)
-        self.finder = nn.Linear(shape.CONFIG.text.hidden_size, 2 * CLASSES)  # thrown away
-        nn.init.zeros_(self.finder.weight)
-        nn.init.zeros_(self.finder.bias)
         for earlier in STAGES[: self.number]:
             self._take(earlier)
         for name, parameter in self.model.named_parameters():
@@ -74,8 +70,6 @@ class Trainer:
             return
         state = torch.load(path, weights_only=True)
         weights = state["average"]
-        if earlier.finding:
-            self.finder.load_state_dict(state["finder"])
         kept = {name: value for name, value in weights.items() if _is_of(name, earlier.part)}
         self.model.load_state_dict(kept, strict=False)
 
@@ -84,10 +78,7 @@ class Trainer:
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         matrices = [p for n, p in trained if p.dim() == 2 and ".layers." in n]
         tables = [p for n, p in trained if p.dim() > 1 and ".layers." not in n]
-        rest = [
-            *(p for _, p in trained if p.dim() < 2),
-            *(self.finder.parameters() if self.stage.finding else ()),
-        ]
+        rest = [p for _, p in trained if p.dim() < 2]
         found: list[torch.optim.Optimizer] = []
         if matrices:
             found.append(
@@ -112,7 +103,6 @@ class Trainer:
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "average": self.average,
-            "finder": self.finder.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         temporary = self.folder / f".{self.state_path.name}"
@@ -126,7 +116,6 @@ class Trainer:
         state = torch.load(self.state_path, weights_only=True)
         self.step, self.seconds, self.average = state["step"], state["seconds"], state["average"]
         self.model.load_state_dict(state["model"])
-        self.finder.load_state_dict(state["finder"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
@@ -185,6 +174,7 @@ class Trainer:
             crowd=stage.crowd,
             drawn=stage.drawn,
             level=stage.level,
+            full=stage.full,
         )
         loader: DataLoader[ReaderBatch] = DataLoader(
             data,
@@ -214,9 +204,10 @@ class Trainer:
                 group["lr"] = rate
 
     def losses(self, batch: ReaderBatch) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """All losses, and the shares of patches, answer characters and answers that are right."""
+        """All losses, and the shares of what is right: patches, cells, characters, answers."""
         stage = self.stage
-        losses, figures = {}, {}
+        losses: dict[str, Tensor] = {}
+        figures: dict[str, float] = {}
         with torch.autocast("cpu", torch.bfloat16), attention.plain():
             if stage.drawn:
                 states = self.model.vision(normalised(batch.tiles))
@@ -224,24 +215,17 @@ class Trainer:
                 generator = torch.Generator().manual_seed(self.step)
                 states = random_states(batch, self.codes, self.places, generator)
             if stage.answering:
-                logits, seen = answer_logits(self.model, states, batch)
-                guesses = self.finder(seen)
+                logits = answer_logits(self.model, states, batch)
         if stage.naming:
             losses["naming"], figures["patches"] = naming_loss(states.float(), batch, self.codes)
         if stage.answering:
-            losses["finding"], figures["found"] = finding_loss(guesses.float(), batch)
-            losses["answering"] = functional.cross_entropy(
-                logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
-            )
-            counted = batch.labels != IGNORED
-            right = (logits.argmax(-1) == batch.labels) | ~counted
-            figures["characters"] = float(right[counted].float().mean())
-            figures["answers"] = float(right.all(dim=1).float().mean())
+            losses["answering"], of_answers = answering_loss(logits.float(), batch)
+            figures |= of_answers
         return losses, figures
 
     def _log(self, seen: list[dict[str, float]]) -> None:
         line: dict[str, Any] = {"stage": self.stage.name, "step": self.step}
-        for name in seen[-1]:
+        for name in sorted({name for figures in seen for name in figures}):
             values = [figures[name] for figures in seen if name in figures]
             line[name] = round(sum(values) / len(values), 4)
         line |= {"cpu_minutes": round(self.seconds / 60, 2), "at": time.strftime("%H:%M:%S")}

@@ -1,0 +1,57 @@
+"""Directions in a patch's state: one for each character, one that is constant, and its place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training.reader.labels import CLASSES
+
+PLACE = 32  # channels for a patch's place: sine and cosine of row and column at 8 frequencies
+FREQUENCIES = torch.linspace(0.15, 2.2, PLACE // 4)
+CONSTANT = 3.0  # of a patch's state, along its direction
+
+
+def codes(count: int, width: int) -> Tensor:
+    """``count`` directions at right angles to each other, always the same: (count, width)."""
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(width, count, generator=generator, dtype=torch.float64)
+    directions: Tensor = torch.linalg.qr(matrix).Q.T.float().contiguous()
+    return directions
+
+
+def constant_direction(width: int) -> Tensor:
+    """The direction of a patch's state that is always the same: (width,).
+
+    At right angles to those of the character classes, and to the place channels.
+    """
+    known = codes(CLASSES + 1, width - PLACE)
+    generator = torch.Generator().manual_seed(2)
+    free = torch.randn(width - PLACE, generator=generator)
+    free -= known.T @ (known @ free)
+    return functional.pad(free / free.norm(), (0, PLACE))
+
+
+def places(side: int) -> Tensor:
+    """Place channels of every patch, sines and cosines of its row, then its column.
+
+    Returns:
+        (side², PLACE).
+    """
+    angles = torch.arange(side)[:, None] * FREQUENCIES
+    waves = torch.cat((angles.sin(), angles.cos()), dim=1)
+    rows = waves[:, None].expand(side, side, -1)
+    columns = waves[None, :].expand(side, side, -1)
+    return torch.cat((rows, columns), dim=-1).reshape(side * side, PLACE)
+
+
+def moved(rows: float, columns: float) -> Tensor:
+    """The matrix that turns the place channels of a patch into those of one some steps away."""
+    matrix = torch.zeros(PLACE, PLACE)
+    half = PLACE // 2
+    for start, step in ((0, rows), (half, columns)):
+        cos, sin = torch.diag((step * FREQUENCIES).cos()), torch.diag((step * FREQUENCIES).sin())
+        turn = torch.cat((torch.cat((cos, sin), dim=1), torch.cat((-sin, cos), dim=1)))
+        matrix[start : start + half, start : start + half] = turn
+    return matrix

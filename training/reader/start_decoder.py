@@ -1,0 +1,210 @@
+"""A fresh decoder that already looks where it will have to: beside, above, and where it points.
+
+Random weights find such attention only after thousands of steps. So some channels of the stream
+have a meaning at first: the place of a visual token in its tile (which the tower's states hold and
+the connector hands on), the tile it stands in (which its first layer takes from the last marker),
+and, in an answer, the cell pointed at last. Heads of the later layers look at the visual token of
+that cell, and at those on its right. Everything can still be unlearned.
+
+Rotary positions would blur such a look over hundreds of tokens; in the slowest pairs of channels
+they do not, so it uses those, and the fastest to look back by a few tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from smolstack.model.decoder import TextAttention, TextLayer, rope_frequencies
+from smolstack.model.vlm import VisionLanguageModel
+from training.reader import shape
+from training.reader.places import CONSTANT, PLACE, constant_direction, moved, places
+
+SPREAD = 0.3  # of the stream at first
+EVEN = 4.0  # of the stream's first channel, in units of SPREAD
+TILE = 4  # channels for a tile's row and column, each a point on a circle
+TILES = shape.EDGE // shape.TILE
+# Channels of the stream with a meaning; the first is always the same.
+OWN = slice(1, 1 + PLACE)  # a visual token's place in its tile,
+OWN_TILE = slice(OWN.stop, OWN.stop + TILE)  # and that tile
+POINTED = slice(OWN_TILE.stop, OWN_TILE.stop + PLACE + TILE)  # of the cell pointed at last
+IS_MARKER, IS_CELL = POINTED.stop, POINTED.stop + 1
+RESERVED = IS_CELL + 1
+
+FAINT = 0.3  # what is left of the random part of queries and keys
+CLOSENESS = 2.0  # of heads that look back by some tokens
+TO_MARKER, TO_CELL = 1.65, 2.35  # of the heads that look back to the last marker, the last cell
+MARKER_PAIRS, CELL_PAIRS = (7, 8, 9), (2, 3, 4)  # rotary pairs that fade over a tile, a few tokens
+TO_PLACE, TO_TILE = 3.0, 3.6  # of heads that look at a cell
+WAVES = (1, 2, 3, 4)  # of a place's frequencies, those that tell cells apart
+SLOW = 14  # the first rotary pair that hardly turns within a chat
+ACROSS = shape.TOKENS_PER_TILE + 2 - shape.CELLS + 1
+BACK = (  # tokens that heads of the first two layers look back
+    (1, shape.CELLS),
+    (1, 2, 3, ACROSS),  # the last: over the edge of a tile, to the one on its left
+)
+BESIDE = (  # cells to the right that heads of the last two layers look; then over a tile's edge
+    ((0, 0), (1, 0), (2, 0), (1 - shape.CELLS, 1)),
+    ((0, 0), (1, 0)),
+)
+NEXT, VAGUE = 1, 0.5  # the last layer's head that says where it looks, and how sharply it does
+
+
+def start_reading(model: VisionLanguageModel) -> None:
+    """Set the connector's and the decoder's weights of a model that is random so far."""
+    decoder = model.decoder
+    _start_connector(model)
+    _start_embedding(decoder.embedding.weight)
+    decoder.norm.weight.fill_(SPREAD)  # the head is the embedding: logits of size one
+    layers = [layer for layer in decoder.layers if isinstance(layer, TextLayer)]
+    for layer in layers:
+        for written in (layer.attention.out.weight, layer.down.weight):
+            written.mul_(SPREAD)
+            written[:RESERVED] = 0
+        layer.attention.query.weight.mul_(FAINT)
+        layer.attention.key.weight.mul_(FAINT)
+    first, second, third, fourth = (layer.attention for layer in layers)
+    _look_back(first, BACK[0])
+    _look_back(second, BACK[1])
+    _look_for_markers_and_cells(first)
+    for attention, steps in zip((third, fourth), BESIDE, strict=True):
+        _look_at_cells(attention, steps)
+    _point_at_next(fourth)
+
+
+def cell_places() -> Tensor:
+    """Place channels of a tile's cells, each the mean of its patches': (CELLS², PLACE)."""
+    of_patches = places(shape.GRID).reshape(1, shape.GRID, shape.GRID, PLACE)
+    means = functional.avg_pool2d(of_patches.permute(0, 3, 1, 2), shape.SCALE)
+    return means[0].permute(1, 2, 0).reshape(-1, PLACE)
+
+
+def _tile_point(row: int, col: int) -> Tensor:
+    """A tile's channels: its row and its column, each as a point on a circle."""
+    angles = 2 * math.pi / TILES * torch.tensor([row, col])
+    return torch.stack((angles.cos(), angles.sin()), dim=1).flatten()
+
+
+def _start_connector(model: VisionLanguageModel) -> None:
+    width = model.vision.config.hidden_size
+    patches = shape.SCALE**2
+    weight = model.connector.proj.weight
+    weight.mul_(SPREAD)
+    weight[:RESERVED] = 0
+    even = constant_direction(width)
+    weight[0] = EVEN * SPREAD / CONSTANT / patches * even.repeat(patches)
+    place = functional.pad(torch.eye(PLACE), (width - PLACE, 0))
+    weight[OWN] = SPREAD / patches * place.repeat(1, patches)
+
+
+def _start_embedding(weight: Tensor) -> None:
+    weight.mul_(SPREAD / weight.std())
+    weight[:, :RESERVED] = 0
+    weight[:, 0] = EVEN * SPREAD
+    for row in range(TILES):
+        for col in range(TILES):
+            marker = shape.IDS[f"<row_{row + 1}_col_{col + 1}>"]
+            weight[marker, OWN_TILE] = 1.4 * SPREAD * _tile_point(row, col)
+    for name in (*shape.TILE_MARKERS, shape.WHOLE):
+        weight[shape.IDS[name], IS_MARKER] = EVEN * SPREAD
+    of_cells = cell_places()
+    for row in range(shape.SIDE):
+        for col in range(shape.SIDE):
+            tile, within = _tile_and_place(row, col)
+            token = shape.FIRST_CELL + row * shape.SIDE + col
+            weight[token, POINTED] = 1.4 * SPREAD * torch.cat((of_cells[within], tile))
+            weight[token, IS_CELL] = EVEN * SPREAD
+
+
+def _tile_and_place(row: int, col: int) -> tuple[Tensor, int]:
+    """A cell's tile, as its channels, and the cell's number in it."""
+    tile = _tile_point(row // shape.CELLS, col // shape.CELLS)
+    return tile, row % shape.CELLS * shape.CELLS + col % shape.CELLS
+
+
+def _heads(attention: TextAttention) -> tuple[Tensor, Tensor]:
+    """Queries' and keys' weights by head: (heads, K, D), (kv heads, K, D)."""
+    config = shape.CONFIG.text
+    size = (-1, config.head_dim, config.hidden_size)
+    return attention.query.weight.view(size), attention.key.weight.view(size)
+
+
+def _look_back(attention: TextAttention, offsets: tuple[int, ...]) -> None:
+    """The first heads look back by so many tokens: keys are alike, queries turned."""
+    queries, keys = _heads(attention)
+    half = shape.CONFIG.text.head_dim // 2
+    group = len(queries) // len(keys)
+    frequencies = rope_frequencies(shape.CONFIG.text.rope, 2 * half)
+    keys = keys[: -(-len(offsets) // group)]
+    keys[:, :half, 0], keys[:, half:, 0] = CLOSENESS, 0.0
+    for query, offset in zip(queries, offsets, strict=False):
+        angles = -offset * frequencies
+        query[:half, 0] = CLOSENESS * angles.cos()
+        query[half:, 0] = CLOSENESS * angles.sin()
+
+
+def _look_for_markers_and_cells(attention: TextAttention) -> None:
+    """The third head takes the tile from the last marker, the fourth what was pointed at last."""
+    queries, keys = _heads(attention)
+    keys[1, :, 0] = 0
+    for pairs, flag, strength, query in (
+        (MARKER_PAIRS, IS_MARKER, TO_MARKER, queries[2]),
+        (CELL_PAIRS, IS_CELL, TO_CELL, queries[3]),
+    ):
+        query[:, 0] = 0
+        for pair in pairs:
+            keys[1, pair, flag] = query[pair, 0] = strength
+    config = shape.CONFIG.text
+    values = attention.value.weight.view(config.num_kv_heads, config.head_dim, -1)[1]
+    out = attention.out.weight.view(config.hidden_size, config.num_heads, config.head_dim)
+    pointed = POINTED.stop - POINTED.start
+    values[: TILE + pointed] = 0
+    values[:TILE, OWN_TILE] = torch.eye(TILE)
+    values[TILE : TILE + pointed, POINTED] = torch.eye(pointed)
+    out[OWN_TILE, 2, :TILE] = SPREAD * torch.eye(TILE)
+    out[POINTED, 3, TILE : TILE + pointed] = SPREAD * torch.eye(pointed)
+
+
+def _look_at_cells(attention: TextAttention, steps: tuple[tuple[int, int], ...]) -> None:
+    """Heads look at visual tokens (cells, tiles) to the right of the cell pointed at last."""
+    queries, keys = _heads(attention)
+    half, count = shape.CONFIG.text.head_dim // 2, PLACE // 4
+    group = len(queries) // len(keys)
+    chosen = [start + wave for start in (0, 2 * count) for wave in WAVES]  # sines; cosines follow
+    sines = slice(SLOW, SLOW + len(chosen))
+    cosines = slice(half + SLOW, half + SLOW + len(chosen))
+    tile = [SLOW + len(chosen), SLOW + len(chosen) + 1]
+    for key in keys[: -(-len(steps) // group)]:
+        key[:, :RESERVED] = 0
+        key[sines, OWN] = TO_PLACE * torch.eye(PLACE)[chosen]
+        key[cosines, OWN] = TO_PLACE * torch.eye(PLACE)[[one + count for one in chosen]]
+        for axis in range(2):
+            key[tile[axis], OWN_TILE.start + 2 * axis] = TO_TILE
+            key[half + tile[axis], OWN_TILE.start + 2 * axis + 1] = TO_TILE
+    for query, (cells, tiles) in zip(queries, steps, strict=False):
+        step = moved(0, cells * shape.SCALE)
+        place = slice(POINTED.start, POINTED.start + PLACE)
+        query[:, :RESERVED] = 0
+        query[sines, place] = TO_PLACE * step[chosen]
+        query[cosines, place] = TO_PLACE * step[[one + count for one in chosen]]
+        for axis, turns in enumerate((0, tiles)):
+            angle = 2 * math.pi / TILES * turns
+            start = place.stop + 2 * axis
+            turned = ((math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle)))
+            query[tile[axis], start : start + 2] = TO_TILE * torch.tensor(turned[0])
+            query[half + tile[axis], start : start + 2] = TO_TILE * torch.tensor(turned[1])
+
+
+def _point_at_next(attention: TextAttention) -> None:
+    """One head looks less sharply, and the cell that it sees is the next to be pointed at."""
+    config = shape.CONFIG.text
+    _heads(attention)[0][NEXT, :, POINTED] *= VAGUE
+    values = attention.value.weight.view(config.num_kv_heads, config.head_dim, -1)[0]
+    out = attention.out.weight.view(config.hidden_size, config.num_heads, config.head_dim)
+    pointed = POINTED.stop - POINTED.start
+    values[:pointed] = 0
+    values[:pointed, OWN.start : OWN_TILE.stop] = torch.eye(pointed)
+    out[POINTED, NEXT, :pointed] = torch.eye(pointed)
