@@ -177,6 +177,20 @@ def test_a_cell_is_where_the_visual_token_that_shows_the_characters_middle_stand
     assert cells_of((192, 64), (1, 3), lines) == [[(1, 0), (1, 17)], [(7, 0)]]
 
 
+def test_a_shaken_cell_shows_the_character_too() -> None:
+    line = [box(20 * at, 10 - at, 20 * at + 18, 40 + at) for at in range(19)]
+    (exact,), (shaken,) = (
+        cells_of((384, 128), (1, 3), [line], rng) for rng in (None, random.Random(2))
+    )
+    moved = [pair for pair in zip(line, shaken, exact, strict=True) if pair[1] != pair[2]]
+    assert 1 <= len(moved) <= 9
+    for corners, (row, col), _ in moved:
+        assert corners[0][0] < 16 * (col + 1)
+        assert corners[2][0] > 16 * col
+        assert corners[0][1] < 16 * (row + 1)
+        assert corners[2][1] > 16 * row
+
+
 def test_a_line_stays_in_its_row_of_cells_while_its_characters_show_there() -> None:
     high, low, dot = box(0, 2, 10, 26), box(20, 12, 30, 28), box(40, 25, 44, 28)
     assert cells_of((384, 128), (1, 3), [[high, low, dot]]) == [[(0, 0), (1, 1), (1, 2)]]
@@ -196,7 +210,9 @@ def test_batches_predict_the_answer_after_the_prompt() -> None:
             length = int((labels >= 0).sum())
             assert labels[length - 1] == shape.IDS[shape.END]
             following = tokens[batch.start + 1 : batch.start + 1 + length]
-            assert following.tolist() == labels[:length].tolist()
+            same = following == labels[:length]
+            assert float(same.float().mean()) > 0.7  # some cells are another that shows the same
+            assert bool((following[~same] >= shape.FIRST_CELL).all())
 
 
 def test_a_byte_is_its_own_token() -> None:

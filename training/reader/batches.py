@@ -189,7 +189,10 @@ def make_batch(
     *,
     points: bool = True,
 ) -> ReaderBatch:
-    """Tiles, labels and tokens of pictures that are cut alike; ``points``: so do the answers."""
+    """Tiles, labels and tokens of pictures that are cut alike; ``points``: so do the answers.
+
+    What comes before the next token points less exactly than what is to be learned.
+    """
     parts = [*(labelled(picture) for picture in pictures), *crowd]
     tiles, classes, places = (torch.cat(part) for part in zip(*parts, strict=True))
     answers = [
@@ -202,19 +205,24 @@ def make_batch(
     longest = max(map(len, answers), default=0)
     token_ids = torch.full((len(pictures), len(prompt) + longest), shape.IDS[shape.PAD])
     labels = torch.full((len(pictures), longest + 1), IGNORED)
-    for row, answer in enumerate(answers):
+    for row, (answer, picture) in enumerate(zip(answers, pictures, strict=True)):
+        given = wanted_ids(question, picture, random.Random(str(answer))) if points else answer
         token_ids[row, : len(prompt)] = torch.tensor(prompt)
-        token_ids[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+        token_ids[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(given)
         labels[row, : len(answer)] = torch.tensor(answer)
     return ReaderBatch(tiles, classes, places, token_ids, labels, len(prompt) - 1)
 
 
-def wanted_ids(question: Question, picture: Picture | Layout) -> tuple[int, ...]:
-    """Tokens of the answer about a picture, pointing at what is read."""
+def wanted_ids(
+    question: Question, picture: Picture | Layout, shaken: random.Random | None = None
+) -> tuple[int, ...]:
+    """Tokens of the answer about a picture, pointing at what is read, at times not so exactly."""
     lines, following = _lines(picture), iter(picture.corners)
     corners = [[next(following) for _ in line.replace(" ", "")] for line in lines]
-    cells = cells_of(_size(picture), _grid(picture), corners)
-    return pointing_ids(question, lines, cells)
+    cut = _size(picture), _grid(picture)
+    cells = cells_of(*cut, corners)
+    pointed = None if shaken is None else cells_of(*cut, corners, shaken)
+    return pointing_ids(question, lines, cells, pointed)
 
 
 def _size(picture: Picture | Layout) -> tuple[int, int]:

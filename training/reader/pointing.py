@@ -11,6 +11,7 @@ To count lines, and on the way to one of them, it points at the beginning of eac
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from training.reader.lines import Corners
 
 Cell = tuple[int, int]  # row and column, from 0
 STAYS = 0.5  # the share of a row, or of a lower character, that must show there
+SHAKEN = 0.15  # the share of characters whose cell may be another one that shows them
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ class Question:
 
 
 def cells_of(
-    size: tuple[int, int], grid: tuple[int, int], lines: Sequence[Sequence[Corners]]
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    lines: Sequence[Sequence[Corners]],
+    shaken: random.Random | None = None,
 ) -> list[list[Cell]]:
     """The cell of each character of each line: the one that the middle of its box lies in.
 
@@ -52,20 +57,26 @@ def cells_of(
         size: (width, height) of the picture.
         grid: (rows, cols) of its tiles.
         lines: the corners of each character's box, in picture pixels.
+        shaken: some cells are another one that shows the character too, as a reader may point.
     """
     rows, cols = grid[0] * shape.CELLS, grid[1] * shape.CELLS
     found = []
     for line in lines:
         cells: list[Cell] = []
+        row = -1
         for box in line:
             x = sum(corner[0] for corner in box) / len(box) * cols / size[0]
+            wide = (box[1][0] - box[0][0]) * cols / size[0]
             heights = [corner[1] * rows / size[1] for corner in box]
             top, bottom = (heights[0] + heights[1]) / 2, (heights[2] + heights[3]) / 2
-            row = cells[-1][0] if cells else -1
             shown = min(bottom, row + 1) - max(top, row)
             if shown < STAYS * min(1, bottom - top):
-                row = int((top + bottom) / 2)
-            cells.append((min(max(row, 0), rows - 1), min(max(int(x), 0), cols - 1)))
+                row = min(max(int((top + bottom) / 2), 0), rows - 1)
+            high = row
+            if shaken is not None and shaken.random() < SHAKEN:
+                x += shaken.uniform(-0.3, 0.3) * wide
+                high = int(top + shaken.uniform(0.25, 0.75) * (bottom - top))
+            cells.append((min(max(high, 0), rows - 1), min(max(int(x), 0), cols - 1)))
         found.append(cells)
     return found
 
@@ -76,16 +87,21 @@ def plain_ids(text: str) -> tuple[int, ...]:
 
 
 def pointing_ids(
-    question: Question, lines: tuple[str, ...], cells: Sequence[Sequence[Cell]]
+    question: Question,
+    lines: tuple[str, ...],
+    cells: Sequence[Sequence[Cell]],
+    pointed: Sequence[Sequence[Cell]] | None = None,
 ) -> tuple[int, ...]:
     """Tokens of the answer that points, its leading space and its end included.
 
     Args:
         lines: what the picture says.
         cells: of each line's visible characters.
+        pointed: the cells that tokens name in place of those, if they are others.
     """
-    parts = [_line_ids(*one) for one in zip(lines, cells, strict=True)]
-    firsts = [cell_id(of_line[0]) for of_line in cells]
+    pointed = cells if pointed is None else pointed
+    parts = [_line_ids(*one) for one in zip(lines, cells, pointed, strict=True)]
+    firsts = [cell_id(of_line[0]) for of_line in pointed]
     if question.line == 0 and lines:
         ids = [token for part in parts for token in (*part, *b"\n")][:-1]
     elif 0 < question.line <= len(lines):
@@ -99,13 +115,13 @@ def cell_id(cell: Cell) -> int:
     return shape.FIRST_CELL + cell[0] * shape.SIDE + cell[1]
 
 
-def _line_ids(line: str, cells: Sequence[Cell]) -> list[int]:
+def _line_ids(line: str, cells: Sequence[Cell], pointed: Sequence[Cell]) -> list[int]:
     ids: list[int] = []
-    following, last = iter(cells), None
+    following, last = iter(zip(cells, pointed, strict=True)), None
     for character in line:
         if character != " ":
-            cell = next(following)
-            ids.append(shape.IDS[shape.RIGHT] if cell == last else cell_id(cell))
+            cell, named = next(following)
+            ids.append(shape.IDS[shape.RIGHT] if cell == last else cell_id(named))
             last = cell
         ids.extend(character.encode())
     return ids
