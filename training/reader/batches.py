@@ -32,7 +32,7 @@ from training.reader.pointing import Question, cells_of, plain_ids, pointing_ids
 
 SEEDS_PER_BATCH = 10_000
 COUNTING, ONE_LINE = 0.12, 0.25  # shares of batches that ask for the count, and for one line
-PLAIN = 0.12  # the share of batches whose answers do not point, as when an answer is constrained
+PLAIN = 0.12  # the share of batches whose answers do not point, as constrained ones cannot
 UNFIT = 0.15  # the share kept of pictures that have no line of the number asked for
 
 
@@ -107,22 +107,28 @@ class DrawnBatches(Dataset[ReaderBatch]):
         crowd = [_crowded(first, self.crowd, self.split, level)] if self.crowd else []
         if not self.size:
             return make_batch([], Question(shape.QUESTION), crowd)
-        question = draw_question(rng, level)
+        points = rng.random() >= PLAIN
+        full = self.full if points else 0.0
+        question = draw_question(rng, level) if points else Question(shape.QUESTION)
         rows, cols = grid_of(first, self.split)
         wanted = max(1, round(self.size / (rows * cols + 1)))
         alike = (s for s in itertools.count(first) if grid_of(s, self.split) == (rows, cols))
-        seeds = itertools.islice(self._fitting(rng, alike, question, level), wanted)
+        seeds = itertools.islice(self._fitting(rng, alike, question, (level, full)), wanted)
         draw = draw_picture if self.drawn else _laid_out
-        pictures = [draw(seed, self.split, level, self.full) for seed in seeds]
-        return make_batch(pictures, question, crowd, points=rng.random() >= PLAIN)
+        pictures = [draw(seed, self.split, level, full) for seed in seeds]
+        return make_batch(pictures, question, crowd, points=points)
 
     def _fitting(
-        self, rng: random.Random, seeds: Iterator[int], question: Question, level: float
+        self,
+        rng: random.Random,
+        seeds: Iterator[int],
+        question: Question,
+        levels: tuple[float, float],
     ) -> Iterator[int]:
         """Those of the seeds whose pictures, mostly, have the line that is asked for."""
         for seed in seeds:
             if question.line:
-                lines = len(lay_out(seed, self.split, level, self.full)[0].lines)
+                lines = len(lay_out(seed, self.split, *levels)[0].lines)
                 plain = lines < 2 if question.line < 2 else lines < question.line
                 if plain and rng.random() > (0.4 if question.line < 2 else UNFIT):
                     continue

@@ -17,6 +17,7 @@ class Stage:
     batch: int  # tiles of pictures with a question
     crowd: int  # tiles full of text
     rate: float
+    tower: float = 1.0  # the tower's rate, as a share of it
     part: str = ""  # names of the weights that are trained start with one of these, by comma
     naming: float = 0.0  # weight of the patch-naming loss
     answering: float = 0.0  # weight of the next-token loss
@@ -41,13 +42,14 @@ STAGES = (
     ),
     Stage(
         "whole",
-        12000,
+        3600,
         batch=40,
         crowd=12,
-        rate=7e-4,
+        rate=1.2e-3,
+        tower=0.5,
         naming=0.5,
         answering=1.0,
-        level=0.5,
+        level=0.7,
         full=0.5,
     ),
 )

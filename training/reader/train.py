@@ -75,21 +75,25 @@ class Trainer:
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for everything else."""
-        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in trained if p.dim() == 2 and ".layers." in n]
-        tables = [p for n, p in trained if p.dim() > 1 and ".layers." not in n]
-        rest = [p for _, p in trained if p.dim() < 2]
-        found: list[torch.optim.Optimizer] = []
-        if matrices:
-            found.append(
-                torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
-            )
-        groups: list[dict[str, Any]] = [
-            {"params": tables, "weight_decay": 0.01},
-            {"params": rest, "weight_decay": 0.0},
+        matrices: list[dict[str, Any]] = []
+        others: list[dict[str, Any]] = []
+        for in_tower, share in ((True, self.stage.tower), (False, 1.0)):
+            trained = [
+                (name, parameter)
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad and name.startswith("vision.") == in_tower
+            ]
+            in_layers = [p for n, p in trained if p.dim() == 2 and ".layers." in n]
+            tables = [p for n, p in trained if p.dim() > 1 and ".layers." not in n]
+            rest = [p for _, p in trained if p.dim() < 2]
+            if trained:
+                matrices.append({"params": in_layers, "share": share})
+                others.append({"params": tables, "weight_decay": 0.01, "share": share})
+                others.append({"params": rest, "weight_decay": 0.0, "share": share})
+        return [
+            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.98)),
         ]
-        found.append(torch.optim.AdamW(groups, betas=(0.9, 0.98)))
-        return found
 
     @property
     def state_path(self) -> Path:
@@ -201,7 +205,7 @@ class Trainer:
         rate = self.stage.rate * min(1.0, (self.step + 1) / WARM_UP, max(0.02, left))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
 
     def losses(self, batch: ReaderBatch) -> tuple[dict[str, Tensor], dict[str, float]]:
         """All losses, and the shares of what is right: patches, cells, characters, answers."""
