@@ -41,7 +41,7 @@ from training.reader.start import PLACE_STRENGTH, fresh_model
 SAVE_SECONDS = 60
 REPLAYED = 0.5  # the share of steps on recent batches
 RECENT = 120  # batches that may come again
-WARM_UP, DECAY = 100, 0.4  # steps; the last share of a stage, over which the rate falls to 0
+WARM_UP, DECAY = 100, 0.7  # steps; the last share of a stage, over which the rate falls to 0
 AVERAGED = 0.99  # how much of the average of all weights a step keeps
 
 
