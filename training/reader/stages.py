@@ -14,8 +14,8 @@ class Stage:
 
     name: str
     steps: int
-    batch: int  # tiles of pictures with a question
-    crowd: int  # tiles full of text
+    batch: int  # tiles of pictures with a question, in each process
+    crowd: int  # tiles full of text, too
     rate: float
     tower: float = 1.0  # the tower's rate, as a share of it
     part: str = ""  # names of the weights that are trained start with one of these, by comma
@@ -42,9 +42,9 @@ STAGES = (
     ),
     Stage(
         "whole",
-        3600,
-        batch=40,
-        crowd=12,
+        3000,
+        batch=28,
+        crowd=8,
         rate=1.2e-3,
         tower=0.5,
         naming=0.5,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from training.reader import attention, shape
+from training.reader import attention, shape, together
 from training.reader.batches import DrawnBatches, ReaderBatch, normalised, relit
 from training.reader.labels import CLASSES
 from training.reader.losses import answer_logits, answering_loss, naming_loss, random_states
@@ -50,6 +50,7 @@ class Trainer:
 
     def __init__(self, folder: Path, stage: Stage, seed: int) -> None:
         self.folder, self.stage, self.seed = folder, stage, seed
+        self.rank, self.processes = together.join()
         self.number = [known.name for known in STAGES].index(stage.name)
         self.model = fresh_model(seed)
         for earlier in STAGES[: self.number]:
@@ -109,6 +110,8 @@ class Trainer:
             "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
+        if self.rank:
+            return
         temporary = self.folder / f".{self.state_path.name}"
         torch.save(state, temporary)
         os.replace(temporary, self.state_path)
@@ -139,7 +142,7 @@ class Trainer:
             self.step += 1
             if self.step % 20 == 0 or self.step == self.stage.steps:
                 now = time.process_time()
-                self.seconds, used = self.seconds + now - used, now
+                self.seconds, used = self.seconds + self.processes * (now - used), now
                 self._log(seen)
                 seen = []
             if time.monotonic() - saved > SAVE_SECONDS:
@@ -157,6 +160,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
+        together.average_gradients(self.model.parameters())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not math.isfinite(float(norm)):
             raise FloatingPointError(f"gradient norm is {norm} at {self.stage.name} {self.step}")
@@ -173,26 +177,29 @@ class Trainer:
         stage = self.stage
         data = DrawnBatches(
             stage.batch,
-            stage.steps,
+            stage.steps * self.processes,
             seed=self.seed * 10 + self.number + 1,
             crowd=stage.crowd,
             drawn=stage.drawn,
             level=stage.level,
             full=stage.full,
         )
+        first = self.step * self.processes + self.rank
         loader: DataLoader[ReaderBatch] = DataLoader(
             data,
             batch_size=None,
-            sampler=range(self.step, stage.steps),
+            sampler=range(first, len(data), self.processes),
             num_workers=workers,
             prefetch_factor=12 if workers else None,
         )
         fresh = iter(loader)
-        rng = random.Random(f"replay {self.seed} {stage.name} {self.step}")
+        where = f"{self.seed} {stage.name} {self.step}"
+        rng, light = random.Random(f"replay {where}"), random.Random(f"light {self.rank} {where}")
         recent: list[ReaderBatch] = []
-        for step in range(self.step, stage.steps):
+        for step in range(self.step, stage.steps):  # all processes draw, or replay, at a time
             if stage.drawn and len(recent) > RECENT // 4 and rng.random() < REPLAYED:
-                yield relit(rng.choice(recent), rng, 0.5 * data.level_at(step))
+                inverted = 0.5 * data.level_at(step * self.processes)
+                yield relit(rng.choice(recent), light, inverted)
                 continue
             if len(recent) == RECENT:
                 recent.pop(rng.randrange(RECENT // 2))
@@ -216,7 +223,7 @@ class Trainer:
             if stage.drawn:
                 states = self.model.vision(normalised(batch.tiles))
             else:
-                generator = torch.Generator().manual_seed(self.step)
+                generator = torch.Generator().manual_seed(self.step * self.processes + self.rank)
                 states = random_states(batch, self.codes, self.places, generator)
             if stage.answering:
                 logits = answer_logits(self.model, states, batch)
@@ -228,6 +235,8 @@ class Trainer:
         return losses, figures
 
     def _log(self, seen: list[dict[str, float]]) -> None:
+        if self.rank:
+            return
         line: dict[str, Any] = {"stage": self.stage.name, "step": self.step}
         for name in sorted({name for figures in seen for name in figures}):
             values = [figures[name] for figures in seen if name in figures]
@@ -248,7 +257,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--resume", action="store_true", help="go on from the saved states")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES))
     parser.add_argument("--steps", type=int, help="length of the stages run, instead of their own")
