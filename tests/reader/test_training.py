@@ -143,19 +143,20 @@ def test_an_answer_points_at_the_cell_of_each_character_before_it_reads_it() -> 
     cells = [[(0, 0), (0, 2), (0, 2)], [(3, 1)]]
     points = [cell_id(cell) for line in cells for cell in line]
     end = shape.IDS[shape.END]
+    start = (*b" ", shape.IDS[shape.POINT])
     lines = ("a bc", "d")
     right = shape.IDS[shape.RIGHT]
     first = [points[0], *b"a ", points[1], *b"b", right, *b"c"]
     everything = pointing_ids(Question("What does it say?"), lines, cells)
-    assert everything == (*b" ", *first, *b"\n", points[3], *b"d", end)
-    assert pointing_ids(Question("", 1), lines, cells) == (*b" ", *first, end)
+    assert everything == (*start, *first, *b"\n", points[3], *b"d", end)
+    assert pointing_ids(Question("", 1), lines, cells) == (*start, *first, end)
     second = pointing_ids(Question("Read line 2.", 2), lines, cells)
-    assert second == (*b" ", points[0], points[3], *b"d", end)
+    assert second == (*start, points[0], points[3], *b"d", end)
     third = pointing_ids(Question("Read line 3.", 3), lines, cells)
-    assert third == (*b" ", points[0], points[3], *b"nothing", end)
+    assert third == (*start, points[0], points[3], *b"nothing", end)
     count = pointing_ids(Question("How many lines?", -1), lines, cells)
-    assert count == (*b" ", points[0], points[3], *b"2", end)
-    assert pointing_ids(Question(""), (), []) == (*b" nothing", end)
+    assert count == (*start, points[0], points[3], *b"2", end)
+    assert pointing_ids(Question(""), (), []) == (*start, *b"nothing", end)
 
 
 def test_a_reader_of_answers_does_not_see_where_they_point() -> None:

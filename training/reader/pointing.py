@@ -6,6 +6,9 @@ character, the token of the 16-pixel cell that the middle of the character lies 
 is the cell of the character before, one that says "further right". These are special tokens, which
 decoding leaves out. (In the same way SmolDocling says where an element stands, Nassar et al. 2025.)
 
+Such an answer begins with a token that says so. Without it, the first character of an answer that
+does not point would seem likelier than any of the many cells.
+
 To count lines, and on the way to one of them, it points at the beginning of each.
 """
 
@@ -108,7 +111,7 @@ def pointing_ids(
         ids = [*firsts[: question.line - 1], *parts[question.line - 1]]
     else:
         ids = [*firsts, *question.answer(lines).encode()]
-    return (*b" ", *ids, shape.IDS[shape.END])
+    return (*b" ", shape.IDS[shape.POINT], *ids, shape.IDS[shape.END])
 
 
 def cell_id(cell: Cell) -> int:

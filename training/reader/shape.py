@@ -19,7 +19,13 @@ CELL_TOKENS = tuple(
     f"<cell_{row}_{col}>" for row in range(1, SIDE + 1) for col in range(1, SIDE + 1)
 )
 RIGHT = "<right>"  # a character further right in the cell of the one before
-SPECIAL_TOKENS = (START, IMAGE, AROUND, WHOLE, END, PAD, *TILE_MARKERS, *CELL_TOKENS, RIGHT)
+POINT = "<point>"  # begins an answer that points at what it reads
+SPECIAL_TOKENS = (
+    *(START, IMAGE, AROUND, WHOLE, END, PAD),
+    *TILE_MARKERS,
+    *CELL_TOKENS,
+    *(RIGHT, POINT),
+)
 FIRST_SPECIAL = 256  # ids below are the bytes
 VOCABULARY = FIRST_SPECIAL + len(SPECIAL_TOKENS)
 IDS = {token: FIRST_SPECIAL + index for index, token in enumerate(SPECIAL_TOKENS)}
