@@ -21,7 +21,7 @@ from training.reader.files import build_tokenizer
 from training.reader.labels import BACKGROUND, CLASS_OF, CLASSES
 from training.reader.lines import Corners
 from training.reader.pictures import draw_crowd, draw_picture, lay_out
-from training.reader.places import PLACE, codes, constant_direction
+from training.reader.places import PLACE, constant_direction, directions
 from training.reader.pointing import Question, cell_id, cells_of, plain_ids, pointing_ids
 from training.reader.scores import Result, figures, tidy
 from training.reader.stages import STAGES, Stage
@@ -108,7 +108,7 @@ def test_labels_name_the_characters_that_a_picture_shows() -> None:
     assert checked > 10
 
 
-def test_places_run_from_the_left_edge_of_a_character_to_its_right() -> None:
+def test_places_run_from_left_to_right_and_from_top_to_bottom_of_a_character() -> None:
     layouts = (lay_out(seed)[0] for seed in range(400))
     layout = next(
         one
@@ -118,10 +118,14 @@ def test_places_run_from_the_left_edge_of_a_character_to_its_right() -> None:
     _, classes, places = labelled(layout)
     rows, cols = shape.GRID, shape.GRID
     tile = int((classes[:-1] > BACKGROUND).sum(dim=1).argmax())
-    grid, where = classes[tile].view(rows, cols), places[tile].view(rows, cols)
+    grid, where = classes[tile].view(rows, cols), places[tile].view(rows, cols, 2)
     row = int((grid > BACKGROUND).sum(dim=1).argmax())
-    run = where[row][grid[row] > BACKGROUND]
-    assert torch.equal(run, run.sort(descending=True).values)
+    col = int((grid > BACKGROUND).sum(dim=0).argmax())
+    across = where[row, :, 0][grid[row] > BACKGROUND]
+    down = where[:, col, 1][grid[:, col] > BACKGROUND]
+    for run in (across, down):
+        assert len(run) > 1
+        assert torch.equal(run, run.sort(descending=True).values)
 
 
 def test_crowds_fill_their_tiles() -> None:
@@ -235,11 +239,11 @@ def test_the_longest_chat_fits_into_the_context() -> None:
 def test_a_patchs_constant_is_no_characters_direction() -> None:
     width = shape.CONFIG.vision.hidden_size
     even = constant_direction(width)
-    directions = codes(CLASSES + 1, width - PLACE)
+    known = directions(width - PLACE)
+    assert len(known) == CLASSES + 2
     assert float(even.norm()) == pytest.approx(1.0, abs=1e-5)
-    assert float((directions @ even[:-PLACE]).abs().max()) < 1e-5
-    products = directions @ directions.T
-    assert torch.allclose(products, torch.eye(len(directions)), atol=1e-5)
+    assert float((known @ even[:-PLACE]).abs().max()) < 1e-5
+    assert torch.allclose(known @ known.T, torch.eye(len(known)), atol=1e-5)
 
 
 def fresh_scores(layer: int, tokens: torch.Tensor) -> torch.Tensor:

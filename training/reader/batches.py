@@ -32,7 +32,7 @@ from training.reader.pointing import Question, cells_of, plain_ids, pointing_ids
 
 SEEDS_PER_BATCH = 10_000
 COUNTING, ONE_LINE = 0.12, 0.25  # shares of batches that ask for the count, and for one line
-PLAIN = 0.12  # the share of batches whose answers do not point, as constrained ones cannot
+PLAIN = 0.05  # the share of batches whose answers do not point, as constrained ones cannot
 UNFIT = 0.15  # the share kept of pictures that have no line of the number asked for
 
 
@@ -43,7 +43,7 @@ class ReaderBatch:
     Attributes:
         tiles: (B·n + X, 3, P, P) uint8; (0, 3, P, P) where nothing was drawn.
         patch_labels: (B·n + X, H·W) int64, the class of the character under each patch.
-        patch_places: (B·n + X, H·W) float32, where in that character the patch stands (labels.py).
+        patch_places: (B·n + X, H·W, 2) float32, where in that character it stands (labels.py).
         token_ids: (B, T) int64, prompt and answer, padded on the right.
         labels: (B, T - start) int64, the token that follows each position from ``start`` on.
         start: the prompt's last position, where the answer's first token is predicted.
@@ -109,7 +109,7 @@ class DrawnBatches(Dataset[ReaderBatch]):
             return make_batch([], Question(shape.QUESTION), crowd)
         points = rng.random() >= PLAIN
         full = self.full if points else 0.0
-        question = draw_question(rng, level) if points else Question(shape.QUESTION)
+        question = draw_question(rng, level)
         rows, cols = grid_of(first, self.split)
         wanted = max(1, round(self.size / (rows * cols + 1)))
         alike = (s for s in itertools.count(first) if grid_of(s, self.split) == (rows, cols))

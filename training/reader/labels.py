@@ -42,9 +42,10 @@ def patch_labels(
             narrower, unreadable characters are IGNORED.
 
     Returns:
-        Two of (n, H·W): the class of the character whose box covers most of each patch; and
-        where in the box the patch's middle lies, as cos(π·x) with x from 0, its left edge, to 1:
-        this tells two equal characters side by side from one, and is 0 on the background.
+        The class of the character whose box covers most of each patch, (n, H·W); and where in the
+        box the patch's middle lies, (n, H·W, 2), as cos(π·x) with x from 0, its left edge, to 1,
+        and as cos(π·y) from top to bottom. The first tells two equal characters side by side from
+        one, the second two lines from one that is high. Both are 0 on the background.
     """
     rows, cols = grid
     side = shape.GRID
@@ -54,24 +55,27 @@ def patch_labels(
         tiles = of_all.reshape(rows, side, cols, side).transpose(0, 2, 1, 3)
         return tiles.reshape(rows * cols, side * side)
 
+    def cut_places(of_all: Floats) -> Floats:
+        return np.stack([cut(of_all[..., axis]) for axis in range(2)], axis=-1)
+
     of_whole, whole_places = _of_grid(size, 1, 1, characters, corners)
     if width / cols < READABLE:
         of_whole[of_whole != BACKGROUND] = IGNORED
     return (
         np.concatenate([cut(classes), of_whole.reshape(1, -1)]).astype(np.int64),
-        np.concatenate([cut(places), whole_places.reshape(1, -1)]).astype(np.float32),
+        np.concatenate([cut_places(places), whole_places.reshape(1, -1, 2)]),
     )
 
 
 def _of_grid(
     size: tuple[int, int], rows: int, cols: int, characters: str, corners: Sequence[Corners]
 ) -> tuple[Ints, Floats]:
-    """Labels of the whole picture laid over rows by cols tiles: two of (rows·H, cols·W)."""
+    """Labels of the whole picture, laid over rows by cols tiles."""
     high, wide = rows * shape.GRID, cols * shape.GRID
     classes = np.zeros(high * wide, dtype=np.int64)
-    places = np.zeros(high * wide, dtype=np.float32)
+    places = np.zeros((high * wide, 2), dtype=np.float32)
     if not characters:
-        return classes.reshape(high, wide), places.reshape(high, wide)
+        return classes.reshape(high, wide), places.reshape(high, wide, 2)
     boxes = np.asarray(corners, dtype=np.float32) * (wide / size[0], high / size[1])  # in patches
     boxes = _grown(boxes)
     painted = Image.new("I", (wide * FINE, high * FINE))
@@ -89,10 +93,12 @@ def _of_grid(
     seen, index = seen[enough], index[enough]
     classes[seen] = np.array([CLASS_OF[character] for character in characters])[index]
     middles = np.stack([seen % wide + 0.5, seen // wide + 0.5], axis=1)
-    start, along = boxes[index, 0], boxes[index, 1] - boxes[index, 0]
-    share = ((middles - start) * along).sum(axis=1) / (along**2).sum(axis=1)
-    places[seen] = np.cos(np.pi * share.clip(0, 1))
-    return classes.reshape(high, wide), places.reshape(high, wide)
+    start = boxes[index, 0]
+    for axis, corner in enumerate((1, 3)):
+        along = boxes[index, corner] - start
+        share = ((middles - start) * along).sum(axis=1) / (along**2).sum(axis=1)
+        places[seen, axis] = np.cos(np.pi * share.clip(0, 1))
+    return classes.reshape(high, wide), places.reshape(high, wide, 2)
 
 
 def _grown(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -21,10 +21,10 @@ def naming_loss(states: Tensor, batch: ReaderBatch, directions: Tensor) -> tuple
 
     Cross-entropy over patches, background weighted down, of the states' parts along a fixed
     direction for each class; and the squared error of where in its character a patch stands,
-    read along one more direction.
+    read along two more.
     """
     parts = states[..., : directions.shape[1]] @ directions.T
-    scores, places = parts[..., :-1], parts[..., -1] / EDGE_SCALE
+    scores, places = parts[..., :-2], parts[..., -2:] / EDGE_SCALE
     weight = torch.ones(CLASSES)
     weight[BACKGROUND] = BACKGROUND_WEIGHT
     named = functional.cross_entropy(
@@ -71,13 +71,13 @@ def random_states(
 ) -> Tensor:
     """What a tower that names patches would say of a batch, without a tower: (N, H·W, C).
 
-    Each patch's class as a direction of its own, where it stands in the character as one more,
+    Each patch's class as a direction of its own, where it stands in the character as two more,
     noise on both, and the patch's place in the last channels, normalised as the tower's output is,
     and the constant that every state holds.
 
     Args:
         batch: labels; a share of them is exchanged, as a tower errs.
-        codes: (classes + 1, content channels), a direction for each class, then one for places.
+        codes: (classes + 2, content channels), a direction for each class, then two for places.
         places: (H·W, place channels).
         generator: draws noise and errors.
     """
@@ -88,12 +88,12 @@ def random_states(
     classes = batch.patch_labels
     count, patches = classes.shape
     known = (classes != IGNORED)[..., None]
-    other = torch.randint(len(codes) - 1, classes.shape, generator=generator)
+    other = torch.randint(len(codes) - 2, classes.shape, generator=generator)
     errs = torch.rand(classes.shape, generator=generator) < uniform(0, 0.06, count, 1)
     errs &= classes > 0
     named = codes[torch.where(errs, other, classes.clamp(min=0))]
     content = named * uniform(4, 9, count, 1, 1) * known
-    content = content + batch.patch_places[..., None] * known * codes[-1] * 4
+    content = content + batch.patch_places @ codes[-2:] * known * EDGE_SCALE
     noise = torch.randn(count, patches, codes.shape[1], generator=generator)
     content = content + noise * uniform(0.15, 0.45, count, 1, 1)
     states = torch.cat((content, places.expand(count, -1, -1)), dim=-1)

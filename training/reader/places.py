@@ -21,16 +21,32 @@ def codes(count: int, width: int) -> Tensor:
     return directions
 
 
+def directions(width: int) -> Tensor:
+    """What a patch says along them, at right angles to each other: (CLASSES + 2, width).
+
+    One for each class, then where in its character it stands: from left to right, from top to
+    bottom.
+    """
+    known = codes(CLASSES + 1, width)
+    taken = torch.cat((known, constant_direction(width + PLACE)[None, :width]))
+    return torch.cat((known, _free(taken, seed=3)[None]))
+
+
 def constant_direction(width: int) -> Tensor:
     """The direction of a patch's state that is always the same: (width,).
 
-    At right angles to those of the character classes, and to the place channels.
+    At right angles to :func:`directions`, and to the place channels.
     """
-    known = codes(CLASSES + 1, width - PLACE)
-    generator = torch.Generator().manual_seed(2)
-    free = torch.randn(width - PLACE, generator=generator)
-    free -= known.T @ (known @ free)
-    return functional.pad(free / free.norm(), (0, PLACE))
+    return functional.pad(_free(codes(CLASSES + 1, width - PLACE), seed=2), (0, PLACE))
+
+
+def _free(taken: Tensor, seed: int) -> Tensor:
+    """A direction at right angles to those, which are so to each other."""
+    generator = torch.Generator().manual_seed(seed)
+    free = torch.randn(taken.shape[1], generator=generator)
+    free -= taken.T @ (taken @ free)
+    direction: Tensor = free / free.norm()
+    return direction
 
 
 def places(side: int) -> Tensor:

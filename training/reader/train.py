@@ -32,9 +32,8 @@ from torch.utils.data import DataLoader
 
 from training.reader import attention, shape, together
 from training.reader.batches import DrawnBatches, ReaderBatch, normalised, relit
-from training.reader.labels import CLASSES
 from training.reader.losses import answer_logits, answering_loss, naming_loss, random_states
-from training.reader.places import PLACE, codes, places
+from training.reader.places import PLACE, directions, places
 from training.reader.stages import FOLDER, STAGES, Stage
 from training.reader.start import PLACE_STRENGTH, fresh_model
 
@@ -58,7 +57,7 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(_is_of(name, stage.part))
         width = shape.CONFIG.vision.hidden_size - PLACE
-        self.codes = codes(CLASSES + 1, width)
+        self.codes = directions(width)
         self.places = PLACE_STRENGTH * places(shape.GRID)
         self.average = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
         self.optimizers = self._optimizers()
