@@ -30,7 +30,7 @@ parity: $(VENV)/.dev  ## compare every published shape with transformers, stage 
 
 reader: $(VENV)/.dev  ## train the bundled reader (hours; goes on where it stopped) and install it
 	$(BIN)/python -m training.reader.fonts
-	$(BIN)/python -m training.reader.train --resume
+	$(BIN)/torchrun --nproc-per-node 2 -m training.reader.train --resume
 	$(BIN)/python -m training.reader.export
 	$(BIN)/python -m training.reader.evaluate
 

@@ -1,4 +1,4 @@
-"""The stages of the reader's training: how long, how fast, on what."""
+"""The stages of the reader's training: how long, how fast, on what; for two processes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("name", 3000, batch=0, crowd=32, rate=2.5e-3, part="vision.", naming=1.0, level=0.0),
+    Stage("name", 3250, batch=0, crowd=32, rate=2.5e-3, part="vision.", naming=1.0, level=0.0),
     Stage(
         "spell",
-        2400,
+        1200,
         batch=64,
         crowd=0,
         rate=2e-3,
@@ -42,7 +42,7 @@ STAGES = (
     ),
     Stage(
         "whole",
-        3000,
+        2700,
         batch=28,
         crowd=8,
         rate=1.2e-3,

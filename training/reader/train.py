@@ -4,13 +4,14 @@
    Next-token loss alone stays long on the plateau where only the length of an answer is learned.
 2. ``spell``: without a tower, connector and decoder learn to answer from the names of patches, as
    a good tower would give them: to point at the cell of each character and to say what that shows
-   (``pointing.py``). The stage needs nothing from ``name``: the two can run
-   side by side (``--stages``), each with its own state.
+   (``pointing.py``). The stage needs nothing from ``name``: the two can run side by side
+   (``--stages``), each with its own state.
 3. ``whole``: everything together, on pictures with a question and pictures full of text side by
    side, naming kept as a second loss.
 
 Half of the steps on pictures show a recent batch again, in other light: drawing costs time. State
-is saved every minute; ``--resume`` goes on from it, also with other ``--steps``.
+is saved every minute; ``--resume`` goes on from it, also with other ``--steps``. The stages are
+measured out for two processes (``together.py``).
 """
 
 from __future__ import annotations
