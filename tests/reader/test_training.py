@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFont
+from PIL import Image, ImageFont
 from training.reader import fonts, shape
 from training.reader.batches import DrawnBatches, labelled, prompt_ids, wanted_ids
 from training.reader.files import build_tokenizer
 from training.reader.labels import BACKGROUND, CLASS_OF, CLASSES
 from training.reader.lines import Corners
+from training.reader.paths import PATH_COLOR, draw_path
 from training.reader.pictures import draw_crowd, draw_picture, lay_out
 from training.reader.places import PLACE, constant_direction, directions
-from training.reader.pointing import Question, cell_id, cells_of, plain_ids, pointing_ids
+from training.reader.pointing import Question, cell_id, cell_of, cells_of, plain_ids, pointing_ids
 from training.reader.scores import Result, figures, tidy
 from training.reader.stages import STAGES, Stage
 from training.reader.start import fresh_model
@@ -161,6 +162,25 @@ def test_an_answer_points_at_the_cell_of_each_character_before_it_reads_it() -> 
     count = pointing_ids(Question("How many lines?", -1), lines, cells)
     assert count == (*start, points[0], points[3], *b"2", end)
     assert pointing_ids(Question(""), (), []) == (*start, *b"nothing", end)
+
+
+def test_a_token_names_the_cell_that_it_was_made_for() -> None:
+    for cell in ((0, 0), (3, 17), (shape.SIDE - 1, shape.SIDE - 1)):
+        assert cell_of(cell_id(cell)) == cell
+    others = [*b"4711 ", shape.IDS[shape.RIGHT], shape.IDS[shape.POINT], shape.IDS[shape.END]]
+    assert [cell_of(token) for token in others] == [None] * len(others)
+
+
+def test_a_path_is_drawn_over_the_cells_that_an_answer_names() -> None:
+    image = Image.new("RGB", (shape.EDGE, shape.TILE), "white")
+    path = draw_path(image, [*b" ", cell_id((1, 2)), *b"a", cell_id((1, 20)), *b"b"], "ab")
+    red = [
+        (x // 16, y // 16)
+        for x in range(image.width)
+        for y in range(image.height)
+        if path.getpixel((x, y)) == PATH_COLOR
+    ]
+    assert set(red) == {(column, 1) for column in range(2, 21)}
 
 
 def test_a_reader_of_answers_does_not_see_where_they_point() -> None:

@@ -118,6 +118,12 @@ def cell_id(cell: Cell) -> int:
     return shape.FIRST_CELL + cell[0] * shape.SIDE + cell[1]
 
 
+def cell_of(token: int) -> Cell | None:
+    """The cell that a token names; None if it is another token."""
+    number = token - shape.FIRST_CELL
+    return divmod(number, shape.SIDE) if 0 <= number < shape.SIDE**2 else None
+
+
 def _line_ids(line: str, cells: Sequence[Cell], pointed: Sequence[Cell]) -> list[int]:
     ids: list[int] = []
     following, last = iter(zip(cells, pointed, strict=True)), None

@@ -1,0 +1,85 @@
+"""Draw where the reader points while it reads: its cells as a path over pictures held out.
+
+Each picture is shown at the size of its tiles, with the tiles' edges, a frame around each cell that
+the answer names, in order, and the answer under it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+import smolstack
+from training.reader import shape
+from training.reader.evaluate import FIRST_SEED, NEW_TOKENS
+from training.reader.pictures import draw_picture, plan_of
+from training.reader.pointing import Cell, cell_of
+from training.reader.scores import tidy
+
+FOOT = 64  # pixels for question and answer
+CELL = shape.EDGE // shape.SIDE
+EDGE_COLOR, PATH_COLOR = (150, 150, 150), (214, 39, 40)
+
+
+def draw_path(image: Image.Image, ids: Sequence[int], said: str) -> Image.Image:
+    """A picture with the path of an answer's tokens over it, and what they say below."""
+    canvas = plan_of(image.size).canvas
+    shown = Image.new("RGB", (canvas[0], canvas[1] + FOOT), "white")
+    shown.paste(image.convert("RGB").resize(canvas), (0, 0))
+    draw = ImageDraw.Draw(shown)
+    for edge in range(shape.TILE, shape.EDGE, shape.TILE):
+        draw.line((edge, 0, edge, canvas[1]), EDGE_COLOR)
+        draw.line((0, edge, canvas[0], edge), EDGE_COLOR)
+    cells = [cell for token in ids if (cell := cell_of(token)) is not None]
+    middles = [_middle(cell) for cell in cells]
+    for x, y in middles:
+        frame = x - CELL // 2, y - CELL // 2, x + CELL // 2 - 1, y + CELL // 2 - 1
+        draw.rectangle(frame, outline=PATH_COLOR)
+    if len(middles) > 1:
+        draw.line(middles, PATH_COLOR)
+    draw.text((4, canvas[1] + 4), said, "black", font=ImageFont.load_default(12))
+    return shown
+
+
+def _middle(cell: Cell) -> tuple[int, int]:
+    return cell[1] * CELL + CELL // 2, cell[0] * CELL + CELL // 2
+
+
+def arrange(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures in columns, each under the lowest of the shortest column."""
+    heights = [0] * columns
+    places = []
+    for picture in pictures:
+        column = heights.index(min(heights))
+        places.append((column * (shape.EDGE + 8), heights[column]))
+        heights[column] += picture.height
+    sheet = Image.new("RGB", (columns * (shape.EDGE + 8) - 8, max(heights)), "white")
+    for picture, place in zip(pictures, places, strict=True):
+        sheet.paste(picture, place)
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a checkpoint folder; the bundled reader if left out")
+    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--first", type=int, default=FIRST_SEED, help="the first picture's seed")
+    parser.add_argument("--question", default=shape.QUESTION)
+    parser.add_argument("--out", type=Path, default=Path(".cache/reader/paths.png"))
+    options = parser.parse_args()
+    vlm = smolstack.load() if options.model is None else smolstack.load(options.model)
+    drawn = []
+    for seed in range(options.first, options.first + options.count):
+        picture = draw_picture(seed, "held-out")
+        answer = vlm.ask(picture.image, options.question, max_new_tokens=NEW_TOKENS)
+        drawn.append(draw_path(picture.image, answer.token_ids, tidy(answer.text)))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    arrange(drawn, columns=3).quantize(128).save(options.out, optimize=True)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
