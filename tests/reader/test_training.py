@@ -92,6 +92,7 @@ def test_lines_hold_known_characters_and_no_idle_spaces() -> None:
         assert 1 <= len(line) <= 24
         assert line == " ".join(line.split())
         assert set(line) <= {*shape.CHARACTERS, " "}
+        assert line not in {"c", "C", "O", "o", "l", "I", ".", "-"}
 
 
 def test_labels_name_the_characters_that_a_picture_shows() -> None:

@@ -132,14 +132,18 @@ def lay_out(
         wide = max(line.width for line in unit) / 100
         high = sum(line.height for line in unit) / 100 * (1 + (spacing - 1) * (count - 1) / count)
         turn = math.radians(abs(angle))
-        room = min(
+        rooms = (
             fill[0] * size[0] / (wide * math.cos(turn) + high * math.sin(turn)),
             fill[1] * size[1] / (high * math.cos(turn) + wide * math.sin(turn)),
         )
+        room = min(rooms)
         mean = sum(line.width for line in unit) / 100 / sum(map(len, texts))
         if room * mean * scale >= NARROWEST * 0.95 and room >= 6:
             break
-        count, length = max(1, count - rng.randint(0, 1)), max(1, round(length * 0.75))
+        if count > 1 and rooms[1] < rooms[0]:
+            count -= 1
+        else:
+            length = max(1, round(length * 0.8) if length > 2 else length - 1)
         if length == 1 and count == 1 and len(texts[0]) == 1:
             break
     em = max(6, round(min(room, max(wanted, NARROWEST) / (mean * scale))))

@@ -30,6 +30,7 @@ FREQUENT = (
     "second third last next one two three four five six seven eight nine ten about more less than"
 )
 COMMON = tuple(FREQUENT.split())
+ALONE = frozenset("CcOoSsVvWwXxZzUuIl.,:;'\"-_")  # not to be told from others if alone
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo ya ze tre sto pla gri nt rs"
 
 
@@ -59,14 +60,19 @@ def words(split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def draw_line(rng: random.Random, split: str, longest: int) -> str:
-    """One line of 1 to ``longest`` characters, without spaces at its ends or two in a row."""
+    """One line of 1 to ``longest`` characters, without spaces at its ends or two in a row.
+
+    A lone character is one that is known without others beside it: no "c" that may be a "C".
+    """
     kinds = (_sentence, _numbers, _price, _date, _code, _address, _random)
     while True:
         kind = rng.choices(kinds, weights=(45, 14, 8, 7, 9, 4, 13))[0]
         line = " ".join(kind(rng, split, longest).split())
-        if not 1 <= len(line) <= longest:
+        if not 1 <= len(line) <= longest or line in ALONE:
             continue
-        if kind is _sentence or len(line) == 1 or is_held_out(line) == (split == "held-out"):
+        if kind is _sentence or is_held_out(line) == (split == "held-out"):
+            return line
+        if len(line) == 1 and rng.random() < 0.1:  # as rare as other strings that are held out
             return line
 
 
