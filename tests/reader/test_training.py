@@ -19,9 +19,10 @@ from training.reader import fonts, shape
 from training.reader.batches import DrawnBatches, labelled, prompt_ids, wanted_ids
 from training.reader.files import build_tokenizer
 from training.reader.labels import BACKGROUND, CLASS_OF, CLASSES
+from training.reader.layout import lay_out
 from training.reader.lines import Corners
 from training.reader.paths import PATH_COLOR, draw_path
-from training.reader.pictures import draw_crowd, draw_picture, lay_out
+from training.reader.pictures import draw_crowd, draw_picture
 from training.reader.places import PLACE, constant_direction, directions
 from training.reader.pointing import Question, cell_id, cell_of, cells_of, plain_ids, pointing_ids
 from training.reader.scores import Result, figures, tidy

@@ -19,15 +19,8 @@ from smolstack.processor.tiles import cut_tiles
 from training.reader import shape
 from training.reader.files import build_tokenizer
 from training.reader.labels import IGNORED, patch_labels
-from training.reader.pictures import (
-    Layout,
-    Picture,
-    draw_crowd,
-    draw_picture,
-    grid_of,
-    lay_out,
-    plan_of,
-)
+from training.reader.layout import Layout, grid_of, lay_out, plan_of
+from training.reader.pictures import Picture, draw_crowd, draw_picture
 from training.reader.pointing import Question, cells_of, plain_ids, pointing_ids
 
 SEEDS_PER_BATCH = 10_000

@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 import smolstack
 from training.reader import shape
 from training.reader.evaluate import FIRST_SEED, NEW_TOKENS
-from training.reader.pictures import draw_picture, plan_of
+from training.reader.layout import plan_of
+from training.reader.pictures import draw_picture
 from training.reader.pointing import Cell, cell_of
 from training.reader.scores import tidy
 

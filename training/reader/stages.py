@@ -50,6 +50,6 @@ STAGES = (
         naming=0.5,
         answering=1.0,
         level=0.7,
-        full=0.5,
+        full=0.35,
     ),
 )
