@@ -29,9 +29,10 @@ from smolstack.interop.reference import model_inputs, pixel_mask, share_model
 
 BOUND = 1e-4
 NEW = 6
-# One of two processes: reads a checkpoint divided between them, writes logits and tokens.
+# One of two processes: reads a checkpoint divided between them, writes logits and tokens. It leaves
+# at once then: one of gloo's threads at times outlives the interpreter, which aborts.
 WORKER = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 import torch.distributed as dist
@@ -54,6 +55,8 @@ save_file({"logits": logits.contiguous(), "tokens": tokens.contiguous(),
            "sizes": torch.tensor(sizes)}, out / f"{rank}.safetensors")
 dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
 """
 
 
