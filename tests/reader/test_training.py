@@ -6,7 +6,10 @@ Everything is drawn in the font that comes with Pillow, so no font package is ne
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -21,18 +24,19 @@ from training.reader.files import build_tokenizer
 from training.reader.labels import BACKGROUND, CLASS_OF, CLASSES
 from training.reader.layout import lay_out
 from training.reader.lines import Corners
+from training.reader.losses import random_states
 from training.reader.paths import PATH_COLOR, draw_path
 from training.reader.pictures import draw_crowd, draw_picture
-from training.reader.places import PLACE, constant_direction, directions
+from training.reader.places import PLACE, constant_direction, directions, places
 from training.reader.pointing import Question, cell_id, cell_of, cells_of, plain_ids, pointing_ids
 from training.reader.scores import Result, figures, tidy
 from training.reader.stages import STAGES, Stage
-from training.reader.start import fresh_model
+from training.reader.start import PLACE_STRENGTH, fresh_model
 from training.reader.start_decoder import BACK, EVEN, RESERVED, SPREAD
 from training.reader.text import draw_line, is_held_out, words
 from training.reader.train import Trainer
 
-from smolstack.model.decoder import TextAttention, rotate
+from smolstack.model.decoder import TextAttention, TextLayer, rotate
 from smolstack.model.layers import split_heads
 
 
@@ -297,6 +301,63 @@ def test_a_fresh_decoder_looks_at_the_last_marker_and_at_the_cell_pointed_at_las
     scores = fresh_scores(0, tokens[torch.tensor([*chat, cell, *b"b"])] / SPREAD)
     assert scores[2, -1, chat.index(marker)].item() > 0.9
     assert scores[3, -1, len(chat)].item() > 0.6
+
+
+def test_a_fresh_decoder_looks_at_the_visual_token_of_the_cell_pointed_at() -> None:
+    """In its third layer, after what two random layers make of a prompt of three tiles."""
+    data = DrawnBatches(8, 20, seed=4, drawn=False, level=0.0)
+    drawn = (data[index] for index in range(len(data)))
+    strips = (one for one in drawn if one.picture_tiles == 4 * len(one.token_ids))
+    batch = next(strips)  # one row of three tiles, and the whole
+    known = directions(shape.CONFIG.vision.hidden_size - PLACE)
+    places_of = PLACE_STRENGTH * places(shape.GRID)
+    states = random_states(batch, known, places_of, torch.Generator().manual_seed(0))
+    model, chat = fresh_model(0), batch.token_ids.clone()
+    cells = [(row, col) for row in range(shape.CELLS) for col in range(3 * shape.CELLS)]
+    spots = (chat[0] == shape.IDS[shape.IMAGE]).nonzero().flatten()
+    visual = model.connector(states, (shape.GRID, shape.GRID)).view(len(chat), len(spots), -1)[:1]
+    found = []
+    with torch.no_grad():
+        for row, col in cells[::7]:
+            prompt = chat[:1, : batch.start + 1]
+            ids = torch.cat([prompt, torch.tensor([[cell_id((row, col))]])], dim=1)
+            stream = model.decoder.embedding(ids).index_copy(1, spots, visual)
+            cos, sin = model.decoder._angles(0, ids.shape[1], None, stream)
+            for layer in list(model.decoder.layers)[:2]:
+                stream = layer(stream, cos, sin, None, None)
+            third = model.decoder.layers[2]
+            assert isinstance(third, TextLayer)
+            scores = fresh_scores(2, third.attention_norm(stream)[0])
+            tile, within = divmod(col, shape.CELLS)
+            spot = spots[tile * shape.TOKENS_PER_TILE + row * shape.CELLS + within]
+            found.append(scores[0, -1, spot].item())
+    assert float(np.mean(found)) > 0.7
+
+
+def test_two_processes_step_by_the_mean_of_their_gradients(tmp_path: Path) -> None:
+    script = tmp_path / "mean.py"
+    script.write_text(
+        "import torch\n"
+        "from training.reader import together\n"
+        "rank, count = together.join()\n"
+        "weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1, 3))]\n"
+        "for weight in weights:\n"
+        "    weight.grad = torch.full_like(weight, float(10 ** rank))\n"
+        "together.average_gradients(weights)\n"
+        "said = str([count, *(weight.grad.tolist() for weight in weights)])\n"
+        "open(f'{__file__}.{rank}', 'w').write(said)\n"
+        "together.leave()\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(script)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=240,
+    )
+    for rank in range(2):
+        said = script.with_name(f"mean.py.{rank}").read_text()
+        assert said == "[2, [5.5, 5.5], [[5.5, 5.5, 5.5]]]"
 
 
 def small(name: str, steps: int = 2) -> Stage:

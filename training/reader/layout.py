@@ -112,10 +112,10 @@ def lay_out(
         mean = sum(line.width for line in unit) / 100 / sum(map(len, texts))
         if room * mean * scale >= NARROWEST * 0.95 and room >= 6:
             break
-        if count > 1 and rooms[1] < rooms[0]:
+        if count > 1 and (rooms[1] < rooms[0] or length == 1):
             count -= 1
         else:
-            length = max(1, round(length * 0.8) if length > 2 else length - 1)
+            length = max(1, int(length * 0.8))
         if length == 1 and count == 1 and len(texts[0]) == 1:
             break
     em = max(6, round(min(room, max(wanted, NARROWEST) / (mean * scale))))

@@ -272,6 +272,7 @@ def main() -> None:
             if options.resume:
                 trainer.resume()
             trainer.run(options.workers)
+    together.leave()
 
 
 if __name__ == "__main__":
