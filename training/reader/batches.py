@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import tokenizers
@@ -21,7 +21,8 @@ from training.reader.files import build_tokenizer
 from training.reader.labels import IGNORED, patch_labels
 from training.reader.layout import Layout, grid_of, lay_out, plan_of
 from training.reader.pictures import Picture, draw_crowd, draw_picture
-from training.reader.pointing import Question, cells_of, plain_ids, pointing_ids
+from training.reader.pointing import Answer, Question, plain_answer, pointing_answer
+from training.reader.targets import spots_of
 
 SEEDS_PER_BATCH = 10_000
 COUNTING, ONE_LINE = 0.12, 0.25  # shares of batches that ask for the count, and for one line
@@ -38,7 +39,8 @@ class ReaderBatch:
         patch_labels: (B·n + X, H·W) int64, the class of the character under each patch.
         patch_places: (B·n + X, H·W, 2) float32, where in that character it stands (labels.py).
         token_ids: (B, T) int64, prompt and answer, padded on the right.
-        labels: (B, T - start) int64, the token that follows each position from ``start`` on.
+        goals: (B, T - start, G) int64, from position ``start`` on: every token that would be right
+            next, then IGNORED; the one that follows in ``token_ids`` is one of them.
         start: the prompt's last position, where the answer's first token is predicted.
     """
 
@@ -46,7 +48,7 @@ class ReaderBatch:
     patch_labels: Tensor
     patch_places: Tensor
     token_ids: Tensor
-    labels: Tensor
+    goals: Tensor
     start: int
 
     @property
@@ -188,48 +190,43 @@ def make_batch(
     *,
     points: bool = True,
 ) -> ReaderBatch:
-    """Tiles, labels and tokens of pictures that are cut alike; ``points``: so do the answers.
-
-    What comes before the next token points less exactly than what is to be learned.
-    """
+    """Tiles, labels and tokens of pictures that are cut alike; ``points``: so do the answers."""
     parts = [*(labelled(picture) for picture in pictures), *crowd]
     tiles, classes, places = (torch.cat(part) for part in zip(*parts, strict=True))
     answers = [
-        wanted_ids(question, picture) if points else plain_ids(question.answer(_lines(picture)))
+        wanted(question, picture, random.Random(f"answer {picture.size} {_lines(picture)}"))
+        if points
+        else plain_answer(question.answer(_lines(picture)))
         for picture in pictures
     ]
     prompt: tuple[int, ...] = ()
     if pictures:
         prompt = prompt_ids(question.words, _grid(pictures[0]))
-    longest = max(map(len, answers), default=0)
+    longest = max((len(answer.ids) for answer in answers), default=0)
+    all_goals = [answer.goals for answer in answers]
+    most = max((len(goals) for of_answer in all_goals for goals in of_answer), default=1)
     token_ids = torch.full((len(pictures), len(prompt) + longest), shape.IDS[shape.PAD])
-    labels = torch.full((len(pictures), longest + 1), IGNORED)
-    for row, (answer, picture) in enumerate(zip(answers, pictures, strict=True)):
-        given = wanted_ids(question, picture, random.Random(str(answer))) if points else answer
+    goals = torch.full((len(pictures), longest + 1, most), IGNORED)
+    for row, (answer, of_answer) in enumerate(zip(answers, all_goals, strict=True)):
         token_ids[row, : len(prompt)] = torch.tensor(prompt)
-        token_ids[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(given)
-        labels[row, : len(answer)] = torch.tensor(answer)
-    return ReaderBatch(tiles, classes, places, token_ids, labels, len(prompt) - 1)
+        token_ids[row, len(prompt) : len(prompt) + len(answer.ids)] = torch.tensor(answer.ids)
+        padded = [one + [IGNORED] * (most - len(one)) for one in of_answer]
+        goals[row, : len(answer.ids)] = torch.tensor(padded)
+    return ReaderBatch(tiles, classes, places, token_ids, goals, len(prompt) - 1)
 
 
-def wanted_ids(
-    question: Question, picture: Picture | Layout, shaken: random.Random | None = None
-) -> tuple[int, ...]:
-    """Tokens of the answer about a picture, pointing at what is read, at times not so exactly."""
+def wanted(
+    question: Question, picture: Picture | Layout, rng: random.Random | None = None
+) -> Answer:
+    """The answer about a picture, pointing at what is read."""
     lines, following = _lines(picture), iter(picture.corners)
     corners = [[next(following) for _ in line.replace(" ", "")] for line in lines]
-    cut = _size(picture), _grid(picture)
-    cells = cells_of(*cut, corners)
-    pointed = None if shaken is None else cells_of(*cut, corners, shaken)
-    return pointing_ids(question, lines, cells, pointed)
-
-
-def _size(picture: Picture | Layout) -> tuple[int, int]:
-    return picture.size if isinstance(picture, Layout) else picture.image.size
+    spots = spots_of(picture.size, _grid(picture), corners)
+    return pointing_answer(question, lines, spots, rng)
 
 
 def _grid(picture: Picture | Layout) -> tuple[int, int]:
-    plan = plan_of(_size(picture))
+    plan = plan_of(picture.size)
     return plan.rows, plan.cols
 
 
@@ -247,26 +244,6 @@ def to_tiles(image: Image.Image) -> Tensor:
 def normalised(tiles: Tensor) -> Tensor:
     """(B, 3, P, P) uint8 → float32 from -1 to 1."""
     return tiles.float() / 127.5 - 1
-
-
-def relit(batch: ReaderBatch, rng: random.Random, inverted: float = 0.5) -> ReaderBatch:
-    """The same pictures a little lighter or darker, with less or more contrast, or inverted.
-
-    ``inverted`` is the share of those.
-    """
-    pictures = len(batch.token_ids)
-    each = batch.picture_tiles // pictures if pictures else 0
-    crowd = len(batch.tiles) - batch.picture_tiles
-    lights = [
-        (rng.uniform(0.75, 1.1) * (-1 if rng.random() < inverted else 1), rng.uniform(-0.1, 0.1))
-        for _ in range(pictures + crowd)
-    ]
-    times = torch.tensor([each] * pictures + [1] * crowd)
-    contrast, shift = (
-        torch.tensor(lights).repeat_interleave(times, dim=0)[..., None, None, None].unbind(1)
-    )
-    tiles = (normalised(batch.tiles) * contrast + shift + 1) * 127.5
-    return replace(batch, tiles=tiles.round().clamp(0, 255).to(torch.uint8))
 
 
 @cache

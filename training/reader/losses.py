@@ -51,15 +51,23 @@ def answer_logits(model: VisionLanguageModel, states: Tensor, batch: ReaderBatch
 
 
 def answering_loss(logits: Tensor, batch: ReaderBatch) -> tuple[Tensor, dict[str, float]]:
-    """Next-token loss; the shares of cells, of characters and of whole answers that are right."""
-    labels = batch.labels
-    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-    right = logits.argmax(-1) == labels
-    points = labels >= shape.FIRST_CELL
-    spells = (labels != IGNORED) & ~points
+    """Next-token loss; the shares of cells, of characters and of whole answers that are right.
+
+    The loss is that of saying any token that would be right: the cells that show a character share
+    their probability as they like.
+    """
+    goals = batch.goals
+    asked = goals[..., 0] != IGNORED
+    logits, goals = logits[asked], goals[asked]
+    of_goals = logits.gather(1, goals.clamp(min=0)).masked_fill(goals == IGNORED, -torch.inf)
+    loss = (logits.logsumexp(dim=1) - of_goals.logsumexp(dim=1)).mean()
+    right = torch.ones(asked.shape, dtype=torch.bool)
+    right[asked] = (logits.argmax(dim=1, keepdim=True) == goals).any(dim=1)
+    points = batch.goals.amax(dim=-1) >= shape.FIRST_CELL
+    spells = asked & ~points
     figures = {
         "characters": float(right[spells].float().mean()),
-        "answers": float((right | ~spells).all(dim=1).float().mean()),
+        "answers": float(right.all(dim=1).float().mean()),
     }
     if points.any():
         figures["cells"] = float(right[points].float().mean())

@@ -19,6 +19,7 @@ from training.reader.layout import plan_of
 from training.reader.pictures import draw_picture
 from training.reader.pointing import Cell, cell_of
 from training.reader.scores import tidy
+from training.reader.targets import View
 
 FOOT = 64  # pixels for question and answer
 CELL = shape.EDGE // shape.SIDE
@@ -35,18 +36,23 @@ def draw_path(image: Image.Image, ids: Sequence[int], said: str) -> Image.Image:
         draw.line((edge, 0, edge, canvas[1]), EDGE_COLOR)
         draw.line((0, edge, canvas[0], edge), EDGE_COLOR)
     cells = [cell for token in ids if (cell := cell_of(token)) is not None]
-    middles = [_middle(cell) for cell in cells]
-    for x, y in middles:
-        frame = x - CELL // 2, y - CELL // 2, x + CELL // 2 - 1, y + CELL // 2 - 1
-        draw.rectangle(frame, outline=PATH_COLOR)
-    if len(middles) > 1:
+    frames = [_frame(cell, canvas) for cell in cells]
+    for left, top, right, bottom in frames:
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=PATH_COLOR)
+    if len(frames) > 1:
+        middles = [((left + right) // 2, (top + low) // 2) for left, top, right, low in frames]
         draw.line(middles, PATH_COLOR)
     draw.text((4, canvas[1] + 4), said, "black", font=ImageFont.load_default(12))
     return shown
 
 
-def _middle(cell: Cell) -> tuple[int, int]:
-    return cell[1] * CELL + CELL // 2, cell[0] * CELL + CELL // 2
+def _frame(cell: Cell, canvas: tuple[int, int]) -> tuple[int, int, int, int]:
+    """What a cell shows: left, top, right, bottom, on a picture of the size of its tiles."""
+    if cell.view is View.WHOLE:
+        wide, high = canvas[0] // shape.CELLS, canvas[1] // shape.CELLS
+    else:
+        wide = high = CELL
+    return cell.col * wide, cell.row * high, (cell.col + 1) * wide, (cell.row + 1) * high
 
 
 def arrange(pictures: Sequence[Image.Image], columns: int) -> Image.Image:

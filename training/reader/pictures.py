@@ -20,6 +20,9 @@ from training.reader.paper import Color, choose_colors, damage, draw_background,
 from training.reader.text import draw_line
 
 PLATES = 0.12  # the share of pictures whose text stands on a plate
+# In pictures full of text: the share of those with large characters, the greatest width of one on
+# the tiles, and of one in other pictures; the share that is as narrow as on the tile of the whole.
+LARGE, LARGEST, MEDIUM, SQUEEZED = 0.25, 90, 36, 0.15
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Picture:
     corners: tuple[Corners, ...]
     family: str
     width: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.image.size
 
     @property
     def text(self) -> str:
@@ -87,26 +94,32 @@ def draw_crowd(seed: int, split: str = "train", level: float = 1.0) -> Picture:
     rng = random.Random(f"crowd {seed}" if split == "train" else f"crowd {split} {seed}")
     easy = rng.random() >= level
     size = (shape.EDGE, shape.EDGE) if easy else picture_size(rng)
+    shown = plan_of(size).canvas[0]  # the width that the picture has on the tiles
+    squeezed = rng.choice((2, 3)) if not easy and rng.random() < SQUEEZED else 1
+    size = squeezed * size[0], size[1]
     ink, paper = ((0, 0, 0), (255, 255, 255)) if easy else choose_colors(rng)
     image = Image.new("RGB", size, paper) if easy else draw_background(rng, size, paper)
     draw = ImageDraw.Draw(image)
-    plan = plan_of(size)
+    largest = LARGEST if not easy and rng.random() < LARGE else MEDIUM
     characters, top = "", rng.randint(0, 4)
     corners: tuple[Corners, ...] = ()
     while True:
         family, path = pick_font(rng, split)
-        wanted = math.exp(rng.uniform(math.log(15.0 if easy else 9.0), math.log(40)))
-        em = wanted * size[0] / plan.canvas[0] / 0.55
-        em = max(6, round(min(em, size[1] * 0.7)))
+        wanted = math.exp(rng.uniform(math.log(15.0 if easy else 9.0), math.log(largest)))
+        em = max(6, round(min(wanted * size[0] / shown / 0.55, size[1] * 0.7)))
         text = _filler(rng, max(1, round(size[0] / (em * 0.5))))
         line = set_line(text, path, em, rng.choice((0.0, 0.0, 0.0, 0.1)))
         if characters and top + line.height > size[1]:
-            return _finish(rng, image, (), characters=characters, corners=corners, family=family)
+            break
         left = rng.randint(-em // 3, max(0, round(size[0] - line.width)))
         line.draw(draw, (left, top), ink)
         characters += line.characters
         corners += moved(line.corners, (left, top))
         top += round(line.height * rng.uniform(0.85, 1.3)) + 1
+    if squeezed > 1:
+        image = image.resize((size[0] // squeezed, size[1]), Image.Resampling.BOX)
+        corners = tuple(tuple((x / squeezed, y) for x, y in box) for box in corners)
+    return _finish(rng, image, (), characters=characters, corners=corners, family=family)
 
 
 def _filler(rng: random.Random, length: int) -> str:

@@ -2,9 +2,12 @@
 
 A decoder that must say which character comes next has to know where it is, and where the same
 two characters stand twice, what it wrote last does not tell. So it writes that down: before a
-character, the token of the 16-pixel cell that the middle of the character lies in, or where that
-is the cell of the character before, one that says "further right". These are special tokens, which
-decoding leaves out. (In the same way SmolDocling says where an element stands, Nassar et al. 2025.)
+character, the token of a 16-pixel cell that shows it, or where that is the cell pointed at last,
+one that says "further right". These are special tokens, which decoding leaves out. (In the same
+way SmolDocling says where an element stands, Nassar et al. 2025.)
+
+Small characters are pointed at on the tiles. Large ones, of which a tile's edge cuts many, are on
+the tile of the whole picture. ``targets.py`` says which cells show a character well enough.
 
 Such an answer begins with a token that says so. Without it, the first character of an answer that
 does not point would seem likelier than any of the many cells.
@@ -17,13 +20,20 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from training.reader import shape
-from training.reader.lines import Corners
+from training.reader.targets import Spot, View
 
-Cell = tuple[int, int]  # row and column, from 0
-STAYS = 0.5  # the share of a row, or of a lower character, that must show there
-SHAKEN = 0.15  # the share of characters whose cell may be another one that shows them
+MIDDLE = 0.6  # the share of characters whose cell is the one that shows their middle
+
+
+class Cell(NamedTuple):
+    """What one visual token shows: a row and a column, from 0, of the tiles or of the whole."""
+
+    row: int
+    col: int
+    view: View = View.TILES
 
 
 @dataclass(frozen=True)
@@ -45,92 +55,132 @@ class Question:
         return "\n".join(wanted) or shape.NOTHING
 
 
-def cells_of(
-    size: tuple[int, int],
-    grid: tuple[int, int],
-    lines: Sequence[Sequence[Corners]],
-    shaken: random.Random | None = None,
-) -> list[list[Cell]]:
-    """The cell of each character of each line: the one that the middle of its box lies in.
+@dataclass(frozen=True)
+class Answer:
+    """Tokens of an answer, its leading space and its end included.
 
-    Along a line the row stays the same while characters show there: high and low ones would make
-    it jump up and down otherwise.
-
-    Args:
-        size: (width, height) of the picture.
-        grid: (rows, cols) of its tiles.
-        lines: the corners of each character's box, in picture pixels.
-        shaken: some cells are another one that shows the character too, as a reader may point.
+    Attributes:
+        ids: the tokens.
+        spots: for each that points, what it points at; for others None.
     """
-    rows, cols = grid[0] * shape.CELLS, grid[1] * shape.CELLS
-    found = []
-    for line in lines:
-        cells: list[Cell] = []
-        row = -1
-        for box in line:
-            x = sum(corner[0] for corner in box) / len(box) * cols / size[0]
-            wide = (box[1][0] - box[0][0]) * cols / size[0]
-            heights = [corner[1] * rows / size[1] for corner in box]
-            top, bottom = (heights[0] + heights[1]) / 2, (heights[2] + heights[3]) / 2
-            shown = min(bottom, row + 1) - max(top, row)
-            if shown < STAYS * min(1, bottom - top):
-                row = min(max(int((top + bottom) / 2), 0), rows - 1)
-            high = row
-            if shaken is not None and shaken.random() < SHAKEN:
-                x += shaken.uniform(-0.3, 0.3) * wide
-                high = int(top + shaken.uniform(0.25, 0.75) * (bottom - top))
-            cells.append((min(max(high, 0), rows - 1), min(max(int(x), 0), cols - 1)))
-        found.append(cells)
-    return found
+
+    ids: tuple[int, ...]
+    spots: tuple[Spot | None, ...]
+
+    @property
+    def goals(self) -> list[list[int]]:
+        """For each token, all that would be right in its place."""
+        found, last = [], None
+        for token, spot in zip(self.ids, self.spots, strict=True):
+            if spot is None:
+                found.append([token])
+                continue
+            cells = cells_of(spot, view=None if last is None else last.view)
+            wanted = [cell_id(cell) for cell in cells if cell != last]
+            found.append(wanted + [shape.IDS[shape.RIGHT]] * (last in cells))
+            last = cell_of(token) or last
+        return found
 
 
-def plain_ids(text: str) -> tuple[int, ...]:
-    """Tokens of an answer without a cell, its leading space and its end included."""
-    return (*f" {text}".encode(), shape.IDS[shape.END])
+def plain_answer(text: str) -> Answer:
+    """An answer that does not point."""
+    ids = (*f" {text}".encode(), shape.IDS[shape.END])
+    return Answer(ids, (None,) * len(ids))
 
 
-def pointing_ids(
+def pointing_answer(
     question: Question,
     lines: tuple[str, ...],
-    cells: Sequence[Sequence[Cell]],
-    pointed: Sequence[Sequence[Cell]] | None = None,
-) -> tuple[int, ...]:
-    """Tokens of the answer that points, its leading space and its end included.
+    spots: Sequence[Sequence[Spot]],
+    rng: random.Random | None = None,
+) -> Answer:
+    """The answer that points at each character that it reads.
 
     Args:
         lines: what the picture says.
-        cells: of each line's visible characters.
-        pointed: the cells that tokens name in place of those, if they are others.
+        spots: of each line's visible characters.
+        rng: chooses which of the cells that show a character is named, mostly that of its middle;
+            without one, always that.
     """
-    pointed = cells if pointed is None else pointed
-    parts = [_line_ids(*one) for one in zip(lines, cells, pointed, strict=True)]
-    firsts = [cell_id(of_line[0]) for of_line in pointed]
+    writer = _Writer(rng)
+    writer.write([*b" ", shape.IDS[shape.POINT]])
     if question.line == 0 and lines:
-        ids = [token for part in parts for token in (*part, *b"\n")][:-1]
+        for index, (line, of_line) in enumerate(zip(lines, spots, strict=True)):
+            writer.write([*b"\n"] if index else [])
+            writer.read(line, of_line)
     elif 0 < question.line <= len(lines):
-        ids = [*firsts[: question.line - 1], *parts[question.line - 1]]
+        for of_line in spots[: question.line - 1]:
+            writer.point(of_line[0])
+        writer.read(lines[question.line - 1], spots[question.line - 1])
     else:
-        ids = [*firsts, *question.answer(lines).encode()]
-    return (*b" ", shape.IDS[shape.POINT], *ids, shape.IDS[shape.END])
+        for of_line in spots:
+            writer.point(of_line[0])
+        writer.write([*question.answer(lines).encode()])
+    writer.write([shape.IDS[shape.END]])
+    return Answer(tuple(writer.ids), tuple(writer.spots))
+
+
+class _Writer:
+    """An answer as far as it is written, and where it points."""
+
+    def __init__(self, rng: random.Random | None) -> None:
+        self.rng = rng
+        self.ids: list[int] = []
+        self.spots: list[Spot | None] = []
+        self.last: Cell | None = None
+
+    def write(self, ids: list[int]) -> None:
+        self.ids += ids
+        self.spots += [None] * len(ids)
+
+    def point(self, spot: Spot) -> None:
+        view = None if self.last is None else self.last.view
+        cells = cells_of(spot, view)
+        cell = cells[0]
+        if self.rng is not None and self.rng.random() > MIDDLE:
+            cell = self.rng.choice(cells)
+        self.ids.append(shape.IDS[shape.RIGHT] if cell == self.last else cell_id(cell))
+        self.spots.append(spot)
+        self.last = cell
+
+    def read(self, line: str, spots: Sequence[Spot]) -> None:
+        following = iter(spots)
+        for character in line:
+            if character != " ":
+                self.point(next(following))
+            self.write([*character.encode()])
+
+
+def cells_of(spot: Spot, view: View | None = None) -> list[Cell]:
+    """All cells that show a character well, that of its middle first, in the view of the last one.
+
+    Args:
+        view: of the cell pointed at last; None at the first of an answer.
+    """
+    views = [spot.best, *(other for other in spot.boxes if other != spot.best)]
+    if view is not None:
+        views = [view]
+    found = []
+    for one in views:
+        box = spot.boxes[one]
+        cells = [Cell(row, col, one) for row in box.rows for col in box.cols]
+        middle = Cell(*box.middle, one)
+        found += [middle, *(cell for cell in cells if cell != middle)]
+    return found
 
 
 def cell_id(cell: Cell) -> int:
-    return shape.FIRST_CELL + cell[0] * shape.SIDE + cell[1]
+    if cell.view is View.WHOLE:
+        return shape.FIRST_CELL + shape.SIDE**2 + cell.row * shape.CELLS + cell.col
+    return shape.FIRST_CELL + cell.row * shape.SIDE + cell.col
 
 
 def cell_of(token: int) -> Cell | None:
     """The cell that a token names; None if it is another token."""
     number = token - shape.FIRST_CELL
-    return divmod(number, shape.SIDE) if 0 <= number < shape.SIDE**2 else None
-
-
-def _line_ids(line: str, cells: Sequence[Cell], pointed: Sequence[Cell]) -> list[int]:
-    ids: list[int] = []
-    following, last = iter(zip(cells, pointed, strict=True)), None
-    for character in line:
-        if character != " ":
-            cell, named = next(following)
-            ids.append(shape.IDS[shape.RIGHT] if cell == last else cell_id(named))
-            last = cell
-        ids.extend(character.encode())
-    return ids
+    if 0 <= number < shape.SIDE**2:
+        return Cell(*divmod(number, shape.SIDE))
+    number -= shape.SIDE**2
+    if 0 <= number < shape.CELLS**2:
+        return Cell(*divmod(number, shape.CELLS), View.WHOLE)
+    return None

@@ -15,8 +15,11 @@ SIDE = EDGE // TILE * CELLS  # cells along the longer side of a picture
 START, IMAGE, AROUND = "<|im_start|>", "<image>", "<fake_token_around_image>"
 WHOLE, END, PAD = "<global-img>", "<end_of_utterance>", "<|pad|>"
 TILE_MARKERS = tuple(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7))
-CELL_TOKENS = tuple(
-    f"<cell_{row}_{col}>" for row in range(1, SIDE + 1) for col in range(1, SIDE + 1)
+CELL_TOKENS = tuple(  # of all tiles, then of the tile of the whole
+    f"<{name}_{row}_{col}>"
+    for name, side in (("cell", SIDE), ("whole", CELLS))
+    for row in range(1, side + 1)
+    for col in range(1, side + 1)
 )
 RIGHT = "<right>"  # a character further right in the cell of the one before
 POINT = "<point>"  # begins an answer that points at what it reads

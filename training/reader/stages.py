@@ -27,7 +27,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("name", 3250, batch=0, crowd=32, rate=2.5e-3, part="vision.", naming=1.0, level=0.0),
+    Stage("name", 3000, batch=0, crowd=24, rate=2.5e-3, part="vision.", naming=1.0, level=0.0),
     Stage(
         "spell",
         1200,

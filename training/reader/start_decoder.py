@@ -21,11 +21,21 @@ from torch.nn import functional
 from smolstack.model.decoder import TextAttention, TextLayer, rope_frequencies
 from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
-from training.reader.places import CONSTANT, PLACE, constant_direction, moved, places
+from training.reader.labels import CLASSES
+from training.reader.places import (
+    CONSTANT,
+    PLACE,
+    constant_direction,
+    directions,
+    moved,
+    places,
+)
+from training.reader.pointing import cell_of
+from training.reader.targets import View
 
 SPREAD = 0.3  # of the stream at first
 EVEN = 4.0  # of the stream's first channel, in units of SPREAD
-TILE = 4  # channels for a tile's row and column, each a point on a circle
+TILE = 5  # channels for a tile's row and column, each a point on a circle; of the whole: the last
 TILES = shape.EDGE // shape.TILE
 # Channels of the stream with a meaning; the first is always the same.
 OWN = slice(1, 1 + PLACE)  # a visual token's place in its tile,
@@ -40,7 +50,7 @@ TO_MARKER, TO_CELL = 1.65, 2.35  # of the heads that look back to the last marke
 MARKER_PAIRS, CELL_PAIRS = (7, 8, 9), (2, 3, 4)  # rotary pairs that fade over a tile, a few tokens
 TO_PLACE, TO_TILE = 3.0, 3.6  # of heads that look at a cell
 WAVES = (1, 2, 3, 4)  # of a place's frequencies, those that tell cells apart
-SLOW = 14  # the first rotary pair that hardly turns within a chat
+SLOW = 13  # the first rotary pair that hardly turns within a chat
 ACROSS = shape.TOKENS_PER_TILE + 2 - shape.CELLS + 1
 BACK = (  # tokens that heads of the first two layers look back
     (1, shape.CELLS),
@@ -48,16 +58,18 @@ BACK = (  # tokens that heads of the first two layers look back
 )
 BESIDE = (  # cells to the right that heads of the last two layers look; then over a tile's edge
     ((0, 0), (1, 0), (2, 0), (1 - shape.CELLS, 1)),
-    ((0, 0), (1, 0)),
+    ((0, 0), (1, 0), (0, 0)),
 )
+NAMING, REST = 0.08, 0.5  # of what a patch names, in the connector; of its random part
+COPIED = 1.0  # how much of what a cell names is added to the stream
 NEXT, VAGUE = 1, 0.5  # the last layer's head that says where it looks, and how sharply it does
 
 
 def start_reading(model: VisionLanguageModel) -> None:
     """Set the connector's and the decoder's weights of a model that is random so far."""
     decoder = model.decoder
-    _start_connector(model)
     _start_embedding(decoder.embedding.weight)
+    _start_connector(model)
     decoder.norm.weight.fill_(SPREAD)  # the head is the embedding: logits of size one
     layers = [layer for layer in decoder.layers if isinstance(layer, TextLayer)]
     for layer in layers:
@@ -73,6 +85,7 @@ def start_reading(model: VisionLanguageModel) -> None:
     for attention, steps in zip((third, fourth), BESIDE, strict=True):
         _look_at_cells(attention, steps)
     _point_at_next(fourth)
+    _read(third, fourth)
 
 
 def cell_places() -> Tensor:
@@ -85,7 +98,13 @@ def cell_places() -> Tensor:
 def _tile_point(row: int, col: int) -> Tensor:
     """A tile's channels: its row and its column, each as a point on a circle."""
     angles = 2 * math.pi / TILES * torch.tensor([row, col])
-    return torch.stack((angles.cos(), angles.sin()), dim=1).flatten()
+    point = torch.stack((angles.cos(), angles.sin()), dim=1).flatten()
+    return functional.pad(point, (0, 1), value=-1.0)
+
+
+def _whole_point() -> Tensor:
+    """The channels of the tile of the whole, for which only the last stands."""
+    return functional.pad(torch.zeros(TILE - 1), (0, 1), value=2.0)
 
 
 def _start_connector(model: VisionLanguageModel) -> None:
@@ -98,6 +117,12 @@ def _start_connector(model: VisionLanguageModel) -> None:
     weight[0] = EVEN * SPREAD / CONSTANT / patches * even.repeat(patches)
     place = functional.pad(torch.eye(PLACE), (width - PLACE, 0))
     weight[OWN] = SPREAD / patches * place.repeat(1, patches)
+    # What a patch names becomes the embedding of that character: to read is to copy. The
+    # background is a space, for tokens all as long: their places would be unlike otherwise.
+    named = directions(width - PLACE)[:CLASSES]
+    characters = model.decoder.embedding.weight[[*f" {shape.CHARACTERS}".encode()]][:, RESERVED:]
+    naming = functional.pad(characters.T @ named, (0, PLACE))
+    weight[RESERVED:].mul_(REST).add_(NAMING / patches * naming.repeat(1, patches))
 
 
 def _start_embedding(weight: Tensor) -> None:
@@ -108,21 +133,19 @@ def _start_embedding(weight: Tensor) -> None:
         for col in range(TILES):
             marker = shape.IDS[f"<row_{row + 1}_col_{col + 1}>"]
             weight[marker, OWN_TILE] = 1.4 * SPREAD * _tile_point(row, col)
+    weight[shape.IDS[shape.WHOLE], OWN_TILE] = 1.4 * SPREAD * _whole_point()
     for name in (*shape.TILE_MARKERS, shape.WHOLE):
         weight[shape.IDS[name], IS_MARKER] = EVEN * SPREAD
     of_cells = cell_places()
-    for row in range(shape.SIDE):
-        for col in range(shape.SIDE):
-            tile, within = _tile_and_place(row, col)
-            token = shape.FIRST_CELL + row * shape.SIDE + col
-            weight[token, POINTED] = 1.4 * SPREAD * torch.cat((of_cells[within], tile))
-            weight[token, IS_CELL] = EVEN * SPREAD
-
-
-def _tile_and_place(row: int, col: int) -> tuple[Tensor, int]:
-    """A cell's tile, as its channels, and the cell's number in it."""
-    tile = _tile_point(row // shape.CELLS, col // shape.CELLS)
-    return tile, row % shape.CELLS * shape.CELLS + col % shape.CELLS
+    for token in range(shape.FIRST_CELL, shape.FIRST_CELL + len(shape.CELL_TOKENS)):
+        cell = cell_of(token)
+        assert cell is not None
+        tile = _whole_point()
+        if cell.view is View.TILES:
+            tile = _tile_point(cell.row // shape.CELLS, cell.col // shape.CELLS)
+        within = cell.row % shape.CELLS * shape.CELLS + cell.col % shape.CELLS
+        weight[token, POINTED] = 1.4 * SPREAD * torch.cat((of_cells[within], tile))
+        weight[token, IS_CELL] = EVEN * SPREAD
 
 
 def _heads(attention: TextAttention) -> tuple[Tensor, Tensor]:
@@ -177,17 +200,19 @@ def _look_at_cells(attention: TextAttention, steps: tuple[tuple[int, int], ...])
     sines = slice(SLOW, SLOW + len(chosen))
     cosines = slice(half + SLOW, half + SLOW + len(chosen))
     tile = [SLOW + len(chosen), SLOW + len(chosen) + 1]
+    whole = SLOW + len(chosen) + 2
     for key in keys[: -(-len(steps) // group)]:
-        key[:, :RESERVED] = 0
+        key.zero_()
         key[sines, OWN] = TO_PLACE * torch.eye(PLACE)[chosen]
         key[cosines, OWN] = TO_PLACE * torch.eye(PLACE)[[one + count for one in chosen]]
         for axis in range(2):
             key[tile[axis], OWN_TILE.start + 2 * axis] = TO_TILE
             key[half + tile[axis], OWN_TILE.start + 2 * axis + 1] = TO_TILE
+        key[whole, OWN_TILE.stop - 1] = TO_TILE
     for query, (cells, tiles) in zip(queries, steps, strict=False):
         step = moved(0, cells * shape.SCALE)
         place = slice(POINTED.start, POINTED.start + PLACE)
-        query[:, :RESERVED] = 0
+        query.zero_()
         query[sines, place] = TO_PLACE * step[chosen]
         query[cosines, place] = TO_PLACE * step[[one + count for one in chosen]]
         for axis, turns in enumerate((0, tiles)):
@@ -196,6 +221,7 @@ def _look_at_cells(attention: TextAttention, steps: tuple[tuple[int, int], ...])
             turned = ((math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle)))
             query[tile[axis], start : start + 2] = TO_TILE * torch.tensor(turned[0])
             query[half + tile[axis], start : start + 2] = TO_TILE * torch.tensor(turned[1])
+        query[whole, POINTED.stop - 1] = TO_TILE
 
 
 def _point_at_next(attention: TextAttention) -> None:
@@ -208,3 +234,18 @@ def _point_at_next(attention: TextAttention) -> None:
     values[:pointed] = 0
     values[:pointed, OWN.start : OWN_TILE.stop] = torch.eye(pointed)
     out[POINTED, NEXT, :pointed] = torch.eye(pointed)
+
+
+def _read(third: TextAttention, fourth: TextAttention) -> None:
+    """Copy what the cell pointed at names: half of its channels in each layer's first free head."""
+    config = shape.CONFIG.text
+    free = config.hidden_size - RESERVED
+    generator = torch.Generator().manual_seed(4)
+    turned = torch.linalg.qr(torch.randn(free, free, generator=generator)).Q
+    for layer, (attention, head) in enumerate(((third, 0), (fourth, 2))):
+        count = min(config.head_dim, free - layer * config.head_dim)
+        rows = turned[layer * config.head_dim :][:count]
+        values = attention.value.weight.view(config.num_kv_heads, config.head_dim, -1)
+        out = attention.out.weight.view(config.hidden_size, config.num_heads, config.head_dim)
+        values[head // 2, :count] = functional.pad(rows, (RESERVED, 0))
+        out[RESERVED:, head, :count] = COPIED * rows.T

@@ -9,9 +9,8 @@
 3. ``whole``: everything together, on pictures with a question and pictures full of text side by
    side, naming kept as a second loss.
 
-Half of the steps on pictures show a recent batch again, in other light: drawing costs time. State
-is saved every minute; ``--resume`` goes on from it, also with other ``--steps``. The stages are
-measured out for two processes (``together.py``).
+State is saved every minute; ``--resume`` goes on from it, also with other ``--steps``. The stages
+are measured out for two processes (``together.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,15 +30,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from training.reader import attention, shape, together
-from training.reader.batches import DrawnBatches, ReaderBatch, normalised, relit
+from training.reader.batches import DrawnBatches, ReaderBatch, normalised
 from training.reader.losses import answer_logits, answering_loss, naming_loss, random_states
+from training.reader.muon import Muon
 from training.reader.places import PLACE, directions, places
 from training.reader.stages import FOLDER, STAGES, Stage
 from training.reader.start import PLACE_STRENGTH, fresh_model
 
 SAVE_SECONDS = 60
-REPLAYED = 0.5  # the share of steps on recent batches
-RECENT = 120  # batches that may come again
+HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others emulate it, very slowly
 WARM_UP, DECAY = 100, 0.7  # steps; the last share of a stage, over which the rate falls to 0
 AVERAGED = 0.99  # how much of the average of all weights a step keeps
 
@@ -92,7 +90,7 @@ class Trainer:
                 others.append({"params": tables, "weight_decay": 0.01, "share": share})
                 others.append({"params": rest, "weight_decay": 0.0, "share": share})
         return [
-            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, weight_decay=0.02),
             torch.optim.AdamW(others, betas=(0.9, 0.98)),
         ]
 
@@ -173,7 +171,7 @@ class Trainer:
         return {f"loss_{name}": loss.item() for name, loss in losses.items()} | figures
 
     def _batches(self, workers: int) -> Iterator[ReaderBatch]:
-        """What is left of the stage: fresh batches, and recent ones again in other light."""
+        """What is left of the stage."""
         stage = self.stage
         data = DrawnBatches(
             stage.batch,
@@ -192,19 +190,7 @@ class Trainer:
             num_workers=workers,
             prefetch_factor=12 if workers else None,
         )
-        fresh = iter(loader)
-        where = f"{self.seed} {stage.name} {self.step}"
-        rng, light = random.Random(f"replay {where}"), random.Random(f"light {self.rank} {where}")
-        recent: list[ReaderBatch] = []
-        for step in range(self.step, stage.steps):  # all processes draw, or replay, at a time
-            if stage.drawn and len(recent) > RECENT // 4 and rng.random() < REPLAYED:
-                inverted = 0.5 * data.level_at(step * self.processes)
-                yield relit(rng.choice(recent), light, inverted)
-                continue
-            if len(recent) == RECENT:
-                recent.pop(rng.randrange(RECENT // 2))
-            recent.append(next(fresh))
-            yield recent[-1]
+        yield from loader
 
     def _set_rate(self) -> None:
         """Warm-up, then even, then straight down to (nearly) nothing."""
@@ -219,7 +205,7 @@ class Trainer:
         stage = self.stage
         losses: dict[str, Tensor] = {}
         figures: dict[str, float] = {}
-        with torch.autocast("cpu", torch.bfloat16), attention.plain():
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16), attention.plain():
             if stage.drawn:
                 states = self.model.vision(normalised(batch.tiles))
             else:
