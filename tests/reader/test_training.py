@@ -21,7 +21,7 @@ from PIL import Image, ImageFont
 from training.reader import fonts, shape
 from training.reader.batches import DrawnBatches, labelled, prompt_ids, wanted
 from training.reader.files import build_tokenizer
-from training.reader.labels import BACKGROUND, CLASS_OF, CLASSES
+from training.reader.labels import BACKGROUND, CLASS_OF, CLASSES, FIRST, LAST, WHERE
 from training.reader.layout import lay_out
 from training.reader.lines import Corners
 from training.reader.losses import answering_loss, random_states
@@ -134,7 +134,7 @@ def test_places_run_from_left_to_right_and_from_top_to_bottom_of_a_character() -
     _, classes, places = labelled(layout)
     rows, cols = shape.GRID, shape.GRID
     tile = int((classes[:-1] > BACKGROUND).sum(dim=1).argmax())
-    grid, where = classes[tile].view(rows, cols), places[tile].view(rows, cols, 2)
+    grid, where = classes[tile].view(rows, cols), places[tile].view(rows, cols, WHERE)
     row = int((grid > BACKGROUND).sum(dim=1).argmax())
     col = int((grid > BACKGROUND).sum(dim=0).argmax())
     across = where[row, :, 0][grid[row] > BACKGROUND]
@@ -142,6 +142,19 @@ def test_places_run_from_left_to_right_and_from_top_to_bottom_of_a_character() -
     for run in (across, down):
         assert len(run) > 1
         assert torch.equal(run, run.sort(descending=True).values)
+
+
+def test_the_first_and_the_last_character_of_each_line_are_marked() -> None:
+    layouts = (lay_out(seed)[0] for seed in range(400))
+    layout = next(
+        one for one in layouts if len(one.lines) == 3 and min(one.lengths) > 2 and not one.angle
+    )
+    _, classes, places = labelled(layout)
+    for which, at in ((FIRST, 0), (LAST, -1)):
+        marked = places[..., which] > 0
+        assert bool((classes[marked] != BACKGROUND).all())
+        ends = {CLASS_OF[line.characters[at]] for line in layout.lines}
+        assert set(classes[:-1][marked[:-1]].tolist()) == ends
 
 
 def test_crowds_fill_their_tiles() -> None:
@@ -215,8 +228,8 @@ def test_the_loss_does_not_care_which_of_the_right_cells_is_pointed_at() -> None
 
 
 def test_a_token_names_the_cell_that_it_was_made_for() -> None:
-    cells = [Cell(0, 0), Cell(3, 17), Cell(shape.SIDE - 1, shape.SIDE - 1)]
-    cells += [Cell(0, 0, View.WHOLE), Cell(shape.CELLS - 1, 3, View.WHOLE)]
+    cells = [Cell(0, 0), Cell(3, 17), Cell(shape.SIDE - 1, 2 * shape.SIDE - 1)]
+    cells += [Cell(0, 0, View.WHOLE), Cell(shape.CELLS - 1, 15, View.WHOLE)]
     assert [cell_of(cell_id(cell)) for cell in cells] == cells
     assert cell_id(Cell(3, 17)) == shape.IDS["<cell_4_18>"]
     assert cell_id(Cell(3, 6, View.WHOLE)) == shape.IDS["<whole_4_7>"]
@@ -228,7 +241,7 @@ def test_a_path_is_drawn_over_the_cells_that_an_answer_names() -> None:
     image = Image.new("RGB", (shape.EDGE, shape.TILE), "white")
     path = draw_path(image, [*b" ", cell_id(Cell(1, 2)), *b"a", cell_id(Cell(1, 20)), *b"b"], "ab")
     red = [
-        (x // 16, y // 16)
+        (x // 8, y // 16)
         for x in range(image.width)
         for y in range(image.height)
         if path.getpixel((x, y)) == PATH_COLOR
@@ -238,14 +251,14 @@ def test_a_path_is_drawn_over_the_cells_that_an_answer_names() -> None:
 
 def test_a_cell_of_the_whole_is_drawn_as_large_as_what_it_shows() -> None:
     image = Image.new("RGB", (shape.EDGE, shape.TILE), "white")
-    path = draw_path(image, [cell_id(Cell(2, 1, View.WHOLE))], "a")  # one of 8 by 8
+    path = draw_path(image, [cell_id(Cell(2, 2, View.WHOLE))], "a")  # one of 8 by 16
     box = [
         (x, y)
         for x in range(image.width)
         for y in range(image.height)
         if path.getpixel((x, y)) == PATH_COLOR
     ]
-    assert (min(box), max(box)) == ((48, 32), (95, 47))
+    assert (min(box), max(box)) == ((48, 32), (71, 47))
 
 
 def test_a_reader_of_answers_does_not_see_where_they_point() -> None:
@@ -265,7 +278,7 @@ def test_a_small_character_is_shown_by_the_cell_of_its_middle() -> None:
     lines = [[box(2, 2, 10, 14), box(132, 2, 140, 14)], [box(4, 114, 10, 124)]]
     found = spots_of((384, 128), (1, 3), lines)
     assert [[one.boxes[View.TILES].middle for one in line] for line in found] == [
-        [(0, 0), (0, 8)],
+        [(0, 0), (0, 17)],
         [(7, 0)],
     ]
     assert all(set(one.boxes) == {View.TILES} for line in found for one in line)
@@ -279,9 +292,9 @@ def test_a_large_character_is_read_on_the_tile_of_the_whole_a_middling_one_on_ei
         for width in (90, 40)
     )
     assert (set(large.boxes), large.best) == ({View.WHOLE}, View.WHOLE)
-    assert large.boxes[View.WHOLE].middle == (3, 3)  # 145 / 48
+    assert large.boxes[View.WHOLE].middle == (3, 6)  # 145 / 24 across
     assert set(middling.boxes) == {View.TILES, View.WHOLE}
-    assert middling.boxes[View.TILES].cols == range(7, 9)  # 120 ± 8 pixels
+    assert middling.boxes[View.TILES].cols == range(14, 17)  # 120 ± 8 pixels
 
 
 def test_a_line_is_pointed_at_in_its_middle_but_a_full_stop_where_it_stands() -> None:
@@ -334,7 +347,7 @@ def test_a_patchs_constant_is_no_characters_direction() -> None:
     width = shape.CONFIG.vision.hidden_size
     even = constant_direction(width)
     known = directions(width - PLACE)
-    assert len(known) == CLASSES + 2
+    assert len(known) == CLASSES + WHERE
     assert float(even.norm()) == pytest.approx(1.0, abs=1e-5)
     assert float((known @ even[:-PLACE]).abs().max()) < 1e-5
     assert torch.allclose(known @ known.T, torch.eye(len(known)), atol=1e-5)
@@ -381,7 +394,7 @@ def test_a_fresh_decoder_looks_at_the_visual_token_of_the_cell_pointed_at() -> N
     places_of = PLACE_STRENGTH * places(shape.GRID)
     states = random_states(batch, known, places_of, torch.Generator().manual_seed(0))
     model, chat = fresh_model(0), batch.token_ids.clone()
-    cells = [(row, col) for row in range(shape.CELLS) for col in range(3 * shape.CELLS)]
+    cells = [(row, col) for row in range(shape.CELLS) for col in range(3 * shape.GRID)]
     spots = (chat[0] == shape.IDS[shape.IMAGE]).nonzero().flatten()
     visual = model.connector(states, (shape.GRID, shape.GRID)).view(len(chat), len(spots), -1)[:1]
     found = []
@@ -396,8 +409,8 @@ def test_a_fresh_decoder_looks_at_the_visual_token_of_the_cell_pointed_at() -> N
             third = model.decoder.layers[2]
             assert isinstance(third, TextLayer)
             scores = fresh_scores(2, third.attention_norm(stream)[0])
-            tile, within = divmod(col, shape.CELLS)
-            spot = spots[tile * shape.TOKENS_PER_TILE + row * shape.CELLS + within]
+            tile, within = divmod(col, shape.GRID)
+            spot = spots[tile * shape.TOKENS_PER_TILE + row * shape.CELLS + within // 2]
             found.append(scores[0, -1, spot].item())
     assert float(np.mean(found)) > 0.7
 

@@ -18,7 +18,7 @@ from smolstack.processor.prompt import ChatTemplate, Markers, expand_placeholder
 from smolstack.processor.tiles import cut_tiles
 from training.reader import shape
 from training.reader.files import build_tokenizer
-from training.reader.labels import IGNORED, patch_labels
+from training.reader.labels import IGNORED, Shown, patch_labels
 from training.reader.layout import Layout, grid_of, lay_out, plan_of
 from training.reader.pictures import Picture, draw_crowd, draw_picture
 from training.reader.pointing import Answer, Question, plain_answer, pointing_answer
@@ -37,7 +37,7 @@ class ReaderBatch:
     Attributes:
         tiles: (B·n + X, 3, P, P) uint8; (0, 3, P, P) where nothing was drawn.
         patch_labels: (B·n + X, H·W) int64, the class of the character under each patch.
-        patch_places: (B·n + X, H·W, 2) float32, where in that character it stands (labels.py).
+        patch_places: (B·n + X, H·W, WHERE) float32, where it stands (labels.py).
         token_ids: (B, T) int64, prompt and answer, padded on the right.
         goals: (B, T - start, G) int64, from position ``start`` on: every token that would be right
             next, then IGNORED; the one that follows in ``token_ids`` is one of them.
@@ -168,9 +168,8 @@ def labelled(picture: Picture | Layout) -> Labelled:
     else:
         size, tiles = picture.image.size, to_tiles(picture.image)
     plan = plan_of(size)
-    classes, places = patch_labels(
-        size, (plan.rows, plan.cols), picture.characters, picture.corners, _width(picture)
-    )
+    shown = Shown(picture.characters, picture.lengths, picture.corners, _width(picture))
+    classes, places = patch_labels(size, (plan.rows, plan.cols), shown)
     return tiles, torch.from_numpy(classes), torch.from_numpy(places)
 
 

@@ -1,8 +1,9 @@
-"""Which character each patch of each tile shows, and where in it the patch stands."""
+"""Which character each patch of each tile shows, and where the patch stands: in it, in its line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ BACKGROUND = 0
 CLASSES = 1 + len(shape.CHARACTERS)
 CLASS_OF = {character: 1 + index for index, character in enumerate(shape.CHARACTERS)}
 IGNORED = -100
+WHERE = 4  # what says where a patch stands: two numbers in its character, two in its line
+FIRST, LAST = 2, 3  # which of these say that its character is the first of a line, or the last
 COVERED = 0.15  # the share of a patch that a character's box must cover to name it
 SMALLEST = 0.7  # patches; a smaller box is labelled as if it were this wide or high
 FINE = 4  # coverage is counted on FINE² points per patch
@@ -24,59 +27,71 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
-def patch_labels(
-    size: tuple[int, int],
-    grid: tuple[int, int],
-    characters: str,
-    corners: Sequence[Corners],
-    width: float,
-) -> tuple[Ints, Floats]:
+@dataclass(frozen=True)
+class Shown:
+    """The visible characters of a picture.
+
+    Attributes:
+        characters: all of them, in reading order.
+        lengths: how many of them are in each line.
+        corners: of each one's box, in picture pixels.
+        width: the mean width of one on the tiles, in their pixels.
+    """
+
+    characters: str
+    lengths: Sequence[int]
+    corners: Sequence[Corners]
+    width: float
+
+
+def patch_labels(size: tuple[int, int], grid: tuple[int, int], shown: Shown) -> tuple[Ints, Floats]:
     """Labels of every patch of a picture's tiles, the whole picture's tile last.
 
     Args:
         size: (width, height) of the picture.
         grid: (rows, cols) of its tiles.
-        characters: what is seen in it.
-        corners: of each character's box, in picture pixels.
-        width: mean width of a character on the tiles. On the tile of the whole, where it is
-            narrower, unreadable characters are IGNORED.
+        shown: its characters. On the tile of the whole, where they are narrower, those too narrow
+            to be read are IGNORED.
 
     Returns:
-        The class of the character whose box covers most of each patch, (n, H·W); and where in the
-        box the patch's middle lies, (n, H·W, 2), as cos(π·x) with x from 0, its left edge, to 1,
-        and as cos(π·y) from top to bottom. The first tells two equal characters side by side from
-        one, the second two lines from one that is high. Both are 0 on the background.
+        The class of the character whose box covers most of each patch, (n, H·W); and (n, H·W, 4)
+        where in the box the patch's middle lies, as cos(π·x) with x from 0, its left edge, to 1,
+        and as cos(π·y) from top to bottom, then 1 in the first character of a line, and in the
+        last. The first tells two equal characters side by side from one, the second two lines from
+        one that is high, the others where to begin and that a line is over. All are 0 on the
+        background.
     """
     rows, cols = grid
     side = shape.GRID
-    classes, places = _of_grid(size, rows, cols, characters, corners)
+    classes, places = _of_grid(size, rows, cols, shown)
 
     def cut(of_all: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         tiles = of_all.reshape(rows, side, cols, side).transpose(0, 2, 1, 3)
         return tiles.reshape(rows * cols, side * side)
 
     def cut_places(of_all: Floats) -> Floats:
-        return np.stack([cut(of_all[..., axis]) for axis in range(2)], axis=-1)
+        return np.stack([cut(of_all[..., axis]) for axis in range(WHERE)], axis=-1)
 
-    of_whole, whole_places = _of_grid(size, 1, 1, characters, corners)
-    if width / cols < READABLE:
+    of_whole, whole_places = _of_grid(size, 1, 1, shown)
+    if shown.width / cols < READABLE:
         of_whole[of_whole != BACKGROUND] = IGNORED
     return (
         np.concatenate([cut(classes), of_whole.reshape(1, -1)]).astype(np.int64),
-        np.concatenate([cut_places(places), whole_places.reshape(1, -1, 2)]),
+        np.concatenate([cut_places(places), whole_places.reshape(1, -1, WHERE)]),
     )
 
 
-def _of_grid(
-    size: tuple[int, int], rows: int, cols: int, characters: str, corners: Sequence[Corners]
-) -> tuple[Ints, Floats]:
+def _of_grid(size: tuple[int, int], rows: int, cols: int, shown: Shown) -> tuple[Ints, Floats]:
     """Labels of the whole picture, laid over rows by cols tiles."""
     high, wide = rows * shape.GRID, cols * shape.GRID
     classes = np.zeros(high * wide, dtype=np.int64)
-    places = np.zeros((high * wide, 2), dtype=np.float32)
-    if not characters:
-        return classes.reshape(high, wide), places.reshape(high, wide, 2)
-    boxes = np.asarray(corners, dtype=np.float32) * (wide / size[0], high / size[1])  # in patches
+    places = np.zeros((high * wide, WHERE), dtype=np.float32)
+    if not shown.characters:
+        return classes.reshape(high, wide), places.reshape(high, wide, WHERE)
+    boxes = np.asarray(shown.corners, dtype=np.float32) * (
+        wide / size[0],
+        high / size[1],
+    )  # in patches
     boxes = _grown(boxes)
     painted = Image.new("I", (wide * FINE, high * FINE))
     draw = ImageDraw.Draw(painted)
@@ -91,14 +106,17 @@ def _of_grid(
     index = inked[np.arange(len(seen)), most] - 1
     enough = counts.max(axis=1) >= COVERED * FINE * FINE
     seen, index = seen[enough], index[enough]
-    classes[seen] = np.array([CLASS_OF[character] for character in characters])[index]
+    classes[seen] = np.array([CLASS_OF[character] for character in shown.characters])[index]
     middles = np.stack([seen % wide + 0.5, seen // wide + 0.5], axis=1)
     start = boxes[index, 0]
     for axis, corner in enumerate((1, 3)):
         along = boxes[index, corner] - start
         share = ((middles - start) * along).sum(axis=1) / (along**2).sum(axis=1)
         places[seen, axis] = np.cos(np.pi * share.clip(0, 1))
-    return classes.reshape(high, wide), places.reshape(high, wide, 2)
+    ends = np.cumsum(shown.lengths)
+    places[seen, FIRST] = np.isin(index, ends - np.asarray(shown.lengths))
+    places[seen, LAST] = np.isin(index, ends - 1)
+    return classes.reshape(high, wide), places.reshape(high, wide, WHERE)
 
 
 def _grown(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -47,6 +47,11 @@ class Layout:
         return "".join(line.characters for line in self.lines)
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many visible characters each line has."""
+        return tuple(len(line.characters) for line in self.lines)
+
+    @property
     def corners(self) -> tuple[Corners, ...]:
         """Corners of every visible character, in picture pixels."""
         corners = tuple(box for line in self.lines for box in line.corners)

@@ -9,31 +9,36 @@ from torch.nn import functional
 from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
 from training.reader.batches import ReaderBatch
-from training.reader.labels import BACKGROUND, CLASSES, IGNORED
+from training.reader.labels import BACKGROUND, CLASSES, FIRST, IGNORED, LAST, WHERE
 from training.reader.places import CONSTANT, constant_direction
 
 BACKGROUND_WEIGHT = 0.1
 EDGE_WEIGHT, EDGE_SCALE = 0.5, 4.0
+END_WEIGHT, ENDS_COUNT = 1.0, 8.0  # of ends of lines; how much a patch of one counts
+UNSEEN = 2  # patches at a tile's edge, from which the tower cannot see that a line goes on
 
 
 def naming_loss(states: Tensor, batch: ReaderBatch, directions: Tensor) -> tuple[Tensor, float]:
     """Loss of patch states, (N, H·W, C), and the share of character patches named right.
 
     Cross-entropy over patches, background weighted down, of the states' parts along a fixed
-    direction for each class; and the squared error of where in its character a patch stands,
-    read along two more.
+    direction for each class; and the squared error of where a patch stands, in its character and
+    in its line, read along four more.
     """
     parts = states[..., : directions.shape[1]] @ directions.T
-    scores, places = parts[..., :-2], parts[..., -2:] / EDGE_SCALE
+    scores, places = parts[..., :-WHERE], parts[..., -WHERE:] / EDGE_SCALE
     weight = torch.ones(CLASSES)
     weight[BACKGROUND] = BACKGROUND_WEIGHT
     named = functional.cross_entropy(
         scores.flatten(0, 1), batch.patch_labels.flatten(), weight=weight, ignore_index=IGNORED
     )
     characters = batch.patch_labels > BACKGROUND
-    placed = functional.mse_loss(places[characters], batch.patch_places[characters])
+    errors = (places - batch.patch_places).square()
+    placed = errors[..., :FIRST][characters].mean()
+    counts = 1 + ENDS_COUNT * batch.patch_places[..., FIRST:]
+    ends = (errors[..., FIRST:] * counts).sum() / counts.sum()
     right = (scores.argmax(-1) == batch.patch_labels)[characters]
-    return named + EDGE_WEIGHT * placed, float(right.float().mean())
+    return named + EDGE_WEIGHT * placed + END_WEIGHT * ends, float(right.float().mean())
 
 
 def answer_logits(model: VisionLanguageModel, states: Tensor, batch: ReaderBatch) -> Tensor:
@@ -79,13 +84,13 @@ def random_states(
 ) -> Tensor:
     """What a tower that names patches would say of a batch, without a tower: (N, H·W, C).
 
-    Each patch's class as a direction of its own, where it stands in the character as two more,
-    noise on both, and the patch's place in the last channels, normalised as the tower's output is,
-    and the constant that every state holds.
+    Each patch's class as a direction of its own, where it stands as four more, noise on both, and
+    the patch's place in the last channels, normalised as the tower's output is, and the constant
+    that every state holds. At the edges of a tile the ends of lines are doubtful.
 
     Args:
         batch: labels; a share of them is exchanged, as a tower errs.
-        codes: (classes + 2, content channels), a direction for each class, then two for places.
+        codes: (classes + WHERE, content channels), a direction for each class, then for places.
         places: (H·W, place channels).
         generator: draws noise and errors.
     """
@@ -96,12 +101,19 @@ def random_states(
     classes = batch.patch_labels
     count, patches = classes.shape
     known = (classes != IGNORED)[..., None]
-    other = torch.randint(len(codes) - 2, classes.shape, generator=generator)
+    other = torch.randint(CLASSES, classes.shape, generator=generator)
     errs = torch.rand(classes.shape, generator=generator) < uniform(0, 0.06, count, 1)
     errs &= classes > 0
     named = codes[torch.where(errs, other, classes.clamp(min=0))]
     content = named * uniform(4, 9, count, 1, 1) * known
-    content = content + batch.patch_places @ codes[-2:] * known * EDGE_SCALE
+    where = batch.patch_places.clone()
+    where[..., :FIRST] *= known
+    where[..., FIRST:] *= uniform(0, 1, count, patches, 2) > uniform(0, 0.2, count, 1, 1)
+    columns = torch.arange(patches) % shape.GRID
+    for which, unseen in ((FIRST, columns < UNSEEN), (LAST, columns >= shape.GRID - UNSEEN)):
+        doubt = uniform(0, 0.6, count, patches) * (unseen & (classes != BACKGROUND))
+        where[..., which] = torch.maximum(where[..., which], doubt)
+    content = content + where @ codes[-WHERE:] * EDGE_SCALE
     noise = torch.randn(count, patches, codes.shape[1], generator=generator)
     content = content + noise * uniform(0.15, 0.45, count, 1, 1)
     states = torch.cat((content, places.expand(count, -1, -1)), dim=-1)

@@ -22,7 +22,7 @@ from training.reader.scores import tidy
 from training.reader.targets import View
 
 FOOT = 64  # pixels for question and answer
-CELL = shape.EDGE // shape.SIDE
+HIGH, WIDE = shape.SCALE * shape.PATCH, shape.SCALE * shape.PATCH // shape.HALVES  # of a cell
 EDGE_COLOR, PATH_COLOR = (150, 150, 150), (214, 39, 40)
 
 
@@ -49,9 +49,9 @@ def draw_path(image: Image.Image, ids: Sequence[int], said: str) -> Image.Image:
 def _frame(cell: Cell, canvas: tuple[int, int]) -> tuple[int, int, int, int]:
     """What a cell shows: left, top, right, bottom, on a picture of the size of its tiles."""
     if cell.view is View.WHOLE:
-        wide, high = canvas[0] // shape.CELLS, canvas[1] // shape.CELLS
+        wide, high = canvas[0] // shape.CELLS // shape.HALVES, canvas[1] // shape.CELLS
     else:
-        wide = high = CELL
+        wide, high = WIDE, HIGH
     return cell.col * wide, cell.row * high, (cell.col + 1) * wide, (cell.row + 1) * high
 
 

@@ -33,6 +33,7 @@ class Picture:
         image: RGB, of any size.
         lines: what it says, from top to bottom; empty for nothing.
         characters: every visible character, in reading order.
+        lengths: how many of these are in each line.
         corners: for each of ``characters``, the four corners of its box in picture pixels.
         family: the font's family.
         width: mean width of a character in pixels of the tiles that the model sees.
@@ -41,6 +42,7 @@ class Picture:
     image: Image.Image
     lines: tuple[str, ...]
     characters: str
+    lengths: tuple[int, ...]
     corners: tuple[Corners, ...]
     family: str
     width: float
@@ -79,6 +81,7 @@ def draw_picture(seed: int, split: str = "train", level: float = 1.0, full: floa
         image,
         texts,
         characters=layout.characters,
+        lengths=layout.lengths,
         corners=layout.corners,
         family=layout.family,
     )
@@ -102,6 +105,7 @@ def draw_crowd(seed: int, split: str = "train", level: float = 1.0) -> Picture:
     draw = ImageDraw.Draw(image)
     largest = LARGEST if not easy and rng.random() < LARGE else MEDIUM
     characters, top = "", rng.randint(0, 4)
+    lengths: tuple[int, ...] = ()
     corners: tuple[Corners, ...] = ()
     while True:
         family, path = pick_font(rng, split)
@@ -114,12 +118,15 @@ def draw_crowd(seed: int, split: str = "train", level: float = 1.0) -> Picture:
         left = rng.randint(-em // 3, max(0, round(size[0] - line.width)))
         line.draw(draw, (left, top), ink)
         characters += line.characters
+        lengths += (len(line.characters),)
         corners += moved(line.corners, (left, top))
         top += round(line.height * rng.uniform(0.85, 1.3)) + 1
     if squeezed > 1:
         image = image.resize((size[0] // squeezed, size[1]), Image.Resampling.BOX)
         corners = tuple(tuple((x / squeezed, y) for x, y in box) for box in corners)
-    return _finish(rng, image, (), characters=characters, corners=corners, family=family)
+    return _finish(
+        rng, image, (), characters=characters, lengths=lengths, corners=corners, family=family
+    )
 
 
 def _filler(rng: random.Random, length: int) -> str:
@@ -150,12 +157,13 @@ def _finish(
     lines: tuple[str, ...],
     *,
     characters: str,
+    lengths: tuple[int, ...],
     corners: tuple[Corners, ...],
     family: str,
 ) -> Picture:
     width = sum(math.dist(box[0], box[1]) for box in corners) / max(1, len(corners))
     scale = plan_of(image.size).canvas[0] / image.width
-    picture = Picture(image, lines, characters, corners, family, width * scale)
+    picture = Picture(image, lines, characters, lengths, corners, family, width * scale)
     return picture if rng is None else replace(picture, image=damage(rng, image, width))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.reader.labels import CLASSES
+from training.reader.labels import CLASSES, WHERE
 
 PLACE = 32  # channels for a patch's place: sine and cosine of row and column at 8 frequencies
 FREQUENCIES = torch.linspace(0.15, 2.2, PLACE // 4)
@@ -22,14 +22,16 @@ def codes(count: int, width: int) -> Tensor:
 
 
 def directions(width: int) -> Tensor:
-    """What a patch says along them, at right angles to each other: (CLASSES + 2, width).
+    """What a patch says along them, at right angles to each other: (CLASSES + WHERE, width).
 
-    One for each class, then where in its character it stands: from left to right, from top to
-    bottom.
+    One for each class, then where it stands (``labels.py``).
     """
     known = codes(CLASSES + 1, width)
     taken = torch.cat((known, constant_direction(width + PLACE)[None, :width]))
-    return torch.cat((known, _free(taken, seed=3)[None]))
+    for seed in range(3, 2 + WHERE):
+        free = _free(taken, seed)[None]
+        known, taken = torch.cat((known, free)), torch.cat((taken, free))
+    return known
 
 
 def constant_direction(width: int) -> Tensor:

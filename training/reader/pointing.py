@@ -2,9 +2,10 @@
 
 A decoder that must say which character comes next has to know where it is, and where the same
 two characters stand twice, what it wrote last does not tell. So it writes that down: before a
-character, the token of a 16-pixel cell that shows it, or where that is the cell pointed at last,
-one that says "further right". These are special tokens, which decoding leaves out. (In the same
-way SmolDocling says where an element stands, Nassar et al. 2025.)
+character, the token of a cell that shows it, or where that is the cell pointed at last, one that
+says "further right". A cell is half of what one visual token shows, 8 pixels wide and 16 high.
+These are special tokens, which decoding leaves out. (In the same way SmolDocling says where an
+element stands, Nassar et al. 2025.)
 
 Small characters are pointed at on the tiles. Large ones, of which a tile's edge cuts many, are on
 the tile of the whole picture. ``targets.py`` says which cells show a character well enough.
@@ -25,11 +26,13 @@ from typing import NamedTuple
 from training.reader import shape
 from training.reader.targets import Spot, View
 
+COLUMNS = {View.TILES: shape.HALVES * shape.SIDE, View.WHOLE: shape.HALVES * shape.CELLS}
+ON_TILES = shape.SIDE * COLUMNS[View.TILES]  # how many cells all tiles have
 MIDDLE = 0.6  # the share of characters whose cell is the one that shows their middle
 
 
 class Cell(NamedTuple):
-    """What one visual token shows: a row and a column, from 0, of the tiles or of the whole."""
+    """Half of what one visual token shows: its row and column, from 0, in a view."""
 
     row: int
     col: int
@@ -171,16 +174,15 @@ def cells_of(spot: Spot, view: View | None = None) -> list[Cell]:
 
 def cell_id(cell: Cell) -> int:
     if cell.view is View.WHOLE:
-        return shape.FIRST_CELL + shape.SIDE**2 + cell.row * shape.CELLS + cell.col
-    return shape.FIRST_CELL + cell.row * shape.SIDE + cell.col
+        return shape.FIRST_CELL + ON_TILES + cell.row * COLUMNS[View.WHOLE] + cell.col
+    return shape.FIRST_CELL + cell.row * COLUMNS[View.TILES] + cell.col
 
 
 def cell_of(token: int) -> Cell | None:
     """The cell that a token names; None if it is another token."""
     number = token - shape.FIRST_CELL
-    if 0 <= number < shape.SIDE**2:
-        return Cell(*divmod(number, shape.SIDE))
-    number -= shape.SIDE**2
-    if 0 <= number < shape.CELLS**2:
-        return Cell(*divmod(number, shape.CELLS), View.WHOLE)
+    if 0 <= number < ON_TILES:
+        return Cell(*divmod(number, COLUMNS[View.TILES]))
+    if ON_TILES <= number < len(shape.CELL_TOKENS):
+        return Cell(*divmod(number - ON_TILES, COLUMNS[View.WHOLE]), View.WHOLE)
     return None

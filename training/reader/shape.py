@@ -8,9 +8,10 @@ from smolstack.processor.settings import ImageSettings
 TILE, PATCH, SCALE = 128, 8, 2
 EDGE = 3 * TILE  # a picture's longer side: three tiles, and one of the whole
 GRID = TILE // PATCH
-CELLS = GRID // SCALE  # visual tokens along a tile's side; each shows one cell of the picture
+CELLS = GRID // SCALE  # visual tokens along a tile's side
 TOKENS_PER_TILE = CELLS**2
-SIDE = EDGE // TILE * CELLS  # cells along the longer side of a picture
+SIDE = EDGE // TILE * CELLS  # of them, along the longer side of a picture
+HALVES = GRID // CELLS  # a cell that is pointed at is one of this many parts, side by side
 
 START, IMAGE, AROUND = "<|im_start|>", "<image>", "<fake_token_around_image>"
 WHOLE, END, PAD = "<global-img>", "<end_of_utterance>", "<|pad|>"
@@ -19,7 +20,7 @@ CELL_TOKENS = tuple(  # of all tiles, then of the tile of the whole
     f"<{name}_{row}_{col}>"
     for name, side in (("cell", SIDE), ("whole", CELLS))
     for row in range(1, side + 1)
-    for col in range(1, side + 1)
+    for col in range(1, HALVES * side + 1)
 )
 RIGHT = "<right>"  # a character further right in the cell of the one before
 POINT = "<point>"  # begins an answer that points at what it reads
@@ -87,7 +88,7 @@ CONFIG = ModelConfig(
         rope=RopeConfig(theta=1e6),
         vocab_size=VOCABULARY,
         hidden_size=192,
-        intermediate_size=384,
+        intermediate_size=320,
         num_layers=4,
         num_heads=4,
         num_kv_heads=2,

@@ -31,7 +31,7 @@ STAGES = (
     Stage(
         "spell",
         1200,
-        batch=64,
+        batch=32,
         crowd=0,
         rate=2e-3,
         part="connector.,decoder.",

@@ -42,7 +42,8 @@ OWN = slice(1, 1 + PLACE)  # a visual token's place in its tile,
 OWN_TILE = slice(OWN.stop, OWN.stop + TILE)  # and that tile
 POINTED = slice(OWN_TILE.stop, OWN_TILE.stop + PLACE + TILE)  # of the cell pointed at last
 IS_MARKER, IS_CELL = POINTED.stop, POINTED.stop + 1
-RESERVED = IS_CELL + 1
+HALF = IS_CELL + 1  # of a cell: positive in the right half of what a visual token shows
+RESERVED = HALF + 1
 
 FAINT = 0.3  # what is left of the random part of queries and keys
 CLOSENESS = 2.0  # of heads that look back by some tokens
@@ -58,10 +59,11 @@ BACK = (  # tokens that heads of the first two layers look back
 )
 BESIDE = (  # cells to the right that heads of the last two layers look; then over a tile's edge
     ((0, 0), (1, 0), (2, 0), (1 - shape.CELLS, 1)),
-    ((0, 0), (1, 0), (0, 0)),
+    ((0, 0), (1, 0), (0, 0), (0, 0)),
 )
-NAMING, REST = 0.08, 0.5  # of what a patch names, in the connector; of its random part
-COPIED = 1.0  # how much of what a cell names is added to the stream
+NAMING, REST = 0.12, 0.2  # of what a patch names, in the connector; of its random part
+COPIED, READERS = 3.0, (2, 3)  # how much of what a cell names is added to the stream, by which
+AWAY = 3.5  # heads of the last layer; how firmly the one of the other half looks at markers instead
 NEXT, VAGUE = 1, 0.5  # the last layer's head that says where it looks, and how sharply it does
 
 
@@ -85,13 +87,13 @@ def start_reading(model: VisionLanguageModel) -> None:
     for attention, steps in zip((third, fourth), BESIDE, strict=True):
         _look_at_cells(attention, steps)
     _point_at_next(fourth)
-    _read(third, fourth)
+    _read(fourth)
 
 
 def cell_places() -> Tensor:
-    """Place channels of a tile's cells, each the mean of its patches': (CELLS², PLACE)."""
+    """Place channels of a tile's cells, each the mean of its patches': (CELLS · GRID, PLACE)."""
     of_patches = places(shape.GRID).reshape(1, shape.GRID, shape.GRID, PLACE)
-    means = functional.avg_pool2d(of_patches.permute(0, 3, 1, 2), shape.SCALE)
+    means = functional.avg_pool2d(of_patches.permute(0, 3, 1, 2), (shape.SCALE, 1))
     return means[0].permute(1, 2, 0).reshape(-1, PLACE)
 
 
@@ -121,8 +123,17 @@ def _start_connector(model: VisionLanguageModel) -> None:
     # background is a space, for tokens all as long: their places would be unlike otherwise.
     named = directions(width - PLACE)[:CLASSES]
     characters = model.decoder.embedding.weight[[*f" {shape.CHARACTERS}".encode()]][:, RESERVED:]
-    naming = functional.pad(characters.T @ named, (0, PLACE))
-    weight[RESERVED:].mul_(REST).add_(NAMING / patches * naming.repeat(1, patches))
+    # The right half is turned out of the way of the left.
+    naming = functional.pad(characters.T @ named, (0, PLACE)) * (NAMING / patches)
+    halves = torch.cat((naming, _turn() @ naming), dim=1)  # a token's patches go row by row
+    weight[RESERVED:].mul_(REST).add_(halves.repeat(1, shape.SCALE))
+
+
+def _turn() -> Tensor:
+    """A rotation of the channels that have no meaning."""
+    generator = torch.Generator().manual_seed(4)
+    free = shape.CONFIG.text.hidden_size - RESERVED
+    return torch.linalg.qr(torch.randn(free, free, generator=generator)).Q
 
 
 def _start_embedding(weight: Tensor) -> None:
@@ -142,10 +153,11 @@ def _start_embedding(weight: Tensor) -> None:
         assert cell is not None
         tile = _whole_point()
         if cell.view is View.TILES:
-            tile = _tile_point(cell.row // shape.CELLS, cell.col // shape.CELLS)
-        within = cell.row % shape.CELLS * shape.CELLS + cell.col % shape.CELLS
+            tile = _tile_point(cell.row // shape.CELLS, cell.col // shape.GRID)
+        within = cell.row % shape.CELLS * shape.GRID + cell.col % shape.GRID
         weight[token, POINTED] = 1.4 * SPREAD * torch.cat((of_cells[within], tile))
         weight[token, IS_CELL] = EVEN * SPREAD
+        weight[token, HALF] = EVEN * SPREAD * (1 if cell.col % shape.HALVES else -1)
 
 
 def _heads(attention: TextAttention) -> tuple[Tensor, Tensor]:
@@ -236,16 +248,22 @@ def _point_at_next(attention: TextAttention) -> None:
     out[POINTED, NEXT, :pointed] = torch.eye(pointed)
 
 
-def _read(third: TextAttention, fourth: TextAttention) -> None:
-    """Copy what the cell pointed at names: half of its channels in each layer's first free head."""
+def _read(attention: TextAttention) -> None:
+    """Two heads copy what the cell pointed at names: one its left half, one its right.
+
+    The other one's weight goes to the markers, which name nothing.
+    """
     config = shape.CONFIG.text
+    queries, keys = _heads(attention)
+    left, right = READERS
+    gate = config.head_dim - 1  # of a slow pair, the half that nothing else uses
+    keys[1, gate, IS_MARKER] = AWAY
+    queries[left, gate, HALF], queries[right, gate, HALF] = AWAY, -AWAY
+    generator = torch.Generator().manual_seed(5)
     free = config.hidden_size - RESERVED
-    generator = torch.Generator().manual_seed(4)
-    turned = torch.linalg.qr(torch.randn(free, free, generator=generator)).Q
-    for layer, (attention, head) in enumerate(((third, 0), (fourth, 2))):
-        count = min(config.head_dim, free - layer * config.head_dim)
-        rows = turned[layer * config.head_dim :][:count]
-        values = attention.value.weight.view(config.num_kv_heads, config.head_dim, -1)
-        out = attention.out.weight.view(config.hidden_size, config.num_heads, config.head_dim)
-        values[head // 2, :count] = functional.pad(rows, (RESERVED, 0))
-        out[RESERVED:, head, :count] = COPIED * rows.T
+    rows = torch.linalg.qr(torch.randn(free, config.head_dim, generator=generator)).Q.T
+    values = attention.value.weight.view(config.num_kv_heads, config.head_dim, -1)
+    out = attention.out.weight.view(config.hidden_size, config.num_heads, config.head_dim)
+    values[1] = functional.pad(rows, (RESERVED, 0))
+    out[RESERVED:, left] = COPIED * rows.T
+    out[RESERVED:, right] = COPIED * _turn().T @ rows.T

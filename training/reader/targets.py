@@ -1,7 +1,7 @@
 """Which cells show a character: on the tiles, on the tile of the whole, or on both.
 
-A cell is what one visual token shows. Of a large character any cell about its middle will do, and
-none is right where its neighbour is wrong; so a character has a box of cells.
+Of a large character any cell about its middle will do, and none is right where its neighbour is
+wrong; so a character has a box of cells.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def spots_of(
 def _cells(view: View, grid: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of cells."""
     rows, cols = grid if view is View.TILES else (1, 1)
-    return rows * shape.CELLS, cols * shape.CELLS
+    return rows * shape.CELLS, cols * shape.CELLS * shape.HALVES
 
 
 def _views(

@@ -31,6 +31,7 @@ FREQUENT = (
 )
 COMMON = tuple(FREQUENT.split())
 ALONE = frozenset("CcOoSsVvWwXxZzUuIl.,:;'\"-_")  # not to be told from others if alone
+ALIKE = "IlO"  # not to be told from 1, | or 0 in many fonts: not among characters at random
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo ya ze tre sto pla gri nt rs"
 
 
@@ -151,7 +152,8 @@ def _date(rng: random.Random, split: str, longest: int) -> str:
 
 
 def _code(rng: random.Random, split: str, longest: int) -> str:
-    letters = rng.choice((string.ascii_uppercase, string.ascii_uppercase + string.digits))
+    capitals = _distinct(string.ascii_uppercase)
+    letters = rng.choice((capitals, capitals + string.digits))
     parts = []
     for _ in range(rng.randint(1, 3)):
         pool = rng.choice((letters, string.digits))
@@ -176,8 +178,12 @@ def _random(rng: random.Random, split: str, longest: int) -> str:
     pool = rng.choice(
         (shape.CHARACTERS, string.ascii_letters, string.ascii_letters + string.digits)
     )
-    line = "".join(rng.choices(pool, k=rng.randint(1, longest)))
+    line = "".join(rng.choices(_distinct(pool), k=rng.randint(1, longest)))
     if len(line) > 6 and rng.random() < 0.5:
         cut = rng.randint(2, len(line) - 2)
         line = line[:cut] + " " + line[cut + 1 :]
     return line
+
+
+def _distinct(pool: str) -> str:
+    return "".join(character for character in pool if character not in ALIKE)
