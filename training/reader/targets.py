@@ -14,7 +14,7 @@ from enum import Enum
 from training.reader import shape
 from training.reader.lines import Corners
 
-ABOUT = 0.2  # of a character's width, and of its line's height, to both sides of the middle
+ABOUT = 0.2  # of a line's height, above and below its middle
 ON_WHOLE = 12.0  # pixels; characters this wide on the tile of the whole are read there,
 MAY_BE_ON_WHOLE = 9.5, 16.0  # and between these on the tiles as well
 WIDE = 0.6  # how wide a character is thought to be, for its line's height, at least
@@ -112,7 +112,7 @@ def _boxes(size: tuple[int, int], cells: tuple[int, int], line: Sequence[Corners
         if top > middle or bottom < middle:
             middle = (top + bottom) / 2
             about = min(about, ABOUT * (bottom - top))
-        across = ABOUT * (right - left)
+        across = max(0.0, (right - left) / 2 - 0.5)  # cells whose middle lies in the character
         x = (left + right) / 2
         found.append(
             Box(
