@@ -40,7 +40,7 @@ from training.reader.pointing import (
 from training.reader.scores import Result, figures, tidy
 from training.reader.stages import STAGES, Stage
 from training.reader.start import PLACE_STRENGTH, fresh_model
-from training.reader.start_decoder import BACK, EVEN, RESERVED, SPREAD
+from training.reader.start_decoder import BACK, EVEN, READERS, RESERVED, SPREAD
 from training.reader.targets import Box, Spot, View, spots_of
 from training.reader.text import draw_line, is_held_out, words
 from training.reader.train import Trainer
@@ -385,7 +385,10 @@ def test_a_fresh_decoder_looks_at_the_last_marker_and_at_the_cell_pointed_at_las
 
 
 def test_a_fresh_decoder_looks_at_the_visual_token_of_the_cell_pointed_at() -> None:
-    """In its third layer, after what two random layers make of a prompt of three tiles."""
+    """After what random layers make of a prompt of three tiles.
+
+    In its last layer one head does so for the left half of what a token shows, one for the right.
+    """
     data = DrawnBatches(8, 20, seed=4, drawn=False, level=0.0)
     drawn = (data[index] for index in range(len(data)))
     strips = (one for one in drawn if one.picture_tiles == 4 * len(one.token_ids))
@@ -397,7 +400,7 @@ def test_a_fresh_decoder_looks_at_the_visual_token_of_the_cell_pointed_at() -> N
     cells = [(row, col) for row in range(shape.CELLS) for col in range(3 * shape.GRID)]
     spots = (chat[0] == shape.IDS[shape.IMAGE]).nonzero().flatten()
     visual = model.connector(states, (shape.GRID, shape.GRID)).view(len(chat), len(spots), -1)[:1]
-    found = []
+    found, of_its_half, of_the_other = [], [], []
     with torch.no_grad():
         for row, col in cells[::7]:
             prompt = chat[:1, : batch.start + 1]
@@ -412,7 +415,16 @@ def test_a_fresh_decoder_looks_at_the_visual_token_of_the_cell_pointed_at() -> N
             tile, within = divmod(col, shape.GRID)
             spot = spots[tile * shape.TOKENS_PER_TILE + row * shape.CELLS + within // 2]
             found.append(scores[0, -1, spot].item())
+            fourth = model.decoder.layers[3]
+            assert isinstance(fourth, TextLayer)
+            normed = fourth.attention_norm(third(stream, cos, sin, None, None))[0]
+            of_heads = fresh_scores(3, normed)[:, -1, spot]
+            its, other = READERS if col % 2 == 0 else READERS[::-1]
+            of_its_half.append(of_heads[its].item())
+            of_the_other.append(of_heads[other].item())
     assert float(np.mean(found)) > 0.7
+    assert float(np.mean(of_its_half)) > 0.7
+    assert float(np.mean(of_the_other)) < 0.05
 
 
 def test_two_processes_step_by_the_mean_of_their_gradients(tmp_path: Path) -> None:
@@ -463,6 +475,22 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     second.run(workers=0)
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+def test_training_begins_from_weights_that_were_kept(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, small("spell"), seed=3)
+    trainer.step_on(0)
+    trainer.save()
+    kept = tmp_path / "begun.safetensors"
+    export = [sys.executable, "-m", "training.reader.export", "--folder", str(tmp_path)]
+    subprocess.run(
+        [*export, "--stage", "spell", "--begun", "--out", str(kept)],
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    begun = Trainer(tmp_path / "new", small("whole"), seed=4, begun=kept)
+    for name, value in trainer.average.items():
+        assert torch.equal(begun.model.state_dict()[name], value.half().float()), name
 
 
 def test_the_whole_starts_from_the_tower_that_names_and_the_decoder_that_spells(

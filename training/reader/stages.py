@@ -27,10 +27,20 @@ class Stage:
 
 
 STAGES = (
-    Stage("name", 3000, batch=0, crowd=24, rate=2.5e-3, part="vision.", naming=1.0, level=0.0),
+    Stage(
+        "name",
+        3000,
+        batch=10,
+        crowd=14,
+        rate=2.5e-3,
+        part="vision.",
+        naming=1.0,
+        level=0.0,
+        full=0.35,
+    ),
     Stage(
         "spell",
-        1200,
+        2000,
         batch=32,
         crowd=0,
         rate=2e-3,
@@ -42,14 +52,14 @@ STAGES = (
     ),
     Stage(
         "whole",
-        2700,
-        batch=28,
+        4500,
+        batch=24,
         crowd=8,
         rate=1.2e-3,
         tower=0.5,
         naming=0.5,
         answering=1.0,
         level=0.7,
-        full=0.35,
+        full=0.45,
     ),
 )

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -44,13 +45,19 @@ AVERAGED = 0.99  # how much of the average of all weights a step keeps
 
 
 class Trainer:
-    """Model, optimizers and the place in one stage."""
+    """Model, optimizers and the place in one stage.
 
-    def __init__(self, folder: Path, stage: Stage, seed: int) -> None:
+    Args:
+        begun: weights to begin from in place of fresh ones, as ``export.py --begun`` writes them.
+    """
+
+    def __init__(self, folder: Path, stage: Stage, seed: int, begun: Path | None = None) -> None:
         self.folder, self.stage, self.seed = folder, stage, seed
         self.rank, self.processes = together.join()
         self.number = [known.name for known in STAGES].index(stage.name)
         self.model = fresh_model(seed)
+        if begun is not None:
+            self.model.load_state_dict(load_file(begun))
         for earlier in STAGES[: self.number]:
             self._take(earlier)
         for name, parameter in self.model.named_parameters():
@@ -242,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--resume", action="store_true", help="go on from the saved states")
+    parser.add_argument("--begun", type=Path, help="weights to begin from, not fresh ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
@@ -250,11 +258,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        if stage.name in options.stages.split(","):
-            trainer = Trainer(
-                options.folder, replace(stage, steps=options.steps or stage.steps), options.seed
-            )
+    for known in STAGES:
+        if known.name in options.stages.split(","):
+            stage = replace(known, steps=options.steps or known.steps)
+            trainer = Trainer(options.folder, stage, options.seed, options.begun)
             if options.resume:
                 trainer.resume()
             trainer.run(options.workers)
