@@ -133,7 +133,8 @@ def _turn() -> Tensor:
     """A rotation of the channels that have no meaning."""
     generator = torch.Generator().manual_seed(4)
     free = shape.CONFIG.text.hidden_size - RESERVED
-    return torch.linalg.qr(torch.randn(free, free, generator=generator)).Q
+    turned: Tensor = torch.linalg.qr(torch.randn(free, free, generator=generator)).Q
+    return turned
 
 
 def _start_embedding(weight: Tensor) -> None:
