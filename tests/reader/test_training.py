@@ -304,6 +304,14 @@ def test_a_line_is_pointed_at_in_its_middle_but_a_full_stop_where_it_stands() ->
     assert rows == [range(0, 2), range(0, 3), range(1, 2)]
 
 
+def test_a_tilted_line_is_pointed_at_along_its_middle() -> None:
+    corners = [box(30 * at, 5 * at, 30 * at + 20, 5 * at + 28) for at in range(12)]
+    line = [((a, b), (c, b + 20 / 6), (c, d + 20 / 6), (a, d)) for (a, b), _, (c, d), _ in corners]
+    found = spots_of((384, 128), (1, 3), [line])[0]
+    middles = [one.boxes[View.TILES].middle[0] for one in found]
+    assert middles == [int((5 * at + 14 + 10 / 6) / 16) for at in range(12)]
+
+
 def test_muon_steps_along_an_orthogonal_matrix() -> None:
     for size in ((8, 24), (24, 8)):
         values = torch.linalg.svdvals(orthogonal(torch.randn(size)))

@@ -1,4 +1,4 @@
-"""Attention for training on a CPU: two matrix products and a softmax.
+"""Attention for training on a CPU: two matrix products and a softmax, in bfloat16.
 
 torch's fused kernel spares memory, which sequences of a few hundred tokens do not need spared, and
 its backward pass is slow: with this, a step of the reader's training takes a fifth less.
@@ -32,9 +32,8 @@ def plain_attention(
     """
     if attn_mask is not None:
         raise ValueError("training pictures are never padded, but a mask was given")
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     with torch.autocast("cpu", enabled=False):
+        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
         if enable_gqa:
             group = query.shape[1] // key.shape[1]
             key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))

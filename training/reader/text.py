@@ -31,7 +31,7 @@ FREQUENT = (
 )
 COMMON = tuple(FREQUENT.split())
 ALONE = frozenset("CcOoSsVvWwXxZzUuIl.,:;'\"-_")  # not to be told from others if alone
-ALIKE = "IlO"  # not to be told from 1, | or 0 in many fonts: not among characters at random
+ALIKE = "IlO"  # like each other, 1 or 0 in many fonts: not among characters at random
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo ya ze tre sto pla gri nt rs"
 
 

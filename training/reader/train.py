@@ -21,6 +21,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ class Trainer:
     """Model, optimizers and the place in one stage.
 
     Args:
-        begun: weights to begin from in place of fresh ones, as ``export.py --begun`` writes them.
+        begun: weights to begin from in place of fresh ones, as ``export.py --begun`` writes them;
+            what an earlier stage trained in ``folder`` goes before them.
     """
 
     def __init__(self, folder: Path, stage: Stage, seed: int, begun: Path | None = None) -> None:
@@ -212,7 +214,9 @@ class Trainer:
         stage = self.stage
         losses: dict[str, Tensor] = {}
         figures: dict[str, float] = {}
-        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16), attention.plain():
+        # In float32 torch's fused attention is the faster one.
+        attending = attention.plain() if HAS_BFLOAT16 else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16), attending:
             if stage.drawn:
                 states = self.model.vision(normalised(batch.tiles))
             else:
@@ -249,13 +253,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--resume", action="store_true", help="go on from the saved states")
-    parser.add_argument("--begun", type=Path, help="weights to begin from, not fresh ones")
+    parser.add_argument(
+        "--begun", type=Path, help="weights to begin from where the folder holds no earlier stage's"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES))
     parser.add_argument("--steps", type=int, help="length of the stages run, instead of their own")
     options = parser.parse_args()
+    if options.begun is not None and not options.begun.is_file():
+        parser.error(f"there are no weights at {options.begun}")
     torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
     for known in STAGES:
