@@ -5,6 +5,7 @@ Everything is drawn in the font that comes with Pillow, so no font package is ne
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -21,14 +22,24 @@ from PIL import Image, ImageFont
 from training.reader import fonts, shape
 from training.reader.batches import DrawnBatches, labelled, prompt_ids, wanted
 from training.reader.files import build_tokenizer
-from training.reader.labels import BACKGROUND, CLASS_OF, CLASSES, FIRST, LAST, WHERE
+from training.reader.labels import (
+    BACKGROUND,
+    CLASS_OF,
+    CLASSES,
+    FINAL,
+    FIRST,
+    GAP,
+    LAST,
+    OFF,
+    WHERE,
+)
 from training.reader.layout import lay_out
 from training.reader.lines import Corners
 from training.reader.losses import answering_loss, random_states
 from training.reader.muon import orthogonal
 from training.reader.paths import PATH_COLOR, draw_path
 from training.reader.pictures import draw_crowd, draw_picture
-from training.reader.places import PLACE, constant_direction, directions, places
+from training.reader.places import NEXT, PLACE, constant_direction, directions, places
 from training.reader.pointing import (
     Cell,
     Question,
@@ -115,7 +126,7 @@ def test_labels_name_the_characters_that_a_picture_shows() -> None:
         picture = draw_picture(seed)
         if picture.width < 2 * shape.PATCH:
             continue
-        _, classes, _ = labelled(picture)
+        _, classes, *_ = labelled(picture)
         shown = set(classes[:-1].flatten().tolist()) - {BACKGROUND}
         assert shown <= {CLASS_OF[character] for character in picture.characters}
         letters = {CLASS_OF[c] for c in picture.characters if c.isalnum() and c not in "Iijl1"}
@@ -131,7 +142,7 @@ def test_places_run_from_left_to_right_and_from_top_to_bottom_of_a_character() -
         for one in layouts
         if len(one.characters) == 1 and not one.angle and one.characters in "HMNOQWX0"
     )
-    _, classes, places = labelled(layout)
+    _, classes, places, _ = labelled(layout)
     rows, cols = shape.GRID, shape.GRID
     tile = int((classes[:-1] > BACKGROUND).sum(dim=1).argmax())
     grid, where = classes[tile].view(rows, cols), places[tile].view(rows, cols, WHERE)
@@ -149,12 +160,50 @@ def test_the_first_and_the_last_character_of_each_line_are_marked() -> None:
     layout = next(
         one for one in layouts if len(one.lines) == 3 and min(one.lengths) > 2 and not one.angle
     )
-    _, classes, places = labelled(layout)
+    _, classes, places, _ = labelled(layout)
     for which, at in ((FIRST, 0), (LAST, -1)):
         marked = places[..., which] > 0
         assert bool((classes[marked] != BACKGROUND).all())
         ends = {CLASS_OF[line.characters[at]] for line in layout.lines}
         assert set(classes[:-1][marked[:-1]].tolist()) == ends
+
+
+def test_the_last_character_of_all_and_those_before_a_space_are_marked() -> None:
+    layouts = (lay_out(seed)[0] for seed in range(400))
+    layout = next(one for one in layouts if len(one.lines) == 2 and sum(one.gaps) == 2)
+    _, classes, places, _ = labelled(layout)
+    final = places[..., FINAL] > 0
+    assert set(classes[:-1][final[:-1]].tolist()) == {CLASS_OF[layout.characters[-1]]}
+    spaced = places[:-1][..., GAP] > 0
+    before = [one for one, gap in zip(layout.characters, layout.gaps, strict=True) if gap]
+    assert set(classes[:-1][spaced].tolist()) == {CLASS_OF[one] for one in before}
+
+
+def test_each_patch_says_which_cells_show_the_lines_next_character() -> None:
+    """On every tile of a line of unlike characters: there, or OFF in the tile on its right."""
+    layouts = (lay_out(seed)[0] for seed in range(400))
+    layout = next(
+        one
+        for one in layouts
+        if len(one.lines) == 1 and len(set(one.characters)) == len(one.characters) > 8
+    )
+    follows = dict(itertools.pairwise(layout.characters))
+    _, classes, places, following = labelled(layout)
+    side = shape.GRID
+    checked = off = 0
+    for tile, patch in (classes[:-1] > BACKGROUND).nonzero().tolist():
+        character = shape.CHARACTERS[int(classes[tile, patch]) - 1]
+        first_row, last_row, first, last = following[tile, patch].tolist()
+        if character not in follows or first < 0:
+            continue
+        shown_on = tile + int(places[tile, patch, OFF])
+        off += shown_on - tile
+        rows = slice(first_row * shape.SCALE, (last_row + 1) * shape.SCALE)
+        shown = classes[shown_on].view(side, side)[rows, first : last + 1]
+        assert CLASS_OF[follows[character]] in shown
+        checked += 1
+    assert checked > 20
+    assert off > 0
 
 
 def test_crowds_fill_their_tiles() -> None:
@@ -355,7 +404,7 @@ def test_a_patchs_constant_is_no_characters_direction() -> None:
     width = shape.CONFIG.vision.hidden_size
     even = constant_direction(width)
     known = directions(width - PLACE)
-    assert len(known) == CLASSES + WHERE
+    assert len(known) == CLASSES + WHERE + NEXT
     assert float(even.norm()) == pytest.approx(1.0, abs=1e-5)
     assert float((known @ even[:-PLACE]).abs().max()) < 1e-5
     assert torch.allclose(known @ known.T, torch.eye(len(known)), atol=1e-5)
@@ -386,7 +435,8 @@ def test_a_fresh_decoder_looks_at_the_last_marker_and_at_the_cell_pointed_at_las
     tokens = fresh_model(0).decoder.embedding.weight.detach()
     marker, cell = shape.IDS["<row_1_col_2>"], cell_id(Cell(2, 9))
     tile = [shape.IDS[shape.IMAGE]] * shape.TOKENS_PER_TILE
-    chat = [shape.IDS["<row_1_col_1>"], *tile, marker, *tile, cell_id(Cell(0, 0)), *b"a"]
+    start = [shape.IDS[name] for name in (shape.START, "<row_1_col_1>")]
+    chat = [*start, *tile, marker, *tile, cell_id(Cell(0, 0)), *b"a"]
     scores = fresh_scores(0, tokens[torch.tensor([*chat, cell, *b"b"])] / SPREAD)
     assert scores[2, -1, chat.index(marker)].item() > 0.9
     assert scores[3, -1, len(chat)].item() > 0.6

@@ -38,6 +38,7 @@ class ReaderBatch:
         tiles: (B·n + X, 3, P, P) uint8; (0, 3, P, P) where nothing was drawn.
         patch_labels: (B·n + X, H·W) int64, the class of the character under each patch.
         patch_places: (B·n + X, H·W, WHERE) float32, where it stands (labels.py).
+        patch_next: (B·n + X, H·W, 4) int64, the cells of the next character there (labels.py).
         token_ids: (B, T) int64, prompt and answer, padded on the right.
         goals: (B, T - start, G) int64, from position ``start`` on: every token that would be right
             next, then IGNORED; the one that follows in ``token_ids`` is one of them.
@@ -47,6 +48,7 @@ class ReaderBatch:
     tiles: Tensor
     patch_labels: Tensor
     patch_places: Tensor
+    patch_next: Tensor
     token_ids: Tensor
     goals: Tensor
     start: int
@@ -67,6 +69,7 @@ class DrawnBatches(Dataset[ReaderBatch]):
         size: tiles of pictures with a question, about.
         count: batches; over the first half of them, lines grow longer and more, crowds harder.
         crowd: X, tiles full of text.
+        asked: False for pictures without a question, of which only tiles with text are taken.
         drawn: False for labels alone, without the tiles.
         level: where growing starts; 1 for none.
         full: the share of pictures with as many and as long lines as the level allows.
@@ -80,13 +83,14 @@ class DrawnBatches(Dataset[ReaderBatch]):
         seed: int = 0,
         *,
         crowd: int = 0,
+        asked: bool = True,
         drawn: bool = True,
         level: float = 1.0,
         full: float = 0.0,
         split: str = "train",
     ) -> None:
         self.size, self.count, self.seed, self.crowd = size, count, seed, crowd
-        self.drawn, self.level, self.full, self.split = drawn, level, full, split
+        self.asked, self.drawn, self.level, self.full, self.split = asked, drawn, level, full, split
 
     def level_at(self, index: int) -> float:
         """How varied batch ``index`` is, from 0 to 1."""
@@ -100,7 +104,9 @@ class DrawnBatches(Dataset[ReaderBatch]):
         rng = random.Random(f"batch {first}")
         level = self.level_at(index)
         crowd = [_crowded(first, self.crowd, self.split, level)] if self.crowd else []
-        if not self.size:
+        if not self.asked:
+            crowd.append(_printed(first, self.size, self.split, (level, self.full)))
+        if not self.asked or not self.size:
             return make_batch([], Question(shape.QUESTION), crowd)
         points = rng.random() >= PLAIN
         full = self.full if points else 0.0
@@ -146,19 +152,35 @@ def _laid_out(seed: int, split: str, level: float, full: float) -> Layout:
     return lay_out(seed, split, level, full)[0]
 
 
-Labelled = tuple[Tensor, Tensor, Tensor]  # tiles; labels of their patches, and places
+Labelled = tuple[Tensor, Tensor, Tensor, Tensor]  # tiles; classes, places, next cells of patches
 
 
 def _crowded(first: int, count: int, split: str, level: float) -> Labelled:
     """``count`` tiles full of text and their labels."""
-    parts: list[Labelled] = []
-    seeds = itertools.count(first)
-    while sum(len(tiles) for tiles, *_ in parts) < count:
-        found = labelled(draw_crowd(next(seeds), split, level))
-        tiles, labels, places = (part[:-1] for part in found)  # the whole is but a blur
-        parts.append((tiles, labels, places))
-    tiles, labels, places = (torch.cat(part)[:count] for part in zip(*parts, strict=True))
-    return tiles, labels, places
+    crowds = (draw_crowd(seed, split, level) for seed in itertools.count(first))
+    return _gathered((_chosen(labelled(one), slice(-1)) for one in crowds), count)
+
+
+def _printed(first: int, count: int, split: str, levels: tuple[float, float]) -> Labelled:
+    """``count`` tiles of pictures, those that show a character."""
+    pictures = (labelled(draw_picture(seed, split, *levels)) for seed in itertools.count(first))
+    return _gathered((_chosen(one, (one[1] > 0).any(dim=1)) for one in pictures), count)
+
+
+def _chosen(labelled: Labelled, which: slice | Tensor) -> Labelled:
+    tiles, classes, places, following = labelled
+    return tiles[which], classes[which], places[which], following[which]
+
+
+def _gathered(parts: Iterator[Labelled], count: int) -> Labelled:
+    """The first ``count`` tiles."""
+    taken: list[Labelled] = []
+    while sum(len(tiles) for tiles, *_ in taken) < count:
+        taken.append(next(parts))
+    tiles, classes, places, following = (
+        torch.cat(part)[:count] for part in zip(*taken, strict=True)
+    )
+    return tiles, classes, places, following
 
 
 def labelled(picture: Picture | Layout) -> Labelled:
@@ -168,9 +190,12 @@ def labelled(picture: Picture | Layout) -> Labelled:
     else:
         size, tiles = picture.image.size, to_tiles(picture.image)
     plan = plan_of(size)
-    shown = Shown(picture.characters, picture.lengths, picture.corners, _width(picture))
-    classes, places = patch_labels(size, (plan.rows, plan.cols), shown)
-    return tiles, torch.from_numpy(classes), torch.from_numpy(places)
+    shown = Shown(
+        picture.characters, picture.lengths, picture.gaps, picture.corners, _width(picture)
+    )
+    labels = patch_labels(size, (plan.rows, plan.cols), shown)
+    classes, places, following = (torch.from_numpy(part) for part in labels)
+    return tiles, classes, places, following
 
 
 def _width(picture: Picture | Layout) -> float:
@@ -191,7 +216,7 @@ def make_batch(
 ) -> ReaderBatch:
     """Tiles, labels and tokens of pictures that are cut alike; ``points``: so do the answers."""
     parts = [*(labelled(picture) for picture in pictures), *crowd]
-    tiles, classes, places = (torch.cat(part) for part in zip(*parts, strict=True))
+    tiles, *labels = (torch.cat(part) for part in zip(*parts, strict=True))
     answers = [
         wanted(question, picture, random.Random(f"answer {picture.size} {_lines(picture)}"))
         if points
@@ -211,7 +236,7 @@ def make_batch(
         token_ids[row, len(prompt) : len(prompt) + len(answer.ids)] = torch.tensor(answer.ids)
         padded = [one + [IGNORED] * (most - len(one)) for one in of_answer]
         goals[row, : len(answer.ids)] = torch.tensor(padded)
-    return ReaderBatch(tiles, classes, places, token_ids, goals, len(prompt) - 1)
+    return ReaderBatch(tiles, labels[0], labels[1], labels[2], token_ids, goals, len(prompt) - 1)
 
 
 def wanted(

@@ -52,6 +52,11 @@ class Layout:
         return tuple(len(line.characters) for line in self.lines)
 
     @property
+    def gaps(self) -> tuple[bool, ...]:
+        """For each visible character, whether a space follows."""
+        return tuple(gap for line in self.lines for gap in line.gaps)
+
+    @property
     def corners(self) -> tuple[Corners, ...]:
         """Corners of every visible character, in picture pixels."""
         corners = tuple(box for line in self.lines for box in line.corners)

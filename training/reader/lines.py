@@ -54,6 +54,14 @@ class Line:
         return self.text.replace(" ", "")
 
     @property
+    def gaps(self) -> tuple[bool, ...]:
+        """For each visible character, whether a space follows."""
+        following = (*self.text[1:], "")
+        return tuple(
+            then == " " for one, then in zip(self.text, following, strict=True) if one != " "
+        )
+
+    @property
     def corners(self) -> tuple[Corners, ...]:
         """Corners of the visible characters' ink: upper left, upper right, lower right and left."""
         x, y = self.x - self.left, self.y + self.ascent

@@ -9,24 +9,30 @@ from torch.nn import functional
 from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
 from training.reader.batches import ReaderBatch
-from training.reader.labels import BACKGROUND, CLASSES, FIRST, IGNORED, LAST, WHERE
-from training.reader.places import CONSTANT, constant_direction
+from training.reader.labels import BACKGROUND, CLASSES, FIRST, IGNORED, LAST, OFF, WHERE
+from training.reader.places import CONSTANT, NEXT, cell_places, constant_direction, next_channels
 
 BACKGROUND_WEIGHT = 0.1
 EDGE_WEIGHT, EDGE_SCALE = 0.5, 4.0
-END_WEIGHT, ENDS_COUNT = 1.0, 8.0  # of ends of lines; how much a patch of one counts
+END_WEIGHT, ENDS_COUNT = 1.0, 8.0  # of ends of lines and words; how much a patch of one counts
+NEXT_WEIGHT, NEXT_SHARPNESS = 0.3, 1.5  # of the next character's place
+WRONG_NEXT = 0.06  # of made-up places of the next character, the share beside it
 UNSEEN = 2  # patches at a tile's edge, from which the tower cannot see that a line goes on
 
 
-def naming_loss(states: Tensor, batch: ReaderBatch, directions: Tensor) -> tuple[Tensor, float]:
-    """Loss of patch states, (N, H·W, C), and the share of character patches named right.
+def naming_loss(
+    states: Tensor, batch: ReaderBatch, directions: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of patch states, (N, H·W, C); shares of character patches right: the name, the next.
 
     Cross-entropy over patches, background weighted down, of the states' parts along a fixed
-    direction for each class; and the squared error of where a patch stands, in its character and
-    in its line, read along four more.
+    direction for each class; the squared error of where a patch stands, in its character and
+    in its line, read along WHERE more; and the cross-entropy of any of the cells that show the next
+    character, whose places are compared with the last parts.
     """
     parts = states[..., : directions.shape[1]] @ directions.T
-    scores, places = parts[..., :-WHERE], parts[..., -WHERE:] / EDGE_SCALE
+    scores, following = parts[..., :CLASSES], parts[..., -NEXT:]
+    places = parts[..., CLASSES:-NEXT] / EDGE_SCALE
     weight = torch.ones(CLASSES)
     weight[BACKGROUND] = BACKGROUND_WEIGHT
     named = functional.cross_entropy(
@@ -38,7 +44,28 @@ def naming_loss(states: Tensor, batch: ReaderBatch, directions: Tensor) -> tuple
     counts = 1 + ENDS_COUNT * batch.patch_places[..., FIRST:]
     ends = (errors[..., FIRST:] * counts).sum() / counts.sum()
     right = (scores.argmax(-1) == batch.patch_labels)[characters]
-    return named + EDGE_WEIGHT * placed + END_WEIGHT * ends, float(right.float().mean())
+    linked, pointed = _linking_loss(following, batch)
+    loss = named + EDGE_WEIGHT * placed + END_WEIGHT * ends + NEXT_WEIGHT * linked
+    return loss, {"patches": float(right.float().mean()), "next": pointed}
+
+
+def _linking_loss(following: Tensor, batch: ReaderBatch) -> tuple[Tensor, float]:
+    """Loss of saying any of the cells that show the next character, and the share that is right."""
+    known = batch.patch_next[..., 0] >= 0
+    scores = NEXT_SHARPNESS * following[known] @ cell_places()[:, next_channels()].T
+    shown = _cells_shown(batch.patch_next[known])
+    loss = (scores.logsumexp(-1) - scores.masked_fill(~shown, -torch.inf).logsumexp(-1)).mean()
+    right = shown.gather(1, scores.argmax(-1, keepdim=True))
+    return loss, float(right.float().mean())
+
+
+def _cells_shown(ranges: Tensor) -> Tensor:
+    """First and last row and column, (n, 4), as a mask of a tile's cells: (n, CELLS · GRID)."""
+    low_row, high_row, low_col, high_col = ranges[:, :, None].unbind(1)
+    rows, cols = torch.arange(shape.CELLS), torch.arange(shape.GRID)
+    in_rows = (rows >= low_row) & (rows <= high_row)
+    in_cols = (cols >= low_col) & (cols <= high_col)
+    return (in_rows[:, :, None] & in_cols[:, None, :]).flatten(1)
 
 
 def answer_logits(model: VisionLanguageModel, states: Tensor, batch: ReaderBatch) -> Tensor:
@@ -84,13 +111,15 @@ def random_states(
 ) -> Tensor:
     """What a tower that names patches would say of a batch, without a tower: (N, H·W, C).
 
-    Each patch's class as a direction of its own, where it stands as four more, noise on both, and
-    the patch's place in the last channels, normalised as the tower's output is, and the constant
-    that every state holds. At the edges of a tile the ends of lines are doubtful.
+    Each patch's class as a direction of its own, where it stands and where the next character does
+    as some more, noise on all, and the patch's place in the last channels, normalised as the
+    tower's output is, and the constant that every state holds. At the edges of a tile the ends of
+    lines are doubtful.
 
     Args:
         batch: labels; a share of them is exchanged, as a tower errs.
-        codes: (classes + WHERE, content channels), a direction for each class, then for places.
+        codes: (classes + WHERE + NEXT, content channels), a direction for each class, then for
+            places, then for the next character's.
         places: (H·W, place channels).
         generator: draws noise and errors.
     """
@@ -108,14 +137,33 @@ def random_states(
     content = named * uniform(4, 9, count, 1, 1) * known
     where = batch.patch_places.clone()
     where[..., :FIRST] *= known
-    where[..., FIRST:] *= uniform(0, 1, count, patches, 2) > uniform(0, 0.2, count, 1, 1)
+    kept = uniform(0, 1, count, patches, WHERE - FIRST) > uniform(0, 0.2, count, 1, 1)
+    where[..., FIRST:] *= kept
+    where[..., OFF] *= batch.patch_next[..., 0] >= 0
     columns = torch.arange(patches) % shape.GRID
     for which, unseen in ((FIRST, columns < UNSEEN), (LAST, columns >= shape.GRID - UNSEEN)):
         doubt = uniform(0, 0.6, count, patches) * (unseen & (classes != BACKGROUND))
         where[..., which] = torch.maximum(where[..., which], doubt)
-    content = content + where @ codes[-WHERE:] * EDGE_SCALE
+    content = content + where @ codes[CLASSES:-NEXT] * EDGE_SCALE
+    content = content + _random_next(batch, generator) @ codes[-NEXT:] * uniform(
+        0.8, 1.8, count, 1, 1
+    )
     noise = torch.randn(count, patches, codes.shape[1], generator=generator)
     content = content + noise * uniform(0.15, 0.45, count, 1, 1)
     states = torch.cat((content, places.expand(count, -1, -1)), dim=-1)
     width = states.shape[-1]
     return functional.layer_norm(states, (width,)) + CONSTANT * constant_direction(width)
+
+
+def _random_next(batch: ReaderBatch, generator: torch.Generator) -> Tensor:
+    """Places of cells that show the next character, some of them beside it: (N, H·W, NEXT)."""
+    ranges = batch.patch_next.float()
+    shares = torch.rand(*ranges.shape[:-1], 2, generator=generator)
+    low, high = ranges[..., ::2], ranges[..., 1::2]
+    cells = (low + shares * (high - low)).round()
+    errs = torch.rand(*cells.shape[:-1], 1, generator=generator) < WRONG_NEXT
+    aside = torch.randint(-2, 3, cells.shape, generator=generator)
+    cells = (cells + errs * aside).long().clamp(min=0)
+    rows, cols = cells[..., 0].clamp(max=shape.CELLS - 1), cells[..., 1].clamp(max=shape.GRID - 1)
+    found = cell_places()[:, next_channels()][rows * shape.GRID + cols]
+    return found * (ranges[..., :1] >= 0)

@@ -34,6 +34,7 @@ class Picture:
         lines: what it says, from top to bottom; empty for nothing.
         characters: every visible character, in reading order.
         lengths: how many of these are in each line.
+        gaps: for each of ``characters``, whether a space follows.
         corners: for each of ``characters``, the four corners of its box in picture pixels.
         family: the font's family.
         width: mean width of a character in pixels of the tiles that the model sees.
@@ -43,6 +44,7 @@ class Picture:
     lines: tuple[str, ...]
     characters: str
     lengths: tuple[int, ...]
+    gaps: tuple[bool, ...]
     corners: tuple[Corners, ...]
     family: str
     width: float
@@ -82,6 +84,7 @@ def draw_picture(seed: int, split: str = "train", level: float = 1.0, full: floa
         texts,
         characters=layout.characters,
         lengths=layout.lengths,
+        gaps=layout.gaps,
         corners=layout.corners,
         family=layout.family,
     )
@@ -106,6 +109,7 @@ def draw_crowd(seed: int, split: str = "train", level: float = 1.0) -> Picture:
     largest = LARGEST if not easy and rng.random() < LARGE else MEDIUM
     characters, top = "", rng.randint(0, 4)
     lengths: tuple[int, ...] = ()
+    gaps: tuple[bool, ...] = ()
     corners: tuple[Corners, ...] = ()
     while True:
         family, path = pick_font(rng, split)
@@ -119,13 +123,21 @@ def draw_crowd(seed: int, split: str = "train", level: float = 1.0) -> Picture:
         line.draw(draw, (left, top), ink)
         characters += line.characters
         lengths += (len(line.characters),)
+        gaps += line.gaps
         corners += moved(line.corners, (left, top))
         top += round(line.height * rng.uniform(0.85, 1.3)) + 1
     if squeezed > 1:
         image = image.resize((size[0] // squeezed, size[1]), Image.Resampling.BOX)
         corners = tuple(tuple((x / squeezed, y) for x, y in box) for box in corners)
     return _finish(
-        rng, image, (), characters=characters, lengths=lengths, corners=corners, family=family
+        rng,
+        image,
+        (),
+        characters=characters,
+        lengths=lengths,
+        gaps=gaps,
+        corners=corners,
+        family=family,
     )
 
 
@@ -158,12 +170,13 @@ def _finish(
     *,
     characters: str,
     lengths: tuple[int, ...],
+    gaps: tuple[bool, ...],
     corners: tuple[Corners, ...],
     family: str,
 ) -> Picture:
     width = sum(math.dist(box[0], box[1]) for box in corners) / max(1, len(corners))
     scale = plan_of(image.size).canvas[0] / image.width
-    picture = Picture(image, lines, characters, lengths, corners, family, width * scale)
+    picture = Picture(image, lines, characters, lengths, gaps, corners, family, width * scale)
     return picture if rng is None else replace(picture, image=damage(rng, image, width))
 
 

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.reader import shape
 from training.reader.labels import CLASSES, WHERE
 
 PLACE = 32  # channels for a patch's place: sine and cosine of row and column at 8 frequencies
 FREQUENCIES = torch.linspace(0.15, 2.2, PLACE // 4)
+NEXT_WAVES = (1, 2, 5, 6)  # of these, those that say where a patch's next character is: the four
+NEXT = 4 * len(NEXT_WAVES)  # that tell any two cells apart best, in so many channels
 CONSTANT = 3.0  # of a patch's state, along its direction
 
 
@@ -22,13 +25,13 @@ def codes(count: int, width: int) -> Tensor:
 
 
 def directions(width: int) -> Tensor:
-    """What a patch says along them, at right angles to each other: (CLASSES + WHERE, width).
+    """What a patch says along them, at right angles: (CLASSES + WHERE + NEXT, width).
 
-    One for each class, then where it stands (``labels.py``).
+    One for each class, then where it stands (``labels.py``), then the next character's place.
     """
     known = codes(CLASSES + 1, width)
     taken = torch.cat((known, constant_direction(width + PLACE)[None, :width]))
-    for seed in range(3, 2 + WHERE):
+    for seed in range(3, 2 + WHERE + NEXT):
         free = _free(taken, seed)[None]
         known, taken = torch.cat((known, free)), torch.cat((taken, free))
     return known
@@ -73,3 +76,16 @@ def moved(rows: float, columns: float) -> Tensor:
         turn = torch.cat((torch.cat((cos, sin), dim=1), torch.cat((-sin, cos), dim=1)))
         matrix[start : start + half, start : start + half] = turn
     return matrix
+
+
+def cell_places() -> Tensor:
+    """Place channels of a tile's cells, each the mean of its patches': (CELLS · GRID, PLACE)."""
+    of_patches = places(shape.GRID).reshape(1, shape.GRID, shape.GRID, PLACE)
+    means = functional.avg_pool2d(of_patches.permute(0, 3, 1, 2), (shape.SCALE, 1))
+    return means[0].permute(1, 2, 0).reshape(-1, PLACE)
+
+
+def next_channels() -> list[int]:
+    """Which place channels say where the next character is."""
+    count = PLACE // 4
+    return [part * count + wave for part in range(4) for wave in NEXT_WAVES]

@@ -23,6 +23,7 @@ class Stage:
     answering: float = 0.0  # weight of the next-token loss
     drawn: bool = True  # False: no pictures, no tower
     level: float = 1.0  # how hard pictures are at first
+    asked: bool = True  # False: pictures without a question, only tiles that show text
     full: float = 0.0  # the share of pictures with as many and as long lines as the level allows
 
 
@@ -35,6 +36,7 @@ STAGES = (
         rate=2.5e-3,
         part="vision.",
         naming=1.0,
+        asked=False,
         level=0.0,
         full=0.35,
     ),

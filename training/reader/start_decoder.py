@@ -4,7 +4,8 @@ Random weights find such attention only after thousands of steps. So some channe
 have a meaning at first: the place of a visual token in its tile (which the tower's states hold and
 the connector hands on), the tile it stands in (which its first layer takes from the last marker),
 and, in an answer, the cell pointed at last. Heads of the later layers look at the visual token of
-that cell, and at those on its right. Everything can still be unlearned.
+that cell, and at those on its right. After a cell two of them copy what it names, after a
+character two others copy where the next one is. Everything can still be unlearned.
 
 Rotary positions would blur such a look over hundreds of tokens; in the slowest pairs of channels
 they do not, so it uses those, and the fastest to look back by a few tokens.
@@ -21,19 +22,21 @@ from torch.nn import functional
 from smolstack.model.decoder import TextAttention, TextLayer, rope_frequencies
 from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
-from training.reader.labels import CLASSES
+from training.reader.labels import CLASSES, FINAL, GAP, LAST, OFF
 from training.reader.places import (
     CONSTANT,
+    NEXT,
     PLACE,
+    cell_places,
     constant_direction,
     directions,
     moved,
-    places,
+    next_channels,
 )
 from training.reader.pointing import cell_of
 from training.reader.targets import View
 
-SPREAD = 0.3  # of the stream at first
+SPREAD, SHARP = 0.3, 0.6  # of the stream at first; of what becomes of it, the head's logits
 EVEN = 4.0  # of the stream's first channel, in units of SPREAD
 TILE = 5  # channels for a tile's row and column, each a point on a circle; of the whole: the last
 TILES = shape.EDGE // shape.TILE
@@ -42,12 +45,22 @@ OWN = slice(1, 1 + PLACE)  # a visual token's place in its tile,
 OWN_TILE = slice(OWN.stop, OWN.stop + TILE)  # and that tile
 POINTED = slice(OWN_TILE.stop, OWN_TILE.stop + PLACE + TILE)  # of the cell pointed at last
 IS_MARKER, IS_CELL = POINTED.stop, POINTED.stop + 1
-HALF = IS_CELL + 1  # of a cell: positive in the right half of what a visual token shows
-RESERVED = HALF + 1
+HALF = IS_CELL + 1  # of a cell: positive in the right half of what a visual token shows;
+LAST_HALF = HALF + 1  # of the cell pointed at last
+IS_OFF = LAST_HALF + 1  # in an answer: whether the next character stands in the tile on the right
+IS_START = IS_OFF + 1  # of the first token, which says nothing, so that heads can look at nothing
+# In a visual token the channels of POINTED say where the next characters are of those in its left
+# and its right half, and these and some more what follows: a space, the end, another tile.
+FLAGS = (GAP, LAST, FINAL, OFF)
+LEFT_FLAGS = slice(POINTED.start + 2 * NEXT, POINTED.start + 2 * NEXT + len(FLAGS))
+RIGHT_FLAGS = slice(IS_START + 1, IS_START + 1 + len(FLAGS))
+RESERVED = RIGHT_FLAGS.stop
 
+ALIKE = 0.15  # what is left of the random part of cells, which their places tell apart
 FAINT = 0.3  # what is left of the random part of queries and keys
 CLOSENESS = 2.0  # of heads that look back by some tokens
 TO_MARKER, TO_CELL = 1.65, 2.35  # of the heads that look back to the last marker, the last cell
+TO_NOTHING, FIRM = 1.1, 3.0  # of the latter before any cell; of what the first token holds
 MARKER_PAIRS, CELL_PAIRS = (7, 8, 9), (2, 3, 4)  # rotary pairs that fade over a tile, a few tokens
 TO_PLACE, TO_TILE = 3.0, 3.6  # of heads that look at a cell
 WAVES = (1, 2, 3, 4)  # of a place's frequencies, those that tell cells apart
@@ -58,13 +71,14 @@ BACK = (  # tokens that heads of the first two layers look back
     (1, 2, 3, ACROSS),  # the last: over the edge of a tile, to the one on its left
 )
 BESIDE = (  # cells to the right that heads of the last two layers look; then over a tile's edge
-    ((0, 0), (1, 0), (2, 0), (1 - shape.CELLS, 1)),
+    ((0, 0), (1, 0), (0, 0), (0, 0)),
     ((0, 0), (1, 0), (0, 0), (0, 0)),
 )
-NAMING, REST = 0.12, 0.2  # of what a patch names, in the connector; of its random part
-COPIED, READERS = 3.0, (2, 3)  # how much of what a cell names is added to the stream, by which
-AWAY = 3.5  # heads of the last layer; how firmly the one of the other half looks at markers instead
-NEXT, VAGUE = 1, 0.5  # the last layer's head that says where it looks, and how sharply it does
+NAMING, REST = 0.16, 0.2  # of what a patch names, in the connector; of its random part
+COPIED, READERS = 6.0, (2, 3)  # how much of what a cell names is added to the stream, by which
+AWAY = 3.5  # heads of the last two layers; how firmly one looks at nothing when it has no part
+LOW = 0.15  # of what visual tokens hold of the next character; how much heads of the last layer
+LINKED, FLAGGED = 12.0, 4.0  # but one copy of its place, and of what follows
 
 
 def start_reading(model: VisionLanguageModel) -> None:
@@ -72,7 +86,7 @@ def start_reading(model: VisionLanguageModel) -> None:
     decoder = model.decoder
     _start_embedding(decoder.embedding.weight)
     _start_connector(model)
-    decoder.norm.weight.fill_(SPREAD)  # the head is the embedding: logits of size one
+    decoder.norm.weight.fill_(SHARP)
     layers = [layer for layer in decoder.layers if isinstance(layer, TextLayer)]
     for layer in layers:
         for written in (layer.attention.out.weight, layer.down.weight):
@@ -86,15 +100,8 @@ def start_reading(model: VisionLanguageModel) -> None:
     _look_for_markers_and_cells(first)
     for attention, steps in zip((third, fourth), BESIDE, strict=True):
         _look_at_cells(attention, steps)
-    _point_at_next(fourth)
+    _go_on(third, decoder.embedding.weight)
     _read(fourth)
-
-
-def cell_places() -> Tensor:
-    """Place channels of a tile's cells, each the mean of its patches': (CELLS · GRID, PLACE)."""
-    of_patches = places(shape.GRID).reshape(1, shape.GRID, shape.GRID, PLACE)
-    means = functional.avg_pool2d(of_patches.permute(0, 3, 1, 2), (shape.SCALE, 1))
-    return means[0].permute(1, 2, 0).reshape(-1, PLACE)
 
 
 def _tile_point(row: int, col: int) -> Tensor:
@@ -127,6 +134,16 @@ def _start_connector(model: VisionLanguageModel) -> None:
     naming = functional.pad(characters.T @ named, (0, PLACE)) * (NAMING / patches)
     halves = torch.cat((naming, _turn() @ naming), dim=1)  # a token's patches go row by row
     weight[RESERVED:].mul_(REST).add_(halves.repeat(1, shape.SCALE))
+    # Where the next character is and what follows, of the patches of each half.
+    said = directions(width - PLACE)
+    following = functional.pad(said[-NEXT:], (0, PLACE)) * (LOW * SPREAD / shape.SCALE)
+    flags = functional.pad(said[[CLASSES + flag for flag in FLAGS]], (0, PLACE))
+    flags = flags * (LOW * SPREAD / shape.SCALE)
+    by_half = weight.view(len(weight), shape.SCALE, shape.HALVES, width)
+    for half, of_flags in enumerate((LEFT_FLAGS, RIGHT_FLAGS)):
+        start = POINTED.start + half * NEXT
+        by_half[start : start + NEXT, :, half] = following[:, None]
+        by_half[of_flags, :, half] = flags[:, None]
 
 
 def _turn() -> Tensor:
@@ -139,6 +156,9 @@ def _turn() -> Tensor:
 
 def _start_embedding(weight: Tensor) -> None:
     weight.mul_(SPREAD / weight.std())
+    used = torch.tensor([*"".join((" \n", shape.CHARACTERS)).encode(), *shape.IDS.values()])
+    unused = torch.ones(len(weight), dtype=torch.bool).scatter(0, used, False)
+    weight[unused] *= ALIKE
     weight[:, :RESERVED] = 0
     weight[:, 0] = EVEN * SPREAD
     for row in range(TILES):
@@ -148,6 +168,8 @@ def _start_embedding(weight: Tensor) -> None:
     weight[shape.IDS[shape.WHOLE], OWN_TILE] = 1.4 * SPREAD * _whole_point()
     for name in (*shape.TILE_MARKERS, shape.WHOLE):
         weight[shape.IDS[name], IS_MARKER] = EVEN * SPREAD
+    weight[shape.IDS[shape.START], 1:] = 0
+    weight[shape.IDS[shape.START], IS_START] = FIRM * EVEN * SPREAD
     of_cells = cell_places()
     for token in range(shape.FIRST_CELL, shape.FIRST_CELL + len(shape.CELL_TOKENS)):
         cell = cell_of(token)
@@ -158,6 +180,7 @@ def _start_embedding(weight: Tensor) -> None:
         within = cell.row % shape.CELLS * shape.GRID + cell.col % shape.GRID
         weight[token, POINTED] = 1.4 * SPREAD * torch.cat((of_cells[within], tile))
         weight[token, IS_CELL] = EVEN * SPREAD
+        weight[token, RESERVED:] *= ALIKE
         weight[token, HALF] = EVEN * SPREAD * (1 if cell.col % shape.HALVES else -1)
 
 
@@ -193,15 +216,19 @@ def _look_for_markers_and_cells(attention: TextAttention) -> None:
         query[:, 0] = 0
         for pair in pairs:
             keys[1, pair, flag] = query[pair, 0] = strength
+    still = shape.CONFIG.text.head_dim - 1  # of a slow pair: no distance matters
+    keys[1, still, IS_START] = queries[3, still, 0] = TO_NOTHING
     config = shape.CONFIG.text
     values = attention.value.weight.view(config.num_kv_heads, config.head_dim, -1)[1]
     out = attention.out.weight.view(config.hidden_size, config.num_heads, config.head_dim)
     pointed = POINTED.stop - POINTED.start
-    values[: TILE + pointed] = 0
+    values[: TILE + pointed + 1] = 0
     values[:TILE, OWN_TILE] = torch.eye(TILE)
     values[TILE : TILE + pointed, POINTED] = torch.eye(pointed)
+    values[TILE + pointed, HALF] = 1
     out[OWN_TILE, 2, :TILE] = SPREAD * torch.eye(TILE)
     out[POINTED, 3, TILE : TILE + pointed] = SPREAD * torch.eye(pointed)
+    out[LAST_HALF, 3, TILE + pointed] = SPREAD
 
 
 def _look_at_cells(attention: TextAttention, steps: tuple[tuple[int, int], ...]) -> None:
@@ -237,29 +264,52 @@ def _look_at_cells(attention: TextAttention, steps: tuple[tuple[int, int], ...])
         query[whole, POINTED.stop - 1] = TO_TILE
 
 
-def _point_at_next(attention: TextAttention) -> None:
-    """One head looks less sharply, and the cell that it sees is the next to be pointed at."""
-    config = shape.CONFIG.text
-    _heads(attention)[0][NEXT, :, POINTED] *= VAGUE
-    values = attention.value.weight.view(config.num_kv_heads, config.head_dim, -1)[0]
-    out = attention.out.weight.view(config.hidden_size, config.num_heads, config.head_dim)
-    pointed = POINTED.stop - POINTED.start
-    values[:pointed] = 0
-    values[:pointed, OWN.start : OWN_TILE.stop] = torch.eye(pointed)
-    out[POINTED, NEXT, :pointed] = torch.eye(pointed)
+def _go_on(attention: TextAttention, embedding: Tensor) -> None:
+    """Two heads say where the next character is, and what comes before it, from each half.
 
-
-def _read(attention: TextAttention) -> None:
-    """Two heads copy what the cell pointed at names: one its left half, one its right.
-
-    The other one's weight goes to the markers, which name nothing.
+    After a cell, which is to be read first, their weight goes to the first token.
     """
     config = shape.CONFIG.text
     queries, keys = _heads(attention)
     left, right = READERS
     gate = config.head_dim - 1  # of a slow pair, the half that nothing else uses
-    keys[1, gate, IS_MARKER] = AWAY
-    queries[left, gate, HALF], queries[right, gate, HALF] = AWAY, -AWAY
+    keys[1, gate, IS_START] = AWAY
+    for head, sign in ((left, 1), (right, -1)):
+        queries[head, gate, LAST_HALF] = 2 * sign * AWAY
+        queries[head, gate, 0], queries[head, gate, IS_CELL] = AWAY, 3 * AWAY
+    values = attention.value.weight.view(config.num_kv_heads, config.head_dim, -1)[1]
+    out = attention.out.weight.view(config.hidden_size, config.num_heads, config.head_dim)
+    values.zero_()
+    out[:, READERS, :] = 0
+    flags = len(FLAGS)
+    end, newline = embedding[shape.IDS[shape.END]], embedding[ord("\n")]
+    follows = torch.stack((embedding[ord(" ")], newline, end - newline), dim=1)
+    chosen = [POINTED.start + channel for channel in next_channels()]
+    for half, (head, of_flags) in enumerate(((left, LEFT_FLAGS), (right, RIGHT_FLAGS))):
+        start = half * (NEXT + flags)
+        place, flag = slice(start, start + NEXT), slice(start + NEXT, start + NEXT + flags)
+        held = slice(POINTED.start + half * NEXT, POINTED.start + half * NEXT + NEXT)
+        values[place, held] = torch.eye(NEXT)
+        values[flag, of_flags] = torch.eye(flags)
+        out[chosen, head, place] = LINKED * torch.eye(NEXT)
+        out[RESERVED:, head, flag.start : flag.stop - 1] = FLAGGED / SPREAD * follows[RESERVED:]
+        out[IS_OFF, head, flag.stop - 1] = FLAGGED
+
+
+def _read(attention: TextAttention) -> None:
+    """Two heads copy what the cell pointed at names: one its left half, one its right.
+
+    The other one's weight goes to the first token, which says nothing; so does that of both where
+    no cell has just been pointed at.
+    """
+    config = shape.CONFIG.text
+    queries, keys = _heads(attention)
+    left, right = READERS
+    gate = config.head_dim - 1  # of a slow pair, the half that nothing else uses
+    keys[1, gate, IS_START] = AWAY
+    for head, sign in ((left, 1), (right, -1)):
+        queries[head, gate, HALF] = 2 * sign * AWAY
+        queries[head, gate, 0], queries[head, gate, IS_CELL] = 2 * AWAY, -2 * AWAY
     generator = torch.Generator().manual_seed(5)
     free = config.hidden_size - RESERVED
     rows = torch.linalg.qr(torch.randn(free, config.head_dim, generator=generator)).Q.T

@@ -59,14 +59,14 @@ def spots_of(
     views, best = _views(size, grid, lines)
     found: list[list[Spot]] = [[] for _ in lines]
     for index, line in enumerate(lines):
-        of_views = {view: _boxes(size, _cells(view, grid), line) for view in views}
+        of_views = {view: boxes_of(size, cells_in(view, grid), line) for view in views}
         for at in range(len(line)):
             boxes = {view: of_view[at] for view, of_view in of_views.items()}
             found[index].append(Spot(boxes, best))
     return found
 
 
-def _cells(view: View, grid: tuple[int, int]) -> tuple[int, int]:
+def cells_in(view: View, grid: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of cells."""
     rows, cols = grid if view is View.TILES else (1, 1)
     return rows * shape.CELLS, cols * shape.CELLS * shape.HALVES
@@ -91,8 +91,8 @@ def _views(
     return [best], best
 
 
-def _boxes(size: tuple[int, int], cells: tuple[int, int], line: Sequence[Corners]) -> list[Box]:
-    """The box of cells of each character of a line, in one view."""
+def boxes_of(size: tuple[int, int], cells: tuple[int, int], line: Sequence[Corners]) -> list[Box]:
+    """The box of cells of each character of a line, in a view of so many rows and columns."""
     scale = cells[1] / size[0], cells[0] / size[1]
     slope = _slope(line) * scale[1] / scale[0]  # in cells down per cell to the right
     edges = []

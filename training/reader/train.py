@@ -59,7 +59,7 @@ class Trainer:
         self.number = [known.name for known in STAGES].index(stage.name)
         self.model = fresh_model(seed)
         if begun is not None:
-            self.model.load_state_dict(load_file(begun))
+            self.model.load_state_dict({k: v.float() for k, v in load_file(begun).items()})
         for earlier in STAGES[: self.number]:
             self._take(earlier)
         for name, parameter in self.model.named_parameters():
@@ -187,6 +187,7 @@ class Trainer:
             stage.steps * self.processes,
             seed=self.seed * 10 + self.number + 1,
             crowd=stage.crowd,
+            asked=stage.asked,
             drawn=stage.drawn,
             level=stage.level,
             full=stage.full,
@@ -225,7 +226,8 @@ class Trainer:
             if stage.answering:
                 logits = answer_logits(self.model, states, batch)
         if stage.naming:
-            losses["naming"], figures["patches"] = naming_loss(states.float(), batch, self.codes)
+            losses["naming"], of_patches = naming_loss(states.float(), batch, self.codes)
+            figures |= of_patches
         if stage.answering:
             losses["answering"], of_answers = answering_loss(logits.float(), batch)
             figures |= of_answers
