@@ -35,11 +35,18 @@ from training.reader.labels import (
 )
 from training.reader.layout import lay_out
 from training.reader.lines import Corners
-from training.reader.losses import answering_loss, random_states
+from training.reader.losses import answering_loss, naming_loss, random_states
 from training.reader.muon import orthogonal
 from training.reader.paths import PATH_COLOR, draw_path
 from training.reader.pictures import draw_crowd, draw_picture
-from training.reader.places import NEXT, PLACE, constant_direction, directions, places
+from training.reader.places import (
+    NEXT,
+    PLACE,
+    PLACE_STRENGTH,
+    constant_direction,
+    directions,
+    places,
+)
 from training.reader.pointing import (
     Cell,
     Question,
@@ -50,7 +57,7 @@ from training.reader.pointing import (
 )
 from training.reader.scores import Result, figures, tidy
 from training.reader.stages import STAGES, Stage
-from training.reader.start import PLACE_STRENGTH, fresh_model
+from training.reader.start import fresh_model
 from training.reader.start_decoder import BACK, EVEN, READERS, RESERVED, SPREAD
 from training.reader.targets import Box, Spot, View, spots_of
 from training.reader.text import draw_line, is_held_out, words
@@ -408,6 +415,17 @@ def test_a_patchs_constant_is_no_characters_direction() -> None:
     assert float(even.norm()) == pytest.approx(1.0, abs=1e-5)
     assert float((known @ even[:-PLACE]).abs().max()) < 1e-5
     assert torch.allclose(known @ known.T, torch.eye(len(known)), atol=1e-5)
+
+
+def test_made_up_states_say_what_the_tower_is_taught_to_say() -> None:
+    """But for the share of them that is wrong on purpose."""
+    batch = DrawnBatches(24, 4, seed=2, drawn=False, full=1.0)[0]
+    known = directions(shape.CONFIG.vision.hidden_size - PLACE)
+    own = PLACE_STRENGTH * places(shape.GRID)
+    states = random_states(batch, known, own, torch.Generator().manual_seed(0))
+    _, shares = naming_loss(states, batch, known)
+    assert shares["patches"] > 0.9
+    assert shares["next"] > 0.85
 
 
 def fresh_scores(layer: int, tokens: torch.Tensor) -> torch.Tensor:

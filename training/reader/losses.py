@@ -10,11 +10,22 @@ from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
 from training.reader.batches import ReaderBatch
 from training.reader.labels import BACKGROUND, CLASSES, FIRST, IGNORED, LAST, OFF, WHERE
-from training.reader.places import CONSTANT, NEXT, cell_places, constant_direction, next_channels
+from training.reader.places import (
+    CONSTANT,
+    NEXT,
+    PLACE,
+    PLACE_STRENGTH,
+    cell_places,
+    constant_direction,
+    next_channels,
+    places,
+)
 
 BACKGROUND_WEIGHT = 0.1
 EDGE_WEIGHT, EDGE_SCALE = 0.5, 4.0
 END_WEIGHT, ENDS_COUNT = 1.0, 8.0  # of ends of lines and words; how much a patch of one counts
+JUMP, TURN = 4.0, 2.0
+KEPT, KEPT_PLACE, KEPT_CONSTANT = 1.4, 0.3, 0.05  # of a patch's own place; weights of keeping it
 NEXT_WEIGHT, NEXT_SHARPNESS = 0.3, 1.5  # of the next character's place
 WRONG_NEXT = 0.06  # of made-up places of the next character, the share beside it
 UNSEEN = 2  # patches at a tile's edge, from which the tower cannot see that a line goes on
@@ -32,21 +43,29 @@ def naming_loss(
     """
     parts = states[..., : directions.shape[1]] @ directions.T
     scores, following = parts[..., :CLASSES], parts[..., -NEXT:]
-    places = parts[..., CLASSES:-NEXT] / EDGE_SCALE
+    stand = parts[..., CLASSES:-NEXT] / EDGE_SCALE
     weight = torch.ones(CLASSES)
     weight[BACKGROUND] = BACKGROUND_WEIGHT
     named = functional.cross_entropy(
         scores.flatten(0, 1), batch.patch_labels.flatten(), weight=weight, ignore_index=IGNORED
     )
     characters = batch.patch_labels > BACKGROUND
-    errors = (places - batch.patch_places).square()
+    errors = (stand - batch.patch_places).square()
     placed = errors[..., :FIRST][characters].mean()
     counts = 1 + ENDS_COUNT * batch.patch_places[..., FIRST:]
     ends = (errors[..., FIRST:] * counts).sum() / counts.sum()
     right = (scores.argmax(-1) == batch.patch_labels)[characters]
     linked, pointed = _linking_loss(following, batch)
     loss = named + EDGE_WEIGHT * placed + END_WEIGHT * ends + NEXT_WEIGHT * linked
+    loss = loss + _keeping_loss(states)
     return loss, {"patches": float(right.float().mean()), "next": pointed}
+
+
+def _keeping_loss(states: Tensor) -> Tensor:
+    """Squared error of what every patch is to hold: its own place, and the constant."""
+    own = states[..., -PLACE:] - KEPT * PLACE_STRENGTH * places(shape.GRID)
+    constant = states @ constant_direction(states.shape[-1]) - CONSTANT
+    return KEPT_PLACE * own.square().mean() + KEPT_CONSTANT * constant.square().mean()
 
 
 def _linking_loss(following: Tensor, batch: ReaderBatch) -> tuple[Tensor, float]:
@@ -86,13 +105,16 @@ def answering_loss(logits: Tensor, batch: ReaderBatch) -> tuple[Tensor, dict[str
     """Next-token loss; the shares of cells, of characters and of whole answers that are right.
 
     The loss is that of saying any token that would be right: the cells that show a character share
-    their probability as they like.
+    their probability as they like. Where a line begins counts JUMP times, where it is over TURN
+    times: those tokens are few, and each spoils a whole line.
     """
     goals = batch.goals
     asked = goals[..., 0] != IGNORED
     logits, goals = logits[asked], goals[asked]
     of_goals = logits.gather(1, goals.clamp(min=0)).masked_fill(goals == IGNORED, -torch.inf)
-    loss = (logits.logsumexp(dim=1) - of_goals.logsumexp(dim=1)).mean()
+    losses = logits.logsumexp(dim=1) - of_goals.logsumexp(dim=1)
+    weights = _weights(batch)[asked]
+    loss = (weights * losses).sum() / weights.sum()
     right = torch.ones(asked.shape, dtype=torch.bool)
     right[asked] = (logits.argmax(dim=1, keepdim=True) == goals).any(dim=1)
     points = batch.goals.amax(dim=-1) >= shape.FIRST_CELL
@@ -106,8 +128,19 @@ def answering_loss(logits: Tensor, batch: ReaderBatch) -> tuple[Tensor, dict[str
     return loss, figures
 
 
+def _weights(batch: ReaderBatch) -> Tensor:
+    """How much each answer token counts: (B, A)."""
+    before = batch.token_ids[:, batch.start : batch.start + batch.goals.shape[1]]
+    points = batch.goals.amax(dim=-1) >= shape.FIRST_CELL
+    turns = (batch.goals[..., :1] == torch.tensor([ord("\n"), shape.IDS[shape.END]])).any(dim=-1)
+    weights = torch.ones(before.shape)
+    weights[turns] = TURN
+    weights[points & ((before >= shape.FIRST_CELL) | (before == ord("\n")))] = JUMP
+    return weights
+
+
 def random_states(
-    batch: ReaderBatch, codes: Tensor, places: Tensor, generator: torch.Generator
+    batch: ReaderBatch, codes: Tensor, own: Tensor, generator: torch.Generator
 ) -> Tensor:
     """What a tower that names patches would say of a batch, without a tower: (N, H·W, C).
 
@@ -120,7 +153,7 @@ def random_states(
         batch: labels; a share of them is exchanged, as a tower errs.
         codes: (classes + WHERE + NEXT, content channels), a direction for each class, then for
             places, then for the next character's.
-        places: (H·W, place channels).
+        own: (H·W, place channels), the place of each patch.
         generator: draws noise and errors.
     """
 
@@ -150,7 +183,7 @@ def random_states(
     )
     noise = torch.randn(count, patches, codes.shape[1], generator=generator)
     content = content + noise * uniform(0.15, 0.45, count, 1, 1)
-    states = torch.cat((content, places.expand(count, -1, -1)), dim=-1)
+    states = torch.cat((content, own.expand(count, -1, -1)), dim=-1)
     width = states.shape[-1]
     return functional.layer_norm(states, (width,)) + CONSTANT * constant_direction(width)
 

@@ -13,6 +13,7 @@ PLACE = 32  # channels for a patch's place: sine and cosine of row and column at
 FREQUENCIES = torch.linspace(0.15, 2.2, PLACE // 4)
 NEXT_WAVES = (1, 2, 5, 6)  # of these, those that say where a patch's next character is: the four
 NEXT = 4 * len(NEXT_WAVES)  # that tell any two cells apart best, in so many channels
+PLACE_STRENGTH = 0.9  # of its place
 CONSTANT = 3.0  # of a patch's state, along its direction
 
 

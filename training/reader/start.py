@@ -19,10 +19,16 @@ from torch import Tensor, nn
 from smolstack.model.vision import VisionAttention, VisionTower
 from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
-from training.reader.places import CONSTANT, PLACE, constant_direction, moved, places
+from training.reader.places import (
+    CONSTANT,
+    PLACE,
+    PLACE_STRENGTH,
+    constant_direction,
+    moved,
+    places,
+)
 from training.reader.start_decoder import start_reading
 
-PLACE_STRENGTH = 0.9
 SHARPNESS = 1.1
 UP, DOWN, LEFT, RIGHT = (-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)
 HERE = (0.0, 0.0)
