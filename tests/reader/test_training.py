@@ -35,7 +35,7 @@ from training.reader.labels import (
 )
 from training.reader.layout import lay_out
 from training.reader.lines import Corners
-from training.reader.losses import answering_loss, naming_loss, random_states
+from training.reader.losses import TURN, answering_loss, naming_loss, random_states
 from training.reader.muon import orthogonal
 from training.reader.paths import PATH_COLOR, draw_path
 from training.reader.pictures import draw_crowd, draw_picture
@@ -218,6 +218,13 @@ def test_crowds_fill_their_tiles() -> None:
     assert float(np.mean(shares)) > 0.3
 
 
+def test_tiles_to_name_all_show_text() -> None:
+    batch = DrawnBatches(6, 4, crowd=2, asked=False)[0]
+    assert len(batch.tiles) == 8
+    assert bool((batch.patch_labels > BACKGROUND).any(dim=1).all())
+    assert len(batch.token_ids) == 0
+
+
 def test_questions_ask_for_everything_for_the_count_or_for_one_line() -> None:
     lines = ("Total: 12.50", "Cash", "Thank you!")
     assert Question("What does it say?").answer(lines) == "Total: 12.50\nCash\nThank you!"
@@ -281,6 +288,45 @@ def test_the_loss_does_not_care_which_of_the_right_cells_is_pointed_at() -> None
         assert right == {"answers": 1.0, "characters": 1.0, "cells": 1.0}
         found.append(float(loss))
     assert found == pytest.approx([0.0, 0.0], abs=1e-4)
+
+
+def test_where_lines_begin_and_end_counts_more_than_what_they_say() -> None:
+    """The more a kind of token counts, the more the loss grows where it alone is wrong."""
+    batches = (DrawnBatches(8, 8, seed=seed, drawn=False, full=1.0)[0] for seed in range(60))
+    newline, point = ord("\n"), shape.IDS[shape.POINT]
+    batch = next(
+        one for one in batches if point in one.token_ids[0] and newline in one.goals[0, :, 0]
+    )
+    first = batch.goals[0, :, 0]
+    right = torch.zeros(*batch.goals.shape[:2], shape.VOCABULARY)
+    right.scatter_(2, batch.goals[..., :1].clamp(min=0), 20.0)
+    before = batch.token_ids[0, batch.start : batch.start + len(first)]
+
+    def spoilt(at: int) -> float:
+        logits = right.clone()
+        logits[0, at] = 0.0
+        return answering_loss(logits, batch)[0].item()
+
+    begins = spoilt(int((before == point).nonzero()[0]))
+    ends = spoilt(int((first == shape.IDS[shape.END]).nonzero()[0]))
+    breaks = spoilt(int((first == newline).nonzero()[0]))
+    spells = spoilt(int(((first < 256) & (first > 32) & (before >= shape.FIRST_CELL)).nonzero()[0]))
+    assert ends == pytest.approx(breaks, rel=1e-3)
+    assert ends == pytest.approx(TURN * spells, rel=0.1)
+    assert begins > 2 * spells
+
+
+def test_a_tower_that_forgets_where_its_patches_stand_is_told_so() -> None:
+    batch = DrawnBatches(12, 4, seed=2, drawn=False, full=1.0)[0]
+    known = directions(shape.CONFIG.vision.hidden_size - PLACE)
+    own = PLACE_STRENGTH * places(shape.GRID)
+    states = random_states(batch, known, own, torch.Generator().manual_seed(0))
+    forgetful = states.clone()
+    forgetful[..., -PLACE:] = 0
+    kept, shares = naming_loss(states, batch, known)
+    lost, same = naming_loss(forgetful, batch, known)
+    assert shares == same
+    assert lost.item() > kept.item() + 0.1
 
 
 def test_a_token_names_the_cell_that_it_was_made_for() -> None:
@@ -463,7 +509,8 @@ def test_a_fresh_decoder_looks_at_the_last_marker_and_at_the_cell_pointed_at_las
 def test_a_fresh_decoder_looks_at_the_visual_token_of_the_cell_pointed_at() -> None:
     """After what random layers make of a prompt of three tiles.
 
-    In its last layer one head does so for the left half of what a token shows, one for the right.
+    In its last layer one head does so for the left half of what a token shows, one for the right,
+    to read it; in the one before, after a character, to go on to the next.
     """
     data = DrawnBatches(8, 20, seed=4, drawn=False, level=0.0)
     drawn = (data[index] for index in range(len(data)))
@@ -476,11 +523,12 @@ def test_a_fresh_decoder_looks_at_the_visual_token_of_the_cell_pointed_at() -> N
     cells = [(row, col) for row in range(shape.CELLS) for col in range(3 * shape.GRID)]
     spots = (chat[0] == shape.IDS[shape.IMAGE]).nonzero().flatten()
     visual = model.connector(states, (shape.GRID, shape.GRID)).view(len(chat), len(spots), -1)[:1]
-    found, of_its_half, of_the_other = [], [], []
+    found, of_its_half, of_the_other, going_on = [], [], [], []
     with torch.no_grad():
         for row, col in cells[::7]:
             prompt = chat[:1, : batch.start + 1]
-            ids = torch.cat([prompt, torch.tensor([[cell_id(Cell(row, col))]])], dim=1)
+            pointed = torch.tensor([[cell_id(Cell(row, col)), ord("a")]])
+            ids = torch.cat([prompt, pointed], dim=1)
             stream = model.decoder.embedding(ids).index_copy(1, spots, visual)
             cos, sin = model.decoder._angles(0, ids.shape[1], None, stream)
             for layer in list(model.decoder.layers)[:2]:
@@ -490,17 +538,22 @@ def test_a_fresh_decoder_looks_at_the_visual_token_of_the_cell_pointed_at() -> N
             scores = fresh_scores(2, third.attention_norm(stream)[0])
             tile, within = divmod(col, shape.GRID)
             spot = spots[tile * shape.TOKENS_PER_TILE + row * shape.CELLS + within // 2]
-            found.append(scores[0, -1, spot].item())
+            found.append(scores[0, -2, spot].item())
             fourth = model.decoder.layers[3]
             assert isinstance(fourth, TextLayer)
             normed = fourth.attention_norm(third(stream, cos, sin, None, None))[0]
-            of_heads = fresh_scores(3, normed)[:, -1, spot]
+            of_heads = fresh_scores(3, normed)[:, -2, spot]
             its, other = READERS if col % 2 == 0 else READERS[::-1]
+            going_on.append(scores[[its, its, other], [-1, -2, -1], spot].tolist())
             of_its_half.append(of_heads[its].item())
             of_the_other.append(of_heads[other].item())
     assert float(np.mean(found)) > 0.7
     assert float(np.mean(of_its_half)) > 0.7
     assert float(np.mean(of_the_other)) < 0.05
+    after_character, after_cell, of_the_other_half = np.mean(going_on, axis=0)
+    assert after_character > 0.7
+    assert after_cell < 0.05
+    assert of_the_other_half < 0.05
 
 
 def test_two_processes_step_by_the_mean_of_their_gradients(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from training.reader import shape
 from training.reader.lines import Corners
-from training.reader.targets import boxes_of
+from training.reader.targets import View, boxes_of, cells_in
 
 BACKGROUND = 0
 CLASSES = 1 + len(shape.CHARACTERS)
@@ -150,7 +150,7 @@ def _next_cells(size: tuple[int, int], grid: tuple[int, int], shown: Shown) -> I
 
     In a picture of (rows, cols) tiles; where a line is over, -1.
     """
-    cells = grid[0] * shape.CELLS, grid[1] * shape.CELLS * shape.HALVES
+    cells = cells_in(View.TILES, grid)
     found: list[tuple[int, ...]] = []
     start = 0
     for length in shown.lengths:

@@ -24,7 +24,7 @@ from training.reader.places import (
 BACKGROUND_WEIGHT = 0.1
 EDGE_WEIGHT, EDGE_SCALE = 0.5, 4.0
 END_WEIGHT, ENDS_COUNT = 1.0, 8.0  # of ends of lines and words; how much a patch of one counts
-JUMP, TURN = 4.0, 6.0
+JUMP, TURN = 4.0, 6.0  # how much answer tokens count that begin a line, and that end one
 KEPT, KEPT_PLACE, KEPT_CONSTANT = 1.4, 0.3, 0.05  # of a patch's own place; weights of keeping it
 NEXT_WEIGHT, NEXT_SHARPNESS = 0.3, 1.5  # of the next character's place
 WRONG_NEXT = 0.06  # of made-up places of the next character, the share beside it

@@ -70,10 +70,7 @@ BACK = (  # tokens that heads of the first two layers look back
     (1, shape.CELLS),
     (1, 2, 3, ACROSS),  # the last: over the edge of a tile, to the one on its left
 )
-BESIDE = (  # cells to the right that heads of the last two layers look; then over a tile's edge
-    ((0, 0), (1, 0), (0, 0), (0, 0)),
-    ((0, 0), (1, 0), (0, 0), (0, 0)),
-)
+BESIDE = (0, 1, 0, 0)  # cells to the right of the one pointed at that heads of the last two look
 NAMING, REST = 0.16, 0.2  # of what a patch names, in the connector; of its random part
 COPIED, READERS = 6.0, (2, 3)  # how much of what a cell names is added to the stream, by which
 AWAY = 3.5  # heads of the last two layers; how firmly one looks at nothing when it has no part
@@ -98,8 +95,8 @@ def start_reading(model: VisionLanguageModel) -> None:
     _look_back(first, BACK[0])
     _look_back(second, BACK[1])
     _look_for_markers_and_cells(first)
-    for attention, steps in zip((third, fourth), BESIDE, strict=True):
-        _look_at_cells(attention, steps)
+    for attention in (third, fourth):
+        _look_at_cells(attention)
     _go_on(third, decoder.embedding.weight)
     _read(fourth)
 
@@ -231,17 +228,16 @@ def _look_for_markers_and_cells(attention: TextAttention) -> None:
     out[LAST_HALF, 3, TILE + pointed] = SPREAD
 
 
-def _look_at_cells(attention: TextAttention, steps: tuple[tuple[int, int], ...]) -> None:
-    """Heads look at visual tokens (cells, tiles) to the right of the cell pointed at last."""
+def _look_at_cells(attention: TextAttention) -> None:
+    """Heads look at the visual token of the cell pointed at last, and at that on its right."""
     queries, keys = _heads(attention)
     half, count = shape.CONFIG.text.head_dim // 2, PLACE // 4
-    group = len(queries) // len(keys)
     chosen = [start + wave for start in (0, 2 * count) for wave in WAVES]  # sines; cosines follow
     sines = slice(SLOW, SLOW + len(chosen))
     cosines = slice(half + SLOW, half + SLOW + len(chosen))
     tile = [SLOW + len(chosen), SLOW + len(chosen) + 1]
     whole = SLOW + len(chosen) + 2
-    for key in keys[: -(-len(steps) // group)]:
+    for key in keys:
         key.zero_()
         key[sines, OWN] = TO_PLACE * torch.eye(PLACE)[chosen]
         key[cosines, OWN] = TO_PLACE * torch.eye(PLACE)[[one + count for one in chosen]]
@@ -249,19 +245,32 @@ def _look_at_cells(attention: TextAttention, steps: tuple[tuple[int, int], ...])
             key[tile[axis], OWN_TILE.start + 2 * axis] = TO_TILE
             key[half + tile[axis], OWN_TILE.start + 2 * axis + 1] = TO_TILE
         key[whole, OWN_TILE.stop - 1] = TO_TILE
-    for query, (cells, tiles) in zip(queries, steps, strict=False):
+    for query, cells in zip(queries, BESIDE, strict=True):
         step = moved(0, cells * shape.SCALE)
         place = slice(POINTED.start, POINTED.start + PLACE)
         query.zero_()
         query[sines, place] = TO_PLACE * step[chosen]
         query[cosines, place] = TO_PLACE * step[[one + count for one in chosen]]
-        for axis, turns in enumerate((0, tiles)):
-            angle = 2 * math.pi / TILES * turns
-            start = place.stop + 2 * axis
-            turned = ((math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle)))
-            query[tile[axis], start : start + 2] = TO_TILE * torch.tensor(turned[0])
-            query[half + tile[axis], start : start + 2] = TO_TILE * torch.tensor(turned[1])
+        for axis in range(2):
+            query[tile[axis], place.stop + 2 * axis] = TO_TILE
+            query[half + tile[axis], place.stop + 2 * axis + 1] = TO_TILE
         query[whole, POINTED.stop - 1] = TO_TILE
+
+
+def _look_away(attention: TextAttention, half: int, *, always: int, after_cells: int) -> None:
+    """READERS look at the first token, which says nothing, where they have no part.
+
+    Args:
+        half: the channel that says which half the cell has: that of the other head looks away.
+        always, after_cells: how much both do, after any token, and after a cell besides; 2 is what
+            the other half adds, and one's own half takes away.
+    """
+    queries, keys = _heads(attention)
+    gate = shape.CONFIG.text.head_dim - 1  # of a slow pair, the half that nothing else uses
+    keys[1, gate, IS_START] = AWAY
+    for head, sign in zip(READERS, (1, -1), strict=True):
+        queries[head, gate, half] = 2 * sign * AWAY
+        queries[head, gate, 0], queries[head, gate, IS_CELL] = always * AWAY, after_cells * AWAY
 
 
 def _go_on(attention: TextAttention, embedding: Tensor) -> None:
@@ -270,13 +279,8 @@ def _go_on(attention: TextAttention, embedding: Tensor) -> None:
     After a cell, which is to be read first, their weight goes to the first token.
     """
     config = shape.CONFIG.text
-    queries, keys = _heads(attention)
+    _look_away(attention, LAST_HALF, always=1, after_cells=3)
     left, right = READERS
-    gate = config.head_dim - 1  # of a slow pair, the half that nothing else uses
-    keys[1, gate, IS_START] = AWAY
-    for head, sign in ((left, 1), (right, -1)):
-        queries[head, gate, LAST_HALF] = 2 * sign * AWAY
-        queries[head, gate, 0], queries[head, gate, IS_CELL] = AWAY, 3 * AWAY
     values = attention.value.weight.view(config.num_kv_heads, config.head_dim, -1)[1]
     out = attention.out.weight.view(config.hidden_size, config.num_heads, config.head_dim)
     values.zero_()
@@ -303,13 +307,8 @@ def _read(attention: TextAttention) -> None:
     no cell has just been pointed at.
     """
     config = shape.CONFIG.text
-    queries, keys = _heads(attention)
+    _look_away(attention, HALF, always=2, after_cells=-2)
     left, right = READERS
-    gate = config.head_dim - 1  # of a slow pair, the half that nothing else uses
-    keys[1, gate, IS_START] = AWAY
-    for head, sign in ((left, 1), (right, -1)):
-        queries[head, gate, HALF] = 2 * sign * AWAY
-        queries[head, gate, 0], queries[head, gate, IS_CELL] = 2 * AWAY, -2 * AWAY
     generator = torch.Generator().manual_seed(5)
     free = config.hidden_size - RESERVED
     rows = torch.linalg.qr(torch.randn(free, config.head_dim, generator=generator)).Q.T

@@ -61,7 +61,7 @@ class Trainer:
         self.number = [known.name for known in STAGES].index(stage.name)
         self.model = fresh_model(seed)
         if begun is not None:
-            self.model.load_state_dict({k: v.float() for k, v in load_file(begun).items()})
+            self.model.load_state_dict(load_file(begun))
         for earlier in STAGES[: self.number]:
             self._take(earlier)
         for name, parameter in self.model.named_parameters():
