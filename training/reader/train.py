@@ -8,7 +8,7 @@
    (``pointing.py``). The stage needs nothing from ``name``: the two can run side by side
    (``--stages``), each with its own state.
 3. ``answer``: the decoder goes on from what the tower says of pictures with a question; the tower
-   stays as it is, which makes a step twice as fast.
+   stays as it is, which makes a tile cost half as much.
 4. ``whole``: everything together, naming kept as a second loss.
 
 State is saved every minute; ``--resume`` goes on from it, also with other ``--steps``. The stages
