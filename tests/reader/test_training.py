@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
+from torch import Tensor
 from training.reader import fonts, shape
 from training.reader.batches import DrawnBatches, labelled, prompt_ids, wanted
 from training.reader.files import build_tokenizer
@@ -29,13 +30,20 @@ from training.reader.labels import (
     FINAL,
     FIRST,
     GAP,
+    IGNORED,
     LAST,
     OFF,
     WHERE,
 )
 from training.reader.layout import lay_out
 from training.reader.lines import Corners
-from training.reader.losses import TURN, answering_loss, naming_loss, random_states
+from training.reader.losses import (
+    EDGE_SCALE,
+    TURN,
+    answering_loss,
+    naming_loss,
+    random_states,
+)
 from training.reader.muon import orthogonal
 from training.reader.paths import PATH_COLOR, draw_path
 from training.reader.pictures import draw_crowd, draw_picture
@@ -218,10 +226,13 @@ def test_crowds_fill_their_tiles() -> None:
     assert float(np.mean(shares)) > 0.3
 
 
-def test_tiles_to_name_all_show_text() -> None:
-    batch = DrawnBatches(6, 4, crowd=2, asked=False)[0]
-    assert len(batch.tiles) == 8
-    assert bool((batch.patch_labels > BACKGROUND).any(dim=1).all())
+def test_tiles_to_name_all_show_text_be_it_too_small_to_be_named() -> None:
+    batch = DrawnBatches(40, 4, crowd=2, asked=False, level=1.0, full=1.0)[0]
+    assert len(batch.tiles) == 42
+    assert bool((batch.patch_labels != BACKGROUND).any(dim=1).all())
+    unread = (batch.patch_labels == IGNORED).any(dim=1)
+    assert bool(unread.any())
+    assert bool((batch.patch_places[unread][..., FINAL] > 0).any())
     assert len(batch.token_ids) == 0
 
 
@@ -327,6 +338,28 @@ def test_a_tower_that_forgets_where_its_patches_stand_is_told_so() -> None:
     lost, same = naming_loss(forgetful, batch, known)
     assert shares == same
     assert lost.item() > kept.item() + 0.1
+
+
+def test_to_miss_that_lines_go_on_costs_as_much_as_to_miss_that_they_are_over() -> None:
+    batch = DrawnBatches(12, 4, seed=2, drawn=False, full=1.0)[0]
+    known = directions(shape.CONFIG.vision.hidden_size - PLACE)
+    says_final = known[CLASSES + FINAL]
+    last, final = batch.patch_places[..., LAST] > 0, batch.patch_places[..., FINAL]
+    states = random_states(batch, known, torch.zeros(shape.GRID**2, PLACE), torch.Generator())
+    said = states[..., : known.shape[1]]
+    said += (final * EDGE_SCALE - said @ says_final)[..., None] * says_final  # now it errs nowhere
+    kept, _ = naming_loss(states, batch, known)
+
+    def cost_of_missing(where: Tensor, change: float) -> float:
+        wrong = states.clone()
+        tile, patch = where.nonzero()[0].tolist()
+        wrong[tile, patch, : known.shape[1]] += change * EDGE_SCALE * says_final
+        return naming_loss(wrong, batch, known)[0].item() - kept.item()
+
+    missed_end = cost_of_missing(last & (final > 0), -1.0)
+    missed_line = cost_of_missing(last & (final == 0), 1.0)
+    assert missed_end > 1e-4
+    assert missed_line == pytest.approx(missed_end, rel=0.1)
 
 
 def test_a_token_names_the_cell_that_it_was_made_for() -> None:

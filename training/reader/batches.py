@@ -18,7 +18,7 @@ from smolstack.processor.prompt import ChatTemplate, Markers, expand_placeholder
 from smolstack.processor.tiles import cut_tiles
 from training.reader import shape
 from training.reader.files import build_tokenizer
-from training.reader.labels import IGNORED, Shown, patch_labels
+from training.reader.labels import BACKGROUND, IGNORED, Shown, patch_labels
 from training.reader.layout import Layout, grid_of, lay_out, plan_of
 from training.reader.pictures import Picture, draw_crowd, draw_picture
 from training.reader.pointing import Answer, Question, plain_answer, pointing_answer
@@ -162,9 +162,9 @@ def _crowded(first: int, count: int, split: str, level: float) -> Labelled:
 
 
 def _printed(first: int, count: int, split: str, levels: tuple[float, float]) -> Labelled:
-    """``count`` tiles of pictures, those that show a character."""
+    """``count`` tiles of pictures, those that show text, be it too small to be read."""
     pictures = (labelled(draw_picture(seed, split, *levels)) for seed in itertools.count(first))
-    return _gathered((_chosen(one, (one[1] > 0).any(dim=1)) for one in pictures), count)
+    return _gathered((_chosen(one, (one[1] != BACKGROUND).any(dim=1)) for one in pictures), count)
 
 
 def _chosen(labelled: Labelled, which: slice | Tensor) -> Labelled:

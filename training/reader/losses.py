@@ -9,7 +9,7 @@ from torch.nn import functional
 from smolstack.model.vlm import VisionLanguageModel
 from training.reader import shape
 from training.reader.batches import ReaderBatch
-from training.reader.labels import BACKGROUND, CLASSES, FIRST, IGNORED, LAST, OFF, WHERE
+from training.reader.labels import BACKGROUND, CLASSES, FINAL, FIRST, IGNORED, LAST, OFF, WHERE
 from training.reader.places import (
     CONSTANT,
     NEXT,
@@ -25,6 +25,7 @@ BACKGROUND_WEIGHT = 0.1
 EDGE_WEIGHT, EDGE_SCALE = 0.5, 4.0
 END_WEIGHT, ENDS_COUNT = 1.0, 8.0  # of ends of lines and words; how much a patch of one counts
 JUMP, TURN = 4.0, 6.0  # how much answer tokens count that begin a line, and that end one
+FINAL_COUNT = 16.0  # the same for the patches that tell whether lines go on below
 KEPT, KEPT_PLACE, KEPT_CONSTANT = 1.4, 0.3, 0.05  # of a patch's own place; weights of keeping it
 NEXT_WEIGHT, NEXT_SHARPNESS = 0.3, 1.5  # of the next character's place
 WRONG_NEXT = 0.06  # of made-up places of the next character, the share beside it
@@ -53,6 +54,8 @@ def naming_loss(
     errors = (stand - batch.patch_places).square()
     placed = errors[..., :FIRST][characters].mean()
     counts = 1 + ENDS_COUNT * batch.patch_places[..., FIRST:]
+    # Every line's last character says whether it is the last of all: both answers count alike.
+    counts[..., FINAL - FIRST] = 1 + FINAL_COUNT * batch.patch_places[..., LAST]
     ends = (errors[..., FIRST:] * counts).sum() / counts.sum()
     right = (scores.argmax(-1) == batch.patch_labels)[characters]
     linked, pointed = _linking_loss(following, batch)
