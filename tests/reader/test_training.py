@@ -340,6 +340,28 @@ def test_a_tower_that_forgets_where_its_patches_stand_is_told_so() -> None:
     assert lost.item() > kept.item() + 0.1
 
 
+def test_a_wrong_name_in_the_middle_of_a_character_where_it_is_read_costs_most() -> None:
+    batch = DrawnBatches(12, 4, seed=2, drawn=False)[0]
+    known = directions(shape.CONFIG.vision.hidden_size - PLACE)
+    states = torch.zeros(*batch.patch_labels.shape, shape.CONFIG.vision.hidden_size)
+    said = known[batch.patch_labels.clamp(min=0)]
+    states[..., : known.shape[1]] = 20 * said
+    kept, _ = naming_loss(states, batch, known)
+    off = batch.patch_places[..., :FIRST].abs().amax(dim=-1)  # 0 in the middle, 1 at an edge
+    shown = batch.patch_labels > BACKGROUND
+
+    def cost_of_missing(where: Tensor) -> float:
+        wrong = states.clone()
+        tile, patch = where.nonzero()[0].tolist()
+        wrong[tile, patch] *= -1
+        return naming_loss(wrong, batch, known)[0].item() - kept.item()
+
+    middle = cost_of_missing(shown & (off < 0.3))
+    edge = cost_of_missing(shown & (off > 0.9))
+    background = cost_of_missing(batch.patch_labels == BACKGROUND)
+    assert middle > 2 * edge > 2 * background > 0
+
+
 def test_to_miss_that_lines_go_on_costs_as_much_as_to_miss_that_they_are_over() -> None:
     batch = DrawnBatches(12, 4, seed=2, drawn=False, full=1.0)[0]
     known = directions(shape.CONFIG.vision.hidden_size - PLACE)

@@ -21,7 +21,7 @@ from training.reader.places import (
     places,
 )
 
-BACKGROUND_WEIGHT = 0.1
+BACKGROUND_WEIGHT, EDGE_COUNT = 0.05, 0.25  # how much naming a patch counts, beside a middle one
 EDGE_WEIGHT, EDGE_SCALE = 0.5, 4.0
 END_WEIGHT, ENDS_COUNT = 1.0, 8.0  # of ends of lines and words; how much a patch of one counts
 JUMP, TURN = 4.0, 6.0  # how much answer tokens count that begin a line, and that end one
@@ -45,12 +45,12 @@ def naming_loss(
     parts = states[..., : directions.shape[1]] @ directions.T
     scores, following = parts[..., :CLASSES], parts[..., -NEXT:]
     stand = parts[..., CLASSES:-NEXT] / EDGE_SCALE
-    weight = torch.ones(CLASSES)
-    weight[BACKGROUND] = BACKGROUND_WEIGHT
-    named = functional.cross_entropy(
-        scores.flatten(0, 1), batch.patch_labels.flatten(), weight=weight, ignore_index=IGNORED
-    )
     characters = batch.patch_labels > BACKGROUND
+    weight = _naming_weight(batch)
+    missed = functional.cross_entropy(
+        scores.flatten(0, 1), batch.patch_labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    named = (weight.flatten() * missed).sum() / weight.sum()
     errors = (stand - batch.patch_places).square()
     placed = errors[..., :FIRST][characters].mean()
     counts = 1 + ENDS_COUNT * batch.patch_places[..., FIRST:]
@@ -62,6 +62,18 @@ def naming_loss(
     loss = named + EDGE_WEIGHT * placed + END_WEIGHT * ends + NEXT_WEIGHT * linked
     loss = loss + _keeping_loss(states)
     return loss, {"patches": float(right.float().mean()), "next": pointed}
+
+
+def _naming_weight(batch: ReaderBatch) -> Tensor:
+    """How much the name of each patch counts: (N, H·W).
+
+    The background little; of a character its middle most, where the decoder points.
+    """
+    beside = batch.patch_places[..., :FIRST].square()  # cos², 0 in the middle and 1 at the edge
+    middle = (1 - beside).prod(dim=-1)
+    weight = EDGE_COUNT + (1 - EDGE_COUNT) * middle
+    weight = torch.where(batch.patch_labels == BACKGROUND, BACKGROUND_WEIGHT, weight)
+    return weight * (batch.patch_labels != IGNORED)
 
 
 def _keeping_loss(states: Tensor) -> Tensor:
