@@ -196,7 +196,7 @@ def test_the_last_character_of_all_and_those_before_a_space_are_marked() -> None
 
 def test_each_patch_says_which_cells_show_the_lines_next_character() -> None:
     """On every tile of a line of unlike characters: there, or OFF in the tile on its right."""
-    layouts = (lay_out(seed)[0] for seed in range(400))
+    layouts = (lay_out(seed)[0] for seed in range(4000))
     layout = next(
         one
         for one in layouts
