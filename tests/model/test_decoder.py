@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from smolstack.config import RopeConfig, TextConfig
 from smolstack.errors import ContextLengthError
@@ -54,6 +56,24 @@ def test_left_padding_changes_nothing(decoder: Decoder, split: tuple[int, ...]) 
     torch.testing.assert_close(together[:1, 3:], decoder(short), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together[1:], decoder(padded[1:]), atol=1e-5, rtol=1e-4)
     assert torch.isfinite(together).all()
+
+
+@torch.no_grad()
+def test_a_kernel_may_lay_out_its_result_as_it_likes(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's for float32 has heads and tokens the other way round in memory."""
+    x = torch.randn(2, 4, 24)
+    expected = decoder(x)
+    attend = functional.scaled_dot_product_attention
+
+    def strided(*args: Any, **options: Any) -> torch.Tensor:
+        return attend(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", strided)
+    cache = KVCache(CONFIG, 2, 4)
+    parts = [decoder(part, cache=cache) for part in torch.split(x, 1, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

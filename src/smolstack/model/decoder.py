@@ -92,7 +92,7 @@ class TextAttention(nn.Module):
             # the query axis: no key or value is repeated.
             grouped = query.view(batch, self.num_kv_heads, -1, width)
             mixed = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
-            return mixed.view(batch, heads, 1, width)
+            return mixed.reshape(batch, heads, 1, width)  # CUDA's float32 kernel gives it strided
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
