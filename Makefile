@@ -28,9 +28,9 @@ types: $(VENV)/.dev  ## mypy, strict
 parity: $(VENV)/.dev  ## compare every published shape with transformers, stage by stage
 	$(BIN)/python -m smolstack.interop.parity
 
-reader: $(VENV)/.dev  ## train the bundled reader (hours; goes on where it stopped) and install it
+reader: $(VENV)/.dev  ## train the bundled reader (on a GPU; goes on where it stopped) and install it
 	$(BIN)/python -m training.reader.fonts
-	$(BIN)/torchrun --nproc-per-node 2 -m training.reader.train --resume
+	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(BIN)/python -m training.reader.train --resume
 	$(BIN)/python -m training.reader.export
 	$(BIN)/python -m training.reader.evaluate
 

@@ -200,6 +200,21 @@ def test_a_saved_folder_suits_readers_of_both_generations(folder: Path, tmp_path
     assert config["dtype"] == config["torch_dtype"] == "float32"
 
 
+def test_tokens_that_point_are_those_of_the_generation_config(folder: Path) -> None:
+    assert not smolstack.load(folder).processor.pointing
+    config = folder / "generation_config.json"
+
+    def write(ids: object) -> None:
+        edit(config, lambda data: data.update(pointing_token_ids=ids))
+
+    write([7, 9])
+    assert list(smolstack.load(folder).processor.pointing) == [7, 8, 9]
+    for wrong in ([9, 7], [3], [1, 10**9], "7", [True, 9]):
+        write(wrong)
+        with pytest.raises(ConfigError, match=r"pointing_token_ids .* expected the first and"):
+            smolstack.load(folder)
+
+
 def test_end_tokens_come_from_the_generation_config_first(folder: Path) -> None:
     edit(folder / "generation_config.json", lambda data: data.update(eos_token_id=[5, 6]))
     assert smolstack.load(folder).eos_token_ids == (5, 6)

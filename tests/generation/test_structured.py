@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import smolstack
 from smolstack.errors import ContextLengthError, GenerationError, SmolstackError
-from smolstack.generation.structured import closed
+from smolstack.generation.structured import POINTS_IN_A_ROW, Regex, closed
 
 PICTURE = Path(__file__).parent.parent.parent / "examples" / "number.png"
 QUESTION = "What does it say?"
@@ -171,6 +171,29 @@ def test_logprobs_are_those_of_the_model_whatever_the_form(reader: smolstack.VLM
     formed = reader.ask(PICTURE, QUESTION, logprobs=1, regex="x")
     assert formed.logprobs is not None
     assert formed.logprobs[-1].logprob < formed.logprobs[-1].top[0][1]
+
+
+def test_a_reader_that_points_does_so_within_a_form_but_its_text_keeps_to_it(
+    reader: smolstack.VLM,
+) -> None:
+    pointing = reader.processor.pointing
+    answer = reader.ask(PICTURE, QUESTION, regex="[0-9]{4}")
+    assert answer.text == "4711"
+    assert sum(token in pointing for token in answer.token_ids) >= 4
+    kept = reader.ask(PICTURE, QUESTION, regex="[0-9]{4}", keep_special_tokens=True)
+    assert re.match("[0-9]{4}", kept.text)
+    assert not any(token in pointing for token in kept.token_ids)
+
+
+def test_a_reader_that_only_points_is_made_to_go_on(reader: smolstack.VLM) -> None:
+    grammars = reader._answering.grammars(reader.eos_token_ids)
+    constraint = grammars.constraint(grammars.compile(Regex("[ab]")))
+    constraint.take(ord(" "))
+    point = reader.processor.pointing[0]
+    for _ in range(POINTS_IN_A_ROW):
+        assert bool(constraint.allowed()[point])
+        constraint.take(point)
+    assert constraint.allowed().nonzero().flatten().tolist() == [ord("a"), ord("b")]
 
 
 @pytest.mark.parametrize(

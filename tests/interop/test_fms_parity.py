@@ -88,8 +88,10 @@ def test_a_variant_reads_a_hugging_face_folder(tmp_path: Path) -> None:
 
 
 def test_the_bundled_reader_reads_the_same_in_fms() -> None:
-    vlm = smolstack.load()
-    model = fms.models.get_model("hf_pretrained", model_path=str(vlm.folder)).eval()
+    vlm = smolstack.load(dtype="float32")
+    model = fms.models.get_model(
+        "hf_pretrained", model_path=str(vlm.folder), data_type=torch.float32
+    ).eval()
     prompt = vlm.processor.prepare((str(READER_PICTURE), "What does it say?"))
     batch = vlm.processor.batch([prompt])
     ids, extra = bridge.generation_inputs(batch)

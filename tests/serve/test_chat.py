@@ -97,7 +97,7 @@ def test_sampling_is_that_of_ask(client: openai.OpenAI, reader: smolstack.VLM, n
 def test_a_stop_string_ends_an_answer(client: openai.OpenAI, number: str, says: str) -> None:
     made = client.chat.completions.create(model=MODEL, messages=asking(number), stop=[says[2:]])
     assert (made.choices[0].message.content, made.choices[0].finish_reason) == (says[:2], "stop")
-    made = client.chat.completions.create(model=MODEL, messages=asking(number), max_tokens=3)
+    made = client.chat.completions.create(model=MODEL, messages=asking(number), max_tokens=6)
     assert (made.choices[0].message.content, made.choices[0].finish_reason) == (says[:2], "length")
 
 
@@ -112,7 +112,8 @@ def test_logprobs_tell_how_likely_each_token_was(
     for part in made if stream else [made]:
         for choice in part.choices:
             tokens += choice.logprobs.content if choice.logprobs else []
-    assert "".join(token.token for token in tokens).strip().startswith(says)
+    written = [token.token for token in tokens if not token.token.startswith("<")]
+    assert "".join(written).strip() == says  # among tokens that decoding leaves out
     for token in tokens:
         assert len(token.top_logprobs) == 3
         assert token.logprob <= 0

@@ -1,1 +1,1 @@
-"""The bundled reader: fonts, drawn pictures, training in three stages, evaluation."""
+"""The bundled reader: fonts, drawn pictures, training, evaluation."""

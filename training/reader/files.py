@@ -62,6 +62,7 @@ def side_files() -> dict[str, bytes]:
             "bos_token_id": shape.IDS[shape.START],
             "eos_token_id": shape.IDS[shape.END],
             "pad_token_id": shape.IDS[shape.PAD],
+            "pointing_token_ids": [shape.FIRST_CELL, shape.IDS[shape.POINT]],
         },
         "tokenizer_config.json": tokenizer_config,
         "special_tokens_map.json": named,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -32,9 +34,12 @@ WRONG_NEXT = 0.06  # of made-up places of the next character, the share beside i
 UNSEEN = 2  # patches at a tile's edge, from which the tower cannot see that a line goes on
 
 
+_KEPT: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
+
+
 def naming_loss(
     states: Tensor, batch: ReaderBatch, directions: Tensor
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of patch states, (N, H·W, C); shares of character patches right: the name, the next.
 
     Cross-entropy over patches, background weighted down, of the states' parts along a fixed
@@ -52,16 +57,20 @@ def naming_loss(
     )
     named = (weight.flatten() * missed).sum() / weight.sum()
     errors = (stand - batch.patch_places).square()
-    placed = errors[..., :FIRST][characters].mean()
+    placed = _mean(errors[..., :FIRST].mean(dim=-1), characters)
     counts = 1 + ENDS_COUNT * batch.patch_places[..., FIRST:]
     # Every line's last character says whether it is the last of all: both answers count alike.
     counts[..., FINAL - FIRST] = 1 + FINAL_COUNT * batch.patch_places[..., LAST]
     ends = (errors[..., FIRST:] * counts).sum() / counts.sum()
-    right = (scores.argmax(-1) == batch.patch_labels)[characters]
+    right = _mean(scores.argmax(-1) == batch.patch_labels, characters)
     linked, pointed = _linking_loss(following, batch)
     loss = named + EDGE_WEIGHT * placed + END_WEIGHT * ends + NEXT_WEIGHT * linked
-    loss = loss + _keeping_loss(states)
-    return loss, {"patches": float(right.float().mean()), "next": pointed}
+    return loss + _keeping_loss(states), {"patches": right, "next": pointed}
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """The mean over the places that hold; 0 where none does."""
+    return (values * where).sum() / where.sum().clamp(min=1)
 
 
 def _naming_weight(batch: ReaderBatch) -> Tensor:
@@ -78,45 +87,58 @@ def _naming_weight(batch: ReaderBatch) -> Tensor:
 
 def _keeping_loss(states: Tensor) -> Tensor:
     """Squared error of what every patch is to hold: its own place, and the constant."""
-    own = states[..., -PLACE:] - KEPT * PLACE_STRENGTH * places(shape.GRID)
-    constant = states @ constant_direction(states.shape[-1]) - CONSTANT
+    device, width = states.device, states.shape[-1]
+    own = states[..., -PLACE:] - KEPT * PLACE_STRENGTH * on(places, device, shape.GRID)
+    constant = states @ on(constant_direction, device, width) - CONSTANT
     return KEPT_PLACE * own.square().mean() + KEPT_CONSTANT * constant.square().mean()
 
 
-def _linking_loss(following: Tensor, batch: ReaderBatch) -> tuple[Tensor, float]:
+def _linking_loss(following: Tensor, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
     """Loss of saying any of the cells that show the next character, and the share that is right."""
     known = batch.patch_next[..., 0] >= 0
-    scores = NEXT_SHARPNESS * following[known] @ cell_places()[:, next_channels()].T
-    shown = _cells_shown(batch.patch_next[known])
-    loss = (scores.logsumexp(-1) - scores.masked_fill(~shown, -torch.inf).logsumexp(-1)).mean()
-    right = shown.gather(1, scores.argmax(-1, keepdim=True))
-    return loss, float(right.float().mean())
+    of_cells = on(cell_places, following.device)[:, next_channels()]
+    scores = NEXT_SHARPNESS * following @ of_cells.T
+    shown = _cells_shown(batch.patch_next)
+    of_shown = scores.masked_fill(~shown, -1e9).logsumexp(-1)
+    right = shown.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
+    return _mean(scores.logsumexp(-1) - of_shown, known), _mean(right, known)
 
 
 def _cells_shown(ranges: Tensor) -> Tensor:
-    """First and last row and column, (n, 4), as a mask of a tile's cells: (n, CELLS · GRID)."""
-    low_row, high_row, low_col, high_col = ranges[:, :, None].unbind(1)
-    rows, cols = torch.arange(shape.CELLS), torch.arange(shape.GRID)
+    """First and last row and column, (..., 4), as a mask of a tile's cells: (..., CELLS · GRID)."""
+    low_row, high_row, low_col, high_col = ranges[..., None].unbind(-2)
+    rows = torch.arange(shape.CELLS, device=ranges.device)
+    cols = torch.arange(shape.GRID, device=ranges.device)
     in_rows = (rows >= low_row) & (rows <= high_row)
     in_cols = (cols >= low_col) & (cols <= high_col)
-    return (in_rows[:, :, None] & in_cols[:, None, :]).flatten(1)
+    return (in_rows[..., :, None] & in_cols[..., None, :]).flatten(-2)
+
+
+def on(make: Callable[..., Tensor], device: torch.device, *arguments: int) -> Tensor:
+    """What ``make`` makes, kept on a device."""
+    key = make.__name__, str(device), arguments
+    if key not in _KEPT:
+        _KEPT[key] = make(*arguments).to(device)
+    return _KEPT[key]
 
 
 def answer_logits(model: VisionLanguageModel, states: Tensor, batch: ReaderBatch) -> Tensor:
-    """Logits where answer tokens are predicted: (B, A, V).
+    """Logits where answer tokens are predicted: (M, V).
+
+    Rows are padded on the right, where no token before sees it.
 
     Args:
-        states: (B·n + X, H·W, C), of patches.
+        states: (N, H·W, C), of patches.
     """
-    visual = model.connector(states[: batch.picture_tiles], (shape.GRID, shape.GRID))
+    visual = model.connector(states[: batch.asked_tiles], (shape.GRID, shape.GRID))
     embeddings = model.decoder.embedding(batch.token_ids)
-    spots = (batch.token_ids[0] == shape.IDS[shape.IMAGE]).nonzero().flatten()
-    visual = visual.reshape(len(batch.token_ids), len(spots), -1).to(embeddings.dtype)
-    decoded = model.decoder(embeddings.index_copy(1, spots, visual))
-    return model.logits(decoded[:, batch.start :])
+    flat = embeddings.flatten(0, 1)
+    flat = flat.index_copy(0, batch.images, visual.flatten(0, 1).to(flat.dtype))
+    decoded = model.decoder(flat.view_as(embeddings))
+    return model.logits(decoded.flatten(0, 1)[batch.at])
 
 
-def answering_loss(logits: Tensor, batch: ReaderBatch) -> tuple[Tensor, dict[str, float]]:
+def answering_loss(logits: Tensor, batch: ReaderBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Next-token loss; the shares of cells, of characters and of whole answers that are right.
 
     The loss is that of saying any token that would be right: the cells that show a character share
@@ -124,34 +146,33 @@ def answering_loss(logits: Tensor, batch: ReaderBatch) -> tuple[Tensor, dict[str
     times: those tokens are few, and each spoils a whole line.
     """
     goals = batch.goals
-    asked = goals[..., 0] != IGNORED
-    logits, goals = logits[asked], goals[asked]
-    of_goals = logits.gather(1, goals.clamp(min=0)).masked_fill(goals == IGNORED, -torch.inf)
+    asked = goals[:, 0] != IGNORED
+    of_goals = logits.gather(1, goals.clamp(min=0)).masked_fill(goals == IGNORED, -1e9)
     losses = logits.logsumexp(dim=1) - of_goals.logsumexp(dim=1)
-    weights = _weights(batch)[asked]
+    weights = _weights(batch) * asked
+    losses = losses * asked
     loss = (weights * losses).sum() / weights.sum()
-    right = torch.ones(asked.shape, dtype=torch.bool)
-    right[asked] = (logits.argmax(dim=1, keepdim=True) == goals).any(dim=1)
-    points = batch.goals.amax(dim=-1) >= shape.FIRST_CELL
-    spells = asked & ~points
+    right = (logits.argmax(dim=1, keepdim=True) == goals).any(dim=1)
+    points = goals.amax(dim=-1) >= shape.FIRST_CELL
+    wrong = torch.zeros(len(batch.token_ids), device=goals.device)
+    wrong.index_add_(0, batch.at // batch.token_ids.shape[1], (asked & ~right).float())
     figures = {
-        "characters": float(right[spells].float().mean()),
-        "answers": float(right.all(dim=1).float().mean()),
+        "characters": _mean(right, asked & ~points),
+        "cells": _mean(right, points),
+        "answers": _mean(wrong == 0, batch.token_ids[:, 0] != shape.IDS[shape.PAD]),
     }
-    if points.any():
-        figures["cells"] = float(right[points].float().mean())
     return loss, figures
 
 
 def _weights(batch: ReaderBatch) -> Tensor:
-    """How much each answer token counts: (B, A)."""
-    before = batch.token_ids[:, batch.start : batch.start + batch.goals.shape[1]]
-    points = batch.goals.amax(dim=-1) >= shape.FIRST_CELL
-    turns = (batch.goals[..., :1] == torch.tensor([ord("\n"), shape.IDS[shape.END]])).any(dim=-1)
-    weights = torch.ones(before.shape)
-    weights[turns] = TURN
-    weights[points & ((before >= shape.FIRST_CELL) | (before == ord("\n")))] = JUMP
-    return weights
+    """How much each answer token counts: (M,)."""
+    before = batch.token_ids.flatten()[batch.at]
+    goals = batch.goals
+    points = goals.amax(dim=-1) >= shape.FIRST_CELL
+    turns = (goals[:, 0] == ord("\n")) | (goals[:, 0] == shape.IDS[shape.END])
+    jumps = points & ((before >= shape.FIRST_CELL) | (before == ord("\n")))
+    weights = torch.ones(before.shape, device=goals.device)
+    return weights.masked_fill(turns, TURN).masked_fill(jumps, JUMP)
 
 
 def random_states(
@@ -172,14 +193,16 @@ def random_states(
         generator: draws noise and errors.
     """
 
+    device = batch.patch_labels.device
+
     def uniform(low: float, high: float, *shape_of: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape_of, generator=generator)
+        return low + (high - low) * torch.rand(*shape_of, generator=generator, device=device)
 
     classes = batch.patch_labels
     count, patches = classes.shape
     known = (classes != IGNORED)[..., None]
-    other = torch.randint(CLASSES, classes.shape, generator=generator)
-    errs = torch.rand(classes.shape, generator=generator) < uniform(0, 0.06, count, 1)
+    other = torch.randint(CLASSES, classes.shape, generator=generator, device=device)
+    errs = uniform(0, 1, count, patches) < uniform(0, 0.06, count, 1)
     errs &= classes > 0
     named = codes[torch.where(errs, other, classes.clamp(min=0))]
     content = named * uniform(4, 9, count, 1, 1) * known
@@ -188,7 +211,7 @@ def random_states(
     kept = uniform(0, 1, count, patches, WHERE - FIRST) > uniform(0, 0.2, count, 1, 1)
     where[..., FIRST:] *= kept
     where[..., OFF] *= batch.patch_next[..., 0] >= 0
-    columns = torch.arange(patches) % shape.GRID
+    columns = torch.arange(patches, device=device) % shape.GRID
     for which, unseen in ((FIRST, columns < UNSEEN), (LAST, columns >= shape.GRID - UNSEEN)):
         doubt = uniform(0, 0.6, count, patches) * (unseen & (classes != BACKGROUND))
         where[..., which] = torch.maximum(where[..., which], doubt)
@@ -196,22 +219,24 @@ def random_states(
     content = content + _random_next(batch, generator) @ codes[-NEXT:] * uniform(
         0.8, 1.8, count, 1, 1
     )
-    noise = torch.randn(count, patches, codes.shape[1], generator=generator)
+    noise = torch.randn(count, patches, codes.shape[1], generator=generator, device=device)
     content = content + noise * uniform(0.15, 0.45, count, 1, 1)
     states = torch.cat((content, own.expand(count, -1, -1)), dim=-1)
     width = states.shape[-1]
-    return functional.layer_norm(states, (width,)) + CONSTANT * constant_direction(width)
+    constant = CONSTANT * on(constant_direction, device, width)
+    return functional.layer_norm(states, (width,)) + constant
 
 
 def _random_next(batch: ReaderBatch, generator: torch.Generator) -> Tensor:
     """Places of cells that show the next character, some of them beside it: (N, H·W, NEXT)."""
     ranges = batch.patch_next.float()
-    shares = torch.rand(*ranges.shape[:-1], 2, generator=generator)
+    device = ranges.device
+    shares = torch.rand(*ranges.shape[:-1], 2, generator=generator, device=device)
     low, high = ranges[..., ::2], ranges[..., 1::2]
     cells = (low + shares * (high - low)).round()
-    errs = torch.rand(*cells.shape[:-1], 1, generator=generator) < WRONG_NEXT
-    aside = torch.randint(-2, 3, cells.shape, generator=generator)
+    errs = torch.rand(*cells.shape[:-1], 1, generator=generator, device=device) < WRONG_NEXT
+    aside = torch.randint(-2, 3, cells.shape, generator=generator, device=device)
     cells = (cells + errs * aside).long().clamp(min=0)
     rows, cols = cells[..., 0].clamp(max=shape.CELLS - 1), cells[..., 1].clamp(max=shape.GRID - 1)
-    found = cell_places()[:, next_channels()][rows * shape.GRID + cols]
-    return found * (ranges[..., :1] >= 0)
+    of_cells = on(cell_places, ranges.device)[:, next_channels()]
+    return of_cells[rows * shape.GRID + cols] * (ranges[..., :1] >= 0)

@@ -7,6 +7,7 @@ all the rest of a step.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,26 +37,40 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step; a group's ``lr`` is read anew each time."""
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].mul_(group["momentum"]).add_(weight.grad)
-                ahead = weight.grad + group["momentum"] * state["momentum"]
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = UPDATE * math.sqrt(max(weight.shape))
-                weight.sub_(orthogonal(ahead), alpha=group["lr"] * scale)
+                if weight.grad is not None:
+                    alike[weight.shape].append(weight)
+            for weights in alike.values():
+                self._step_alike(weights, group)
+
+    def _step_alike(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of matrices of one shape: a GPU takes them all at once."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        momentum = [self.state[weight]["momentum"] for weight in weights]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        torch._foreach_mul_(momentum, group["momentum"])
+        torch._foreach_add_(momentum, gradients)
+        ahead = torch._foreach_add(gradients, momentum, alpha=group["momentum"])
+        updates = orthogonal(torch.stack(ahead))
+        scale = UPDATE * math.sqrt(max(weights[0].shape))
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * scale)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix whose singular values are all about one, by Newton and Schulz."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest matrices, (..., rows, columns), whose singular values are all about one.
+
+    By Newton and Schulz.
+    """
     first, second, third = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    found = matrix.T if tall else matrix
-    found = found / found.norm().clamp(min=1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    found = matrices.mT if tall else matrices
+    found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):
-        gram = found @ found.T
-        found = torch.addmm(found, second * gram + third * gram @ gram, found, beta=first)
-    return found.T if tall else found
+        gram = found @ found.mT
+        found = first * found + (second * gram + third * gram @ gram) @ found
+    nearest: Tensor = found.mT if tall else found
+    return nearest

@@ -1,4 +1,4 @@
-"""How far training is: what each stage's state gets right on fonts and strings held out.
+"""How far training is: what its state gets right on fonts and strings held out.
 
 Quicker than ``evaluate.py``, and works before there is a reader: the share of character patches
 that the tower names, of answer characters that follow from the true ones before them, and of
@@ -13,27 +13,22 @@ from pathlib import Path
 
 import torch
 
-from training.reader.batches import DrawnBatches
-from training.reader.stages import FOLDER, STAGES
+from training.reader.drawn import DrawnBatches
+from training.reader.plan import FOLDER, Plan
 from training.reader.train import Trainer
 
 
 def measure(trainer: Trainer, count: int, split: str) -> dict[str, float]:
-    """Mean figures of a stage over ``count`` batches of a split."""
-    stage = trainer.stage
-    data = DrawnBatches(
-        stage.batch, count, seed=999, crowd=stage.crowd, drawn=stage.drawn, split=split
-    )
+    """Mean figures over ``count`` batches of a split."""
+    data = DrawnBatches(1, trainer.plan.size, count, seed=999, tiles=32, split=split)
     trainer.model.load_state_dict(trainer.average)
     sums: dict[str, float] = defaultdict(float)
     for index in range(count):
         with torch.no_grad():
-            losses, figures = trainer.losses(data[index])
-        for name, value in {
-            **figures,
-            **{f"loss_{k}": float(v) for k, v in losses.items()},
-        }.items():
-            sums[name] += value / count
+            losses, figures = trainer.losses(data[index].to(trainer.device))
+        of_losses = {f"loss_{name}": loss for name, loss in losses.items()}
+        for name, value in {**figures, **of_losses}.items():
+            sums[name] += float(value) / count
     return {name: round(value, 4) for name, value in sums.items()}
 
 
@@ -42,15 +37,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--batches", type=int, default=8)
     options = parser.parse_args()
-    for stage in STAGES:
-        trainer = Trainer(options.folder, stage, seed=0)
-        if not trainer.state_path.is_file():
-            print(f"{stage.name}: not begun")
-            continue
-        trainer.resume()
-        for split in ("train", "held-out"):
-            found = measure(trainer, options.batches, split)
-            print(f"{stage.name}, step {trainer.step}, {split}: {found}", flush=True)
+    trainer = Trainer(options.folder, Plan(apart=0.0))
+    if not trainer.state_path.is_file():
+        parser.error(f"there is no {trainer.state_path}; run python -m training.reader.train first")
+    trainer.resume()
+    for split in ("train", "held-out"):
+        found = measure(trainer, options.batches, split)
+        print(f"step {trainer.step}, {split}: {found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -77,10 +77,10 @@ CHAT_TEMPLATE = (
 SETTINGS = ImageSettings(longest_edge=EDGE, tile_edge=TILE)
 CONFIG = ModelConfig(
     vision=VisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
-        num_layers=4,
-        num_heads=5,
+        hidden_size=224,
+        intermediate_size=896,
+        num_layers=6,
+        num_heads=7,
         image_size=TILE,
         patch_size=PATCH,
     ),
@@ -88,7 +88,7 @@ CONFIG = ModelConfig(
         rope=RopeConfig(theta=1e6),
         vocab_size=VOCABULARY,
         hidden_size=192,
-        intermediate_size=320,
+        intermediate_size=448,
         num_layers=4,
         num_heads=4,
         num_kv_heads=2,

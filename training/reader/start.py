@@ -33,11 +33,13 @@ SHARPNESS = 1.1
 UP, DOWN, LEFT, RIGHT = (-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)
 HERE = (0.0, 0.0)
 DIAGONALS = ((-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0))
-STEPS = (  # (rows, columns) that each head of each layer looks away from its own patch
-    (UP, DOWN, LEFT, RIGHT, HERE),
-    (*DIAGONALS, (2.0, 0.0)),
+STEPS = (  # (rows, columns) that heads of each layer look away from their own patch; others, freely
+    (UP, DOWN, LEFT, RIGHT, HERE, (0.0, -2.0), (0.0, 2.0)),
+    (*DIAGONALS, (2.0, 0.0), (0.0, -3.0), (0.0, 3.0)),
     (*((2 * row, 2 * col) for row, col in (UP, DOWN, LEFT, RIGHT)), HERE),
     ((-4.0, 0.0), (4.0, 0.0), (0.0, -1.5), (0.0, 1.5), (0.0, 3.0)),
+    (UP, DOWN, LEFT, RIGHT),
+    ((0.0, 1.0), (0.0, 2.0), (0.0, -1.0)),
 )
 
 
@@ -77,10 +79,10 @@ def _start_local(tower: VisionTower) -> None:
     tower.position_embedding.weight[:, content:] = PLACE_STRENGTH * places(shape.GRID)
     attentions = [module for module in tower.modules() if isinstance(module, VisionAttention)]
     for attention, steps in zip(attentions, STEPS, strict=True):
-        attention.query.weight.zero_()
-        attention.key.weight.zero_()
         for head, (rows, columns) in enumerate(steps):
             channels = slice(head * PLACE, (head + 1) * PLACE)
+            attention.query.weight[channels] = 0
+            attention.key.weight[channels] = 0
             attention.key.weight[channels, content:] = SHARPNESS * torch.eye(PLACE)
             attention.query.weight[channels, content:] = SHARPNESS * moved(rows, columns)
         attention.out.weight[content:] = 0

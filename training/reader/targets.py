@@ -112,7 +112,9 @@ def boxes_of(size: tuple[int, int], cells: tuple[int, int], line: Sequence[Corne
         if top > middle or bottom < middle:
             middle = (top + bottom) / 2
             about = min(about, ABOUT * (bottom - top))
-        across = max(0.0, (right - left) / 2 - 0.5)  # cells whose middle lies in the character
+        # Cells whose middle lies in the inner half of the character: next to its edge, a cell may
+        # be taken for the neighbour's, and the character be read twice.
+        across = max(0.0, (right - left) / 4 - 0.25)
         x = (left + right) / 2
         found.append(
             Box(

@@ -78,6 +78,7 @@ def build_processor(files: CheckpointFiles, config: ModelConfig) -> Processor:
         TextTokenizer(files.side["tokenizer.json"], files.tokenizer_config),
         files.chat_template,
         image_seq_len=files.processor.get("image_seq_len"),
+        pointing=pointing_tokens(files, config),
     )
 
 
@@ -156,6 +157,24 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
     }
     checks = (getattr(torch.cpu, name, None) for name in supported.get(dtype, ()))
     return any(check is not None and bool(check()) for check in checks)
+
+
+def pointing_tokens(files: CheckpointFiles, config: ModelConfig) -> range:
+    """Tokens that say where in a picture an answer is read, and are no part of its text.
+
+    generation_config.json's ``pointing_token_ids``: the first and the last one. No published
+    checkpoint has any; the bundled reader has.
+    """
+    found = files.generation.get("pointing_token_ids")
+    if found is None:
+        return range(0)
+    whole = isinstance(found, list) and len(found) == 2 and all(type(id) is int for id in found)
+    if not whole or not 0 <= found[0] <= found[1] < config.text.vocab_size:
+        raise ConfigError(
+            f"generation_config.json has pointing_token_ids {found!r:.80}, expected the first and "
+            f"the last one, below vocab_size {config.text.vocab_size}"
+        )
+    return range(found[0], found[1] + 1)
 
 
 def end_tokens(

@@ -52,6 +52,7 @@ class Answering:
                 self.model.config.text.vocab_size,
                 eos_token_ids,
                 self.processor.answer_lead,
+                self.processor.pointing,
             )
         return self._grammars[eos_token_ids]
 
@@ -256,7 +257,9 @@ class Form:
         constraint = None
         if self._grammar is not None:
             grammars = self.answering.grammars(self.options.stopping.eos_token_ids)
-            constraint = grammars.constraint(self._grammar)
+            # Special tokens that are kept would be text, which the form would have to know.
+            pointing = not self.options.keep_special_tokens
+            constraint = grammars.constraint(self._grammar, pointing=pointing)
         positions = self.answering.model.config.text.max_positions
         return begin(prompt.token_ids, options or self.options, self._decode, positions, constraint)
 

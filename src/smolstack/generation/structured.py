@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_CHOICES = 1000
+POINTS_IN_A_ROW = 6  # then the text has to go on
 # JSON as most of the world writes it on one line. With free white space a model that is unsure
 # may write it for ever.
 _STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -154,12 +155,14 @@ class Grammars:
         vocab_size: V, logits per token.
         eos_token_ids: tokens that end an answer.
         lead: what the chat template writes between the prompt and an answer.
+        pointing: tokens that are no part of an answer's text.
     """
 
     tokenizer: TextTokenizer
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     lead: str
+    pointing: range = range(0)
     _backend: LLTokenizer | None = field(default=None, repr=False)
 
     def compile(self, structure: Schema | Regex) -> str:
@@ -183,10 +186,14 @@ class Grammars:
         self._check(name, "", grammar)
         return grammar
 
-    def constraint(self, grammar: str) -> Constraint:
-        """A constraint for one answer, from :meth:`compile`'s grammar."""
+    def constraint(self, grammar: str, *, pointing: bool = True) -> Constraint:
+        """A constraint for one answer, from :meth:`compile`'s grammar.
+
+        ``pointing``: whether tokens that are no part of the text may stand in it.
+        """
         matcher = _llguidance().LLMatcher(self._tokens(), grammar, log_level=0)
-        return Constraint(matcher, self.vocab_size, len(self.lead))
+        pointing_ids = self.pointing if pointing else range(0)
+        return Constraint(matcher, self.vocab_size, len(self.lead), pointing_ids)
 
     def _check(self, name: str, shown: str, grammar: str) -> None:
         refused, messages = _llguidance().LLMatcher.validate_grammar_with_warnings(
@@ -216,12 +223,18 @@ class Grammars:
 class Constraint:
     """What one answer may go on with; told every token taken.
 
+    Where the form leaves a choice, the model may first point at what it is about to read, if its
+    checkpoint has tokens for that: they are no part of the text, so the form does not see them.
+
     Attributes:
         lead: characters at the answer's beginning that are not part of its form.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, lead: int) -> None:
+    def __init__(
+        self, matcher: LLMatcher, vocab_size: int, lead: int, pointing: range = range(0)
+    ) -> None:
         self.matcher, self.vocab_size, self.lead = matcher, vocab_size, lead
+        self.pointing, self.pointed = pointing, 0  # how many of them came last
 
     def allowed(self) -> Tensor:
         """Tokens that may come next: (V,) bool.
@@ -231,10 +244,17 @@ class Constraint:
         """
         bias = np.frombuffer(self.matcher.compute_logit_bias(), dtype=np.uint8)
         self._check()
-        return torch.from_numpy(bias[: self.vocab_size] != 0)
+        allowed = torch.from_numpy(bias[: self.vocab_size] != 0)
+        if self.pointing and self.pointed < POINTS_IN_A_ROW and allowed.count_nonzero() > 1:
+            allowed[self.pointing.start : self.pointing.stop] = True
+        return allowed
 
     def take(self, token: int) -> None:
         """Count a token as written."""
+        if token in self.pointing:
+            self.pointed += 1
+            return
+        self.pointed = 0
         self.matcher.consume_token(token)
         self._check()
 

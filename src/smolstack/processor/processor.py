@@ -54,7 +54,10 @@ class Processor:
         tokenizer: TextTokenizer,
         chat_template: str | None,
         image_seq_len: int | None = None,
+        *,
+        pointing: range = range(0),
     ) -> None:
+        self.pointing = pointing
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.markers = _markers(config, tokenizer)
         self.template = (
