@@ -41,7 +41,7 @@ def body(shown: str, **more: Any) -> dict[str, Any]:
         {"type": "image_url", "image_url": {"url": shown}},
         {"type": "text", "text": "What does it say?"},
     ]
-    return {"messages": [{"role": "user", "content": content}], "max_tokens": 12, **more}
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 40, **more}
 
 
 async def good(client: httpx.AsyncClient, expected: dict[str, str], count: Counter[str]) -> None:
@@ -145,7 +145,7 @@ async def soak(url: str, pid: int, minutes: float) -> int:
     shown = [picture(number) for number in random.sample(range(1000, 10**5), GOOD_PICTURES)]
     expected = {
         each: vlm.ask(
-            base64.b64decode(each.partition(",")[2]), "What does it say?", max_new_tokens=12
+            base64.b64decode(each.partition(",")[2]), "What does it say?", max_new_tokens=40
         ).text
         for each in shown
     }

@@ -245,8 +245,9 @@ def main() -> None:
         default=max(1, (os.cpu_count() or 1) - 2) if on_gpu else 1,
         help="processes that draw pictures",
     )
-    for name in ("steps", "groups", "tiles"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Plan, name))
+    for name in ("steps", "groups", "tiles", "rate"):
+        default = getattr(Plan, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="of the plan")
     options = parser.parse_args()
     if options.begun is not None and not options.begun.is_dir():
         parser.error(f"there is no folder {options.begun}")
@@ -254,7 +255,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     options.folder.mkdir(parents=True, exist_ok=True)
     fonts.families("train")  # before the workers part, so that they need not look for them
-    given = {name: getattr(options, name) for name in ("steps", "groups", "tiles")}
+    given = {name: getattr(options, name) for name in ("steps", "groups", "tiles", "rate")}
     trainer = Trainer(
         options.folder,
         replace(Plan(), **given),

@@ -80,7 +80,7 @@ def read_all(vlm: VLM, pictures: list[Any], **tiling: Any) -> list[str]:
     answers: list[str] = []
     for start in range(0, len(pictures), AT_ONCE):
         prompts = [(p.image, QUESTION) for p in pictures[start : start + AT_ONCE]]
-        found = vlm.ask_many(prompts, max_new_tokens=12, **tiling)
+        found = vlm.ask_many(prompts, max_new_tokens=40, **tiling)
         answers += [answer.text for answer in found]
     return answers
 
