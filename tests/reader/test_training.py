@@ -331,6 +331,18 @@ def test_the_loss_does_not_care_which_of_the_right_cells_is_pointed_at() -> None
     assert found == pytest.approx([0.0, 0.0], abs=1e-4)
 
 
+def test_where_no_answer_points_no_share_of_cells_is_told() -> None:
+    drawn = DrawnBatches(1, 4, 1)
+    groups = (drawn._group(10_000 * number, 1.0) for number in itertools.count())
+    group = next(one for one in groups if not one.points)
+    batch = make_batch([group], [labelled(picture) for picture in group.pictures])
+    logits = torch.zeros(len(batch.at), shape.VOCABULARY).scatter(1, batch.goals[:, :1], 20.0)
+    loss, right = answering_loss(logits, batch)
+    assert loss.item() == pytest.approx(0.0, abs=1e-4)
+    assert right["cells"].isnan()
+    assert float(right["characters"]) == float(right["answers"]) == 1.0
+
+
 def test_where_lines_begin_and_end_counts_more_than_what_they_say() -> None:
     """The more a kind of token counts, the more the loss grows where it alone is wrong."""
     newline, point = ord("\n"), shape.IDS[shape.POINT]

@@ -62,7 +62,7 @@ def naming_loss(
     # Every line's last character says whether it is the last of all: both answers count alike.
     counts[..., FINAL - FIRST] = 1 + FINAL_COUNT * batch.patch_places[..., LAST]
     ends = (errors[..., FIRST:] * counts).sum() / counts.sum()
-    right = _mean(scores.argmax(-1) == batch.patch_labels, characters)
+    right = _share(scores.argmax(-1) == batch.patch_labels, characters)
     linked, pointed = _linking_loss(following, batch)
     loss = named + EDGE_WEIGHT * placed + END_WEIGHT * ends + NEXT_WEIGHT * linked
     return loss + _keeping_loss(states), {"patches": right, "next": pointed}
@@ -71,6 +71,11 @@ def naming_loss(
 def _mean(values: Tensor, where: Tensor) -> Tensor:
     """The mean over the places that hold; 0 where none does."""
     return (values * where).sum() / where.sum().clamp(min=1)
+
+
+def _share(right: Tensor, where: Tensor) -> Tensor:
+    """The share of what is right among the places that hold; NaN where none does."""
+    return (right & where).sum() / where.sum()
 
 
 def _naming_weight(batch: ReaderBatch) -> Tensor:
@@ -101,7 +106,7 @@ def _linking_loss(following: Tensor, batch: ReaderBatch) -> tuple[Tensor, Tensor
     shown = _cells_shown(batch.patch_next)
     of_shown = scores.masked_fill(~shown, -1e9).logsumexp(-1)
     right = shown.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
-    return _mean(scores.logsumexp(-1) - of_shown, known), _mean(right, known)
+    return _mean(scores.logsumexp(-1) - of_shown, known), _share(right, known)
 
 
 def _cells_shown(ranges: Tensor) -> Tensor:
@@ -141,6 +146,8 @@ def answer_logits(model: VisionLanguageModel, states: Tensor, batch: ReaderBatch
 def answering_loss(logits: Tensor, batch: ReaderBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Next-token loss; the shares of cells, of characters and of whole answers that are right.
 
+    A share of nothing is NaN: of cells, where no answer points.
+
     The loss is that of saying any token that would be right: the cells that show a character share
     their probability as they like. Where a line begins counts JUMP times, where it is over TURN
     times: those tokens are few, and each spoils a whole line.
@@ -157,9 +164,9 @@ def answering_loss(logits: Tensor, batch: ReaderBatch) -> tuple[Tensor, dict[str
     wrong = torch.zeros(len(batch.token_ids), device=goals.device)
     wrong.index_add_(0, batch.at // batch.token_ids.shape[1], (asked & ~right).float())
     figures = {
-        "characters": _mean(right, asked & ~points),
-        "cells": _mean(right, points),
-        "answers": _mean(wrong == 0, batch.token_ids[:, 0] != shape.IDS[shape.PAD]),
+        "characters": _share(right, asked & ~points),
+        "cells": _share(right, points),
+        "answers": _share(wrong == 0, batch.token_ids[:, 0] != shape.IDS[shape.PAD]),
     }
     return loss, figures
 

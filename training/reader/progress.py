@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -22,14 +23,14 @@ def measure(trainer: Trainer, count: int, split: str) -> dict[str, float]:
     """Mean figures over ``count`` batches of a split."""
     data = DrawnBatches(1, trainer.plan.size, count, seed=999, tiles=32, split=split)
     trainer.model.load_state_dict(trainer.average)
-    sums: dict[str, float] = defaultdict(float)
+    found: dict[str, list[float]] = defaultdict(list)
     for index in range(count):
         with torch.no_grad():
             losses, figures = trainer.losses(data[index].to(trainer.device))
         of_losses = {f"loss_{name}": loss for name, loss in losses.items()}
         for name, value in {**figures, **of_losses}.items():
-            sums[name] += float(value) / count
-    return {name: round(value, 4) for name, value in sums.items()}
+            found[name] += [] if value.isnan() else [float(value)]  # a share of nothing
+    return {name: round(mean(values), 4) for name, values in found.items() if values}
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ from training.reader.start import fresh_model
 SAVE_SECONDS = 60
 WARM_UP, DECAY = 200, 0.8  # steps; the last share of a run, over which the rate falls to 0
 AVERAGED = 0.998  # how much of the average of all weights a step keeps
+SHARES = {"patches", "next", "characters", "cells", "answers"}
 # Tokens of a batch on a GPU: alike every time, so that its memory is shared out once.
 ROOM = Room(rows=48, length=896, answers=2048, goals=32)
 
@@ -218,7 +219,10 @@ class Trainer:
     def _log(self, seen: list[dict[str, Tensor]]) -> None:
         line: dict[str, Any] = {"step": self.step}
         for name in seen[0]:
-            line[name] = round(torch.stack([figures[name] for figures in seen]).mean().item(), 4)
+            values = torch.stack([figures[name].float() for figures in seen])
+            if name in SHARES:  # those of nothing left out
+                values = values[~values.isnan()]
+            line[name] = round(values.mean().item(), 4) if len(values) else None
         if not math.isfinite(line["norm"]):
             raise FloatingPointError(f"gradient norm is {line['norm']} before step {self.step}")
         if self.rank:
@@ -256,6 +260,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     fonts.families("train")  # before the workers part, so that they need not look for them
     given = {name: getattr(options, name) for name in ("steps", "groups", "tiles", "rate")}
+    if options.begun is not None:
+        given["apart"] = 0.0  # its decoder knows already what to do with what a tower says
     trainer = Trainer(
         options.folder,
         replace(Plan(), **given),
