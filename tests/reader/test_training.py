@@ -78,7 +78,7 @@ from training.reader.start import fresh_model
 from training.reader.start_decoder import BACK, EVEN, READERS, RESERVED, SPREAD
 from training.reader.targets import Box, Spot, View, spots_of
 from training.reader.text import draw_line, is_held_out, words
-from training.reader.train import Trainer
+from training.reader.train import ROOM, Trainer
 
 from smolstack.model.decoder import TextAttention, TextLayer, rotate
 from smolstack.model.layers import split_heads
@@ -256,10 +256,8 @@ def test_what_is_left_of_a_batch_is_full_of_text() -> None:
     assert float((crowded != BACKGROUND).float().mean()) > 0.3
 
 
-def one_group(
-    size: int = 8, seed: int = 0, *, points: bool = True, full: float = 0.0
-) -> ReaderBatch:
-    """Pictures with a question, whose answers point, or do not."""
+def one_group(size: int = 8, seed: int = 0, *, full: float = 0.0) -> ReaderBatch:
+    """Pictures with a question, whose answers point."""
     drawn = DrawnBatches(1, size, 1, full=full)
     groups = (drawn._group(10_000 * number, 1.0) for number in itertools.count(seed))
     group = next(one for one in groups if one.points)
@@ -583,6 +581,7 @@ def test_the_longest_chat_fits_into_the_context() -> None:
     longest = len(prompt_ids("How many lines of text are there?", (3, 3)))
     answer = 2 * shape.MAX_LINES * (shape.MAX_LENGTH + 1) + 1  # a cell before each character
     assert longest + answer <= shape.CONFIG.text.max_positions
+    assert longest + answer + 3 <= ROOM.length  # a space, "<point>", and the end
 
 
 def test_a_patchs_constant_is_no_characters_direction() -> None:

@@ -44,7 +44,7 @@ WARM_UP, DECAY = 200, 0.8  # steps; the last share of a run, over which the rate
 AVERAGED = 0.998  # how much of the average of all weights a step keeps
 SHARES = {"patches", "next", "characters", "cells", "answers"}
 # Tokens of a batch on a GPU: alike every time, so that its memory is shared out once.
-ROOM = Room(rows=48, length=896, answers=2048, goals=32)
+ROOM = Room(rows=48, length=960, answers=2048, goals=64)
 
 
 class Trainer:

@@ -45,6 +45,9 @@ class Processor:
     """Chat template, tile planner, tokenizer and pixels of one checkpoint.
 
     ``processor(prompts)`` makes a Batch; :meth:`prepare` makes one sequence without its pixels.
+
+    Attributes:
+        pointing: ids of tokens that point at what an answer reads, and are no part of its text.
     """
 
     def __init__(
