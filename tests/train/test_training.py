@@ -15,7 +15,9 @@ from tests.train.conftest import ANSWERS, MakeRecipe
 import smolstack
 from smolstack.checkpoint.diff import diff_checkpoints
 from smolstack.errors import ConfigError, DataError, TrainingError
+from smolstack.model.cache import KVCache
 from smolstack.train import Lora, Recipe, train
+from smolstack.train.adapters import add_adapters
 from smolstack.train.metrics import read_metrics
 from smolstack.train.parts import adapted_layers
 
@@ -244,3 +246,31 @@ def test_transformers_gives_the_fine_tunes_answers(
     assert answered(load(merged)) == answer.token_ids
     adapter = Path(recipe.output) / "adapter"
     assert answered(peft.PeftModel.from_pretrained(load(tiny_folder), adapter)) == answer.token_ids
+
+
+def test_adapters_count_in_answers_that_the_kernels_had_begun_to_give() -> None:
+    """Also where the decoder was laid out for them before, and again once they are merged."""
+    model = smolstack.load(dtype="float32").model
+    ids = torch.tensor([[256, *b"Read the line"]])
+
+    def one_token() -> torch.Tensor:
+        with torch.inference_mode():
+            cache = KVCache(model.config.text, 1, ids.shape[1])
+            model.read(model.decoder.embedding(ids[:, :-1]), cache)
+            return model.decode_one_token(ids[:, -1], cache)[0]
+
+    def whole() -> torch.Tensor:
+        with torch.inference_mode():
+            return model.logits(model.decoder(model.decoder.embedding(ids)))[0, -1]
+
+    before = one_token()
+    torch.testing.assert_close(before, whole(), atol=1e-3, rtol=1e-3)
+    adapters = add_adapters(model, Lora(modules=("decoder.layers.*.attention",), rank=4), seed=0)
+    for layer in adapters.layers:
+        adapted: Any = model.get_submodule(layer)
+        torch.nn.init.normal_(adapted.lora_B["default"].weight, std=0.1)
+    assert float((whole() - before).abs().max()) > 0.1
+    for _ in range(2):
+        torch.testing.assert_close(one_token(), whole(), atol=1e-3, rtol=1e-3)
+    adapters.merge()
+    torch.testing.assert_close(one_token(), whole(), atol=1e-3, rtol=1e-3)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from smolstack.config import VisionConfig
 from smolstack.model.packing import Packed, packs
-from smolstack.model.quantised import QuantisedLinear
 from smolstack.native import library as native
 
 _ATTENTION = ("query", "key", "value", "out")
@@ -26,9 +25,12 @@ class NativeEncoder:
         layers: VisionLayers, whose weights must stay as they are; :meth:`current` tells.
     """
 
-    def __init__(self, kernels: native.Library, config: VisionConfig, layers: list[Any]) -> None:
+    def __init__(
+        self, kernels: native.Library, config: VisionConfig, layers: nn.ModuleList
+    ) -> None:
         self.kernels, self.hidden = kernels, config.hidden_size
-        self._packed = Packed(kernels, [part for layer in layers for part in _linears(layer)])
+        linears = [part for layer in layers for part in _linears(layer)]
+        self._packed = Packed(kernels, linears, layers)
         made = [self._layer(layer) for layer in layers]
         self._layers = (native.EncoderLayer * len(made))(*made)
         self._struct = native.Encoder(
@@ -69,13 +71,13 @@ class NativeEncoder:
 
 def native_encoder(config: VisionConfig, layers: nn.ModuleList) -> NativeEncoder | None:
     """The layers for the kernels; None where they are not there or do not suit them."""
-    linears = [m for m in layers.modules() if isinstance(m, (nn.Linear, QuantisedLinear))]
+    linears = [part for layer in layers for part in _linears(layer)]
     if any(layer.weight.device.type != "cpu" for layer in linears):
         return None
     kernels = native.library()
     if kernels is None or not kernels.panels or not all(packs(layer) for layer in linears):
         return None
-    return NativeEncoder(kernels, config, list(layers))
+    return NativeEncoder(kernels, config, layers)
 
 
 def _linears(layer: Any) -> list[Any]:

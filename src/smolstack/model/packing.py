@@ -25,10 +25,16 @@ class Packed:
     Args:
         layers: the linear layers that :meth:`linear` will be asked for; on processors where the
             kernels take panels, those that are bfloat16 or quantised are laid out anew here.
+        whole: what they are part of.
     """
 
-    def __init__(self, kernels: native.Library, layers: Iterable[Any]) -> None:
+    def __init__(self, kernels: native.Library, layers: Iterable[Any], whole: nn.Module) -> None:
         self.kernels = kernels
+        self._parts = [
+            (parent._modules, name, part)
+            for parent in whole.modules()
+            for name, part in parent._modules.items()
+        ]
         self._kept: list[Tensor] = []  # what the structures point into
         self._origins: list[tuple[dict[str, Any], Tensor, int, int]] = []
         layers = [layer for layer in layers if kernels.panels and _kind(layer) != native.FLOAT32]
@@ -38,9 +44,12 @@ class Packed:
         self._free = -(-self._memory.data_ptr() // _LINE) * _LINE
 
     def current(self) -> bool:
-        """Whether all weights are still the ones that were read."""
+        """Whether all parts and weights are still the ones that were read.
+
+        An adapter put around a layer takes that layer's place.
+        """
         # Asked before every token: the modules' own tables are several times as fast as attributes.
-        return all(
+        return all(parts.get(name) is part for parts, name, part in self._parts) and all(
             table["weight"] is weight
             and weight.data_ptr() == address
             and (version < 0 or weight._version == version)
@@ -129,6 +138,8 @@ def packs(layer: Any) -> bool:
     """Whether the kernels can read a layer's weights at all."""
     if isinstance(layer, QuantisedLinear):
         return True
+    if not isinstance(layer, (nn.Linear, nn.Embedding)):  # an adapter around one, say
+        return False
     return layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 

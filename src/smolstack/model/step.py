@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smolstack.model.cache import CacheRows, KVCache
 from smolstack.model.decoder import Decoder, TextLayer, rope_frequencies
@@ -54,7 +54,9 @@ class NativeDecoder:
         self.kernels, self.cache_dtype, self.norm = kernels, cache_dtype, decoder.norm
         self.hidden, self.vocabulary = config.hidden_size, head.weight.shape[0]
         layers = [layer for layer in decoder.layers if isinstance(layer, TextLayer)]
-        self._packed = Packed(kernels, [*(part for one in layers for part in _linears(one)), head])
+        self.head = head
+        linears = [part for layer in layers for part in _linears(layer)]
+        self._packed = Packed(kernels, [*linears, head], decoder)
         made = [self._layer(layer) for layer in layers]
         self._layers = (native.Layer * len(made))(*made)
         frequencies = rope_frequencies(config.rope, config.head_dim)
@@ -197,7 +199,7 @@ def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> Nat
     kernels = native.library() if fits else None
     if kernels is None:
         return None
-    linears = [m for m in decoder.layers.modules() if isinstance(m, (nn.Linear, QuantisedLinear))]
+    linears = [part for layer in decoder.layers for part in _linears(layer)]
     if not all(packs(layer) for layer in linears):
         return None
     # Without panels the compiled step does not reproduce decoder.py with 4-bit layers.
@@ -229,7 +231,7 @@ def _together(counts: Sequence[int]) -> Iterator[dict[int, int]]:
     yield some
 
 
-def _linears(layer: TextLayer) -> list[Any]:
+def _linears(layer: Any) -> list[Any]:
     """A layer's linear parts in the order in which they are read."""
     attention = [getattr(layer.attention, name) for name in _ATTENTION]
     return [*attention, layer.gate, layer.up, layer.down]

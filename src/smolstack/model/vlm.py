@@ -209,8 +209,14 @@ class VisionLanguageModel(nn.Module):
         if self.config.embedding_dim is not None or torch.compiler.is_compiling():
             return None
         dtype = self.cache_dtype
-        if self._native is None or self._native.cache_dtype != dtype or not self._native.current():
-            head = self.decoder.embedding if self.head is None else self.head
+        head = self.decoder.embedding if self.head is None else self.head
+        known = self._native
+        if (
+            known is None
+            or known.head is not head
+            or known.cache_dtype != dtype
+            or not known.current()
+        ):
             self._native = native_decoder(self.decoder, head, dtype)
         if self._native is None or not suits(embeddings, cache, dtype):
             return None
