@@ -72,7 +72,7 @@ def test_a_budget_and_small_pictures_cost_fewer_tokens(run: Run, tiny_folder: Pa
         result = run("plan", "60x60", "--json", "--model", tiny_folder, *arguments)
         return int(json.loads(result.stdout)["images"][0]["visual_tokens"])
 
-    assert tokens() == 17 * 4
+    assert tokens() == 4 * 17
     assert tokens("--max-image-tokens", 40) <= 40
     assert tokens("--no-upscale") == 5 * 4
 
@@ -127,3 +127,16 @@ def test_a_file_named_like_a_size_is_a_file(
     shutil.copy(sign, "10x10")
     result = run("plan", "10x10", "--json", "--model", tiny_folder)
     assert json.loads(result.stdout)["images"][0]["source"] == [100, 40]
+
+
+def test_an_adapter_s_pictures_are_planned_as_its_base_s_but_it_is_no_checkpoint(
+    run: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_folder)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    planned = run("plan", "640x640", "--model", str(tmp_path), "--json")
+    (told,) = json.loads(planned.stdout)["images"]
+    assert told["visual_tokens"] == 4 * 17
+    refused = run("inspect", str(tmp_path))
+    assert refused.exit_code == 2
+    assert "is an adapter, expected a whole checkpoint" in refused.stderr

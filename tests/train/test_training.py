@@ -246,6 +246,9 @@ def test_transformers_gives_the_fine_tunes_answers(
     assert answered(load(merged)) == answer.token_ids
     adapter = Path(recipe.output) / "adapter"
     assert answered(peft.PeftModel.from_pretrained(load(tiny_folder), adapter)) == answer.token_ids
+    ours = smolstack.load(adapter)
+    again = ours.ask(picture, "What does it say?", split=False, max_new_tokens=12)
+    assert again.token_ids == answer.token_ids
 
 
 def test_adapters_count_in_answers_that_the_kernels_had_begun_to_give() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from smolstack.bulk.batching import Limits
 from smolstack.bulk.parts import Parts
 from smolstack.bulk.tasks import Embeddings, Questions, Task
+from smolstack.checkpoint.adapter import find_adapter
 from smolstack.errors import BulkError
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.vlm import VLM, load
@@ -100,7 +101,11 @@ def _short(value: Any) -> str:
 def fingerprint(folder: Path) -> str:
     """A digest of every file that a checkpoint's answers depend on."""
     digest = hashlib.blake2b(digest_size=12)
-    for path in sorted(folder.iterdir()):
+    adapter = find_adapter(folder)
+    paths = sorted(folder.iterdir())
+    if adapter is not None:
+        paths += sorted(adapter.base.iterdir())
+    for path in paths:
         if path.suffix not in (".json", ".jinja", ".safetensors", ".txt"):
             continue
         digest.update(f"{path.name} {path.stat().st_size} ".encode())

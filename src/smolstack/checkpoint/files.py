@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "video_preprocessor_config.json",
 )
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder that only changes another's weights
 MAX_JSON_BYTES = 256 * 2**20
 
 
@@ -54,8 +55,12 @@ class CheckpointFiles:
     side: Mapping[str, bytes] = field(repr=False)
 
 
-def read_files(folder: Path) -> CheckpointFiles:
+def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
     """Read the JSON and text files of ``folder``; weights stay on disk.
+
+    Args:
+        base: for an adapter's folder the one that it changes, whose config.json is read, and
+            whose other files are where the adapter has none.
 
     Raises:
         CheckpointError: the folder or a needed file does not exist, or is not JSON.
@@ -63,9 +68,20 @@ def read_files(folder: Path) -> CheckpointFiles:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise CheckpointError(f"{folder} is {found}, expected a checkpoint folder")
-    config = read_json(folder / "config.json")
-    processor = _optional(folder / "processor_config.json")
-    image: Mapping[str, Any] = _optional(folder / "preprocessor_config.json")
+    whole = (folder / "config.json").is_file()
+    if base is None and not whole and (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} is an adapter, expected a whole checkpoint; "
+            "smolstack.load(it).save(folder) makes one"
+        )
+
+    def place(name: str) -> Path:
+        own = folder / name
+        return own if base is None or own.is_file() else base / name
+
+    config = read_json((base or folder) / "config.json")
+    processor = _optional(place("processor_config.json"))
+    image: Mapping[str, Any] = _optional(place("preprocessor_config.json"))
     nested = processor.get("image_processor")
     if not image and isinstance(nested, Mapping):
         image = nested
@@ -74,18 +90,18 @@ def read_files(folder: Path) -> CheckpointFiles:
             f"{folder} has neither preprocessor_config.json nor an image_processor object in "
             "processor_config.json; the picture's preprocessing is unknown"
         )
-    if not (folder / "tokenizer.json").is_file():
+    if not place("tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json")
-    tokenizer_config = _optional(folder / "tokenizer_config.json")
+    tokenizer_config = _optional(place("tokenizer_config.json"))
     return CheckpointFiles(
         folder=folder,
         config=config,
         image=image,
         processor=processor,
-        generation=_optional(folder / "generation_config.json"),
+        generation=_optional(place("generation_config.json")),
         tokenizer_config=tokenizer_config,
-        chat_template=_chat_template(folder, processor, tokenizer_config),
-        side={n: (folder / n).read_bytes() for n in SIDE_FILES if (folder / n).is_file()},
+        chat_template=_chat_template(place, processor, tokenizer_config),
+        side={n: place(n).read_bytes() for n in SIDE_FILES if place(n).is_file()},
     )
 
 
@@ -109,14 +125,14 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _chat_template(
-    folder: Path, processor: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
+    place: Callable[[str], Path], processor: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
 ) -> str | None:
     """The chat template, newest place first; a list of named ones means its "default"."""
-    jinja = folder / "chat_template.jinja"
+    jinja = place("chat_template.jinja")
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
     places = (
-        _optional(folder / "chat_template.json").get("chat_template"),
+        _optional(place("chat_template.json")).get("chat_template"),
         processor.get("chat_template"),
         tokenizer_config.get("chat_template"),
     )
@@ -127,5 +143,7 @@ def _chat_template(
             named = {entry.get("name"): entry.get("template") for entry in template}
             if isinstance(named.get("default"), str):
                 return str(named["default"])
-            raise ConfigError(f"{folder} has chat templates {sorted(named)}, none named default")
+            raise ConfigError(
+                f"{jinja.parent} has chat templates {sorted(named)}, none named default"
+            )
     return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from smolstack.errors import CheckpointError
 
 READER = Path(__file__).resolve().parent.parent / "reader"
+BUNDLED = "smolstack's bundled reader"  # its name in files, where None cannot stand
 PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt"]  # never pickles, never code
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from smolstack.checkpoint import keys
+from smolstack.checkpoint.adapter import Changes, find_adapter, read_changes
 from smolstack.checkpoint.files import CheckpointFiles, read_files
 from smolstack.checkpoint.verify import compare, settle_head
 from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
@@ -43,7 +44,8 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
     files; nothing is copied unless ``dtype`` or ``device`` ask for it.
 
     Args:
-        folder: a Hugging Face checkpoint folder.
+        folder: a Hugging Face checkpoint folder, or an adapter's: then its base's weights are read,
+            and changed.
         dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantised while loading, unless
             they are stored so), or "auto": the weights' own, except on a CPU without arithmetic in
             it, where float32 is faster and loses nothing.
@@ -52,10 +54,13 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
     Raises:
         ConfigError, CheckpointError: naming file, key, what was found and what was expected.
     """
-    files = read_files(folder)
-    entries = read_entries(folder)
+    adapter = find_adapter(folder)
+    place = folder if adapter is None else adapter.base
+    files = read_files(folder, None if adapter is None else adapter.base)
+    entries = read_entries(place)
     config = settle_head(ModelConfig.from_hf(files.config), entries)
-    compare(config, entries).raise_if_wrong(folder)
+    compare(config, entries).raise_if_wrong(place)
+    changes = None if adapter is None else read_changes(adapter, entries)
     processor = build_processor(files, config)
     target = choose_device(device)
     scheme = dtype if dtype in QUANTISED else config.scheme
@@ -64,7 +69,10 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
             f"{folder} holds {config.scheme} weights and dtype is {dtype!r}, expected auto or "
             f"{config.scheme!r}"
         )
-    model = load_weights(folder, config, entries, _floats(dtype, config, entries, target), target)
+    if changes is not None and config.scheme is not None:
+        raise ConfigError(f"{folder} changes {place}, which holds {config.scheme} weights")
+    floats = _floats(dtype, config, entries, target)
+    model = load_weights(place, config, entries, floats, target, changes=changes)
     if scheme is not None and config.scheme is None:
         quantise(model, scheme)
     return Checkpoint(files, model.config, model, processor, end_tokens(files, config, processor))
@@ -88,14 +96,17 @@ def load_weights(
     entries: dict[str, Entry],
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    changes: Changes | None = None,
 ) -> VisionLanguageModel:
-    """A model in evaluation mode with the folder's weights."""
+    """A model in evaluation mode with the folder's weights, changed as an adapter says."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     state = {}
     for name, tensor in read_tensors(folder, entries):
         whole = tensor.is_floating_point() and not name.endswith(".weight_scale")
-        state[keys.from_hf(name)] = tensor.to(device=device, dtype=dtype if whole else None)
+        weight = tensor.to(device=device, dtype=dtype if whole else None)
+        state[keys.from_hf(name)] = weight if changes is None else changes.apply(name, weight)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 

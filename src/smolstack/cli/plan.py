@@ -107,12 +107,12 @@ def plan(
 
 def load_processor(model: str | None, revision: str | None) -> Processor:
     """The processor of a checkpoint; its weights stay unread."""
-    from smolstack.checkpoint.files import read_files
+    from smolstack.checkpoint.adapter import read_files_of
     from smolstack.checkpoint.hub import find
     from smolstack.checkpoint.load import build_processor
     from smolstack.config import ModelConfig
 
-    files = read_files(find(model, revision))
+    files = read_files_of(find(model, revision))
     return build_processor(files, ModelConfig.from_hf(files.config))
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from smolstack.checkpoint.hub import find
+from smolstack.checkpoint.hub import BUNDLED, find
 from smolstack.checkpoint.load import choose_device, load_checkpoint
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import ConfigError, TrainingError
@@ -282,7 +282,7 @@ class Trainer:
             return
         if self.processes.first:
             name = f"adapter-{running.number + 1}" if len(self.recipe.stages) > 1 else "adapter"
-            base = self.recipe.model or "smolstack's bundled reader"
+            base = self.recipe.model or BUNDLED
             with self._writing(self.folder / name):
                 save_adapters(self.vlm.model, running.adapters, self.folder / name, base)
         running.adapters.merge()

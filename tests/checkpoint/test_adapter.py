@@ -1,0 +1,196 @@
+"""A fine-tune that was published as an adapter is loaded by its name, like any other model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import smolstack
+from smolstack.checkpoint.adapter import WEIGHTS
+from smolstack.checkpoint.new import new_checkpoint
+from smolstack.errors import CheckpointError
+from smolstack.family import Preset
+from smolstack.interop.reference import load_model
+
+TEXT = "model.text_model"
+LAYER = "model.text_model.layers.1.mlp.down_proj"
+QUERY = "model.text_model.layers.0.self_attn.q_proj"
+
+
+def write(
+    folder: Path, base: Path | str, tensors: dict[str, torch.Tensor], **settings: Any
+) -> Path:
+    """An adapter folder with the least that peft writes."""
+    folder.mkdir()
+    known = {"peft_type": "LORA", "lora_alpha": 16, "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps({**known, **settings}))
+    save_file(tensors, str(folder / WEIGHTS))
+    return folder
+
+
+def pair(layer: str, out: int, rank: int, inputs: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return {
+        f"base_model.model.{layer}.lora_A.weight": torch.randn(rank, inputs, generator=generator),
+        f"base_model.model.{layer}.lora_B.weight": torch.randn(out, rank, generator=generator),
+    }
+
+
+@pytest.fixture
+def adapter(tiny_folder: Path, tmp_path: Path) -> Path:
+    return write(tmp_path / "adapter", tiny_folder, pair(LAYER, 48, 4, 64))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj", "out_proj"]},
+        {"r": 2, "use_rslora": True, "target_modules": r".*text_model.*(q_proj|up_proj)"},
+        {
+            "r": 4,
+            "target_modules": ["k_proj", "gate_proj"],
+            "rank_pattern": {"k_proj": 2},
+            "alpha_pattern": {r"layers\.0\.self_attn\.k_proj": 3},
+            "modules_to_save": ["connector.modality_projection.proj"],
+        },
+    ],
+)
+def test_logits_are_those_of_peft_on_transformers(
+    settings: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(load_model(tiny_folder), peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                weight.add_(0.2 * torch.randn_like(weight))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter" / "config.json").exists()
+
+    vlm = smolstack.load(tmp_path / "adapter")
+    batch = vlm.processor([("examples/number.png", "What does it say?")])
+    with torch.no_grad():
+        theirs = model(
+            input_ids=batch.token_ids,
+            attention_mask=batch.attention_mask.long(),
+            pixel_values=batch.tiles[None],
+        ).logits
+        ours = vlm.model(batch)
+        before = smolstack.load(tiny_folder).model(batch)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (ours - before).abs().max() > 0.1
+
+
+def test_it_is_saved_as_a_whole_checkpoint(
+    adapter: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    vlm = smolstack.load(adapter)
+    smolstack.load(vlm.save(tmp_path / "whole"))
+    ours, base = (
+        load_file(str(place / "model.safetensors")) for place in (tmp_path / "whole", tiny_folder)
+    )
+    tensors = load_file(str(adapter / WEIGHTS)).values()
+    low, high = sorted(tensors, key=lambda tensor: tensor.shape[0])
+    changed = {name for name in base if not torch.equal(ours[name], base[name])}
+    assert changed == {f"{LAYER}.weight"}
+    expected = base[f"{LAYER}.weight"] + 16 / 4 * high @ low
+    assert torch.allclose(ours[f"{LAYER}.weight"], expected, atol=1e-6)
+
+
+def test_its_own_files_come_before_those_of_its_base(
+    adapter: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = json.loads((tiny_folder / "preprocessor_config.json").read_text())
+    settings["size"] = {"longest_edge": 64}
+    (adapter / "preprocessor_config.json").write_text(json.dumps(settings))
+    vlm = smolstack.load(adapter)
+    assert smolstack.load(tiny_folder).plan((640, 640)).tiles == 17
+    assert vlm.plan((640, 640)).tiles == 5
+    assert smolstack.load(vlm.save(tmp_path / "whole")).plan((640, 640)).tiles == 5
+
+
+def test_a_retrieval_model_may_be_one(tiny_preset: Preset, tmp_path: Path) -> None:
+    """The published ColSmol checkpoints are adapters."""
+    preset = replace(tiny_preset, config=replace(tiny_preset.config, embedding_dim=16))
+    base = new_checkpoint(preset, tmp_path / "base", seed=4)
+    folder = write(tmp_path / "adapter", base, pair(QUERY, 48, 4, 48))
+    batch = smolstack.load(base).processor(["What was the profit?"])
+    with torch.no_grad():
+        before, after = (smolstack.load(place).model.embed(batch) for place in (base, folder))
+    assert before.shape == after.shape
+    assert (before - after).abs().max() > 0.01
+
+
+def test_a_folder_with_weights_of_its_own_is_a_whole_checkpoint(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(tiny_folder, whole)
+    (whole / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
+    assert smolstack.load(whole).config == smolstack.load(tiny_folder).config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA', expected 'LORA'"),
+        ({"use_dora": True}, "use_dora True, expected False"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out True, expected False"),
+        (
+            {"base_model_name_or_path": None},
+            "base_model_name_or_path None, expected the checkpoint",
+        ),
+        ({"base_model_name_or_path": "./gone"}, "its base .* is not there: ./gone: found nothing"),
+        ({"lora_alpha": "16"}, "lora_alpha or alpha_pattern '16', expected a number"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern {'\\(': 1}, expected a number"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern \\['q_proj'\\], expected a number"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(
+    settings: dict[str, Any], message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "adapter", tiny_folder, pair(LAYER, 48, 4, 64), **settings)
+    with pytest.raises(CheckpointError, match=message):
+        smolstack.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (pair("model.text_model.layers.7.mlp.down_proj", 48, 4, 64), "layers.7.mlp.down_proj"),
+        (pair(LAYER, 48, 4, 60), r"lora_A \[4, 60\] and lora_B \[48, 4\] .* expected \[rank, 64\]"),
+        ({**pair(LAYER, 48, 4, 64), **dict(list(pair(LAYER, 48, 5, 64).items())[1:])}, "lora_A"),
+        (dict(list(pair(LAYER, 48, 4, 64).items())[:1]), r"lora_B None"),
+        ({f"base_model.model.{LAYER}.lora_magnitude_vector": torch.ones(48)}, "magnitude"),
+        ({f"base_model.model.{TEXT}.embed_tokens.lora_embedding_A": torch.ones(2, 2)}, "A,"),
+        ({f"base_model.model.{LAYER}.weight": torch.ones(48, 48)}, r"\[48, 48\], the base has"),
+        (pair("model.vision_model.embeddings.patch_embedding", 32, 2, 192), "patch_embedding"),
+        ({LAYER + ".weight": torch.ones(48, 64)}, "expected base_model.model., a weight"),
+        ({}, "is empty"),
+    ],
+)  # fmt: skip
+def test_tensors_that_fit_nowhere_are_refused_by_name(
+    tensors: dict[str, torch.Tensor], message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        smolstack.load(write(tmp_path / "adapter", tiny_folder, tensors))
+
+
+def test_an_adapter_of_an_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
+    second = write(tmp_path / "second", adapter, pair(LAYER, 48, 4, 64))
+    with pytest.raises(CheckpointError, match="which is an adapter itself"):
+        smolstack.load(second)
+
+
+def test_pickled_adapters_are_never_read(adapter: Path) -> None:
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="pickle file, which is never read"):
+        smolstack.load(adapter)
