@@ -84,6 +84,13 @@ def tied_folder(tiny_preset: Preset, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def retrieval_folder(tiny_preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same ending in a retrieval head, as ColSmol does."""
+    preset = replace(tiny_preset, config=replace(tiny_preset.config, embedding_dim=16))
+    return new_checkpoint(preset, tmp_path_factory.mktemp("retrieval") / "model", seed=4)
+
+
+@pytest.fixture(scope="session")
 def tiny_vlm(tiny_folder: Path) -> smolstack.VLM:
     return smolstack.load(tiny_folder)
 

@@ -20,6 +20,7 @@ ORDER = [
     ("family",),
     ("checkpoint",),
     ("generation",),
+    ("retrieval",),
     ("vlm",),
     ("bulk",),
     ("interop", "cli", "train", "serve", "bench"),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from smolstack.generation.answer import Answer
     from smolstack.model.connector import Idefics3Connector
     from smolstack.processor.geometry import TilePlan
+    from smolstack.retrieval import maxsim
     from smolstack.vlm import VLM, load
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _HOMES = {
     "VisionConfig": "smolstack.config",
     "VisualTokens": "smolstack.batch",
     "load": "smolstack.vlm",
+    "maxsim": "smolstack.retrieval",
 }
 __all__ = [
     "VLM",
@@ -46,6 +48,7 @@ __all__ = [
     "VisualTokens",
     "__version__",
     "load",
+    "maxsim",
 ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from smolstack.batch import VisualTokens
 from smolstack.checkpoint.hub import find
@@ -21,6 +22,14 @@ from smolstack.processor.geometry import TilePlan, Tiling
 from smolstack.processor.processor import Picture, Prompt, PromptLike, as_pictures
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
+from smolstack.retrieval import (
+    PAGE_PROMPT,
+    QUERY_PROMPT,
+    check_head,
+    embed,
+    page_prompts,
+    query_prompts,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -181,6 +190,49 @@ class VLM:
         visual = self._answering.encode([prompt]).finish()[0].pictures[0]
         assert isinstance(visual, VisualTokens)
         return visual
+
+    def embed_pages(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        prompt: str = PAGE_PROMPT,
+        **tiling: Unpack[Tiling],
+    ) -> list[Tensor]:
+        """Late-interaction vectors of pages, for a retrieval model (ColSmol).
+
+        Args:
+            images: a picture or several, as for :meth:`ask`.
+            prompt: what the model reads, the page at ``<image>``; ColPali's own words.
+            **tiling: split, max_image_tokens, upscale; see Tiling.
+
+        Returns:
+            For each page (T, E) in float32, of unit length: its visual tokens and the words
+            around them. :func:`smolstack.maxsim` compares them with queries.
+
+        Raises:
+            ConfigError: this checkpoint is no retrieval model.
+            ImageError, PromptError, ContextLengthError: before any work is done.
+        """
+        check_head(self.model, self.folder)
+        prompts = page_prompts(self.processor, as_pictures(images), prompt, tiling)
+        return list(embed(self._answering, prompts))
+
+    def embed_queries(self, queries: Sequence[str], *, prompt: str = QUERY_PROMPT) -> list[Tensor]:
+        """Late-interaction vectors of queries, for a retrieval model (ColSmol).
+
+        Args:
+            queries: questions or keywords.
+            prompt: what the model reads, the query at ``{query}``.
+
+        Returns:
+            For each query (T, E) in float32, of unit length.
+
+        Raises:
+            ConfigError: this checkpoint is no retrieval model.
+            PromptError: a query that is empty, or a prompt without a place for it.
+        """
+        check_head(self.model, self.folder)
+        return list(embed(self._answering, query_prompts(self.processor, queries, prompt)))
 
     @property
     def picture_cache(self) -> PictureCache:

@@ -14,5 +14,6 @@ except ImportError:
     raise ImportError("bulk work needs pyarrow; pip install 'smolstack[bulk]'") from None
 
 from smolstack.bulk.job import Progress, Summary, map_pictures
+from smolstack.bulk.search import Hit, search_pages
 
-__all__ = ["Progress", "Summary", "map_pictures"]
+__all__ = ["Hit", "Progress", "Summary", "map_pictures", "search_pages"]

@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from smolstack.bulk.batching import DEFAULT_BATCH_ROWS, DEFAULT_BATCH_TOKENS, Limits
+from smolstack.bulk.embeddings import check_embedding
 from smolstack.bulk.inputs import Input, ParquetFiles, Pictures, open_input
 from smolstack.bulk.listing import RowReader, listed, write_listing
 from smolstack.bulk.outputs import check_output, write_output
 from smolstack.bulk.parts import Parts
 from smolstack.bulk.rows import Window, windows
 from smolstack.bulk.settings import Work, check_same, settings_of
-from smolstack.bulk.tasks import Task, check_embedding
+from smolstack.bulk.tasks import Task
 from smolstack.bulk.working import work_through
 from smolstack.checkpoint.hub import find
 from smolstack.errors import BulkError
@@ -101,8 +102,9 @@ def map_pictures(
         questions: a question or several; each picture is encoded once for all of them.
         out: the output, .parquet, .jsonl or .csv.
         model, revision, dtype, device: as for :func:`smolstack.load`; or a loaded VLM.
-        embed: instead of questions, "tokens" for all visual tokens of a picture or "mean" for
-            their mean.
+        embed: instead of questions, "tokens" for all visual tokens of a picture, "mean" for
+            their mean, or "retrieval" for the vectors of a retrieval model (ColSmol), which
+            :func:`smolstack.bulk.search_pages` searches.
         embed_dtype: "float32" or "float16".
         picture_column, id_column: columns of a table, where their names do not say it.
         batch_tokens: prompt tokens of a batch at most, padding included.

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from smolstack.bulk.batching import Limits
+from smolstack.bulk.embeddings import RETRIEVAL, Embeddings, Pages
 from smolstack.bulk.parts import Parts
-from smolstack.bulk.tasks import Embeddings, Questions, Task
+from smolstack.bulk.tasks import Questions, Task
 from smolstack.checkpoint.adapter import find_adapter
 from smolstack.errors import BulkError
 from smolstack.generation.options import AnswerOptions, read_options
@@ -39,6 +40,8 @@ class Work:
         if self.embed is None:
             return Questions(vlm, self.questions, self.options)
         tiling = read_options(self.options, ()).tiling
+        if self.embed == RETRIEVAL:
+            return Pages(vlm, self.embed_dtype, tiling)
         return Embeddings(vlm, self.embed, self.embed_dtype, tiling)
 
 

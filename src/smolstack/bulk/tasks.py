@@ -1,4 +1,4 @@
-"""What is done with each picture: questions answered, or its visual tokens kept.
+"""What is done with each picture: questions answered (here), or embeddings kept (embeddings.py).
 
 A task plans a row from its picture's header alone, loads some rows (in a thread, ahead of the
 model), and turns what was loaded into results: one record per picture and question, whatever
@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
-import torch
 
-from smolstack.batch import VisualTokens
 from smolstack.bulk.parts import ROW
 from smolstack.bulk.rows import Row, plain
 from smolstack.errors import BulkError, SmolstackError
@@ -31,9 +29,7 @@ from smolstack.processor.processor import Prompt
 if TYPE_CHECKING:
     from smolstack.vlm import VLM
 
-_ABOUT = [(ROW, pa.int64()), ("id", pa.string()), ("path", pa.string())]
-_DTYPES = {"float32": (torch.float32, pa.float32()), "float16": (torch.float16, pa.float16())}
-KINDS = ("tokens", "mean")
+ABOUT = [(ROW, pa.int64()), ("id", pa.string()), ("path", pa.string())]
 
 
 @dataclass
@@ -72,7 +68,7 @@ class Task(Protocol):
         ...
 
 
-class _Pictures:
+class Pictures:
     """What both tasks share: planning, loading, and results of rows that failed."""
 
     schema: pa.Schema
@@ -126,7 +122,7 @@ class _Pictures:
         return pa.RecordBatch.from_pylist(records, schema=self.schema)
 
 
-class Questions(_Pictures):
+class Questions(Pictures):
     """Every question about every picture, which is encoded once for all of them."""
 
     def __init__(self, vlm: VLM, questions: Sequence[str], options: AnswerOptions) -> None:
@@ -135,7 +131,7 @@ class Questions(_Pictures):
         if vlm.config.embedding_dim is not None:
             raise BulkError(
                 f"{vlm.folder} ends in an embedding head and answers no questions; it can give "
-                "visual embeddings (embed, --embed)"
+                "embeddings (embed, --embed retrieval)"
             )
         Form(self.answering, self.options)  # a schema that cannot be compiled is refused here
         self.questions, self.records = list(questions), len(questions)
@@ -145,7 +141,7 @@ class Questions(_Pictures):
         numbers = ("prompt_tokens", "visual_tokens", "completion_tokens")
         self.schema = pa.schema(
             [
-                *_ABOUT,
+                *ABOUT,
                 ("question", pa.string()),
                 ("answer", pa.string()),
                 *([("probability", pa.float64())] if self.choosing else []),
@@ -224,66 +220,6 @@ class Questions(_Pictures):
             "visual_tokens": answer.usage.visual_tokens,
             "completion_tokens": answer.usage.completion_tokens,
         }
-
-
-class Embeddings(_Pictures):
-    """Visual tokens of every picture, or their mean: what the decoder would read.
-
-    ``embedding`` is a list of n·S lists of D numbers (its tiles in reading order, the whole
-    picture last), or with kind "mean" one list of D numbers.
-    """
-
-    records = 1
-
-    def __init__(self, vlm: VLM, kind: str, dtype: str, tiling: Tiling) -> None:
-        check_embedding(kind, dtype)
-        super().__init__(vlm, tiling)
-        self.kind, (self.dtype, number) = kind, _DTYPES[dtype]
-        width = vlm.config.text.hidden_size
-        vector = pa.list_(number, width)
-        self.schema = pa.schema(
-            [
-                *_ABOUT,
-                ("embedding", vector if kind == "mean" else pa.list_(vector)),
-                *((name, pa.int32()) for name in ("rows", "cols", "visual_tokens")),
-                ("error", pa.string()),
-            ]
-        )
-
-    def plan(self, row: Row) -> int:
-        return self.processor.plan(row.picture, **self.tiling).visual_tokens
-
-    def prepare(self, row: Row) -> list[Prompt]:
-        picture = row.picture
-        return [Prompt("", (), (picture,), (self.processor.plan(picture, **self.tiling),))]
-
-    def work(self, loaded: Loaded) -> pa.RecordBatch:
-        records = [{**self.about(row), "error": plain(error)} for row, error in loaded.errors]
-        if loaded.encoding is not None:
-            for row, prompt in zip(loaded.rows, loaded.encoding.finish(), strict=True):
-                visual = prompt.pictures[0]
-                assert isinstance(visual, VisualTokens)
-                records.append({**self.about(row), **self._record(visual)})
-        return self.batch(records)
-
-    def _record(self, visual: VisualTokens) -> dict[str, Any]:
-        tokens = visual.tokens.flatten(0, 1).float()
-        kept = tokens.mean(dim=0) if self.kind == "mean" else tokens
-        numbers = kept.to(self.dtype).cpu().numpy()
-        return {
-            "embedding": numbers if self.kind == "mean" else list(numbers),
-            "rows": visual.rows,
-            "cols": visual.cols,
-            "visual_tokens": len(visual),
-        }
-
-
-def check_embedding(kind: str, dtype: str) -> None:
-    """Refuse a kind or a number format that embeddings do not have."""
-    if kind not in KINDS:
-        raise BulkError(f"embed is {kind!r}, expected one of {list(KINDS)}")
-    if dtype not in _DTYPES:
-        raise BulkError(f"embed_dtype is {dtype!r}, expected one of {list(_DTYPES)}")
 
 
 def sentence(error: Exception) -> str:

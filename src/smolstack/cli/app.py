@@ -24,6 +24,7 @@ from smolstack.cli import (
     map,
     new,
     plan,
+    search,
     serve,
     train,
     verify,
@@ -102,6 +103,7 @@ def smolstack(
 app.command(epilog=ask.EXAMPLES)(ask.ask)
 app.command(epilog=chat.EXAMPLES)(chat.chat)
 app.command("map", epilog=map.EXAMPLES)(map.map_)
+app.command(epilog=search.EXAMPLES)(search.search)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)

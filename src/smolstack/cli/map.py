@@ -34,10 +34,11 @@ _INPUT, _BATCHES = "Input", "How the work is done"
 
 
 class Embed(str, Enum):
-    """What of a picture's visual tokens is kept."""
+    """What is kept of a picture."""
 
     tokens = "tokens"
     mean = "mean"
+    retrieval = "retrieval"
 
 
 class EmbedDtype(str, Enum):
@@ -79,7 +80,10 @@ def map_(
     ] = None,
     embed: Annotated[
         Embed | None,
-        typer.Option(help="Instead of asking, keep each picture's visual tokens, or their mean."),
+        typer.Option(
+            help="Instead of asking, keep each picture's visual tokens, their mean, or a retrieval "
+            "model's vectors, for smolstack search."
+        ),
     ] = None,
     embed_dtype: Annotated[
         EmbedDtype, typer.Option(help="Number format of the embeddings.")

@@ -107,8 +107,16 @@ class Processor:
             ContextLengthError: more tokens than the model has positions.
         """
         messages, pictures = _messages(entry)
+        return self.prepare_text(self.render(messages), pictures, **tiling)
+
+    def prepare_text(
+        self, rendered: str, pictures: Sequence[Picture], **tiling: Unpack[Tiling]
+    ) -> Prompt:
+        """As :meth:`prepare`, of a prompt that is written out already, one placeholder per picture.
+
+        Raises: as :meth:`prepare` does.
+        """
         plans = tuple(self.plan(picture, **tiling) for picture in pictures)
-        rendered = self.render(messages)
         text = prompts.expand_placeholders(rendered, plans, self.markers)
         ids = tuple(self.tokenizer.encode(text))
         self._check_ids(ids)

@@ -1,0 +1,139 @@
+"""Embeddings of pictures: visual tokens, their mean, or a retrieval model's vectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import torch
+
+from smolstack.batch import VisualTokens
+from smolstack.bulk.rows import Row, plain
+from smolstack.bulk.tasks import ABOUT, Loaded, Pictures
+from smolstack.errors import BulkError
+from smolstack.processor.geometry import Tiling
+from smolstack.processor.processor import Prompt
+from smolstack.retrieval import PAGE_PROMPT, check_head, embed, page_prompts
+
+if TYPE_CHECKING:
+    from smolstack.vlm import VLM
+
+_DTYPES = {"float32": (torch.float32, pa.float32()), "float16": (torch.float16, pa.float16())}
+RETRIEVAL = "retrieval"
+KINDS = ("tokens", "mean", RETRIEVAL)
+EMBED = "smolstack.embed"  # in the metadata of a table of pages: that it is one,
+SHAPE = "smolstack.shape"  # and the shape of the model that made it
+
+
+class Embeddings(Pictures):
+    """Visual tokens of every picture, or their mean: what the decoder would read.
+
+    ``embedding`` is a list of n·S lists of D numbers (its tiles in reading order, the whole
+    picture last), or with kind "mean" one list of D numbers.
+    """
+
+    records = 1
+
+    def __init__(self, vlm: VLM, kind: str, dtype: str, tiling: Tiling) -> None:
+        check_embedding(kind, dtype)
+        super().__init__(vlm, tiling)
+        self.kind, (self.dtype, number) = kind, _DTYPES[dtype]
+        width = vlm.config.text.hidden_size
+        vector = pa.list_(number, width)
+        self.schema = pa.schema(
+            [
+                *ABOUT,
+                ("embedding", vector if kind == "mean" else pa.list_(vector)),
+                *((name, pa.int32()) for name in ("rows", "cols", "visual_tokens")),
+                ("error", pa.string()),
+            ]
+        )
+
+    def plan(self, row: Row) -> int:
+        return self.processor.plan(row.picture, **self.tiling).visual_tokens
+
+    def prepare(self, row: Row) -> list[Prompt]:
+        picture = row.picture
+        return [Prompt("", (), (picture,), (self.processor.plan(picture, **self.tiling),))]
+
+    def work(self, loaded: Loaded) -> pa.RecordBatch:
+        records = [{**self.about(row), "error": plain(error)} for row, error in loaded.errors]
+        if loaded.encoding is not None:
+            for row, prompt in zip(loaded.rows, loaded.encoding.finish(), strict=True):
+                visual = prompt.pictures[0]
+                assert isinstance(visual, VisualTokens)
+                records.append({**self.about(row), **self._record(visual)})
+        return self.batch(records)
+
+    def _record(self, visual: VisualTokens) -> dict[str, Any]:
+        tokens = visual.tokens.flatten(0, 1).float()
+        kept = tokens.mean(dim=0) if self.kind == "mean" else tokens
+        numbers = kept.to(self.dtype).cpu().numpy()
+        return {
+            "embedding": numbers if self.kind == "mean" else list(numbers),
+            "rows": visual.rows,
+            "cols": visual.cols,
+            "visual_tokens": len(visual),
+        }
+
+
+class Pages(Pictures):
+    """Late-interaction vectors of every page, by a retrieval model.
+
+    ``embedding`` is a list of T lists of E numbers.
+    """
+
+    records = 1
+
+    def __init__(self, vlm: VLM, dtype: str, tiling: Tiling) -> None:
+        check_embedding(RETRIEVAL, dtype)
+        super().__init__(vlm, tiling)
+        width = check_head(vlm.model, vlm.folder)
+        self.dtype, number = _DTYPES[dtype]
+        self.schema = pa.schema(
+            [
+                *ABOUT,
+                ("embedding", pa.list_(pa.list_(number, width))),
+                *((name, pa.int32()) for name in ("rows", "cols", "visual_tokens")),
+                ("error", pa.string()),
+            ],
+            {EMBED: RETRIEVAL, SHAPE: shape_of(vlm)},
+        )
+
+    def plan(self, row: Row) -> int:
+        return self.processor.plan(row.picture, **self.tiling).visual_tokens
+
+    def prepare(self, row: Row) -> list[Prompt]:
+        return page_prompts(self.processor, [row.picture], PAGE_PROMPT, self.tiling)
+
+    def work(self, loaded: Loaded) -> pa.RecordBatch:
+        records = [{**self.about(row), "error": plain(error)} for row, error in loaded.errors]
+        if loaded.encoding is not None:
+            prompts = loaded.encoding.finish()
+            vectors = embed(self.answering, prompts)
+            for row, prompt, of_page in zip(loaded.rows, prompts, vectors, strict=True):
+                plan = prompt.plans[0]
+                records.append(
+                    {
+                        **self.about(row),
+                        "embedding": list(of_page.to(self.dtype).cpu().numpy()),
+                        "rows": plan.rows,
+                        "cols": plan.cols,
+                        "visual_tokens": plan.visual_tokens,
+                    }
+                )
+        return self.batch(records)
+
+
+def shape_of(vlm: VLM) -> str:
+    """A model's shape in words; vectors of models of different shapes cannot be compared."""
+    text = vlm.config.text
+    return f"{text.num_layers} layers of {text.hidden_size}, vectors of {vlm.config.embedding_dim}"
+
+
+def check_embedding(kind: str, dtype: str) -> None:
+    """Refuse a kind or a number format that embeddings do not have."""
+    if kind not in KINDS:
+        raise BulkError(f"embed is {kind!r}, expected one of {list(KINDS)}")
+    if dtype not in _DTYPES:
+        raise BulkError(f"embed_dtype is {dtype!r}, expected one of {list(_DTYPES)}")

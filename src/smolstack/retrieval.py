@@ -1,0 +1,117 @@
+"""Pages found by questions: late-interaction embeddings (ColSmol) and how they are compared.
+
+A page and a query each become one vector of unit length per token (ColPali, Faysse et al. 2024).
+The words that stand around them are those of ColPali's own library, colpali-engine, since 0.3.13
+(0.3.18 is the newest that was looked at); docs/retrieval.md has those of earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from smolstack.errors import ConfigError, PromptError
+from smolstack.generation.answering import Answering
+from smolstack.model.vlm import VisionLanguageModel
+from smolstack.processor.geometry import Tiling
+from smolstack.processor.processor import Picture, Processor, Prompt
+
+PAGE_PROMPT = "<|im_start|>User:<image>Describe the image.<end_of_utterance>\nAssistant:"
+QUERY_PROMPT = "{query}" + 10 * "<end_of_utterance>"  # tokens to be filled with what was not said
+SLOT = "{query}"
+TOGETHER = 4  # pages that go through the networks together
+ROWS = 256  # pages that are compared at once
+
+
+def page_prompts(
+    processor: Processor, pictures: Sequence[Picture], prompt: str, tiling: Tiling
+) -> list[Prompt]:
+    """A prompt for each page, without its pixels."""
+    return [processor.prepare_text(prompt, [picture], **tiling) for picture in pictures]
+
+
+def query_prompts(processor: Processor, queries: Sequence[str], prompt: str) -> list[Prompt]:
+    """A prompt for each query.
+
+    Raises:
+        PromptError: no query, an empty one, or a prompt with nowhere to put it.
+    """
+    if isinstance(queries, str) or not queries:
+        raise PromptError("expected a list of queries")
+    if prompt.count(SLOT) != 1:
+        raise PromptError(f"the prompt of a query is {prompt!r:.80}, expected {SLOT} in it once")
+    for number, query in enumerate(queries):
+        if not isinstance(query, str) or not query.strip():
+            raise PromptError(f"query {number} is {query!r:.80}, expected some text")
+    return [processor.prepare_text(prompt.replace(SLOT, query), []) for query in queries]
+
+
+def check_head(model: VisionLanguageModel, name: object) -> int:
+    """The length of the vectors that a model makes.
+
+    Raises:
+        ConfigError: it makes none.
+    """
+    if model.config.embedding_dim is None:
+        raise ConfigError(
+            f"{name} ends in a language head, expected a retrieval model such as "
+            "vidore/colSmol-256M"
+        )
+    return model.config.embedding_dim
+
+
+def embed(answering: Answering, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
+    """Each prompt's vectors, in float32: (T, E).
+
+    Prompts of the same length that follow each other go through the networks together, unpadded:
+    a prompt's vectors do not depend on its neighbours.
+    """
+    for _, alike in groupby(prompts, key=lambda prompt: len(prompt.token_ids)):
+        some = list(alike)
+        for start in range(0, len(some), TOGETHER):
+            seen = answering.encode(some[start : start + TOGETHER]).finish()
+            batch = answering.processor.batch(seen)
+            with torch.inference_mode():
+                vectors = answering.model.embed(batch.to(answering.model.device)).float()
+            yield from (of_one.clone() for of_one in vectors)
+
+
+def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor]) -> Tensor:
+    """How well each page fits each query: (Q, N), the higher the better.
+
+    For every token of the query the most similar token of the page, summed over the query (MaxSim,
+    Khattab and Zaharia 2020): Σ_i max_j q_i · p_j.
+
+    Args:
+        queries: Q tensors (T, E), as ``vlm.embed_queries`` gives.
+        pages: N tensors (T, E), as ``vlm.embed_pages`` gives; float16 is compared in float32.
+
+    Raises:
+        PromptError: vectors of different lengths, or none.
+    """
+    shapes = {tuple(part.shape[1:]) for part in (*queries, *pages)}
+    if not queries or not pages or len(shapes) != 1 or len(next(iter(shapes))) != 1:
+        raise PromptError(
+            f"found {len(queries)} queries and {len(pages)} pages with vectors {sorted(shapes)}, "
+            "expected some of each, (T, E) with one E"
+        )
+    if not all(len(part) for part in (*queries, *pages)):
+        raise PromptError("a query or a page has no vectors, expected at least one of each")
+    rows = torch.cat([query.float() for query in queries])
+    lengths = [len(query) for query in queries]
+    scores = []
+    for start in range(0, len(pages), ROWS):
+        part = [page.to(device=rows.device, dtype=torch.float32) for page in pages[start:][:ROWS]]
+        similar = rows @ torch.cat(part).T
+        best = torch.stack(
+            [
+                of_page.amax(dim=1)
+                for of_page in torch.split(similar, [len(p) for p in part], dim=1)
+            ],
+            dim=1,
+        )
+        scores.append(torch.stack([of_query.sum(dim=0) for of_query in torch.split(best, lengths)]))
+    return torch.cat(scores, dim=1)
