@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from smolstack.generation.answer import Answer
     from smolstack.model.connector import Idefics3Connector
     from smolstack.processor.geometry import TilePlan
+    from smolstack.processor.video import Video
     from smolstack.retrieval import maxsim
     from smolstack.vlm import VLM, load
 
@@ -31,6 +32,7 @@ _HOMES = {
     "TextConfig": "smolstack.config",
     "TilePlan": "smolstack.processor.geometry",
     "VLM": "smolstack.vlm",
+    "Video": "smolstack.processor.video",
     "VisionConfig": "smolstack.config",
     "VisualTokens": "smolstack.batch",
     "load": "smolstack.vlm",
@@ -44,6 +46,7 @@ __all__ = [
     "ModelConfig",
     "TextConfig",
     "TilePlan",
+    "Video",
     "VisionConfig",
     "VisualTokens",
     "__version__",

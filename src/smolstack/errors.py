@@ -23,6 +23,10 @@ class ImageError(SmolstackError):
     """A picture cannot be found, decoded or accepted."""
 
 
+class VideoError(SmolstackError):
+    """A video cannot be found, decoded or accepted."""
+
+
 class GridError(SmolstackError):
     """Patches do not form the grid that was asked for, or scale does not divide it."""
 

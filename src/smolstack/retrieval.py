@@ -17,7 +17,8 @@ from smolstack.errors import ConfigError, PromptError
 from smolstack.generation.answering import Answering
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import Tiling
-from smolstack.processor.processor import Picture, Processor, Prompt
+from smolstack.processor.inputs import Picture
+from smolstack.processor.processor import Processor, Prompt
 
 PAGE_PROMPT = "<|im_start|>User:<image>Describe the image.<end_of_utterance>\nAssistant:"
 QUERY_PROMPT = "{query}" + 10 * "<end_of_utterance>"  # tokens to be filled with what was not said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from smolstack.generation.answering import Answering, AnswerStream
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.generation.pictures import PictureCache
 from smolstack.processor.geometry import TilePlan, Tiling
-from smolstack.processor.processor import Picture, Prompt, PromptLike, as_pictures
+from smolstack.processor.inputs import Picture, PromptLike, Shown, as_pictures
+from smolstack.processor.processor import Prompt
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
+from smolstack.processor.video import Frame, Video
 from smolstack.retrieval import (
     PAGE_PROMPT,
     QUERY_PROMPT,
@@ -101,7 +104,7 @@ class VLM:
 
     def ask(
         self,
-        images: Picture | Sequence[Picture] | None = None,
+        images: Shown | Sequence[Shown] | None = None,
         text: str | None = None,
         *,
         messages: Sequence[Message] | None = None,
@@ -111,7 +114,8 @@ class VLM:
 
         Args:
             images: a picture or several in order: a path, bytes, a Pillow picture, a uint8 array
-                (H, W, 3), or visual tokens from :meth:`encode`.
+                (H, W, 3), or visual tokens from :meth:`encode`. Videos among them: a path with a
+                video's suffix, or a Video.
             text: the question. Pictures and text become one user message.
             messages: a whole chat instead of text; its image parts hold their pictures, or are
                 filled from ``images`` in order.
@@ -121,7 +125,8 @@ class VLM:
                 logprobs, split, max_image_tokens, upscale; see AnswerOptions.
 
         Raises:
-            ImageError, PromptError, ContextLengthError, GenerationError: before any work is done.
+            ImageError, VideoError, PromptError, ContextLengthError, GenerationError: before any
+                network runs.
         """
         stream = self.stream(images, text, messages=messages, **options)
         for _ in stream:
@@ -130,7 +135,7 @@ class VLM:
 
     def stream(
         self,
-        images: Picture | Sequence[Picture] | None = None,
+        images: Shown | Sequence[Shown] | None = None,
         text: str | None = None,
         *,
         messages: Sequence[Message] | None = None,
@@ -179,6 +184,34 @@ class VLM:
         """
         plan = self.processor.plan(image, **tiling)
         return plan.with_prompt_tokens(self.processor.count_tokens([plan], text))
+
+    def open_video(
+        self, path: str | Path, *, fps: float | None = None, max_frames: int | None = None
+    ) -> Video:
+        """Frames of a video, for :meth:`ask`, which opens paths itself where the defaults will do.
+
+        Args:
+            path: of any format that FFmpeg reads; needs the extra ``video``.
+            fps: frames per second, at most; None for the checkpoint's (1 in SmolVLM2).
+            max_frames: at most; None for the checkpoint's (64 in SmolVLM2).
+
+        Raises:
+            VideoError: the file cannot be read.
+        """
+        return self.processor.open_video(path, fps, max_frames)
+
+    def encode_video(self, video: str | Path | Video) -> Video:
+        """The same video with its frames' visual tokens, reusable in any number of questions.
+
+        The tower and the connector run once, here; frames that are equal are encoded once.
+
+        Raises:
+            VideoError: the file cannot be read.
+        """
+        video = self.processor.open_video(video)
+        plans = tuple(self.processor.plan(Frame(frame)) for frame in video.frames)
+        prompt = Prompt("", (), tuple(video.frames), plans)
+        return replace(video, frames=self._answering.encode([prompt]).finish()[0].pictures)
 
     def encode(self, image: ImageSource, **tiling: Unpack[Tiling]) -> VisualTokens:
         """Visual tokens of one picture, reusable in any number of questions.

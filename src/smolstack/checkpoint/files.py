@@ -38,6 +38,8 @@ class CheckpointFiles:
         config: config.json.
         image: the image processor's settings (preprocessor_config.json, or the ``image_processor``
             object of a newer processor_config.json).
+        video: the video processor's settings, from video_preprocessor_config.json or the
+            ``video_processor`` object of a newer processor_config.json, or an empty object.
         processor: processor_config.json, or an empty object.
         generation: generation_config.json, or an empty object.
         tokenizer_config: tokenizer_config.json, or an empty object.
@@ -48,6 +50,7 @@ class CheckpointFiles:
     folder: Path
     config: Mapping[str, Any]
     image: Mapping[str, Any]
+    video: Mapping[str, Any]
     processor: Mapping[str, Any]
     generation: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
@@ -92,11 +95,13 @@ def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
         )
     if not place("tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json")
+    video = _optional(place("video_preprocessor_config.json")) or processor.get("video_processor")
     tokenizer_config = _optional(place("tokenizer_config.json"))
     return CheckpointFiles(
         folder=folder,
         config=config,
         image=image,
+        video=video if isinstance(video, Mapping) else {},
         processor=processor,
         generation=_optional(place("generation_config.json")),
         tokenizer_config=tokenizer_config,

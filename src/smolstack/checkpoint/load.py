@@ -20,6 +20,7 @@ from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tokenizer import TextTokenizer
+from smolstack.processor.video import VideoSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,6 +88,7 @@ def build_processor(files: CheckpointFiles, config: ModelConfig) -> Processor:
         files.chat_template,
         image_seq_len=files.processor.get("image_seq_len"),
         pointing=pointing_tokens(files, config),
+        videos=VideoSettings.from_hf(files.video, files.image),
     )
 
 

@@ -20,7 +20,10 @@ from smolstack.errors import ImageError, PromptError
 
 if TYPE_CHECKING:
     from smolstack.generation.answer import Answer
-    from smolstack.processor.geometry import TilePlan
+    from smolstack.processor.geometry import TilePlan, Tiling
+    from smolstack.processor.inputs import Shown
+    from smolstack.processor.video import Video
+    from smolstack.vlm import VLM
 
 EXAMPLES = """
 **Examples**
@@ -35,6 +38,8 @@ EXAMPLES = """
 
 `smolstack ask photo.png "Is it day or night?" --choice day --choice night --verbose`
 
+`smolstack ask clip.mp4 "What happens?" --model HuggingFaceTB/SmolVLM2-256M-Video-Instruct`
+
 `smolstack ask page.png "Read this page." --model HuggingFaceTB/SmolVLM-256M-Instruct --json`
 """
 STDIN = "-"
@@ -44,7 +49,9 @@ def ask(
     *,
     images: Annotated[
         list[str] | None,
-        typer.Argument(metavar="IMAGE", help="Picture files in order; - reads one from stdin."),
+        typer.Argument(
+            metavar="IMAGE", help="Picture and video files in order; - reads a picture from stdin."
+        ),
     ] = None,
     question: Annotated[
         str, typer.Argument(metavar="QUESTION", help="The last argument: what to ask.")
@@ -58,6 +65,8 @@ def ask(
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
+    fps: options.Fps = None,
+    max_frames: options.MaxFrames = None,
     max_new_tokens: options.MaxNewTokens = 512,
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
@@ -96,13 +105,14 @@ def ask(
     chosen.update(options.form_options(schema, regex, choice))
     vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
     tiling = options.tiling_of(chosen)
-    plans = [vlm.processor.plan(picture, **tiling) for picture in pictures]
+    shown = [_opened(vlm, picture, fps, max_frames) for picture in pictures]
+    plans = [_plans(vlm, picture, tiling) for picture in shown]
     if verbose:
         note(vlm.precision)
-        for name, plan in zip(names, plans, strict=True):
-            note(plan_line(name, plan))
+        for name, picture, planned in zip(names, shown, plans, strict=True):
+            note(_line(name, picture, planned))
     with progress(_reading(plans)):
-        stream = vlm.stream(pictures, question, **chosen)
+        stream = vlm.stream(shown, question, **chosen)
         first = next(stream, "")
     if not json:
         write_piece(first)
@@ -111,7 +121,8 @@ def ask(
             write_piece(piece)
     answer = stream.answer
     if json:
-        show_json(answer_json(answer, names, plans))
+        seen = zip(names, shown, plans, strict=True)
+        show_json(answer_json(answer, [_seen_json(*one) for one in seen]))
     else:
         write_piece("\n")
     tell_ending(answer, verbose=verbose)
@@ -140,8 +151,8 @@ def read_picture(image: str) -> str | bytes:
     return content
 
 
-def answer_json(answer: Answer, images: list[str], plans: list[TilePlan]) -> dict[str, Any]:
-    """An answer as plain data."""
+def answer_json(answer: Answer, images: list[dict[str, Any]]) -> dict[str, Any]:
+    """An answer as plain data, with what was planned for its pictures and videos."""
     data = answer.to_dict()
     return {
         "text": data["text"],
@@ -153,7 +164,7 @@ def answer_json(answer: Answer, images: list[str], plans: list[TilePlan]) -> dic
             "total": answer.timings.total,
             "tokens_per_second": answer.timings.tokens_per_second,
         },
-        "images": [plan_json(image, plan) for image, plan in zip(images, plans, strict=True)],
+        "images": images,
     }
 
 
@@ -173,6 +184,20 @@ def plan_json(name: str, plan: TilePlan) -> dict[str, Any]:
     }
 
 
+def _seen_json(name: str, shown: Shown, plans: list[TilePlan]) -> dict[str, Any]:
+    from smolstack.processor.video import Video
+
+    if not isinstance(shown, Video):
+        return plan_json(name, plans[0])
+    return {
+        "video": name,
+        "duration": shown.duration,
+        "seconds": list(shown.seconds),
+        "tiles": sum(plan.tiles for plan in plans),
+        "visual_tokens": sum(plan.visual_tokens for plan in plans),
+    }
+
+
 def plan_line(name: str, plan: TilePlan) -> str:
     """A tile plan in one line."""
     made = f"{grid(plan)} + the whole" if plan.rows else "the whole"
@@ -180,6 +205,15 @@ def plan_line(name: str, plan: TilePlan) -> str:
         f"{name}: {size(plan.source)} → {size(plan.canvas)}, {made} = "
         f"{plural(plan.tiles, 'tile')} of {plan.tile_edge}x{plan.tile_edge}, "
         f"{plural(plan.visual_tokens, 'visual token')}"
+    )
+
+
+def video_line(name: str, video: Video, plans: list[TilePlan]) -> str:
+    """What is looked at of a video, in one line."""
+    tokens = sum(plan.visual_tokens for plan in plans)
+    return (
+        f"{name}: {plural(len(plans), 'frame')} of {video.duration:.1f} s, one tile of "
+        f"{plans[0].tile_edge}x{plans[0].tile_edge} each, {plural(tokens, 'visual token')}"
     )
 
 
@@ -225,11 +259,37 @@ def grid(plan: TilePlan) -> str:
     return f"{plan.rows}x{plan.cols} grid"
 
 
-def _reading(plans: list[TilePlan]) -> str:
-    tiles = sum(plan.tiles for plan in plans)
+def _opened(vlm: VLM, picture: str | bytes, fps: float | None, most: int | None) -> Shown:
+    from smolstack.processor.video import is_video
+
+    if isinstance(picture, bytes) or not is_video(picture):
+        return picture
+    with progress(f"Opening {picture} …"):
+        return vlm.open_video(picture, fps=fps, max_frames=most)
+
+
+def _plans(vlm: VLM, shown: Shown, tiling: Tiling) -> list[TilePlan]:
+    from smolstack.processor.video import Frame, Video
+
+    if isinstance(shown, Video):
+        return [vlm.processor.plan(Frame(frame)) for frame in shown.frames]
+    return [vlm.processor.plan(shown, **tiling)]
+
+
+def _line(name: str, shown: Shown, plans: list[TilePlan]) -> str:
+    from smolstack.processor.video import Video
+
+    if isinstance(shown, Video):
+        return video_line(name, shown, plans)
+    return plan_line(name, plans[0])
+
+
+def _reading(plans: list[list[TilePlan]]) -> str:
+    tiles = sum(plan.tiles for planned in plans for plan in planned)
     if not plans:
         return "Reading the question …"
-    return f"Reading {plural(len(plans), 'picture')} ({plural(tiles, 'tile')}) …"
+    pictures = sum(map(len, plans))
+    return f"Reading {plural(pictures, 'picture')} ({plural(tiles, 'tile')}) …"
 
 
 def _is_file(text: str) -> bool:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smolstack.cli import options
-from smolstack.cli.ask import plan_line, tell_ending
+from smolstack.cli.ask import plan_line, tell_ending, video_line
 from smolstack.cli.console import error, note, progress, write_piece
 from smolstack.errors import PromptError, SmolstackError
 
 if TYPE_CHECKING:
-    from smolstack.batch import VisualTokens
     from smolstack.generation.answering import AnswerStream
     from smolstack.generation.options import AnswerOptions
     from smolstack.vlm import VLM
@@ -47,15 +46,32 @@ class Conversation:
     def __init__(self, vlm: VLM, chosen: AnswerOptions, *, verbose: bool = False) -> None:
         self.vlm, self.chosen, self.verbose = vlm, chosen, verbose
         self.messages: list[dict[str, Any]] = []
-        self.waiting: list[VisualTokens] = []
+        self.waiting: list[dict[str, Any]] = []  # parts of the next message
 
     def add_picture(self, path: str) -> None:
-        """Encode a picture for the next question."""
+        """Encode a picture, or a video, for the next question."""
+        from smolstack.processor.video import is_video
+
+        if is_video(path):
+            self._add_video(path)
+            return
         tiling = options.tiling_of(self.chosen)
         if self.verbose:
             note(plan_line(path, self.vlm.processor.plan(path, **tiling)))
         with progress(f"Reading {path} …"):
-            self.waiting.append(self.vlm.encode(path, **tiling))
+            visual = self.vlm.encode(path, **tiling)
+        self.waiting.append({"type": "image", "image": visual})
+
+    def _add_video(self, path: str) -> None:
+        from smolstack.processor.video import Frame
+
+        with progress(f"Reading {path} …"):
+            video = self.vlm.open_video(path)
+            seen = self.vlm.encode_video(video)
+        if self.verbose:
+            plans = [self.vlm.processor.plan(Frame(frame)) for frame in video.frames]
+            note(video_line(path, video, plans))
+        self.waiting.append({"type": "video", "video": seen})
 
     def reset(self) -> None:
         """Forget every turn and picture."""
@@ -63,8 +79,7 @@ class Conversation:
 
     def ask(self, text: str, *, interruptible: bool) -> None:
         """Answer one turn on stdout. After an error the conversation stands as before."""
-        pictures: list[dict[str, Any]] = [{"type": "image", "image": v} for v in self.waiting]
-        turn = {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+        turn = {"role": "user", "content": [*self.waiting, {"type": "text", "text": text}]}
         with progress("Reading the conversation …"):
             stream = self.vlm.stream(messages=[*self.messages, turn], **self.chosen)
             pieces = [next(stream, "")]

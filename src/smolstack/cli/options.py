@@ -106,6 +106,22 @@ MaxImageTokens = Annotated[
         rich_help_panel=_PICTURES,
     ),
 ]
+Fps = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        help="Frames of a video per second, at most; the checkpoint's (1) if left out.",
+        rich_help_panel=_PICTURES,
+    ),
+]
+MaxFrames = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Frames of a video, at most; the checkpoint's (64) if left out.",
+        rich_help_panel=_PICTURES,
+    ),
+]
 Upscale = Annotated[
     bool,
     typer.Option(

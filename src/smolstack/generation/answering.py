@@ -23,7 +23,8 @@ from smolstack.generation.structured import Choices, Grammars, Regex, Schema
 from smolstack.model.cache import KVCache
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.processor import Picture, Processor, Prompt
+from smolstack.processor.inputs import Picture
+from smolstack.processor.processor import Processor, Prompt
 
 
 class Answering:

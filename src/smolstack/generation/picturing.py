@@ -13,7 +13,8 @@ from smolstack.generation.pictures import PictureCache
 from smolstack.model.vision import distinct_tiles
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.processor import Picture, Processor
+from smolstack.processor.inputs import Picture
+from smolstack.processor.processor import Processor
 from smolstack.processor.tiles import cut_tiles, normalise, open_image
 
 

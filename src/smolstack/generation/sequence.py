@@ -20,7 +20,8 @@ from smolstack.generation.picturing import Cut, Picturing
 from smolstack.generation.prefixes import PrefixPool
 from smolstack.model.cache import KVCache
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.processor import Picture, Prompt
+from smolstack.processor.inputs import Picture
+from smolstack.processor.processor import Prompt
 
 Stage: TypeAlias = Literal["waiting", "pictures", "prefill", "decode", "done"]
 

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from smolstack.batch import Batch, VisualTokens
 from smolstack.config import ModelConfig
-from smolstack.errors import CheckpointError, ContextLengthError, ImageError, PromptError
+from smolstack.errors import (
+    CheckpointError,
+    ContextLengthError,
+    PromptError,
+    VideoError,
+)
 from smolstack.processor import prompt as prompts
 from smolstack.processor.geometry import TilePlan, Tiling, plan_tiles
+from smolstack.processor.inputs import Picture, PromptLike, as_messages
 from smolstack.processor.prompt import ChatTemplate, Markers, Message
+from smolstack.processor.scaling import resize
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tiles import ImageSource, cut_tiles, image_size, normalise, open_image
 from smolstack.processor.tokenizer import TextTokenizer
+from smolstack.processor.video import Frame, Video, VideoSettings, read_video
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Picture: TypeAlias = "ImageSource | VisualTokens"
-# What one sequence may be given as: a text, the messages of a chat, or either with its pictures.
-PromptLike: TypeAlias = "str | Sequence[Message] | tuple[Any, str | Sequence[Message]]"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Processor:
 
     Attributes:
         pointing: ids of tokens that point at what an answer reads, and are no part of its text.
+        videos: how many frames of a video are looked at.
     """
 
     def __init__(
@@ -59,8 +64,9 @@ class Processor:
         image_seq_len: int | None = None,
         *,
         pointing: range = range(0),
+        videos: VideoSettings | None = None,
     ) -> None:
-        self.pointing = pointing
+        self.pointing, self.videos = pointing, videos or VideoSettings()
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.markers = _markers(config, tokenizer)
         self.template = (
@@ -99,18 +105,18 @@ class Processor:
         return self.batch([self.prepare(entry, **tiling) for entry in entries])
 
     def prepare(self, entry: PromptLike, **tiling: Unpack[Tiling]) -> Prompt:
-        """One sequence: render, plan, expand, tokenize. No pixel is decoded.
+        """One sequence: render, plan, expand, tokenize. No pixel is decoded, but of videos.
 
         Raises:
             PromptError: a malformed chat, or placeholders and pictures that differ in number.
             ImageError: a picture that cannot be opened.
             ContextLengthError: more tokens than the model has positions.
         """
-        messages, pictures = _messages(entry)
+        messages, pictures = as_messages(entry, self.open_video)
         return self.prepare_text(self.render(messages), pictures, **tiling)
 
     def prepare_text(
-        self, rendered: str, pictures: Sequence[Picture], **tiling: Unpack[Tiling]
+        self, rendered: str, pictures: Sequence[Picture | Frame], **tiling: Unpack[Tiling]
     ) -> Prompt:
         """As :meth:`prepare`, of a prompt that is written out already, one placeholder per picture.
 
@@ -127,7 +133,8 @@ class Processor:
                 f"({sum(plan.visual_tokens for plan in plans)} of them visual), the model's "
                 f"context holds {limit}"
             )
-        return Prompt(text, ids, tuple(pictures), plans)
+        whole = (shown.image if isinstance(shown, Frame) else shown for shown in pictures)
+        return Prompt(text, ids, tuple(whole), plans)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         """Every id must have an embedding; a tokenizer may know more tokens than its model."""
@@ -158,9 +165,51 @@ class Processor:
             return ""
         return after[len(before) :].partition(mark)[0]
 
-    def plan(self, picture: Picture | tuple[int, int], **tiling: Unpack[Tiling]) -> TilePlan:
-        """The tile plan of a picture, of visual tokens, or of a size (width, height)."""
+    def open_video(
+        self, source: str | Path | Video, fps: float | None = None, max_frames: int | None = None
+    ) -> Video:
+        """Frames of a video file, as many as the checkpoint wants unless told otherwise.
+
+        Frames are kept in the size that the checkpoint resizes them to first.
+
+        Raises:
+            VideoError: it cannot be read.
+        """
+        if isinstance(source, Video):
+            return source
+        if not isinstance(source, (str, Path)):
+            raise VideoError(
+                f"found a {type(source).__name__}, expected a video: its path or a Video"
+            )
+
+        def shrink(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+            plan = self.plan(Frame(pixels))
+            planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+            smaller = resize(planes, plan.resized, self.settings.resample)
+            return np.ascontiguousarray(smaller.transpose(1, 2, 0))
+
+        return read_video(
+            source,
+            fps=self.videos.fps if fps is None else fps,
+            max_frames=self.videos.max_frames if max_frames is None else max_frames,
+            shrink=shrink,
+        )
+
+    def plan(
+        self, picture: Picture | Frame | tuple[int, int], **tiling: Unpack[Tiling]
+    ) -> TilePlan:
+        """The tile plan of a picture, of visual tokens, or of a size (width, height).
+
+        A frame of a video is one tile, whatever ``tiling`` says.
+        """
         size = self.tokens_per_tile
+        if isinstance(picture, Frame) and isinstance(picture.image, VisualTokens):
+            picture = picture.image
+        if isinstance(picture, Frame):
+            assert not isinstance(picture.image, VisualTokens)
+            edge = self.videos.longest_edge or self.settings.tile_edge
+            settings = replace(self.settings, longest_edge=edge)
+            return plan_tiles(image_size(picture.image), settings, size, split=False)
         if isinstance(picture, VisualTokens):
             edge = self.settings.tile_edge
             rows, cols = picture.rows, picture.cols
@@ -226,40 +275,6 @@ def _tokens_per_tile(config: ModelConfig, settings: ImageSettings) -> int:
             f"pixels and its scale_factor {scale} must divide the grid"
         )
     return (side // scale) ** 2
-
-
-def as_pictures(images: Any) -> list[Picture]:
-    """A picture, or a list of them, as a list; None is no picture."""
-    if images is None:
-        return []
-    single = (str, Path, bytes, Image.Image, np.ndarray, VisualTokens)
-    if isinstance(images, single):
-        return [images]
-    if not isinstance(images, Sequence):
-        raise ImageError(f"found a {type(images).__name__}, expected a picture or a list of them")
-    return list(images)
-
-
-def _messages(entry: PromptLike) -> tuple[list[dict[str, Any]], list[Picture]]:
-    """A sequence as messages and the pictures of their image parts, in order."""
-    pictures: Any = None
-    asked: Any = entry
-    if isinstance(entry, tuple) and len(entry) == 2:
-        pictures, asked = entry
-    given = as_pictures(pictures)
-    if isinstance(asked, str):
-        return [prompts.user_message(len(given), asked)], given
-    if isinstance(asked, tuple) or not isinstance(asked, Sequence):
-        raise PromptError(f"a prompt {entry!r:.80}, expected (pictures, text) or a chat")
-    messages, parts = prompts.split_messages(asked)
-    empty = sum(part is None for part in parts)
-    if empty != len(given):
-        raise PromptError(
-            f"the chat has {empty} image parts without a picture (under one of "
-            f"{list(prompts.IMAGE_KEYS)}) and {len(given)} pictures were given beside it"
-        )
-    rest = iter(given)
-    return messages, [next(rest) if part is None else part for part in parts]
 
 
 def _markers(config: ModelConfig, tokenizer: TextTokenizer) -> Markers:

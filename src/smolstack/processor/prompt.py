@@ -7,7 +7,7 @@ by hand, because some vocabularies have no tokens for the row and column markers
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -19,10 +19,12 @@ from jinja2.parser import Parser
 
 from smolstack.errors import PromptError
 from smolstack.processor.geometry import TilePlan
+from smolstack.processor.video import Frame, Video
 
 Message: TypeAlias = "Mapping[str, Any]"
 ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "path", "url", "bytes")
+VIDEO_KEYS = ("video", "path")
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,17 @@ def user_message(images: int, text: str) -> dict[str, Any]:
     }
 
 
-def split_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any]]:
+def split_messages(
+    messages: Sequence[Message], read_video: Callable[[Any], Video] | None = None
+) -> tuple[list[dict[str, Any]], list[Any]]:
     """A chat in the form that templates read, and its pictures in order.
 
     Content may be a string or a list of parts; a part is ``{"type": "text", "text": …}`` or
     ``{"type": "image", "image": …}`` (also under "path", "url" or "bytes").
+
+    Args:
+        read_video: what opens the ``video`` (or ``path``) of a part ``{"type": "video"}``, whose
+            frames then stand in its place; without it there are no such parts.
 
     Raises:
         PromptError: naming the message and part at fault.
@@ -105,8 +113,16 @@ def split_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], l
             elif kind == "image":
                 images.append(next((part[k] for k in IMAGE_KEYS if part.get(k) is not None), None))
                 parts.append({"type": "image"})
+            elif kind == "video" and read_video is not None:
+                given = next((part[k] for k in VIDEO_KEYS if part.get(k) is not None), None)
+                if given is None:
+                    raise PromptError(f"{where} has a video part without {' or '.join(VIDEO_KEYS)}")
+                video = read_video(given)
+                images += [Frame(frame) for frame in video.frames]
+                parts += video.parts()
             else:
-                raise PromptError(f"{where} has a part {part!r:.80}, expected text or image")
+                known = "text or image" if read_video is None else "text, image or video"
+                raise PromptError(f"{where} has a part {part!r:.80}, expected {known}")
         plain.append({"role": message["role"], "content": parts})
     return plain, images
 

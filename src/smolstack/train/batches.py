@@ -11,7 +11,8 @@ from torch import Tensor
 from smolstack.batch import VisualTokens
 from smolstack.errors import DataError
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.processor import Picture, Processor
+from smolstack.processor.inputs import Picture
+from smolstack.processor.processor import Processor
 from smolstack.processor.tiles import ImageSource
 from smolstack.train.data import Source
 from smolstack.train.supervision import IGNORED, Lesson, Supervisor

@@ -24,7 +24,8 @@ from smolstack.model.digest import weights_digest
 from smolstack.model.vision import distinct_tiles
 from smolstack.model.vlm import TILES_AT_ONCE, VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.processor import Picture, Processor
+from smolstack.processor.inputs import Picture
+from smolstack.processor.processor import Processor
 from smolstack.processor.tiles import ImageSource
 from smolstack.train.batches import as_source
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from smolstack.errors import DataError, SmolstackError
 from smolstack.processor.geometry import TilePlan, Tiling
-from smolstack.processor.processor import Picture, Processor
+from smolstack.processor.inputs import Picture
+from smolstack.processor.processor import Processor
 from smolstack.processor.prompt import Message, expand_placeholders, split_messages
 from smolstack.train.data import Example
 

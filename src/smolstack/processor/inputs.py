@@ -1,0 +1,63 @@
+"""What a sequence may be given as: a text or a chat, with pictures and videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from smolstack.batch import VisualTokens
+from smolstack.errors import ImageError, PromptError
+from smolstack.processor import prompt as prompts
+from smolstack.processor.prompt import Message
+from smolstack.processor.tiles import ImageSource
+from smolstack.processor.video import Frame, Video, is_video
+
+Picture: TypeAlias = "ImageSource | VisualTokens"
+Shown: TypeAlias = "Picture | Video"  # a path may be a video's
+# What one sequence may be given as: a text, the messages of a chat, or either with its pictures.
+PromptLike: TypeAlias = "str | Sequence[Message] | tuple[Any, str | Sequence[Message]]"
+
+
+def as_pictures(images: Any) -> list[Any]:
+    """A picture or a video, or a list of them, as a list; None is no picture."""
+    if images is None:
+        return []
+    single = (str, Path, bytes, Image.Image, np.ndarray, VisualTokens, Video)
+    if isinstance(images, single):
+        return [images]
+    if not isinstance(images, Sequence):
+        raise ImageError(f"found a {type(images).__name__}, expected a picture or a list of them")
+    return list(images)
+
+
+def as_messages(
+    entry: PromptLike, read_video: Callable[[Any], Video]
+) -> tuple[list[dict[str, Any]], list[Picture | Frame]]:
+    """A sequence as messages and the pictures of their image parts, in order."""
+    pictures: Any = None
+    asked: Any = entry
+    if isinstance(entry, tuple) and len(entry) == 2:
+        pictures, asked = entry
+    given = as_pictures(pictures)
+    if isinstance(asked, str):
+        if not any(map(is_video, given)):
+            return [prompts.user_message(len(given), asked)], given
+        kinds = ("video" if is_video(shown) else "image" for shown in given)
+        parts = [{"type": kind, kind: shown} for kind, shown in zip(kinds, given, strict=True)]
+        content = [*parts, {"type": "text", "text": asked}]
+        return prompts.split_messages([{"role": "user", "content": content}], read_video)
+    if isinstance(asked, tuple) or not isinstance(asked, Sequence):
+        raise PromptError(f"a prompt {entry!r:.80}, expected (pictures, text) or a chat")
+    messages, shown = prompts.split_messages(asked, read_video)
+    empty = sum(part is None for part in shown)
+    if empty != len(given):
+        raise PromptError(
+            f"the chat has {empty} image parts without a picture (under one of "
+            f"{list(prompts.IMAGE_KEYS)}) and {len(given)} pictures were given beside it"
+        )
+    rest = iter(given)
+    return messages, [next(rest) if part is None else part for part in shown]

@@ -1,0 +1,245 @@
+"""Videos: some frames of one, and the words that say when each was seen.
+
+A video is text and pictures: how many frames of how long a video, then each frame as one tile after
+its time, in the words of transformers' processor of SmolVLM2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from smolstack.batch import VisualTokens
+from smolstack.errors import ConfigError, ImageError, VideoError
+from smolstack.processor.tiles import MAX_PIXELS, ImageSource
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")
+SKIPPED = 1.0  # seconds that are left out at both ends of a long video
+SEEK = 8.0  # seconds to the next frame that is wanted, beyond which those between are not decoded
+
+Frames = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """How a checkpoint wants its videos.
+
+    Attributes:
+        fps: frames per second, at most.
+        max_frames: of a video, at most; of a longer one they are further apart.
+        longest_edge: pixels that a frame's longer side is resized to first.
+    """
+
+    fps: float = 1.0
+    max_frames: int = 64
+    longest_edge: int | None = None
+
+    @classmethod
+    def from_hf(cls, *places: Mapping[str, Any]) -> VideoSettings:
+        """From the objects where checkpoints say it, the first that does: ``video_sampling`` in
+        preprocessor_config.json, or the keys of video_preprocessor_config.json."""
+        found: dict[str, Any] = {}
+        for place in places:
+            sampling = place.get("video_sampling") or {}
+            told = {
+                "fps": sampling.get("fps", place.get("fps")),
+                "max_frames": sampling.get("max_frames", place.get("num_frames")),
+                "longest_edge": (sampling.get("video_size") or {}).get("longest_edge"),
+            }
+            found = {key: value for key, value in told.items() if value is not None} | found
+        return cls(**found)
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("fps", 0), ("max_frames", 1), ("longest_edge", 1)):
+            value = getattr(self, name)
+            if name == "longest_edge" and value is None:
+                continue
+            kinds = (int, float) if name == "fps" else (int,)
+            if isinstance(value, bool) or not isinstance(value, kinds) or value < lowest:
+                raise ConfigError(
+                    f"{name} of videos is {value!r:.40}, expected a number of at least {lowest}"
+                )
+        if self.fps == 0:
+            raise ConfigError("fps of videos is 0, expected more")
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames of a video, in order.
+
+    Attributes:
+        frames: pictures, or their visual tokens.
+        seconds: when each of them was seen.
+        duration: of the whole video, in seconds.
+    """
+
+    frames: Sequence[ImageSource | VisualTokens]
+    seconds: Sequence[float]
+    duration: float
+
+    def __post_init__(self) -> None:
+        if not self.frames or len(self.frames) != len(self.seconds):
+            raise VideoError(
+                f"a video has {len(self.frames)} frames and {len(self.seconds)} times, expected "
+                "one time for each, and one frame at least"
+            )
+        if min(self.seconds) < 0 or self.duration < 0:
+            raise VideoError("a video has times before its beginning, expected seconds from it")
+
+    def parts(self) -> list[dict[str, str]]:
+        """What stands for it in a message: text, and a picture for each frame."""
+        count, whole = spelled(len(self.frames)), timedelta(seconds=int(self.duration))
+        text = (
+            f"You are provided the following series of {count} frames from a {whole} "
+            "[H:MM:SS] video.\n"
+        )
+        parts = []
+        for seconds in self.seconds:
+            minute, second = divmod(int(seconds), 60)
+            text += f"\nFrame from {minute:02d}:{second:02d}:"
+            parts += [{"type": "text", "text": text}, {"type": "image"}]
+            text = ""
+        return [*parts, {"type": "text", "text": "\n\n"}]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture of a video: one tile, whatever its size."""
+
+    image: ImageSource | VisualTokens
+
+
+def is_video(source: object) -> bool:
+    """Whether this is a video: one, or a path with a video's suffix."""
+    if isinstance(source, (str, Path)):
+        return Path(source).suffix.lower() in SUFFIXES
+    return isinstance(source, Video)
+
+
+def spelled(number: int) -> str:
+    """A number in English words."""
+    try:
+        from num2words import num2words
+    except ImportError:
+        raise VideoError(
+            "videos need the packages av and num2words (pip install 'smolstack[video]')"
+        ) from None
+    return str(num2words(number))
+
+
+def pick_frames(total: int, rate: float, fps: float, most: int) -> list[int]:
+    """Numbers of the frames to look at, of ``total`` at ``rate`` per second.
+
+    About ``fps`` a second and ``most`` at most, evenly from the first to the last. As transformers'
+    processor of SmolVLM does, a second at both ends is left out where the video without them has
+    more seconds than ``most · fps``.
+    """
+    duration = total / rate
+    wanted = max(1, min(round(fps * duration), most))
+    first, last = 0, total - 1
+    if duration - 2 * SKIPPED > most * fps:
+        first, last = int(SKIPPED * rate), min(int(total - SKIPPED * rate), total - 1)
+        if first >= last:
+            first, last = 0, total - 1
+    return sorted({int(place) for place in np.linspace(first, last, wanted, dtype=int)})
+
+
+def read_video(
+    path: str | Path,
+    *,
+    fps: float = 1.0,
+    max_frames: int = 64,
+    shrink: Callable[[Frames], Frames] | None = None,
+) -> Video:
+    """Some frames of a video file, upright.
+
+    Args:
+        path: of any format that FFmpeg reads.
+        fps: frames per second, at most.
+        max_frames: at most.
+        shrink: what to make of each frame (H, W, 3) at once, to keep less.
+
+    Raises:
+        VideoError: PyAV is not installed; the file is missing, damaged, no video, or has no frames.
+        ConfigError: fps or max_frames are no such numbers.
+    """
+    VideoSettings(fps, max_frames)
+    try:
+        import av
+    except ImportError:
+        raise VideoError(
+            "videos need the packages av and num2words (pip install 'smolstack[video]')"
+        ) from None
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"{path} is {'a folder' if path.exists() else 'not there'}, expected a "
+                         "video file")  # fmt: skip
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{path} has no video, expected some frames")
+            rate, total = _measures(container)
+            places = pick_frames(total, rate, fps, max_frames)
+            found = list(_decoded(container, [place / rate for place in places], 0.5 / rate))
+    except (av.error.FFmpegError, ImageError) as error:
+        raise VideoError(f"{path} cannot be read as a video: {error}") from error
+    if not found:
+        raise VideoError(f"{path} has no frame that can be decoded")
+    frames = [pixels if shrink is None else shrink(pixels) for _, pixels in found]
+    return Video(frames, [seconds for seconds, _ in found], total / rate)
+
+
+def _measures(container: Any) -> tuple[float, int]:
+    """Frames per second, and how many there are; some formats do not say how many."""
+    stream = container.streams.video[0]
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    seconds = 0.0
+    if stream.duration is not None and stream.time_base is not None:
+        seconds = float(stream.duration * stream.time_base)
+    elif container.duration is not None:
+        seconds = container.duration / 1e6
+    rate = rate or 24.0
+    return rate, max(1, stream.frames or round(seconds * rate))
+
+
+def _decoded(
+    container: Any, wanted: Sequence[float], near: float
+) -> Iterator[tuple[float, Frames]]:
+    """(seconds, pixels) of the frames at some times, or the next after each.
+
+    Args:
+        wanted: seconds from the first frame, rising.
+        near: how much too early a frame may be.
+    """
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    start = float((stream.start_time or 0) * stream.time_base)
+    rest = list(wanted)
+    frames = container.decode(stream)
+    while rest:
+        frame = next(frames, None)
+        if frame is None:
+            return
+        seconds = float(frame.time or 0.0) - start
+        if seconds >= rest[0] - near:
+            yield max(0.0, seconds), _upright(frame)
+            rest = [other for other in rest if other - near > seconds]
+            if rest and rest[0] - seconds > SEEK:
+                place = int((rest[0] + start) / stream.time_base)
+                container.seek(place, stream=stream, backward=True)
+                frames = container.decode(stream)
+
+
+def _upright(frame: Any) -> Frames:
+    """Pixels (H, W, 3) of a frame, turned as its file says: telephones lie on their side."""
+    if frame.width * frame.height > MAX_PIXELS:
+        raise ImageError(f"a frame has {frame.width}x{frame.height} pixels, more than {MAX_PIXELS}")
+    pixels: Frames = frame.to_ndarray(format="rgb24")
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels, turns))
