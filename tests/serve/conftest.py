@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,6 +69,12 @@ class Process:
             for line in text.splitlines()
             if re.match(rf"smolstack_{name}(\{{.*\}})? ", line)
         )
+
+    def until(self, reached: Callable[[], bool], seconds: float = 60) -> None:
+        """Ask again and again until something is so."""
+        end = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < end, f"not so after {seconds:g} s"
 
 
 @contextmanager

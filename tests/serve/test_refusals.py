@@ -257,12 +257,9 @@ def test_a_client_that_goes_away_stops_its_work(tight: Process, stream: bool) ->
             + f"Content-Length: {len(body)}\r\n\r\n".encode()
             + body
         )
-        while tight.metric("running", "secret") < 1:
-            pass
-    while tight.metric("answers_abandoned_total", "secret") == before:
-        pass
-    while tight.metric("running", "secret") + tight.metric("queued", "secret"):
-        pass
+        tight.until(lambda: tight.metric("running", "secret") >= 1)
+    tight.until(lambda: tight.metric("answers_abandoned_total", "secret") > before)
+    tight.until(lambda: not tight.metric("running", "secret") + tight.metric("queued", "secret"))
     assert tight.metric("answers_abandoned_total", "secret") - before >= 1
 
 

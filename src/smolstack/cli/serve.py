@@ -11,7 +11,7 @@ import typer
 
 from smolstack.cli import options
 from smolstack.cli.console import note
-from smolstack.errors import GenerationError
+from smolstack.errors import ConfigError, GenerationError
 
 EXAMPLES = """
 **Examples**
@@ -171,6 +171,11 @@ def serve(
     listener = _listen(host, port)
     with listener:
         vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
+        if vlm.config.embedding_dim is not None:
+            raise ConfigError(
+                f"{vlm.folder} ends in an embedding head and answers nothing, expected a language "
+                "model; smolstack map --embed retrieval and smolstack search are for it"
+            )
         shown = f"[{host}]" if ":" in host else host
         note(f"Serving {settings.name} at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
         run(vlm, settings, listener, log_level="info" if verbose else "warning")

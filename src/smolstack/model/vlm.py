@@ -159,7 +159,10 @@ class VisionLanguageModel(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """Scores of the next token: (B, T, D) → (B, T, V)."""
         if self.config.embedding_dim is not None:
-            raise ConfigError("this checkpoint ends in an embedding head; use embed() instead")
+            raise ConfigError(
+                "this checkpoint ends in an embedding head and answers nothing; embed_pages and "
+                "embed_queries (smolstack map --embed retrieval, smolstack search) are for it"
+            )
         if self.head is not None:
             scores: Tensor = self.head(states)
             return scores
