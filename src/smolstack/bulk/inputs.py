@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +22,8 @@ from smolstack.bulk.tables import (
     column_names,
     read_table,
 )
-from smolstack.errors import BulkError
+from smolstack.errors import BulkError, ImageError
+from smolstack.processor.pdf import SUFFIX, count_pages, page_of
 
 Pictures: TypeAlias = "str | Path | Sequence[str | Path | bytes]"
 # What a folder is searched for; a glob or a table takes whatever it names.
@@ -37,6 +38,7 @@ PICTURE_SUFFIXES = frozenset(
         ".jpeg",
         ".jpg",
         ".pbm",
+        SUFFIX,  # each page of it
         ".pgm",
         ".png",
         ".pnm",
@@ -117,8 +119,31 @@ def walk(folder: Path) -> Iterator[Row]:
     Hidden files and folders are passed over, and links to folders are not followed.
     """
     root = folder.absolute()
-    for index, path in enumerate(_walk(str(root))):
-        yield Row(index, os.path.relpath(path, root).replace(os.sep, "/"), path=path)
+    found = _walk(str(root))
+    yield from _rows((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in found)
+
+
+def _rows(files: Iterable[tuple[str, str]]) -> Iterator[Row]:
+    """A row for each picture of some (names, paths), and for each page of a PDF file."""
+    index = 0
+    for name, path in files:
+        for row in _pages(index, name, path):
+            yield row
+            index += 1
+
+
+def _pages(index: int, name: str, path: str) -> Iterator[Row]:
+    page = page_of(path)
+    if page is None or page.number is not None:
+        yield Row(index, name, path=path)
+        return
+    try:
+        count = count_pages(page.path)
+    except ImageError as error:
+        yield Row(index, name, path=path, error=str(error))
+        return
+    for number in range(1, count + 1):
+        yield Row(index + number - 1, f"{name}#page={number}", path=f"{path}#page={number}")
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -137,8 +162,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _named(files: Sequence[Path]) -> Iterator[Row]:
-    for index, file in enumerate(files):
-        yield Row(index, str(file), path=str(file.absolute()))
+    yield from _rows((str(file), str(file.absolute())) for file in files)
 
 
 def _from_list(pictures: Sequence[str | Path | bytes]) -> Input:
@@ -152,9 +176,13 @@ def _from_list(pictures: Sequence[str | Path | bytes]) -> Input:
         digest.update(str(len(content)).encode() + b":" + content)
 
     def rows() -> Iterator[Row]:
-        for index, picture in enumerate(pictures):
+        index = 0
+        for picture in pictures:
             value = picture if isinstance(picture, bytes) else str(picture)
-            yield as_row(index, value, None, Path())
+            row = as_row(index, value, None, Path())
+            some = [row] if row.path is None else list(_pages(index, row.id, row.path))
+            yield from some
+            index += len(some)
 
     identity = f"a list of {len(pictures)}, sha256 {digest.hexdigest()[:16]}"
     return Input({"pictures": identity}, rows)

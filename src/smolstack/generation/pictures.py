@@ -27,7 +27,7 @@ from smolstack.model.digest import version_of, weights_digest
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.settings import ImageSettings
-from smolstack.processor.tiles import ImageSource
+from smolstack.processor.tiles import ImageSource, file_content
 
 DEFAULT_PICTURE_BYTES = 128 * 2**20
 DEFAULT_FOLDER_BYTES = 4 * 2**30
@@ -72,10 +72,8 @@ class PictureCache:
     ) -> bytes:
         """A digest of everything that a picture's visual tokens depend on."""
         digest = hashlib.sha256(_FORMAT)
-        if isinstance(picture, (str, Path)):
-            digest.update(b"file" + Path(picture).read_bytes())
-        elif isinstance(picture, bytes):
-            digest.update(b"file" + picture)
+        if isinstance(picture, (str, Path, bytes)):
+            digest.update(b"file" + file_content(picture))
         elif isinstance(picture, Image.Image):
             # The palette and a transparent colour stand beside the pixels.
             extra = (picture.mode, picture.getpalette(), repr(picture.info.get("transparency")))

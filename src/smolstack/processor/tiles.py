@@ -16,6 +16,7 @@ from torch import Tensor
 from smolstack.errors import ImageError
 from smolstack.native import library as native
 from smolstack.processor.geometry import TilePlan
+from smolstack.processor.pdf import page_of
 from smolstack.processor.scaling import resize
 from smolstack.processor.settings import ImageSettings
 
@@ -30,7 +31,8 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     taken as it is. Transparency is laid over white.
 
     Args:
-        source: a path, a file's bytes, a Pillow picture, or a uint8 array (H, W, 3).
+        source: a path (also of a page, ``report.pdf#page=3``), a file's bytes, a Pillow picture, or
+            a uint8 array (H, W, 3).
         max_pixels: larger pictures are refused before they are decoded.
 
     Raises:
@@ -41,6 +43,10 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     if isinstance(source, Image.Image):
         _check_size("the picture", source.size, max_pixels)
         return _to_rgb(source, "the picture")
+    page = page_of(source)
+    if page is not None:
+        _check_size(str(page), page.size(), max_pixels)
+        return page.render()
     name, opened = _open(source)
     with opened:
         _check_size(name, opened.size, max_pixels)
@@ -53,6 +59,11 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
         return _from_array(source, max_pixels).size
     if isinstance(source, Image.Image):
         return source.size
+    page = page_of(source)
+    if page is not None:
+        size = page.size()
+        _check_size(str(page), size, max_pixels)
+        return size
     name, opened = _open(source)
     with opened:
         _check_size(name, opened.size, max_pixels)
@@ -62,6 +73,14 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
             # A PNG is read to its end for this.
             raise ImageError(f"{name} is damaged or truncated: {error}") from error
         return (opened.height, opened.width) if turned else opened.size
+
+
+def file_content(source: str | Path | bytes) -> bytes:
+    """What a picture that is given as a file depends on."""
+    if isinstance(source, bytes):
+        return source
+    page = page_of(source)
+    return Path(source).read_bytes() if page is None else page.content()
 
 
 def cut_tiles(image: Image.Image, plan: TilePlan, settings: ImageSettings) -> Tensor:

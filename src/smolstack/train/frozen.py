@@ -26,7 +26,7 @@ from smolstack.model.vlm import TILES_AT_ONCE, VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.inputs import Picture
 from smolstack.processor.processor import Processor
-from smolstack.processor.tiles import ImageSource
+from smolstack.processor.tiles import ImageSource, file_content
 from smolstack.train.batches import as_source
 
 FORMAT = b"1"  # counts up when what is stored changes its meaning
@@ -119,10 +119,8 @@ class FrozenTower:
 
 def _content(picture: ImageSource) -> bytes:
     """A digest of what a picture holds."""
-    if isinstance(picture, (str, Path)):
-        return hashlib.sha256(b"file" + Path(picture).read_bytes()).digest()
-    if isinstance(picture, bytes):
-        return hashlib.sha256(b"file" + picture).digest()
+    if isinstance(picture, (str, Path, bytes)):
+        return hashlib.sha256(b"file" + file_content(picture)).digest()
     if isinstance(picture, Image.Image):
         beside = (
             picture.mode,
