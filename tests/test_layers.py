@@ -23,6 +23,7 @@ ORDER = [
     ("retrieval",),
     ("vlm",),
     ("bulk",),
+    ("documents",),
     ("interop", "cli", "train", "serve", "bench"),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -18,6 +18,7 @@ from smolstack.cli import (
     bench,
     chat,
     console,
+    convert,
     diff,
     export,
     inspect,
@@ -102,6 +103,7 @@ def smolstack(
 
 app.command(epilog=ask.EXAMPLES)(ask.ask)
 app.command(epilog=chat.EXAMPLES)(chat.chat)
+app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command("map", epilog=map.EXAMPLES)(map.map_)
 app.command(epilog=search.EXAMPLES)(search.search)
 app.command(epilog=plan.EXAMPLES)(plan.plan)

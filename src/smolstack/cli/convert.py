@@ -1,0 +1,103 @@
+"""``smolstack convert``: a PDF file or scanned pages as Markdown, HTML or JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smolstack.cli import options
+from smolstack.cli.console import note, plural, show, show_json
+from smolstack.cli.rate import progress
+
+EXAMPLES = """
+**Examples**
+
+`smolstack convert report.pdf --out report.md --model ibm-granite/granite-docling-258M`
+
+`smolstack convert scans/ --out book.html --model docling-project/SmolDocling-256M-preview --dtype int8`
+
+`smolstack convert report.pdf --out report.doctags --model ibm-granite/granite-docling-258M`
+
+Cut off in any way, the same command goes on where it was.
+"""  # noqa: E501 - a command is one line
+SHOWN = 8  # pages that are named at most
+
+
+def convert(
+    pages: Annotated[
+        str,
+        typer.Argument(
+            metavar="PAGES",
+            help="A PDF file, or a folder, glob or table of pictures; or the .parquet file that "
+            "`smolstack map` wrote about pages.",
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="The document: .md, .html, .json or .doctags."
+        ),
+    ],
+    model: options.ModelOption = None,
+    revision: options.RevisionOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = "auto",
+    threads: options.ThreadsOption = None,
+    question: Annotated[
+        str, typer.Option(help="What the model is asked about each page.")
+    ] = "Convert this page to docling.",
+    max_image_tokens: options.MaxImageTokens = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a page, at most.")] = 8192,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Forget what an earlier run did, and replace the document."),
+    ] = False,
+    json: options.JsonOption = False,
+) -> None:
+    """Read the pages of a document with a document model (SmolDocling, granite-docling).
+
+    A page that cannot be opened, or whose reading was cut off, is named at the end; all others are
+    in the document.
+    """
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    from smolstack.documents import convert as convert_pages
+
+    with progress(out) as tell:
+        done = convert_pages(
+            pages,
+            out,
+            model=model,
+            revision=revision,
+            dtype=dtype.value,
+            device=device,
+            question=question,
+            restart=restart,
+            on_progress=tell,
+            max_image_tokens=max_image_tokens,
+            max_new_tokens=max_new_tokens,
+        )
+    if json:
+        show_json(
+            {
+                "out": str(done.out),
+                "pages": done.pages,
+                "unread": {page.name: page.error for page in done.unread},
+                "cut": {page.name: page.finish_reason for page in done.cut},
+            }
+        )
+        return
+    for page in done.unread[:SHOWN]:
+        note(f"{page.name}: not read: {page.error}")
+    for page in done.cut[:SHOWN]:
+        why = "went round in circles" if page.finish_reason == "repetition" else "was cut off"
+        note(f"{page.name}: its reading {why}; what was read is kept")
+    rest = max(0, len(done.unread) - SHOWN) + max(0, len(done.cut) - SHOWN)
+    if rest:
+        note(f"and {rest} more")
+    show(f"{done.out}: {plural(done.pages, 'page')}")
