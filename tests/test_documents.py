@@ -156,6 +156,8 @@ def test_what_cannot_be_written_or_read_is_refused_at_once(
         convert(table, tmp_path / "gone" / "report.md")
     with pytest.raises(BulkError, match="found nothing, expected a folder"):
         convert(tmp_path / "gone.pdf", tmp_path / "report.md", model=tiny_vlm)
+    with pytest.raises(BulkError, match=r"read by a document model .* found none"):
+        convert(tmp_path / "gone.pdf", tmp_path / "report.md")
     answered(tmp_path / "report.md.pages.parquet", FIRST)
     with pytest.raises(BulkError, match="is left of an earlier conversion"):
         convert(document(tmp_path / "a.pdf", [(9, 9)]), tmp_path / "report.md", model=tiny_vlm)

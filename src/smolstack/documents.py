@@ -89,7 +89,8 @@ def convert(
         pages: a PDF file, or whatever else :func:`smolstack.bulk.map_pictures` takes; or the
             .parquet table of such a job about pages, whose answers are then used.
         out: the document, .md, .html, .json (docling's) or .doctags (as the model wrote it).
-        model, revision, dtype, device: as for :func:`smolstack.load`; a document model.
+        model, revision, dtype, device: as for :func:`smolstack.load`; a document model, which a
+            table of answers alone can do without.
         question: what the model is asked about each page.
         restart: forget what an earlier run did, and replace the document.
         on_progress: called now and then.
@@ -105,6 +106,11 @@ def convert(
     if _is_answered(pages):
         read = _read_table(Path(pages))  # type: ignore[arg-type]
         return _write(out, read)
+    if model is None:
+        raise BulkError(
+            "pages are read by a document model (model, --model), such as "
+            "ibm-granite/granite-docling-258M; found none"
+        )
     from smolstack.bulk import map_pictures
 
     table = out.with_name(f"{out.name}.pages.parquet")
