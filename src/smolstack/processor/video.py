@@ -186,13 +186,17 @@ def read_video(
                 raise VideoError(f"{path} has no video, expected some frames")
             rate, total = _measures(container)
             places = pick_frames(total, rate, fps, max_frames)
-            found = list(_decoded(container, [place / rate for place in places], 0.5 / rate))
+            decoded = _decoded(container, [place / rate for place in places], 0.5 / rate)
+            # One after another: sixty whole frames of a large video are hundreds of megabytes.
+            found = [
+                (seconds, pixels if shrink is None else shrink(pixels))
+                for seconds, pixels in decoded
+            ]
     except (av.error.FFmpegError, ImageError) as error:
         raise VideoError(f"{path} cannot be read as a video: {error}") from error
     if not found:
         raise VideoError(f"{path} has no frame that can be decoded")
-    frames = [pixels if shrink is None else shrink(pixels) for _, pixels in found]
-    return Video(frames, [seconds for seconds, _ in found], total / rate)
+    return Video([pixels for _, pixels in found], [seconds for seconds, _ in found], total / rate)
 
 
 def _measures(container: Any) -> tuple[float, int]:
@@ -222,11 +226,13 @@ def _decoded(
     start = float((stream.start_time or 0) * stream.time_base)
     rest = list(wanted)
     frames = container.decode(stream)
+    seconds = -2 * near
     while rest:
         frame = next(frames, None)
         if frame is None:
             return
-        seconds = float(frame.time or 0.0) - start
+        # Where a file does not say when a frame is shown, it follows the last one.
+        seconds = seconds + 2 * near if frame.time is None else float(frame.time) - start
         if seconds >= rest[0] - near:
             yield max(0.0, seconds), _upright(frame)
             rest = [other for other in rest if other - near > seconds]
