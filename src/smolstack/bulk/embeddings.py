@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from smolstack.batch import VisualTokens
 from smolstack.bulk.rows import Row, plain
@@ -25,104 +27,99 @@ EMBED = "smolstack.embed"  # in the metadata of a table of pages: that it is one
 SHAPE = "smolstack.shape"  # and the shape of the model that made it
 
 
-class Embeddings(Pictures):
-    """Visual tokens of every picture, or their mean: what the decoder would read.
-
-    ``embedding`` is a list of n·S lists of D numbers (its tiles in reading order, the whole
-    picture last), or with kind "mean" one list of D numbers.
-    """
+class _Kept(Pictures):
+    """One row of numbers for each picture: what both kinds of embeddings share."""
 
     records = 1
 
-    def __init__(self, vlm: VLM, kind: str, dtype: str, tiling: Tiling) -> None:
-        check_embedding(kind, dtype)
+    def __init__(self, vlm: VLM, tiling: Tiling, dtype: str, about: dict[str, str] | None) -> None:
         super().__init__(vlm, tiling)
-        self.kind, (self.dtype, number) = kind, _DTYPES[dtype]
-        width = vlm.config.text.hidden_size
-        vector = pa.list_(number, width)
-        self.schema = pa.schema(
-            [
-                *ABOUT,
-                ("embedding", vector if kind == "mean" else pa.list_(vector)),
-                *((name, pa.int32()) for name in ("rows", "cols", "visual_tokens")),
-                ("error", pa.string()),
-            ]
-        )
-
-    def plan(self, row: Row) -> int:
-        return self.processor.plan(row.picture, **self.tiling).visual_tokens
-
-    def prepare(self, row: Row) -> list[Prompt]:
-        picture = row.picture
-        return [Prompt("", (), (picture,), (self.processor.plan(picture, **self.tiling),))]
-
-    def work(self, loaded: Loaded) -> pa.RecordBatch:
-        records = [{**self.about(row), "error": plain(error)} for row, error in loaded.errors]
-        if loaded.encoding is not None:
-            for row, prompt in zip(loaded.rows, loaded.encoding.finish(), strict=True):
-                visual = prompt.pictures[0]
-                assert isinstance(visual, VisualTokens)
-                records.append({**self.about(row), **self._record(visual)})
-        return self.batch(records)
-
-    def _record(self, visual: VisualTokens) -> dict[str, Any]:
-        tokens = visual.tokens.flatten(0, 1).float()
-        kept = tokens.mean(dim=0) if self.kind == "mean" else tokens
-        numbers = kept.to(self.dtype).cpu().numpy()
-        return {
-            "embedding": numbers if self.kind == "mean" else list(numbers),
-            "rows": visual.rows,
-            "cols": visual.cols,
-            "visual_tokens": len(visual),
-        }
-
-
-class Pages(Pictures):
-    """Late-interaction vectors of every page, by a retrieval model.
-
-    ``embedding`` is a list of T lists of E numbers.
-    """
-
-    records = 1
-
-    def __init__(self, vlm: VLM, dtype: str, tiling: Tiling) -> None:
-        check_embedding(RETRIEVAL, dtype)
-        super().__init__(vlm, tiling)
-        width = check_head(vlm.model, vlm.folder)
         self.dtype, number = _DTYPES[dtype]
         self.schema = pa.schema(
             [
                 *ABOUT,
-                ("embedding", pa.list_(pa.list_(number, width))),
+                ("embedding", self.column(vlm, number)),
                 *((name, pa.int32()) for name in ("rows", "cols", "visual_tokens")),
                 ("error", pa.string()),
             ],
-            {EMBED: RETRIEVAL, SHAPE: shape_of(vlm)},
+            about,
         )
+
+    def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
+        """The type of an embedding."""
+        raise NotImplementedError
+
+    def embed(self, prompts: list[Prompt]) -> Iterable[Tensor]:
+        """An embedding for each prompt, whose pictures are visual tokens."""
+        raise NotImplementedError
 
     def plan(self, row: Row) -> int:
         return self.processor.plan(row.picture, **self.tiling).visual_tokens
-
-    def prepare(self, row: Row) -> list[Prompt]:
-        return page_prompts(self.processor, [row.picture], PAGE_PROMPT, self.tiling)
 
     def work(self, loaded: Loaded) -> pa.RecordBatch:
         records = [{**self.about(row), "error": plain(error)} for row, error in loaded.errors]
         if loaded.encoding is not None:
             prompts = loaded.encoding.finish()
-            vectors = embed(self.answering, prompts)
-            for row, prompt, of_page in zip(loaded.rows, prompts, vectors, strict=True):
-                plan = prompt.plans[0]
+            for row, prompt, found in zip(loaded.rows, prompts, self.embed(prompts), strict=True):
+                numbers, plan = found.to(self.dtype).cpu().numpy(), prompt.plans[0]
                 records.append(
                     {
                         **self.about(row),
-                        "embedding": list(of_page.to(self.dtype).cpu().numpy()),
+                        "embedding": numbers if numbers.ndim == 1 else list(numbers),
                         "rows": plan.rows,
                         "cols": plan.cols,
                         "visual_tokens": plan.visual_tokens,
                     }
                 )
         return self.batch(records)
+
+
+class Embeddings(_Kept):
+    """Visual tokens of every picture, or their mean: what the decoder would read.
+
+    ``embedding`` is a list of n·S lists of D numbers (its tiles in reading order, the whole
+    picture last), or with kind "mean" one list of D numbers.
+    """
+
+    def __init__(self, vlm: VLM, kind: str, dtype: str, tiling: Tiling) -> None:
+        check_embedding(kind, dtype)
+        self.kind = kind
+        super().__init__(vlm, tiling, dtype, None)
+
+    def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
+        vector = pa.list_(number, vlm.config.text.hidden_size)
+        return vector if self.kind == "mean" else pa.list_(vector)
+
+    def prepare(self, row: Row) -> list[Prompt]:
+        picture = row.picture
+        return [Prompt("", (), (picture,), (self.processor.plan(picture, **self.tiling),))]
+
+    def embed(self, prompts: list[Prompt]) -> Iterator[Tensor]:
+        for prompt in prompts:
+            visual = prompt.pictures[0]
+            assert isinstance(visual, VisualTokens)
+            tokens = visual.tokens.flatten(0, 1).float()
+            yield tokens.mean(dim=0) if self.kind == "mean" else tokens
+
+
+class Pages(_Kept):
+    """Late-interaction vectors of every page, by a retrieval model.
+
+    ``embedding`` is a list of T lists of E numbers.
+    """
+
+    def __init__(self, vlm: VLM, dtype: str, tiling: Tiling) -> None:
+        check_embedding(RETRIEVAL, dtype)
+        super().__init__(vlm, tiling, dtype, {EMBED: RETRIEVAL, SHAPE: shape_of(vlm)})
+
+    def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
+        return pa.list_(pa.list_(number, check_head(vlm.model, vlm.folder)))
+
+    def prepare(self, row: Row) -> list[Prompt]:
+        return page_prompts(self.processor, [row.picture], PAGE_PROMPT, self.tiling)
+
+    def embed(self, prompts: list[Prompt]) -> Iterator[Tensor]:
+        return embed(self.answering, prompts)
 
 
 def shape_of(vlm: VLM) -> str:
