@@ -49,6 +49,7 @@ def adapter(tiny_folder: Path, tmp_path: Path) -> Path:
     "settings",
     [
         {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj", "out_proj"]},
+        {"r": 4, "target_modules": "all-linear", "bias": "all", "init_lora_weights": "gaussian"},
         {"r": 2, "use_rslora": True, "target_modules": r".*text_model.*(q_proj|up_proj)"},
         {
             "r": 4,
@@ -67,7 +68,8 @@ def test_logits_are_those_of_peft_on_transformers(
     model = peft.get_peft_model(load_model(tiny_folder), peft.LoraConfig(**settings))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
+            biased = name.endswith("bias") and "bias" in settings
+            if "lora_B" in name or "modules_to_save" in name or biased:
                 weight.add_(0.2 * torch.randn_like(weight))
     model.save_pretrained(str(tmp_path / "adapter"))
     assert not (tmp_path / "adapter" / "config.json").exists()
@@ -140,6 +142,13 @@ def test_a_folder_with_weights_of_its_own_is_a_whole_checkpoint(
         ({"peft_type": "LOHA"}, "peft_type 'LOHA', expected 'LORA'"),
         ({"use_dora": True}, "use_dora True, expected False"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out True, expected False"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights 'pissa_niter_4', expected True",
+        ),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora', expected True"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens \\[1\\], expected None"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication .* expected None"),
         (
             {"base_model_name_or_path": None},
             "base_model_name_or_path None, expected the checkpoint",

@@ -24,8 +24,23 @@ from smolstack.errors import CheckpointError
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's, before the name that the base checkpoint has
 LOW, HIGH = "lora_A", "lora_B"  # (rank, in), (out, rank)
-# Settings that change what an adapter computes, and the one value that is understood.
-PLAIN = {"peft_type": "LORA", "use_dora": False, "fan_in_fan_out": False}
+# Settings that change what an adapter computes, and the values that are understood.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    # Other beginnings (PiSSA, OLoRA, CorDA, LoftQ …) take from the base's weights what they put
+    # into the adapter, so that W + B·A would count it twice.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
 
 
 @dataclass(frozen=True)
@@ -103,9 +118,9 @@ def find_adapter(folder: Path) -> Adapter | None:
     path = folder / ADAPTER_CONFIG
     settings = read_json(path)
     for name, expected in PLAIN.items():
-        found = settings.get(name, expected)
-        if found != expected and not (found is None and expected is False):
-            raise CheckpointError(f"{path} has {name} {found!r:.40}, expected {expected!r}")
+        found = settings.get(name, expected[0])
+        if found not in expected:
+            raise CheckpointError(f"{path} has {name} {found!r:.40}, expected {expected[0]!r}")
     base_name = settings.get("base_model_name_or_path")
     if not isinstance(base_name, str) or not base_name:
         raise CheckpointError(
@@ -153,7 +168,7 @@ def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
     pairs: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     for key, shape in shapes.items():
-        name = key.removeprefix(PREFIX)
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         layer, kind = _parted(name)
         target = name if kind is None else f"{layer}.weight"
         entry = entries.get(target)
