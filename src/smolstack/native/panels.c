@@ -222,6 +222,8 @@ void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t 
         [INT4] = {int4_1, int4_8},
     };
     const Target target = {linear, x, finish, out, from, stride};
+    // A share may be empty. Its first panel would be another thread's last one.
+    if (from >= to) return;
     int64_t end = (to + PANEL - 1) / PANEL;
     for (int64_t panel = from / PANEL; panel < end;) {
         int count = x->rows == 1 ? 1 : next_panels(end - panel);
