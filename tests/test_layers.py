@@ -17,6 +17,7 @@ ORDER = [
     ("native",),
     ("processor",),
     ("model",),
+    ("quantization",),
     ("family",),
     ("checkpoint",),
     ("generation",),

@@ -610,7 +610,7 @@ def fresh_scores(layer: int, tokens: torch.Tensor) -> torch.Tensor:
     model = fresh_model(0)
     attention = [m for m in model.decoder.modules() if isinstance(m, TextAttention)][layer]
     tokens, count = tokens[None], len(tokens)
-    cos, sin = model.decoder._angles(0, count, None, tokens)
+    cos, sin = model.decoder.angles(0, count, None, tokens)
     query = rotate(split_heads(attention.query(tokens), 4), cos, sin)
     key = rotate(split_heads(attention.key(tokens), 2), cos, sin).repeat_interleave(2, dim=1)
     scores = (query @ key.transpose(-1, -2))[0] / math.sqrt(query.shape[-1])
@@ -660,7 +660,7 @@ def test_a_fresh_decoder_looks_at_the_visual_token_of_the_cell_pointed_at() -> N
             pointed = torch.tensor([[cell_id(Cell(row, col)), ord("a")]])
             ids = torch.cat([prompt, pointed], dim=1)
             stream = model.decoder.embedding(ids).index_copy(1, spots, visual)
-            cos, sin = model.decoder._angles(0, ids.shape[1], None, stream)
+            cos, sin = model.decoder.angles(0, ids.shape[1], None, stream)
             for layer in list(model.decoder.layers)[:2]:
                 stream = layer(stream, cos, sin, None, None)
             third = model.decoder.layers[2]

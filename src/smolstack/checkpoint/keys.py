@@ -1,7 +1,7 @@
 """One table of weight names, read in both directions.
 
 Left stands smolstack's module, right the name that Hugging Face checkpoints use; ``{i}`` is a
-layer index. A module's weight, its scale (of integers) and bias follow it. An unknown name is an
+layer index. A module's weight and bias follow it, or what its integers are kept in. An unknown name is an
 error, never ignored.
 """
 
@@ -42,7 +42,14 @@ TABLE: tuple[tuple[str, str], ...] = (
 )
 # The module `head` is lm_head in a language model and `linear` in a retrieval model (ColSmol).
 LM_HEAD, EMBEDDING_HEAD = "lm_head", "linear"
-KINDS = ("weight", "weight_scale", "bias")
+KINDS = (
+    "weight",
+    "bias",
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_shape",
+)
 _INDEX = re.compile(r"\.(\d+)(?=\.)")
 
 

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import torch
 
-from smolstack.checkpoint import keys
+from smolstack.checkpoint import compressed, keys
 from smolstack.checkpoint.adapter import Changes, find_adapter, read_changes
 from smolstack.checkpoint.files import CheckpointFiles, read_files
 from smolstack.checkpoint.verify import compare, settle_head
 from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
 from smolstack.config import ModelConfig, as_ids
-from smolstack.config.model import SCHEMES
+from smolstack.config.quantization import SCHEMES
 from smolstack.errors import ConfigError
-from smolstack.model.precision import quantise
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tokenizer import TextTokenizer
 from smolstack.processor.video import VideoSettings
+from smolstack.quantization.quantise import quantise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,23 +59,23 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
     place = folder if adapter is None else adapter.base
     files = read_files(folder, None if adapter is None else adapter.base)
     entries = read_entries(place)
+    compressed.check_method(files.config)
     config = settle_head(ModelConfig.from_hf(files.config), entries)
     compare(config, entries).raise_if_wrong(place)
     changes = None if adapter is None else read_changes(adapter, entries)
     processor = build_processor(files, config)
     target = choose_device(device)
-    scheme = dtype if dtype in QUANTISED else config.scheme
-    if config.scheme is not None and dtype not in ("auto", config.scheme):
+    stored = None if config.quantization is None else config.quantization.name
+    if stored is not None and dtype not in ("auto", stored):
         raise ConfigError(
-            f"{folder} holds {config.scheme} weights and dtype is {dtype!r}, expected auto or "
-            f"{config.scheme!r}"
+            f"{folder} holds {stored} weights and dtype is {dtype!r}, expected auto or {stored!r}"
         )
-    if changes is not None and config.scheme is not None:
-        raise ConfigError(f"{folder} changes {place}, which holds {config.scheme} weights")
+    if changes is not None and stored is not None:
+        raise ConfigError(f"{folder} changes {place}, which holds {stored} weights")
     floats = _floats(dtype, config, entries, target)
     model = load_weights(place, config, entries, floats, target, changes=changes)
-    if scheme is not None and config.scheme is None:
-        quantise(model, scheme)
+    if dtype in QUANTISED and stored is None:
+        quantise(model, dtype)
     return Checkpoint(files, model.config, model, processor, end_tokens(files, config, processor))
 
 
@@ -106,8 +106,11 @@ def load_weights(
         model = VisionLanguageModel(config)
     state = {}
     for name, tensor in read_tensors(folder, entries):
-        whole = tensor.is_floating_point() and not name.endswith(".weight_scale")
-        weight = tensor.to(device=device, dtype=dtype if whole else None)
+        if name.endswith(f".{compressed.SHAPE}"):
+            continue
+        scale = name.endswith(f".{compressed.SCALE}")
+        number = torch.bfloat16 if scale else dtype if tensor.is_floating_point() else None
+        weight = tensor.to(device=device, dtype=number)
         state[keys.from_hf(name)] = weight if changes is None else changes.apply(name, weight)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
@@ -133,7 +136,7 @@ def _floats(
 ) -> torch.dtype:
     """What float weights are loaded in. Those that will be quantised stay as they are stored, so
     that no whole copy of the model is ever made; beside stored integers they are float32."""
-    if config.scheme is not None:
+    if config.quantization is not None:
         return torch.float32
     return _stored_dtype(entries) if dtype in QUANTISED else choose_dtype(dtype, entries, device)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smolstack.checkpoint import keys
+from smolstack.checkpoint import compressed, keys
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.weights import INDEX, SINGLE
 from smolstack.config import ModelConfig
@@ -36,7 +36,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a Hugging Face folder, for transformers, vLLM, llama.cpp's converter and smolstack.
 
-    A quantised model is for smolstack alone: its config.json says so, and others refuse it.
+    A quantised model is written in compressed-tensors' form, which transformers and vLLM read too.
 
     Args:
         folder: must not exist, or be empty, unless ``overwrite``.
@@ -52,6 +52,8 @@ def save_checkpoint(
         for name, content in side.items():
             (temporary / name).write_bytes(content)
         config = config_json(model.config, model.dtype)
+        if (quantization := compressed.to_config(model)) is not None:
+            config["quantization_config"] = quantization
         (temporary / "config.json").write_text(to_json(config), encoding="utf-8")
         _write_weights(temporary, hf_state_dict(model), max_shard_bytes)
     return Path(folder)
@@ -69,9 +71,9 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 def hf_state_dict(model: VisionLanguageModel) -> dict[str, Tensor]:
     """The model's weights under their Hugging Face names; storage is shared, not copied."""
     embedding = model.config.embedding_dim is not None
+    state = {**model.state_dict(), **dict(compressed.shapes(model))}
     return {
-        keys.to_hf(name, embedding_head=embedding): tensor
-        for name, tensor in model.state_dict().items()
+        keys.to_hf(name, embedding_head=embedding): tensor for name, tensor in state.items()
     }
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from smolstack.checkpoint import keys
+from smolstack.checkpoint.compressed import PACKED, SHAPE, with_quantization
 from smolstack.checkpoint.weights import FLOAT_TYPES, Entry
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
 from smolstack.model.vlm import VisionLanguageModel
 
-_INTEGERS = {torch.int8: ("I8",), torch.uint8: ("U8",)}
+_INTEGERS = {torch.int32: ("I32",)}
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,15 @@ class Comparison:
 
 
 def settle_head(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfig:
-    """The config with its head as the weights have it; the file's tie flag is not trusted."""
+    """The config with its head and its quantised layers as the weights have them; the file's tie
+    flag is not trusted."""
     embedding = entries.get(f"{keys.EMBEDDING_HEAD}.weight")
     if embedding is not None and len(embedding.shape) == 2:
-        return replace(config, tied=False, embedding_dim=embedding.shape[0])
-    return replace(config, tied=f"{keys.LM_HEAD}.weight" not in entries, embedding_dim=None)
+        config = replace(config, tied=False, embedding_dim=embedding.shape[0])
+    else:
+        heads = {f"{keys.LM_HEAD}.weight", f"{keys.LM_HEAD}.{PACKED}"}
+        config = replace(config, tied=not heads & set(entries), embedding_dim=None)
+    return with_quantization(config, entries)
 
 
 def expected_weights(config: ModelConfig) -> dict[str, Tensor]:
@@ -94,7 +99,7 @@ def compare(config: ModelConfig, entries: Mapping[str, Entry]) -> Comparison:
     return Comparison(
         expected=len(expected),
         missing=sorted(set(expected) - set(entries)),
-        extra=sorted(set(entries) - set(expected)),
+        extra=sorted(n for n in set(entries) - set(expected) if not n.endswith(f".{SHAPE}")),
         misshaped=[
             f"{name} {difference}" for name, difference in differences.items() if difference
         ],

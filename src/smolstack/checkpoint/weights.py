@@ -15,8 +15,8 @@ from smolstack.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_TYPES = ("F32", "BF16", "F16")
-INTEGER_TYPES = ("I8", "U8")  # quantised weights
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
+INTEGER_TYPES = ("I32", "I64")  # quantised weights, and their shapes
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from smolstack.config.reading import Reader, one_of
+from smolstack.config.quantization import Quantization
+from smolstack.config.reading import Reader
 from smolstack.config.text import TextConfig
 from smolstack.config.vision import VisionConfig
 from smolstack.errors import ConfigError
-
-SCHEMES = ("int8", "int4")
-QUANT_METHOD = "smolstack"
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,8 @@ class ModelConfig:
 
     ``tied`` says that lm_head shares the token embedding; ``embedding_dim`` says that the model
     ends in a Linear(text hidden → embedding_dim) for retrieval (ColSmol) and has no lm_head.
-    Both are decided by the checkpoint's weights, not by its config file. ``scheme`` says that
-    large matrices are stored as integers, "int8" or "int4" (model/precision.py); None: all floats.
+    ``quantization`` says which layers are integers of which format; None: all are floats. All three
+    are decided by the checkpoint's weights, not by its config file.
     """
 
     vision: VisionConfig
@@ -32,11 +30,9 @@ class ModelConfig:
     tied: bool = False
     embedding_dim: int | None = None
     model_type: str = "idefics3"
-    scheme: str | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        if self.scheme is not None:
-            one_of("quantization_config.scheme", self.scheme, SCHEMES)
         if self.scale < 1:
             raise ConfigError(f"scale_factor is {self.scale}, expected a positive integer")
         if self.vision.side % self.scale:
@@ -77,14 +73,13 @@ class ModelConfig:
             image_token_id=get.integer("image_token_id"),
             tied=bool(data.get("tie_word_embeddings", False)),
             model_type=model_type,
-            scheme=_scheme(where, data.get("quantization_config")),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """A complete config.json, readable by transformers 4 and 5 and by other engines."""
         head = "ForConditionalGeneration" if self.embedding_dim is None else "Model"
         family = "SmolVLM" if self.model_type.startswith("smol") else "Idefics3"
-        out = {
+        return {
             "architectures": [family + head],
             "model_type": self.model_type,
             "image_token_id": self.image_token_id,
@@ -96,9 +91,6 @@ class ModelConfig:
             "vision_config": self.vision.to_hf(self.model_type),
             "text_config": {**self.text.to_hf(), "tie_word_embeddings": self.tied},
         }
-        if self.scheme is not None:
-            out["quantization_config"] = {"quant_method": QUANT_METHOD, "scheme": self.scheme}
-        return out
 
     def with_layers(self, vision: int | None = None, text: int | None = None) -> ModelConfig:
         """The same widths with fewer (or more) layers; None keeps a tower's own."""
@@ -107,16 +99,3 @@ class ModelConfig:
             vision=replace(self.vision, num_layers=vision or self.vision.num_layers),
             text=replace(self.text, num_layers=text or self.text.num_layers),
         )
-
-
-def _scheme(where: str, data: Any) -> str | None:
-    """The scheme of a ``quantization_config`` object, which must be one of ours."""
-    if data is None:
-        return None
-    method = data.get("quant_method") if isinstance(data, Mapping) else data
-    if method != QUANT_METHOD:
-        raise ConfigError(
-            f"{where} quantization_config.quant_method is {method!r}, expected none (float "
-            f"weights) or {QUANT_METHOD!r}"
-        )
-    return Reader(f"{where} quantization_config", data, {}).string("scheme")

@@ -154,7 +154,7 @@ class Decoder(nn.Module):
             padding = cache.padding
         past = 0 if cache is None else cache.length
         new = embeddings.shape[1]
-        cos, sin = self._angles(past, new, padding, embeddings)
+        cos, sin = self.angles(past, new, padding, embeddings)
         mask = None
         if not isinstance(cache, CacheRows):
             mask = attention_mask(past, new, padding, embeddings.device)
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
-    def _angles(
+    def angles(
         self, past: int, new: int, padding: Tensor | None, like: Tensor
     ) -> tuple[Tensor, Tensor]:
         """cos and sin for the new tokens: (B or 1, 1, T, K), in the dtype of ``like``."""

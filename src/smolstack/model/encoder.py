@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smolstack.config import VisionConfig
-from smolstack.model.packing import Packed, packs
+from smolstack.model.packing import Packed, device_of, floats_alone, packs
 from smolstack.native import library as native
 
 _ATTENTION = ("query", "key", "value", "out")
@@ -72,10 +72,10 @@ class NativeEncoder:
 def native_encoder(config: VisionConfig, layers: nn.ModuleList) -> NativeEncoder | None:
     """The layers for the kernels; None where they are not there or do not suit them."""
     linears = [part for layer in layers for part in _linears(layer)]
-    if any(layer.weight.device.type != "cpu" for layer in linears):
+    if any(device_of(layer).type != "cpu" for layer in linears):
         return None
     kernels = native.library()
-    if kernels is None or not kernels.panels or not all(packs(layer) for layer in linears):
+    if kernels is None or not all(packs(layer) and not floats_alone(layer) for layer in linears):
         return None
     return NativeEncoder(kernels, config, layers)
 

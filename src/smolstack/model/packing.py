@@ -7,6 +7,7 @@ that the system may back with large pages, in the order in which they are read.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ class Packed:
     """Linear layers and norms of a model as the kernels read them.
 
     Args:
-        layers: the linear layers that :meth:`linear` will be asked for; on processors where the
-            kernels take panels, those that are bfloat16 or quantised are laid out anew here.
+        layers: the linear layers that :meth:`linear` will be asked for; those that are bfloat16 or
+            quantised are laid out anew here.
         whole: what they are part of.
     """
 
@@ -36,9 +37,9 @@ class Packed:
             for name, part in parent._modules.items()
         ]
         self._kept: list[Tensor] = []  # what the structures point into
-        self._origins: list[tuple[dict[str, Any], Tensor, int, int]] = []
-        layers = [layer for layer in layers if kernels.panels and _kind(layer) != native.FLOAT32]
-        size = sum(self._size(layer) for layer in layers)
+        self._origins: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
+        layers = [layer for layer in layers if _kind(layer) != native.FLOAT32]
+        size = sum(_size(kernels, layer) for layer in layers)
         self._memory = torch.empty(size + _LINE, dtype=torch.uint8)
         kernels.want_large_pages(self._memory.data_ptr(), size)
         self._free = -(-self._memory.data_ptr() // _LINE) * _LINE
@@ -50,46 +51,26 @@ class Packed:
         """
         # Asked before every token: the modules' own tables are several times as fast as attributes.
         return all(parts.get(name) is part for parts, name, part in self._parts) and all(
-            table["weight"] is weight
+            table[name] is weight
             and weight.data_ptr() == address
             and (version < 0 or weight._version == version)
-            for table, weight, address, version in self._origins
+            for table, name, weight, address, version in self._origins
         )
 
     def linear(self, layer: Any) -> native.Linear:
-        """A linear layer, its weights as panels where the kernels take them so."""
+        """A linear layer, its weights as panels unless they are float32."""
         self._note(layer)
-        kind, weight = _kind(layer), layer.weight.detach()
-        panels = self.kernels.panels and kind != native.FLOAT32
-        if isinstance(layer, QuantisedLinear) and not panels:
-            return layer.struct(self.kernels)
-        outputs, inputs = weight.shape[0], _inputs(layer)
-        address, scale = self._floats_or_own(weight, kind), None
-        if isinstance(layer, QuantisedLinear):
-            scale = layer.weight_scale
-            self._kept.append(scale)
-        scale_address = None if scale is None else scale.data_ptr()
-        if panels:
-            address = self._take(self.kernels.panel_bytes(kind, inputs, outputs))
-            weight = weight.contiguous()
-            self.kernels.pack_panels(kind, weight.data_ptr(), inputs, outputs, address)
-            self.kernels.put_aside(weight.data_ptr(), weight.nbytes)
-            if kind == native.INT4 and scale is not None:
-                scale_address = self._take(_scale_bytes(layer))
-                self.kernels.pack_scales(
-                    scale.contiguous().data_ptr(), scale.shape[1], outputs, scale_address
-                )
         bias = getattr(layer, "bias", None)
-        return native.Linear(
-            kind,
-            inputs,
-            outputs,
-            int(panels),
-            address,
-            scale_address,
-            None,
-            None if bias is None else self.floats(bias),
-        )
+        linear = native.Linear(_kind(layer), _inputs(layer), outputs_of(layer))
+        linear.bias = None if bias is None else self.floats(bias)
+        if linear.kind == native.FLOAT32:
+            linear.weight = self.floats(layer.weight)
+            return linear
+        at = self._take(_size(self.kernels, layer))
+        lay_out(self.kernels, layer, linear, at)
+        weight = _weight(layer)
+        self.kernels.put_aside(weight.data_ptr(), weight.nbytes)
+        return linear
 
     def floats(self, tensor: Tensor) -> int:
         """Address of a tensor as float32; its own where that is what it is."""
@@ -106,23 +87,12 @@ class Packed:
         """A layer norm with its bias."""
         return native.Norm(native.LAYER_NORM, norm.eps, self.norm(norm), self.floats(norm.bias))
 
-    def _floats_or_own(self, weight: Tensor, kind: int) -> int:
-        if kind == native.FLOAT32:
-            return self.floats(weight)
-        self._kept.append(weight)
-        return weight.data_ptr()
-
     def _note(self, module: Any) -> None:
-        weight = module.weight
-        table = module._parameters if "weight" in module._parameters else module._buffers
+        weight = _weight(module)
+        name = "weight_packed" if isinstance(module, QuantisedLinear) else "weight"
+        table = module._parameters if name in module._parameters else module._buffers
         version = -1 if weight.is_inference() else weight._version  # which inference does not count
-        self._origins.append((table, weight, weight.data_ptr(), version))
-
-    def _size(self, layer: Any) -> int:
-        size = self.kernels.panel_bytes(_kind(layer), _inputs(layer), layer.weight.shape[0])
-        if _kind(layer) == native.INT4:
-            size += _scale_bytes(layer)
-        return int(size)
+        self._origins.append((table, name, weight, weight.data_ptr(), version))
 
     def _take(self, size: int) -> int:
         address = self._free
@@ -134,6 +104,56 @@ class Packed:
         return type(None), ()
 
 
+def packed_alone(kernels: native.Library, layer: QuantisedLinear) -> native.Linear:
+    """A quantised layer as the kernels read it when nothing else is around it; made once."""
+    made = layer._packed
+    if made is None or made.origin != layer.weight_packed.data_ptr():
+        memory = torch.empty(_size(kernels, layer) + _LINE, dtype=torch.uint8)
+        linear = native.Linear(_kind(layer), _inputs(layer), outputs_of(layer))
+        linear.bias = None if layer.bias is None else layer.bias.data_ptr()
+        lay_out(kernels, layer, linear, -(-memory.data_ptr() // _LINE) * _LINE)
+        made = _Alone(linear, layer.weight_packed.data_ptr(), memory)
+        layer._packed = made
+    linear = made.linear
+    return linear
+
+
+@dataclass
+class _Alone:
+    """A layer as the kernels read it, the weights that it was made of, and its memory."""
+
+    linear: native.Linear
+    origin: int
+    memory: Tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the layer makes its own: pointers mean nothing to it."""
+        return type(None), ()
+
+
+def lay_out(kernels: native.Library, layer: Any, linear: native.Linear, at: int) -> None:
+    """Weights, scales and zero points of a layer as panels, at an address with room for them."""
+    weight, threads = _weight(layer).contiguous(), torch.get_num_threads()
+    row_bytes = weight.shape[1] * weight.element_size()
+    sizes = linear.kind, linear.inputs, linear.outputs
+    linear.weight = at
+    kernels.pack_panels(
+        linear.kind, weight.data_ptr(), row_bytes, linear.inputs, linear.outputs, at, threads
+    )
+    if not isinstance(layer, QuantisedLinear):
+        return
+    groups = layer.format.groups(linear.inputs)
+    linear.group, linear.fine = layer.format.group, int(layer.format.activation_bits == 16)
+    linear.scale = at + kernels.panel_bytes(*sizes)
+    scale = layer.weight_scale.contiguous()
+    kernels.pack_scales(scale.data_ptr(), groups, linear.outputs, linear.scale)
+    if layer.weight_zero_point is None:
+        return
+    linear.zeros = linear.scale + _channels(linear.outputs) * groups * 2
+    zeros = layer.weight_zero_point.contiguous()
+    kernels.pack_zeros(zeros.data_ptr(), groups, linear.outputs, linear.zeros)
+
+
 def packs(layer: Any) -> bool:
     """Whether the kernels can read a layer's weights at all."""
     if isinstance(layer, QuantisedLinear):
@@ -143,9 +163,20 @@ def packs(layer: Any) -> bool:
     return layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 
+def floats_alone(layer: Any) -> bool:
+    """Whether a layer's weights are float32, which are multiplied for single tokens only."""
+    return _kind(layer) == native.FLOAT32
+
+
+def _weight(layer: Any) -> Tensor:
+    weight = layer.weight_packed if isinstance(layer, QuantisedLinear) else layer.weight
+    found: Tensor = weight.detach()
+    return found
+
+
 def _kind(layer: Any) -> int:
     if isinstance(layer, QuantisedLinear):
-        return native.INT8 if layer.bits == 8 else native.INT4
+        return native.INT8 if layer.format.bits == 8 else native.INT4
     return _KINDS[layer.weight.dtype]
 
 
@@ -155,6 +186,24 @@ def _inputs(layer: Any) -> int:
     return int(layer.weight.shape[1])
 
 
-def _scale_bytes(layer: Any) -> int:
-    outputs, groups = layer.weight_scale.shape
-    return -(-int(outputs) // 16) * 16 * int(groups) * 2
+def device_of(layer: Any) -> torch.device:
+    return _weight(layer).device
+
+
+def outputs_of(layer: Any) -> int:
+    return int(_weight(layer).shape[0])
+
+
+def _channels(outputs: int) -> int:
+    return -(-outputs // 16) * 16
+
+
+def _size(kernels: native.Library, layer: Any) -> int:
+    """Bytes of a layer as panels, with scales and zero points, rounded up to whole lines."""
+    size = int(kernels.panel_bytes(_kind(layer), _inputs(layer), outputs_of(layer)))
+    if isinstance(layer, QuantisedLinear):
+        groups = layer.format.groups(layer.in_features)
+        size += _channels(layer.out_features) * groups * 2
+        if layer.weight_zero_point is not None:
+            size += _channels(layer.out_features) * groups // 2
+    return -(-size // _LINE) * _LINE

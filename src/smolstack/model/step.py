@@ -16,8 +16,7 @@ from torch import Tensor
 
 from smolstack.model.cache import CacheRows, KVCache
 from smolstack.model.decoder import Decoder, TextLayer, rope_frequencies
-from smolstack.model.packing import Packed, packs
-from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.packing import Packed, device_of, outputs_of, packs
 from smolstack.native import library as native
 
 _CACHES = {
@@ -27,6 +26,7 @@ _CACHES = {
 }
 _ATTENTION = ("query", "key", "value", "out")
 _LINEARS = (*_ATTENTION, "gate", "up", "down")
+MOST_WIDTH = 512  # channels of a head (attend.c)
 _TOKENS = 1024  # of prompts that are read together
 # Where every row stands in its cache, and its buffers of keys and of values, layer by layer.
 _Pointers: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
@@ -52,7 +52,7 @@ class NativeDecoder:
     ) -> None:
         config = decoder.config
         self.kernels, self.cache_dtype, self.norm = kernels, cache_dtype, decoder.norm
-        self.hidden, self.vocabulary = config.hidden_size, head.weight.shape[0]
+        self.hidden, self.vocabulary = config.hidden_size, outputs_of(head)
         layers = [layer for layer in decoder.layers if isinstance(layer, TextLayer)]
         self.head = head
         linears = [part for layer in layers for part in _linears(layer)]
@@ -82,9 +82,11 @@ class NativeDecoder:
 
     @cached_property
     def reads_prompts(self) -> bool:
-        """Whether :meth:`prefill` can be used: every layer is laid out as panels."""
+        """Whether :meth:`prefill` can be used: no layer keeps float32 weights."""
         linears = [getattr(layer, name) for layer in self._layers for name in _LINEARS]
-        return all(linear.panels for linear in (*linears, self._struct.head))
+        return all(
+            linear.kind != native.FLOAT32 for linear in (*linears, self._struct.head)
+        )
 
     def __call__(self, embeddings: Tensor, cache: KVCache | CacheRows) -> Tensor:
         """Append one token per row to ``cache``; logits of the next: (B, D) → (B, V)."""
@@ -189,8 +191,9 @@ def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> Nat
     """The decoder for the kernels; None where they are not there or do not suit it."""
     config = decoder.config
     fits = (
-        head.weight.device.type == "cpu"
+        device_of(head).type == "cpu"
         and config.head_dim % 8 == 0
+        and config.head_dim <= MOST_WIDTH
         and config.hidden_size % 8 == 0
         and cache_dtype in _CACHES
         and config.hidden_act in native.ACTIVATIONS
@@ -201,11 +204,6 @@ def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> Nat
         return None
     linears = [part for layer in decoder.layers for part in _linears(layer)]
     if not all(packs(layer) for layer in linears):
-        return None
-    # Without panels the compiled step does not reproduce decoder.py with 4-bit layers.
-    if not kernels.panels and any(
-        m.bits == 4 for m in (*linears, head) if isinstance(m, QuantisedLinear)
-    ):
         return None
     return NativeDecoder(kernels, decoder, head, cache_dtype)
 

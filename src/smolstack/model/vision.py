@@ -106,12 +106,12 @@ class VisionTower(nn.Module):
             GridError: wrong number of channels, or a grid that does not fit.
         """
         self._check(tiles, filled)
-        x = self.patches(tiles)
-        rows, columns = self.grid_of(tiles)
         if filled is None:
             mask = None
-            x = x + self.position_embedding(self._full_positions(rows, columns, tiles.device))
+            x = self.embed(tiles)
         else:
+            x = self.patches(tiles)
+            rows, columns = self.grid_of(tiles)
             ids, seen = _partial_positions(rows, columns, self.config.side, filled)
             x = x + self.position_embedding(ids.to(tiles.device))
             mask = seen[:, None, None, :].to(tiles.device)
@@ -137,6 +137,12 @@ class VisionTower(nn.Module):
         if self._native is None or not self._native.current():
             self._native = native_encoder(self.config, self.layers)
         return self._native
+
+    def embed(self, tiles: Tensor) -> Tensor:
+        """What the first layer reads of full tiles: (N, 3, P, P) → (N, H·W, C)."""
+        rows, columns = self.grid_of(tiles)
+        x = self.patches(tiles)
+        return x + self.position_embedding(self._full_positions(rows, columns, tiles.device))
 
     def patches(self, tiles: Tensor) -> Tensor:
         """Patch embedding without positions, as one matrix product: (N, 3, P, P) → (N, H·W, C).

@@ -16,12 +16,13 @@ from smolstack.model import packer
 from smolstack.model.cache import CacheRows, KVCache
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.decoder import Decoder
-from smolstack.model.precision import CACHE_DTYPE, lay_out
-from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.quantised import QuantisedLinear, lay_out
 from smolstack.model.step import NativeDecoder, native_decoder, suits
 from smolstack.model.vision import VisionTower, distinct_tiles
 from smolstack.native import library as native
 
+# Keys and values beside integers: half the bytes of float32, eight times finer than bfloat16.
+CACHE_DTYPE = torch.float16
 TILES_AT_ONCE = 4  # tiles per pass of the tower: bounds its memory whatever the picture's size
 
 
@@ -46,13 +47,14 @@ class VisionLanguageModel(nn.Module):
             self.head = nn.Linear(width, config.embedding_dim)
         elif not config.tied:
             self.head = nn.Linear(width, config.text.vocab_size, bias=False)
-        if config.scheme is not None:
-            lay_out(self, config.scheme)
+        if config.quantization is not None:
+            lay_out(self, config.quantization)
 
     @property
     def scheme(self) -> str | None:
-        """ "int8" or "int4" when large matrices are integers (precision.py)."""
-        return self.config.scheme
+        """ "int8", "int4" or "mixed" when large matrices are integers; None: all are floats."""
+        quantization = self.config.quantization
+        return None if quantization is None else quantization.name
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -78,7 +80,7 @@ class VisionLanguageModel(nn.Module):
             return f"{name}, torch (no compiled kernels: {native.reason()})"
         if self.dtype == torch.float16:
             return f"{name}, torch"
-        if self.scheme is None and (self.dtype == torch.float32 or not kernels.panels):
+        if self.scheme is None and self.dtype == torch.float32:
             return f"{name}, torch; one token at a time compiled kernels ({kernels.instructions})"
         return f"{name}, compiled kernels ({kernels.instructions})"
 

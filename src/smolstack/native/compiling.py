@@ -18,8 +18,8 @@ from pathlib import Path
 
 SWITCH = "SMOLSTACK_NATIVE"  # 0 switches the kernels off
 SOURCES = (
-    "rows.c",
-    "linear.c",
+    "activations.c",
+    "floats.c",
     "panels.c",
     "layers.c",
     "attend.c",
@@ -27,8 +27,17 @@ SOURCES = (
     "attention.c",
     "decode.c",
     "resize.c",
+    "rounding.c",
 )
-HEADERS = ("smolstack.h", "simd.h", "tiles.h", "wide.h")
+HEADERS = ("smolstack.h", "simd.h", "vector.h")
+CAP = "SMOLSTACK_MAX_ISA"  # the instructions that may be used at most, as a compiler's -march
+CAPS = {
+    "generic": "x86-64",
+    "avx2": "haswell",
+    "avx2_vnni": "alderlake",
+    "avx512_vnni": "icelake-server",
+    "avx512_bf16": "cooperlake",
+}
 # Not -ffast-math: it would change how the whole process treats small numbers.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 _EXACT = ("-ffp-contract=off",)
@@ -76,7 +85,7 @@ def _build(compiler: str, name: str) -> Path:
 def _compile(compiler: str, target: Path) -> str:
     """Compile with OpenMP, else without; the compiler's first complaint when both fail."""
     here = Path(__file__).parent
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    native = _machine()
     complaint = ""
     for parallel in (("-fopenmp",), ()):
         command = [compiler, *_FLAGS, *_EXACT, native, *parallel]
@@ -97,6 +106,17 @@ def _compile(compiler: str, target: Path) -> str:
     return f"{compiler} failed: {complaint}"
 
 
+def _machine() -> str:
+    """The compiler's word for this processor, or for the cap on its instructions."""
+    arm = platform.machine() in ("arm64", "aarch64")
+    cap = os.environ.get(CAP, "")
+    if not cap or arm:
+        return "-mcpu=native" if arm else "-march=native"
+    if cap not in CAPS:
+        raise CompileError(f"{CAP} is {cap!r}, expected one of {list(CAPS)}")
+    return f"-march={CAPS[cap]}"
+
+
 def _compiler() -> str:
     named = os.environ.get("CC", "").split()
     for candidate in (*named[:1], "cc", "gcc", "clang"):
@@ -112,7 +132,7 @@ def _fingerprint(compiler: str) -> str:
         digest.update((Path(__file__).parent / name).read_bytes())
     real = Path(compiler).resolve()
     digest.update(f"{real} {real.stat().st_size} {_FLAGS} {_EXACT}".encode())
-    digest.update(f"{platform.machine()} {_features()}".encode())
+    digest.update(f"{platform.machine()} {_machine()} {_features()}".encode())
     return digest.hexdigest()[:20]
 
 

@@ -6,10 +6,9 @@
 // needs five barriers. Neither the threads nor the other sequences change a sequence's result.
 #include "smolstack.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include "wide.h"
 
 // What one call of decode_step works on.
 typedef struct {
@@ -21,13 +20,13 @@ typedef struct {
     float *x, *mixed, *partial, *inner, *turns;
 } Step;
 
-// One thread's share, memory of its own, and the rows that it made ready last.
+// One thread's share, memory of its own, and the rows that it made ready last: for which layer.
 typedef struct {
     int64_t thread;
     float *h, *up;
     void *numbers;
-    Rows rows;
     Block block;
+    const Linear *ready;
 } Share;
 
 static void span(const Step *s, const Share *share, int64_t count, int64_t *from, int64_t *to) {
@@ -51,35 +50,30 @@ static void norm_rows(const Step *s, const Share *share, const float *weight) {
         norm(s, weight, s->x + row * hidden, share->h + row * hidden);
 }
 
-// All rows of x in the numbers that a layer multiplies.
+// All rows of x in the numbers that a layer multiplies; not again where the layer before read them
+// in the same ones.
 static void prepare(const Step *s, Share *share, const Linear *linear, const float *x) {
-#if defined(SIMD_WIDE)
     const Norm none = {NO_NORM, 0, NULL, NULL};
-    if (linear->panels) {
-        lay_out_block(&share->block, share->numbers, s->rows, linear->in);
-        prepare_block(&share->block, linear, &none, x, linear->in);
-        return;
-    }
-#endif
-    lay_out_rows(&share->rows, share->numbers, s->rows, linear->in);
-    prepare_rows(&share->rows, linear->kind, x, linear->in);
+    int done = share->ready && reads_alike(share->ready, linear);
+    share->ready = linear;
+    if (done || linear->kind == FLOAT32) return;
+    lay_out_block(&share->block, share->numbers, s->rows, linear->in);
+    prepare_block(&share->block, linear, &none, x, linear->in);
 }
 
 // Channels from .. to of a layer for the rows made ready; `out` and the finish begin with `from`.
-static void product(const Step *s, const Share *share, const Linear *linear, int64_t from,
-                    int64_t to, const Finish *finish, float *out, int64_t stride) {
+static void product(const Step *s, const Share *share, const Linear *linear, const float *x,
+                    int64_t from, int64_t to, const Finish *finish, float *out, int64_t stride) {
     int64_t count = to - from;
-#if defined(SIMD_WIDE)
-    if (linear->panels) {
+    if (linear->kind != FLOAT32) {
         multiply_block(linear, &share->block, from, to, finish, out, stride);
         return;
     }
-#endif
     if (!finish->activation && !finish->times && !finish->plus) {
-        multiply(linear, &share->rows, from, to, out, stride);
+        multiply_floats(linear, x, s->rows, linear->in, from, to, out, stride);
         return;
     }
-    multiply(linear, &share->rows, from, to, share->up, count);
+    multiply_floats(linear, x, s->rows, linear->in, from, to, share->up, count);
     for (int64_t row = 0; row < s->rows; row++) {
         float *y = share->up + row * count;
         activate(finish->activation, y, count);
@@ -98,7 +92,7 @@ static void share_of(const Step *s, Share *share, const Linear *linear, const fl
     span(s, share, linear->out, &from, &to);
     Finish finish = {NONE, NULL, add ? out + from : NULL, stride};
     prepare(s, share, linear, x);
-    product(s, share, linear, from, to, &finish, out + from, stride);
+    product(s, share, linear, x, from, to, &finish, out + from, stride);
 }
 
 static void attention(const Step *s, const Share *share, int64_t layer) {
@@ -148,10 +142,9 @@ static void gated(const Step *s, Share *share, const Layer *layer) {
     Finish plain = {NONE, NULL, NULL, inner};
     Finish gate = {s->d->activation, s->inner + from, NULL, inner};
     prepare(s, share, &layer->up, share->h);
-    product(s, share, &layer->up, from, to, &plain, s->inner + from, inner);
-    if (layer->up.kind != layer->gate.kind || layer->up.panels != layer->gate.panels)
-        prepare(s, share, &layer->gate, share->h);
-    product(s, share, &layer->gate, from, to, &gate, s->inner + from, inner);
+    product(s, share, &layer->up, share->h, from, to, &plain, s->inner + from, inner);
+    prepare(s, share, &layer->gate, share->h);
+    product(s, share, &layer->gate, share->h, from, to, &gate, s->inner + from, inner);
 }
 
 static void all_layers(const Step *s, Share *share, float *logits) {
@@ -160,6 +153,7 @@ static void all_layers(const Step *s, Share *share, float *logits) {
     for (int64_t i = 0; i < d->layers; i++) {
         const Layer *layer = d->layer + i;
         norm_rows(s, share, layer->attention_norm);
+        share->ready = NULL;
         share_of(s, share, &layer->query, share->h, s->mixed, all, 0);
         share_of(s, share, &layer->key, share->h, s->mixed + d->heads * width, all, 0);
         share_of(s, share, &layer->value, share->h, s->mixed + (d->heads + d->kv_heads) * width,
@@ -168,15 +162,19 @@ static void all_layers(const Step *s, Share *share, float *logits) {
         attention(s, share, i);
 #pragma omp barrier
         join_rows(s, share);
+        share->ready = NULL;
         share_of(s, share, &layer->out, share->h, s->x, d->hidden, 1);
 #pragma omp barrier
         norm_rows(s, share, layer->mlp_norm);
+        share->ready = NULL;
         gated(s, share, layer);
 #pragma omp barrier
+        share->ready = NULL;
         share_of(s, share, &layer->down, s->inner, s->x, d->hidden, 1);
 #pragma omp barrier
     }
     norm_rows(s, share, d->norm);
+    share->ready = NULL;
     share_of(s, share, &d->head, share->h, logits, d->head.out, 0);
 }
 
@@ -201,10 +199,7 @@ int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const 
     wide = d->hidden > wide ? d->hidden : wide;
     int64_t shared = rows * (d->hidden + (d->heads + 2 * d->kv_heads) * width + d->intermediate +
                              width + d->heads * parts * (width + 2));
-    int64_t numbers = rows_bytes(rows, wide);
-#if defined(SIMD_WIDE)
-    numbers = numbers > block_bytes(rows, wide) ? numbers : block_bytes(rows, wide);
-#endif
+    int64_t numbers = block_bytes(rows, wide);
     int64_t own = rounded_up(rows * wide * 8 + numbers + 256, 64);
     char *memory = malloc((size_t)(shared * 4 + 512 + own * threads)), *at;
     if (!memory) return 1;

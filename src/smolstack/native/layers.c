@@ -7,18 +7,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "wide.h"
 
 #define BLOCK_ROWS 64
-
-// Whether layers can be laid out as panels on this processor.
-int has_panels(void) {
-#if defined(SIMD_WIDE)
-    return 1;
-#else
-    return 0;
-#endif
-}
 
 // Ask for large pages for memory that is about to be filled and then read over and over: a pass
 // through all weights touches each page once a token.
@@ -44,10 +34,8 @@ void put_aside(const void *memory, int64_t bytes) {
 #endif
 }
 
-#if defined(SIMD_WIDE)
-
 static int64_t rows_of_block(int64_t rows, int threads) {
-    return least(BLOCK_ROWS, rounded_up((rows + threads - 1) / threads, TILE_ROWS));
+    return least(BLOCK_ROWS, rounded_up((rows + threads - 1) / threads, 8));
 }
 
 static int this_thread(void) {
@@ -94,7 +82,7 @@ int mixed_rows(const Norm *norm, const Linear *query, const Linear *key, const L
         float *to = out + first * stride;
         lay_out_block(&block, memory + this_thread() * bytes, least(some, rows - first), query->in);
         for (int i = 0; i < 3; i++) {
-            if (i == 0 || parts[i]->kind != parts[i - 1]->kind)
+            if (i == 0 || !reads_alike(parts[i], parts[i - 1]))
                 prepare_block(&block, parts[i], norm, x + first * query->in, query->in);
             multiply_block(parts[i], &block, 0, parts[i]->out, &finish, to, stride);
             to += parts[i]->out;
@@ -124,7 +112,7 @@ int mlp_rows(const Norm *norm, const Linear *gate, const Linear *up, const Linea
         lay_out_block(&block, own + scratch, least(some, rows - first), widest);
         prepare_block(&block, up, norm, states, hidden);
         multiply_block(up, &block, 0, inner, &plain, between, inner);
-        if (gate && gate->kind != up->kind) prepare_block(&block, gate, norm, states, hidden);
+        if (gate && !reads_alike(gate, up)) prepare_block(&block, gate, norm, states, hidden);
         if (gate) multiply_block(gate, &block, 0, inner, &gated, between, inner);
         prepare_block(&block, down, &none, between, inner);
         multiply_block(down, &block, 0, hidden, &added, states, hidden);
@@ -132,5 +120,3 @@ int mlp_rows(const Norm *norm, const Linear *gate, const Linear *up, const Linea
     free(memory);
     return 0;
 }
-
-#endif

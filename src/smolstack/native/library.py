@@ -14,6 +14,15 @@ logger = logging.getLogger(__name__)
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 CACHE_FLOAT32, CACHE_FLOAT16, CACHE_BFLOAT16 = range(3)
 NO_NORM, LAYER_NORM, RMS_NORM = range(3)
+INSTRUCTIONS = (
+    "plain C",
+    "AVX2",
+    "AVX2 VNNI",
+    "AVX-512 VNNI",
+    "AVX-512 BF16",
+    "NEON",
+    "NEON with dot products",
+)
 ACTIVATIONS = {"": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_pytorch_tanh": 4}
 
 _integer, _pointer, _number, _count = (
@@ -31,10 +40,11 @@ class Linear(ctypes.Structure):
         ("kind", _integer),
         ("inputs", _integer),
         ("outputs", _integer),
-        ("panels", _integer),
+        ("group", _integer),
+        ("fine", _integer),
         ("weight", _pointer),
         ("scale", _pointer),
-        ("sums", _pointer),
+        ("zeros", _pointer),
         ("bias", _pointer),
     )
 
@@ -118,21 +128,14 @@ class Library:
     """The functions of a compiled library.
 
     Attributes:
-        instructions: what they were compiled for: "plain C", "AVX2", "VNNI" or "AVX-512 VNNI".
-        panels: whether weights can be laid out as panels, which the functions for many rows need.
+        instructions: what they were compiled for: "plain C", "AVX2", "AVX-512 VNNI" …
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         handle = ctypes.CDLL(str(path))
-        self.linear_layer = handle.linear_layer
-        self.linear_layer.argtypes = [_pointer, _pointer, _integer, _pointer, _integer, _count]
         self.decode_step = handle.decode_step
         self.decode_step.argtypes = [_pointer, _integer, *[_pointer] * 5, _count]
-        self.quantise_int8 = handle.quantise_int8
-        self.quantise_int8.argtypes = [_pointer, _integer, _integer, _pointer, _pointer]
-        self.sum_rows = handle.sum_rows
-        self.sum_rows.argtypes = [_pointer, _integer, _integer, _pointer]
         self.want_large_pages = handle.want_large_pages
         self.want_large_pages.argtypes = [_pointer, _integer]
         self.put_aside = handle.put_aside
@@ -142,31 +145,27 @@ class Library:
         self.look_up = handle.look_up
         self.look_up.argtypes = [*[_pointer] * 2, *[_integer] * 2, _pointer, _count]
         self.look_up.restype = None
-        self.instructions = ("plain C", "AVX2", "VNNI")[handle.instructions()]
-        self.panels = bool(handle.has_panels())
-        if self.panels:
-            self.instructions = "AVX-512 VNNI"
-        if self.panels:
-            self._panels(handle)
-
-    def _panels(self, handle: ctypes.CDLL) -> None:
         self.panel_bytes = handle.panel_bytes
         self.panel_bytes.argtypes, self.panel_bytes.restype = [_integer] * 3, _integer
         self.pack_panels = handle.pack_panels
-        self.pack_panels.argtypes = [_integer, _pointer, _integer, _integer, _pointer]
+        self.pack_panels.argtypes = [_integer, _pointer, *[_integer] * 3, _pointer, _count]
+        self.pack_panels.restype = None
         self.pack_scales = handle.pack_scales
         self.pack_scales.argtypes = [_pointer, _integer, _integer, _pointer]
+        self.pack_scales.restype = None
+        self.pack_zeros = handle.pack_zeros
+        self.pack_zeros.argtypes = [_pointer, _integer, _integer, _pointer]
+        self.pack_zeros.restype = None
+        self.round_nibbles = handle.round_nibbles
+        self.round_nibbles.argtypes = [*[_pointer] * 2, *[_integer] * 3, *[_pointer] * 3, _count]
+        self.round_nibbles.restype = None
         self.dense_rows = handle.dense_rows
-        self.dense_rows.argtypes = [
-            *[_pointer] * 3,
-            *[_integer] * 2,
-            *[_pointer] * 2,
-            _count,
-        ]
+        self.dense_rows.argtypes = [*[_pointer] * 3, *[_integer] * 2, *[_pointer] * 2, _count]
         self.encode_tiles = handle.encode_tiles
         self.encode_tiles.argtypes = [_pointer, _integer, _integer, _pointer, _count]
         self.prefill_rows = handle.prefill_rows
         self.prefill_rows.argtypes = [_pointer, _integer, *[_pointer] * 5, _count]
+        self.instructions = INSTRUCTIONS[handle.instructions()]
 
 
 @lru_cache(maxsize=1)

@@ -2,153 +2,211 @@
 //
 // A panel holds 16 channels side by side, four bytes of each at a time (a step), so that a vector
 // of products belongs to 16 outputs and needs no summing across: the same order for one row, which
-// streams through the panels at the speed of memory, and for many, which share them.
+// streams through the panels at the speed of memory, and for many, which share them. The inner
+// loops are sum_bytes, sum_nibbles and sum_pairs.
 #include "smolstack.h"
 
-#include "wide.h"
+#include "vector.h"
+
+#define PANEL 16       // output channels of a panel
+#define STEP_BYTES 64  // of a panel, for four bytes of a row
+#define AHEAD 2048     // bytes of a panel fetched ahead of their use, from memory for one row
+#define SOON 512       // and from the second-level cache for many
+
+// Rows and panels that are summed in registers at once, by kind of weight. Integers need two sets
+// of registers: one for a group's whole numbers, one for the total.
+#if defined(VECTOR_512)
+#define INT8_ROWS 4
+#define INT8_PANELS 3
+#define PAIR_ROWS 8
+#define PAIR_PANELS 3
+#define INT4_ROWS 8
+#elif defined(VECTOR_256)
+#define INT8_ROWS 4
+#define INT8_PANELS 1
+#define PAIR_ROWS 4
+#define PAIR_PANELS 1
+#define INT4_ROWS 4
+#else
+#define INT8_ROWS 2
+#define INT8_PANELS 1
+#define PAIR_ROWS 2
+#define PAIR_PANELS 1
+#define INT4_ROWS 2
+#endif
+#define MOST_ROWS 8
 
 static int64_t steps_of(int64_t kind, int64_t in) {
-    return kind == INT4 ? in / 8 : kind == INT8 ? (in + 3) / 4 : (in + 1) / 2;
+    int64_t numbers = kind == INT4 ? 8 : kind == INT8 ? 4 : 2;
+    return (in + numbers - 1) / numbers;
 }
 
-// Bytes that a layer's weights take as panels; INT4's scales take as many again as they are.
+static int64_t groups_of(const Linear *linear) {
+    return (linear->in + linear->group - 1) / linear->group;
+}
+
+// Bytes that a layer's weights take as panels.
 int64_t panel_bytes(int64_t kind, int64_t in, int64_t out) {
-    return (out + 15) / 16 * steps_of(kind, in) * 64;
+    return (out + PANEL - 1) / PANEL * steps_of(kind, in) * STEP_BYTES;
 }
 
-// Eight channels of a group, from the halves that lie 16 channels apart.
-static uint32_t eight_channels(const uint8_t *group, int64_t step) {
+// Eight neighbouring channels, four bits each and two to a byte: the first four into the low halves
+// of a step's bytes, the others into the high ones.
+static uint32_t eight_channels(uint32_t neighbours) {
     uint32_t four = 0;
-    for (int64_t i = 0; i < 4; i++) {
-        int64_t low = step * 8 + i, high = low + 4;
-        uint32_t first = low < 16 ? group[low] & 15u : group[low - 16] >> 4;
-        uint32_t second = high < 16 ? group[high] & 15u : group[high - 16] >> 4;
+    for (int i = 0; i < 4; i++) {
+        uint32_t first = neighbours >> (4 * i) & 15, second = neighbours >> (4 * i + 16) & 15;
         four |= (first | second << 4) << (8 * i);
     }
     return four;
 }
 
-// (out, in) weights of a kind to panels.
-void pack_panels(int64_t kind, const void *weight, int64_t in, int64_t out, void *panels) {
-    int64_t steps = steps_of(kind, in), row_bytes = kind == INT4 ? in / 2 : kind == INT8 ? in : in * 2;
-    uint32_t turn = kind == INT8 ? 0x80808080u : 0;  // int8 → 128 more, unsigned
-#pragma omp parallel for
-    for (int64_t panel = 0; panel < (out + 15) / 16; panel++) {
-        uint32_t *to = (uint32_t *)panels + panel * steps * 16;
-        for (int64_t lane = 0; lane < 16; lane++) {
-            const char *from = (const char *)weight + (panel * 16 + lane) * row_bytes;
+// (out, in) weights of a kind, rows row_bytes apart, to panels. INT8 comes 128 too large, and INT4
+// with its lower channel in the lower half of a byte: compressed-tensors' "pack-quantized" form.
+void pack_panels(int64_t kind, const void *weight, int64_t row_bytes, int64_t in, int64_t out,
+                 void *panels, int threads) {
+    int64_t steps = steps_of(kind, in);
+    uint32_t empty = kind == INT8 ? 0x80808080u : 0, turn = WEIGHT_OFFSET ? 0 : empty;
+    int64_t bytes = kind == INT4 ? (in + 1) / 2 : kind == INT8 ? in : in * 2;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t panel = 0; panel < (out + PANEL - 1) / PANEL; panel++) {
+        uint32_t *to = (uint32_t *)panels + panel * steps * PANEL;
+        for (int64_t lane = 0; lane < PANEL; lane++) {
+            const char *from = (const char *)weight + (panel * PANEL + lane) * row_bytes;
             for (int64_t s = 0; s < steps; s++) {
-                uint32_t four = 0;
-                if (panel * 16 + lane < out) {
-                    if (kind == INT4)
-                        four = eight_channels((const uint8_t *)from + s / 4 * 16, s % 4);
-                    else
-                        memcpy(&four, from + s * 4, (size_t)least(4, row_bytes - s * 4));
-                }
-                to[s * 16 + lane] = four ^ turn;
+                uint32_t four = empty;
+                if (panel * PANEL + lane < out)
+                    memcpy(&four, from + s * 4, (size_t)least(4, bytes - s * 4));
+                to[s * PANEL + lane] = kind == INT4 ? eight_channels(four) : four ^ turn;
             }
         }
     }
 }
 
-// INT4's scales, (out, groups) to panels of (groups, 16).
+// (out, groups) scales to (groups, 16) for every panel.
 void pack_scales(const uint16_t *scale, int64_t groups, int64_t out, uint16_t *panels) {
-    for (int64_t o = 0; o < rounded_up(out, 16); o++)
+    for (int64_t o = 0; o < rounded_up(out, PANEL); o++)
         for (int64_t g = 0; g < groups; g++)
-            panels[(o / 16 * groups + g) * 16 + o % 16] = o < out ? scale[o * groups + g] : 0;
+            panels[(o / PANEL * groups + g) * PANEL + o % PANEL] = o < out ? scale[o * groups + g] : 0;
 }
 
-#if defined(SIMD_WIDE)
+// Zero points, (out / 8, groups) words of eight channels, to (groups, 8 bytes) for every panel: lane
+// i in the low half of byte i, lane i + 8 in the high half.
+void pack_zeros(const uint32_t *zeros, int64_t groups, int64_t out, uint8_t *panels) {
+    for (int64_t panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
+        for (int64_t g = 0; g < groups; g++) {
+            uint32_t low = zeros[2 * panel * groups + g], high = 0;
+            if (2 * panel + 1 < (out + 7) / 8) high = zeros[(2 * panel + 1) * groups + g];
+            for (int i = 0; i < 8; i++)
+                panels[(panel * groups + g) * 8 + i] =
+                    (uint8_t)((low >> (4 * i) & 15) | (high >> (4 * i) & 15) << 4);
+        }
+}
 
+// Room for any kind of rows: two bytes a number, or four where they stay floats; groups of 16
+// channels are the smallest there are.
 int64_t block_bytes(int64_t rows, int64_t in) {
-    rows = rounded_up(rows, TILE_ROWS);
-    return rows * (rounded_up(in * 2, 64) + 8 + rounded_up(in, GROUP) / 8) +
-           rounded_up(in, 16) * 4 + 320;
+    rows = rounded_up(rows, MOST_ROWS);
+    return rows * (rounded_up(in * 2, 256) + (in / 16 + 1) * 12) + rounded_up(in, LANES) * 4 + 512;
 }
 
 void lay_out_block(Block *block, void *memory, int64_t rows, int64_t in) {
     char *at = (char *)rounded_up((int64_t)(intptr_t)memory, 64);
-    int64_t padded = rounded_up(rows, TILE_ROWS);
+    int64_t padded = rounded_up(rows, MOST_ROWS), most = (in / 16 + 1) * 4;
     block->rows = rows;
-    block->scale = (float *)at, block->sums = (int32_t *)(at + padded * 4);
-    at += rounded_up(padded * (8 + rounded_up(in, GROUP) / 8), 64);
-    block->normed = (float *)at;
-    at += rounded_up(in, 16) * 4;
-    block->numbers = at;
+    block->scale = (float *)at, at += padded * most;
+    block->weighed = (float *)at, at += padded * most;
+    block->offset = (int32_t *)at, at += padded * most;
+    block->normed = (float *)(at = (char *)rounded_up((int64_t)(intptr_t)at, 64));
+    block->numbers = at + rounded_up(in, LANES) * 4;
+}
+
+// Whether rows made ready for one layer can be multiplied by another.
+int reads_alike(const Linear *a, const Linear *b) {
+    int integers = a->kind == INT8 || a->kind == INT4;
+    if (a->in != b->in || integers != (b->kind == INT8 || b->kind == INT4)) return 0;
+    return integers ? a->group == b->group && a->fine == b->fine : a->kind == b->kind;
 }
 
 // Mean and standard deviation taken out, or the root mean square; then the weights.
 static const float *normalised(const Norm *norm, const float *x, int64_t in, float *out) {
-    Wide sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    Floats sum = splat(0), squares = splat(0);
     float mean = 0;
     if (norm->kind == NO_NORM) return x;
     if (norm->kind == LAYER_NORM) {
-        for (int64_t i = 0; i < in; i += 16)
-            sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes(in - i), x + i));
-        mean = _mm512_reduce_add_ps(sum) / (float)in;
+        for (int64_t i = 0; i < in; i += LANES) sum = add(sum, load_some(x + i, in - i));
+        mean = sum_lanes(sum) / (float)in;
     }
-    for (int64_t i = 0; i < in; i += 16) {
-        __mmask16 mask = lanes(in - i);
-        Wide some = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + i),
-                                        _mm512_set1_ps(mean));
-        squares = _mm512_fmadd_ps(some, some, squares);
+    for (int64_t i = 0; i < in; i += LANES) {
+        Floats some = sub(load_some(x + i, in - i), splat(mean));
+        if (in - i < LANES) {  // lanes that hold nothing
+            store_some(out + i, some, in - i);
+            some = load_some(out + i, in - i);
+        }
+        squares = fma_lanes(some, some, squares);
     }
-    float scale = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)in + (float)norm->eps);
-    for (int64_t i = 0; i < in; i += 16) {
-        __mmask16 mask = lanes(in - i);
-        Wide some = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(mean));
-        some = _mm512_mul_ps(_mm512_mul_ps(some, _mm512_set1_ps(scale)),
-                             _mm512_maskz_loadu_ps(mask, norm->weight + i));
-        if (norm->bias) some = _mm512_add_ps(some, _mm512_maskz_loadu_ps(mask, norm->bias + i));
-        _mm512_mask_storeu_ps(out + i, mask, some);
+    float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)in + (float)norm->eps);
+    for (int64_t i = 0; i < in; i += LANES) {
+        Floats some = mul(sub(load_some(x + i, in - i), splat(mean)), splat(scale));
+        some = mul(some, load_some(norm->weight + i, in - i));
+        if (norm->bias) some = add(some, load_some(norm->bias + i, in - i));
+        store_some(out + i, some, in - i);
     }
     return out;
 }
 
-// rint(x · 127 / max|x|) of a row, and its scale. INT8: the sum of the integers, times 128; INT4:
-// of each group, times -8. That is what the weights' zero points add to a product.
-static void quantise_row(int64_t kind, const float *x, int64_t in, int64_t stride, int8_t *q,
-                         float *scale, int32_t *sums) {
-    Wide most = _mm512_setzero_ps();
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t i = 0; i < in; i += 16)
-        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(in - i), x + i)));
-    float largest = _mm512_reduce_max_ps(most);
-    Wide inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0);
-    for (int64_t i = 0; i < stride; i += 16) {
-        Wide some = _mm512_maskz_loadu_ps(lanes(in - i), x + i);
-        __m512i numbers = _mm512_cvtps_epi32(_mm512_mul_ps(some, inverse));
-        total = _mm512_add_epi32(total, numbers);
-        _mm_storeu_si128((__m128i *)(q + i), _mm512_cvtepi32_epi8(numbers));
-        if (kind == INT4 && i % GROUP && i < in) {
-            sums[i / GROUP] = -8 * _mm512_reduce_add_epi32(total);
-            total = _mm512_setzero_si512();
-        }
+// A group of a row: rint(x · most / max|x|), its scale, and the sums that zero points are taken out
+// with. `count` channels are real, `padded` are written.
+static void quantise_group(const Linear *linear, const float *x, int64_t count, int64_t padded,
+                           int8_t *q, int64_t plane, float *scale, float *weighed,
+                           int32_t *offset) {
+    const float most = linear->fine ? 127 * RADIX + 126 : 127;
+    Floats largest = splat(0);
+    Ints total = splat_int(0);
+    for (int64_t i = 0; i < count; i += LANES)
+        largest = max_lanes(largest, abs_lanes(load_some(x + i, count - i)));
+    float reach = largest_lane(largest), inverse = reach > 0 ? most / reach : 0;
+    for (int64_t i = 0; i < padded; i += LANES) {
+        Floats some = splat(0);
+        if (i < count) some = mul(load_some(x + i, count - i), splat(inverse));
+        Ints numbers = to_nearest(some);
+        total = add_int(total, numbers);
+        if (linear->fine) {
+            Floats whole = rounded(some), first = rounded(mul(whole, splat(1.0f / RADIX)));
+            store_low_bytes(q + i, to_nearest(first));
+            store_low_bytes(q + plane + i, to_nearest(fma_lanes(first, splat(-RADIX), whole)));
+        } else
+            store_low_bytes(q + i, numbers);
     }
-    *scale = largest / 127.0f;
-    if (kind == INT8) *sums = 128 * _mm512_reduce_add_epi32(total);
+    int32_t sum = sum_ints(total);
+    *scale = reach / most;
+    *weighed = *scale * (float)sum;
+    *offset = -WEIGHT_OFFSET * sum;
 }
 
 // Rows of x, `stride` floats apart, normalised and in the numbers that `linear` multiplies.
 void prepare_block(Block *block, const Linear *linear, const Norm *norm, const float *x,
                    int64_t stride) {
-    int64_t in = linear->in, sums = linear->kind == INT4 ? in / GROUP : 1;
-    block->stride = rounded_up(linear->kind == BFLOAT16 ? in * 2 : in, 64);
+    int64_t in = linear->in, integers = linear->kind == INT8 || linear->kind == INT4;
+    block->plane = rounded_up(in, 64);
+    block->stride = integers ? block->plane * (linear->fine ? 2 : 1) : rounded_up(in * 2, 64);
+    block->groups = integers ? groups_of(linear) : 0;
     for (int64_t row = 0; row < block->rows; row++) {
         const float *from = normalised(norm, x + row * stride, in, block->normed);
         char *to = block->numbers + row * block->stride;
-        if (linear->kind != BFLOAT16) {
-            quantise_row(linear->kind, from, in, block->stride, (int8_t *)to, block->scale + row,
-                         block->sums + row * sums);
-            continue;
+        for (int64_t g = 0; g < block->groups; g++) {
+            int64_t begin = g * linear->group, count = least(linear->group, in - begin);
+            int64_t padded = g + 1 < block->groups ? count : block->plane - begin;
+            int64_t at = row * block->groups + g;
+            quantise_group(linear, from + begin, count, padded, (int8_t *)to + begin, block->plane,
+                           block->scale + at, block->weighed + at, block->offset + at);
         }
-        for (int64_t i = 0; i < block->stride / 2; i += 16)
-            _mm256_storeu_si256((__m256i *)(to + i * 2),
-                                to_bfloat(_mm512_maskz_loadu_ps(lanes(in - i), from + i)));
+        for (int64_t i = 0; !integers && i < block->stride / 2; i += LANES)
+            store_bfloats((uint16_t *)to + i, i < in ? load_some(from + i, in - i) : splat(0));
     }
 }
 
-// Where a tile's sums go: row and channel of `out`, which begins with channel `from`.
+// Where a product goes: row and channel of `out`, which begins with channel `from`.
 typedef struct {
     const Linear *linear;
     const Block *x;
@@ -157,84 +215,229 @@ typedef struct {
     int64_t from, stride;
 } Target;
 
-INLINE void put_tile(const Target *t, int64_t kind, int rows, int panels, int64_t row,
-                     int64_t channel, Sums total) {
-    const Linear *linear = t->linear;
-    const Finish *finish = t->finish;
-    UNROLL for (int p = 0; p < panels; p++) {
-        int64_t at = channel + p * PANEL;
-        __mmask16 mask = lanes(linear->out - at);
-        Wide scale = _mm512_setzero_ps(), bias = _mm512_setzero_ps();
-        if (kind == INT8) scale = _mm512_maskz_loadu_ps(mask, (const float *)linear->scale + at);
-        if (linear->bias) bias = _mm512_maskz_loadu_ps(mask, linear->bias + at);
+// The weights of a panel that holds `channel`, and its groups' scales and zero points.
+INLINE const char *panel_of(const Linear *linear, int64_t channel) {
+    return (const char *)linear->weight +
+           channel / PANEL * steps_of(linear->kind, linear->in) * STEP_BYTES;
+}
+
+// A row's four bytes from `x` on times the 16 channels of `panels` panels, for steps from .. to.
+INLINE void sum_steps(int rows, int panels, const char *x, int64_t stride, const char *w,
+                      int64_t apart, int64_t from, int64_t to, Ints sum[MOST_ROWS][PAIR_PANELS]) {
+    for (int64_t s = from; s < to; s++) {
+        Ints weight[PAIR_PANELS];
+        UNROLL for (int p = 0; p < panels; p++) {
+            const char *at = w + p * apart + s * STEP_BYTES;
+            weight[p] = load_bytes(at);
+            prefetch(at + (rows == 1 ? AHEAD : SOON));
+        }
         UNROLL for (int r = 0; r < rows; r++) {
-            if (row + r >= t->x->rows) continue;
-            Wide y = _mm512_castsi512_ps(total[r][p]);
-            if (kind == INT8)
-                y = _mm512_cvtepi32_ps(
-                    _mm512_sub_epi32(total[r][p], _mm512_set1_epi32(t->x->sums[row + r])));
-            if (kind != BFLOAT16) y = _mm512_mul_ps(y, _mm512_set1_ps(t->x->scale[row + r]));
-            if (kind == INT8) y = _mm512_mul_ps(y, scale);
-            if (linear->bias) y = _mm512_add_ps(y, bias);
-            y = activate_wide(finish->activation, y);
-            int64_t beside = (row + r) * finish->stride + at - t->from;
-            if (finish->times)
-                y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, finish->times + beside));
-            if (finish->plus)
-                y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, finish->plus + beside));
-            _mm512_mask_storeu_ps(t->out + (row + r) * t->stride + at - t->from, mask, y);
+            vi numbers = four_bytes(x + r * stride + s * 4);
+            UNROLL for (int p = 0; p < panels; p++)
+                sum[r][p] = dot(sum[r][p], weight[p], numbers);
         }
     }
 }
 
-#define TILE(NAME, KIND, ROWS, PANELS)                                                          \
-    static void NAME##_##ROWS##_##PANELS(const Target *t, int64_t row, int64_t channel) {       \
-        Sums total;                                                                             \
-        int64_t steps = steps_of(KIND, t->linear->in), apart = steps * STEP_BYTES;              \
-        sum_panels(KIND, ROWS, PANELS, t->x->numbers + row * t->x->stride, t->x->stride,        \
-                   (const char *)t->linear->weight + channel / PANEL * apart, apart, steps,     \
-                   total);                                                                      \
-        put_tile(t, KIND, ROWS, PANELS, row, channel, total);                                   \
+// 8-bit weights: whole numbers within a group, whose scales are multiplied in after it.
+INLINE void sum_bytes(int rows, int panels, const Target *t, int64_t row, int64_t channel,
+                      Floats total[MOST_ROWS][PAIR_PANELS]) {
+    const Linear *linear = t->linear;
+    const Block *block = t->x;
+    const char *x = block->numbers + row * block->stride, *w = panel_of(linear, channel);
+    int64_t groups = block->groups, steps = steps_of(INT8, linear->in), of_group = linear->group / 4;
+    const uint16_t *scale = linear->scale + channel * groups;
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int p = 0; p < panels; p++) total[r][p] = splat(0);
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t from = g * of_group, to = least(from + of_group, steps);
+        Ints sum[MOST_ROWS][PAIR_PANELS];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int p = 0; p < panels; p++)
+                sum[r][p] = splat_int(linear->fine ? 0 : block->offset[(row + r) * groups + g]);
+        sum_steps(rows, panels, x, block->stride, w, steps * STEP_BYTES, from, to, sum);
+        if (linear->fine) {
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int p = 0; p < panels; p++) {
+                    vi offset = block->offset[(row + r) * groups + g] - (vi){0};
+                    EACH sum[r][p].part[k] = sum[r][p].part[k] * RADIX + offset;
+                }
+            sum_steps(rows, panels, x + block->plane, block->stride, w, steps * STEP_BYTES, from,
+                      to, sum);
+        }
+        UNROLL for (int p = 0; p < panels; p++) {
+            Floats factor = load_bfloats(scale + (p * groups + g) * PANEL);
+            UNROLL for (int r = 0; r < rows; r++) {
+                Floats own = mul(to_floats(sum[r][p]), splat(block->scale[(row + r) * groups + g]));
+                total[r][p] = fma_lanes(own, factor, total[r][p]);
+            }
+        }
     }
-#define GROUP_TILE(ROWS)                                                                        \
-    static void int4_##ROWS(const Target *t, int64_t row, int64_t channel) {                    \
-        Sums total;                                                                             \
-        int64_t groups = t->linear->in / GROUP;                                                 \
-        sum_groups(ROWS, t->x->numbers + row * t->x->stride, t->x->stride,                      \
-                   t->x->sums + row * groups,                                                   \
-                   (const char *)t->linear->weight + channel / PANEL * groups * 4 * STEP_BYTES, \
-                   (const uint16_t *)t->linear->scale + channel * groups, groups, total);       \
-        put_tile(t, INT4, ROWS, 1, row, channel, total);                                        \
-    }
-TILE(int8, INT8, 1, 1) TILE(int8, INT8, 8, 1) TILE(int8, INT8, 8, 2) TILE(int8, INT8, 8, 3)
-TILE(bfloat, BFLOAT16, 1, 1) TILE(bfloat, BFLOAT16, 8, 1) TILE(bfloat, BFLOAT16, 8, 2)
-TILE(bfloat, BFLOAT16, 8, 3) GROUP_TILE(1) GROUP_TILE(4) GROUP_TILE(8)
+}
 
+// 4-bit weights, one panel: a step is eight numbers of a row, the first four in the low halves of
+// the bytes. The zero points come out with the sum of the row's own numbers.
+INLINE void sum_nibbles(int rows, const Target *t, int64_t row, int64_t channel,
+                        Floats total[MOST_ROWS][PAIR_PANELS]) {
+    const Linear *linear = t->linear;
+    const Block *block = t->x;
+    const char *x = block->numbers + row * block->stride, *w = panel_of(linear, channel);
+    int64_t groups = block->groups, steps = steps_of(INT4, linear->in), of_group = linear->group / 8;
+    const uint16_t *scale = linear->scale + channel * groups;
+    const uint8_t *zeros = linear->zeros + channel / PANEL * groups * 8;
+    UNROLL for (int r = 0; r < rows; r++) total[r][0] = splat(0);
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t to = least((g + 1) * of_group, steps);
+        Ints sum[MOST_ROWS];
+        UNROLL for (int r = 0; r < rows; r++) sum[r] = splat_int(0);
+        UNROLL for (int64_t s = g * of_group; s < to; s++) {
+            Ints both = load_bytes(w + s * STEP_BYTES);
+            Ints low = and_int(both, 0x0f0f0f0f), high = and_int(right(both, 4), 0x0f0f0f0f);
+            prefetch(w + s * STEP_BYTES + AHEAD);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const char *numbers = x + r * block->stride + s * 8;
+                sum[r] = dot(sum[r], low, four_bytes(numbers));
+                sum[r] = dot(sum[r], high, four_bytes(numbers + 4));
+            }
+        }
+        Floats factor = load_bfloats(scale + g * PANEL);
+        Floats zero = mul(factor, to_floats(load_halves(zeros + g * 8)));
+        UNROLL for (int r = 0; r < rows; r++) {
+            int64_t at = (row + r) * groups + g;
+            Floats own = mul(to_floats(sum[r]), splat(block->scale[at]));
+            total[r][0] = fma_lanes(own, factor, total[r][0]);
+            total[r][0] = fma_lanes(splat(-block->weighed[at]), zero, total[r][0]);
+        }
+    }
+}
+
+// bfloat16 weights: a step is two numbers of a row.
+INLINE void sum_pairs(int rows, int panels, const char *x, int64_t stride, const char *w,
+                      int64_t apart, int64_t steps, Floats total[MOST_ROWS][PAIR_PANELS]) {
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int p = 0; p < panels; p++) total[r][p] = splat(0);
+    for (int64_t s = 0; s < steps; s++) {
+        Ints weight[PAIR_PANELS];
+        UNROLL for (int p = 0; p < panels; p++) {
+            const char *at = w + p * apart + s * STEP_BYTES;
+            weight[p] = load_bytes(at);
+            prefetch(at + (rows == 1 ? AHEAD : SOON));
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+            vi numbers = four_bytes(x + r * stride + s * 4);
+            UNROLL for (int p = 0; p < panels; p++)
+                total[r][p] = add_pairs(total[r][p], weight[p], numbers);
+        }
+    }
+}
+
+// Bias, activation, and what stands beside the sums; then into `out`.
+INLINE void put(const Target *t, int rows, int panels, int64_t row, int64_t channel,
+                Floats total[MOST_ROWS][PAIR_PANELS]) {
+    const Finish *finish = t->finish;
+    UNROLL for (int p = 0; p < panels; p++) {
+        int64_t at = channel + p * PANEL, count = t->linear->out - at;
+        Floats bias = splat(0);
+        if (t->linear->bias) bias = load_some(t->linear->bias + at, count);
+        UNROLL for (int r = 0; r < rows; r++) {
+            if (row + r >= t->x->rows) continue;
+            Floats y = total[r][p];
+            if (t->linear->bias) y = add(y, bias);
+            y = activate_lanes(finish->activation, y);
+            int64_t beside = (row + r) * finish->stride + at - t->from;
+            if (finish->times) y = mul(y, load_some(finish->times + beside, count));
+            if (finish->plus) y = add(y, load_some(finish->plus + beside, count));
+            store_some(t->out + (row + r) * t->stride + at - t->from, y, count);
+        }
+    }
+}
+
+#define BYTES(ROWS, PANELS)                                                                     \
+    static void bytes_##ROWS##_##PANELS(const Target *t, int64_t row, int64_t channel) {        \
+        Floats total[MOST_ROWS][PAIR_PANELS];                                                   \
+        sum_bytes(ROWS, PANELS, t, row, channel, total);                                        \
+        put(t, ROWS, PANELS, row, channel, total);                                              \
+    }
+#define NIBBLES(ROWS)                                                                           \
+    static void nibbles_##ROWS(const Target *t, int64_t row, int64_t channel) {                 \
+        Floats total[MOST_ROWS][PAIR_PANELS];                                                   \
+        sum_nibbles(ROWS, t, row, channel, total);                                              \
+        put(t, ROWS, 1, row, channel, total);                                                   \
+    }
+#define PAIRS(ROWS, PANELS)                                                                     \
+    static void pairs_##ROWS##_##PANELS(const Target *t, int64_t row, int64_t channel) {        \
+        Floats total[MOST_ROWS][PAIR_PANELS];                                                   \
+        int64_t steps = steps_of(BFLOAT16, t->linear->in);                                      \
+        sum_pairs(ROWS, PANELS, t->x->numbers + row * t->x->stride, t->x->stride,               \
+                  panel_of(t->linear, channel), steps * STEP_BYTES, steps, total);              \
+        put(t, ROWS, PANELS, row, channel, total);                                              \
+    }
 typedef void Tile(const Target *, int64_t row, int64_t channel);
+
+BYTES(1, 1) NIBBLES(1) PAIRS(1, 1)
+#if defined(VECTOR_512)
+BYTES(4, 1) BYTES(4, 2) BYTES(4, 3) PAIRS(8, 1) PAIRS(8, 2) PAIRS(8, 3) NIBBLES(8)
+static Tile *const INT8_TILES[] = {bytes_1_1, bytes_4_1, bytes_4_2, bytes_4_3};
+static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_8_1, pairs_8_2, pairs_8_3};
+static Tile *const INT4_TILES[] = {nibbles_1, nibbles_8};
+#elif defined(VECTOR_256)
+BYTES(4, 1) PAIRS(4, 1) NIBBLES(4)
+static Tile *const INT8_TILES[] = {bytes_1_1, bytes_4_1};
+static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_4_1};
+static Tile *const INT4_TILES[] = {nibbles_1, nibbles_4};
+#else
+BYTES(2, 1) PAIRS(2, 1) NIBBLES(2)
+static Tile *const INT8_TILES[] = {bytes_1_1, bytes_2_1};
+static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_2_1};
+static Tile *const INT4_TILES[] = {nibbles_1, nibbles_2};
+#endif
+
+// How many panels to take next, so that no tile is left with one where it can be helped.
+INLINE int next_panels(int most, int64_t left) {
+    if (most < 3 || left == 1) return (int)least(most, left);
+    return left == 4 || left == 2 ? 2 : 3;
+}
 
 // Channels from .. to (whole panels, or up to the last) of a layer for every row of a block, finished
 // and into `out`, which like the finish begins with channel `from`.
 void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t to,
                     const Finish *finish, float *out, int64_t stride) {
-    static Tile *const tiles[4][4] = {
-        [BFLOAT16] = {bfloat_1_1, bfloat_8_1, bfloat_8_2, bfloat_8_3},
-        [INT8] = {int8_1_1, int8_8_1, int8_8_2, int8_8_3},
-        [INT4] = {int4_1, int4_8},
-    };
     const Target target = {linear, x, finish, out, from, stride};
     // A share may be empty. Its first panel would be another thread's last one.
     if (from >= to) return;
+    Tile *const *tiles = linear->kind == INT8   ? INT8_TILES
+                         : linear->kind == INT4 ? INT4_TILES
+                                                : PAIR_TILES;
+    int64_t high = linear->kind == INT8 ? INT8_ROWS : linear->kind == INT4 ? INT4_ROWS : PAIR_ROWS;
+    // Of 4-bit weights one panel at a time: wider tiles spill their sums.
+    int most = linear->kind == INT8 ? INT8_PANELS : linear->kind == INT4 ? 1 : PAIR_PANELS;
     int64_t end = (to + PANEL - 1) / PANEL;
     for (int64_t panel = from / PANEL; panel < end;) {
-        int count = x->rows == 1 ? 1 : next_panels(end - panel);
-        if (linear->kind == INT4) count = 1;  // wider tiles spill their sums: slower
-        for (int64_t row = 0; row < x->rows; row += TILE_ROWS) {
-            Tile *tile = tiles[linear->kind][x->rows == 1 ? 0 : count];
-            if (linear->kind == INT4 && x->rows > 1 && x->rows - row <= 4) tile = int4_4;
-            tile(&target, row, panel * PANEL);
-        }
+        int count = x->rows == 1 ? 1 : next_panels(most, end - panel);
+        for (int64_t row = 0; row < x->rows; row += high)
+            tiles[x->rows == 1 ? 0 : count](&target, row, panel * PANEL);
         panel += count;
     }
 }
 
+// Eight or fewer rows of bfloat16 pairs times panels, for attention: out (rows, panels · 16), `wide`
+// floats apart.
+void multiply_pairs(const char *x, int64_t stride, const char *w, int64_t apart, int64_t steps,
+                    int64_t rows, int64_t panels, float *out, int64_t wide) {
+    for (int64_t panel = 0; panel < panels;) {
+        int count = next_panels(PAIR_PANELS, panels - panel);
+        for (int64_t row = 0; row < rows; row += PAIR_ROWS) {
+            Floats total[MOST_ROWS][PAIR_PANELS];
+            const char *at = w + panel * apart, *from = x + row * stride;
+            if (count == 1) sum_pairs(PAIR_ROWS, 1, from, stride, at, apart, steps, total);
+#if PAIR_PANELS > 1
+            else if (count == 2) sum_pairs(PAIR_ROWS, 2, from, stride, at, apart, steps, total);
+            else sum_pairs(PAIR_ROWS, 3, from, stride, at, apart, steps, total);
 #endif
+            for (int r = 0; r < PAIR_ROWS; r++)
+                for (int p = 0; p < count; p++)
+                    store(out + (row + r) * wide + (panel + p) * PANEL, total[r][p]);
+        }
+        panel += count;
+    }
+}

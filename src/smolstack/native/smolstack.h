@@ -1,10 +1,9 @@
 // Both towers' layers over many rows, and one token through the whole decoder.
 //
 // Compiled on the user's machine for its own processor (see compiling.py), called by ctypes
-// (library.py). A linear layer's weight is (out, in), one output channel after the other, as
-// safetensors files hold it; or, on processors with AVX-512, laid out anew as panels of 16 channels
-// (panels.c). The arithmetic is that of smolstack/model/quantised.py: sums of integers, the same on
-// every processor.
+// (library.py). A weight of float32 is (out, in) as safetensors files hold it; those of the other
+// kinds are laid out anew as panels of 16 channels (panels.c). The arithmetic of integers is that of
+// smolstack/model/quantised.py: whole sums per group, the same on every processor.
 #ifndef SMOLSTACK_H
 #define SMOLSTACK_H
 
@@ -14,21 +13,23 @@
 #include <omp.h>
 #endif
 
-#define GROUP 32   // int4: input channels that share a scale
 #define CHUNK 128  // positions that one part of attention looks at
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };              // kinds of weights
 enum { CACHE_FLOAT32 = 0, CACHE_FLOAT16 = 1, CACHE_BFLOAT16 = 2 };    // kinds of keys and values
 enum { NONE = 0, RELU = 1, SILU = 2, GELU = 3, GELU_TANH = 4 };      // activations
 
-// y = x · weightᵀ + bias.
+// y = x · weightᵀ + bias. Integers share a scale by `group` neighbouring input channels (the last
+// group may be shorter), and so do the activations that they are multiplied with:
+//   INT8: weight = q · scale, q from -127 to 127
+//   INT4: weight = (q - zero) · scale, q and zero from 0 to 15
 typedef struct {
     int64_t kind, in, out;
-    int64_t panels;       // whether weight and INT4's scale are laid out as panels
-    const void *weight;   // INT4: two channels a byte, channel j of a group of 32 beside j + 16
-    const void *scale;    // INT8: float (out); INT4: float16 (out, in / GROUP)
-    const int32_t *sums;  // INT8 in rows: the sum of each row's weights
-    const float *bias;    // (out) or NULL
+    int64_t group, fine;    // fine: activations of 16 bits in place of 8
+    const void *weight;     // FLOAT32: (out, in); the others: panels
+    const uint16_t *scale;  // bfloat16, (groups, 16) for every panel
+    const uint8_t *zeros;   // INT4: (groups, 8) for every panel, two channels to a byte
+    const float *bias;      // (out) or NULL
 } Linear;
 
 enum { NO_NORM = 0, LAYER_NORM = 1, RMS_NORM = 2 };
@@ -81,21 +82,17 @@ typedef struct {
     float *out;            // (rows, heads · width)
 } Attention;
 
-// Activations as the kernels read them: one block of rows, each row `stride` numbers long.
+// Rows as the kernels multiply them: integers of 8 bits (fine: of 16, as two planes that stand for
+// RADIX · first + second), bfloat16, or float32.
+#define RADIX 254
 typedef struct {
-    int64_t kind, rows, in, stride;
-    const float *floats;  // FLOAT32, BFLOAT16: the rows as they are
-    void *numbers;        // INT8: int16, or uint8 with 128 added (VNNI); INT4: int8
-    int32_t *offsets;     // INT4: (rows, groups, 8), what the zero point 8 adds up to
-    float *scale;         // (rows)
-} Rows;
-
-// The same for weights in panels.
-typedef struct {
-    int64_t rows, stride;  // bytes between rows
-    char *numbers;         // int8 or bfloat16
-    float *scale, *normed;
-    int32_t *sums;         // INT8: (rows); INT4: (rows, groups), what the zero point adds up to
+    int64_t rows, stride;   // bytes between rows
+    int64_t plane, groups;  // bytes from the first plane of a row to the second; groups of a row
+    char *numbers;
+    float *scale;     // (rows, groups)
+    float *weighed;   // (rows, groups): the sum of a group's integers times its scale
+    int32_t *offset;  // (rows, groups): what WEIGHT_OFFSET adds to a group's product, negative
+    float *normed;    // (in)
 } Block;
 
 // What is done to a sum on its way out: activation(sum) · times + plus.
@@ -105,17 +102,17 @@ typedef struct {
     int64_t stride;
 } Finish;
 
-int64_t rows_bytes(int64_t rows, int64_t in);
-void lay_out_rows(Rows *to, void *memory, int64_t rows, int64_t in);
-void prepare_rows(Rows *to, int64_t kind, const float *x, int64_t stride);
-void multiply(const Linear *linear, const Rows *x, int64_t from, int64_t to, float *out,
-              int64_t stride);
+void multiply_floats(const Linear *linear, const float *x, int64_t rows, int64_t x_stride,
+                     int64_t from, int64_t to, float *out, int64_t stride);
 int64_t block_bytes(int64_t rows, int64_t in);
 void lay_out_block(Block *block, void *memory, int64_t rows, int64_t in);
+int reads_alike(const Linear *a, const Linear *b);
 void prepare_block(Block *block, const Linear *linear, const Norm *norm, const float *x,
                    int64_t stride);
 void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t to,
                     const Finish *finish, float *out, int64_t stride);
+void multiply_pairs(const char *x, int64_t stride, const char *w, int64_t apart, int64_t steps,
+                    int64_t rows, int64_t panels, float *out, int64_t wide);
 int dense_rows(const Linear *linear, const Norm *norm, const float *x, int64_t rows,
                int64_t activation, const float *plus, float *out, int threads);
 int mixed_rows(const Norm *norm, const Linear *query, const Linear *key, const Linear *value,

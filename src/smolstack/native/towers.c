@@ -2,12 +2,9 @@
 // a prompt through the decoder. What smolstack/model/vision.py and decoder.py do.
 #include "smolstack.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include "wide.h"
-
-#if defined(SIMD_WIDE)
 
 // Patches of `tiles` tiles through all layers, in place: x (tiles, patches, hidden).
 // Returns 1 when memory runs out, else 0.
@@ -108,5 +105,3 @@ int prefill_rows(const Decoder *d, int64_t sequences, const int64_t *counts, con
     free(mixed);
     return (int)failed;
 }
-
-#endif

@@ -1,0 +1,360 @@
+// Sixteen lanes at a time: the one layer between the algorithms and the processor.
+//
+// `Floats` and `Ints` are 16 lanes of 32 bits, held in as many native vectors as that takes: one with
+// AVX-512, two with AVX2, four with SSE2 or NEON. Plain arithmetic is that of GCC's vector types;
+// what they cannot say (fused multiply-add, products of bytes, bfloat16 pairs) stands here once
+// for every instruction set. Nothing outside this file names an instruction.
+#ifndef SMOLSTACK_VECTOR_H
+#define SMOLSTACK_VECTOR_H
+
+#include "smolstack.h"
+
+#include "simd.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
+    defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#define VECTOR_512 1
+#define NATIVE 64
+#elif defined(SIMD_AVX2)
+#define VECTOR_256 1
+#define NATIVE 32
+#else
+#define NATIVE 16
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#endif
+
+#define LANES 16
+#define PARTS (64 / NATIVE)
+#define EACH UNROLL for (int k = 0; k < PARTS; k++)
+
+typedef float vf __attribute__((vector_size(NATIVE)));
+typedef int32_t vi __attribute__((vector_size(NATIVE)));
+typedef int16_t vs __attribute__((vector_size(NATIVE)));
+typedef struct { vf part[PARTS]; } Floats;
+typedef struct { vi part[PARTS]; } Ints;
+
+// Whether int8 weights are kept as unsigned bytes, 128 too large: VNNI multiplies unsigned by
+// signed bytes.
+#if defined(VECTOR_512) || defined(SIMD_VNNI)
+#define WEIGHT_OFFSET 128
+#else
+#define WEIGHT_OFFSET 0
+#endif
+
+INLINE Floats splat(float x) {
+    Floats out;
+    EACH out.part[k] = x - (vf){0};
+    return out;
+}
+INLINE Ints splat_int(int32_t x) {
+    Ints out;
+    EACH out.part[k] = x - (vi){0};
+    return out;
+}
+INLINE Floats load(const float *p) {
+    Floats out;
+    EACH memcpy(&out.part[k], (const char *)p + k * NATIVE, NATIVE);
+    return out;
+}
+INLINE void store(float *p, Floats x) { EACH memcpy((char *)p + k * NATIVE, &x.part[k], NATIVE); }
+INLINE Ints load_bytes(const void *p) {  // 64 bytes: four to a lane
+    Ints out;
+    EACH memcpy(&out.part[k], (const char *)p + k * NATIVE, NATIVE);
+    return out;
+}
+INLINE void store_bytes(void *p, Ints x) { EACH memcpy((char *)p + k * NATIVE, &x.part[k], NATIVE); }
+
+// The first `count` lanes from memory, the others 0; nothing behind them is touched.
+INLINE Floats load_some(const float *p, int64_t count) {
+    if (count >= LANES) return load(p);
+#if defined(VECTOR_512)
+    Floats out = {{(vf)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p)}};
+    return out;
+#else
+    float some[LANES] = {0};
+    memcpy(some, p, (size_t)count * 4);
+    return load(some);
+#endif
+}
+INLINE void store_some(float *p, Floats x, int64_t count) {
+    if (count >= LANES) {
+        store(p, x);
+        return;
+    }
+#if defined(VECTOR_512)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)x.part[0]);
+#else
+    float some[LANES];
+    store(some, x);
+    memcpy(p, some, (size_t)count * 4);
+#endif
+}
+
+INLINE Floats add(Floats a, Floats b) { EACH a.part[k] += b.part[k]; return a; }
+INLINE Floats sub(Floats a, Floats b) { EACH a.part[k] -= b.part[k]; return a; }
+INLINE Floats mul(Floats a, Floats b) { EACH a.part[k] *= b.part[k]; return a; }
+INLINE Floats divide(Floats a, Floats b) { EACH a.part[k] /= b.part[k]; return a; }
+INLINE Ints add_int(Ints a, Ints b) { EACH a.part[k] += b.part[k]; return a; }
+INLINE Ints bits_of(Floats x) { Ints out; EACH out.part[k] = (vi)x.part[k]; return out; }
+INLINE Floats from_bits(Ints x) { Floats out; EACH out.part[k] = (vf)x.part[k]; return out; }
+INLINE Ints and_int(Ints a, int32_t b) { EACH a.part[k] &= b; return a; }
+INLINE Ints left(Ints a, int by) { EACH a.part[k] <<= by; return a; }
+INLINE Ints right(Ints a, int by) { EACH a.part[k] >>= by; return a; }
+
+INLINE vf fma_part(vf a, vf b, vf c) {
+#if defined(VECTOR_512)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(VECTOR_256)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+INLINE Floats fma_lanes(Floats a, Floats b, Floats c) {
+    EACH c.part[k] = fma_part(a.part[k], b.part[k], c.part[k]);
+    return c;
+}
+
+INLINE vf max_part(vf a, vf b) {
+#if defined(VECTOR_512)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(VECTOR_256)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__aarch64__)
+    return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+    vi larger = a > b;
+    return (vf)(((vi)a & larger) | ((vi)b & ~larger));
+#endif
+}
+INLINE Floats max_lanes(Floats a, Floats b) {
+    EACH a.part[k] = max_part(a.part[k], b.part[k]);
+    return a;
+}
+INLINE Floats min_lanes(Floats a, Floats b) {
+    EACH a.part[k] = -max_part(-a.part[k], -b.part[k]);
+    return a;
+}
+INLINE Floats abs_lanes(Floats x) { return from_bits(and_int(bits_of(x), 0x7fffffff)); }
+
+// Sums and largest over the lanes, by halves, in the same order everywhere.
+INLINE float sum_lanes(Floats x) {
+    float some[LANES];
+    store(some, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) some[i] += some[i + half];
+    return some[0];
+}
+INLINE float largest_lane(Floats x) {
+#if defined(VECTOR_512)
+    return _mm512_reduce_max_ps((__m512)x.part[0]);
+#else
+    float some[LANES];
+    store(some, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) some[i] = some[i] > some[i + half] ? some[i] : some[i + half];
+    return some[0];
+#endif
+}
+INLINE int32_t sum_ints(Ints x) {
+#if defined(VECTOR_512)
+    return _mm512_reduce_add_epi32((__m512i)x.part[0]);
+#else
+    int32_t some[LANES], total = 0;
+    store_bytes(some, x);
+    for (int i = 0; i < LANES; i++) total += some[i];
+    return total;
+#endif
+}
+
+INLINE Floats to_floats(Ints x) {
+    Floats out;
+    EACH out.part[k] = __builtin_convertvector(x.part[k], vf);
+    return out;
+}
+// To the nearest integer, ties to even, for numbers below 2²²: adding 1.5 · 2²³ leaves it in the
+// lowest bits.
+INLINE Ints to_nearest(Floats x) {
+    Ints out;
+    EACH out.part[k] = (vi)(x.part[k] + 12582912.0f) - 0x4b400000;
+    return out;
+}
+INLINE Floats rounded(Floats x) {
+    EACH x.part[k] = (x.part[k] + 12582912.0f) - 12582912.0f;
+    return x;
+}
+
+// The lowest byte of every lane.
+INLINE void store_low_bytes(int8_t *p, Ints x) {
+#if defined(VECTOR_512)
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)x.part[0]));
+#else
+    int32_t some[LANES];
+    store_bytes(some, x);
+    for (int i = 0; i < LANES; i++) p[i] = (int8_t)some[i];
+#endif
+}
+
+// 16 bfloat16 numbers as float32, and back, rounded to nearest even.
+INLINE Floats load_bfloats(const uint16_t *p) {
+#if defined(VECTOR_512)
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    Floats out = {{(vf)_mm512_slli_epi32(wide, 16)}};
+    return out;
+#elif defined(VECTOR_256)
+    Floats out;
+    EACH out.part[k] = (vf)load8_bfloat(p + k * 8);
+    return out;
+#else
+    uint32_t some[LANES];
+    Ints out;
+    for (int i = 0; i < LANES; i++) some[i] = (uint32_t)p[i] << 16;
+    out = load_bytes(some);
+    return from_bits(out);
+#endif
+}
+INLINE void store_bfloats(uint16_t *p, Floats x) {
+#if defined(VECTOR_512) && defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x.part[0]));
+#else
+    Ints bits = bits_of(x);
+    EACH bits.part[k] += ((bits.part[k] >> 16) & 1) + 0x7fff;
+#if defined(VECTOR_512)
+    _mm256_storeu_si256((__m256i *)p,
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)bits.part[0], 16)));
+#else
+    uint32_t some[LANES];
+    store_bytes(some, bits);
+    for (int i = 0; i < LANES; i++) p[i] = (uint16_t)(some[i] >> 16);
+#endif
+#endif
+}
+
+// 16 bytes as integers from 0 to 255.
+INLINE Ints load_unsigned(const uint8_t *p) {
+#if defined(VECTOR_512)
+    Ints out = {{(vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))}};
+    return out;
+#else
+    int32_t some[LANES];
+    for (int i = 0; i < LANES; i++) some[i] = p[i];
+    return load_bytes(some);
+#endif
+}
+// 16 numbers of four bits: lane i in the low half of byte i, lane i + 8 in the high half.
+INLINE Ints load_halves(const uint8_t *p) {
+#if defined(VECTOR_512)
+    __m128i twice = _mm_set1_epi64x(*(const int64_t *)(const void *)p);
+    const __m512i by = _mm512_set_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512i wide = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(twice), by);
+    Ints out = {{(vi)_mm512_and_si512(wide, _mm512_set1_epi32(15))}};
+    return out;
+#else
+    int32_t some[LANES];
+    for (int i = 0; i < 8; i++) some[i] = p[i] & 15, some[i + 8] = p[i] >> 4;
+    return load_bytes(some);
+#endif
+}
+
+// total += a lane's four weights times the four signed bytes of x. Weights from 0 to 15 are the same
+// signed and unsigned; those of int8 are as WEIGHT_OFFSET says, and never -128 where they are signed.
+INLINE vi dot_part(vi total, vi weight, vi x) {
+#if defined(VECTOR_512)
+    return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weight, (__m512i)x);
+#elif defined(SIMD_VNNI)
+    return (vi)DPBUSD((__m256i)total, (__m256i)weight, (__m256i)x);
+#elif defined(VECTOR_256)
+    // Unsigned by signed: |w| times x with w's sign. Two products of 127 by 128 fit into 16 bits.
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)weight),
+                                         _mm256_sign_epi8((__m256i)x, (__m256i)weight));
+    return total + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return (vi)vdotq_s32((int32x4_t)total, (int8x16_t)weight, (int8x16_t)x);
+#else
+    vs even = (((vs)weight << 8) >> 8) * (((vs)x << 8) >> 8);
+    vs pairs = even + ((vs)weight >> 8) * ((vs)x >> 8);
+    vi both = (vi)pairs;
+    return total + ((both << 16) >> 16) + (both >> 16);
+#endif
+}
+INLINE Ints dot(Ints total, Ints weight, vi x) {
+    EACH total.part[k] = dot_part(total.part[k], weight.part[k], x);
+    return total;
+}
+INLINE vi four_bytes(const void *from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return four - (vi){0};
+}
+
+// total += the products of the two bfloat16 numbers in each lane.
+INLINE vf pairs_part(vf total, vi a, vi b) {
+#if defined(VECTOR_512) && defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+#else
+    const int32_t high = (int32_t)0xffff0000;
+    total = fma_part((vf)(a << 16), (vf)(b << 16), total);
+    return fma_part((vf)(a & high), (vf)(b & high), total);
+#endif
+}
+INLINE Floats add_pairs(Floats total, Ints a, vi b) {
+    EACH total.part[k] = pairs_part(total.part[k], a.part[k], b);
+    return total;
+}
+
+// 2^n for whole n from -126 to 127.
+INLINE Floats two_to(Floats n) {
+    Ints whole = to_nearest(n);
+    EACH whole.part[k] = (whole.part[k] + 127) << 23;
+    return from_bits(whole);
+}
+
+// e^x to about one part in 10⁷ (Cephes' polynomial).
+INLINE Floats exp_lanes(Floats x) {
+    x = max_lanes(min_lanes(x, splat(88.0f)), splat(-87.0f));
+    Floats n = rounded(mul(x, splat(1.44269504f)));
+    Floats r = fma_lanes(n, splat(-0.693359375f), x);
+    r = fma_lanes(n, splat(2.12194440e-4f), r);
+    Floats p = splat(1.9875691500e-4f);
+    p = fma_lanes(p, r, splat(1.3981999507e-3f));
+    p = fma_lanes(p, r, splat(8.3334519073e-3f));
+    p = fma_lanes(p, r, splat(4.1665795894e-2f));
+    p = fma_lanes(p, r, splat(1.6666665459e-1f));
+    p = fma_lanes(p, r, splat(5.0000001201e-1f));
+    p = fma_lanes(p, mul(r, r), add(r, splat(1.0f)));
+    return mul(p, two_to(n));
+}
+
+// 2^x for x up to 0 to about 6e-06 (a least-squares polynomial): finer than the bfloat16 that
+// becomes of it.
+INLINE Floats power_of_two(Floats x) {
+    x = max_lanes(x, splat(-126.0f));
+    Floats n = rounded(x), r = sub(x, n), p = splat(0.009590241f);
+    p = fma_lanes(p, r, splat(0.055870273f));
+    p = fma_lanes(p, r, splat(0.240236776f));
+    p = fma_lanes(p, r, splat(0.693128048f));
+    return mul(fma_lanes(p, r, splat(1.0f)), two_to(n));
+}
+
+INLINE Floats activate_lanes(int64_t activation, Floats x) {
+    const Floats one = splat(1.0f);
+    if (activation == RELU) return max_lanes(x, splat(0.0f));
+    if (activation == SILU) return divide(x, add(one, exp_lanes(sub(splat(0.0f), x))));
+    if (activation == GELU_TANH) {  // x (1 + tanh u) / 2 = x / (1 + e^(-2u))
+        Floats cube = mul(mul(x, x), x), u = fma_lanes(splat(0.044715f), cube, x);
+        return divide(x, add(one, exp_lanes(mul(u, splat(-2.0f * 0.79788456f)))));
+    }
+    if (activation == GELU) {
+        float some[LANES];
+        store(some, x);
+        activate(GELU, some, LANES);
+        return load(some);
+    }
+    return x;
+}
+
+#endif

@@ -1,0 +1,108 @@
+"""A weight matrix to integers, group by group.
+
+Shapes: O output channels, I input channels, G groups of input channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from smolstack.config.quantization import Format
+from smolstack.native import library as native
+
+# Candidates for a group's scale, as shares of the one that spans all its weights: with 16 levels it
+# pays to let the outermost weights go if they count for little.
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_LEVELS = 15
+_ROWS_AT_ONCE = 1024
+
+
+def round_weight(
+    weight: Tensor, form: Format, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integers that stand for a weight.
+
+    Args:
+        weight: (O, I), float32.
+        form: bits and groups.
+        importance: (I,), the mean square of each input channel; with 4 bits a group's scale and
+            zero point are those that leave the least squared error weighed by it. None: all alike.
+
+    Returns:
+        The integers (O, I), the scales (O, G) in bfloat16, and the zero points (O, G) or None.
+    """
+    if form.bits == 8:
+        return (*_round_bytes(weight, form.group), None)
+    if importance is None:
+        importance = weight.new_ones(weight.shape[1])
+    kernels = native.library() if weight.device.type == "cpu" else None
+    if kernels is not None and weight.shape[1] % form.group == 0:
+        return _by_kernels(kernels, weight, form.group, importance)
+    rows = [
+        _round_nibbles(some, form.group, importance) for some in weight.split(_ROWS_AT_ONCE)
+    ]
+    numbers, scale, zeros = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return numbers, scale, zeros
+
+
+def _groups(weight: Tensor, group: int) -> Tensor:
+    """(O, I) → (O, G, group), zeros behind the last channel."""
+    padded = functional.pad(weight, (0, -weight.shape[1] % group))
+    return padded.view(weight.shape[0], -1, group)
+
+
+def _round_bytes(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    groups = _groups(weight, group)
+    scale = (groups.abs().amax(dim=-1, keepdim=True) / 127).to(torch.bfloat16)
+    wide = scale.float()
+    inverse = torch.where(wide > 0, 1 / wide, 0)
+    numbers = (groups * inverse).round_().clamp_(-127, 127).to(torch.int16)
+    return numbers.flatten(1)[:, : weight.shape[1]], scale.squeeze(-1)
+
+
+def _round_nibbles(weight: Tensor, group: int, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups = _groups(weight, group)
+    weights = _groups(importance[None].float(), group)
+    low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
+    high = groups.amax(dim=-1, keepdim=True).clamp(min=0)
+    best = torch.full_like(low, torch.inf)
+    numbers, scale, zeros = torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)
+    for share in SHARES:
+        tried = ((high - low) * (share / _LEVELS)).bfloat16().float()
+        inverse = torch.where(tried > 0, 1 / tried, 0)
+        steps = (groups * inverse).round()
+        middle = (-low * share * inverse).round()
+        for offset in (-1, 0, 1):
+            zero = (middle + offset).clamp(0, _LEVELS)
+            q = (steps + zero).clamp(0, _LEVELS)
+            error = (((q - zero) * tried - groups).square() * weights).sum(dim=-1, keepdim=True)
+            better = error < best
+            best = torch.where(better, error, best)
+            numbers, scale = torch.where(better, q, numbers), torch.where(better, tried, scale)
+            zeros = torch.where(better, zero, zeros)
+    whole = numbers.to(torch.uint8).flatten(1)[:, : weight.shape[1]]
+    return whole, scale.squeeze(-1).bfloat16(), zeros.squeeze(-1).to(torch.uint8)
+
+
+def _by_kernels(
+    kernels: native.Library, weight: Tensor, group: int, importance: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, importance = weight.float().contiguous(), importance.float().contiguous()
+    outputs, inputs = weight.shape
+    numbers = torch.empty(outputs, inputs, dtype=torch.uint8)
+    scale = torch.empty(outputs, inputs // group, dtype=torch.bfloat16)
+    zeros = torch.empty(outputs, inputs // group, dtype=torch.uint8)
+    kernels.round_nibbles(
+        weight.data_ptr(),
+        importance.data_ptr(),
+        outputs,
+        inputs,
+        group,
+        numbers.data_ptr(),
+        scale.data_ptr(),
+        zeros.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return numbers, scale, zeros

@@ -1,0 +1,78 @@
+"""Channels made more alike before rounding, without changing what a model computes.
+
+A channel that is far larger than its neighbours takes the resolution of its whole group. It is
+divided by a factor where it is made (a norm's weights, or the output channels of the layer before)
+and the next weights are multiplied by it, so that at run time nothing is left to do: SmoothQuant
+(Xiao et al. 2022) where activations are rounded to 8 bits, AWQ (Lin et al. 2023) where the weights'
+4 bits are what loses. The factors come from what a layer reads and from its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from smolstack.quantization.calibration import Inputs
+
+_SMOOTHQUANT, _AWQ = 0.5, 0.3  # how much of a channel's size moves into the weights
+_LEAST, _MOST = 1 / 256, 256.0
+
+
+def factors(inputs: Inputs, weights: Sequence[Tensor], bits: int) -> Tensor:
+    """By what each input channel of some layers is divided, (I,); geometric mean 1.
+
+    s = a^α / w^(1-α): with 8-bit weights a and w are the largest magnitudes of a channel and
+    α = 0.5, with 4-bit ones they are root mean squares and α = 0.3.
+    """
+    if bits == 8:
+        size, alpha = inputs.largest, _SMOOTHQUANT
+        weight = torch.stack([w.abs().amax(dim=0).float() for w in weights]).amax(dim=0)
+    else:
+        size, alpha = inputs.rms, _AWQ
+        weight = torch.stack([w.float().square().mean(dim=0) for w in weights]).amax(dim=0).sqrt()
+    return balanced(size, weight, alpha)
+
+
+def balanced(size: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """Factors of channels; one that is never used, by activations or weights, stays as it is."""
+    used = (size > 0) & (weight > 0)
+    s = torch.where(used, size, 1.0) ** alpha / torch.where(used, weight, 1.0) ** (1 - alpha)
+    if not bool(used.any()):
+        return torch.ones_like(s)
+    s = s / s[used].log().mean().exp()
+    return torch.where(used, s, 1.0).clamp(_LEAST, _MOST)
+
+
+def divide_norm(norm: nn.Module, by: Tensor) -> None:
+    """What a norm puts out, divided channel by channel."""
+    for name in ("weight", "bias"):
+        value = getattr(norm, name, None)
+        if value is not None:
+            made = (value.detach().float() / by).to(torch.float32)
+            setattr(norm, name, nn.Parameter(made, requires_grad=False))
+
+
+def divide_outputs(layer: nn.Linear, by: Tensor) -> None:
+    """What a linear layer puts out, divided channel by channel."""
+    layer.weight = nn.Parameter(layer.weight.detach().float() / by[:, None], requires_grad=False)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach().float() / by, requires_grad=False)
+
+
+def multiply_inputs(layer: nn.Linear, by: Tensor) -> None:
+    """A linear layer for inputs that were divided."""
+    layer.weight = nn.Parameter(layer.weight.detach().float() * by, requires_grad=False)
+
+
+def of_value_heads(per_query_head: Tensor, kv_heads: int, head_dim: int) -> Tensor:
+    """What the output projection reads, (heads · K,), by the value channel that it comes from: the
+    largest over the query heads that share a value head, (kv_heads · K,)."""
+    return per_query_head.view(kv_heads, -1, head_dim).amax(dim=1).flatten()
+
+
+def for_query_heads(per_value: Tensor, heads: int, kv_heads: int, head_dim: int) -> Tensor:
+    """The other way round: (kv_heads · K,) → (heads · K,)."""
+    spread = per_value.view(kv_heads, 1, head_dim).expand(-1, heads // kv_heads, -1)
+    return spread.flatten()
