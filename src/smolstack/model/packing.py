@@ -88,8 +88,8 @@ class Packed:
         return native.Norm(native.LAYER_NORM, norm.eps, self.norm(norm), self.floats(norm.bias))
 
     def _note(self, module: Any) -> None:
-        weight = _weight(module)
         name = "weight_packed" if isinstance(module, QuantisedLinear) else "weight"
+        weight = getattr(module, name)
         table = module._parameters if name in module._parameters else module._buffers
         version = -1 if weight.is_inference() else weight._version  # which inference does not count
         self._origins.append((table, name, weight, weight.data_ptr(), version))

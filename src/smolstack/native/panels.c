@@ -11,12 +11,11 @@
 #define PANEL 16       // output channels of a panel
 #define STEP_BYTES 64  // of a panel, for four bytes of a row
 #define AHEAD 2048     // bytes of a panel fetched ahead of their use, from memory for one row
-#define SOON 512       // and from the second-level cache for many
 
 // Rows and panels that are summed in registers at once, by kind of weight. Integers need two sets
 // of registers: one for a group's whole numbers, one for the total.
 #if defined(VECTOR_512)
-#define INT8_ROWS 4
+#define INT8_ROWS 8
 #define INT8_PANELS 3
 #define PAIR_ROWS 8
 #define PAIR_PANELS 3
@@ -113,7 +112,7 @@ int64_t block_bytes(int64_t rows, int64_t in) {
 void lay_out_block(Block *block, void *memory, int64_t rows, int64_t in) {
     char *at = (char *)rounded_up((int64_t)(intptr_t)memory, 64);
     int64_t padded = rounded_up(rows, MOST_ROWS), most = (in / 16 + 1) * 4;
-    block->rows = rows;
+    block->rows = rows, block->padded = padded;
     block->scale = (float *)at, at += padded * most;
     block->weighed = (float *)at, at += padded * most;
     block->offset = (int32_t *)at, at += padded * most;
@@ -197,7 +196,7 @@ void prepare_block(Block *block, const Linear *linear, const Norm *norm, const f
         for (int64_t g = 0; g < block->groups; g++) {
             int64_t begin = g * linear->group, count = least(linear->group, in - begin);
             int64_t padded = g + 1 < block->groups ? count : block->plane - begin;
-            int64_t at = row * block->groups + g;
+            int64_t at = g * block->padded + row;
             quantise_group(linear, from + begin, count, padded, (int8_t *)to + begin, block->plane,
                            block->scale + at, block->weighed + at, block->offset + at);
         }
@@ -229,7 +228,7 @@ INLINE void sum_steps(int rows, int panels, const char *x, int64_t stride, const
         UNROLL for (int p = 0; p < panels; p++) {
             const char *at = w + p * apart + s * STEP_BYTES;
             weight[p] = load_bytes(at);
-            prefetch(at + (rows == 1 ? AHEAD : SOON));
+            if (rows == 1) prefetch(at + AHEAD);
         }
         UNROLL for (int r = 0; r < rows; r++) {
             vi numbers = four_bytes(x + r * stride + s * 4);
@@ -240,38 +239,38 @@ INLINE void sum_steps(int rows, int panels, const char *x, int64_t stride, const
 }
 
 // 8-bit weights: whole numbers within a group, whose scales are multiplied in after it.
-INLINE void sum_bytes(int rows, int panels, const Target *t, int64_t row, int64_t channel,
-                      Floats total[MOST_ROWS][PAIR_PANELS]) {
+INLINE void sum_bytes(int fine, int rows, int panels, const Target *t, int64_t row,
+                      int64_t channel, Floats total[MOST_ROWS][PAIR_PANELS]) {
     const Linear *linear = t->linear;
     const Block *block = t->x;
     const char *x = block->numbers + row * block->stride, *w = panel_of(linear, channel);
     int64_t groups = block->groups, steps = steps_of(INT8, linear->in), of_group = linear->group / 4;
+    int64_t apart = steps * STEP_BYTES, scales_apart = groups * PANEL;
     const uint16_t *scale = linear->scale + channel * groups;
+    const int32_t *offset = block->offset + row;
+    const float *own = block->scale + row;
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int p = 0; p < panels; p++) total[r][p] = splat(0);
-    for (int64_t g = 0; g < groups; g++) {
-        int64_t from = g * of_group, to = least(from + of_group, steps);
+    for (int64_t from = 0; from < steps; from += of_group) {
+        int64_t to = least(from + of_group, steps);
         Ints sum[MOST_ROWS][PAIR_PANELS];
         UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int p = 0; p < panels; p++)
-                sum[r][p] = splat_int(linear->fine ? 0 : block->offset[(row + r) * groups + g]);
-        sum_steps(rows, panels, x, block->stride, w, steps * STEP_BYTES, from, to, sum);
-        if (linear->fine) {
+            UNROLL for (int p = 0; p < panels; p++) sum[r][p] = splat_int(fine ? 0 : offset[r]);
+        sum_steps(rows, panels, x, block->stride, w, apart, from, to, sum);
+        if (fine) {
             UNROLL for (int r = 0; r < rows; r++)
-                UNROLL for (int p = 0; p < panels; p++) {
-                    vi offset = block->offset[(row + r) * groups + g] - (vi){0};
-                    EACH sum[r][p].part[k] = sum[r][p].part[k] * RADIX + offset;
-                }
-            sum_steps(rows, panels, x + block->plane, block->stride, w, steps * STEP_BYTES, from,
-                      to, sum);
+                UNROLL for (int p = 0; p < panels; p++)
+                    EACH sum[r][p].part[k] = sum[r][p].part[k] * RADIX + offset[r];
+            sum_steps(rows, panels, x + block->plane, block->stride, w, apart, from, to, sum);
         }
         UNROLL for (int p = 0; p < panels; p++) {
-            Floats factor = load_bfloats(scale + (p * groups + g) * PANEL);
+            Floats factor = load_bfloats(scale + p * scales_apart);
             UNROLL for (int r = 0; r < rows; r++) {
-                Floats own = mul(to_floats(sum[r][p]), splat(block->scale[(row + r) * groups + g]));
-                total[r][p] = fma_lanes(own, factor, total[r][p]);
+                Floats y = mul(to_floats(sum[r][p]), splat(own[r]));
+                total[r][p] = fma_lanes(y, factor, total[r][p]);
             }
         }
+        scale += PANEL, offset += block->padded, own += block->padded;
     }
 }
 
@@ -293,7 +292,7 @@ INLINE void sum_nibbles(int rows, const Target *t, int64_t row, int64_t channel,
         UNROLL for (int64_t s = g * of_group; s < to; s++) {
             Ints both = load_bytes(w + s * STEP_BYTES);
             Ints low = and_int(both, 0x0f0f0f0f), high = and_int(right(both, 4), 0x0f0f0f0f);
-            prefetch(w + s * STEP_BYTES + AHEAD);
+            if (rows == 1) prefetch(w + s * STEP_BYTES + AHEAD);
             UNROLL for (int r = 0; r < rows; r++) {
                 const char *numbers = x + r * block->stride + s * 8;
                 sum[r] = dot(sum[r], low, four_bytes(numbers));
@@ -303,7 +302,7 @@ INLINE void sum_nibbles(int rows, const Target *t, int64_t row, int64_t channel,
         Floats factor = load_bfloats(scale + g * PANEL);
         Floats zero = mul(factor, to_floats(load_halves(zeros + g * 8)));
         UNROLL for (int r = 0; r < rows; r++) {
-            int64_t at = (row + r) * groups + g;
+            int64_t at = g * block->padded + row + r;
             Floats own = mul(to_floats(sum[r]), splat(block->scale[at]));
             total[r][0] = fma_lanes(own, factor, total[r][0]);
             total[r][0] = fma_lanes(splat(-block->weighed[at]), zero, total[r][0]);
@@ -321,7 +320,7 @@ INLINE void sum_pairs(int rows, int panels, const char *x, int64_t stride, const
         UNROLL for (int p = 0; p < panels; p++) {
             const char *at = w + p * apart + s * STEP_BYTES;
             weight[p] = load_bytes(at);
-            prefetch(at + (rows == 1 ? AHEAD : SOON));
+            if (rows == 1) prefetch(at + AHEAD);
         }
         UNROLL for (int r = 0; r < rows; r++) {
             vi numbers = four_bytes(x + r * stride + s * 4);
@@ -331,38 +330,46 @@ INLINE void sum_pairs(int rows, int panels, const char *x, int64_t stride, const
     }
 }
 
-// Bias, activation, and what stands beside the sums; then into `out`.
-INLINE void put(const Target *t, int rows, int panels, int64_t row, int64_t channel,
-                Floats total[MOST_ROWS][PAIR_PANELS]) {
+// Bias, activation, and what stands beside the sums; then into `out`. One function for all tiles, so
+// that their own code stays small.
+static __attribute__((noinline)) void put(const Target *t, int rows, int panels, int64_t row,
+                                          int64_t channel, const float *sums) {
     const Finish *finish = t->finish;
-    UNROLL for (int p = 0; p < panels; p++) {
-        int64_t at = channel + p * PANEL, count = t->linear->out - at;
-        Floats bias = splat(0);
-        if (t->linear->bias) bias = load_some(t->linear->bias + at, count);
-        UNROLL for (int r = 0; r < rows; r++) {
-            if (row + r >= t->x->rows) continue;
-            Floats y = total[r][p];
-            if (t->linear->bias) y = add(y, bias);
-            y = activate_lanes(finish->activation, y);
-            int64_t beside = (row + r) * finish->stride + at - t->from;
+    const float *bias = t->linear->bias;
+    int64_t activation = finish->activation;
+    rows = (int)least(rows, t->x->rows - row);
+    for (int p = 0; p < panels; p++, channel += PANEL) {
+        int64_t count = t->linear->out - channel, at = channel - t->from;
+        Floats added = bias ? load_some(bias + channel, count) : splat(0);
+        for (int r = 0; r < rows; r++) {
+            int64_t beside = (row + r) * finish->stride + at;
+            Floats y = load(sums + (r * panels + p) * LANES);
+            if (bias) y = add(y, added);
+            if (activation) y = activate_lanes(activation, y);
             if (finish->times) y = mul(y, load_some(finish->times + beside, count));
             if (finish->plus) y = add(y, load_some(finish->plus + beside, count));
-            store_some(t->out + (row + r) * t->stride + at - t->from, y, count);
+            store_some(t->out + (row + r) * t->stride + at, y, count);
         }
     }
 }
 
-#define BYTES(ROWS, PANELS)                                                                     \
-    static void bytes_##ROWS##_##PANELS(const Target *t, int64_t row, int64_t channel) {        \
+#define PUT(ROWS, PANELS)                                                                       \
+    float sums[ROWS * PANELS * LANES];                                                          \
+    UNROLL for (int r = 0; r < ROWS; r++)                                                       \
+        UNROLL for (int p = 0; p < PANELS; p++)                                                 \
+            store(sums + (r * PANELS + p) * LANES, total[r][p]);                                \
+    put(t, ROWS, PANELS, row, channel, sums);
+#define BYTES(NAME, FINE, ROWS, PANELS)                                                         \
+    static void NAME##_##ROWS##_##PANELS(const Target *t, int64_t row, int64_t channel) {       \
         Floats total[MOST_ROWS][PAIR_PANELS];                                                   \
-        sum_bytes(ROWS, PANELS, t, row, channel, total);                                        \
-        put(t, ROWS, PANELS, row, channel, total);                                              \
+        sum_bytes(FINE, ROWS, PANELS, t, row, channel, total);                                  \
+        PUT(ROWS, PANELS)                                                                       \
     }
 #define NIBBLES(ROWS)                                                                           \
     static void nibbles_##ROWS(const Target *t, int64_t row, int64_t channel) {                 \
         Floats total[MOST_ROWS][PAIR_PANELS];                                                   \
         sum_nibbles(ROWS, t, row, channel, total);                                              \
-        put(t, ROWS, 1, row, channel, total);                                                   \
+        PUT(ROWS, 1)                                                                            \
     }
 #define PAIRS(ROWS, PANELS)                                                                     \
     static void pairs_##ROWS##_##PANELS(const Target *t, int64_t row, int64_t channel) {        \
@@ -370,26 +377,31 @@ INLINE void put(const Target *t, int rows, int panels, int64_t row, int64_t chan
         int64_t steps = steps_of(BFLOAT16, t->linear->in);                                      \
         sum_pairs(ROWS, PANELS, t->x->numbers + row * t->x->stride, t->x->stride,               \
                   panel_of(t->linear, channel), steps * STEP_BYTES, steps, total);              \
-        put(t, ROWS, PANELS, row, channel, total);                                              \
+        PUT(ROWS, PANELS)                                                                       \
     }
 typedef void Tile(const Target *, int64_t row, int64_t channel);
 
-BYTES(1, 1) NIBBLES(1) PAIRS(1, 1)
+// By kind of weight: for one row, then for many and one, two and three panels.
+BYTES(bytes, 0, 1, 1) BYTES(fine, 1, 1, 1) NIBBLES(1) PAIRS(1, 1)
 #if defined(VECTOR_512)
-BYTES(4, 1) BYTES(4, 2) BYTES(4, 3) PAIRS(8, 1) PAIRS(8, 2) PAIRS(8, 3) NIBBLES(8)
-static Tile *const INT8_TILES[] = {bytes_1_1, bytes_4_1, bytes_4_2, bytes_4_3};
-static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_8_1, pairs_8_2, pairs_8_3};
+BYTES(bytes, 0, 8, 1) BYTES(bytes, 0, 8, 2) BYTES(bytes, 0, 8, 3) BYTES(fine, 1, 8, 1) NIBBLES(8)
+PAIRS(8, 1) PAIRS(8, 2) PAIRS(8, 3)
+static Tile *const INT8_TILES[] = {bytes_1_1, bytes_8_1, bytes_8_2, bytes_8_3};
+static Tile *const FINE_TILES[] = {fine_1_1, fine_8_1};
 static Tile *const INT4_TILES[] = {nibbles_1, nibbles_8};
+static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_8_1, pairs_8_2, pairs_8_3};
 #elif defined(VECTOR_256)
-BYTES(4, 1) PAIRS(4, 1) NIBBLES(4)
+BYTES(bytes, 0, 4, 1) BYTES(fine, 1, 4, 1) NIBBLES(4) PAIRS(4, 1)
 static Tile *const INT8_TILES[] = {bytes_1_1, bytes_4_1};
-static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_4_1};
+static Tile *const FINE_TILES[] = {fine_1_1, fine_4_1};
 static Tile *const INT4_TILES[] = {nibbles_1, nibbles_4};
+static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_4_1};
 #else
-BYTES(2, 1) PAIRS(2, 1) NIBBLES(2)
+BYTES(bytes, 0, 2, 1) BYTES(fine, 1, 2, 1) NIBBLES(2) PAIRS(2, 1)
 static Tile *const INT8_TILES[] = {bytes_1_1, bytes_2_1};
-static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_2_1};
+static Tile *const FINE_TILES[] = {fine_1_1, fine_2_1};
 static Tile *const INT4_TILES[] = {nibbles_1, nibbles_2};
+static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_2_1};
 #endif
 
 // How many panels to take next, so that no tile is left with one where it can be helped.
@@ -405,12 +417,14 @@ void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t 
     const Target target = {linear, x, finish, out, from, stride};
     // A share may be empty. Its first panel would be another thread's last one.
     if (from >= to) return;
-    Tile *const *tiles = linear->kind == INT8   ? INT8_TILES
-                         : linear->kind == INT4 ? INT4_TILES
-                                                : PAIR_TILES;
-    int64_t high = linear->kind == INT8 ? INT8_ROWS : linear->kind == INT4 ? INT4_ROWS : PAIR_ROWS;
-    // Of 4-bit weights one panel at a time: wider tiles spill their sums.
-    int most = linear->kind == INT8 ? INT8_PANELS : linear->kind == INT4 ? 1 : PAIR_PANELS;
+    Tile *const *tiles = PAIR_TILES;
+    int64_t high = PAIR_ROWS;
+    int most = PAIR_PANELS;
+    if (linear->kind == INT8) {
+        tiles = linear->fine ? FINE_TILES : INT8_TILES;
+        high = INT8_ROWS, most = linear->fine ? 1 : INT8_PANELS;
+    } else if (linear->kind == INT4)
+        tiles = INT4_TILES, high = INT4_ROWS, most = 1;  // wider tiles spill their sums
     int64_t end = (to + PANEL - 1) / PANEL;
     for (int64_t panel = from / PANEL; panel < end;) {
         int count = x->rows == 1 ? 1 : next_panels(most, end - panel);
@@ -420,23 +434,35 @@ void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t 
     }
 }
 
-// Eight or fewer rows of bfloat16 pairs times panels, for attention: out (rows, panels · 16), `wide`
-// floats apart.
+// Rows (a multiple of PAIR_ROWS) of bfloat16 pairs times panels, for attention: out (rows, panels ·
+// 16), `wide` floats apart.
+#define PRODUCT(PANELS)                                                                         \
+    static void product_##PANELS(const char *x, int64_t stride, const char *w, int64_t apart,   \
+                                 int64_t steps, float *out, int64_t wide) {                     \
+        Floats total[MOST_ROWS][PAIR_PANELS];                                                   \
+        sum_pairs(PAIR_ROWS, PANELS, x, stride, w, apart, steps, total);                        \
+        UNROLL for (int r = 0; r < PAIR_ROWS; r++)                                              \
+            UNROLL for (int p = 0; p < PANELS; p++)                                             \
+                store(out + r * wide + p * PANEL, total[r][p]);                                 \
+    }
+PRODUCT(1)
+#if PAIR_PANELS == 3
+PRODUCT(2) PRODUCT(3)
+#endif
+
 void multiply_pairs(const char *x, int64_t stride, const char *w, int64_t apart, int64_t steps,
                     int64_t rows, int64_t panels, float *out, int64_t wide) {
     for (int64_t panel = 0; panel < panels;) {
         int count = next_panels(PAIR_PANELS, panels - panel);
         for (int64_t row = 0; row < rows; row += PAIR_ROWS) {
-            Floats total[MOST_ROWS][PAIR_PANELS];
             const char *at = w + panel * apart, *from = x + row * stride;
-            if (count == 1) sum_pairs(PAIR_ROWS, 1, from, stride, at, apart, steps, total);
-#if PAIR_PANELS > 1
-            else if (count == 2) sum_pairs(PAIR_ROWS, 2, from, stride, at, apart, steps, total);
-            else sum_pairs(PAIR_ROWS, 3, from, stride, at, apart, steps, total);
+            float *to = out + row * wide + panel * PANEL;
+#if PAIR_PANELS == 3
+            if (count == 3) product_3(from, stride, at, apart, steps, to, wide);
+            else if (count == 2) product_2(from, stride, at, apart, steps, to, wide);
+            else
 #endif
-            for (int r = 0; r < PAIR_ROWS; r++)
-                for (int p = 0; p < count; p++)
-                    store(out + (row + r) * wide + (panel + p) * PANEL, total[r][p]);
+                product_1(from, stride, at, apart, steps, to, wide);
         }
         panel += count;
     }

@@ -86,12 +86,13 @@ typedef struct {
 // RADIX · first + second), bfloat16, or float32.
 #define RADIX 254
 typedef struct {
-    int64_t rows, stride;   // bytes between rows
-    int64_t plane, groups;  // bytes from the first plane of a row to the second; groups of a row
+    int64_t rows, padded;   // padded: to whole tiles
+    int64_t stride, plane;  // bytes from row to row, and from a row's first plane to its second
+    int64_t groups;         // of a row
     char *numbers;
-    float *scale;     // (rows, groups)
-    float *weighed;   // (rows, groups): the sum of a group's integers times its scale
-    int32_t *offset;  // (rows, groups): what WEIGHT_OFFSET adds to a group's product, negative
+    float *scale;     // (groups, padded)
+    float *weighed;   // (groups, padded): the sum of a group's integers times its scale
+    int32_t *offset;  // (groups, padded): what WEIGHT_OFFSET adds to a group's product, negative
     float *normed;    // (in)
 } Block;
 
