@@ -15,12 +15,13 @@ from torch import Tensor
 from smolstack.batch import Batch
 from smolstack.bench.quality.divergence import Divergence
 from smolstack.bench.quality.own import Own
-from smolstack.bench.setting import QUESTION, made_once
+from smolstack.bench.setting import made_once
 from smolstack.bench.studies.drawn import drawn_numbers
 from smolstack.errors import DataError
 from smolstack.vlm import VLM
 
-ANSWER = 32  # tokens of a forced answer
+QUESTION = "Can you describe this image?"
+LEAST, ANSWER = 16, 32  # tokens of a forced answer: short ones would say little
 DRAWN = 6  # images that are drawn where none are given
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -142,7 +143,7 @@ def measure_images(
 
 
 def _answer(vlm: VLM, batch: Batch) -> Tensor:
-    """The tokens of a greedy answer, the one that ends it included. An image token is none."""
+    """The tokens of a greedy answer of LEAST tokens or more; an image token is none of them."""
     length = batch.token_ids.shape[1]
     count = min(ANSWER, vlm.config.text.max_positions - length)
     cache = vlm.model.new_cache(batch, length + count)
@@ -151,6 +152,8 @@ def _answer(vlm: VLM, batch: Batch) -> Tensor:
     while True:
         scores = scores.clone()
         scores[:, vlm.config.image_token_id] = -math.inf
+        if len(chosen) < min(LEAST, count):
+            scores[:, list(vlm.eos_token_ids)] = -math.inf
         token = scores.argmax(dim=-1)
         chosen.append(int(token))
         if len(chosen) == count or chosen[-1] in vlm.eos_token_ids:
