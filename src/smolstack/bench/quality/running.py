@@ -8,12 +8,10 @@ model's, the text's and the images' files, the package's own sources, the kernel
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,27 +20,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import smolstack
 from smolstack.batch import Batch
 from smolstack.bench import machine
 from smolstack.bench.kept import kept_folder
 from smolstack.bench.quality import llama_cpp, passages
+from smolstack.bench.quality.contestants import (
+    REFERENCE,
+    Contestant,
+    own_contestants,
+    peers,
+    reference_of,
+)
 from smolstack.bench.quality.divergence import Divergence
 from smolstack.bench.quality.images import Samples, draw_images, find_images, measure_images
 from smolstack.bench.quality.outliers import outlier_folder
 from smolstack.bench.quality.own import Own
+from smolstack.bench.quality.state import Row, State, digest, environment, files
 from smolstack.bench.running import Record
 from smolstack.bench.setting import made_once
 from smolstack.bench.timing import Case, Contender, later, measure
-from smolstack.errors import ConfigError
 
-REFERENCE = "float32"
 KEPT_WINDOWS = 16  # whose logits stay in files: 151 MB each with 49,280 tokens
 CONTEXT, STEPS = 100, 32  # tokens that are timed: so many, after so many
 TEXT, IMAGES, OUTLIERS = "quality of text", "quality of images", "quality of images with outliers"
 
-Contestant: TypeAlias = "Own | llama_cpp.Peer"
-Row: TypeAlias = dict[str, Any]
 # What is done and in how many steps → a context that gives a function to call after each.
 Progress: TypeAlias = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
@@ -102,41 +103,20 @@ def run_quality(choice: Choice, progress: Progress = quietly) -> Record:
     return record
 
 
-@dataclass
-class State:
-    """Rows that are complete, in a file."""
-
-    path: Path
-    rows: dict[str, Row] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.path.is_file():
-            self.rows = json.loads(self.path.read_text(encoding="utf-8"))
-
-    def row(self, key: str, make: Callable[[], Row]) -> Row:
-        """A row that was kept, or is made and kept now."""
-        if key not in self.rows:
-            self.rows[key] = make()
-            with made_once(self.path) as partial:
-                partial.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
-        return dict(self.rows[key])
-
-
 class Measurement:
     """The parts of one measurement, and the models that they need."""
 
     def __init__(self, choice: Choice, progress: Progress) -> None:
         self.choice, self.progress = choice, progress
-        self.reference = Own(REFERENCE, choice.model, REFERENCE)
-        if self.reference.vlm.config.embedding_dim is not None:
-            raise ConfigError(f"{choice.model} is a retrieval model, which gives no logits")
-        self.own = self._own()
+        self.reference = reference_of(choice.model)
+        own = own_contestants(self.reference, choice.dtypes, choice.also)
+        self.own = [one for one in own if self._wanted(one)]
         self.passage = passages.read_text(choice.text or passages.TEST_TEXT)
         self.paths = find_images(choice.images) if choice.images is not None else None
         base = choice.folder or kept_folder("quality")
-        self.root = base / _digest(_files(choice.model))
+        self.root = base / digest(files(choice.model))
         self.root.mkdir(parents=True, exist_ok=True)
-        run = _digest([*_environment(), self.passage, *_files(*(self.paths or ()))])
+        run = digest([*environment(), self.passage, *files(*(self.paths or ()))])
         self.state = State(self.root / f"rows-{run}.json")
         self.run = run
 
@@ -246,44 +226,9 @@ class Measurement:
                 one.close()
         return {result.contender: result.median for result in results}
 
-    def _own(self) -> list[Own]:
-        """smolstack's contestants, float32 first; their names and vocabularies checked."""
-        chosen = dict.fromkeys((REFERENCE, *self.choice.dtypes))
-        found = [Own(dtype, self.choice.model, dtype) for dtype in chosen]
-        for folder in self.choice.also:
-            taken = [*(one.precision for one in found), *llama_cpp.TYPES]
-            if folder.name in taken:
-                raise ConfigError(f"{folder} is called as {taken} are, expected another name")
-            other = Own(folder.name, folder)
-            self._check(other)
-            found.append(other)
-        return [one for one in found if self._wanted(one)]
-
-    def _check(self, other: Own) -> None:
-        """Refuse a folder that reads other tokens: its distributions cannot be compared."""
-        ours, theirs = self.reference.vlm, other.vlm
-        if theirs.config.text.vocab_size != ours.config.text.vocab_size:
-            raise ConfigError(
-                f"{other.folder} has a vocabulary of {theirs.config.text.vocab_size} tokens, "
-                f"{self.choice.model} one of {ours.config.text.vocab_size}"
-            )
-        sample = passages.read_text(passages.TEST_TEXT)[:2000]
-        if theirs.processor.prepare(sample).token_ids != ours.processor.prepare(sample).token_ids:
-            raise ConfigError(
-                f"{other.folder} makes other tokens of a text than {self.choice.model} does"
-            )
-        other.close()
-
     def _peers(self) -> list[llama_cpp.Peer]:
-        if llama_cpp.missing():
-            return []
-        limit = self.reference.vlm.config.text.max_positions
-        context = min(limit, passages.WINDOW + CONTEXT + STEPS)
-        made = (
-            llama_cpp.Peer(kind, self.choice.model, self.root, torch.get_num_threads(), context)
-            for kind in llama_cpp.TYPES
-        )
-        return [peer for peer in made if self._wanted(peer)]
+        found = peers(self.reference, self.root, CONTEXT + STEPS)
+        return [peer for peer in found if self._wanted(peer)]
 
     def _wanted(self, one: Contestant) -> bool:
         only = self.choice.only
@@ -291,7 +236,7 @@ class Measurement:
 
     def _key(self, one: Contestant) -> str:
         beside = one.folder != self.choice.model and isinstance(one, Own) and one.dtype == "auto"
-        return f"{one.label} {_digest(_files(one.folder))}" if beside else one.label
+        return f"{one.label} {digest(files(one.folder))}" if beside else one.label
 
 
 def absence(choice: Choice) -> str | None:
@@ -304,30 +249,3 @@ def absence(choice: Choice) -> str | None:
 
 def _label(row: Mapping[str, Any]) -> str:
     return f"{row['by']} {row['precision']}"
-
-
-def _environment() -> Iterable[str]:
-    """What smolstack computes with: its sources, the kernels, the threads."""
-    source = Path(smolstack.__file__).parent
-    for path in sorted(source.rglob("*")):
-        if path.suffix in (".py", ".c", ".h"):
-            yield hashlib.sha256(path.read_bytes()).hexdigest()
-    yield str(machine.describe()["kernels"])
-    yield str(torch.get_num_threads())
-
-
-def _files(*paths: Path) -> list[str]:
-    """Names, sizes and times of files, and of those in folders."""
-    found = []
-    for path in paths:
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            status = file.stat()
-            found.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
-    return found
-
-
-def _digest(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:16]
