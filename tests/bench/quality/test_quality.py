@@ -98,6 +98,13 @@ def test_images_are_measured_by_visual_tokens_and_forced_answers(
     assert plain != planted
 
 
+def test_images_are_drawn_where_none_are_given(tiny_folder: Path, tmp_path: Path) -> None:
+    choice = Choice(tiny_folder, ("int8",), parts=(IMAGES,), folder=tmp_path / "kept")
+    exact, other = run_quality(choice).studies[IMAGES]
+    assert exact["images"] == exact["tiles"] == 1  # one image, which is not cut
+    assert 0 < other["relative error of visual tokens"] < 1
+
+
 def test_a_measurement_that_was_stopped_goes_on(
     tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,12 +43,12 @@ def find_images(folder: Path) -> list[Path]:
     return paths
 
 
-def draw_images(folder: Path, count: int = DRAWN) -> list[Path]:
+def draw_images(folder: Path) -> list[Path]:
     """Images of printed numbers, for want of others; the same in every run."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"drawn-{index}.png" for index in range(count)]
+    paths = [folder / f"drawn-{index}.png" for index in range(DRAWN)]
     if not all(path.exists() for path in paths):
-        for path, drawn in zip(paths, drawn_numbers(count), strict=True):
+        for path, drawn in zip(paths, drawn_numbers(DRAWN), strict=True):
             with made_once(path) as partial:
                 drawn.image.save(partial, format="PNG")
     return paths
