@@ -51,7 +51,7 @@ def measure(
     sentence = absence(choice)
     if sentence is not None:
         note(sentence)
-    return run_quality(choice, _progress)
+    return run_quality(choice, _progress, note)
 
 
 @contextmanager

@@ -136,6 +136,8 @@ def test_a_measurement_that_was_stopped_goes_on(
     assert labels(rows) == OWN
     assert first == ["float32", "bfloat16", "int8"]
     assert opened == ["int8", "int4"]  # neither the others nor float32's reading of the text
+    # What is kept of a complete run are its rows, and what peers need.
+    assert [path.name[:5] for path in (tmp_path / "kept").rglob("*.*")] == ["rows-"]
     opened.clear()
     assert run_quality(choice).studies[TEXT] == rows
     assert not opened
@@ -143,6 +145,18 @@ def test_a_measurement_that_was_stopped_goes_on(
     text.write_text("Something else stands here.")
     run_quality(choice)
     assert opened[0] == "float32"
+
+
+@pytest.mark.skipif(not PEERS, reason="llama-cpp-python compiles itself and is optional")
+def test_a_peer_that_fails_is_named_and_takes_no_part(
+    tiny_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "TYPES", ("NO_SUCH_TYPE",))
+    said: list[str] = []
+    choice = Choice(tiny_folder, ("float32",), text=text, parts=(TEXT,), rounds=1)
+    rows = run_quality(choice, note=said.append).studies[TEXT]
+    assert labels(rows) == ["smolstack float32"]
+    assert said[0].startswith("llama.cpp NO_SUCH_TYPE takes no part: ")
 
 
 def test_the_command_prints_keeps_and_draws(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
@@ -184,6 +198,8 @@ def test_what_cannot_be_compared_is_refused(
         run_quality(Choice(quantised))
     with pytest.raises(ConfigError, match="would be shown as 'int8', expected another name"):
         run_quality(Choice(tiny_folder, also=[quantised]))
+    with pytest.raises(ConfigError, match=r"nobody takes part whose name contains .*'gpt'"):
+        run_quality(Choice(tiny_folder, only=["gpt"]))
     with pytest.raises(ConfigError, match="is a retrieval model, which gives no logits"):
         run_quality(Choice(retrieval_folder))
     empty = tmp_path / "empty"

@@ -39,6 +39,8 @@ from smolstack.bench.quality.state import Row, State, digest, environment, files
 from smolstack.bench.running import Record
 from smolstack.bench.setting import made_once
 from smolstack.bench.timing import Case, Contender, later, measure
+from smolstack.bench.worker import WorkerError
+from smolstack.errors import ConfigError
 
 KEPT_WINDOWS = 16  # whose logits stay in files: 151 MB each with 49,280 tokens
 CONTEXT, STEPS = 100, 32  # tokens that are timed: so many, after so many
@@ -81,33 +83,40 @@ class Choice:
     folder: Path | None = None
 
 
-def run_quality(choice: Choice, progress: Progress = quietly) -> Record:
+def run_quality(
+    choice: Choice, progress: Progress = quietly, note: Callable[[str], None] = lambda said: None
+) -> Record:
     """Measure everything that was chosen.
 
+    Args:
+        progress: told what is done, in how many steps.
+        note: told of peers that fail, which then take no part.
+
     Raises:
-        ConfigError: the model's weights are quantised, or contestants share a name.
+        ConfigError: the model's weights are quantised, contestants share a name, or ``only`` leaves
+            none of them.
         CheckpointError: a folder cannot be loaded, or is not of the same model.
         DataError: the text or the images cannot be read.
     """
-    measurement = Measurement(choice, progress)
+    measurement = Measurement(choice, progress, note)
     record = Record(choice.model.name, machine.describe(), {})
     with torch.inference_mode():
         try:
             for part in choice.parts:
                 rows = measurement.text() if part == TEXT else measurement.images(part)
-                record.studies[part] = rows
+                if rows:
+                    record.studies[part] = rows
         finally:
             measurement.close()
-    if choice.folder is None:
-        shutil.rmtree(measurement.root, ignore_errors=True)
+    measurement.tidy()
     return record
 
 
 class Measurement:
     """The parts of one measurement, and the models that they need."""
 
-    def __init__(self, choice: Choice, progress: Progress) -> None:
-        self.choice, self.progress = choice, progress
+    def __init__(self, choice: Choice, progress: Progress, note: Callable[[str], None]) -> None:
+        self.choice, self.progress, self.note = choice, progress, note
         self.reference = reference_of(choice.model)
         own = own_contestants(self.reference, choice.dtypes, choice.also)
         self.own = [one for one in own if self._wanted(one)]
@@ -116,6 +125,10 @@ class Measurement:
         base = choice.folder or kept_folder("quality")
         self.root = base / digest(files(choice.model))
         self.root.mkdir(parents=True, exist_ok=True)
+        found = self._peers() if TEXT in choice.parts else []
+        self.everyone: list[Contestant] = [*self.own, *found]
+        if not self.everyone:
+            raise ConfigError(f"nobody takes part whose name contains one of {list(choice.only)}")
         run = digest([*environment(), self.passage, *files(*(self.paths or ()))])
         self.state = State(self.root / f"rows-{run}.json")
         self.run = run
@@ -123,12 +136,17 @@ class Measurement:
     def text(self) -> list[Row]:
         """A row per contestant: divergence, agreement, perplexity, bytes and time."""
         batches = passages.windows(self.reference.vlm.processor, self.passage)
-        contestants: list[Contestant] = [*self.own, *self._peers()]
+        contestants: list[Contestant] = []
         rows = []
-        for one in contestants:
+        for one in self.everyone:
             make = partial(self._text, one, batches)
-            rows.append(self.state.row(f"text {self._key(one)}", make))
-            one.close()
+            try:
+                rows.append(self.state.row(f"text {self._key(one)}", make))
+                contestants.append(one)
+            except WorkerError as error:  # a peer may not take every shape
+                self.note(f"{one.label} takes no part: {error}")
+            finally:
+                one.close()
         if self.choice.rounds:
             names = " ".join(self._key(one) for one in contestants)
             times = self.state.row(
@@ -148,9 +166,6 @@ class Measurement:
         if part == OUTLIERS:
             root = self.root / f"outliers-{self.run}"
             folder = root / "model"
-            if not folder.exists():
-                with self.progress("planting outliers", 1), torch.inference_mode(False):
-                    outlier_folder(self.choice.model, folder, towers=("vision",))
             reference = Own(REFERENCE, folder, REFERENCE)
             # A folder that is given beside the model holds other weights: it has no outliers.
             contestants = [
@@ -166,9 +181,21 @@ class Measurement:
 
     def close(self) -> None:
         """End peers' processes, let the models go."""
-        for one in (*self.own, self.reference):
+        for one in self.everyone:
             one.close()
+        self.reference.close()
         gc.collect()
+
+    def tidy(self) -> None:
+        """Remove what nobody needs once everything is measured; rows and peers' files stay where
+        a folder was given for them."""
+        if self.choice.folder is None:
+            shutil.rmtree(self.root, ignore_errors=True)
+            return
+        for path in self.root.glob(f"text-{self.run}-*.npy"):
+            path.unlink()
+        for kind in ("images", "outliers"):
+            shutil.rmtree(self.root / f"{kind}-{self.run}", ignore_errors=True)
 
     def _text(self, one: Contestant, batches: Sequence[Batch]) -> Row:
         told = Divergence()
@@ -200,6 +227,9 @@ class Measurement:
         return torch.from_numpy(np.load(path))
 
     def _images(self, one: Own, samples: Samples, part: str) -> Row:
+        if part == OUTLIERS and not one.folder.exists():
+            with self.progress("planting outliers", 1), torch.inference_mode(False):
+                outlier_folder(self.choice.model, one.folder, towers=("vision",))
         with self.progress(f"{one.label}: {part}", len(samples)) as advance:
             return measure_images(one, samples, advance)
 
