@@ -118,6 +118,19 @@ def test_targets_of_loading_of_quality_and_of_batches() -> None:
         ("0.75 points", False),
         ("8.0×", True),
     ]
+    precisions = [
+        {"by": by, "precision": precision, "KL to float32": value}
+        for by, precision, value in (
+            (OURS, "int8", 0.004),
+            (OURS, "int4", 0.4),
+            ("llama.cpp", "int8", 9.0),
+        )
+    ]
+    kept = targets.reached([], {"quality of text": precisions})
+    assert [(row["what"], row["measured"], row["met"]) for row in kept] == [
+        ("quality of text, int8: KL to float32", "0.004", True),
+        ("quality of text, int4: KL to float32", "0.4", False),
+    ]
     text = targets.markdown(rows)
     assert "| load bfloat16 | < 300 ms | 400 ms | **no** |" in text
     assert targets.markdown([]) == ""

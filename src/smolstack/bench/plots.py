@@ -1,4 +1,5 @@
-"""Plots of a run: the roofline, how cost grows, what a budget of tokens costs (matplotlib)."""
+"""Plots of a run (matplotlib): the roofline, how cost grows, what a budget of tokens costs, what a
+precision costs."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from smolstack.errors import ConfigError
 _COLOURS = {"float32": "#777777", "bfloat16": "#1f6fb4", "int8": "#d0662b", "int4": "#2c8a4b"}
 _MARKS = {OURS: "o", "transformers": "s", "onnxruntime": "^", "openvino": "D", "llama.cpp": "v"}
 _DOTS = 120  # per inch
+QUALITY = "quality of text"  # the study that is drawn
+_EXACT = 1e-5  # nats: a KL below it is drawn there, on an axis that has no 0
 
 
 def draw(
@@ -35,9 +38,12 @@ def draw(
     for name, rows in studies.items():
         if name.startswith("budget"):
             kinds.append(("budget", lambda rows=rows: budget(rows)))
+        if name == QUALITY and rows:
+            kinds.append(("quality", lambda rows=rows: quality(rows)))
     if not kinds:
         raise ConfigError(
-            "nothing to plot, expected one of vision, prefill, decode, connector, growth, budget"
+            "nothing to plot, expected one of vision, prefill, decode, connector, growth, budget, "
+            "quality with --model"
         )
     written = []
     for kind, make in kinds:
@@ -142,6 +148,62 @@ def budget(rows: Sequence[Mapping[str, Any]]) -> Any:
         axes.grid(alpha=0.2)
     exact.legend(fontsize=8)
     return figure
+
+
+def quality(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """KL to float32 over milliseconds a token, where they were measured, and over bytes.
+
+    The line is the Pareto front: no other point is both nearer to float32 and faster (or smaller).
+    """
+    axes = [("text tower, MB", "bytes of the text tower, MB", 1.0)]
+    if all("seconds a token" in row for row in rows):
+        axes.insert(0, ("seconds a token", "ms a token", 1e3))
+    figure = _figure(6.5 * len(axes), 5)
+    for index, (name, label, scale) in enumerate(axes):
+        shown = figure.add_subplot(1, len(axes), index + 1)
+        points = [(scale * row[name], max(row["KL to float32"], _EXACT)) for row in rows]
+        front = pareto_front(points)
+        shown.step(*zip(*front, strict=True), where="post", color="#999999", lw=1, zorder=0)
+        for row, point in zip(rows, points, strict=True):
+            ours = row["by"] == OURS
+            colour = "#1f6fb4" if ours else "#d0662b"
+            shown.plot(*point, _MARKS.get(row["by"], "x"), color=colour, markersize=8)
+            shown.annotate(
+                row["precision"],
+                point,
+                (6, 5),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
+        for by in dict.fromkeys(row["by"] for row in rows):
+            colour = "#1f6fb4" if by == OURS else "#d0662b"
+            shown.plot([], [], _MARKS.get(by, "x"), color=colour, label=by)
+        shown.plot([], [], color="#999999", lw=1, label="Pareto front")
+        shown.set(xscale="log", yscale="log", xlabel=label)
+        shown.set_ylabel(f"KL(float32 ‖ precision), nats a token ({_EXACT:g}: that or less)")
+        _plain_ticks(shown)
+        shown.grid(alpha=0.2, which="both")
+        shown.legend(fontsize=8, loc="upper right")
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other one beats in one number without losing in the other, by the first."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Numbers as people write them along a short logarithmic axis: 3, 5, 10, 20."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _figure(width: float = 6, height: float = 4) -> Any:

@@ -150,6 +150,8 @@ def _cell(name: str, value: Any) -> str:
         return value
     if name in ("exact", "top-1 agreement", "character error rate") or name.startswith("same"):
         return f"{value:.1%}"
+    if name == "perplexity":
+        return f"{value:.2f}"
     if name.endswith("bytes"):
         return amount(value, "B")
     if "seconds" in name:

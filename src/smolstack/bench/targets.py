@@ -83,6 +83,13 @@ RACES = tuple(_races())
 BOUNDS = (Bound("import", 0.15), Bound("load", 0.3, "bfloat16"))
 LOST_POINTS = 0.5  # of the reader's exact answers, in int8
 BATCH, BATCH_GAIN = 16, 4.0
+# How far a precision may be from float32: (study, precision, column, most). For a checkpoint made
+# by bench/real_model.py and the texts and images that come along.
+QUALITY = (
+    ("quality of text", "int8", "KL to float32", 0.005),
+    ("quality of text", "int4", "KL to float32", 0.25),
+    ("quality of images with outliers", "int8", "relative error of visual tokens", 0.03),
+)
 
 
 def reached(results: Results, studies: Studies) -> list[dict[str, Any]]:
@@ -100,7 +107,7 @@ def reached(results: Results, studies: Studies) -> list[dict[str, Any]]:
             what = f"{bound.case} {bound.precision}".strip()
             target = f"< {amount(bound.most, 's')}"
             rows.append(_row(what, target, amount(took, "s"), took < bound.most))
-    for measure in (_reader_target, _batch_target):
+    for measure in (_reader_target, _quality_targets, _batch_target):
         rows += measure(studies)
     return rows
 
@@ -127,6 +134,14 @@ def _reader_target(studies: Studies) -> Iterator[dict[str, Any]]:
                 f"{lost:.2f} points",
                 lost <= LOST_POINTS,
             )
+
+
+def _quality_targets(studies: Studies) -> Iterator[dict[str, Any]]:
+    for study, precision, column, most in QUALITY:
+        for row in studies.get(study, ()):
+            if row["by"] == OURS and row["precision"] == precision:
+                what = f"{study}, {precision}: {column}"
+                yield _row(what, f"≤ {most:g}", f"{row[column]:.2g}", row[column] <= most)
 
 
 def _batch_target(studies: Studies) -> Iterator[dict[str, Any]]:

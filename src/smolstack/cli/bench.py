@@ -5,12 +5,15 @@ from __future__ import annotations
 import json as jsonlib
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smolstack.cli import options
 from smolstack.cli.console import note, progress, show, show_json
+
+if TYPE_CHECKING:
+    from smolstack.bench.running import Record
 
 EXAMPLES = """
 **Examples**
@@ -22,6 +25,8 @@ EXAMPLES = """
 `smolstack bench ask --match 17 --only "smolstack int8" --only "transformers bfloat16"`
 
 `smolstack bench quality --dtype bfloat16,int8,int4`
+
+`smolstack bench quality --model ./SmolVLM-256M --also ./SmolVLM-256M-int4 --text letters.txt`
 
 `smolstack bench --add vision.json --add text.json --markdown`
 """
@@ -47,7 +52,11 @@ class What(str, Enum):
     budget = "budget"
 
 
+_QUALITY = "Quality on a checkpoint's own weights"
+
+
 def bench(
+    context: typer.Context,
     what: Annotated[
         list[What] | None,
         typer.Argument(help="What to measure; several are allowed.", show_default=False),
@@ -65,6 +74,54 @@ def bench(
         float | None,
         typer.Option(min=0, help="Of one case, after which no further round begins."),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="With quality: a checkpoint whose precisions are held against float32.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What it reads; without it, a text that comes with smolstack.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="What it looks at; without it, a few images that are drawn.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="The same model as it was saved quantised; several add up.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    outliers: Annotated[
+        bool,
+        typer.Option(
+            "--outliers",
+            help="Measure images again, with outlier channels planted in the vision tower.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = False,
+    timed: Annotated[
+        bool,
+        typer.Option(
+            "--timed/--untimed",
+            help="Time one more token as well, --rounds times.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = True,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Contenders whose name contains it; several add up."),
@@ -94,12 +151,13 @@ def bench(
     """Measure smolstack, and every peer that is installed, in one run.
 
     Peers: transformers; onnxruntime and OpenVINO for the vision tower; llama.cpp (llama-cpp-python)
-    for text. All run in turn on the same weights and inputs; medians are compared. quality,
-    growth and budget study smolstack alone.
+    for text. All run in turn on the same weights and inputs; medians are compared. growth, budget
+    and quality study smolstack alone; quality with --model measures a checkpoint's own weights, and
+    llama.cpp's types of the same beside it.
     """
     import torch
 
-    from smolstack.bench import plots, report, targets
+    from smolstack.bench import plots
     from smolstack.bench.running import Choice, absences, run
     from smolstack.checkpoint.load import DTYPES, QUANTISED
     from smolstack.errors import ConfigError
@@ -112,10 +170,27 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     parts = list(dict.fromkeys(part.value for part in what or ()))
-    for sentence in absences(parts):
-        note(sentence)
-    choice = Choice(parts, dtypes, rounds, seconds, only or (), match or (), folder)
-    record = run(found, choice, progress)
+    if model is None:
+        _refuse(context, _OF_A_MODEL, "needs --model FOLDER")
+        for sentence in absences(parts):
+            note(sentence)
+        choice = Choice(parts, dtypes, rounds, seconds, only or (), match or (), folder)
+        record = run(found, choice, progress)
+    else:
+        from smolstack.cli import bench_quality
+
+        _check_quality(context, parts)
+        record = bench_quality.measure(
+            model,
+            dtypes,
+            also=also or (),
+            text=text,
+            images=images,
+            outliers=outliers,
+            rounds=rounds if timed else 0,
+            only=only or (),
+            folder=folder,
+        )
     for path in reversed(add or ()):
         record.add(path)
     if save is not None:
@@ -123,17 +198,46 @@ def bench(
     if plot is not None:
         for path in plots.draw(record.results, record.studies, record.limits, plot):
             note(f"wrote {path}")
+    _show(record, json=json, markdown=markdown)
+
+
+def _show(record: Record, *, json: bool, markdown: bool) -> None:
+    """Results on stdout, in the form that was asked for."""
+    from smolstack.bench import report, targets
+
     reached = targets.reached(record.results, record.studies)
     if json:
         show_json({**record.to_dict(), "targets": reached})
     elif markdown:
-        text = report.markdown(record.results, record.studies, record.limits)
-        typer.echo(text + targets.markdown(reached), nl=False)
+        page = report.markdown(record.results, record.studies, record.limits)
+        typer.echo(page + targets.markdown(reached), nl=False)
     else:
         if record.results:
             show(report.table(record.results, record.limits))
         show(*(report.rows_table(title, rows) for title, rows in record.studies.items()))
         show(report.machine_line(record.machine, record.limits))
+
+
+_OF_A_MODEL = ("text", "images", "also", "outliers", "timed")
+_OF_A_PRESET = ("preset", "seconds", "match")
+
+
+def _check_quality(context: typer.Context, parts: list[str]) -> None:
+    """Refuse what has no meaning beside --model, before anything is loaded."""
+    from smolstack.errors import ConfigError
+
+    if parts != [What.quality.value]:
+        raise ConfigError(f"--model is measured by quality alone, found {parts}")
+    _refuse(context, _OF_A_PRESET, "has no meaning beside --model")
+
+
+def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    from smolstack.errors import ConfigError
+
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"--{name} {why}")
 
 
 def _read_dtypes(text: str, known: list[str]) -> tuple[str, ...]:

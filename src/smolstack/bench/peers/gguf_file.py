@@ -15,7 +15,7 @@ from smolstack.checkpoint.save import hf_state_dict
 from smolstack.config import TextConfig
 from smolstack.vlm import load
 
-FORMATS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+FORMATS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 _ENDINGS = (".weight", ".bias")
 
 

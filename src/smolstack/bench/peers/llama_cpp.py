@@ -85,11 +85,11 @@ def decoder(file: str, context: int, threads: int) -> Callable[..., Any]:
 
     The context keeps its prompt from run to run: only with ``steps=0`` is it read anew.
     """
-    model = _Model(file, context, threads)
+    model = Model(file, context, threads)
     return model.run
 
 
-class _Model:
+class Model:
     """llama.cpp's own interface, as thin as it is: no Python per token but one call."""
 
     def __init__(self, file: str, context: int, threads: int) -> None:

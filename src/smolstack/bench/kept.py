@@ -1,0 +1,33 @@
+"""Where benchmarks keep what is worth having again: downloads, and measurements begun."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def kept_folder(name: str) -> Path:
+    """A folder of the user's cache (``$XDG_CACHE_HOME/smolstack/bench/NAME``), made if missing.
+
+    Where no cache can be written, the system's folder for temporary files stands in.
+    """
+    home = os.environ.get("XDG_CACHE_HOME")
+    places = [Path(home)] if home else []
+    if not home:
+        try:
+            places.append(Path.home() / ".cache")
+        except RuntimeError:  # no home directory can be found
+            places = []
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    last = Path(tempfile.gettempdir()) / f"smolstack-{user}" / "bench" / name
+    for place in places:
+        folder = place / "smolstack" / "bench" / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    last.mkdir(parents=True, exist_ok=True)
+    return last

@@ -1,0 +1,90 @@
+"""Who takes part: smolstack's precisions, folders beside the model, llama.cpp's types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from smolstack.bench.quality import llama_cpp
+from smolstack.bench.quality.own import Own
+from smolstack.bench.quality.passages import TEST_TEXT, WINDOW, read_text
+from smolstack.errors import ConfigError
+from smolstack.processor.prompt import user_message
+from smolstack.vlm import VLM
+
+Contestant: TypeAlias = "Own | llama_cpp.Peer"
+REFERENCE = "float32"
+
+
+def reference_of(model: Path) -> Own:
+    """The model in float32.
+
+    Raises:
+        ConfigError: its weights are quantised, or it gives no logits.
+    """
+    reference = Own(REFERENCE, model, REFERENCE)
+    if reference.vlm.config.embedding_dim is not None:
+        raise ConfigError(f"{model} is a retrieval model, which gives no logits")
+    return reference
+
+
+def own_contestants(reference: Own, dtypes: Sequence[str], also: Sequence[Path]) -> list[Own]:
+    """smolstack's: float32 first, the other precisions, then the folders by their names.
+
+    Raises:
+        ConfigError: two have one name, or a folder reads other tokens than the model.
+    """
+    model = reference.folder
+    found = [Own(dtype, model, dtype) for dtype in dict.fromkeys((REFERENCE, *dtypes))]
+    for folder in also:
+        taken = [*(one.precision for one in found), *llama_cpp.TYPES]
+        if folder.name in taken:
+            raise ConfigError(
+                f"--also {folder} would be shown as {folder.name!r}, expected another name than "
+                f"one of {taken}"
+            )
+        other = Own(folder.name, folder)
+        _check(reference, other)
+        found.append(other)
+    return found
+
+
+def peers(reference: Own, root: Path, room: int) -> list[llama_cpp.Peer]:
+    """llama.cpp's, where it is installed.
+
+    Args:
+        root: keeps their files.
+        room: tokens beyond a window that are read at most.
+    """
+    if llama_cpp.missing():
+        return []
+    context = min(reference.vlm.config.text.max_positions, WINDOW + room)
+    threads = torch.get_num_threads()
+    return [
+        llama_cpp.Peer(kind, reference.folder, root, threads, context) for kind in llama_cpp.TYPES
+    ]
+
+
+def _check(reference: Own, other: Own) -> None:
+    """Refuse a folder whose distributions are over other tokens."""
+    ours, theirs = reference.vlm, other.vlm
+    size, expected = theirs.config.text.vocab_size, ours.config.text.vocab_size
+    if size != expected:
+        raise ConfigError(
+            f"{other.folder} has a vocabulary of {size} tokens, expected {reference.folder}'s "
+            f"of {expected}"
+        )
+    if _tokens(theirs) != _tokens(ours):
+        raise ConfigError(
+            f"{other.folder} makes other tokens of a text than {reference.folder} does"
+        )
+    other.close()
+
+
+def _tokens(vlm: VLM) -> list[int]:
+    """A prompt as tokens: what the chat template writes around it, and the test text in it."""
+    rendered = vlm.processor.render([user_message(0, read_text(TEST_TEXT))])
+    return vlm.processor.tokenizer.encode(rendered)

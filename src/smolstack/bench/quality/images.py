@@ -1,0 +1,178 @@
+"""Images under a precision: its visual tokens, and answers that it is made to give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from smolstack.batch import Batch
+from smolstack.bench.quality.divergence import Divergence
+from smolstack.bench.quality.own import Own
+from smolstack.bench.setting import made_once
+from smolstack.bench.studies.drawn import drawn_numbers
+from smolstack.errors import DataError
+from smolstack.vlm import VLM
+
+QUESTION = "Can you describe this image?"
+LEAST, ANSWER = 16, 32  # tokens of a forced answer: short ones would say little
+DRAWN = 6  # images that are drawn where none are given
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files of a folder, by name.
+
+    Raises:
+        DataError: it is no folder, or holds no image.
+    """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise DataError(f"{folder} is {found}, expected a folder of images")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise DataError(
+            f"{folder} holds no image, expected files that end in {', '.join(SUFFIXES)}"
+        )
+    return paths
+
+
+def draw_images(folder: Path) -> list[Path]:
+    """Images of printed numbers, for want of others; the same in every run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"drawn-{index}.png" for index in range(DRAWN)]
+    if not all(path.exists() for path in paths):
+        for path, drawn in zip(paths, drawn_numbers(DRAWN), strict=True):
+            with made_once(path) as partial:
+                drawn.image.save(partial, format="PNG")
+    return paths
+
+
+@dataclass
+class Sample:
+    """An image, and what float32 makes of it.
+
+    Attributes:
+        batch: the prompt with its tiles, and the answer's tokens after it.
+        visual: float32's visual tokens (N, S, D).
+        answer: (n,) the tokens that float32 answers greedily.
+        logits: (n, V) float32's, of which the answer's tokens were the likeliest.
+    """
+
+    batch: Batch
+    visual: Tensor
+    answer: Tensor
+    logits: Tensor
+
+
+class Samples:
+    """Images with float32's answers, which are kept in a folder once they are made.
+
+    Args:
+        reference: the model in float32.
+        paths: image files.
+        split: whether images are cut into tiles; None as the checkpoint says.
+    """
+
+    def __init__(
+        self, reference: Own, paths: Sequence[Path], root: Path, split: bool | None = None
+    ) -> None:
+        self.reference, self.paths, self.root, self.split = reference, paths, root, split
+        root.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def sample(self, index: int) -> Sample:
+        """One image's; the tower runs only where it has not yet."""
+        vlm, kept = self.reference.vlm, self.root / f"reference-{index}.safetensors"
+        tiling: dict[str, Any] = {} if self.split is None else {"split": self.split}
+        batch = vlm.processor([(str(self.paths[index]), QUESTION)], **tiling)
+        if not kept.exists():
+            visual = vlm.model.encode_tiles(batch.tiles, batch.tile_grids)
+            answer = _answer(vlm, replace(batch, visual_tokens=visual))
+            forced = _with_answer(batch, answer)
+            logits = _logits(vlm, replace(forced, visual_tokens=visual), len(answer))
+            with made_once(kept) as partial:
+                save_file({"visual": visual, "answer": answer, "logits": logits}, str(partial))
+        held = load_file(kept)
+        return Sample(
+            _with_answer(batch, held["answer"]), held["visual"], held["answer"], held["logits"]
+        )
+
+
+def measure_images(
+    contestant: Own, samples: Samples, advance: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """One row of a table: how far a precision's visual tokens and forced answers are off.
+
+    The relative error is the norm of the difference over the norm, of all images' visual tokens
+    together. Forced answers are read with the precision's own visual tokens.
+    """
+    difference = norm = 0.0
+    tiles = 0
+    told = Divergence()
+    for index in range(len(samples)):
+        sample = samples.sample(index)
+        vlm = contestant.vlm
+        visual = vlm.model.encode_tiles(sample.batch.tiles, sample.batch.tile_grids)
+        expected = sample.visual.double()
+        difference += float((visual.double().cpu() - expected).square().sum())
+        norm += float(expected.square().sum())
+        tiles += len(visual)
+        forced = replace(sample.batch, visual_tokens=visual)
+        found = _logits(vlm, forced, len(sample.answer))
+        told.add(sample.logits, found, sample.answer)
+        advance()
+    return {
+        "by": contestant.by,
+        "precision": contestant.precision,
+        "images": len(samples),
+        "tiles": tiles,
+        "relative error of visual tokens": math.sqrt(difference / norm),
+        "answer tokens": told.tokens,
+        "KL of forced answers": told.mean,
+        "same likeliest token": told.agreement,
+    }
+
+
+def _answer(vlm: VLM, batch: Batch) -> Tensor:
+    """The tokens of a greedy answer of LEAST tokens or more; an image token is none of them."""
+    length = batch.token_ids.shape[1]
+    count = min(ANSWER, vlm.config.text.max_positions - length)
+    cache = vlm.model.new_cache(batch, length + count)
+    scores = vlm.model.prefill(batch, cache)
+    chosen: list[int] = []
+    while True:
+        scores = scores.clone()
+        scores[:, vlm.config.image_token_id] = -math.inf
+        if len(chosen) < min(LEAST, count):
+            scores[:, list(vlm.eos_token_ids)] = -math.inf
+        token = scores.argmax(dim=-1)
+        chosen.append(int(token))
+        if len(chosen) == count or chosen[-1] in vlm.eos_token_ids:
+            return torch.tensor(chosen)
+        scores = vlm.model.decode_one_token(token, cache)
+
+
+def _with_answer(batch: Batch, answer: Tensor) -> Batch:
+    """The prompt and all of an answer's tokens but the last, whose successor nobody asks for."""
+    rest = answer[None, :-1]
+    seen = torch.ones_like(rest, dtype=torch.bool)
+    return replace(
+        batch,
+        token_ids=torch.cat((batch.token_ids, rest), dim=1),
+        attention_mask=torch.cat((batch.attention_mask, seen), dim=1),
+    )
+
+
+def _logits(vlm: VLM, batch: Batch, count: int) -> Tensor:
+    """Logits (count, V) of the last positions."""
+    scores: Tensor = vlm.model(batch)[0, -count:]
+    return scores.float().cpu().contiguous()

@@ -1,0 +1,70 @@
+"""smolstack's own contestants: a folder in a precision, through the public API alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smolstack.batch import Batch
+from smolstack.bench.peers.ours import decoding
+from smolstack.bench.timing import OURS
+from smolstack.vlm import VLM, load
+
+EMBEDDING = "decoder.embedding.weight"
+
+
+@dataclass
+class Own:
+    """A folder as ``smolstack.load(folder, dtype=…)`` opens it, when it is first needed.
+
+    Attributes:
+        precision: how results call it.
+        dtype: as load takes it; "auto" for a folder that says itself.
+    """
+
+    precision: str
+    folder: Path
+    dtype: str = "auto"
+    by: str = OURS
+    _vlm: VLM | None = field(default=None, repr=False)
+
+    @property
+    def vlm(self) -> VLM:
+        if self._vlm is None:
+            with torch.inference_mode(False):
+                self._vlm = load(self.folder, dtype=self.dtype)
+        return self._vlm
+
+    @property
+    def label(self) -> str:
+        return f"{self.by} {self.precision}"
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Logits (T, V) of a batch of one."""
+        scores: Tensor = self.vlm.model(batch)[0]
+        return scores.float()
+
+    def text_bytes(self) -> int:
+        """Bytes of what one more token reads: the decoder's layers, its norms and the head.
+
+        A token table counts only where it is the head as well: one row of it is read.
+        """
+        state = self.vlm.model.state_dict()
+        tied = not any(name.startswith("head.") for name in state)
+        return sum(
+            tensor.nbytes
+            for name, tensor in state.items()
+            if name.startswith(("decoder.", "head.")) and (name != EMBEDDING or tied)
+        )
+
+    def decoding(self, ids: Tensor, steps: int) -> Callable[[], object]:
+        """A run that gives ``steps`` tokens after a prompt (1, T)."""
+        return decoding(self.vlm, ids, steps)
+
+    def close(self) -> None:
+        """Let the model go."""
+        self._vlm = None

@@ -1,0 +1,281 @@
+"""A whole measurement of quality: who takes part, what is measured, and what is kept of it.
+
+Each contestant's row is written to a file when it is complete, so that a measurement that was
+stopped goes on where it was. The file's name holds everything that a number depends on: the
+model's, the text's and the images' files, the package's own sources, the kernels and the threads.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smolstack.batch import Batch
+from smolstack.bench import machine
+from smolstack.bench.kept import kept_folder
+from smolstack.bench.quality import llama_cpp, passages
+from smolstack.bench.quality.contestants import (
+    REFERENCE,
+    Contestant,
+    own_contestants,
+    peers,
+    reference_of,
+)
+from smolstack.bench.quality.divergence import Divergence
+from smolstack.bench.quality.images import Samples, draw_images, find_images, measure_images
+from smolstack.bench.quality.outliers import outlier_folder
+from smolstack.bench.quality.own import Own
+from smolstack.bench.quality.state import Row, State, digest, environment, files
+from smolstack.bench.running import Record
+from smolstack.bench.setting import made_once
+from smolstack.bench.timing import Case, Contender, later, measure
+from smolstack.bench.worker import WorkerError
+from smolstack.errors import ConfigError
+
+KEPT_WINDOWS = 16  # whose logits stay in files: 151 MB each with 49,280 tokens
+CONTEXT, STEPS = 100, 32  # tokens that are timed: so many, after so many
+TEXT, IMAGES, OUTLIERS = "quality of text", "quality of images", "quality of images with outliers"
+
+# What is done and in how many steps → a context that gives a function to call after each.
+Progress: TypeAlias = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+
+
+def quietly(what: str, steps: int) -> AbstractContextManager[Callable[[], None]]:
+    """No progress shown."""
+    return nullcontext(lambda: None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is measured.
+
+    Attributes:
+        model: a checkpoint folder with float weights.
+        dtypes: smolstack's own precisions.
+        also: folders that smolstack.load opens, of the same model, quantised or changed.
+        text: a file, None for the text that comes with the package.
+        images: a folder, None for images that are drawn.
+        parts: some of TEXT, IMAGES, OUTLIERS.
+        rounds: of timing one more token, all contestants in turn; 0: nothing is timed.
+        only: contestants whose label contains one of these; all when empty.
+        folder: keeps the measurement and the files that peers need; None for the user's cache,
+            which is emptied when the measurement is complete.
+    """
+
+    model: Path
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8", "int4")
+    also: Sequence[Path] = ()
+    text: Path | None = None
+    images: Path | None = None
+    parts: Sequence[str] = (TEXT, IMAGES)
+    rounds: int = 7
+    only: Sequence[str] = ()
+    folder: Path | None = None
+
+
+def run_quality(
+    choice: Choice, progress: Progress = quietly, note: Callable[[str], None] = lambda said: None
+) -> Record:
+    """Measure everything that was chosen.
+
+    Args:
+        progress: told what is done, in how many steps.
+        note: told of peers that fail, which then take no part.
+
+    Raises:
+        ConfigError: the model's weights are quantised, contestants share a name, or ``only`` leaves
+            none of them.
+        CheckpointError: a folder cannot be loaded, or is not of the same model.
+        DataError: the text or the images cannot be read.
+    """
+    measurement = Measurement(choice, progress, note)
+    record = Record(choice.model.name, machine.describe(), {})
+    with torch.inference_mode():
+        try:
+            for part in choice.parts:
+                rows = measurement.text() if part == TEXT else measurement.images(part)
+                if rows:
+                    record.studies[part] = rows
+        finally:
+            measurement.close()
+    measurement.tidy()
+    return record
+
+
+class Measurement:
+    """The parts of one measurement, and the models that they need."""
+
+    def __init__(self, choice: Choice, progress: Progress, note: Callable[[str], None]) -> None:
+        self.choice, self.progress, self.note = choice, progress, note
+        self.reference = reference_of(choice.model)
+        own = own_contestants(self.reference, choice.dtypes, choice.also)
+        self.own = [one for one in own if self._wanted(one)]
+        self.passage = passages.read_text(choice.text or passages.TEST_TEXT)
+        self.paths = find_images(choice.images) if choice.images is not None else None
+        base = choice.folder or kept_folder("quality")
+        self.root = base / digest(files(choice.model))
+        self.root.mkdir(parents=True, exist_ok=True)
+        found = self._peers() if TEXT in choice.parts else []
+        self.everyone: list[Contestant] = [*self.own, *found]
+        if not self.everyone:
+            raise ConfigError(f"nobody takes part whose name contains one of {list(choice.only)}")
+        run = digest([*environment(), self.passage, *files(*(self.paths or ()))])
+        self.state = State(self.root / f"rows-{run}.json")
+        self.run = run
+
+    def text(self) -> list[Row]:
+        """A row per contestant: divergence, agreement, perplexity, bytes and time."""
+        batches = passages.windows(self.reference.vlm.processor, self.passage)
+        contestants: list[Contestant] = []
+        rows = []
+        for one in self.everyone:
+            make = partial(self._text, one, batches)
+            try:
+                rows.append(self.state.row(f"text {self._key(one)}", make))
+                contestants.append(one)
+            except WorkerError as error:  # a peer may not take every shape
+                self.note(f"{one.label} takes no part: {error}")
+            finally:
+                one.close()
+        if self.choice.rounds:
+            names = " ".join(self._key(one) for one in contestants)
+            times = self.state.row(
+                f"times {self.choice.rounds} {names}", lambda: self._times(contestants)
+            )
+            rows = [{**row, "seconds a token": times[_label(row)]} for row in rows]
+        return rows
+
+    def images(self, part: str) -> list[Row]:
+        """A row per contestant of smolstack's: visual tokens and forced answers."""
+        root = self.root / f"images-{self.run}"
+        split = None
+        paths = self.paths
+        if paths is None:
+            paths, split = draw_images(root / "drawn"), False
+        reference, contestants = self.reference, self.own
+        if part == OUTLIERS:
+            root = self.root / f"outliers-{self.run}"
+            folder = root / "model"
+            reference = Own(REFERENCE, folder, REFERENCE)
+            # A folder that is given beside the model holds other weights: it has no outliers.
+            contestants = [
+                Own(o.precision, folder, o.dtype) for o in contestants if o.dtype != "auto"
+            ]
+        samples = Samples(reference, paths, root, split)
+        rows = []
+        for one in contestants:
+            make = partial(self._images, one, samples, part)
+            rows.append(self.state.row(f"{part} {self._key(one)}", make))
+            one.close()
+        return rows
+
+    def close(self) -> None:
+        """End peers' processes, let the models go."""
+        for one in self.everyone:
+            one.close()
+        self.reference.close()
+        gc.collect()
+
+    def tidy(self) -> None:
+        """Remove what nobody needs once everything is measured; rows and peers' files stay where
+        a folder was given for them."""
+        if self.choice.folder is None:
+            shutil.rmtree(self.root, ignore_errors=True)
+            return
+        for path in self.root.glob(f"text-{self.run}-*.npy"):
+            path.unlink()
+        for kind in ("images", "outliers"):
+            shutil.rmtree(self.root / f"{kind}-{self.run}", ignore_errors=True)
+
+    def _text(self, one: Contestant, batches: Sequence[Batch]) -> Row:
+        told = Divergence()
+        what = f"{one.label}: text, {len(batches)} windows"
+        with self.progress(what, len(batches)) as advance:
+            for index, batch in enumerate(batches):
+                expected = self._expected(index, batch)
+                found = expected if one.label == self.reference.label else one.scores(batch)
+                told.add(expected[:-1], found[:-1], batch.token_ids[0, 1:])
+                advance()
+        return {
+            "by": one.by,
+            "precision": one.precision,
+            "tokens": told.tokens,
+            "KL to float32": told.mean,
+            "same likeliest token": told.agreement,
+            "perplexity": told.perplexity,
+            "text tower, MB": one.text_bytes() / 1e6,
+        }
+
+    def _expected(self, index: int, batch: Batch) -> Tensor:
+        """float32's logits (T, V) of a window: the first ones are kept in files."""
+        if index >= KEPT_WINDOWS:
+            return self.reference.scores(batch)
+        path = self.root / f"text-{self.run}-{index}.npy"
+        if not path.exists():
+            with made_once(path) as partial_file, partial_file.open("wb") as file:
+                np.save(file, self.reference.scores(batch).numpy())
+        return torch.from_numpy(np.load(path))
+
+    def _images(self, one: Own, samples: Samples, part: str) -> Row:
+        if part == OUTLIERS and not one.folder.exists():
+            with self.progress("planting outliers", 1), torch.inference_mode(False):
+                outlier_folder(self.choice.model, one.folder, towers=("vision",))
+        with self.progress(f"{one.label}: {part}", len(samples)) as advance:
+            return measure_images(one, samples, advance)
+
+    def _times(self, contestants: Sequence[Contestant]) -> Row:
+        """Seconds of one more token after CONTEXT tokens: medians, all contestants in turn."""
+        vocabulary = min(self.reference.vlm.config.image_token_id, 40_000)
+        generator = torch.Generator().manual_seed(0)
+        limit = self.reference.vlm.config.text.max_positions
+        ids = torch.randint(3, vocabulary, (1, min(CONTEXT, limit // 2)), generator=generator)
+        steps = min(STEPS, limit - ids.shape[1])
+        case = Case(
+            f"decode, after {ids.shape[1]} tokens",
+            [
+                Contender(one.by, later(partial(one.decoding, ids, steps)), one.precision)
+                for one in contestants
+            ],
+            units=steps,
+        )
+        try:
+            with self.progress(f"{case.name}: {len(contestants)} in turn", 1):
+                results = measure(case, self.choice.rounds)
+        finally:
+            for one in contestants:
+                one.close()
+        return {result.contender: result.median for result in results}
+
+    def _peers(self) -> list[llama_cpp.Peer]:
+        found = peers(self.reference, self.root, CONTEXT + STEPS)
+        return [peer for peer in found if self._wanted(peer)]
+
+    def _wanted(self, one: Contestant) -> bool:
+        only = self.choice.only
+        return not only or any(text in one.label for text in only)
+
+    def _key(self, one: Contestant) -> str:
+        beside = one.folder != self.choice.model and isinstance(one, Own) and one.dtype == "auto"
+        return f"{one.label} {digest(files(one.folder))}" if beside else one.label
+
+
+def absence(choice: Choice) -> str | None:
+    """A sentence where llama.cpp could have taken part and is not installed."""
+    lacking = llama_cpp.missing()
+    if TEXT not in choice.parts or not lacking:
+        return None
+    return f"{llama_cpp.NAME} takes no part: {', '.join(lacking)} not installed"
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return f"{row['by']} {row['precision']}"
