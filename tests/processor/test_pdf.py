@@ -15,7 +15,7 @@ from tests.pdfs import document
 
 import smolstack
 from smolstack.errors import ImageError
-from smolstack.processor.pdf import count_pages
+from smolstack.processor.pages import count_pages
 from smolstack.processor.tiles import image_size, open_image
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import opening, options
 from smolstack.cli.console import (
     note,
     plural,
@@ -65,6 +65,7 @@ def ask(
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
+    password: opening.Password = None,
     fps: options.Fps = None,
     max_frames: options.MaxFrames = None,
     max_new_tokens: options.MaxNewTokens = 512,
@@ -101,6 +102,7 @@ def ask(
         split=split,
         max_image_tokens=max_image_tokens,
         upscale=upscale,
+        password=password,
     )
     chosen.update(options.form_options(schema, regex, choice))
     vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
