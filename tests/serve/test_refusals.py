@@ -106,7 +106,7 @@ def message(response: httpx.Response) -> str:
         ({"messages": asking("data:image/png;base64,%%%")}, "no valid base64"),
         ({"messages": asking("data:,hello")}, "no data URL of the form"),
         ({"messages": asking(data_url(b""))}, "empty"),
-        ({"messages": asking(data_url(b"not a picture"))}, "no picture"),
+        ({"messages": asking(data_url(b"not a picture"))}, "is no image of a format"),
         ({"messages": asking(data_url(png(64, 64)[:60]))}, "damaged or truncated"),
         (
             {"messages": asking(data_url(bomb(10_000)))},

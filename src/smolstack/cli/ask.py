@@ -262,9 +262,12 @@ def grid(plan: TilePlan) -> str:
 
 
 def _opened(vlm: VLM, picture: str | bytes, fps: float | None, most: int | None) -> Shown:
+    from smolstack.processor.animation import is_animation
     from smolstack.processor.video import is_video
 
-    if isinstance(picture, bytes) or not is_video(picture):
+    # An animation is an image, unless what is asked for holds for videos alone.
+    moving = is_animation(picture) and (fps is not None or most is not None)
+    if isinstance(picture, bytes) or not (is_video(picture) or moving):
         return picture
     with progress(f"Opening {picture} …"):
         return vlm.open_video(picture, fps=fps, max_frames=most)

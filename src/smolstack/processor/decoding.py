@@ -12,6 +12,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from smolstack.errors import ImageError
-from smolstack.processor.costs import decoding_bytes
+from smolstack.processor.costs import check_icon, decoding_bytes
 from smolstack.processor.depth import is_deep, to_grey
 from smolstack.processor.formats import FORMATS, accepted, can_read_heif, is_heif
 from smolstack.processor.memory import MEMORY
@@ -54,11 +55,17 @@ def decoded(
     name, file = named(source)
     image = _open(name, file, source, formats)
     try:
-        check_size(name, image.size, max_pixels)
+        said = image.size
+        check_size(name, said, max_pixels)
         _tell_animated(image, name)
         with MEMORY.hold(_cost(image, file, name), name):
             pixels = _guarded(name, lambda: to_rgb(image, upright=True))
             image.close()
+            if pixels.size not in (said, said[::-1]):
+                raise ImageError(
+                    f"{name} says that it has {said[0]}x{said[1]} pixels, and holds an image of "
+                    f"{pixels.width}x{pixels.height}"
+                )
             yield pixels
     finally:
         image.close()
@@ -86,6 +93,33 @@ def size_of(
             with MEMORY.hold(cost, name):
                 pass  # never comes here: it is refused
         return _guarded(name, lambda: _upright_size(image))
+    finally:
+        image.close()
+
+
+def animation(
+    path: Path, max_pixels: int, formats: tuple[str, ...], wanted: frozenset[int] | None
+) -> Iterator[tuple[Image.Image | None, float]]:
+    """(RGB image, seconds that it is shown) of each frame of an animation.
+
+    Args:
+        wanted: the numbers of the frames whose images are made; None for none of them.
+
+    Raises:
+        ImageError: naming the file.
+    """
+    name, file = named(path)
+    image: Any = _open(name, file, path, formats)
+    try:
+        check_size(name, image.size, max_pixels)
+        with MEMORY.hold(_cost(image, file, name), name):
+            for number in range(_guarded(name, lambda: int(getattr(image, "n_frames", 1)))):
+                _guarded(name, partial(image.seek, number))
+                _guarded(name, image.load)
+                made = None
+                if wanted is not None and number in wanted:
+                    made = _guarded(name, lambda: to_rgb(image))
+                yield made, float(image.info.get("duration") or 0) / 1000
     finally:
         image.close()
 
@@ -167,6 +201,7 @@ def _open(
 
 def _read_header(file: str | Path | bytes, formats: tuple[str, ...]) -> Image.Image | None:
     tried = accepted(formats)
+    check_icon(file)
     with warnings.catch_warnings():
         # The pixel limit is ours, checked before decoding; Pillow's own is only a warning. What
         # it says of damaged tags is seen when they matter.

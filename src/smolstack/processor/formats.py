@@ -46,6 +46,7 @@ SERVED = (
 )
 # What a folder is searched for.
 SUFFIXES = (
+    ".apng",
     ".avif",
     ".bmp",
     ".dds",
