@@ -102,7 +102,10 @@ def test_a_random_picture_gives_the_same_pixels(seed: int) -> None:
     random = np.random.default_rng(seed)
     picture = make_picture(seed, _random_size(random), MODES[seed % len(MODES)])
     settings = VARIANTS[seed // len(MODES) % len(VARIANTS)]
-    assert_same_pixels(picture, settings, bool(random.integers(0, 2)), picture)
+    theirs = picture
+    if picture.mode in ("I;16", "I"):  # transformers cuts these off, and is given their 8 bits
+        theirs = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    assert_same_pixels(picture, settings, bool(random.integers(0, 2)), theirs)
 
 
 @pytest.mark.parametrize("split", [True, False])

@@ -35,7 +35,7 @@ def tiff(
     values: npt.NDArray[Any], order: str, bits: int, kind: int = 1, photometric: int = 1
 ) -> bytes:
     """A TIFF file of one row in a byte order; ``kind`` 1 is unsigned, 2 signed, 3 float."""
-    data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    data = (values.byteswap() if order == ">" else values).tobytes()
     tags = [(256, values.shape[1]), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8),
             (277, 1), (278, 1), (279, len(data)), (339, kind)]  # fmt: skip
     place = 8 + len(data) + len(data) % 2
