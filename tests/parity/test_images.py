@@ -158,8 +158,12 @@ def test_files_are_turned_upright(orientation: int, mode: str, tmp_path: Path) -
 )  # fmt: skip
 def test_files_of_many_kinds_give_the_same_pixels(mode: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"picture.{suffix}"
-    make_picture(7, (75, 61), mode).save(path)
-    assert_same_pixels(path, SMALL, True, str(path))
+    picture = make_picture(7, (75, 61), mode)
+    picture.save(path)
+    theirs: Any = str(path)
+    if mode == "I;16":  # as above
+        theirs = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    assert_same_pixels(path, SMALL, True, theirs)
 
 
 def test_arrays_give_the_same_pixels() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.bombs import icon, tiff
 
 from smolstack.errors import ImageError
 from smolstack.processor.isobmff import coded_pixels
@@ -26,25 +26,6 @@ def limit() -> Iterator[DecodingMemory]:
     before = MEMORY.limit
     yield MEMORY
     MEMORY.limit = before
-
-
-def tiff(side: int, tile: int) -> bytes:
-    """A grey TIFF file of side x side pixels in one tile of tile x tile, of a few bytes."""
-    data = zlib.compress(bytes(100))
-    tags = [(256, side), (257, side), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile),
-            (323, tile), (324, 8), (325, len(data))]  # fmt: skip
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    head = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
-    return head + struct.pack("<H", len(tags)) + entries + bytes(4)
-
-
-def icon(side: int) -> bytes:
-    """An icon that says 16x16 and holds a PNG of side x side."""
-    buffer = BytesIO()
-    Image.new("1", (side, side)).save(buffer, "PNG")
-    inside = buffer.getvalue()
-    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22)
-    return struct.pack("<HHH", 0, 1, 1) + entry + inside
 
 
 def small_avif_of_a_large_frame(side: int) -> bytes:

@@ -18,6 +18,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from tests.bombs import icon, tiff
 from tests.serve.conftest import Process, data_url, serving
 from tests.serve.test_chat import asking
 
@@ -106,6 +107,8 @@ def message(response: httpx.Response) -> str:
         ({"messages": asking("data:image/png;base64,%%%")}, "no valid base64"),
         ({"messages": asking("data:,hello")}, "no data URL of the form"),
         ({"messages": asking(data_url(b""))}, "empty"),
+        ({"messages": asking(data_url(tiff(16, 30_000)))}, "in tiles of 30000x30000"),
+        ({"messages": asking(data_url(icon(5000)))}, "holds an image of 5000x5000"),
         ({"messages": asking(data_url(b"not a picture"))}, "is no image of a format"),
         ({"messages": asking(data_url(png(64, 64)[:60]))}, "damaged or truncated"),
         (
