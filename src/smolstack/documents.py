@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolstack.errors import BulkError, ImageError
+from smolstack.processor.inputs import unlocked
 from smolstack.processor.tiles import open_image
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def convert(
     _check_output(out, restart)
     if _is_answered(pages):
         read = _read_table(Path(pages))  # type: ignore[arg-type]
-        return _write(out, read)
+        return _write(out, read, options.get("password"))
     if model is None:
         raise BulkError(
             "pages are read by a document model (model, --model), such as "
@@ -137,7 +138,7 @@ def convert(
         on_progress=on_progress,
         **chosen,
     )
-    converted = _write(out, _read_table(table))
+    converted = _write(out, _read_table(table), options.get("password"))
     table.unlink()
     return converted
 
@@ -187,12 +188,14 @@ def _read_table(table: Path) -> list[Page]:
     ]
 
 
-def _write(out: Path, pages: Sequence[Page]) -> Converted:
+def _write(out: Path, pages: Sequence[Page], password: str | None) -> Converted:
     """The document, complete or not at all."""
     if not pages:
         raise BulkError("there are no pages, expected at least one")
+    if all(page.error is not None for page in pages):
+        raise BulkError(f"no page could be read; the first: {pages[0].error}")
     beside = out.with_name(f".{out.name}.new")
-    beside.write_text(_document(out, pages), encoding="utf-8", errors="replace")
+    beside.write_text(_document(out, pages, password), encoding="utf-8", errors="replace")
     os.replace(beside, out)
     return Converted(
         out,
@@ -202,7 +205,7 @@ def _write(out: Path, pages: Sequence[Page]) -> Converted:
     )
 
 
-def _document(out: Path, pages: Sequence[Page]) -> str:
+def _document(out: Path, pages: Sequence[Page], password: str | None) -> str:
     tags = [page.tags for page in pages]
     if out.suffix == TAGS:
         return f"\n{BREAK}\n".join(tags) + "\n"
@@ -213,7 +216,7 @@ def _document(out: Path, pages: Sequence[Page]) -> str:
     # Markdown shows no pictures: places on the page, which need its size, are not looked at.
     images: list[Path | Image.Image] | None = None
     if out.suffix != ".md":
-        images = [_picture(page) for page in pages]
+        images = [_picture(page, password) for page in pages]
     tagged = DocTagsDocument.from_doctags_and_image_pairs(tags, images)
     document = DoclingDocument.load_from_doctags(tagged, document_name=out.stem)
     if out.suffix == ".md":
@@ -223,12 +226,12 @@ def _document(out: Path, pages: Sequence[Page]) -> str:
     return str(document.model_dump_json(by_alias=True, exclude_none=True))
 
 
-def _picture(page: Page) -> Image.Image:
+def _picture(page: Page, password: str | None) -> Image.Image:
     from PIL import Image
 
     try:
         if page.path is not None and page.error is None:
-            return open_image(page.path)
+            return open_image(unlocked(page.path, password))
     except ImageError:
         pass  # it was there when it was read; the text is worth more than the picture
     return Image.new("RGB", (1, 1))

@@ -20,7 +20,7 @@ from smolstack.generation.answering import Answering, AnswerStream
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.generation.pictures import PictureCache
 from smolstack.processor.geometry import TilePlan, Tiling
-from smolstack.processor.inputs import Picture, PromptLike, Shown, as_pictures
+from smolstack.processor.inputs import Picture, PromptLike, Shown, as_pictures, unlocked
 from smolstack.processor.processor import Prompt
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
@@ -122,7 +122,8 @@ class VLM:
             **options: max_new_tokens (512), temperature (0: greedy), top_p, top_k, min_p,
                 repetition_penalty, seed, stop (strings), stop_on_repetition (False),
                 keep_special_tokens (False), schema, regex, choices (at most one of them),
-                logprobs, split, max_image_tokens, upscale; see AnswerOptions.
+                logprobs, split, max_image_tokens, upscale, password (of locked PDF files); see
+                AnswerOptions.
 
         Raises:
             ImageError, VideoError, PromptError, ContextLengthError, GenerationError: before any
@@ -218,6 +219,7 @@ class VLM:
 
         The tower and the connector run once, here; ``ask(visual, …)`` goes on from there.
         """
+        image = unlocked(image, tiling.get("password"))
         plan = self.processor.plan(image, **tiling)
         prompt = Prompt("", (), (image,), (plan,))
         visual = self._answering.encode([prompt]).finish()[0].pictures[0]
@@ -236,7 +238,7 @@ class VLM:
         Args:
             images: a picture or several, as for :meth:`ask`.
             prompt: what the model reads, the page at ``<image>``; ColPali's own words.
-            **tiling: split, max_image_tokens, upscale; see Tiling.
+            **tiling: split, max_image_tokens, upscale, password; see Tiling.
 
         Returns:
             For each page (T, E) in float32, of unit length: its visual tokens and the words

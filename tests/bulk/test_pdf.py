@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.pdfs import document
+from tests.pdfs import document, locked
 
 from smolstack.bulk.inputs import open_input
 
@@ -53,3 +53,20 @@ def test_a_glob_finds_them(folder: Path) -> None:
     source = open_input(str(folder / "**" / "*.pdf"))
     assert source.rows is not None
     assert [row.error is None for row in source.rows()] == [False, True, True, True]
+
+
+def test_a_locked_file_is_a_row_with_what_to_do_and_pages_with_its_password(
+    job: Job, tmp_path: Path
+) -> None:
+    path = locked(tmp_path / "locked.pdf", b"open")
+    source = open_input(path)
+    assert source.rows is not None
+    (row,) = source.rows()
+    assert row.error is not None
+    assert "is locked; give its password (--password" in row.error
+    source = open_input(path, password="open")
+    assert source.rows is not None
+    assert [row.id for row in source.rows()] == [f"{path}#page=1"]
+    summary = job(path, password="open")
+    assert (summary.pictures, summary.bad_pictures) == (1, 0)
+    assert rows(tmp_path / "answers.parquet")[0]["error"] is None

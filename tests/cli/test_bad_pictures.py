@@ -47,7 +47,7 @@ def make(kind: str, folder: Path) -> Path:
     [
         ("missing", "found no file, expected a picture"),
         ("folder", "found a folder, expected a picture"),
-        ("text", "is no picture that Pillow can read"),
+        ("text", "is no image of a format that is read"),
         ("empty", "is empty (0 bytes)"),
         ("truncated", "is damaged or truncated"),
         ("bomb", "is too large to decode"),
@@ -78,7 +78,7 @@ def test_a_plan_of_a_damaged_picture_leaves_no_drawing(
 
 def test_bytes_that_are_no_picture_are_refused(refuses: Run, tiny_folder: Path) -> None:
     told = refuses("ask", "-", "What?", "--model", tiny_folder, input=b"not a picture")
-    assert "is no picture that Pillow can read" in told
+    assert "is no image of a format that is read" in told
 
 
 def test_a_web_address_is_not_fetched(refuses: Run, tiny_folder: Path) -> None:

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests.pdfs import document
+from tests.pdfs import document, locked
 
 import smolstack
 from smolstack.errors import ImageError
-from smolstack.processor.pdf import count_pages
+from smolstack.processor.pages import count_pages
+from smolstack.processor.pdf import PdfPage
 from smolstack.processor.tiles import image_size, open_image
 
 
@@ -85,11 +86,81 @@ def test_what_is_no_page_is_refused_by_name(report: Path, tmp_path: Path) -> Non
         open_image(tmp_path / "gone.pdf")
 
 
-def test_a_page_of_too_many_pixels_is_refused_before_it_is_rendered(tmp_path: Path) -> None:
+def test_a_giant_page_is_rendered_smaller(tmp_path: Path) -> None:
     path = tmp_path / "poster.pdf"
-    Image.new("L", (100, 100)).save(path, resolution=0.5)  # 200 inches on a side
-    with pytest.raises(ImageError, match="has 28800x28800 pixels, more than"):
-        open_image(path)
+    Image.new("L", (100, 50)).save(path, resolution=0.5)  # 200 inches wide
+    width, height = image_size(path)
+    assert 39_900_000 < width * height < 40_100_000
+    assert width / height == pytest.approx(2, abs=0.001)
+
+
+def form(path: Path, field: str) -> Path:
+    """Write a PDF file of one page with a field of a form, which has no appearance of its own."""
+    parts = [
+        "<</Type/Catalog/Pages 2 0 R/AcroForm<</Fields[4 0 R]/NeedAppearances true/DA(/F 40 Tf 0 g)"
+        "/DR<</Font<</F 5 0 R>>>>>>>>",
+        "<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 200 100]/Annots[4 0 R]>>",
+        "<</Type/Annot/Subtype/Widget/Rect[20 20 180 80]/F 4/P 3 0 R/T(a)/DA(/F 40 Tf 0 g)"
+        f"{field}>>",
+        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+        "<</Length 24>>stream\n0 0 1 rg 0 0 160 60 re f\nendstream",
+    ]
+    body, places = "%PDF-1.7\n", []
+    for number, part in enumerate(parts, start=1):
+        places.append(len(body))
+        body += f"{number} 0 obj{part}endobj\n"
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    body += f"xref\n0 {len(parts) + 1}\n0000000000 65535 f \n{table}"
+    tail = f"trailer<</Size {len(parts) + 1}/Root 1 0 R>>\nstartxref\n{body.index('xref')}\n%%EOF"
+    path.write_bytes((body + tail).encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "/FT/Tx/V(4711)",
+        "/FT/Ch/Ff 131072/Opt[(4711)(12)]/V(4711)",
+        "/FT/Ch/Opt[(4711)(12)]/V(4711)/I[0]",
+        "/FT/Btn/V/Yes/AS/Yes/AP<</N<</Yes 6 0 R>>>>",
+        "/FT/Btn/Ff 32768/V/Yes/AS/Yes/AP<</N<</Yes 6 0 R>>>>",
+        "/FT/Btn/Ff 65536/MK<</CA(4711)>>",
+        "/FT/Sig/AP<</N 6 0 R>>",
+    ],
+    ids=["text", "combo", "list", "check", "radio", "button", "signature"],
+)
+def test_every_kind_of_field_is_drawn(field: str, tmp_path: Path) -> None:
+    pixels = np.asarray(open_image(form(tmp_path / "form.pdf", field)))
+    assert pixels.shape == (200, 400, 3)
+    assert (pixels.min(axis=2) < 64).sum() > 300  # ink
+
+
+def test_a_locked_file_says_what_to_do_and_opens_with_its_password(
+    tiny_vlm: smolstack.VLM, tmp_path: Path
+) -> None:
+    path = locked(tmp_path / "locked.pdf", b"open")
+    for act in (open_image, image_size, count_pages):
+        with pytest.raises(ImageError, match=r"locked\.pdf is locked; give its password \(--passw"):
+            act(path)
+    with pytest.raises(ImageError, match="the password that was given does not open it"):
+        count_pages(path, "wrong")
+    assert count_pages(path, "open") == 1
+    assert open_image(PdfPage(path, 1, "open")).size == (200, 100)
+    assert "open" not in repr(PdfPage(path, 1, "open"))
+    for shown in (path, f"{path}#page=1"):
+        assert tiny_vlm.ask(shown, "What?", password="open", max_new_tokens=2).text is not None
+        assert tiny_vlm.encode(shown, password="open").source == (200, 100)
+    assert tiny_vlm.plan(path, password="open").source == (200, 100)
+
+
+def test_a_file_without_pages_says_so_whatever_failed_before(tmp_path: Path) -> None:
+    (tmp_path / "text.pdf").write_text("no document")
+    path = form(tmp_path / "none.pdf", "/FT/Tx")
+    path.write_bytes(path.read_bytes().replace(b"[3 0 R]/Count 1", b"[     ]/Count 0"))
+    for name, said in (("text.pdf", "cannot be read"), ("none.pdf", "has no pages")):
+        with pytest.raises(ImageError, match=said):
+            open_image(tmp_path / name)
 
 
 def test_a_picture_may_be_called_like_a_page(tmp_path: Path) -> None:

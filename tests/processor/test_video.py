@@ -81,6 +81,47 @@ def test_frames_and_their_times_are_those_of_the_file(
     assert len(read_video(path, fps=2, max_frames=3).frames) == 3
 
 
+@pytest.mark.parametrize("kind", ["live", "raw", "3gp", "ts", "flv", "wmv"])
+def test_a_video_is_measured_where_its_file_does_not_say(kind: str, tmp_path: Path) -> None:
+    """A recording of a browser has no duration, and a raw stream no times either."""
+    av = pytest.importorskip("av")
+    codec = {"raw": "mpeg2video", "ts": "mpeg2video", "flv": "flv"}.get(kind, "mpeg4")
+    suffix = {"live": ".webm.mkv", "raw": ".m2v"}.get(kind, f".{kind}")
+    path = film(tmp_path / f"film{suffix}", frames=50, rate=25, codec=codec)
+    if kind == "live":
+        path = _streamed(av, path, tmp_path / "film.webm")
+    assert is_video(path)
+    video = read_video(path, fps=2)
+    assert video.duration == pytest.approx(2, abs=0.05)
+    assert len(video.frames) == 4
+    assert video.seconds == pytest.approx([0, 0.64, 1.28, 1.96], abs=0.06)
+    grey = [float(np.mean(frame)) for frame in video.frames]  # type: ignore[arg-type]
+    assert grey == pytest.approx([second * 25 * 255 / 49 for second in video.seconds], abs=12)
+
+
+def _streamed(av: Any, source: Path, path: Path) -> Path:
+    """The same as it is written where one cannot go back: without a duration and an index."""
+
+    class Pipe:
+        def __init__(self) -> None:
+            self.file = path.open("wb")
+
+        def write(self, data: bytes) -> int:
+            return self.file.write(data)
+
+    pipe = Pipe()
+    with av.open(str(source)) as before, av.open(pipe, "w", format="matroska") as after:
+        stream = after.add_stream_from_template(before.streams.video[0])
+        for packet in before.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                after.mux(packet)
+    pipe.file.close()
+    with av.open(str(path)) as made:
+        assert made.duration is None
+    return path
+
+
 def test_of_a_long_video_what_lies_between_is_not_decoded(tmp_path: Path) -> None:
     path = film(tmp_path / "film.mp4", frames=200, rate=2, keyframes=8)
     video = read_video(path, max_frames=5)

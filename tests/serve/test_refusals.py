@@ -18,6 +18,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from tests.bombs import icon, tiff
 from tests.serve.conftest import Process, data_url, serving
 from tests.serve.test_chat import asking
 
@@ -106,7 +107,9 @@ def message(response: httpx.Response) -> str:
         ({"messages": asking("data:image/png;base64,%%%")}, "no valid base64"),
         ({"messages": asking("data:,hello")}, "no data URL of the form"),
         ({"messages": asking(data_url(b""))}, "empty"),
-        ({"messages": asking(data_url(b"not a picture"))}, "no picture"),
+        ({"messages": asking(data_url(tiff(16, 30_000)))}, "in tiles of 30000x30000"),
+        ({"messages": asking(data_url(icon(5000)))}, "holds an image of 5000x5000"),
+        ({"messages": asking(data_url(b"not a picture"))}, "is no image of a format"),
         ({"messages": asking(data_url(png(64, 64)[:60]))}, "damaged or truncated"),
         (
             {"messages": asking(data_url(bomb(10_000)))},
@@ -116,7 +119,7 @@ def message(response: httpx.Response) -> str:
         ({"messages": asking(*[data_url(png(8, 8))] * 17)}, "17 pictures, at most 16"),
         ({"messages": [{"role": "user", "content": "long " * 3000}]}, "the model's context holds"),
         ({"messages": [{"role": "user", "content": "long " * 90_000}]}, "450,000 characters"),
-        ({"messages": asking(data_url(saved("tga")))}, "the picture's format is TGA, expected"),
+        ({"messages": asking(data_url(saved("tga")))}, "is no image of a format that is read"),
         ({"response_format": nested(300)}, "nested too deeply"),
     ],
     ids=lambda value: str(value)[:40],

@@ -23,32 +23,12 @@ from smolstack.bulk.tables import (
     read_table,
 )
 from smolstack.errors import BulkError, ImageError
-from smolstack.processor.pdf import SUFFIX, count_pages, page_of
+from smolstack.processor import formats
+from smolstack.processor.pages import SUFFIXES, TIFF_SUFFIXES, count_pages, page_of
 
 Pictures: TypeAlias = "str | Path | Sequence[str | Path | bytes]"
 # What a folder is searched for; a glob or a table takes whatever it names.
-PICTURE_SUFFIXES = frozenset(
-    [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        SUFFIX,  # each page of it
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
+PICTURE_SUFFIXES = frozenset([*formats.SUFFIXES, *SUFFIXES])
 _MAGIC = "*?["
 
 
@@ -76,19 +56,25 @@ class Input:
 
 
 def open_input(
-    pictures: Pictures, picture_column: str | None = None, id_column: str | None = None
+    pictures: Pictures,
+    picture_column: str | None = None,
+    id_column: str | None = None,
+    password: str | None = None,
 ) -> Input:
     """Look at PICTURES far enough to refuse what cannot be read; nothing is listed yet.
+
+    Args:
+        password: of locked PDF files, whose pages are counted.
 
     Raises:
         BulkError: nothing is there, or a table has no column of pictures.
     """
     if not isinstance(pictures, (str, Path)):
-        return _from_list(pictures)
+        return _from_list(pictures, password)
     path = Path(pictures)
     if path.is_dir():
         _no_columns(picture_column, id_column, f"{path} is a folder")
-        return Input({"pictures": str(path.absolute())}, lambda: walk(path))
+        return Input({"pictures": str(path.absolute())}, lambda: walk(path, password))
     if path.is_file():
         files = [path]
     elif any(sign in str(pictures) for sign in _MAGIC):
@@ -104,7 +90,7 @@ def open_input(
     kinds = {file.suffix.lower() if file.suffix.lower() in TABLE_SUFFIXES else "" for file in files}
     if kinds == {""}:
         _no_columns(picture_column, id_column, f"{pictures} names pictures")
-        return Input({"pictures": str(Path(pictures).absolute())}, lambda: _named(files))
+        return Input({"pictures": str(Path(pictures).absolute())}, lambda: _named(files, password))
     if len(kinds) > 1:
         raise BulkError(
             f"{pictures} matches files of several kinds ({', '.join(sorted(kinds - {''}))} among "
@@ -113,34 +99,38 @@ def open_input(
     return _from_tables(files, kinds.pop(), picture_column, id_column)
 
 
-def walk(folder: Path) -> Iterator[Row]:
+def walk(folder: Path, password: str | None = None) -> Iterator[Row]:
     """The pictures of a folder and its sub-folders in the order of their names.
 
     Hidden files and folders are passed over, and links to folders are not followed.
     """
     root = folder.absolute()
     found = _walk(str(root))
-    yield from _rows((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in found)
+    names = ((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in found)
+    yield from _rows(names, password)
 
 
-def _rows(files: Iterable[tuple[str, str]]) -> Iterator[Row]:
-    """A row for each picture of some (names, paths), and for each page of a PDF file."""
+def _rows(files: Iterable[tuple[str, str]], password: str | None) -> Iterator[Row]:
+    """A row for each picture of some (names, paths), and for each page of a file with pages."""
     index = 0
     for name, path in files:
-        for row in _pages(index, name, path):
+        for row in _pages(index, name, path, password):
             yield row
             index += 1
 
 
-def _pages(index: int, name: str, path: str) -> Iterator[Row]:
-    page = page_of(path)
-    if page is None or page.number is not None:
+def _pages(index: int, name: str, path: str, password: str | None) -> Iterator[Row]:
+    page, suffix = page_of(path), Path(path).suffix.lower()
+    if (page is not None and page.number is not None) or suffix not in SUFFIXES:
         yield Row(index, name, path=path)
         return
     try:
-        count = count_pages(page.path)
+        count = count_pages(Path(path), password)
     except ImageError as error:
         yield Row(index, name, path=path, error=str(error))
+        return
+    if count == 1 and suffix in TIFF_SUFFIXES:
+        yield Row(index, name, path=path)
         return
     for number in range(1, count + 1):
         yield Row(index + number - 1, f"{name}#page={number}", path=f"{path}#page={number}")
@@ -161,11 +151,11 @@ def _walk(folder: str) -> Iterator[str]:
             yield path
 
 
-def _named(files: Sequence[Path]) -> Iterator[Row]:
-    yield from _rows((str(file), str(file.absolute())) for file in files)
+def _named(files: Sequence[Path], password: str | None) -> Iterator[Row]:
+    yield from _rows(((str(file), str(file.absolute())) for file in files), password)
 
 
-def _from_list(pictures: Sequence[str | Path | bytes]) -> Input:
+def _from_list(pictures: Sequence[str | Path | bytes], password: str | None) -> Input:
     digest = hashlib.sha256()
     for picture in pictures:
         if not isinstance(picture, (str, Path, bytes)):
@@ -180,7 +170,7 @@ def _from_list(pictures: Sequence[str | Path | bytes]) -> Input:
         for picture in pictures:
             value = picture if isinstance(picture, bytes) else str(picture)
             row = as_row(index, value, None, Path())
-            some = [row] if row.path is None else list(_pages(index, row.id, row.path))
+            some = [row] if row.path is None else list(_pages(index, row.id, row.path, password))
             yield from some
             index += len(some)
 

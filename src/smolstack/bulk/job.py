@@ -127,7 +127,7 @@ def map_pictures(
     _check_how(engine, workers, window)
     check_output(out, lists=embed is not None)
     read_options(options, ())
-    source = open_input(pictures, picture_column, id_column)
+    source = open_input(pictures, picture_column, id_column, options.get("password"))
     vlm = model if isinstance(model, VLM) else None
     folder = vlm.folder if vlm is not None else find(model, revision)  # type: ignore[arg-type]
     work = Work(

@@ -18,7 +18,8 @@ from smolstack.errors import BulkError
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.vlm import VLM, load
 
-_FORMAT = 1  # of the kept state; another one is not resumed
+# Of the kept state, and of what is made of a file; a job of another one is not resumed.
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def _is_default(name: str, value: Any) -> bool:
     """Whether an option is as it is when it is left out, so that both are the same job."""
     if name == "stop":
         return not value
+    if name == "password":  # it opens the same pages or none, and is not to be written down
+        return True
     with_option: Any = {name: value}
     return value is None or read_options(with_option, ()) == read_options({}, ())
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import sys
+import warnings
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -123,6 +124,8 @@ def main() -> None:
         # An answer may hold characters that the terminal's encoding does not have.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    # What Pillow says of a damaged file, beside the one sentence that is the answer to it.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     app()
 
 

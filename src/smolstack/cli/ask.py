@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import opening, options
 from smolstack.cli.console import (
     note,
     plural,
@@ -65,6 +65,7 @@ def ask(
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
+    password: opening.Password = None,
     fps: options.Fps = None,
     max_frames: options.MaxFrames = None,
     max_new_tokens: options.MaxNewTokens = 512,
@@ -101,6 +102,7 @@ def ask(
         split=split,
         max_image_tokens=max_image_tokens,
         upscale=upscale,
+        password=password,
     )
     chosen.update(options.form_options(schema, regex, choice))
     vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
@@ -260,9 +262,12 @@ def grid(plan: TilePlan) -> str:
 
 
 def _opened(vlm: VLM, picture: str | bytes, fps: float | None, most: int | None) -> Shown:
+    from smolstack.processor.animation import is_animation
     from smolstack.processor.video import is_video
 
-    if isinstance(picture, bytes) or not is_video(picture):
+    # An animation is an image, unless what is asked for holds for videos alone.
+    moving = is_animation(picture) and (fps is not None or most is not None)
+    if isinstance(picture, bytes) or not (is_video(picture) or moving):
         return picture
     with progress(f"Opening {picture} …"):
         return vlm.open_video(picture, fps=fps, max_frames=most)

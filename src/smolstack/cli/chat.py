@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import opening, options
 from smolstack.cli.ask import plan_line, tell_ending, video_line
 from smolstack.cli.console import error, note, progress, write_piece
 from smolstack.errors import PromptError, SmolstackError
@@ -121,6 +121,7 @@ def chat(
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
+    password: opening.Password = None,
     max_new_tokens: options.MaxNewTokens = 512,
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
@@ -148,6 +149,7 @@ def chat(
         split=split,
         max_image_tokens=max_image_tokens,
         upscale=upscale,
+        password=password,
     )
     vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
     conversation = Conversation(vlm, chosen, verbose=verbose)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import opening, options
 from smolstack.cli.console import note, plural, show, show_json
 from smolstack.cli.rate import progress
 
@@ -50,6 +50,7 @@ def convert(
         str, typer.Option(help="What the model is asked about each page.")
     ] = "Convert this page to docling.",
     max_image_tokens: options.MaxImageTokens = None,
+    password: opening.Password = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a page, at most.")] = 8192,
     restart: Annotated[
         bool,
@@ -80,6 +81,7 @@ def convert(
             restart=restart,
             on_progress=tell,
             max_image_tokens=max_image_tokens,
+            password=password,
             max_new_tokens=max_new_tokens,
         )
     if json:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from smolstack.cli.console import plural
 from smolstack.errors import ImageError
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.tiles import open_image
+from smolstack.processor.tiles import ImageSource, open_image
 
 WIDEST = 1600  # pixels that the drawing aims to stay within
 CELL_SIDES = (150, 360)  # smallest and largest side of a tile in the drawing
@@ -21,7 +21,7 @@ PAPER, INK, FAINT, ACCENT = (250, 250, 248), (28, 30, 34), (110, 114, 120), (0, 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def draw_plan(picture: str | bytes | tuple[int, int], plan: TilePlan, name: str) -> Image.Image:
+def draw_plan(picture: ImageSource | tuple[int, int], plan: TilePlan, name: str) -> Image.Image:
     """The canvas cut into its tiles and, beside it, the whole-picture tile.
 
     Tiles are square, as the model sees them: a picture that the plan stretches is drawn stretched.

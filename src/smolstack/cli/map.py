@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import opening, options
 from smolstack.cli.console import plural, show, show_json
 from smolstack.cli.rate import progress
 from smolstack.errors import BulkError
@@ -146,6 +146,7 @@ def map_(
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
+    password: opening.Password = None,
     max_new_tokens: options.MaxNewTokens = 512,
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
@@ -177,6 +178,7 @@ def map_(
         split=split,
         max_image_tokens=max_image_tokens,
         upscale=upscale,
+        password=password,
     )
     chosen.update(options.form_options(schema, regex, choice))
     map_pictures = _library(threads)

@@ -264,6 +264,7 @@ def generation_options(
     split: bool | None,
     max_image_tokens: int | None,
     upscale: bool,
+    password: str | None = None,
 ) -> AnswerOptions:
     """The options of ``VLM.stream``, from those of the command line."""
     return {
@@ -280,15 +281,17 @@ def generation_options(
         "split": split,
         "max_image_tokens": max_image_tokens,
         "upscale": upscale,
+        "password": password,
     }
 
 
 def tiling_of(chosen: AnswerOptions) -> Tiling:
-    """Those of the options that say how pictures become tiles."""
+    """Those of the options that say how pictures are opened and become tiles."""
     return {
         "split": chosen["split"],
         "max_image_tokens": chosen["max_image_tokens"],
         "upscale": chosen["upscale"],
+        "password": chosen.get("password"),
     }
 
 

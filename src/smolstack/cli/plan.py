@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import opening, options
 from smolstack.cli.ask import STDIN, plan_json, read_picture, size
 from smolstack.cli.console import (
     count,
@@ -26,6 +26,7 @@ from smolstack.errors import ImageError
 if TYPE_CHECKING:
     from smolstack.processor.geometry import TilePlan, Tiling
     from smolstack.processor.processor import Processor
+    from smolstack.processor.tiles import ImageSource
 
 EXAMPLES = """
 **Examples**
@@ -46,7 +47,7 @@ class Planned:
     """A picture, or only its size, with its plan and the plan's prompt tokens."""
 
     name: str
-    picture: str | bytes | tuple[int, int]
+    picture: ImageSource | tuple[int, int]
     plan: TilePlan
 
     @property
@@ -70,6 +71,7 @@ def plan(
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
+    password: opening.Password = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Draw the tiles over the picture here."),
@@ -88,6 +90,7 @@ def plan(
             "split": split,
             "max_image_tokens": max_image_tokens,
             "upscale": upscale,
+            "password": password,
         }
         planned = [_planned(processor, image, question, tiling) for image in images]
         together = processor.count_tokens([entry.plan for entry in planned], question)
@@ -123,8 +126,11 @@ def read_size(text: str) -> tuple[int, int] | None:
 
 
 def _planned(processor: Processor, image: str, question: str, tiling: Tiling) -> Planned:
+    from smolstack.processor.inputs import unlocked
+
     given = None if Path(image).exists() else read_size(image)
-    picture = given or read_picture(image)
+    picture: ImageSource | tuple[int, int]
+    picture = given if given else unlocked(read_picture(image), tiling.get("password"))
     made = processor.plan(picture, **tiling)
     made = made.with_prompt_tokens(processor.count_tokens([made], question))
     return Planned("stdin" if image == STDIN else image, picture, made)

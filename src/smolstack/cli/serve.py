@@ -50,6 +50,14 @@ def serve(
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Largest picture, in pixels.", rich_help_panel=_LIMITS)
     ] = 40_000_000,
+    max_decode_bytes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Memory that pictures may take together while they are decoded.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 2**30,
     max_pictures: Annotated[
         int, typer.Option(min=1, help="Most pictures of a request.", rich_help_panel=_LIMITS)
     ] = 16,
@@ -150,6 +158,7 @@ def serve(
         body_bytes=max_body_bytes,
         body_seconds=body_seconds,
         picture_pixels=max_pixels,
+        decode_bytes=max_decode_bytes,
         pictures=max_pictures,
         prompt_tokens=max_prompt_tokens,
         new_tokens=max_new_tokens,

@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,13 +24,14 @@ from torch import Tensor
 from smolstack.batch import VisualTokens
 from smolstack.model.digest import version_of, weights_digest
 from smolstack.model.vlm import VisionLanguageModel
+from smolstack.processor.content import content_digest
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.settings import ImageSettings
-from smolstack.processor.tiles import ImageSource, file_content
+from smolstack.processor.tiles import ImageSource
 
 DEFAULT_PICTURE_BYTES = 128 * 2**20
 DEFAULT_FOLDER_BYTES = 4 * 2**30
-_FORMAT = b"smolstack visual tokens 1"
+_FORMAT = b"smolstack visual tokens 2"  # counts up when a file's tokens would be others
 
 
 class PictureCache:
@@ -72,14 +72,7 @@ class PictureCache:
     ) -> bytes:
         """A digest of everything that a picture's visual tokens depend on."""
         digest = hashlib.sha256(_FORMAT)
-        if isinstance(picture, (str, Path, bytes)):
-            digest.update(b"file" + file_content(picture))
-        elif isinstance(picture, Image.Image):
-            # The palette and a transparent colour stand beside the pixels.
-            extra = (picture.mode, picture.getpalette(), repr(picture.info.get("transparency")))
-            digest.update(repr(extra).encode() + picture.tobytes())
-        else:
-            digest.update(b"array" + picture.tobytes())
+        digest.update(content_digest(picture))
         digest.update(repr((plan, settings)).encode())
         # Other tensors, or the same ones written to since (training), are other weights.
         weights = repr([(id(w), version_of(w), w.dtype) for w in _weights(model)]).encode()

@@ -15,7 +15,7 @@ from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.inputs import Picture
 from smolstack.processor.processor import Processor
-from smolstack.processor.tiles import cut_tiles, normalise, open_image
+from smolstack.processor.tiles import normalise, read_tiles
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Picturing:
     def cut(self, picture: Picture, plan: TilePlan) -> Cut:
         """Open a picture and cut its tiles. Safe in any thread."""
         assert not isinstance(picture, VisualTokens)
-        tiles = cut_tiles(open_image(picture), plan, self.processor.settings)
+        tiles = read_tiles(picture, plan, self.processor.settings)
         return Cut(plan, tiles, *distinct_tiles(tiles))
 
     def known(self, key: bytes) -> VisualTokens | None:

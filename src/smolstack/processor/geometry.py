@@ -81,7 +81,7 @@ class TilePlan:
 
 
 class Tiling(TypedDict, total=False):
-    """Choices about tiles that a caller may make; each left out is as the checkpoint says.
+    """Choices about pictures that a caller may make; each left out is as the checkpoint says.
 
     Attributes:
         split: whether pictures are split into tiles.
@@ -89,11 +89,13 @@ class Tiling(TypedDict, total=False):
             that keeps within them is taken.
         upscale: False keeps small pictures small: none is resized beyond its own size, except to
             fill its last tiles. Published models were trained with True.
+        password: opens locked PDF files; it says nothing about tiles.
     """
 
     split: bool | None
     max_image_tokens: int | None
     upscale: bool
+    password: str | None
 
 
 def plan_tiles(
@@ -104,6 +106,7 @@ def plan_tiles(
     *,
     max_image_tokens: int | None = None,
     upscale: bool = True,
+    password: str | None = None,
 ) -> TilePlan:
     """Plan a picture of ``size`` (width, height). For the choices see :class:`Tiling`.
 

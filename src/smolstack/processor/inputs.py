@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -12,10 +12,13 @@ from PIL import Image
 from smolstack.batch import VisualTokens
 from smolstack.errors import ImageError, PromptError
 from smolstack.processor import prompt as prompts
+from smolstack.processor.pages import TiffPage, page_of
+from smolstack.processor.pdf import PdfPage
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video, is_video
 
+T = TypeVar("T")
 Picture: TypeAlias = "ImageSource | VisualTokens"
 Shown: TypeAlias = "Picture | Video"  # a path may be a video's
 # What one sequence may be given as: a text, the messages of a chat, or either with its pictures.
@@ -26,12 +29,22 @@ def as_pictures(images: Any) -> list[Any]:
     """A picture or a video, or a list of them, as a list; None is no picture."""
     if images is None:
         return []
-    single = (str, Path, bytes, Image.Image, np.ndarray, VisualTokens, Video)
+    single = (
+        str, Path, bytes, PdfPage, TiffPage, Image.Image, np.ndarray, VisualTokens, Video,
+    )  # fmt: skip
     if isinstance(images, single):
         return [images]
     if not isinstance(images, Sequence):
         raise ImageError(f"found a {type(images).__name__}, expected a picture or a list of them")
     return list(images)
+
+
+def unlocked(picture: T, password: str | None) -> T | PdfPage:
+    """The same picture; of a PDF file with the password that opens it."""
+    if password is None or not isinstance(picture, (str, Path)):
+        return picture
+    page = page_of(picture, password)
+    return page if isinstance(page, PdfPage) else picture
 
 
 def as_messages(

@@ -23,11 +23,11 @@ from smolstack.errors import (
 )
 from smolstack.processor import prompt as prompts
 from smolstack.processor.geometry import TilePlan, Tiling, plan_tiles
-from smolstack.processor.inputs import Picture, PromptLike, as_messages
+from smolstack.processor.inputs import Picture, PromptLike, as_messages, unlocked
 from smolstack.processor.prompt import ChatTemplate, Markers, Message
 from smolstack.processor.scaling import resize
 from smolstack.processor.settings import ImageSettings
-from smolstack.processor.tiles import ImageSource, cut_tiles, image_size, normalise, open_image
+from smolstack.processor.tiles import ImageSource, image_size, normalise, read_tiles
 from smolstack.processor.tokenizer import TextTokenizer
 from smolstack.processor.video import Frame, Video, VideoSettings, read_video
 
@@ -89,7 +89,7 @@ class Processor:
             inputs: one entry per sequence: a text, the messages of a chat, or a tuple of a picture
                 (or several) and either; beside a chat they fill its image parts that hold none.
                 One chat alone may be given as its messages.
-            **tiling: split, max_image_tokens, upscale; see Tiling.
+            **tiling: split, max_image_tokens, upscale, password; see Tiling.
 
         Returns:
             A Batch with token_ids (B, T) and tiles (N, 3, P, P) in float32.
@@ -122,6 +122,8 @@ class Processor:
 
         Raises: as :meth:`prepare` does.
         """
+        password = tiling.get("password")
+        pictures = [unlocked(picture, password) for picture in pictures]
         plans = tuple(self.plan(picture, **tiling) for picture in pictures)
         text = prompts.expand_placeholders(rendered, plans, self.markers)
         ids = tuple(self.tokenizer.encode(text))
@@ -217,6 +219,7 @@ class Processor:
             return TilePlan(picture.source, canvas, canvas, rows, cols, edge, size)
         if isinstance(picture, tuple):
             return plan_tiles(picture, self.settings, size, **tiling)
+        picture = unlocked(picture, tiling.get("password"))
         return plan_tiles(image_size(picture), self.settings, size, **tiling)
 
     def count_tokens(self, plans: Sequence[TilePlan], text: str) -> int:
@@ -228,7 +231,7 @@ class Processor:
 
     def pixels(self, picture: ImageSource, plan: TilePlan) -> Tensor:
         """The tiles of one picture, normalised: (plan.tiles, 3, P, P) float32."""
-        return normalise(cut_tiles(open_image(picture), plan, self.settings), self.settings)
+        return normalise(read_tiles(picture, plan, self.settings), self.settings)
 
     def batch(self, sequences: Sequence[Prompt]) -> Batch:
         """Pad prepared sequences on the left and cut their pictures.

@@ -2,85 +2,100 @@
 
 from __future__ import annotations
 
-import warnings
-from io import BytesIO
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from smolstack.errors import ImageError
 from smolstack.native import library as native
+from smolstack.processor.decoding import check_size, decoded, size_of, to_rgb
+from smolstack.processor.formats import FORMATS
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.pdf import page_of
+from smolstack.processor.memory import MEMORY
+from smolstack.processor.pages import TiffPage, page_of
+from smolstack.processor.pdf import PdfPage
 from smolstack.processor.scaling import resize
 from smolstack.processor.settings import ImageSettings
 
-ImageSource: TypeAlias = "str | Path | bytes | Image.Image | npt.NDArray[np.uint8]"
+ImageSource: TypeAlias = (
+    "str | Path | bytes | PdfPage | TiffPage | Image.Image | npt.NDArray[np.uint8]"
+)
 MAX_PIXELS = 178_956_970  # a picture of more pixels is refused before it is decoded
+_PAGE_BYTES = 12  # per pixel of a page while it is rendered and cut
 
 
-def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    source: ImageSource, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
     """Decode a picture to RGB, upright.
 
     A file (path or bytes) is turned as its EXIF orientation says; a Pillow picture or an array is
-    taken as it is. Transparency is laid over white.
+    taken as it is. Transparency is laid over white; greys of more than 8 bits are scaled by their
+    range. Of an animation this is the first frame.
 
     Args:
         source: a path (also of a page, ``report.pdf#page=3``), a file's bytes, a Pillow picture, or
             a uint8 array (H, W, 3).
         max_pixels: larger pictures are refused before they are decoded.
+        formats: which formats of files are tried, by Pillow's names.
 
     Raises:
         ImageError: naming the picture, what was found and what was expected.
     """
-    if isinstance(source, np.ndarray):
-        return _from_array(source, max_pixels)
-    if isinstance(source, Image.Image):
-        _check_size("the picture", source.size, max_pixels)
-        return _to_rgb(source, "the picture")
-    page = page_of(source)
-    if page is not None:
-        _check_size(str(page), page.size(), max_pixels)
-        return page.render()
-    name, opened = _open(source)
-    with opened:
-        _check_size(name, opened.size, max_pixels)
-        return _to_rgb(opened, name, upright=True)
+    with _decoded(source, max_pixels, formats) as image:
+        return image
 
 
-def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of a picture, upright, without decoding its pixels."""
+def read_tiles(source: ImageSource, plan: TilePlan, settings: ImageSettings) -> Tensor:
+    """The tiles of a picture that was planned, as pixels: (plan.tiles, 3, P, P) uint8.
+
+    As :func:`open_image` and :func:`cut_tiles`; the whole picture counts as memory in use until it
+    is cut.
+    """
+    with _decoded(source) as image:
+        return cut_tiles(image, plan, settings)
+
+
+def image_size(
+    source: ImageSource, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> tuple[int, int]:
+    """(width, height) of a picture, upright, from its header alone."""
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels).size
     if isinstance(source, Image.Image):
         return source.size
     page = page_of(source)
-    if page is not None:
-        size = page.size()
-        _check_size(str(page), size, max_pixels)
-        return size
-    name, opened = _open(source)
-    with opened:
-        _check_size(name, opened.size, max_pixels)
-        try:
-            turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            # A PNG is read to its end for this.
-            raise ImageError(f"{name} is damaged or truncated: {error}") from error
-        return (opened.height, opened.width) if turned else opened.size
+    if isinstance(page, PdfPage):
+        return page.size()
+    return size_of(_file(source) if page is None else page, max_pixels, formats)
 
 
-def file_content(source: str | Path | bytes) -> bytes:
-    """What a picture that is given as a file depends on."""
-    if isinstance(source, bytes):
-        return source
+@contextmanager
+def _decoded(
+    source: ImageSource, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Iterator[Image.Image]:
+    if isinstance(source, np.ndarray):
+        yield _from_array(source, max_pixels)
+        return
+    if isinstance(source, Image.Image):
+        check_size("the picture", source.size, max_pixels)
+        yield _from_pillow(source)
+        return
     page = page_of(source)
-    return Path(source).read_bytes() if page is None else page.content()
+    if isinstance(page, PdfPage):
+        width, height = page.size()
+        with MEMORY.hold(width * height * _PAGE_BYTES, str(page)):
+            yield page.render()
+        return
+    with decoded(_file(source) if page is None else page, max_pixels, formats) as image:
+        yield image
 
 
 def cut_tiles(image: Image.Image, plan: TilePlan, settings: ImageSettings) -> Tensor:
@@ -136,50 +151,24 @@ def _table(settings: ImageSettings) -> npt.NDArray[np.float32]:
     return table
 
 
-def _open(source: str | Path | bytes) -> tuple[str, Image.Image]:
-    """A picture whose header was read, with the name to use in errors."""
-    if isinstance(source, bytes):
-        name, size = f"picture of {len(source)} bytes", len(source)
-    elif isinstance(source, (str, Path)):
-        name, path = str(source), Path(source)
-        if name.startswith(("http://", "https://")):
-            raise ImageError(f"{name} is an address; pictures are read from files, not fetched")
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "no file"
-            raise ImageError(f"{name}: found {found}, expected a picture")
-        size = path.stat().st_size
-    else:
-        raise ImageError(
-            f"found a {type(source).__name__}, expected a path, bytes, a Pillow picture or a uint8 "
-            "array (H, W, 3)"
-        )
-    if size == 0:
-        raise ImageError(f"{name} is empty (0 bytes), expected a picture")
-    try:
-        with warnings.catch_warnings():
-            # The pixel limit is ours, checked before decoding; Pillow's own is only a warning.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return name, Image.open(BytesIO(source) if isinstance(source, bytes) else source)
-    except UnidentifiedImageError:
-        raise ImageError(f"{name} is no picture that Pillow can read") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is too large to decode: {error}") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ImageError(f"{name} cannot be read as a picture: {error}") from error
+def _file(source: object) -> str | Path | bytes:
+    if isinstance(source, (str, Path, bytes)):
+        return source
+    raise ImageError(
+        f"found a {type(source).__name__}, expected a path, bytes, a Pillow picture or a uint8 "
+        "array (H, W, 3)"
+    )
 
 
-def _to_rgb(image: Image.Image, name: str, *, upright: bool = False) -> Image.Image:
+def _from_pillow(image: Image.Image) -> Image.Image:
+    """A Pillow picture, which may be an opened file that was not decoded yet."""
     try:
-        image.load()
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise ImageError(f"{name} is damaged or truncated: {error}") from error
+        return to_rgb(image)
+    except ImageError as error:
+        reason = f"the picture: {error}"
+    except Exception as error:  # a decoder may raise anything about a damaged file
+        reason = f"the picture is damaged or truncated: {error}"
+    raise ImageError(reason)
 
 
 def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> Image.Image:
@@ -187,15 +176,5 @@ def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> Image.Image:
         raise ImageError(
             f"an array of shape {array.shape} and type {array.dtype}, expected uint8 (H, W, 3)"
         )
-    _check_size("the array", (array.shape[1], array.shape[0]), max_pixels)
+    check_size("the array", (array.shape[1], array.shape[0]), max_pixels)
     return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name} has {width}x{height} pixels, more than the {max_pixels:,} that are decoded"
-        )
-    if width < 1 or height < 1:
-        raise ImageError(f"{name} has {width}x{height} pixels; both sides must be positive")

@@ -6,6 +6,7 @@ its time, in the words of transformers' processor of SmolVLM2.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,9 +18,18 @@ import numpy.typing as npt
 
 from smolstack.batch import VisualTokens
 from smolstack.errors import ConfigError, ImageError, VideoError
+from smolstack.processor.animation import is_animation, read_animation
+from smolstack.processor.measuring import counted_measures, told_measures
 from smolstack.processor.tiles import MAX_PIXELS, ImageSource
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")
+# Of files that are videos wherever a path is taken; docs/videos.md lists them.
+SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mj2", ".ismv"),
+    *(".mkv", ".mk3d", ".webm", ".ogv", ".ogm", ".nut"),
+    *(".avi", ".divx", ".wmv", ".asf", ".flv", ".rm", ".rmvb", ".dv", ".mxf", ".gxf", ".wtv"),
+    *(".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t"),
+    *(".h264", ".264", ".h265", ".265", ".hevc", ".ivf", ".obu", ".mjpg", ".mjpeg", ".y4m"),
+)
 SKIPPED = 1.0  # seconds that are left out at both ends of a long video
 SEEK = 8.0  # seconds to the next frame that is wanted, beyond which those between are not decoded
 
@@ -180,46 +190,72 @@ def read_video(
     if not path.is_file():
         raise VideoError(f"{path} is {'a folder' if path.exists() else 'not there'}, expected a "
                          "video file")  # fmt: skip
+    if is_animation(path):
+
+        def choose(total: int, rate: float) -> list[int]:
+            return pick_frames(total, rate, fps, max_frames)
+
+        return Video(*read_animation(path, MAX_PIXELS, choose, shrink))
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} has no video, expected some frames")
-            rate, total = _measures(container)
-            places = pick_frames(total, rate, fps, max_frames)
-            decoded = _decoded(container, [place / rate for place in places], 0.5 / rate)
-            # One after another: sixty whole frames of a large video are hundreds of megabytes.
-            found = [
-                (seconds, pixels if shrink is None else shrink(pixels))
-                for seconds, pixels in decoded
-            ]
+        made = _read(path, fps, max_frames, shrink, count=False)
+        if made is None:
+            made = _read(path, fps, max_frames, shrink, count=True)
     except (av.error.FFmpegError, ImageError) as error:
         raise VideoError(f"{path} cannot be read as a video: {error}") from error
-    if not found:
+    if made is None:
         raise VideoError(f"{path} has no frame that can be decoded")
-    return Video([pixels for _, pixels in found], [seconds for seconds, _ in found], total / rate)
+    return made
 
 
-def _measures(container: Any) -> tuple[float, int]:
-    """Frames per second, and how many there are; some formats do not say how many."""
-    stream = container.streams.video[0]
-    rate = float(stream.average_rate or stream.guessed_rate or 0)
-    seconds = 0.0
-    if stream.duration is not None and stream.time_base is not None:
-        seconds = float(stream.duration * stream.time_base)
-    elif container.duration is not None:
-        seconds = container.duration / 1e6
-    rate = rate or 24.0
-    return rate, max(1, stream.frames or round(seconds * rate))
+def _read(
+    path: Path,
+    fps: float,
+    max_frames: int,
+    shrink: Callable[[Frames], Frames] | None,
+    *,
+    count: bool,
+) -> Video | None:
+    """Some frames of a video; None where it does not say how many it has, or has fewer.
+
+    Args:
+        count: count the frames instead, by reading the file once more; what is found is then taken,
+            and None is that nothing was.
+    """
+    import av
+
+    with contextlib.ExitStack() as stack:
+        container = stack.enter_context(av.open(str(path)))
+        if not container.streams.video:
+            raise VideoError(f"{path} has no video, expected some frames")
+        measures = counted_measures(container) if count else told_measures(container)
+        if measures is None:
+            return None
+        if measures.again:
+            container = stack.enter_context(av.open(str(path)))
+        rate = measures.rate
+        places = pick_frames(measures.total, rate, fps, max_frames)
+        times = [place / rate for place in places]
+        # One after another: sixty whole frames of a large video are hundreds of megabytes.
+        found = [
+            (seconds, pixels if shrink is None else shrink(pixels))
+            for seconds, pixels in _decoded(container, times, 0.5 / rate, seeks=measures.seeks)
+        ]
+    if not found or (len(found) < len(places) and not count):
+        return None
+    return Video(
+        [pixels for _, pixels in found], [seconds for seconds, _ in found], measures.total / rate
+    )
 
 
 def _decoded(
-    container: Any, wanted: Sequence[float], near: float
+    container: Any, wanted: Sequence[float], near: float, *, seeks: bool
 ) -> Iterator[tuple[float, Frames]]:
     """(seconds, pixels) of the frames at some times, or the next after each.
 
     Args:
         wanted: seconds from the first frame, rising.
         near: how much too early a frame may be.
+        seeks: whether those between may be skipped.
     """
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
@@ -236,7 +272,7 @@ def _decoded(
         if seconds >= rest[0] - near:
             yield max(0.0, seconds), _upright(frame)
             rest = [other for other in rest if other - near > seconds]
-            if rest and rest[0] - seconds > SEEK:
+            if seeks and rest and rest[0] - seconds > SEEK:
                 place = int((rest[0] + start) / stream.time_base)
                 container.seek(place, stream=stream, backward=True)
                 frames = container.decode(stream)

@@ -19,6 +19,7 @@ from smolstack import __version__
 from smolstack.errors import DeadlineError
 from smolstack.generation.answering import Answering
 from smolstack.generation.engine import Engine
+from smolstack.processor.memory import MEMORY
 from smolstack.serve import reading
 from smolstack.serve.answering import Asking, EventStream, in_thread, unless_gone
 from smolstack.serve.completions import Completion
@@ -58,6 +59,7 @@ class Server:
 
     def __init__(self, vlm: VLM, settings: ServerSettings) -> None:
         self.vlm, self.settings = vlm, settings
+        MEMORY.limit = settings.decode_bytes
         answering = Answering(vlm.model, vlm.processor)
         answering.pictures = vlm.picture_cache
         answering.pictures.max_bytes = settings.picture_cache_bytes

@@ -61,7 +61,19 @@ class RefusedError(Exception):
 
 
 def as_refusal(error: Exception, retry_after: int = 1) -> RefusedError:
-    """The refusal that an error of the library amounts to."""
+    """The refusal that an error of the library amounts to; the error's traceback is let go of.
+
+    The tasks and frames that an error went through refer to each other, and to the request's body
+    and its images: they would stay until Python's collector of cycles comes round.
+    """
+    refusal = _refusal(error, retry_after)
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__, each = None, each.__cause__ or each.__context__
+    return refusal
+
+
+def _refusal(error: Exception, retry_after: int) -> RefusedError:
     if isinstance(error, RefusedError):
         return error
     if isinstance(error, QueueFullError):

@@ -19,6 +19,8 @@ class ServerSettings:
         body_bytes: largest request body, counted while it arrives.
         body_seconds: how long a request body may take to arrive.
         picture_pixels: largest picture, checked before it is decoded.
+        decode_bytes: memory that pictures may take together while they are decoded; one that takes
+            more by itself is refused, others wait. It is the whole process's.
         pictures: most pictures of one request.
         prompt_tokens: longest prompt, visual tokens included; None is the model's context.
         new_tokens: longest answer, whatever a request asks for.
@@ -37,6 +39,7 @@ class ServerSettings:
     body_bytes: int = 32 * 2**20
     body_seconds: float = 60.0
     picture_pixels: int = 40_000_000
+    decode_bytes: int = 2**30
     pictures: int = 16
     prompt_tokens: int | None = None
     new_tokens: int = 2048
@@ -50,7 +53,8 @@ class ServerSettings:
     scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "picture_pixels", "pictures", "new_tokens", "answers"):
+        counts = "body_bytes picture_pixels decode_bytes pictures new_tokens answers"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 raise GenerationError(f"{name} is {getattr(self, name)}, expected 1 or more")
         for name in ("body_seconds", "deadline", "drain", "remote_seconds"):

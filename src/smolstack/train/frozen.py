@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -23,13 +22,14 @@ from smolstack.model.connector import Idefics3Connector
 from smolstack.model.digest import weights_digest
 from smolstack.model.vision import distinct_tiles
 from smolstack.model.vlm import TILES_AT_ONCE, VisionLanguageModel
+from smolstack.processor.content import content_digest
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.inputs import Picture
 from smolstack.processor.processor import Processor
-from smolstack.processor.tiles import ImageSource, file_content
+from smolstack.processor.tiles import ImageSource
 from smolstack.train.batches import as_source
 
-FORMAT = b"1"  # counts up when what is stored changes its meaning
+FORMAT = b"2"  # counts up when what is stored changes its meaning
 
 
 class FrozenTower:
@@ -111,25 +111,10 @@ class FrozenTower:
 
     def _path(self, cache: Path, picture: ImageSource, plan: TilePlan) -> Path:
         digest = hashlib.sha256(self._constant)
-        digest.update(_content(picture))
+        digest.update(content_digest(picture))
         digest.update(repr((plan.source, plan.resized, plan.canvas, plan.rows, plan.cols)).encode())
         name = digest.hexdigest()
         return cache / name[:2] / f"{name}.safetensors"
-
-
-def _content(picture: ImageSource) -> bytes:
-    """A digest of what a picture holds."""
-    if isinstance(picture, (str, Path, bytes)):
-        return hashlib.sha256(b"file" + file_content(picture)).digest()
-    if isinstance(picture, Image.Image):
-        beside = (
-            picture.mode,
-            picture.size,
-            picture.getpalette(),
-            picture.info.get("transparency"),
-        )
-        return hashlib.sha256(repr(beside).encode() + picture.tobytes()).digest()
-    return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).digest()
 
 
 def _load(path: Path) -> dict[str, Tensor] | None:

@@ -1,0 +1,56 @@
+"""Animations as videos: the frames of a GIF, WebP, AVIF or PNG file with their times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from smolstack.errors import ImageError, VideoError
+from smolstack.processor.decoding import animation
+
+Frames = npt.NDArray[np.uint8]
+SUFFIXES = (".gif", ".webp", ".avif", ".png", ".apng")
+FORMATS = ("GIF", "WEBP", "AVIF", "PNG")
+_NOT_SAID = 0.1  # seconds of a frame that does not say how long it is shown, as in browsers
+
+
+def is_animation(source: object) -> bool:
+    """Whether a path has the suffix of a format that may be animated."""
+    return isinstance(source, (str, Path)) and Path(source).suffix.lower() in SUFFIXES
+
+
+def read_animation(
+    path: Path,
+    max_pixels: int,
+    choose: Callable[[int, float], list[int]],
+    shrink: Callable[[Frames], Frames] | None,
+) -> tuple[list[Frames], list[float], float]:
+    """(frames, their seconds, duration) of an animation.
+
+    Args:
+        max_pixels: of a frame.
+        choose: the numbers of the frames to look at, of so many at so many a second.
+        shrink: what to make of each frame (H, W, 3).
+
+    Raises:
+        VideoError: it cannot be read, or has one frame alone.
+    """
+    starts, now = [], 0.0
+    try:
+        for _, seconds in animation(path, max_pixels, FORMATS, None):
+            starts.append(now)
+            now += seconds or _NOT_SAID
+        if len(starts) < 2:
+            raise VideoError(f"{path} has one frame, expected a video")
+        wanted = choose(len(starts), len(starts) / now)
+        frames = []
+        for picture, _ in animation(path, max_pixels, FORMATS, frozenset(wanted)):
+            if picture is not None:
+                pixels = np.asarray(picture)
+                frames.append(pixels.copy() if shrink is None else shrink(pixels))
+    except ImageError as error:
+        raise VideoError(str(error)) from None
+    return frames, [starts[number] for number in wanted], now

@@ -1,0 +1,304 @@
+"""The one place where Pillow opens and decodes files.
+
+What a decoder will allocate is counted before it runs, and held against a limit for the whole
+process. A decoder may raise anything about a damaged file: all of it becomes an ImageError. That
+error is raised once the decoder's own is gone, whose traceback would keep the pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+from smolstack.errors import ImageError
+from smolstack.processor.costs import check_icon, decoding_bytes
+from smolstack.processor.depth import is_deep, to_grey
+from smolstack.processor.formats import FORMATS, accepted, can_read_heif, is_heif
+from smolstack.processor.memory import MEMORY
+from smolstack.processor.pages import TiffPage, frame_of_page
+
+T = TypeVar("T")
+_log = logging.getLogger("smolstack")
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PNG_CHUNKS = 100_000  # that are looked through for what stands behind the pixels
+_told: set[str] = set()  # animations that were spoken of
+
+
+@contextmanager
+def decoded(
+    source: str | Path | bytes | TiffPage, max_pixels: int, formats: tuple[str, ...] = FORMATS
+) -> Iterator[Image.Image]:
+    """A file's image in RGB, upright; its memory is counted while the block runs.
+
+    Raises:
+        ImageError: naming the file.
+    """
+    name, file = named(source)
+    image = _open(name, file, source, formats)
+    try:
+        said = image.size
+        check_size(name, said, max_pixels)
+        _tell_animated(image, name)
+        with MEMORY.hold(_cost(image, file, name), name):
+            pixels = _guarded(name, lambda: to_rgb(image, upright=True))
+            image.close()
+            if pixels.size not in (said, said[::-1]):
+                raise ImageError(
+                    f"{name} says that it has {said[0]}x{said[1]} pixels, and holds an image of "
+                    f"{pixels.width}x{pixels.height}"
+                )
+            yield pixels
+    finally:
+        image.close()
+
+
+def size_of(
+    source: str | Path | bytes | TiffPage, max_pixels: int, formats: tuple[str, ...] = FORMATS
+) -> tuple[int, int]:
+    """(width, height) of a file's image, upright.
+
+    Nothing is decoded, but of a PNG file that says something behind its pixels.
+
+    Raises:
+        ImageError: naming the file.
+    """
+    name, file = named(source)
+    image = _open(name, file, source, formats)
+    try:
+        check_size(name, image.size, max_pixels)
+        cost = _cost(image, file, name)
+        if image.format == "PNG" and _guarded(name, lambda: _goes_on(image)):
+            with MEMORY.hold(cost, name):
+                _guarded(name, image.load)
+        if cost > MEMORY.limit:
+            with MEMORY.hold(cost, name):
+                pass  # never comes here: it is refused
+        return _guarded(name, lambda: _upright_size(image))
+    finally:
+        image.close()
+
+
+def animation(
+    path: Path, max_pixels: int, formats: tuple[str, ...], wanted: frozenset[int] | None
+) -> Iterator[tuple[Image.Image | None, float]]:
+    """(RGB image, seconds that it is shown) of each frame of an animation.
+
+    Args:
+        wanted: the numbers of the frames whose images are made; None for none of them.
+
+    Raises:
+        ImageError: naming the file.
+    """
+    name, file = named(path)
+    image: Any = _open(name, file, path, formats)
+    try:
+        check_size(name, image.size, max_pixels)
+        with MEMORY.hold(_cost(image, file, name), name):
+            for number in range(_guarded(name, lambda: int(getattr(image, "n_frames", 1)))):
+                _guarded(name, partial(image.seek, number))
+                _guarded(name, image.load)
+                made = None
+                if wanted is not None and number in wanted:
+                    made = _guarded(name, lambda: to_rgb(image))
+                yield made, float(image.info.get("duration") or 0) / 1000
+    finally:
+        image.close()
+
+
+def named(source: str | Path | bytes | TiffPage) -> tuple[str, str | Path | bytes]:
+    """The name of a file for errors, and the file, once it is known to be there.
+
+    Raises:
+        ImageError: there is no such file, or it is empty.
+    """
+    if isinstance(source, bytes):
+        name, size = f"picture of {len(source)} bytes", len(source)
+    else:
+        path = source.path if isinstance(source, TiffPage) else Path(source)
+        name = str(path if isinstance(source, TiffPage) else source)
+        if name.startswith(("http://", "https://")):
+            raise ImageError(f"{name} is an address; pictures are read from files, not fetched")
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "no file"
+            raise ImageError(f"{name}: found {found}, expected a picture")
+        size = path.stat().st_size
+        source = path
+    if size == 0:
+        raise ImageError(f"{name} is empty (0 bytes), expected a picture")
+    return name, source
+
+
+def check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
+    """Refuse an image of too many pixels, or of none."""
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} has {width}x{height} pixels, more than the {max_pixels:,} that are decoded"
+        )
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} has {width}x{height} pixels; both sides must be positive")
+
+
+def to_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
+    """Decode: RGB, transparency over white, deep greys scaled; turned as a file's EXIF says."""
+    image.load()
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1)) if upright else None
+    made = image
+    if is_deep(made):
+        made = to_grey(made)
+    if "A" in made.getbands() or (made is image and made.info.get("transparency") is not None):
+        made = made.convert("RGBA")
+        white = Image.new("RGBA", made.size, (255, 255, 255, 255))
+        made = Image.alpha_composite(white, made)
+        del white
+    made = made.convert("RGB")
+    return made if turn is None else made.transpose(turn)
+
+
+def _open(
+    name: str,
+    file: str | Path | bytes,
+    source: str | Path | bytes | TiffPage,
+    formats: tuple[str, ...],
+) -> Image.Image:
+    """A file whose header was read, at the page that is asked for."""
+    number = source.number if isinstance(source, TiffPage) else None
+    image = _guarded(name, lambda: _read_header(file, formats), "cannot be read as a picture")
+    if image is None:
+        raise ImageError(_no_image(name, file, formats))
+    if image.format == "TIFF":
+        try:
+            frame = frame_of_page(file, name, number)
+            if frame:
+                _guarded(name, lambda: image.seek(frame))
+        except BaseException:
+            image.close()
+            raise
+    elif number is not None:
+        image.close()
+        raise ImageError(f"{name} is a {image.format} file, which has no pages; expected none")
+    return image
+
+
+def _read_header(file: str | Path | bytes, formats: tuple[str, ...]) -> Image.Image | None:
+    tried = accepted(formats)
+    check_icon(file)
+    with warnings.catch_warnings():
+        # The pixel limit is ours, checked before decoding; Pillow's own is only a warning. What
+        # it says of damaged tags is seen when they matter.
+        warnings.simplefilter("ignore")
+        try:
+            return _opened(file, tried)
+        except KeyError:  # this Pillow does not know one of them
+            known = tuple(form for form in tried if form in Image.OPEN)
+            if known == tried:
+                raise
+            return _opened(file, known)
+
+
+def _opened(file: str | Path | bytes, formats: tuple[str, ...]) -> Image.Image | None:
+    try:
+        return Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+    except UnidentifiedImageError:
+        return None
+
+
+def _no_image(name: str, file: str | Path | bytes, formats: tuple[str, ...]) -> str:
+    beginning = file[:16] if isinstance(file, bytes) else _beginning(Path(file))
+    if is_heif(beginning) and not can_read_heif():
+        return (
+            f"{name} is a HEIC or HEIF file, which needs the package pillow-heif "
+            "(pip install 'smolstack[heif]'), or has to be saved as JPEG first"
+        )
+    known = ", ".join(sorted(accepted(formats)))
+    return f"{name} is no image of a format that is read ({known}), or its beginning is damaged"
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
+def _cost(image: Image.Image, file: str | Path | bytes, name: str) -> int:
+    return _guarded(name, lambda: decoding_bytes(image, file))
+
+
+def _upright_size(image: Any) -> tuple[int, int]:
+    width, height = image.size
+    if image.format == "TIFF":
+        # Some versions of Pillow tell the size as it will be turned, others as it is stored.
+        width, height = image.tag_v2[256], image.tag_v2[257]
+        turned = image.tag_v2.get(274, 1) in (5, 6, 7, 8)
+    else:
+        # PNG's own getexif() decodes the file first, which was done where it matters.
+        turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def _goes_on(image: Any) -> bool:
+    """Whether a PNG file says something behind its pixels, where its orientation may stand."""
+    file = image.fp
+    before, found, pixels = file.tell(), True, False
+    file.seek(8)
+    for _ in range(_PNG_CHUNKS):
+        head = file.read(8)
+        length, kind = struct.unpack(">I4s", head) if len(head) == 8 else (0, b"IEND")
+        pixels = pixels or kind == b"IDAT"
+        if kind == b"IEND":
+            found = False
+            break
+        if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+            break
+        file.seek(length + 4, 1)
+    file.seek(before)
+    return found
+
+
+def _tell_animated(image: Image.Image, name: str) -> None:
+    """Say once of an animation that its first frame is read."""
+    if image.format not in _ANIMATED or name in _told or len(_told) > 1000:
+        return
+    if _guarded(name, lambda: bool(getattr(image, "is_animated", False))):
+        _told.add(name)
+        _log.warning("%s is an animation; its first frame is read", name)
+
+
+def _guarded(name: str, act: Callable[[], T], trouble: str = "is damaged or truncated") -> T:
+    """What ``act`` returns; whatever it raises becomes an ImageError."""
+    try:
+        return act()
+    except ImageError as error:
+        reason = f"{name}: {error}"
+    except Image.DecompressionBombError as error:
+        reason = f"{name} is too large to decode: {error}"
+    except MemoryError:
+        reason = f"{name} takes more memory to decode than there is"
+    except Exception as error:
+        reason = f"{name} {trouble}: {_one_line(error)}"
+    # Here the decoder's error is gone, with its traceback and the pixels in its frames.
+    raise ImageError(reason)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200] or "no reason is given"
+    known = isinstance(error, (OSError, ValueError, SyntaxError, EOFError))
+    return text if known else f"{type(error).__name__}: {text}"

@@ -1,0 +1,86 @@
+"""How long a video is, and how many frames it has: as its file says, or counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# FFmpeg's names of formats whose duration is the file's own; of others it is estimated from their
+# size, or from their first frames.
+_TELLS = ("matroska", "mov", "mpegts", "mpeg")
+_AGREES = 2  # frames that the mean rate may be wrong by
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of a video.
+
+    Attributes:
+        rate: frames per second.
+        total: frames.
+        seeks: whether frames can be looked for by their time.
+        again: whether the file was read to its end, and has to be opened again.
+    """
+
+    rate: float
+    total: int
+    seeks: bool = True
+    again: bool = False
+
+
+def told_measures(container: Any) -> Measures | None:
+    """What a file says; None where it does not."""
+    stream = container.streams.video[0]
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    seconds = 0.0
+    if stream.duration is not None and stream.time_base is not None:
+        seconds = float(stream.duration * stream.time_base)
+    elif container.duration is not None:
+        seconds = container.duration / 1e6
+    if stream.frames > 0:
+        if not rate:
+            rate = stream.frames / seconds if seconds > 0 else 24.0
+        return Measures(rate, stream.frames)
+    tells = container.format.name.split(",")[0] in _TELLS
+    if not tells or not rate or seconds <= 0 or round(seconds * rate) < 1:
+        return None
+    return Measures(rate, round(seconds * rate))
+
+
+def counted_measures(container: Any) -> Measures:
+    """The same from the packets of a file, which is read to its end and not decoded."""
+    stream = container.streams.video[0]
+    told = float(stream.average_rate or stream.guessed_rate or 0)
+    total, first, last = 0, None, None
+    for packet in container.demux(stream):
+        if not packet.size:
+            continue
+        total += 1
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is None:
+            continue
+        first = time if first is None else min(first, time)
+        end = time + (packet.duration or 0)
+        last = end if last is None else max(last, end)
+    seconds = 0.0
+    if first is not None and last is not None and stream.time_base is not None:
+        seconds = float((last - first) * stream.time_base)
+    rate = told or 24.0
+    if seconds > 0 and abs(total - seconds * rate) > _AGREES:
+        rate = total / seconds  # frames that are not evenly spaced, or a rate that was guessed
+    # Where keyframes are stands in files of one family, and is known of the other's once read.
+    kind = container.format.name.split(",")[0]
+    seeks = kind == "mov" or (kind == "matroska" and _rewound(container))
+    return Measures(rate, max(1, total), seeks, again=kind != "matroska" or not seeks)
+
+
+def _rewound(container: Any) -> bool:
+    """Whether a file that was read to its end could be set to its beginning."""
+    import av
+
+    stream = container.streams.video[0]
+    try:
+        container.seek(stream.start_time or 0, stream=stream, backward=True)
+    except av.error.FFmpegError:
+        return False
+    return True

@@ -1,0 +1,178 @@
+"""Pages of TIFF files, and what PDF and TIFF files have in common: ``scan.tif#page=2``."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from smolstack.errors import ImageError
+from smolstack.processor import pdf
+from smolstack.processor.pdf import PdfPage
+
+TIFF_SUFFIXES = (".tif", ".tiff")
+SUFFIXES = (pdf.SUFFIX, *TIFF_SUFFIXES)  # of files that may have several pages
+_PAGE = re.compile(r"(.+)#page=(\d{1,6})", re.IGNORECASE | re.DOTALL)
+_SUBFILE, _REDUCED_OR_MASK = 254, 1 | 4  # a smaller copy of another image, or its mask
+_MOST = 100_000  # directories that are counted
+
+
+@dataclass(frozen=True)
+class TiffPage:
+    """A page of a TIFF file; ``number`` is 1 for the first."""
+
+    path: Path
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.path}#page={self.number}"
+
+    def content(self) -> bytes:
+        """What the image depends on."""
+        return self.path.read_bytes() + f"#page={self.number}".encode()
+
+
+def page_of(source: object, password: str | None = None) -> PdfPage | TiffPage | None:
+    """The page that a path names; None for anything else.
+
+    Args:
+        source: ``report.pdf#page=3`` or ``scan.tif#page=3``; or a PDF file of one page.
+        password: of a locked PDF file.
+    """
+    if isinstance(source, (PdfPage, TiffPage)):
+        return source
+    if not isinstance(source, (str, Path)):
+        return None
+    name = str(source)
+    found = _PAGE.fullmatch(name)
+    if found is not None and not _is_file(source):
+        path = Path(found[1])
+        if path.suffix.lower() == pdf.SUFFIX:
+            return PdfPage(path, int(found[2]), password)
+        return TiffPage(path, int(found[2]))
+    if name.lower().endswith(pdf.SUFFIX):
+        return PdfPage(Path(source), None, password)
+    return None
+
+
+def count_pages(path: Path, password: str | None = None) -> int:
+    """How many pages a PDF or a TIFF file has.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    if path.suffix.lower() == pdf.SUFFIX:
+        return pdf.count_pages(path, password)
+    try:
+        with path.open("rb") as file:
+            return max(1, len(tiff_frames(file)))
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def frame_of_page(source: str | Path | bytes, name: str, number: int | None) -> int:
+    """Which of a TIFF file's frames, counted from 0, is a page.
+
+    Args:
+        number: of the page, counted from 1; None where none was named, and there must be one.
+
+    Raises:
+        ImageError: naming how many pages there are.
+    """
+    if isinstance(source, bytes):
+        frames = tiff_frames(BytesIO(source))
+    else:
+        with open(source, "rb") as file:
+            frames = tiff_frames(file)
+    if number is None and len(frames) > 1:
+        how = (
+            "each as a file of its own"
+            if isinstance(source, bytes)
+            else f"one of them, as in {name}#page=1"
+        )
+        raise ImageError(f"{name} has {len(frames)} pages, expected {how}")
+    if number is None:
+        return frames[0] if frames else 0
+    if not 1 <= number <= len(frames):
+        raise ImageError(f"{name} has {len(frames)} pages, expected no page {number}")
+    return frames[number - 1]
+
+
+def tiff_frames(file: BinaryIO) -> list[int]:
+    """The frames of a TIFF file that are pages, by their places in it.
+
+    Smaller copies of a page (thumbnails, the levels of a pyramid) and masks are none. What is no
+    TIFF file has no frames; of a damaged one those before the damage are counted.
+    """
+    head = file.read(16)
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    if order is None or len(head) < 8:
+        return []
+    version = struct.unpack(order + "H", head[2:4])[0]
+    if version == 42:
+        shape = _Shape(order + "H", order + "HHII", order + "I")
+        (place,) = struct.unpack(order + "I", head[4:8])
+    elif version == 43 and len(head) == 16:
+        shape = _Shape(order + "Q", order + "HHQQ", order + "Q")
+        (place,) = struct.unpack(order + "Q", head[8:16])
+    else:
+        return []
+    pages: list[int] = []
+    seen: set[int] = set()
+    while place and place not in seen and len(seen) < _MOST:
+        seen.add(place)
+        directory = _directory(file.seek, file.read, place, shape)
+        if directory is None:
+            break
+        kind, place = directory
+        if not kind & _REDUCED_OR_MASK:
+            pages.append(len(seen) - 1)
+    return pages
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a directory is laid out: its count, an entry, the next directory's place."""
+
+    count: str
+    entry: str
+    place: str
+
+
+def _directory(
+    seek: Callable[[int], int], read: Callable[[int], bytes], place: int, shape: _Shape
+) -> tuple[int, int] | None:
+    """(kind of image, place of the next directory) of one directory; None where it is cut off."""
+    try:
+        seek(place)
+        (count,) = struct.unpack(shape.count, read(struct.calcsize(shape.count)))
+        size = struct.calcsize(shape.entry)
+        if count > 65535:
+            return None
+        entries = read(count * size)
+        (following,) = struct.unpack(shape.place, read(struct.calcsize(shape.place)))
+    except (struct.error, OverflowError, ValueError, OSError):
+        return None
+    kind = 0
+    for start in range(0, count * size, size):
+        tag, form = struct.unpack_from(shape.entry[0] + "HH", entries, start)
+        if tag == _SUBFILE:
+            value = start + size - struct.calcsize(shape.place)
+            kind = struct.unpack_from(shape.entry[0] + ("H" if form == 3 else "I"), entries, value)[
+                0
+            ]
+            break
+        if tag > _SUBFILE:
+            break
+    return kind, following
+
+
+def _is_file(source: str | Path) -> bool:
+    try:
+        return Path(source).is_file()
+    except (OSError, ValueError):  # too long for a name, or a null byte in it
+        return False
