@@ -11,6 +11,7 @@
 #define PANEL 16       // output channels of a panel
 #define STEP_BYTES 64  // of a panel, for four bytes of a row
 #define AHEAD 2048     // bytes of a panel fetched ahead of their use, from memory for one row
+#define SOON 512       // and from the second-level cache for many rows of bfloat16
 
 // Rows and panels that are summed in registers at once, by kind of weight. Integers need two sets
 // of registers: one for a group's whole numbers, one for the total.
@@ -320,7 +321,7 @@ INLINE void sum_pairs(int rows, int panels, const char *x, int64_t stride, const
         UNROLL for (int p = 0; p < panels; p++) {
             const char *at = w + p * apart + s * STEP_BYTES;
             weight[p] = load_bytes(at);
-            if (rows == 1) prefetch(at + AHEAD);
+            prefetch(at + (rows == 1 ? AHEAD : SOON));
         }
         UNROLL for (int r = 0; r < rows; r++) {
             vi numbers = four_bytes(x + r * stride + s * 4);
@@ -330,31 +331,46 @@ INLINE void sum_pairs(int rows, int panels, const char *x, int64_t stride, const
     }
 }
 
-// Bias, activation, and what stands beside the sums; then into `out`. One function for all tiles, so
-// that their own code stays small.
-static __attribute__((noinline)) void put(const Target *t, int rows, int panels, int64_t row,
-                                          int64_t channel, const float *sums) {
+// One panel's channels of some rows: bias, activation, and what stands beside the sums; then into
+// `out`. Constants where it is used: whether all 16 channels are there, and the activation.
+INLINE void put_panel(int whole, int64_t activation, const Target *t, int64_t rows, int64_t row,
+                      int64_t channel, const float *sums, int64_t apart) {
     const Finish *finish = t->finish;
-    const float *bias = t->linear->bias;
-    int64_t activation = finish->activation;
-    rows = (int)least(rows, t->x->rows - row);
-    for (int p = 0; p < panels; p++, channel += PANEL) {
-        int64_t count = t->linear->out - channel, at = channel - t->from;
-        Floats added = bias ? load_some(bias + channel, count) : splat(0);
-        for (int r = 0; r < rows; r++) {
-            int64_t beside = (row + r) * finish->stride + at;
-            Floats y = load(sums + (r * panels + p) * LANES);
-            if (bias) y = add(y, added);
-            if (activation) y = activate_lanes(activation, y);
-            if (finish->times) y = mul(y, load_some(finish->times + beside, count));
-            if (finish->plus) y = add(y, load_some(finish->plus + beside, count));
-            store_some(t->out + (row + r) * t->stride + at, y, count);
-        }
+    const float *bias = t->linear->bias, *times = finish->times, *plus = finish->plus;
+    int64_t count = whole ? LANES : t->linear->out - channel, at = channel - t->from;
+    int64_t beside = row * finish->stride + at;
+    float *out = t->out + row * t->stride + at;
+    Floats added = bias ? load_some(bias + channel, count) : splat(0);
+    for (int64_t r = 0; r < rows; r++, out += t->stride, beside += finish->stride) {
+        Floats y = activate_lanes(activation, add(load(sums + r * apart), added));
+        if (times) y = mul(y, load_some(times + beside, count));
+        if (plus) y = add(y, load_some(plus + beside, count));
+        store_some(out, y, count);
+    }
+}
+
+// The sums of a tile, (rows, panels · 16), finished. One function for all tiles, so that their own
+// code stays small.
+static __attribute__((noinline)) void put(const Target *t, int64_t rows, int64_t panels,
+                                          int64_t row, int64_t channel, const float *sums) {
+    int64_t activation = t->finish->activation, apart = panels * LANES;
+    rows = least(rows, t->x->rows - row);
+    for (int64_t p = 0; p < panels; p++, channel += PANEL, sums += LANES) {
+        if (t->linear->out - channel < LANES)
+            put_panel(0, activation, t, rows, row, channel, sums, apart);
+        else if (activation == NONE)
+            put_panel(1, NONE, t, rows, row, channel, sums, apart);
+        else if (activation == SILU)
+            put_panel(1, SILU, t, rows, row, channel, sums, apart);
+        else if (activation == GELU_TANH)
+            put_panel(1, GELU_TANH, t, rows, row, channel, sums, apart);
+        else
+            put_panel(1, activation, t, rows, row, channel, sums, apart);
     }
 }
 
 #define PUT(ROWS, PANELS)                                                                       \
-    float sums[ROWS * PANELS * LANES];                                                          \
+    float sums[ROWS * PANELS * LANES] __attribute__((aligned(64)));                             \
     UNROLL for (int r = 0; r < ROWS; r++)                                                       \
         UNROLL for (int p = 0; p < PANELS; p++)                                                 \
             store(sums + (r * PANELS + p) * LANES, total[r][p]);                                \

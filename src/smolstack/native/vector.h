@@ -135,8 +135,20 @@ INLINE Floats max_lanes(Floats a, Floats b) {
     EACH a.part[k] = max_part(a.part[k], b.part[k]);
     return a;
 }
+INLINE vf min_part(vf a, vf b) {
+#if defined(VECTOR_512)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(VECTOR_256)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__aarch64__)
+    return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+    vi smaller = a < b;
+    return (vf)(((vi)a & smaller) | ((vi)b & ~smaller));
+#endif
+}
 INLINE Floats min_lanes(Floats a, Floats b) {
-    EACH a.part[k] = -max_part(-a.part[k], -b.part[k]);
+    EACH a.part[k] = min_part(a.part[k], b.part[k]);
     return a;
 }
 INLINE Floats abs_lanes(Floats x) { return from_bits(and_int(bits_of(x), 0x7fffffff)); }
@@ -306,11 +318,16 @@ INLINE Floats add_pairs(Floats total, Ints a, vi b) {
     return total;
 }
 
-// 2^n for whole n from -126 to 127.
-INLINE Floats two_to(Floats n) {
+// p · 2^n for whole n from -126 to 127.
+INLINE Floats times_two_to(Floats p, Floats n) {
+#if defined(VECTOR_512)
+    Floats out = {{(vf)_mm512_scalef_ps((__m512)p.part[0], (__m512)n.part[0])}};
+    return out;
+#else
     Ints whole = to_nearest(n);
     EACH whole.part[k] = (whole.part[k] + 127) << 23;
-    return from_bits(whole);
+    return mul(p, from_bits(whole));
+#endif
 }
 
 // e^x to about one part in 10⁷ (Cephes' polynomial).
@@ -326,7 +343,7 @@ INLINE Floats exp_lanes(Floats x) {
     p = fma_lanes(p, r, splat(1.6666665459e-1f));
     p = fma_lanes(p, r, splat(5.0000001201e-1f));
     p = fma_lanes(p, mul(r, r), add(r, splat(1.0f)));
-    return mul(p, two_to(n));
+    return times_two_to(p, n);
 }
 
 // 2^x for x up to 0 to about 6e-06 (a least-squares polynomial): finer than the bfloat16 that
@@ -337,7 +354,7 @@ INLINE Floats power_of_two(Floats x) {
     p = fma_lanes(p, r, splat(0.055870273f));
     p = fma_lanes(p, r, splat(0.240236776f));
     p = fma_lanes(p, r, splat(0.693128048f));
-    return mul(fma_lanes(p, r, splat(1.0f)), two_to(n));
+    return times_two_to(fma_lanes(p, r, splat(1.0f)), n);
 }
 
 INLINE Floats activate_lanes(int64_t activation, Floats x) {
