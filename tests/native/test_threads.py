@@ -11,9 +11,9 @@ import torch
 
 from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from smolstack.model.cache import KVCache
-from smolstack.model.precision import quantise
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
+from smolstack.quantization.quantise import quantise
 
 THREADS = (1, 2, 3, 5, 8, 16)
 TOKENS = 7

@@ -1,4 +1,4 @@
-"""compressed-tensors' "pack-quantized" form: how integers are stored, for vLLM, transformers and us.
+"""compressed-tensors' "pack-quantized" form, in which integers are stored: others read it too.
 
 A quantised layer's tensors are weight_packed, weight_scale, weight_zero_point (of 4 bits) and
 weight_shape; config.json's quantization_config says their bits, groups and symmetry.
@@ -36,20 +36,21 @@ def with_quantization(config: ModelConfig, entries: Mapping[str, Entry]) -> Mode
         return config
     with torch.device("meta"):
         model = VisionLanguageModel(replace(config, quantization=None))
-    formats = {}
+    formats, widths = {}, {}
     for name in sorted(packed):
         module = keys.from_hf(name).removesuffix(f".{PACKED}")
         formats[module] = _format(name.removesuffix(f".{PACKED}"), module, entries, model)
-    return replace(config, quantization=Quantization(name_of(formats), formats))
+        widths[module] = _linear(model, module).in_features
+    return replace(config, quantization=Quantization(name_of(formats, widths), formats))
 
 
 def _format(
     theirs: str, ours: str, entries: Mapping[str, Entry], model: VisionLanguageModel
 ) -> Format:
     """The format that fits the shapes of a layer's tensors."""
-    layer = model.get_submodule(ours)
+    layer = _linear(model, ours)
     scale = entries.get(f"{theirs}.{SCALE}")
-    if not isinstance(layer, nn.Linear) or scale is None or len(scale.shape) != 2:
+    if scale is None or len(scale.shape) != 2:
         raise CheckpointError(f"{theirs} has {PACKED} and no {SCALE} of two axes beside it")
     width, words = layer.in_features, entries[f"{theirs}.{PACKED}"].shape[-1]
     bits = next((b for b in (4, 8) if words == -(-width * b // 32)), None)
@@ -63,6 +64,13 @@ def _format(
         )
     fine = format_of(ours, width, "int8")
     return Format(bits, group, 8 if fine is None or bits == 4 else fine.activation_bits)
+
+
+def _linear(model: VisionLanguageModel, name: str) -> nn.Linear:
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise CheckpointError(f"{name} is no linear layer and has {PACKED}")
+    return layer
 
 
 def check_method(config: Mapping[str, Any]) -> None:

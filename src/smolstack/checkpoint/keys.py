@@ -1,8 +1,8 @@
 """One table of weight names, read in both directions.
 
 Left stands smolstack's module, right the name that Hugging Face checkpoints use; ``{i}`` is a
-layer index. A module's weight and bias follow it, or what its integers are kept in. An unknown name is an
-error, never ignored.
+layer index. A module's weight and bias follow it, or what its integers are kept in. An unknown name
+is an error, never ignored.
 """
 
 from __future__ import annotations

@@ -72,9 +72,7 @@ def hf_state_dict(model: VisionLanguageModel) -> dict[str, Tensor]:
     """The model's weights under their Hugging Face names; storage is shared, not copied."""
     embedding = model.config.embedding_dim is not None
     state = {**model.state_dict(), **dict(compressed.shapes(model))}
-    return {
-        keys.to_hf(name, embedding_head=embedding): tensor for name, tensor in state.items()
-    }
+    return {keys.to_hf(name, embedding_head=embedding): tensor for name, tensor in state.items()}
 
 
 def to_json(data: Mapping[str, Any]) -> str:

@@ -105,9 +105,9 @@ class Quantization:
         return hash((self.name, tuple(sorted((n, hash(f)) for n, f in self.formats.items()))))
 
 
-def name_of(formats: Mapping[str, Format]) -> str:
-    """ "int8" where all weights have 8 bits, "int4" where the whole decoder has 4, else "mixed"."""
-    decoder = {f.bits for name, f in formats.items() if name.startswith(_FOUR_BITS)}
-    if {f.bits for f in formats.values()} == {8}:
-        return "int8"
-    return "int4" if decoder == {4} else "mixed"
+def name_of(formats: Mapping[str, Format], widths: Mapping[str, int]) -> str:
+    """The scheme that gives just these formats to layers of these input channels, else "mixed"."""
+    for scheme in SCHEMES:
+        if all(format_of(name, widths[name], scheme) == form for name, form in formats.items()):
+            return scheme
+    return "mixed"

@@ -58,8 +58,9 @@ def trace_ours(model: VisionLanguageModel, batch: Batch) -> Trace:
         states=(model.decoder, _output),
     ) as seen:
         model.decoder(model.merge(batch), padding=_padding(batch))
-    weight = model.decoder.embedding.weight if model.head is None else model.head.weight
-    bias = None if model.head is None else model.head.bias
+    head: Any = model.head
+    weight = model.decoder.embedding.weight if head is None else head.weight
+    bias = None if head is None else head.bias
     if not seen["tower"]:
         return _trace(seen, None, (weight, bias))
     # Equal tiles pass once, and full ones share one row of positions: written out again here.

@@ -114,8 +114,8 @@ def packed_alone(kernels: native.Library, layer: QuantisedLinear) -> native.Line
         lay_out(kernels, layer, linear, -(-memory.data_ptr() // _LINE) * _LINE)
         made = _Alone(linear, layer.weight_packed.data_ptr(), memory)
         layer._packed = made
-    linear = made.linear
-    return linear
+    found: native.Linear = made.linear
+    return found
 
 
 @dataclass

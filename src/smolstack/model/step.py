@@ -84,9 +84,7 @@ class NativeDecoder:
     def reads_prompts(self) -> bool:
         """Whether :meth:`prefill` can be used: no layer keeps float32 weights."""
         linears = [getattr(layer, name) for layer in self._layers for name in _LINEARS]
-        return all(
-            linear.kind != native.FLOAT32 for linear in (*linears, self._struct.head)
-        )
+        return all(linear.kind != native.FLOAT32 for linear in (*linears, self._struct.head))
 
     def __call__(self, embeddings: Tensor, cache: KVCache | CacheRows) -> Tensor:
         """Append one token per row to ``cache``; logits of the next: (B, D) → (B, V)."""

@@ -141,8 +141,9 @@ class VisionTower(nn.Module):
     def embed(self, tiles: Tensor) -> Tensor:
         """What the first layer reads of full tiles: (N, 3, P, P) → (N, H·W, C)."""
         rows, columns = self.grid_of(tiles)
-        x = self.patches(tiles)
-        return x + self.position_embedding(self._full_positions(rows, columns, tiles.device))
+        places = self._full_positions(rows, columns, tiles.device)
+        out: Tensor = self.patches(tiles) + self.position_embedding(places)
+        return out
 
     def patches(self, tiles: Tensor) -> Tensor:
         """Patch embedding without positions, as one matrix product: (N, 3, P, P) → (N, H·W, C).

@@ -11,7 +11,7 @@ SmolLM2-135M random tokens did as well as English to a few parts in a hundred).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,13 +48,12 @@ class Inputs:
 
 
 @contextmanager
-def observed(layers: dict[str, nn.Module]) -> Iterator[dict[str, Inputs]]:
+def observed(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Inputs]]:
     """What the given linear layers read while the block runs."""
     found: dict[str, Inputs] = {}
     hooks = []
     for name, layer in layers.items():
-        width = layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[1]
-        found[name] = Inputs.nothing(int(width))
+        found[name] = Inputs.nothing(layer.in_features)
         hooks.append(layer.register_forward_pre_hook(_adding(found[name])))
     try:
         yield found
@@ -86,7 +85,9 @@ def drawn_tile(patch: int, side: int) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     size = patch * min(side, _SIDE)
     ramp = torch.linspace(-1, 1, size)
-    tile = torch.stack((ramp[:, None].expand(size, size), ramp.expand(size, size), -ramp.expand(size, size)))
+    tile = torch.stack(
+        (ramp[:, None].expand(size, size), ramp.expand(size, size), -ramp.expand(size, size))
+    )
     tile = tile.clone()
     for _ in range(24):
         top, left, high, wide = torch.randint(0, size, (4,), generator=generator).tolist()

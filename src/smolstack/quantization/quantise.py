@@ -68,11 +68,12 @@ def quantise(
         model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         model.head.weight = nn.Parameter(weight, requires_grad=False)
     formats = formats_of(model, scheme) if isinstance(scheme, str) else dict(scheme)
+    widths = {n: m.in_features for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     work = _Work(model, formats, progress)
     if formats:
         work.vision(tiles or [drawn_tile(model.config.vision.patch_size, model.config.vision.side)])
         work.decoder(embeddings or [_drawn_embeddings(model)])
-    name = scheme if isinstance(scheme, str) else name_of(formats)
+    name = scheme if isinstance(scheme, str) else name_of(formats, widths)
     tied = model.config.tied and model.head is None
     model.config = replace(model.config, tied=tied, quantization=Quantization(name, formats))
     return model.float().eval()
@@ -117,7 +118,9 @@ class _Work:
             inputs["proj"].add(tower.norm(x).repeat(1, 1, scale**2))
         if "connector.proj" in self.formats:
             blocks = proj.weight.view(-1, width)
-            own = Inputs(inputs["proj"].largest[:width], inputs["proj"].square[:width], inputs["proj"].rows)
+            own = Inputs(
+                inputs["proj"].largest[:width], inputs["proj"].square[:width], inputs["proj"].rows
+            )
             s = smoothing.factors(own, [blocks], self.formats["connector.proj"].bits)
             smoothing.divide_norm(tower.norm, s)
             self._divided(inputs["proj"], s.repeat(scale**2))
@@ -133,11 +136,13 @@ class _Work:
             prefix, parts = f"decoder.layers.{i}.", _parts(layer)
             layer.float()
             with observed(parts) as inputs:
-                states = [layer(x, *decoder.angles(0, x.shape[1], None, x), None, None) for x in states]
+                states = [
+                    layer(x, *decoder.angles(0, x.shape[1], None, x), None, None) for x in states
+                ]
             self._smooth_layer(layer, parts, inputs, prefix, config.num_heads, config.num_kv_heads)
             self._round(prefix, parts, inputs)
         decoder.norm.float()
-        if head is None or "head" not in self.formats:
+        if not isinstance(head, nn.Linear) or "head" not in self.formats:
             self._told("head")
             return
         read = Inputs.nothing(config.hidden_size)
@@ -148,7 +153,7 @@ class _Work:
         self._divided(read, s)
         self._round("", {"head": head}, {"head": read}, times=s)
 
-    def _smooth_layer(
+    def _smooth_layer(  # noqa: PLR0917
         self,
         layer: Any,
         parts: Mapping[str, nn.Linear],
@@ -210,12 +215,13 @@ class _Work:
     ) -> QuantisedLinear:
         weight = layer.weight.detach()
         importance = importance + importance.mean() * 1e-3  # no channel counts for nothing
-        parts = []
-        for rows in weight.split(_ROWS_AT_ONCE):  # so that a head is never held as floats
+        parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        for rows in torch.split(weight, _ROWS_AT_ONCE):  # so that a head is never held as floats
             some = rows.float() if times is None else rows.float() * times
             parts.append(round_weight(some, form, importance))
-        numbers, scale = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        zeros = None if parts[0][2] is None else torch.cat([part[2] for part in parts])
+        numbers, scale = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        points = [p[2] for p in parts if p[2] is not None]
+        zeros = torch.cat(points) if points else None
         if self.kernels is not None and weight.device.type == "cpu":
             self.kernels.put_aside(weight.data_ptr(), weight.nbytes)  # a mapped file's pages
         bias = None if layer.bias is None else layer.bias.detach()

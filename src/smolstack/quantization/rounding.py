@@ -40,9 +40,8 @@ def round_weight(
     kernels = native.library() if weight.device.type == "cpu" else None
     if kernels is not None and weight.shape[1] % form.group == 0:
         return _by_kernels(kernels, weight, form.group, importance)
-    rows = [
-        _round_nibbles(some, form.group, importance) for some in weight.split(_ROWS_AT_ONCE)
-    ]
+    parts = torch.split(weight, _ROWS_AT_ONCE)
+    rows = [_round_nibbles(some, form.group, importance) for some in parts]
     numbers, scale, zeros = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return numbers, scale, zeros
 
