@@ -16,8 +16,7 @@ from smolstack.errors import ConfigError
 from smolstack.model.cache import KVCache
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.native import library as native
-from smolstack.quantization import rounding
-from smolstack.quantization.rounding import round_weight
+from smolstack.quantization.rounding import round_weight, rounded_words
 
 FORMATS = (
     Format(8, 64),
@@ -84,16 +83,18 @@ def test_weights_come_back_from_words_as_they_were_rounded(form: Format) -> None
         assert torch.equal(found, zeros)
 
 
-def test_the_kernels_round_to_four_bits_as_torch_does() -> None:
-    weight, _ = weights(64, 256)
-    importance = torch.rand(256, generator=torch.Generator().manual_seed(3))
-    found = round_weight(weight, INT4, importance)
-    expected = rounding._round_nibbles(weight, INT4.group, importance)
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(found, expected, strict=True)
-        if one is not None
-    )
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 256), (17, 200), (3, 72)])
+def test_the_kernels_round_as_torch_does(form: Format, outputs: int, inputs: int) -> None:
+    weight, _ = weights(outputs, inputs)
+    importance = torch.rand(inputs, generator=torch.Generator().manual_seed(3))
+    words, scale, zeros = rounded_words(weight, form, importance)
+    numbers, expected_scale, expected_zeros = round_weight(weight, form, importance)
+    found = QuantisedLinear.of_words(form, inputs, (words, scale, zeros), None)
+    assert torch.equal(found.numbers(), numbers.short())
+    assert torch.equal(scale, expected_scale)
+    if zeros is not None and expected_zeros is not None:
+        assert torch.equal(zeros, expected_zeros)
 
 
 def test_four_bits_need_channels_by_eight() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from smolstack.checkpoint import keys
 from smolstack.checkpoint.weights import Entry
 from smolstack.config import ModelConfig
-from smolstack.config.quantization import Format, Quantization, format_of, name_of
+from smolstack.config.quantization import SCHEMES, Format, Quantization, format_of, name_of
 from smolstack.errors import CheckpointError, ConfigError
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.model.vlm import VisionLanguageModel
@@ -55,7 +55,10 @@ def _format(
     width, words = layer.in_features, entries[f"{theirs}.{PACKED}"].shape[-1]
     bits = next((b for b in (4, 8) if words == -(-width * b // 32)), None)
     groups = scale.shape[1]
-    group = next((g for g in (16, 32, 64, 128, 256) if -(-width // g) == groups), None)
+    # A layer narrower than a group has one of whatever size: then that of our own schemes.
+    ours_of = [f for scheme in SCHEMES if (f := format_of(ours, width, scheme)) is not None]
+    sizes = [f.group for f in ours_of if f.bits == bits] + [16, 32, 64, 128, 256]
+    group = next((g for g in sizes if -(-width // g) == groups), None)
     if bits is None or group is None or (f"{theirs}.{ZERO}" in entries) != (bits == 4):
         raise CheckpointError(
             f"{theirs} of {width} input channels has {words} words, {groups} groups and "

@@ -114,10 +114,22 @@ class QuantisedLinear(nn.Module):
             zeros: (O, G), from 0 to 15; None with 8 bits.
             bias: (O,) or None.
         """
+        words = pack_words(numbers + 128 if form.bits == 8 else numbers, form.bits)
+        return cls.of_words(form, numbers.shape[1], (words, scale, zeros), bias)
+
+    @classmethod
+    def of_words(
+        cls,
+        form: Format,
+        in_features: int,
+        rounded: tuple[Tensor, Tensor, Tensor | None],
+        bias: Tensor | None,
+    ) -> QuantisedLinear:
+        """The same of integers that are packed already, (O, words), with scale and zero points."""
+        words, scale, zeros = rounded
         with torch.device("meta"):
-            made = cls(numbers.shape[1], numbers.shape[0], form, bias=bias is not None)
-        made.weight_packed = pack_words(numbers + 128 if form.bits == 8 else numbers, form.bits)
-        made.weight_scale = scale.to(torch.bfloat16)
+            made = cls(in_features, words.shape[0], form, bias=bias is not None)
+        made.weight_packed, made.weight_scale = words, scale.to(torch.bfloat16)
         if zeros is not None:
             made.weight_zero_point = pack_words(zeros.t(), 4).t().contiguous()
         if bias is not None:

@@ -156,9 +156,17 @@ class Library:
         self.pack_zeros = handle.pack_zeros
         self.pack_zeros.argtypes = [_pointer, _integer, _integer, _pointer]
         self.pack_zeros.restype = None
-        self.round_nibbles = handle.round_nibbles
-        self.round_nibbles.argtypes = [*[_pointer] * 2, *[_integer] * 3, *[_pointer] * 3, _count]
-        self.round_nibbles.restype = None
+        self.round_weight = handle.round_weight
+        self.round_weight.argtypes = [
+            _integer,
+            *[_pointer] * 2,
+            *[_integer] * 3,
+            _pointer,
+            _integer,
+            *[_pointer] * 2,
+            _count,
+        ]
+        self.round_weight.restype = None
         self.dense_rows = handle.dense_rows
         self.dense_rows.argtypes = [*[_pointer] * 3, *[_integer] * 2, *[_pointer] * 2, _count]
         self.encode_tiles = handle.encode_tiles

@@ -1,6 +1,7 @@
-// Weights to 4 bits: what smolstack/quantization/rounding.py does, faster.
+// Weights to integers: what smolstack/quantization/rounding.py does, faster.
 #include "vector.h"
 
+#define MOST_GROUP 4096  // channels of a group
 #define LEVELS 15.0f
 
 static const float SHARES[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
@@ -47,13 +48,41 @@ static void round_group(const float *w, const float *importance, int64_t group, 
     *zero = (uint8_t)best_zero;
 }
 
-// (out, in) weights, whole groups a row, to integers from 0 to 15, scales and zero points (out, groups).
-void round_nibbles(const float *weight, const float *importance, int64_t out, int64_t in,
-                   int64_t group, uint8_t *numbers, uint16_t *scale, uint8_t *zeros, int threads) {
-    int64_t groups = in / group;
+// Eight bits, 128 too large.
+static void round_bytes(const float *w, int64_t group, uint8_t *numbers, uint16_t *scale) {
+    Floats largest = splat(0);
+    for (int64_t i = 0; i < group; i += LANES) largest = max_lanes(largest, abs_lanes(load(w + i)));
+    *scale = to_bfloat(largest_lane(largest) / 127);
+    float step = load_bfloat(scale), inverse = step > 0 ? 1 / step : 0;
+    for (int64_t i = 0; i < group; i += LANES) {
+        Floats q = rounded(mul(load(w + i), splat(inverse)));
+        q = max_lanes(min_lanes(q, splat(127)), splat(-127));
+        store_low_bytes((int8_t *)numbers + i, to_nearest(add(q, splat(128))));
+    }
+}
+
+// (out, in) weights to words of 8- or 4-bit numbers, the rows row_bytes apart, and their scales and
+// (4 bits) zero points, (out, groups).
+void round_weight(int64_t bits, const float *weight, const float *importance, int64_t out,
+                  int64_t in, int64_t group, uint8_t *words, int64_t row_bytes, uint16_t *scale,
+                  uint8_t *zeros, int threads) {
+    int64_t groups = (in + group - 1) / group;
 #pragma omp parallel for num_threads(threads)
-    for (int64_t o = 0; o < out; o++)
-        for (int64_t g = 0; g < groups; g++)
-            round_group(weight + o * in + g * group, importance + g * group, group,
-                        numbers + o * in + g * group, scale + o * groups + g, zeros + o * groups + g);
+    for (int64_t item = 0; item < out * groups; item++) {
+        int64_t o = item / groups, begin = item % groups * group, count = least(group, in - begin);
+        float w[MOST_GROUP] = {0}, counts[MOST_GROUP] = {0};
+        uint8_t numbers[MOST_GROUP], *to = words + o * row_bytes + begin * bits / 8;
+        memcpy(w, weight + o * in + begin, (size_t)count * 4);
+        if (bits == 8) {
+            round_bytes(w, group, numbers, scale + item);
+            int64_t room = least(group, row_bytes - begin);
+            memcpy(to, numbers, (size_t)room);
+            continue;
+        }
+        memcpy(counts, importance + begin, (size_t)count * 4);
+        round_group(w, counts, group, numbers, scale + item, zeros + item);
+        for (int64_t i = count; i < group; i++) numbers[i] = 0;
+        for (int64_t i = 0; i < group && begin / 2 + i / 2 < row_bytes; i += 2)
+            to[i / 2] = (uint8_t)(numbers[i] | numbers[i + 1] << 4);
+    }
 }

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TOKENS = 96  # that a model is calibrated on when it is given nothing
+TOKENS = 48  # that a model is calibrated on when it is given nothing
 _SIDE = 12  # patches on a side of the tile that it sees then
 _SEED = 20
 

@@ -16,7 +16,7 @@ from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
 from smolstack.quantization import smoothing
 from smolstack.quantization.calibration import Inputs, drawn_tile, drawn_tokens, observed
-from smolstack.quantization.rounding import round_weight
+from smolstack.quantization.rounding import rounded_words
 
 Progress = Callable[[str, int, int], None]  # what is done, of how many
 _ROWS_AT_ONCE = 4096
@@ -218,14 +218,14 @@ class _Work:
         parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for rows in torch.split(weight, _ROWS_AT_ONCE):  # so that a head is never held as floats
             some = rows.float() if times is None else rows.float() * times
-            parts.append(round_weight(some, form, importance))
-        numbers, scale = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+            parts.append(rounded_words(some, form, importance))
+        words, scale = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         points = [p[2] for p in parts if p[2] is not None]
-        zeros = torch.cat(points) if points else None
+        rounded = (words, scale, torch.cat(points) if points else None)
         if self.kernels is not None and weight.device.type == "cpu":
             self.kernels.put_aside(weight.data_ptr(), weight.nbytes)  # a mapped file's pages
         bias = None if layer.bias is None else layer.bias.detach()
-        return QuantisedLinear.of(form, numbers, scale, zeros, bias)
+        return QuantisedLinear.of_words(form, layer.in_features, rounded, bias)
 
     def _told(self, what: str) -> None:
         self.done += 1

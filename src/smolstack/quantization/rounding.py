@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from smolstack.config.quantization import Format
+from smolstack.model.quantised import pack_words
 from smolstack.native import library as native
 
 # Candidates for a group's scale, as shares of the one that spans all its weights: with 16 levels it
@@ -37,9 +38,6 @@ def round_weight(
         return (*_round_bytes(weight, form.group), None)
     if importance is None:
         importance = weight.new_ones(weight.shape[1])
-    kernels = native.library() if weight.device.type == "cpu" else None
-    if kernels is not None and weight.shape[1] % form.group == 0:
-        return _by_kernels(kernels, weight, form.group, importance)
     parts = torch.split(weight, _ROWS_AT_ONCE)
     rows = [_round_nibbles(some, form.group, importance) for some in parts]
     numbers, scale, zeros = (torch.cat(parts) for parts in zip(*rows, strict=True))
@@ -85,23 +83,31 @@ def _round_nibbles(weight: Tensor, group: int, importance: Tensor) -> tuple[Tens
     return whole, scale.squeeze(-1).bfloat16(), zeros.squeeze(-1).to(torch.uint8)
 
 
-def _by_kernels(
-    kernels: native.Library, weight: Tensor, group: int, importance: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def rounded_words(
+    weight: Tensor, form: Format, importance: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same as :func:`round_weight`, the integers packed: (O, words), by the kernels where there
+    are any."""
+    kernels = native.library() if weight.device.type == "cpu" else None
+    if kernels is None:
+        numbers, scale, zeros = round_weight(weight, form, importance)
+        return pack_words(numbers + 128 if form.bits == 8 else numbers, form.bits), scale, zeros
     weight, importance = weight.float().contiguous(), importance.float().contiguous()
     outputs, inputs = weight.shape
-    numbers = torch.empty(outputs, inputs, dtype=torch.uint8)
-    scale = torch.empty(outputs, inputs // group, dtype=torch.bfloat16)
-    zeros = torch.empty(outputs, inputs // group, dtype=torch.uint8)
-    kernels.round_nibbles(
+    words = torch.empty(outputs, -(-inputs * form.bits // 32), dtype=torch.int32)
+    scale = torch.empty(outputs, form.groups(inputs), dtype=torch.bfloat16)
+    zeros = torch.empty_like(scale, dtype=torch.uint8) if form.has_zero_points else None
+    kernels.round_weight(
+        form.bits,
         weight.data_ptr(),
         importance.data_ptr(),
         outputs,
         inputs,
-        group,
-        numbers.data_ptr(),
+        form.group,
+        words.data_ptr(),
+        words.shape[1] * 4,
         scale.data_ptr(),
-        zeros.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
         torch.get_num_threads(),
     )
-    return numbers, scale, zeros
+    return words, scale, zeros

@@ -28,7 +28,8 @@ def factors(inputs: Inputs, weights: Sequence[Tensor], bits: int) -> Tensor:
     """
     if bits == 8:
         size, alpha = inputs.largest, _SMOOTHQUANT
-        weight = torch.stack([w.abs().amax(dim=0).float() for w in weights]).amax(dim=0)
+        ends = [end for w in weights for end in (w.amax(dim=0), -w.amin(dim=0))]
+        weight = torch.stack(ends).amax(dim=0).float()
     else:
         size, alpha = inputs.rms, _AWQ
         weight = torch.stack([w.float().square().mean(dim=0) for w in weights]).amax(dim=0).sqrt()
