@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smolstack.batch import VisualTokens
-from smolstack.checkpoint.hub import find
+from smolstack.checkpoint.hub import ModelPath, locate
 from smolstack.checkpoint.load import Checkpoint, load_checkpoint
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import PromptError
@@ -39,23 +39,28 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str | Path | None = None,
+    model: str | Path | ModelPath | None = None,
     *,
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    base: str | Path | None = None,
+    mmproj: str | Path | None = None,
     compile: bool = False,
 ) -> VLM:
     """Load a checkpoint.
 
     Args:
-        model: a Hugging Face checkpoint folder, or a hub id (needs the extra ``hf``); None is the
-            small reader that comes with the package.
+        model: a Hugging Face checkpoint folder, an adapter's or an MLX conversion's, a GGUF file
+            (extra ``gguf``), or a hub id (extra ``hf``); None is the small reader that comes with
+            the package.
         dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantised while loading, see
             model/precision.py; never chosen unasked), or "auto": the weights' own, except on a CPU
             that cannot compute in it, where float32 is faster and loses nothing.
         device: "cpu", "cuda", "mps", … or "auto", the fastest that is there.
         revision: branch, tag or commit of a hub id.
+        base: the checkpoint that an adapter changes, instead of the one that it names.
+        mmproj: the GGUF file of the vision tower, where ``model`` is one of a language model.
         compile: let torch.compile have the vision tower, when it first runs. Off, because on a CPU
             it gains little in float32 and loses to the kernels in bfloat16.
 
@@ -63,7 +68,7 @@ def load(
         ConfigError: a config file lacks a key or holds a value that cannot be built.
         CheckpointError: the folder, its weights or its tokenizer cannot be used.
     """
-    vlm = VLM(load_checkpoint(find(model, revision), dtype, device))
+    vlm = VLM(load_checkpoint(locate(model, revision, base=base, mmproj=mmproj), dtype, device))
     if compile:
         vlm.model.compile_tower()
     return vlm
@@ -76,13 +81,15 @@ class VLM:
         model: the network; ``vlm.model(batch)`` gives logits (B, T, V).
         processor: ``vlm.processor(prompts)`` gives a Batch.
         config: sizes of both towers and the bridge.
-        folder: where the checkpoint was loaded from.
+        folder: where the checkpoint was loaded from; for GGUF the language model's file.
+        where: the same with an adapter's base and a GGUF model's vision tower.
         eos_token_ids: tokens that end an answer.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model, self.processor = checkpoint.model, checkpoint.processor
         self.config, self.folder = checkpoint.config, checkpoint.files.folder
+        self.where = checkpoint.where or ModelPath(self.folder)
         self.eos_token_ids = checkpoint.eos_token_ids
         self._files = checkpoint.files
         self._answering = Answering(self.model, self.processor)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import smolstack
-from smolstack.checkpoint.adapter import WEIGHTS
+from smolstack.checkpoint.adapter import ROWS, WEIGHTS
 from smolstack.errors import CheckpointError
 from smolstack.interop.reference import load_model
 
@@ -140,7 +140,7 @@ def test_a_folder_with_weights_of_its_own_is_a_whole_checkpoint(
     ("settings", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA', expected 'LORA'"),
-        ({"use_dora": True}, "use_dora True, expected False"),
+        ({"use_dora": True}, r"lora_magnitude_vector None .* use_dora True; expected \[48\]"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out True, expected False"),
         (
             {"init_lora_weights": "pissa_niter_4"},
@@ -174,7 +174,17 @@ def test_what_is_not_understood_is_refused_by_name(
         (pair(LAYER, 48, 4, 60), r"lora_A \[4, 60\] and lora_B \[48, 4\] .* expected \[rank, 64\]"),
         ({**pair(LAYER, 48, 4, 64), **dict(list(pair(LAYER, 48, 5, 64).items())[1:])}, "lora_A"),
         (dict(list(pair(LAYER, 48, 4, 64).items())[:1]), r"lora_B None"),
-        ({f"base_model.model.{LAYER}.lora_magnitude_vector": torch.ones(48)}, "magnitude"),
+        (
+            {
+                **pair(LAYER, 48, 4, 64),
+                f"base_model.model.{LAYER}.lora_magnitude_vector": torch.ones(48),
+            },
+            r"lora_magnitude_vector \[48\] .* use_dora False; expected none",
+        ),
+        (
+            {f"base_model.model.{TEXT}.embed_tokens.{ROWS}": torch.ones(2, 48)},
+            "trainable_token_indices None .* expected rows of",
+        ),
         ({f"base_model.model.{TEXT}.embed_tokens.lora_embedding_A": torch.ones(2, 2)}, "A,"),
         ({f"base_model.model.{LAYER}.weight": torch.ones(48, 48)}, r"\[48, 48\], the base has"),
         (pair("model.vision_model.embeddings.patch_embedding", 32, 2, 192), "patch_embedding"),
