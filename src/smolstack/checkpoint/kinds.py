@@ -91,8 +91,8 @@ def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
             name += f" ({settings['bits']} bits)"
         raise CheckpointError(
             f"{folder} holds weights quantised by {name}, expected float weights; load the "
-            f"checkpoint that they were made from{_named(config, '_name_or_path')}, with dtype int8 "
-            "or int4 where memory is short"
+            f"checkpoint that they were made from{_named(config, '_name_or_path')}, with dtype "
+            "int8 or int4 where memory is short"
         )
 
 
