@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,12 @@ from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video
 from smolstack.retrieval import (
-    PAGE_PROMPT,
-    QUERY_PROMPT,
+    Words,
     check_head,
     embed,
     page_prompts,
     query_prompts,
+    words_of,
 )
 
 if TYPE_CHECKING:
@@ -235,14 +236,15 @@ class VLM:
         self,
         images: Picture | Sequence[Picture],
         *,
-        prompt: str = PAGE_PROMPT,
+        prompt: str | None = None,
         **tiling: Unpack[Tiling],
     ) -> list[Tensor]:
         """Late-interaction vectors of pages, for a retrieval model (ColSmol).
 
         Args:
             images: a picture or several, as for :meth:`ask`.
-            prompt: what the model reads, the page at ``<image>``; ColPali's own words.
+            prompt: what the model reads, the page at ``<image>``; None for the checkpoint's own
+                words, or ColPali's.
             **tiling: split, max_image_tokens, upscale; see Tiling.
 
         Returns:
@@ -254,15 +256,16 @@ class VLM:
             ImageError, PromptError, ContextLengthError: before any work is done.
         """
         check_head(self.model, self.folder)
+        prompt = self.retrieval_words.page if prompt is None else prompt
         prompts = page_prompts(self.processor, as_pictures(images), prompt, tiling)
         return list(embed(self._answering, prompts))
 
-    def embed_queries(self, queries: Sequence[str], *, prompt: str = QUERY_PROMPT) -> list[Tensor]:
+    def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:
         """Late-interaction vectors of queries, for a retrieval model (ColSmol).
 
         Args:
             queries: questions or keywords.
-            prompt: what the model reads, the query at ``{query}``.
+            prompt: what the model reads, the query at ``{query}``; None as for a page.
 
         Returns:
             For each query (T, E) in float32, of unit length.
@@ -272,7 +275,13 @@ class VLM:
             PromptError: a query that is empty, or a prompt without a place for it.
         """
         check_head(self.model, self.folder)
+        prompt = self.retrieval_words.query if prompt is None else prompt
         return list(embed(self._answering, query_prompts(self.processor, queries, prompt)))
+
+    @cached_property
+    def retrieval_words(self) -> Words:
+        """What a retrieval model reads around pages and queries."""
+        return words_of(self._files.side, self.processor.tokenizer.special_tokens)
 
     @property
     def picture_cache(self) -> PictureCache:

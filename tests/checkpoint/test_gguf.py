@@ -227,8 +227,8 @@ def spoilt(path: Path, out: Path, changes: dict[str, Any]) -> Path:
     for name, value in changes.items():
         if value is not None:
             writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
-    for one in reader.tensors:
-        writer.add_tensor(one.name, np.array(one.data), raw_dtype=one.tensor_type)
+    for held in reader.tensors:
+        writer.add_tensor(held.name, np.array(held.data), raw_dtype=held.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -136,8 +136,8 @@ def test_groups_are_those_of_mlx_itself(bits: int, group: int) -> None:
     packed, scales, biases = mx.quantize(mx.array(weight), group_size=group, bits=bits)
     expected = np.array(mx.dequantize(packed, scales, biases, group_size=group, bits=bits))
     words = torch.from_numpy(np.array(packed).astype(np.int64)).to(torch.uint32)
-    parts = (torch.from_numpy(np.array(part)) for part in (scales, biases))
-    assert np.abs(to_floats(words, *parts, bits).numpy() - expected).max() < 1e-6
+    scale, bias = (torch.from_numpy(np.array(part)) for part in (scales, biases))
+    assert np.abs(to_floats(words, scale, bias, bits).numpy() - expected).max() < 1e-6
 
 
 def test_layers_may_have_bits_of_their_own(tiny_folder: Path, tmp_path: Path) -> None:

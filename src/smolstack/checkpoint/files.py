@@ -26,7 +26,9 @@ SIDE_FILES = (
     "chat_template.json",
     "chat_template.jinja",
     "video_preprocessor_config.json",
+    "additional_chat_templates/sentence_transformers.jinja",
 )
+RETRIEVAL_TEMPLATE = SIDE_FILES[-1]  # words around pages and queries, of newer retrieval models
 ADAPTER_CONFIG = "adapter_config.json"  # of a folder that only changes another's weights
 MAX_JSON_BYTES = 256 * 2**20
 

@@ -109,6 +109,7 @@ def export(
                     ExportedGraph(path.relative_to(temporary), precision, size, difference)
                 )
         for file, content in _side_files(checkpoint).items():
+            (temporary / file).parent.mkdir(exist_ok=True)
             (temporary / file).write_bytes(content)
         data = config_json(config, network.dtype)
         data["transformers.js_config"] = _transformers_js(temporary / "onnx")
