@@ -155,3 +155,39 @@ def test_vectors_that_cannot_be_compared_are_refused(
 ) -> None:
     with pytest.raises(PromptError, match="expected"):
         smolstack.maxsim(queries, pages)
+
+
+TEMPLATE = """{%- for message in messages -%}{%- for content in message['content'] -%}
+{%- if content['type'] == 'image' -%}
+{{- '<|im_start|>User: Describe the image.<image><end_of_utterance>' -}}
+{%- elif task is defined and task == 'query' -%}
+{{- 'Query: ' + content['text'] -}}
+{%- for _ in range(10) -%}{{- '<end_of_utterance>' -}}{%- endfor -%}{{- '\\n' -}}
+{%- else -%}{{- content['text'] -}}{%- endif -%}
+{%- endfor -%}{%- endfor -%}"""
+
+
+def test_a_checkpoint_s_own_words_come_before_colpali_s(
+    retrieval_folder: Path, tmp_path: Path
+) -> None:
+    """Newer ColSmol folders ship the words that they were trained with."""
+    plain = smolstack.load(retrieval_folder)
+    folder = plain.save(tmp_path / "newer")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "sentence_transformers.jinja").write_text(TEMPLATE)
+    for place in (folder, smolstack.load(folder).save(tmp_path / "again")):
+        vlm = smolstack.load(place)
+        page = "<|im_start|>User: Describe the image.<image><end_of_utterance>"
+        query = "Query: {query}" + 10 * "<end_of_utterance>" + "\n"
+        assert (vlm.retrieval_words.page, vlm.retrieval_words.query) == (page, query)
+        (own,) = vlm.embed_queries(["What was the profit?"])
+        (given,) = plain.embed_queries(["What was the profit?"], prompt=query)
+        assert torch.equal(own, given)
+
+
+def test_a_template_that_drops_the_page_is_refused(retrieval_folder: Path, tmp_path: Path) -> None:
+    folder = smolstack.load(retrieval_folder).save(tmp_path / "newer")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "sentence_transformers.jinja").write_text("nothing")
+    with pytest.raises(PromptError, match="makes 'nothing' of a page and 'nothing' of a query"):
+        smolstack.load(folder).embed_queries(["What?"])

@@ -75,6 +75,8 @@ def convert(
     *,
     model: str | Path | VLM | None = None,
     revision: str | None = None,
+    base: str | Path | None = None,
+    mmproj: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
     question: str = QUESTION,
@@ -90,8 +92,8 @@ def convert(
         pages: a PDF file, or whatever else :func:`smolstack.bulk.map_pictures` takes; or the
             .parquet table of such a job about pages, whose answers are then used.
         out: the document, .md, .html, .json (docling's) or .doctags (as the model wrote it).
-        model, revision, dtype, device: as for :func:`smolstack.load`; a document model, which a
-            table of answers alone can do without.
+        model, revision, base, mmproj, dtype, device: as for :func:`smolstack.load`; a document
+            model, which a table of answers alone can do without.
         question: what the model is asked about each page.
         restart: forget what an earlier run did, and replace the document.
         on_progress: called now and then.
@@ -132,6 +134,8 @@ def convert(
         out=table,
         model=model,
         revision=revision,
+        base=base,
+        mmproj=mmproj,
         dtype=dtype,
         device=device,
         restart=restart,

@@ -34,6 +34,7 @@ class SpecialTokens:
         ids: token text → id.
         bos, eos, pad: which of them begin a prompt, end an answer, pad a batch.
         add_bos: whether the tokenizer itself puts ``bos`` before every text.
+        ends: further tokens that end an answer, by generation_config.json.
     """
 
     ids: dict[str, int]
@@ -41,17 +42,25 @@ class SpecialTokens:
     eos: str
     pad: str
     add_bos: bool = False
+    ends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A published shape: hub id, sizes, preprocessing, special tokens."""
+    """A published shape: hub id, sizes, preprocessing, special tokens.
+
+    Attributes:
+        video_edge: ``video_sampling.video_size`` of models that were trained on videos.
+        leaves_out: files, and keys of preprocessor_config.json, that are published without.
+    """
 
     name: str
     hub_id: str
     config: ModelConfig
     settings: ImageSettings
     tokens: SpecialTokens
+    video_edge: int | None = None
+    leaves_out: tuple[str, ...] = ()
 
 
 def _smol_text(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> TextConfig:
@@ -66,7 +75,7 @@ def _smol_text(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) ->
         head_dim=hidden // heads,
         max_positions=8192,
         bos_token_id=1,
-        eos_token_ids=(49279,),
+        eos_token_ids=(2,),  # generation_config.json has <end_of_utterance>
         pad_token_id=2,
     )
 
@@ -109,7 +118,8 @@ _LLAMA3_TOKENS = SpecialTokens(
     ids={
         "<|begin_of_text|>": 128000,
         "<|end_of_text|>": 128001,
-        "<|finetune_right_pad_id|>": 128004,
+        "<|reserved_special_token_0|>": 128002,
+        "<|eom_id|>": 128008,
         "<|eot_id|>": 128009,
         "<fake_token_around_image>": 128256,
         "<image>": 128257,
@@ -117,8 +127,9 @@ _LLAMA3_TOKENS = SpecialTokens(
     },
     bos="<|begin_of_text|>",
     eos="<end_of_utterance>",
-    pad="<|finetune_right_pad_id|>",
+    pad="<|reserved_special_token_0|>",
     add_bos=True,
+    ends=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
 )
 _GRANITE_TOKENS = SpecialTokens(
     ids={
@@ -151,13 +162,17 @@ _IDEFICS3_TEXT = TextConfig(
     head_dim=128,
     max_positions=131072,
     bos_token_id=128000,
-    eos_token_ids=(128258,),
-    pad_token_id=128004,
+    eos_token_ids=(128001, 128008, 128009),
+    pad_token_id=128002,
 )
 _256M = ModelConfig(_SIGLIP_BASE_512, _TEXT_256M, scale=4, image_token_id=49190)
 _500M = ModelConfig(_SIGLIP_BASE_512, _TEXT_500M, scale=4, image_token_id=49190)
 _2B_TEXT_V1 = replace(
-    _TEXT_2B, rope=RopeConfig(theta=273768.0), vocab_size=49155, eos_token_ids=(49154,)
+    _TEXT_2B,
+    rope=RopeConfig(theta=273768.0),
+    vocab_size=49155,
+    bos_token_id=0,
+    eos_token_ids=(0,),
 )
 _2B_TEXT_V2 = replace(_TEXT_2B, rope=RopeConfig(theta=130000.0))
 _GRANITE_TEXT = replace(
@@ -179,6 +194,7 @@ PRESETS: dict[str, Preset] = {
             replace(_256M, model_type="smolvlm"),
             _SMALL,
             _SMOL_TOKENS,
+            video_edge=512,
         ),
         Preset(
             "smolvlm2-500m",
@@ -186,6 +202,7 @@ PRESETS: dict[str, Preset] = {
             replace(_500M, model_type="smolvlm"),
             _SMALL,
             _SMOL_TOKENS,
+            video_edge=512,
         ),
         Preset(
             "smolvlm-2.2b",
@@ -206,6 +223,7 @@ PRESETS: dict[str, Preset] = {
             ),
             ImageSettings(longest_edge=1536, tile_edge=384),
             _SMOL_TOKENS,
+            video_edge=384,
         ),
         Preset(
             "idefics3-8b",
@@ -213,6 +231,7 @@ PRESETS: dict[str, Preset] = {
             ModelConfig(_SIGLIP_SO400M_364, _IDEFICS3_TEXT, scale=2, image_token_id=128257),
             ImageSettings(longest_edge=1456, tile_edge=364),
             _LLAMA3_TOKENS,
+            leaves_out=("processor_config.json", "max_image_size"),
         ),
         Preset(
             "smoldocling-256m",

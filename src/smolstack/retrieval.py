@@ -1,30 +1,71 @@
 """Pages found by questions: late-interaction embeddings (ColSmol) and how they are compared.
 
 A page and a query each become one vector of unit length per token (ColPali, Faysse et al. 2024).
-The words that stand around them are those of ColPali's own library, colpali-engine, since 0.3.13
-(0.3.18 is the newest that was looked at); docs/retrieval.md has those of earlier ones.
+The words that stand around them are those of the checkpoint, where it ships a template of them
+(``additional_chat_templates/sentence_transformers.jinja``), else those of ColPali's own library,
+colpali-engine, since 0.3.13 (0.3.18 is the newest that was looked at); docs/retrieval.md has those
+of earlier ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from smolstack.checkpoint.files import RETRIEVAL_TEMPLATE
 from smolstack.errors import ConfigError, PromptError
 from smolstack.generation.answering import Answering
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.inputs import Picture
 from smolstack.processor.processor import Processor, Prompt
+from smolstack.processor.prompt import ChatTemplate, Markers, user_message
 
 PAGE_PROMPT = "<|im_start|>User:<image>Describe the image.<end_of_utterance>\nAssistant:"
 QUERY_PROMPT = "{query}" + 10 * "<end_of_utterance>"  # tokens to be filled with what was not said
 SLOT = "{query}"
 TOGETHER = 4  # pages that go through the networks together
 ROWS = 256  # pages that are compared at once
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a retrieval model reads around a page (at ``<image>``) and a query (``{query}``)."""
+
+    page: str = PAGE_PROMPT
+    query: str = QUERY_PROMPT
+
+
+def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Words:
+    """The words of a checkpoint's own template, or colpali-engine's.
+
+    Args:
+        side: the checkpoint's side files by name.
+        special_tokens: as templates may name them.
+
+    Raises:
+        PromptError: the template cannot be rendered, or drops the page or the query.
+    """
+    source = side.get(RETRIEVAL_TEMPLATE)
+    if source is None:
+        return Words()
+    known = dict(special_tokens)
+    pages, queries = (
+        ChatTemplate(source.decode("utf-8", "replace"), {**known, "task": task})
+        for task in ("document", "query")
+    )
+    page = pages.render([{"role": "user", "content": [{"type": "image"}]}], answer_next=False)
+    query = queries.render([user_message(0, SLOT)], answer_next=False)
+    if page.count(Markers.image) != 1 or query.count(SLOT) != 1:
+        raise PromptError(
+            f"{RETRIEVAL_TEMPLATE} makes {page!r:.80} of a page and {query!r:.80} of a query, "
+            f"expected {Markers.image} and the query once"
+        )
+    return Words(page, query)
 
 
 def page_prompts(

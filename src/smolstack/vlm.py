@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smolstack.batch import VisualTokens
-from smolstack.checkpoint.hub import find
+from smolstack.checkpoint.hub import ModelPath, locate
 from smolstack.checkpoint.load import Checkpoint, load_checkpoint
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import PromptError
@@ -26,12 +27,12 @@ from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video
 from smolstack.retrieval import (
-    PAGE_PROMPT,
-    QUERY_PROMPT,
+    Words,
     check_head,
     embed,
     page_prompts,
     query_prompts,
+    words_of,
 )
 
 if TYPE_CHECKING:
@@ -39,23 +40,28 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str | Path | None = None,
+    model: str | Path | ModelPath | None = None,
     *,
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    base: str | Path | None = None,
+    mmproj: str | Path | None = None,
     compile: bool = False,
 ) -> VLM:
     """Load a checkpoint.
 
     Args:
-        model: a Hugging Face checkpoint folder, or a hub id (needs the extra ``hf``); None is the
-            small reader that comes with the package.
+        model: a Hugging Face checkpoint folder, an adapter's or an MLX conversion's, a GGUF file
+            (extra ``gguf``), or a hub id (extra ``hf``); None is the small reader that comes with
+            the package.
         dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantised while loading, see
             model/precision.py; never chosen unasked), or "auto": the weights' own, except on a CPU
             that cannot compute in it, where float32 is faster and loses nothing.
         device: "cpu", "cuda", "mps", … or "auto", the fastest that is there.
         revision: branch, tag or commit of a hub id.
+        base: the checkpoint that an adapter changes, instead of the one that it names.
+        mmproj: the GGUF file of the vision tower, where ``model`` is one of a language model.
         compile: let torch.compile have the vision tower, when it first runs. Off, because on a CPU
             it gains little in float32 and loses to the kernels in bfloat16.
 
@@ -63,7 +69,7 @@ def load(
         ConfigError: a config file lacks a key or holds a value that cannot be built.
         CheckpointError: the folder, its weights or its tokenizer cannot be used.
     """
-    vlm = VLM(load_checkpoint(find(model, revision), dtype, device))
+    vlm = VLM(load_checkpoint(locate(model, revision, base=base, mmproj=mmproj), dtype, device))
     if compile:
         vlm.model.compile_tower()
     return vlm
@@ -76,13 +82,15 @@ class VLM:
         model: the network; ``vlm.model(batch)`` gives logits (B, T, V).
         processor: ``vlm.processor(prompts)`` gives a Batch.
         config: sizes of both towers and the bridge.
-        folder: where the checkpoint was loaded from.
+        folder: where the checkpoint was loaded from; for GGUF the language model's file.
+        where: the same with an adapter's base and a GGUF model's vision tower.
         eos_token_ids: tokens that end an answer.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model, self.processor = checkpoint.model, checkpoint.processor
         self.config, self.folder = checkpoint.config, checkpoint.files.folder
+        self.where = checkpoint.where or ModelPath(self.folder)
         self.eos_token_ids = checkpoint.eos_token_ids
         self._files = checkpoint.files
         self._answering = Answering(self.model, self.processor)
@@ -230,14 +238,15 @@ class VLM:
         self,
         images: Picture | Sequence[Picture],
         *,
-        prompt: str = PAGE_PROMPT,
+        prompt: str | None = None,
         **tiling: Unpack[Tiling],
     ) -> list[Tensor]:
         """Late-interaction vectors of pages, for a retrieval model (ColSmol).
 
         Args:
             images: a picture or several, as for :meth:`ask`.
-            prompt: what the model reads, the page at ``<image>``; ColPali's own words.
+            prompt: what the model reads, the page at ``<image>``; None for the checkpoint's own
+                words, or ColPali's.
             **tiling: split, max_image_tokens, upscale, password; see Tiling.
 
         Returns:
@@ -249,15 +258,16 @@ class VLM:
             ImageError, PromptError, ContextLengthError: before any work is done.
         """
         check_head(self.model, self.folder)
+        prompt = self.retrieval_words.page if prompt is None else prompt
         prompts = page_prompts(self.processor, as_pictures(images), prompt, tiling)
         return list(embed(self._answering, prompts))
 
-    def embed_queries(self, queries: Sequence[str], *, prompt: str = QUERY_PROMPT) -> list[Tensor]:
+    def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:
         """Late-interaction vectors of queries, for a retrieval model (ColSmol).
 
         Args:
             queries: questions or keywords.
-            prompt: what the model reads, the query at ``{query}``.
+            prompt: what the model reads, the query at ``{query}``; None as for a page.
 
         Returns:
             For each query (T, E) in float32, of unit length.
@@ -267,7 +277,13 @@ class VLM:
             PromptError: a query that is empty, or a prompt without a place for it.
         """
         check_head(self.model, self.folder)
+        prompt = self.retrieval_words.query if prompt is None else prompt
         return list(embed(self._answering, query_prompts(self.processor, queries, prompt)))
+
+    @cached_property
+    def retrieval_words(self) -> Words:
+        """What a retrieval model reads around pages and queries."""
+        return words_of(self._files.side, self.processor.tokenizer.special_tokens)
 
     @property
     def picture_cache(self) -> PictureCache:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import smolstack
-from smolstack.checkpoint.adapter import WEIGHTS
+from smolstack.checkpoint.adapter import ROWS, WEIGHTS
 from smolstack.errors import CheckpointError
 from smolstack.interop.reference import load_model
 
@@ -58,6 +58,18 @@ def adapter(tiny_folder: Path, tmp_path: Path) -> Path:
             "alpha_pattern": {r"layers\.0\.self_attn\.k_proj": 3},
             "modules_to_save": ["connector.modality_projection.proj"],
         },
+        {
+            "r": 4,
+            "use_dora": True,
+            "target_modules": ["q_proj", "down_proj", "out_proj", "fc1", "proj"],
+        },
+        {"r": 2, "use_dora": True, "use_rslora": True, "target_modules": "all-linear"},
+        {"r": 4, "target_modules": ["v_proj"], "trainable_token_indices": [3, 861, 900]},
+        {
+            "r": 4,
+            "target_modules": ["v_proj"],
+            "trainable_token_indices": {"text_model.embed_tokens": [7, 5]},
+        },
     ],
 )
 def test_logits_are_those_of_peft_on_transformers(
@@ -69,7 +81,8 @@ def test_logits_are_those_of_peft_on_transformers(
     with torch.no_grad():
         for name, weight in model.named_parameters():
             biased = name.endswith("bias") and "bias" in settings
-            if "lora_B" in name or "modules_to_save" in name or biased:
+            trained = ("lora_B", "modules_to_save", "magnitude", "trainable_tokens")
+            if any(kind in name for kind in trained) or biased:
                 weight.add_(0.2 * torch.randn_like(weight))
     model.save_pretrained(str(tmp_path / "adapter"))
     assert not (tmp_path / "adapter" / "config.json").exists()
@@ -127,6 +140,95 @@ def test_a_retrieval_model_may_be_one(retrieval_folder: Path, tmp_path: Path) ->
     assert (before - after).abs().max() > 0.01
 
 
+def test_an_adapter_beside_whole_weights_is_applied_to_the_base_that_it_names(
+    adapter: Path, tiny_folder: Path, tied_folder: Path
+) -> None:
+    """As transformers reads such a folder: vidore/colSmol-256M had both at one revision."""
+    expected = smolstack.load(adapter).model.state_dict()
+    shutil.copy(tiny_folder / "model.safetensors", adapter)
+    found = smolstack.load(adapter).model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    shutil.copytree(tiny_folder, adapter, dirs_exist_ok=True)
+    beside = smolstack.load(adapter, base=adapter).model.state_dict()
+    assert all(torch.equal(beside[name], expected[name]) for name in expected)
+    other = smolstack.load(adapter, base=tied_folder)
+    assert other.config.tied
+
+
+def test_a_base_that_is_not_there_is_given_another_way(adapter: Path, tiny_folder: Path) -> None:
+    expected = smolstack.load(adapter).model.state_dict()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "./models/renamed"
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"not there: .*; base \(--base\) names another"):
+        smolstack.load(adapter)
+    found = smolstack.load(adapter, base=tiny_folder).model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    shutil.copytree(tiny_folder, adapter / "models" / "renamed")
+    found = smolstack.load(adapter).model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_base_is_for_adapters_alone(tiny_folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no adapter .* and a base was given"):
+        smolstack.load(tiny_folder, base=tiny_folder)
+
+
+def test_every_command_knows_adapters(adapter: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    from smolstack.checkpoint.diff import diff_checkpoints
+    from smolstack.checkpoint.inspect import inspect_checkpoint
+    from smolstack.cli.checks import check_checkpoint
+
+    checks = {check.name: check for check in check_checkpoint(adapter, values=True)}
+    assert not [problem for check in checks.values() for problem in check.problems]
+    assert "1 of them changed by the adapter" in checks["weight files"].found
+    found = inspect_checkpoint(adapter)
+    assert found.base == (tiny_folder, 1)
+    assert set(found.weight_files) == {"model.safetensors", WEIGHTS}
+    changes = diff_checkpoints(tiny_folder, adapter).most_changed(9)
+    assert [change.name for change in changes] == [f"{LAYER}.weight"]
+    whole = smolstack.load(adapter).save(tmp_path / "whole")
+    assert not diff_checkpoints(whole, adapter).most_changed(9)
+
+
+def test_a_base_that_lacks_a_layer_fails_in_every_command_as_in_load(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    from smolstack.cli.checks import check_checkpoint
+
+    layer = "model.text_model.layers.7.mlp.down_proj"
+    folder = write(tmp_path / "adapter", tiny_folder, pair(layer, 48, 4, 64))
+    problems = [problem for check in check_checkpoint(folder) for problem in check.problems]
+    assert len(problems) == 1
+    assert "layers.7.mlp.down_proj" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("targets", "absent"),
+    [
+        (
+            "(.*(model.text_model).*(down_proj|gate_proj|up_proj|q_proj).*$"
+            "|.*(custom_text_proj).*$)",
+            ["custom_text_proj"],
+        ),
+        (["q_proj", "custom_text_proj"], ["custom_text_proj"]),
+        (r"model\.text_model\.layers\.\d+\.mlp\.(?:down|up)_proj", []),
+        ("all-linear", []),
+        (None, []),
+    ],
+)
+def test_layers_that_the_base_lacks_are_said(
+    targets: str | list[str] | None, absent: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    from smolstack.checkpoint.source import open_source
+
+    folder = write(
+        tmp_path / "adapter", tiny_folder, pair(LAYER, 48, 4, 64), target_modules=targets
+    )
+    notes = [f"target_modules names {word}, which the base has nowhere" for word in absent]
+    assert list(open_source(folder).notes) == notes
+
+
 def test_a_folder_with_weights_of_its_own_is_a_whole_checkpoint(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -140,7 +242,7 @@ def test_a_folder_with_weights_of_its_own_is_a_whole_checkpoint(
     ("settings", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA', expected 'LORA'"),
-        ({"use_dora": True}, "use_dora True, expected False"),
+        ({"use_dora": True}, r"lora_magnitude_vector None .* use_dora True; expected \[48\]"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out True, expected False"),
         (
             {"init_lora_weights": "pissa_niter_4"},
@@ -174,7 +276,17 @@ def test_what_is_not_understood_is_refused_by_name(
         (pair(LAYER, 48, 4, 60), r"lora_A \[4, 60\] and lora_B \[48, 4\] .* expected \[rank, 64\]"),
         ({**pair(LAYER, 48, 4, 64), **dict(list(pair(LAYER, 48, 5, 64).items())[1:])}, "lora_A"),
         (dict(list(pair(LAYER, 48, 4, 64).items())[:1]), r"lora_B None"),
-        ({f"base_model.model.{LAYER}.lora_magnitude_vector": torch.ones(48)}, "magnitude"),
+        (
+            {
+                **pair(LAYER, 48, 4, 64),
+                f"base_model.model.{LAYER}.lora_magnitude_vector": torch.ones(48),
+            },
+            r"lora_magnitude_vector \[48\] .* use_dora False; expected none",
+        ),
+        (
+            {f"base_model.model.{TEXT}.embed_tokens.{ROWS}": torch.ones(2, 48)},
+            "trainable_token_indices None .* expected rows of",
+        ),
         ({f"base_model.model.{TEXT}.embed_tokens.lora_embedding_A": torch.ones(2, 2)}, "A,"),
         ({f"base_model.model.{LAYER}.weight": torch.ones(48, 48)}, r"\[48, 48\], the base has"),
         (pair("model.vision_model.embeddings.patch_embedding", 32, 2, 192), "patch_embedding"),

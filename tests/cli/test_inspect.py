@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import smolstack
-from smolstack.checkpoint import load, weights
-from smolstack.cli import checks_of_weights
+from smolstack.checkpoint import source, weights
+from smolstack.cli import checks
 
 Run = Callable[..., Any]
 
@@ -60,7 +60,7 @@ def test_no_weight_is_read(run: Run, tiny_folder: Path, monkeypatch: pytest.Monk
     def refuse(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    for module in (weights, load, checks_of_weights):
+    for module in (weights, source, checks):
         monkeypatch.setattr(module, "read_tensors", refuse)
     assert run("inspect", tiny_folder).exit_code == 0
     assert run("verify", tiny_folder).exit_code == 0

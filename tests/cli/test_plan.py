@@ -129,7 +129,7 @@ def test_a_file_named_like_a_size_is_a_file(
     assert json.loads(result.stdout)["images"][0]["source"] == [100, 40]
 
 
-def test_an_adapter_s_pictures_are_planned_as_its_base_s_but_it_is_no_checkpoint(
+def test_an_adapter_s_pictures_are_planned_as_its_base_s_even_without_its_weights(
     run: Run, tiny_folder: Path, tmp_path: Path
 ) -> None:
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_folder)}
@@ -139,4 +139,4 @@ def test_an_adapter_s_pictures_are_planned_as_its_base_s_but_it_is_no_checkpoint
     assert told["visual_tokens"] == 4 * 17
     refused = run("inspect", str(tmp_path))
     assert refused.exit_code == 2
-    assert "is an adapter, expected a whole checkpoint" in refused.stderr
+    assert "has no adapter_model.safetensors" in refused.stderr

@@ -105,14 +105,14 @@ def test_a_config_is_checked_part_by_part(problems: Callable[..., list[str]], sp
             del data["text_config"][key]
         data["text_config"]["num_attention_heads"] = 5
         data["vision_config"]["hidden_act"] = "tanh"
-        del data["scale_factor"]
+        del data["image_token_id"]
 
     edit(spoilt / "config.json", spoil)
     found = "\n".join(problems())
     assert "has no rope_theta" in found
     assert "num_attention_heads 5 is not divisible" in found
     assert "hidden_act is 'tanh'" in found
-    assert "scale_factor is None, expected an integer" in found
+    assert "image_token_id is None, expected an integer" in found
 
 
 def test_a_scale_that_does_not_divide_the_grid(

@@ -161,6 +161,12 @@ def test_llama_cpps_converter_writes_every_weight_as_it_is(name: str, tmp_path: 
             expected = as_llama_cpp_rotates(expected, heads)
         np.testing.assert_array_equal(found.reshape(expected.shape), expected, err_msg=weight)
     assert set(written) <= {"rope_freqs.weight"}
+    ours = smolstack.load(folder)
+    read = smolstack.load(tmp_path / "model0.gguf", mmproj=tmp_path / "model1.gguf")
+    for weight, tensor in hf_state_dict(ours.model).items():
+        assert torch.equal(hf_state_dict(read.model)[weight], tensor), weight
+    asked = ("examples/number.png", "What does it say, in 1234 words?")
+    assert read.processor.prepare(asked).token_ids == ours.processor.prepare(asked).token_ids
 
 
 @pytest.mark.skipif(

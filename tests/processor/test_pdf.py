@@ -139,19 +139,19 @@ def test_every_kind_of_field_is_drawn(field: str, tmp_path: Path) -> None:
 def test_a_locked_file_says_what_to_do_and_opens_with_its_password(
     tiny_vlm: smolstack.VLM, tmp_path: Path
 ) -> None:
-    path = locked(tmp_path / "locked.pdf", b"open")
+    path = locked(tmp_path / "locked.pdf", b"sesame")
     for act in (open_image, image_size, count_pages):
         with pytest.raises(ImageError, match=r"locked\.pdf is locked; give its password \(--passw"):
             act(path)
     with pytest.raises(ImageError, match="the password that was given does not open it"):
         count_pages(path, "wrong")
-    assert count_pages(path, "open") == 1
-    assert open_image(PdfPage(path, 1, "open")).size == (200, 100)
-    assert "open" not in repr(PdfPage(path, 1, "open"))
+    assert count_pages(path, "sesame") == 1
+    assert open_image(PdfPage(path, 1, "sesame")).size == (200, 100)
+    assert "sesame" not in repr(PdfPage(path, 1, "sesame"))
     for shown in (path, f"{path}#page=1"):
-        assert tiny_vlm.ask(shown, "What?", password="open", max_new_tokens=2).text is not None
-        assert tiny_vlm.encode(shown, password="open").source == (200, 100)
-    assert tiny_vlm.plan(path, password="open").source == (200, 100)
+        assert tiny_vlm.ask(shown, "What?", password="sesame", max_new_tokens=2).text is not None
+        assert tiny_vlm.encode(shown, password="sesame").source == (200, 100)
+    assert tiny_vlm.plan(path, password="sesame").source == (200, 100)
 
 
 def test_a_file_without_pages_says_so_whatever_failed_before(tmp_path: Path) -> None:

@@ -193,7 +193,9 @@ def test_a_checkpoint_says_how_many_frames_it_wants(tiny_folder: Path, tmp_path:
     assert len(vlm.open_video(tmp_path / "film.mp4", fps=0.5, max_frames=9).frames) == 5
     newer = {"fps": 3, "num_frames": 4}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(newer))
-    assert smolstack.load(folder).processor.videos == VideoSettings(3, 4, 48)
+    videos = smolstack.load(folder).processor.videos
+    assert (videos.fps, videos.max_frames, videos.longest_edge) == (3, 4, 48)
+    assert videos.by_way_of_size().longest_edge == videos.image_edge == 128
 
 
 @pytest.mark.parametrize("settings", [{"fps": 0}, {"max_frames": 0}, {"fps": "1"}, {"fps": True}])

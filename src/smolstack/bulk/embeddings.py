@@ -15,7 +15,7 @@ from smolstack.bulk.tasks import ABOUT, Loaded, Pictures
 from smolstack.errors import BulkError
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
-from smolstack.retrieval import PAGE_PROMPT, check_head, embed, page_prompts
+from smolstack.retrieval import check_head, embed, page_prompts
 
 if TYPE_CHECKING:
     from smolstack.vlm import VLM
@@ -111,12 +111,13 @@ class Pages(_Kept):
     def __init__(self, vlm: VLM, dtype: str, tiling: Tiling) -> None:
         check_embedding(RETRIEVAL, dtype)
         super().__init__(vlm, tiling, dtype, {EMBED: RETRIEVAL, SHAPE: shape_of(vlm)})
+        self.words = vlm.retrieval_words
 
     def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
         return pa.list_(pa.list_(number, check_head(vlm.model, vlm.folder)))
 
     def prepare(self, row: Row) -> list[Prompt]:
-        return page_prompts(self.processor, [row.picture], PAGE_PROMPT, self.tiling)
+        return page_prompts(self.processor, [row.picture], self.words.page, self.tiling)
 
     def embed(self, prompts: list[Prompt]) -> Iterator[Tensor]:
         return embed(self.answering, prompts)

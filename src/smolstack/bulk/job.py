@@ -21,7 +21,7 @@ from smolstack.bulk.rows import Window, windows
 from smolstack.bulk.settings import Work, check_same, settings_of
 from smolstack.bulk.tasks import Task
 from smolstack.bulk.working import work_through
-from smolstack.checkpoint.hub import find
+from smolstack.checkpoint.hub import locate
 from smolstack.errors import BulkError
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.vlm import VLM
@@ -74,6 +74,8 @@ def map_pictures(
     out: str | Path,
     model: VLM | str | Path | None = None,
     revision: str | None = None,
+    base: str | Path | None = None,
+    mmproj: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
     embed: str | None = None,
@@ -101,7 +103,8 @@ def map_pictures(
             (or a glob of them) of paths or bytes, or a list of paths and bytes.
         questions: a question or several; each picture is encoded once for all of them.
         out: the output, .parquet, .jsonl or .csv.
-        model, revision, dtype, device: as for :func:`smolstack.load`; or a loaded VLM.
+        model, revision, base, mmproj, dtype, device: as for :func:`smolstack.load`; or a loaded
+            VLM.
         embed: instead of questions, "tokens" for all visual tokens of a picture, "mean" for
             their mean, or "retrieval" for the vectors of a retrieval model (ColSmol), which
             :func:`smolstack.bulk.search_pages` searches.
@@ -129,9 +132,12 @@ def map_pictures(
     read_options(options, ())
     source = open_input(pictures, picture_column, id_column, options.get("password"))
     vlm = model if isinstance(model, VLM) else None
-    folder = vlm.folder if vlm is not None else find(model, revision)  # type: ignore[arg-type]
+    if isinstance(model, VLM):
+        where = model.where
+    else:
+        where = locate(model, revision, base=base, mmproj=mmproj)
     work = Work(
-        folder=folder.absolute(),
+        where=where.absolute(),
         dtype=dtype,
         device=device,
         questions=asked,

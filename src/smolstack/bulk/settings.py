@@ -14,6 +14,7 @@ from smolstack.bulk.embeddings import RETRIEVAL, Embeddings, Pages
 from smolstack.bulk.parts import Parts
 from smolstack.bulk.tasks import Questions, Task
 from smolstack.checkpoint.adapter import find_adapter
+from smolstack.checkpoint.hub import ModelPath
 from smolstack.errors import BulkError
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.vlm import VLM, load
@@ -26,7 +27,7 @@ _FORMAT = 2
 class Work:
     """What to do with pictures and how: everything that a worker elsewhere has to be told."""
 
-    folder: Path
+    where: ModelPath
     dtype: str
     device: str
     questions: tuple[str, ...]
@@ -37,7 +38,7 @@ class Work:
 
     def task(self, vlm: VLM | None = None) -> Task:
         """The task on a loaded checkpoint; it is loaded unless it is given."""
-        vlm = vlm or load(self.folder, dtype=self.dtype, device=self.device)
+        vlm = vlm or load(self.where, dtype=self.dtype, device=self.device)
         if self.embed is None:
             return Questions(vlm, self.questions, self.options)
         tiling = read_options(self.options, ()).tiling
@@ -57,7 +58,7 @@ def settings_of(work: Work, pictures: Mapping[str, Any], window: int) -> dict[st
         **pictures,
         **what,
         **kept,
-        "model": fingerprint(work.folder),
+        "model": fingerprint(work.where),
         "dtype": work.dtype,
         "window": window,
     }
@@ -104,18 +105,23 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(where: ModelPath) -> str:
     """A digest of every file that a checkpoint's answers depend on."""
     digest = hashlib.blake2b(digest_size=12)
-    adapter = find_adapter(folder)
-    paths = sorted(folder.iterdir())
-    if adapter is not None:
-        paths += sorted(adapter.base.iterdir())
-    for path in paths:
-        if path.suffix not in (".json", ".jinja", ".safetensors", ".txt"):
-            continue
+    for path in _files(where):
         digest.update(f"{path.name} {path.stat().st_size} ".encode())
         with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _files(where: ModelPath) -> list[Path]:
+    """The files of a checkpoint and of an adapter's base, or a GGUF model's."""
+    if not where.path.is_dir():
+        return [path for path in (where.path, where.mmproj) if path is not None]
+    adapter = find_adapter(where.path, where.base)
+    paths = sorted(where.path.iterdir())
+    if adapter is not None:
+        paths += sorted(adapter.base.iterdir())
+    return [path for path in paths if path.suffix in (".json", ".jinja", ".safetensors", ".txt")]

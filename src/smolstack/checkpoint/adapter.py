@@ -1,7 +1,8 @@
-"""LoRA adapters as peft saves them: a folder that changes another checkpoint's weights.
+"""LoRA and DoRA adapters as peft saves them: a folder that changes another checkpoint's weights.
 
-Loading adds each adapter to its weight, W + scale · B·A (Hu et al. 2021): the model is as fast as
-any other, and ``VLM.save`` writes a whole checkpoint. peft itself is not needed.
+Loading adds each adapter to its weight, V = W + scale · B·A (Hu et al. 2021), and with a DoRA
+magnitude m (Liu et al. 2024) gives each row its length, m · V / ‖V‖: the model is as fast as any
+other, and ``VLM.save`` writes a whole checkpoint. peft itself is not needed.
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolstack.checkpoint.files import ADAPTER_CONFIG, CheckpointFiles, read_files, read_json
+from smolstack.checkpoint.files import ADAPTER_CONFIG, read_json
 from smolstack.checkpoint.hub import BUNDLED, find
+from smolstack.checkpoint.targets import words_nowhere
 from smolstack.checkpoint.weights import INDEX, SINGLE, Entry, open_weights
 from smolstack.errors import CheckpointError
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's, before the name that the base checkpoint has
+PICKLE = "adapter_model.bin"
 LOW, HIGH = "lora_A", "lora_B"  # (rank, in), (out, rank)
+MAGNITUDE = "lora_magnitude_vector"  # (out,): DoRA
+ROWS = "token_adapter.trainable_tokens_delta"  # (tokens, hidden): new rows of an embedding
 # Settings that change what an adapter computes, and the values that are understood.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "use_dora": (False, None),
     "use_qalora": (False, None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
@@ -51,11 +55,13 @@ class Adapter:
         folder: where it is.
         base: the folder of the checkpoint that it changes.
         settings: adapter_config.json.
+        notes: what is unusual and not wrong, a sentence each.
     """
 
     folder: Path
     base: Path
     settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def scale(self, layer: str, rank: int) -> float:
         """What a layer's product B·A is multiplied by."""
@@ -75,77 +81,128 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """One layer's adapter: the names of its tensors, and the scale of B·A."""
+
+    low: str
+    high: str
+    scale: float
+    magnitude: str | None = None
+
+
+@dataclass(frozen=True)
 class Changes:
     """What an adapter does to which of its base's weights, by checkpoint name.
 
     Attributes:
-        low_rank: the names of A and B, and the scale.
+        low_rank: what is added to a weight.
         whole: the name of the tensor that stands in a weight's place.
+        rows: the name of the tensor that holds some rows of a weight, and their numbers.
+        notes: what is unusual and not wrong, a sentence each.
     """
 
     path: Path
-    low_rank: Mapping[str, tuple[str, str, float]] = field(default_factory=dict)
+    low_rank: Mapping[str, LowRank] = field(default_factory=dict)
     whole: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """How many weights the adapter changes."""
+        return len({*self.low_rank, *self.whole, *self.rows})
+
+    def touch(self, name: str) -> bool:
+        """Whether the adapter changes this weight."""
+        return name in self.low_rank or name in self.whole or name in self.rows
 
     def apply(self, name: str, weight: Tensor) -> Tensor:
         """A base weight as the adapter wants it: computed in float32, in the weight's dtype.
 
         A weight that is used in float32 should be given so: it is not rounded again then.
         """
-        if name not in self.low_rank and name not in self.whole:
+        if not self.touch(name):
             return weight
+        changed = weight.float().cpu()
         with open_weights(self.path) as file:
             if name in self.whole:
-                changed: Tensor = file.get_tensor(self.whole[name])
-            else:
-                low, high, scale = self.low_rank[name]
-                product = file.get_tensor(high).float() @ file.get_tensor(low).float()
-                changed = torch.add(weight.float().cpu(), product, alpha=scale)
+                changed = file.get_tensor(self.whole[name])
+            if name in self.low_rank:
+                layer = self.low_rank[name]
+                product = file.get_tensor(layer.high).float() @ file.get_tensor(layer.low).float()
+                changed = torch.add(changed, product, alpha=layer.scale)
+                if layer.magnitude is not None:
+                    lengths = torch.linalg.norm(changed, dim=1, keepdim=True)
+                    changed = changed * (
+                        file.get_tensor(layer.magnitude).float()[:, None] / lengths
+                    )
+            if name in self.rows:
+                key, numbers = self.rows[name]
+                changed = changed.clone()
+                changed[list(numbers)] = file.get_tensor(key).to(changed.dtype)
         return changed.to(device=weight.device, dtype=weight.dtype)
 
 
-def find_adapter(folder: Path) -> Adapter | None:
+def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
     """The adapter that a folder is; None where it holds whole weights, or no adapter.
+
+    An adapter with model.safetensors beside it is one all the same, on the base that it names, as
+    transformers reads such a folder; ``base=folder`` applies it to the weights beside it.
+
+    Args:
+        base: the checkpoint that it changes, instead of the one that it names.
 
     Raises:
         CheckpointError: its base cannot be found, or is an adapter itself; an adapter of a kind
             that is not understood.
     """
-    if not (folder / ADAPTER_CONFIG).is_file() or any(
-        (folder / name).is_file() for name in (SINGLE, INDEX)
-    ):
-        return None
     path = folder / ADAPTER_CONFIG
+    whole = _has_weights(folder)
+    held = (folder / WEIGHTS).is_file() or (folder / PICKLE).is_file()
+    if not path.is_file() or (whole and not held):
+        if base is not None:
+            raise CheckpointError(
+                f"{folder} is no adapter (it has no {path.name} with {WEIGHTS}), and a base was "
+                f"given for it: {base}"
+            )
+        return None
     settings = read_json(path)
     for name, expected in PLAIN.items():
         found = settings.get(name, expected[0])
         if found not in expected:
             raise CheckpointError(f"{path} has {name} {found!r:.40}, expected {expected[0]!r}")
-    base_name = settings.get("base_model_name_or_path")
-    if not isinstance(base_name, str) or not base_name:
-        raise CheckpointError(
-            f"{path} has base_model_name_or_path {base_name!r:.80}, expected the checkpoint that "
-            "it changes: a folder or a hub id"
-        )
-    try:
-        base = find(None if base_name == BUNDLED else base_name, settings.get("revision"))
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{folder} is an adapter, and its base (base_model_name_or_path in {path.name}) is not "
-            f"there: {error}"
-        ) from error
-    if (
-        not any((base / name).is_file() for name in (SINGLE, INDEX))
-        and (base / ADAPTER_CONFIG).is_file()
-    ):
+    notes = [f"{SINGLE} beside the adapter is not read"] if whole and base != folder else []
+    if base is None:
+        base = _named_base(folder, settings, whole)
+    else:
+        named = settings.get("base_model_name_or_path")
+        notes.append(f"{path.name} names the base {named}, {base} is used in its place")
+    if not _has_weights(base) and (base / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{folder} is an adapter of {base}, which is an adapter itself")
-    return Adapter(folder, base, settings)
+    return Adapter(folder, base, settings, tuple(notes))
 
 
-def read_files_of(folder: Path) -> CheckpointFiles:
-    """The files of a checkpoint, or of an adapter: its own, and its base's where it has none."""
-    adapter = find_adapter(folder)
-    return read_files(folder, None if adapter is None else adapter.base)
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def _named_base(folder: Path, settings: Mapping[str, Any], whole: bool) -> Path:
+    """The base that an adapter names: a hub id, or a folder seen from here or from the adapter."""
+    name = settings.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} has base_model_name_or_path {name!r:.80}, expected the "
+            "checkpoint that it changes: a folder or a hub id; base (--base) names it"
+        )
+    if not Path(name).is_dir() and (folder / name).is_dir():
+        return folder / name
+    try:
+        return find(None if name == BUNDLED else name, settings.get("revision"))
+    except CheckpointError as error:
+        beside = f", and {SINGLE} stands beside it" if whole else ""
+        raise CheckpointError(
+            f"{folder} is an adapter{beside}, and its base (base_model_name_or_path in "
+            f"{ADAPTER_CONFIG}) is not there: {error}; base (--base) names another"
+        ) from error
 
 
 def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
@@ -160,13 +217,14 @@ def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
     """
     path = adapter.folder / WEIGHTS
     if not path.is_file():
-        pickle = (adapter.folder / "adapter_model.bin").is_file()
-        hint = "; adapter_model.bin is a pickle file, which is never read" if pickle else ""
+        pickle = (adapter.folder / PICKLE).is_file()
+        hint = f"; {PICKLE} is a pickle file, which is never read" if pickle else ""
         raise CheckpointError(f"{adapter.folder} has no {WEIGHTS}{hint}")
     with open_weights(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     pairs: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
+    rows: dict[str, tuple[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         layer, kind = _parted(name)
@@ -177,7 +235,9 @@ def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
                 f"{path} holds {key}, expected {PREFIX}, a weight of {adapter.base} or one of its "
                 f"layers, and {LOW} or {HIGH}"
             )
-        if kind is not None:
+        if kind == ROWS:
+            rows[target] = (key, _row_numbers(adapter, layer, shape, entry.shape))
+        elif kind is not None:
             pairs.setdefault(target, {})[kind] = key
         elif shape != entry.shape:
             raise CheckpointError(
@@ -185,19 +245,44 @@ def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
             )
         else:
             whole[name] = key
-    if not pairs and not whole:
+    if not pairs and not whole and not rows:
         raise CheckpointError(f"{path} is empty")
     low_rank = {
         name: _checked(adapter, name, pair, shapes, entries[name].shape)
         for name, pair in pairs.items()
     }
-    return Changes(path, low_rank, whole)
+    absent = words_nowhere(adapter.settings.get("target_modules"), entries)
+    notes = [f"target_modules names {word}, which the base has nowhere" for word in absent]
+    return Changes(path, low_rank, whole, rows, (*adapter.notes, *notes))
 
 
 def _parted(name: str) -> tuple[str, str | None]:
-    """A tensor's layer and which of the two matrices it is, None for a whole weight."""
-    found = re.fullmatch(rf"(.+)\.({LOW}|{HIGH})\.weight", name)
-    return (name, None) if found is None else (found[1], found[2])
+    """A tensor's layer and which of an adapter's tensors it is, None for a whole weight."""
+    found = re.fullmatch(rf"(.+)\.(?:({LOW}|{HIGH})\.weight|({MAGNITUDE})(?:\.weight)?)", name)
+    if found is not None:
+        return found[1], found[2] or found[3]
+    if name.endswith(f".{ROWS}"):
+        return name.removesuffix(f".{ROWS}"), ROWS
+    return name, None
+
+
+def _row_numbers(
+    adapter: Adapter, layer: str, shape: tuple[int, ...], wanted: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The rows of an embedding that ``trainable_token_indices`` replaces."""
+    found = adapter.settings.get("trainable_token_indices")
+    if isinstance(found, Mapping):
+        named = (value for key, value in found.items() if layer == key or layer.endswith(f".{key}"))
+        found = next(named, None)
+    fits = isinstance(found, list) and all(
+        type(number) is int and 0 <= number < wanted[0] for number in found
+    )
+    if not fits or shape != (len(found or ()), wanted[1]):
+        raise CheckpointError(
+            f"{adapter.folder / ADAPTER_CONFIG} has trainable_token_indices {found!r:.60} for "
+            f"{layer}, and {WEIGHTS} {list(shape)}; expected rows of {list(wanted)}"
+        )
+    return tuple(found or ())
 
 
 def _checked(
@@ -206,8 +291,8 @@ def _checked(
     pair: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     wanted: tuple[int, ...],
-) -> tuple[str, str, float]:
-    """The names of a layer's two matrices and their scale."""
+) -> LowRank:
+    """A layer's tensors and their scale, each of the shape that it must have."""
     found = [list(shapes[pair[kind]]) if kind in pair else None for kind in (LOW, HIGH)]
     low, high = found
     fits = low and high and len(low) == len(high) == 2 and low[0] == high[1] > 0
@@ -216,5 +301,13 @@ def _checked(
             f"{adapter.folder / WEIGHTS} has {LOW} {low} and {HIGH} {high} for {name} "
             f"{list(wanted)}, expected [rank, {wanted[1]}] and [{wanted[0]}, rank]"
         )
-    layer = name.removesuffix(".weight")
-    return pair[LOW], pair[HIGH], adapter.scale(layer, low[0])  # type: ignore[index]
+    layer, dora = name.removesuffix(".weight"), bool(adapter.settings.get("use_dora"))
+    magnitude = shapes[pair[MAGNITUDE]] if MAGNITUDE in pair else None
+    if magnitude != ((wanted[0],) if dora else None):
+        raise CheckpointError(
+            f"{adapter.folder / WEIGHTS} has {MAGNITUDE} {magnitude and list(magnitude)} for "
+            f"{layer}, and {ADAPTER_CONFIG} use_dora {dora}; expected "
+            f"{[wanted[0]] if dora else 'none'}"
+        )
+    scale = adapter.scale(layer, low[0])  # type: ignore[index]
+    return LowRank(pair[LOW], pair[HIGH], scale, pair.get(MAGNITUDE))

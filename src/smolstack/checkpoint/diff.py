@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolstack.checkpoint.files import read_files
+from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.inspect import part_name
-from smolstack.checkpoint.weights import Entry, open_weights, read_entries
+from smolstack.checkpoint.source import Source, open_source
 
 AT_ONCE = 2**22  # numbers that are compared in one go: 32 MiB in float64
 
@@ -102,18 +102,19 @@ class Differences:
 
 
 def diff_checkpoints(
-    a: Path, b: Path, *, progress: Callable[[], None] | None = None
+    a: Path | ModelPath, b: Path | ModelPath, *, progress: Callable[[], None] | None = None
 ) -> Differences:
-    """Compare two checkpoint folders; weights are mapped and read piece by piece.
+    """Compare two checkpoints; weights are mapped and read piece by piece.
 
     Args:
-        a, b: Hugging Face folders.
+        a, b: whatever is loaded: folders, adapters on their bases, GGUF files.
         progress: called after every tensor.
 
     Raises:
         ConfigError, CheckpointError: a folder or a file of it cannot be read.
     """
-    ours, theirs = read_entries(a), read_entries(b)
+    one, other = open_source(a), open_source(b)
+    ours, theirs = one.entries, other.entries
     shared = [name for name in ours if name in theirs]
     reshaped = {
         name: f"{list(ours[name].shape)} → {list(theirs[name].shape)}"
@@ -123,7 +124,7 @@ def diff_checkpoints(
     parts: dict[str, Change] = {}
     tensors = []
     comparable = [name for name in shared if name not in reshaped]
-    for change in _compared(a, b, ours, theirs, comparable):
+    for change in _compared(one, other, comparable):
         tensors.append(change)
         part = part_name(change.name)
         parts.setdefault(part, Change(part)).add(change)
@@ -136,24 +137,25 @@ def diff_checkpoints(
         only_b=tuple(name for name in theirs if name not in ours),
         reshaped=reshaped,
         formats={
-            name: f"{ours[name].dtype} → {theirs[name].dtype}"
+            name: f"{_format(one, name)} → {_format(other, name)}"
             for name in shared
-            if ours[name].dtype != theirs[name].dtype
+            if _format(one, name) != _format(other, name)
         },
-        settings=_settings(a, b),
+        settings=_settings(one, other),
     )
 
 
-def _compared(
-    a: Path, b: Path, ours: Mapping[str, Entry], theirs: Mapping[str, Entry], names: list[str]
-) -> Iterator[Change]:
-    """Each tensor's change, in an order that opens every pair of files once."""
-    pairs = sorted({(ours[name].file, theirs[name].file) for name in names})
-    for first, second in pairs:
-        with open_weights(a / first) as one, open_weights(b / second) as other:
-            for name in names:
-                if (ours[name].file, theirs[name].file) == (first, second):
-                    yield _change(name, one.get_tensor(name), other.get_tensor(name))
+def _format(source: Source, name: str) -> str:
+    entry = source.entries[name]
+    return entry.stored or entry.dtype
+
+
+def _compared(one: Source, other: Source, names: list[str]) -> Iterator[Change]:
+    """Each tensor's change."""
+    for name in names:  # one at a time: each side has an order of its own
+        ((_, before),) = one.tensors((name,))
+        ((_, after),) = other.tensors((name,))
+        yield _change(name, before, after)
 
 
 def _change(name: str, before: Tensor, after: Tensor) -> Change:
@@ -174,9 +176,9 @@ def _change(name: str, before: Tensor, after: Tensor) -> Change:
     return change
 
 
-def _settings(a: Path, b: Path) -> dict[str, tuple[Any, Any]]:
+def _settings(a: Source, b: Source) -> dict[str, tuple[Any, Any]]:
     """Config keys that differ, and side files that do (by size, for want of a short way)."""
-    first, second = read_files(a), read_files(b)
+    first, second = a.files, b.files
     found: dict[str, tuple[Any, Any]] = {}
     one, other = dict(_leaves(first.config, "")), dict(_leaves(second.config, ""))
     for key in sorted({*one, *other}):

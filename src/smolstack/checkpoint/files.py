@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smolstack.checkpoint.derived import derive_config, derive_image
+from smolstack.checkpoint.kinds import refuse_other_kinds
 from smolstack.errors import CheckpointError, ConfigError
 
 # Small files that describe the processor; kept as they are when a checkpoint is saved again.
@@ -24,7 +26,9 @@ SIDE_FILES = (
     "chat_template.json",
     "chat_template.jinja",
     "video_preprocessor_config.json",
+    "additional_chat_templates/sentence_transformers.jinja",
 )
+RETRIEVAL_TEMPLATE = SIDE_FILES[-1]  # words around pages and queries, of newer retrieval models
 ADAPTER_CONFIG = "adapter_config.json"  # of a folder that only changes another's weights
 MAX_JSON_BYTES = 256 * 2**20
 
@@ -45,6 +49,7 @@ class CheckpointFiles:
         tokenizer_config: tokenizer_config.json, or an empty object.
         chat_template: the Jinja source, or None.
         side: the side files' contents by name.
+        notes: what was derived from the rest because it was missing, a sentence each.
     """
 
     folder: Path
@@ -56,6 +61,7 @@ class CheckpointFiles:
     tokenizer_config: Mapping[str, Any]
     chat_template: str | None
     side: Mapping[str, bytes] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
@@ -71,6 +77,7 @@ def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise CheckpointError(f"{folder} is {found}, expected a checkpoint folder")
+    refuse_other_kinds(folder)
     whole = (folder / "config.json").is_file()
     if base is None and not whole and (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
@@ -97,6 +104,8 @@ def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
         raise CheckpointError(f"{folder} has no tokenizer.json")
     video = _optional(place("video_preprocessor_config.json")) or processor.get("video_processor")
     tokenizer_config = _optional(place("tokenizer_config.json"))
+    image, told = derive_image(config, image)
+    config, more = derive_config(config, processor, place("tokenizer.json").read_bytes())
     return CheckpointFiles(
         folder=folder,
         config=config,
@@ -107,6 +116,7 @@ def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
         tokenizer_config=tokenizer_config,
         chat_template=_chat_template(place, processor, tokenizer_config),
         side={n: place(n).read_bytes() for n in SIDE_FILES if place(n).is_file()},
+        notes=(*told, *more),
     )
 
 

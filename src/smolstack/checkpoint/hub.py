@@ -2,21 +2,73 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from smolstack.errors import CheckpointError
 
 READER = Path(__file__).resolve().parent.parent / "reader"
 BUNDLED = "smolstack's bundled reader"  # its name in files, where None cannot stand
+GGUF = ".gguf"
 PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt"]  # never pickles, never code
 
 
-def find(model: str | Path | None, revision: str | None = None) -> Path:
-    """The folder of a checkpoint.
+@dataclass(frozen=True)
+class ModelPath:
+    """Where a model's files are.
+
+    Attributes:
+        path: a checkpoint folder, an adapter's folder, or a GGUF file of the language model.
+        base: for an adapter the folder that it changes, instead of the one that it names.
+        mmproj: for a GGUF file the one that holds the vision tower and the connector.
+    """
+
+    path: Path
+    base: Path | None = None
+    mmproj: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def absolute(self) -> ModelPath:
+        """The same from wherever it is looked at."""
+        base, mmproj = (p if p is None else p.absolute() for p in (self.base, self.mmproj))
+        return ModelPath(self.path.absolute(), base, mmproj)
+
+
+def locate(
+    model: str | Path | ModelPath | None,
+    revision: str | None = None,
+    *,
+    base: str | Path | None = None,
+    mmproj: str | Path | None = None,
+) -> ModelPath:
+    """Where a model's files are; what is not on this machine is fetched from the hub.
 
     Args:
-        model: a folder, a hub id such as ``HuggingFaceTB/SmolVLM-256M-Instruct``, or None for the
-            bundled reader.
+        model, revision: as for :func:`find`; a ModelPath is what it says.
+        base: the checkpoint that an adapter changes: a folder or a hub id.
+        mmproj: the file of a GGUF model's vision tower.
+
+    Raises:
+        CheckpointError: as :func:`find`; or no such file as ``mmproj``.
+    """
+    if isinstance(model, ModelPath):
+        return model
+    path = find(model, revision)
+    tower = None if mmproj is None else Path(mmproj)
+    if tower is not None and not tower.is_file():
+        found = "a folder" if tower.exists() else "nothing"
+        raise CheckpointError(f"{tower}: found {found}, expected a GGUF file of a vision tower")
+    return ModelPath(path, None if base is None else find(base), tower)
+
+
+def find(model: str | Path | None, revision: str | None = None) -> Path:
+    """The folder of a checkpoint, or a GGUF file.
+
+    Args:
+        model: a folder, a GGUF file, a hub id such as ``HuggingFaceTB/SmolVLM-256M-Instruct``, or
+            None for the bundled reader.
         revision: branch, tag or commit, for a hub id.
 
     Raises:
@@ -25,14 +77,14 @@ def find(model: str | Path | None, revision: str | None = None) -> Path:
     if model is None:
         return READER
     folder = Path(model)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix.lower() == GGUF):
         return folder
     name = str(model)
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         found = "a file" if folder.exists() else "nothing"
         raise CheckpointError(
-            f"{name}: found {found}, expected a checkpoint folder or a hub id such as "
-            "HuggingFaceTB/SmolVLM-256M-Instruct"
+            f"{name}: found {found}, expected a checkpoint folder, a {GGUF} file or a hub id such "
+            "as HuggingFaceTB/SmolVLM-256M-Instruct"
         )
     return _download(name, revision)
 

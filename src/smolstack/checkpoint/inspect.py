@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from smolstack.checkpoint import keys
-from smolstack.checkpoint.files import read_files
+from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.load import build_processor, end_tokens
+from smolstack.checkpoint.source import open_source
 from smolstack.checkpoint.verify import settle_head
-from smolstack.checkpoint.weights import Entry, read_entries
+from smolstack.checkpoint.weights import Entry
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
 from smolstack.processor.processor import Processor
@@ -60,6 +61,9 @@ class Inspection:
         special_tokens: text → id, for those that prompts and answers need.
         end_tokens: id → text of the tokens that end an answer.
         vocabulary: tokens of the tokenizer.
+        kind: what the weights came as: "safetensors", "MLX" or "GGUF".
+        base: of an adapter the folder that it changes, and how many of its weights.
+        notes: what was derived or is unusual, a sentence each.
     """
 
     folder: Path
@@ -72,6 +76,9 @@ class Inspection:
     special_tokens: Mapping[str, int]
     end_tokens: Mapping[int, str | None]
     vocabulary: int
+    kind: str = "safetensors"
+    base: tuple[Path, int] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def total_parameters(self) -> int:
@@ -117,32 +124,33 @@ class Inspection:
             "special_tokens": dict(self.special_tokens),
             "end_tokens": [{"id": i, "token": token} for i, token in self.end_tokens.items()],
             "vocabulary": self.vocabulary,
+            "kind": self.kind,
+            "base": None if self.base is None else str(self.base[0]),
+            "changed_by_adapter": 0 if self.base is None else self.base[1],
+            "notes": list(self.notes),
         }
 
 
-def inspect_checkpoint(folder: Path) -> Inspection:
-    """Describe a checkpoint folder without loading its weights.
+def inspect_checkpoint(where: Path | ModelPath) -> Inspection:
+    """Describe a checkpoint without loading its weights.
 
     Raises:
         ConfigError, CheckpointError: a file cannot be read, or contradicts another one.
     """
-    files = read_files(folder)
-    entries = read_entries(folder)
+    source = open_source(where)
+    files, entries, changes = source.files, source.entries, source.changes
     config = settle_head(ModelConfig.from_hf(files.config), entries)
     processor = build_processor(files, config)
     vision = config.vision
     side = processor.settings.tile_edge // vision.patch_size
     ends = end_tokens(files, config, processor)
     return Inspection(
-        folder=folder,
+        folder=source.where.path,
         config=config,
         settings=processor.settings,
         parameters=count_parts(entries),
         stored=_count_formats(entries),
-        weight_files={
-            name: (folder / name).stat().st_size
-            for name in sorted({entry.file for entry in entries.values()})
-        },
+        weight_files=source.sizes(),
         connector=ConnectorShape(
             grid=(side, side),
             scale=config.scale,
@@ -154,6 +162,9 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         special_tokens=_special_tokens(processor),
         end_tokens={token_id: processor.tokenizer.token(token_id) for token_id in ends},
         vocabulary=processor.tokenizer.size,
+        kind=source.kind,
+        base=None if changes is None else (source.weights.folder, len(changes)),
+        notes=source.notes,
     )
 
 
@@ -178,7 +189,7 @@ def part_name(name: str) -> str:
 def _count_formats(entries: Mapping[str, Entry]) -> dict[str, int]:
     formats: dict[str, int] = {}
     for name, entry in entries.items():
-        stored = _STORED[entry.dtype]
+        stored = entry.stored or _STORED[entry.dtype]
         formats[stored] = formats.get(stored, 0) + _weights(name, entry)
     return formats
 

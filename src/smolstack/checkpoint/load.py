@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from smolstack.checkpoint import compressed, keys
-from smolstack.checkpoint.adapter import Changes, find_adapter, read_changes
-from smolstack.checkpoint.files import CheckpointFiles, read_files
+from smolstack.checkpoint.files import CheckpointFiles
+from smolstack.checkpoint.hub import ModelPath
+from smolstack.checkpoint.source import Source, open_source
 from smolstack.checkpoint.verify import compare, settle_head
-from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
+from smolstack.checkpoint.weights import Entry
 from smolstack.config import ModelConfig, as_ids
 from smolstack.config.quantization import SCHEMES
 from smolstack.errors import ConfigError
@@ -29,24 +31,27 @@ QUANTISED = SCHEMES
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint."""
+    """A loaded checkpoint; ``where`` its files are, where it came from any."""
 
     files: CheckpointFiles
     config: ModelConfig
     model: VisionLanguageModel
     processor: Processor
     eos_token_ids: tuple[int, ...]
+    where: ModelPath | None = None
 
 
-def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> Checkpoint:
-    """Load a folder.
+def load_checkpoint(
+    where: Path | ModelPath, dtype: str = "auto", device: str = "auto"
+) -> Checkpoint:
+    """Load a checkpoint in whatever files it came (checkpoint/source.py).
 
     The model is built on the meta device and its weights are assigned from the memory-mapped
     files; nothing is copied unless ``dtype`` or ``device`` ask for it.
 
     Args:
-        folder: a Hugging Face checkpoint folder, or an adapter's: then its base's weights are read,
-            and changed.
+        where: a Hugging Face checkpoint folder, an adapter's (then its base's weights are read,
+            and changed), an MLX conversion's, or a GGUF file and its vision tower's.
         dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantised while loading, unless
             they are stored so), or "auto": the weights' own, except on a CPU without arithmetic in
             it, where float32 is faster and loses nothing.
@@ -55,28 +60,29 @@ def load_checkpoint(folder: Path, dtype: str = "auto", device: str = "auto") -> 
     Raises:
         ConfigError, CheckpointError: naming file, key, what was found and what was expected.
     """
-    adapter = find_adapter(folder)
-    place = folder if adapter is None else adapter.base
-    files = read_files(folder, None if adapter is None else adapter.base)
-    entries = read_entries(place)
+    source = open_source(where)
+    files, entries = source.files, source.entries
     compressed.check_method(files.config)
     config = settle_head(ModelConfig.from_hf(files.config), entries)
-    compare(config, entries).raise_if_wrong(place)
-    changes = None if adapter is None else read_changes(adapter, entries)
+    compare(config, entries).raise_if_wrong(source.where)
     processor = build_processor(files, config)
     target = choose_device(device)
     stored = None if config.quantization is None else config.quantization.name
     if stored is not None and dtype not in ("auto", stored):
         raise ConfigError(
-            f"{folder} holds {stored} weights and dtype is {dtype!r}, expected auto or {stored!r}"
+            f"{source.where} holds {stored} weights and dtype is {dtype!r}, expected auto or "
+            f"{stored!r}"
         )
-    if changes is not None and stored is not None:
-        raise ConfigError(f"{folder} changes {place}, which holds {stored} weights")
+    if source.changes is not None and stored is not None:
+        raise ConfigError(
+            f"{source.where} changes {source.weights.folder}, which holds {stored} weights"
+        )
     floats = _floats(dtype, config, entries, target)
-    model = load_weights(place, config, entries, floats, target, changes=changes)
+    model = load_weights(source, config, floats, target)
     if dtype in QUANTISED and stored is None:
         quantise(model, dtype)
-    return Checkpoint(files, model.config, model, processor, end_tokens(files, config, processor))
+    ends = end_tokens(files, config, processor)
+    return Checkpoint(files, model.config, model, processor, ends, source.where)
 
 
 def build_processor(files: CheckpointFiles, config: ModelConfig) -> Processor:
@@ -93,25 +99,18 @@ def build_processor(files: CheckpointFiles, config: ModelConfig) -> Processor:
 
 
 def load_weights(
-    folder: Path,
-    config: ModelConfig,
-    entries: dict[str, Entry],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    changes: Changes | None = None,
+    source: Source, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> VisionLanguageModel:
-    """A model in evaluation mode with the folder's weights, changed as an adapter says."""
+    """A model in evaluation mode with the weights of a source."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     state = {}
-    for name, tensor in read_tensors(folder, entries):
+    for name, tensor in source.tensors():
         if name.endswith(f".{compressed.SHAPE}"):
             continue
         scale = name.endswith(f".{compressed.SCALE}")
         number = torch.bfloat16 if scale else dtype if tensor.is_floating_point() else None
-        weight = tensor.to(device=device, dtype=number)
-        state[keys.from_hf(name)] = weight if changes is None else changes.apply(name, weight)
+        state[keys.from_hf(name)] = tensor.to(device=device, dtype=number)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
@@ -132,7 +131,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def _floats(
-    dtype: str, config: ModelConfig, entries: dict[str, Entry], device: torch.device
+    dtype: str, config: ModelConfig, entries: Mapping[str, Entry], device: torch.device
 ) -> torch.dtype:
     """What float weights are loaded in. Those that will be quantised stay as they are stored, so
     that no whole copy of the model is ever made; beside stored integers they are float32."""
@@ -141,7 +140,7 @@ def _floats(
     return _stored_dtype(entries) if dtype in QUANTISED else choose_dtype(dtype, entries, device)
 
 
-def choose_dtype(dtype: str, entries: dict[str, Entry], device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device) -> torch.dtype:
     """The dtype of a name; "auto" as :func:`load_checkpoint` says."""
     if dtype != "auto":
         if dtype not in DTYPES:
@@ -155,7 +154,7 @@ def choose_dtype(dtype: str, entries: dict[str, Entry], device: torch.device) ->
     return own
 
 
-def _stored_dtype(entries: dict[str, Entry]) -> torch.dtype:
+def _stored_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
     """The number format that most of the float weights are stored in."""
     stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     sizes = dict.fromkeys(stored, 0)

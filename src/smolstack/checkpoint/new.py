@@ -115,15 +115,20 @@ def side_files(preset: Preset, config: ModelConfig) -> dict[str, bytes]:
     """The processor's files: preprocessing, tokenizer, chat template, generation defaults."""
     family = "SmolVLM" if config.model_type.startswith("smol") else "Idefics3"
     tokens = preset.tokens
+    image = preset.settings.to_hf(f"{family}Processor")
+    if preset.video_edge is not None:
+        size = {"longest_edge": preset.video_edge}
+        image["video_sampling"] = {"fps": 1, "max_frames": 64, "video_size": size}
+    image = {key: value for key, value in image.items() if key not in preset.leaves_out}
     files: dict[str, Any] = {
-        "preprocessor_config.json": preset.settings.to_hf(f"{family}Processor"),
+        "preprocessor_config.json": image,
         "processor_config.json": {
             "processor_class": f"{family}Processor",
             "image_seq_len": config.tokens_per_tile,
         },
         "generation_config.json": {
             "bos_token_id": tokens.ids[tokens.bos],
-            "eos_token_id": [tokens.ids[tokens.eos]],
+            "eos_token_id": [tokens.ids[token] for token in (*tokens.ends, tokens.eos)],
             "pad_token_id": tokens.ids[tokens.pad],
         },
         "tokenizer_config.json": _tokenizer_config(tokens, family, config),
@@ -134,7 +139,11 @@ def side_files(preset: Preset, config: ModelConfig) -> dict[str, bytes]:
         },
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
     }
-    contents = {name: to_json(data).encode() for name, data in files.items()}
+    contents = {
+        name: to_json(data).encode()
+        for name, data in files.items()
+        if name not in preset.leaves_out
+    }
     contents["chat_template.jinja"] = CHAT_TEMPLATE.encode()
     contents["tokenizer.json"] = train_tokenizer(tokens, config.text.vocab_size)
     return contents

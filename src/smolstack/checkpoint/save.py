@@ -50,6 +50,7 @@ def save_checkpoint(
     """
     with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
         for name, content in side.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
         config = config_json(model.config, model.dtype)
         if (quantization := compressed.to_config(model)) is not None:

@@ -15,17 +15,25 @@ from smolstack.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_TYPES = ("F32", "BF16", "F16")
-INTEGER_TYPES = ("I32", "I64")  # quantised weights, and their shapes
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I64": 8}
+INTEGER_TYPES = ("I8", "I32", "I64")  # quantised weights, and their shapes
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a weight file, as its header describes it."""
+    """One tensor of a weight file, as its header describes it.
+
+    Attributes:
+        file: the weight file.
+        shape: of the tensor as it is read.
+        dtype: as safetensors names it, of the tensor as it is read.
+        stored: the number format in the file, where it is another one: "Q4_1", "MLX 4 bits".
+    """
 
     file: str
     shape: tuple[int, ...]
     dtype: str
+    stored: str = ""
 
     @property
     def elements(self) -> int:
@@ -39,8 +47,11 @@ class Entry:
         return self.elements * _BYTES.get(self.dtype, 8)
 
 
-def read_entries(folder: Path) -> dict[str, Entry]:
+def read_entries(folder: Path, also: tuple[str, ...] = ()) -> dict[str, Entry]:
     """Every tensor's name, shape and dtype, from the headers alone.
+
+    Args:
+        also: number formats that are expected besides floats and quantised integers.
 
     Raises:
         CheckpointError: no safetensors file, a truncated or malformed one, an index that names a
@@ -68,7 +79,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         raise CheckpointError(
             f"{folder / INDEX} and its files disagree: promised only {missing}, held only {extra}"
         )
-    known = (*FLOAT_TYPES, *INTEGER_TYPES)
+    known = (*FLOAT_TYPES, *INTEGER_TYPES, *also)
     wrong = sorted(key for key, entry in entries.items() if entry.dtype not in known)
     if wrong:
         raise CheckpointError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import opening, options
+from smolstack.cli import opening, options, parts
 from smolstack.cli.console import (
     note,
     plural,
@@ -58,6 +58,8 @@ def ask(
     ],
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -105,7 +107,16 @@ def ask(
         password=password,
     )
     chosen.update(options.form_options(schema, regex, choice))
-    vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
+    vlm = options.load_model(
+        model,
+        revision,
+        dtype,
+        device,
+        threads,
+        base=base,
+        mmproj=mmproj,
+        pictures=picture_cache,
+    )
     tiling = options.tiling_of(chosen)
     shown = [_opened(vlm, picture, fps, max_frames) for picture in pictures]
     plans = [_plans(vlm, picture, tiling) for picture in shown]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import opening, options
+from smolstack.cli import opening, options, parts
 from smolstack.cli.ask import plan_line, tell_ending, video_line
 from smolstack.cli.console import error, note, progress, write_piece
 from smolstack.errors import PromptError, SmolstackError
@@ -114,6 +114,8 @@ def chat(
     *,
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -151,7 +153,16 @@ def chat(
         upscale=upscale,
         password=password,
     )
-    vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
+    vlm = options.load_model(
+        model,
+        revision,
+        dtype,
+        device,
+        threads,
+        base=base,
+        mmproj=mmproj,
+        pictures=picture_cache,
+    )
     conversation = Conversation(vlm, chosen, verbose=verbose)
     for image in images or []:
         conversation.add_picture(image)

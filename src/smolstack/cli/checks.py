@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from smolstack.checkpoint.files import SIDE_FILES, CheckpointFiles, read_files, read_json
+from smolstack.checkpoint.hub import ModelPath
+from smolstack.checkpoint.kinds import refuse_other_kinds
+from smolstack.checkpoint.source import BARE, kind_of_files, open_folder, open_source
+from smolstack.checkpoint.stored import Read, Stored
 from smolstack.checkpoint.verify import settle_head
+from smolstack.checkpoint.weights import read_tensors
 from smolstack.cli.checks_of_tokens import check_prompt, check_tokenizer
 from smolstack.cli.checks_of_weights import (
     check_names,
     check_tie,
     check_values,
+    describe,
     read_weight_files,
 )
 from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
@@ -70,30 +78,37 @@ class Check:
             self.problems.append(str(error))
 
 
-def check_checkpoint(folder: Path, *, values: bool = False) -> list[Check]:
-    """Every check of a checkpoint folder.
+def check_checkpoint(where: Path | ModelPath, *, values: bool = False) -> list[Check]:
+    """Every check of a checkpoint.
 
     Args:
-        folder: a Hugging Face checkpoint folder.
+        where: a Hugging Face checkpoint folder, or whatever else is loaded.
         values: also read all weights and look for NaN and infinity.
 
     Raises:
-        CheckpointError: there is no folder to look at.
+        CheckpointError: there is nothing to look at.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder, expected a checkpoint")
+    where = ModelPath(where) if isinstance(where, Path) else where
+    if not where.path.exists():
+        raise CheckpointError(f"{where} is no folder, expected a checkpoint")
     checks = {name: Check(name) for name in (*NAMES, *(["values"] if values else []))}
-    files = _check_files(checks["files"], folder)
-    raw = files.config if files is not None else _config_alone(folder)
+    first = checks["files"]
+    kind = _kind(first, where)
+    if kind is None:
+        _skip(*(check for check in checks.values() if check is not first))
+        return list(checks.values())
+    if kind == "folder":
+        files = _check_files(first, where.path)
+        raw = files.config if files is not None else _config_alone(where.path)
+        weights = _folder_weights(checks["weight files"], where.path, raw)
+    else:
+        files, weights = _check_source(first, checks["weight files"], where)
+        raw = {} if files is None else files.config
+    if files is not None:
+        first.remarks += files.notes
     config = _check_config(checks["config"], raw)
     settings = _check_preprocessing(checks["preprocessing"], files, config)
-    entries = read_weight_files(checks["weight files"], folder, raw)
-    if config is None or not entries:
-        _skip(checks["names and shapes"], checks["tied head"])
-    else:
-        check_tie(checks["tied head"], config, entries, folder)
-        config = settle_head(config, entries)
-        check_names(checks["names and shapes"], config, entries)
+    config = _check_weights(checks, config, weights)
     if files is None or config is None:
         _skip(checks["tokenizer"], checks["prompt"])
     else:
@@ -102,12 +117,71 @@ def check_checkpoint(folder: Path, *, values: bool = False) -> list[Check]:
             _skip(checks["prompt"])
         else:
             check_prompt(checks["prompt"], files, config, settings, tokenizer)
-    if values:
-        if entries:
-            check_values(checks["values"], folder, entries)
-        else:
-            _skip(checks["values"])
     return list(checks.values())
+
+
+def _kind(check: Check, where: ModelPath) -> str | None:
+    """What the checkpoint came as; None where it is something else, which is said."""
+    with check.collecting():
+        if where.path.is_dir():
+            refuse_other_kinds(where.path)
+        return kind_of_files(where)
+    return None
+
+
+def _check_weights(
+    checks: Mapping[str, Check], config: ModelConfig | None, weights: Stored | None
+) -> ModelConfig | None:
+    """Names, shapes, the head and the values; the config with its head as the weights have it."""
+    if values := checks.get("values"):
+        if weights is not None:
+            check_values(values, weights)
+        else:
+            _skip(values)
+    if config is None or weights is None:
+        _skip(checks["names and shapes"], checks["tied head"])
+        return config
+    check_tie(checks["tied head"], config, weights)
+    config = settle_head(config, weights.entries)
+    check_names(checks["names and shapes"], config, weights.entries)
+    return config
+
+
+def _folder_weights(check: Check, folder: Path, raw: Mapping[str, Any]) -> Stored | None:
+    """The weights of a plain folder, every difference of its files noted; None for none."""
+    entries = read_weight_files(check, folder, raw)
+    if not entries:
+        return None
+    if all(name.startswith(BARE) for name in entries):
+        with check.collecting():
+            bare = open_folder(folder)
+            check.remarks += bare.notes
+            return bare
+        return None
+
+    def read(names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
+        some = entries if names is None else {name: entries[name] for name in names}
+        return read_tensors(folder, some)
+
+    return Stored(folder, entries, read)
+
+
+def _check_source(
+    first: Check, check: Check, where: ModelPath
+) -> tuple[CheckpointFiles | None, Stored | None]:
+    """What is no plain folder: it opens, or the one difference that it does not open for."""
+    with first.collecting():
+        source = open_source(where)
+        first.found = ", ".join(sorted(source.files.side))
+        read: Read = source.tensors
+        changes = source.changes
+        first.remarks += [note for note in source.notes if note not in source.files.notes]
+        check.found = describe(source.entries, sum(source.sizes().values()))
+        if changes is not None:
+            check.found += f"; {len(changes)} of them changed by the adapter"
+        return source.files, Stored(source.weights.folder, source.entries, read)
+    _skip(check)
+    return None, None
 
 
 def _skip(*checks: Check) -> None:

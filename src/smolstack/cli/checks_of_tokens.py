@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.load import end_tokens
+from smolstack.cli.console import plural
 from smolstack.config import ModelConfig, as_ids
 from smolstack.errors import ConfigError
 from smolstack.processor.processor import Processor
@@ -58,7 +59,8 @@ def check_prompt(
     settings: ImageSettings,
     tokenizer: TextTokenizer,
 ) -> None:
-    """A question about a split picture: one placeholder, and its visual tokens in their number."""
+    """A question about an image, split into tiles or not as the folder says: one placeholder, and
+    its visual tokens in their number."""
     with check.collecting():
         processor = Processor(config, settings, tokenizer, files.chat_template)
         ends = end_tokens(files, config, processor)
@@ -68,7 +70,7 @@ def check_prompt(
             if not 0 <= token_id < config.text.vocab_size or tokenizer.token(token_id) is None:
                 check.problems.append(f"the end token {token_id} is not in the vocabulary")
         edge = settings.tile_edge
-        plan = processor.plan((2 * edge, edge), split=True)
+        plan = processor.plan((2 * edge, edge))
         if processor.template is None:
             check.remarks.append("there is no chat template; only plain prompts can be asked")
             return
@@ -82,16 +84,18 @@ def check_prompt(
                     ],
                 }
             ],
-            split=True,
         )
         ids = list(prompt.token_ids)
         visual = ids.count(config.image_token_id)
         if visual != plan.visual_tokens:
             check.problems.append(
-                f"the prompt of a picture in {plan.tiles} tiles has {visual} image tokens, "
+                f"the prompt of an image in {plan.tiles} tiles has {visual} image tokens, "
                 f"expected {plan.visual_tokens}"
             )
-        check.found = f"{len(ids)} tokens for a picture in {plan.tiles} tiles, {visual} visual"
+        check.found = (
+            f"{len(ids)} tokens for an image of {2 * edge}x{edge} in {plural(plan.tiles, 'tile')}, "
+            f"{visual} visual; do_image_splitting is {str(settings.split).lower()}"
+        )
         absent = [
             marker
             for marker in (processor.markers.whole, "<row_1_col_1>")

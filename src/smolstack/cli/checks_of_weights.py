@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolstack.checkpoint import keys
 from smolstack.checkpoint.files import read_json
+from smolstack.checkpoint.stored import Stored
 from smolstack.checkpoint.verify import expected_weights, unlike
 from smolstack.checkpoint.weights import (
     FLOAT_TYPES,
@@ -16,7 +17,6 @@ from smolstack.checkpoint.weights import (
     SINGLE,
     Entry,
     open_weights,
-    read_tensors,
 )
 from smolstack.cli.console import millions, plural, size_in_bytes
 from smolstack.config import ModelConfig
@@ -50,14 +50,19 @@ def read_weight_files(check: Check, folder: Path, raw: Mapping[str, Any]) -> dic
     for key in sorted(set(entries) - set(promised)) if promised else ():
         check.problems.append(f"{entries[key].file} holds {key}, which {INDEX} does not name")
     _check_formats(check, entries, raw)
+    check.found = describe(entries, total)
+    return entries
+
+
+def describe(entries: Mapping[str, Entry], size: int) -> str:
+    """Weights in one line: files, bytes, number and formats."""
     elements = sum(entry.elements for entry in entries.values())
-    formats = sorted({entry.dtype for entry in entries.values()})
+    formats = sorted({entry.stored or entry.dtype for entry in entries.values()})
     files = plural(len({entry.file for entry in entries.values()}), "file")
-    check.found = (
-        f"{files}, {size_in_bytes(total)}, {plural(len(entries), 'weight')}, "
+    return (
+        f"{files}, {size_in_bytes(size)}, {plural(len(entries), 'weight')}, "
         f"{millions(elements)} parameters in {', '.join(formats)}"
     )
-    return entries
 
 
 def check_names(check: Check, config: ModelConfig, entries: Mapping[str, Entry]) -> None:
@@ -78,10 +83,9 @@ def check_names(check: Check, config: ModelConfig, entries: Mapping[str, Entry])
     check.found = f"{plural(len(expected), 'weight')} expected, {len(entries)} found"
 
 
-def check_tie(
-    check: Check, config: ModelConfig, entries: Mapping[str, Entry], folder: Path
-) -> None:
+def check_tie(check: Check, config: ModelConfig, weights: Stored) -> None:
     """What config.json says of the head, against the weights. The weights decide in loading."""
+    entries = weights.entries
     head, embedding = f"{keys.LM_HEAD}.weight", keys.to_hf("decoder.embedding.weight")
     if f"{keys.EMBEDDING_HEAD}.weight" in entries:
         check.found = "an embedding head; there is nothing to tie"
@@ -94,17 +98,17 @@ def check_tie(
             "the token embedding, other readers may start it at random"
         )
     if stored and config.tied:
-        same = embedding in entries and _equal(folder, entries, head, embedding)
+        same = embedding in entries and _equal(weights, head, embedding)
         check.remarks.append(
             f"config.json says tie_word_embeddings true, and {head} is stored all the same, "
             + ("equal to the token embedding" if same else "with other values, which are used")
         )
 
 
-def check_values(check: Check, folder: Path, entries: Mapping[str, Entry]) -> None:
+def check_values(check: Check, weights: Stored) -> None:
     """No weight holds NaN or infinity."""
     read = 0
-    for name, tensor in read_tensors(folder, entries):
+    for name, tensor in weights.read(None):
         read += tensor.numel()
         finite = tensor.isfinite()
         if not bool(finite.all()):
@@ -149,9 +153,8 @@ def _check_formats(check: Check, entries: Mapping[str, Entry], raw: Mapping[str,
         check.remarks.append(f"config.json says {said}, the weights are {', '.join(formats)}")
 
 
-def _equal(folder: Path, entries: Mapping[str, Entry], one: str, other: str) -> bool:
-    if entries[one].shape != entries[other].shape:
+def _equal(weights: Stored, one: str, other: str) -> bool:
+    if weights.entries[one].shape != weights.entries[other].shape:
         return False
-    wanted = {name: entries[name] for name in (one, other)}
-    tensors = dict(read_tensors(folder, wanted))
+    tensors = dict(weights.read((one, other)))
     return bool((tensors[one] == tensors[other]).all())

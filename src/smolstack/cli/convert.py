@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smolstack.cli import opening, options
+from smolstack.cli import opening, options, parts
 from smolstack.cli.console import note, plural, show, show_json
 from smolstack.cli.rate import progress
 
@@ -43,6 +43,8 @@ def convert(
     ],
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -75,6 +77,8 @@ def convert(
             out,
             model=model,
             revision=revision,
+            base=base,
+            mmproj=mmproj,
             dtype=dtype.value,
             device=device,
             question=question,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import options, parts
 from smolstack.cli.console import count, millions, plural, progress, show, show_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint folder or a hub id.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     *,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     top: Annotated[int, typer.Option(min=0, help="Tensors to show, most changed first.")] = 8,
     exit_code: Annotated[
         bool, typer.Option("--exit-code", help="End with code 1 when anything differs.")
@@ -41,13 +43,14 @@ def diff(
     """Compare two checkpoints: which parts changed, by how much, and which settings differ.
 
     A change is ‖B − A‖ / ‖A‖, the Euclidean norm of all weights of a part or a tensor. Weights are
-    memory-mapped and read piece by piece, so size does not matter.
+    memory-mapped and read piece by piece, so size does not matter. `--base` and `--mmproj` belong
+    to B.
     """
     with progress(f"Comparing {a} and {b} …"):
         from smolstack.checkpoint.diff import diff_checkpoints
-        from smolstack.checkpoint.hub import find
+        from smolstack.checkpoint.hub import find, locate
 
-        found = diff_checkpoints(find(a, None), find(b, None))
+        found = diff_checkpoints(find(a, None), locate(b, base=base, mmproj=mmproj))
     if json:
         show_json(found.to_dict())
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import options, parts
 from smolstack.cli.console import progress, show, show_json, size_in_bytes
 from smolstack.errors import CheckpointError
 
@@ -52,6 +52,8 @@ def export(
         ),
     ] = [ExportDtype.fp32],  # noqa: B006 - typer's way to give a list a default
     revision: options.RevisionOption = None,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that exists.")
     ] = False,
@@ -71,7 +73,14 @@ def export(
     names = [entry.value for entry in dtype]
     with _steps(count_steps(names)) as on_step:
         graphs = write(
-            model, folder, dtypes=names, revision=revision, overwrite=overwrite, on_step=on_step
+            model,
+            folder,
+            dtypes=names,
+            revision=revision,
+            base=base,
+            mmproj=mmproj,
+            overwrite=overwrite,
+            on_step=on_step,
         )
     if json:
         show_json(

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from smolstack.cli import options
-from smolstack.cli.console import count, millions, pairs, progress, show, show_json, size_in_bytes
+from smolstack.cli import options, parts
+from smolstack.cli.console import (
+    count,
+    millions,
+    note,
+    pairs,
+    progress,
+    show,
+    show_json,
+    size_in_bytes,
+)
 
 if TYPE_CHECKING:
     from smolstack.checkpoint.inspect import Inspection
@@ -24,14 +33,16 @@ def inspect(
     model: options.OptionalModelArgument = None,
     *,
     revision: options.RevisionOption = None,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     json: options.JsonOption = False,
 ) -> None:
     """Show a checkpoint's sizes, shapes, memory and tokens. Loads no weights."""
     with progress(f"Inspecting {model or 'the bundled reader'} …"):
-        from smolstack.checkpoint.hub import find
+        from smolstack.checkpoint.hub import locate
         from smolstack.checkpoint.inspect import inspect_checkpoint
 
-        found = inspect_checkpoint(find(model, revision))
+        found = inspect_checkpoint(locate(model, revision, base=base, mmproj=mmproj))
     if json:
         show_json(found.to_dict())
         return
@@ -47,6 +58,8 @@ def inspect(
     )
     for number, (title, rows) in enumerate(sections):
         show(*([""] if number else []), pairs(rows, title))
+    for sentence in found.notes:
+        note(sentence)
 
 
 def _checkpoint(found: Inspection) -> list[tuple[str, str]]:
@@ -56,10 +69,16 @@ def _checkpoint(found: Inspection) -> list[tuple[str, str]]:
         name if len(found.stored) == 1 else f"{name} ({millions(parameters)})"
         for name, parameters in found.stored.items()
     )
+    base = []
+    if found.base is not None:
+        folder, changed = found.base
+        base = [("base", f"{folder}, {count(changed)} of its weights changed by the adapter")]
     return [
         ("folder", str(found.folder)),
+        *base,
         ("model type", found.config.model_type),
         ("weights", f"{stored}, {size_in_bytes(found.bytes_on_disk)} in {where}"),
+        *([] if found.kind == "safetensors" else [("came as", found.kind)]),
     ]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import opening, options
+from smolstack.cli import opening, options, parts
 from smolstack.cli.console import plural, show, show_json
 from smolstack.cli.rate import progress
 from smolstack.errors import BulkError
@@ -140,6 +140,8 @@ def map_(
     choice: options.ChoiceOption = None,
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -189,6 +191,8 @@ def map_(
             out=out,
             model=model,
             revision=revision,
+            base=base,
+            mmproj=mmproj,
             dtype=dtype.value,
             device=device,
             embed=None if embed is None else embed.value,

@@ -37,8 +37,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        metavar="FOLDER|HUB_ID",
-        help="A checkpoint folder or a hub id; without it, the bundled reader.",
+        metavar="FOLDER|FILE|HUB_ID",
+        help="A checkpoint folder, a GGUF file or a hub id; without it, the bundled reader.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -46,14 +46,11 @@ RevisionOption = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME", rich_help_panel=_MODEL),
 ]
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a hub id.")
-]
+_MODEL_HELP = "A checkpoint folder, a GGUF file or a hub id"
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}.")]
 OptionalModelArgument = Annotated[
     str | None,
-    typer.Argument(
-        metavar="MODEL", help="A checkpoint folder or a hub id; without it, the bundled reader."
-    ),
+    typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}; without it, the bundled reader."),
 ]
 DtypeOption = Annotated[
     Dtype,
@@ -302,6 +299,8 @@ def load_model(
     device: str,
     threads: int | None,
     *,
+    base: str | None = None,
+    mmproj: Path | None = None,
     pictures: Path | None = None,
 ) -> VLM:
     """Load a checkpoint as the options say, with a spinner while it takes its time."""
@@ -314,6 +313,8 @@ def load_model(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        vlm = load(model, dtype=dtype.value, device=device, revision=revision)
+        vlm = load(
+            model, dtype=dtype.value, device=device, revision=revision, base=base, mmproj=mmproj
+        )
     vlm.picture_cache.folder = pictures
     return vlm

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import opening, options
+from smolstack.cli import opening, options, parts
 from smolstack.cli.ask import STDIN, plan_json, read_picture, size
 from smolstack.cli.console import (
     count,
@@ -24,6 +24,7 @@ from smolstack.cli.console import (
 from smolstack.errors import ImageError
 
 if TYPE_CHECKING:
+    from smolstack.checkpoint.hub import ModelPath
     from smolstack.processor.geometry import TilePlan, Tiling
     from smolstack.processor.processor import Processor
     from smolstack.processor.tiles import ImageSource
@@ -65,6 +66,8 @@ def plan(
     *,
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     question: Annotated[
         str, typer.Option("--question", "-q", help="Count the prompt of asking this.")
     ] = "",
@@ -84,7 +87,9 @@ def plan(
     if images.count(STDIN) > 1:
         raise ImageError(f"- stands {images.count(STDIN)} times, but stdin holds one picture")
     with progress("Planning …"):
-        processor = load_processor(model, revision)
+        from smolstack.checkpoint.hub import locate
+
+        processor = load_processor(locate(model, revision, base=base, mmproj=mmproj))
         context = processor.config.text.max_positions
         tiling: Tiling = {
             "split": split,
@@ -108,14 +113,13 @@ def plan(
         note(f"drawn in {out}")
 
 
-def load_processor(model: str | None, revision: str | None) -> Processor:
+def load_processor(where: ModelPath) -> Processor:
     """The processor of a checkpoint; its weights stay unread."""
-    from smolstack.checkpoint.adapter import read_files_of
-    from smolstack.checkpoint.hub import find
     from smolstack.checkpoint.load import build_processor
+    from smolstack.checkpoint.source import files_alone
     from smolstack.config import ModelConfig
 
-    files = read_files_of(find(model, revision))
+    files = files_alone(where)
     return build_processor(files, ModelConfig.from_hf(files.config))
 
 

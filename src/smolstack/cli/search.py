@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import options, parts
 from smolstack.cli.console import progress, show, show_json
 from smolstack.errors import BulkError
 
@@ -41,6 +41,8 @@ def search(
     ],
     top: Annotated[int, typer.Option(min=1, help="Pages for each query, at most.")] = 10,
     revision: options.RevisionOption = None,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -56,7 +58,7 @@ def search(
         from smolstack.bulk.embeddings import shape_of
     except ImportError as error:
         raise BulkError(str(error)) from None
-    vlm = options.load_model(model, revision, dtype, device, threads)
+    vlm = options.load_model(model, revision, dtype, device, threads, base=base, mmproj=mmproj)
     vectors = vlm.embed_queries(queries)
     with progress(f"Searching {index} …"):
         found = search_pages(index, vectors, top=top, shape=shape_of(vlm))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import options, parts
 from smolstack.cli.console import note
 from smolstack.errors import ConfigError, GenerationError
 
@@ -32,6 +32,8 @@ def serve(
     *,
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -179,7 +181,16 @@ def serve(
     )
     listener = _listen(host, port)
     with listener:
-        vlm = options.load_model(model, revision, dtype, device, threads, pictures=picture_cache)
+        vlm = options.load_model(
+            model,
+            revision,
+            dtype,
+            device,
+            threads,
+            base=base,
+            mmproj=mmproj,
+            pictures=picture_cache,
+        )
         if vlm.config.embedding_dim is not None:
             raise ConfigError(
                 f"{vlm.folder} ends in an embedding head and answers nothing, expected a language "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smolstack.cli import options
+from smolstack.cli import options, parts
 from smolstack.cli.console import plural, progress, show, show_json
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def verify(
     model: options.OptionalModelArgument = None,
     *,
     revision: options.RevisionOption = None,
+    base: parts.BaseOption = None,
+    mmproj: parts.MmprojOption = None,
     values: Annotated[
         bool,
         typer.Option("--values", help="Read every weight and look for NaN and infinity as well."),
@@ -41,10 +43,10 @@ def verify(
     All differences are listed, not only the first.
     """
     with progress(f"Checking {model or 'the bundled reader'} …"):
-        from smolstack.checkpoint.hub import find
+        from smolstack.checkpoint.hub import locate
         from smolstack.cli.checks import check_checkpoint
 
-        folder = find(model, revision)
+        folder = locate(model, revision, base=base, mmproj=mmproj)
         checks = check_checkpoint(folder, values=values)
     problems = sum(len(check.problems) for check in checks)
     if json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,14 @@ class VideoSettings:
         fps: frames per second, at most.
         max_frames: of a video, at most; of a longer one they are further apart.
         longest_edge: pixels that a frame's longer side is resized to first.
+        image_edge: pixels that an image's longer side is resized to (``size``), where the same
+            file says both; see :meth:`by_way_of_size`.
     """
 
     fps: float = 1.0
     max_frames: int = 64
     longest_edge: int | None = None
+    image_edge: int | None = None
 
     @classmethod
     def from_hf(cls, *places: Mapping[str, Any]) -> VideoSettings:
@@ -61,14 +64,24 @@ class VideoSettings:
                 "fps": sampling.get("fps", place.get("fps")),
                 "max_frames": sampling.get("max_frames", place.get("num_frames")),
                 "longest_edge": (sampling.get("video_size") or {}).get("longest_edge"),
+                "image_edge": (place.get("size") or {}).get("longest_edge") if sampling else None,
             }
             found = {key: value for key, value in told.items() if value is not None} | found
         return cls(**found)
 
+    def by_way_of_size(self) -> VideoSettings:
+        """The same with frames resized to ``size`` first, as images are, and then to a tile.
+
+        transformers 5 does so: it reads ``video_sampling.video_size`` and overwrites it by
+        ``size``. The checkpoints' own ``video_size``, which transformers 4.50 took, is the default.
+        """
+        return self if self.image_edge is None else replace(self, longest_edge=self.image_edge)
+
     def __post_init__(self) -> None:
-        for name, lowest in (("fps", 0), ("max_frames", 1), ("longest_edge", 1)):
+        limits = (("fps", 0), ("max_frames", 1), ("longest_edge", 1), ("image_edge", 1))
+        for name, lowest in limits:
             value = getattr(self, name)
-            if name == "longest_edge" and value is None:
+            if name.endswith("_edge") and value is None:
                 continue
             kinds = (int, float) if name == "fps" else (int,)
             if isinstance(value, bool) or not isinstance(value, kinds) or value < lowest:

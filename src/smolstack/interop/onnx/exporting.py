@@ -18,7 +18,7 @@ from typing import Any
 
 import onnx
 
-from smolstack.checkpoint.hub import find
+from smolstack.checkpoint.hub import locate
 from smolstack.checkpoint.load import Checkpoint, load_checkpoint
 from smolstack.checkpoint.save import atomic_folder, complete_side_files, config_json, to_json
 from smolstack.errors import ConfigError
@@ -58,6 +58,8 @@ def export(
     *,
     dtypes: Sequence[str | Precision] = ("fp32",),
     revision: str | None = None,
+    base: str | Path | None = None,
+    mmproj: str | Path | None = None,
     overwrite: bool = False,
     on_step: Callable[[str], None] | None = None,
 ) -> list[ExportedGraph]:
@@ -68,6 +70,7 @@ def export(
         folder: must not exist or be empty, unless ``overwrite``; it appears when all is well.
         dtypes: one or more of "fp32", "fp16", "int8"; they stand beside each other.
         revision: branch, tag or commit of a hub id.
+        base, mmproj: as for :func:`smolstack.load`.
         on_step: told what is about to be done, :func:`count_steps` times.
 
     Raises:
@@ -82,7 +85,8 @@ def export(
     # An occupied folder is refused before any work.
     with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
         step("Loading the model")
-        checkpoint = load_checkpoint(find(model, revision), "float32", "cpu")
+        where = locate(model, revision, base=base, mmproj=mmproj)
+        checkpoint = load_checkpoint(where, "float32", "cpu")
         network, config = checkpoint.model, checkpoint.config
         if config.embedding_dim is not None:
             raise ConfigError(
@@ -105,6 +109,7 @@ def export(
                     ExportedGraph(path.relative_to(temporary), precision, size, difference)
                 )
         for file, content in _side_files(checkpoint).items():
+            (temporary / file).parent.mkdir(exist_ok=True)
             (temporary / file).write_bytes(content)
         data = config_json(config, network.dtype)
         data["transformers.js_config"] = _transformers_js(temporary / "onnx")

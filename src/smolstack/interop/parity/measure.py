@@ -120,6 +120,7 @@ def measure(
 def _write_files(preset: Preset, config: ModelConfig, folder: Path) -> CheckpointFiles:
     """A checkpoint folder without weights: processors need none."""
     for name, content in side_files(preset, config).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
     return read_files(folder)

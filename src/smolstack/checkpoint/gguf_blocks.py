@@ -1,0 +1,96 @@
+"""Number formats of GGUF files, and the one place where a tensor's blocks become floats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from smolstack.errors import CheckpointError
+
+# Formats that are floats already, by their names in safetensors.
+FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A number format: ``block`` numbers are stored together in ``bytes``.
+
+    Attributes:
+        name: llama.cpp's, "Q4_1".
+        code: its number in files.
+    """
+
+    name: str
+    code: int
+    block: int
+    bytes: int
+
+    @property
+    def dtype(self) -> str:
+        """What :func:`to_floats` makes of it, as safetensors names it."""
+        return FLOATS.get(self.name, "F32")
+
+
+def gguf_package() -> Any:
+    """The package gguf.
+
+    Raises:
+        CheckpointError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(
+            "GGUF files need the package gguf (pip install 'smolstack[gguf]')"
+        ) from None
+    return gguf
+
+
+@cache
+def _kind(code: int) -> Kind | None:
+    package = gguf_package()
+    try:
+        found = package.GGMLQuantizationType(code)
+        block, size = package.GGML_QUANT_SIZES[found]
+        if found.name not in FLOATS:
+            package.quants.dequantize(np.zeros((1, size), np.uint8), found)
+    except (ValueError, KeyError, NotImplementedError):
+        return None
+    return Kind(found.name, code, block, size)
+
+
+def kind_of(code: int, who: str) -> Kind:
+    """The number format of a code.
+
+    Raises:
+        CheckpointError: there is none, or its blocks cannot be turned into floats.
+    """
+    kind = _kind(code)
+    if kind is None:
+        raise CheckpointError(f"{who} in number format {code}, which is not read")
+    return kind
+
+
+def to_floats(rows: npt.NDArray[np.uint8], kind: Kind) -> Tensor:
+    """Rows of blocks as floats: (rows, bytes of a row) → (rows, numbers of a row).
+
+    Floats stay mapped and in their own format; quantised blocks are float32.
+    """
+    if kind.name == "F32":
+        return torch.from_numpy(rows.view(np.float32))
+    if kind.name == "F16":
+        return torch.from_numpy(rows.view(np.float16))
+    if kind.name == "BF16":
+        return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
+    package = gguf_package()
+    with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be NaN
+        floats = package.quants.dequantize(
+            np.ascontiguousarray(rows), package.GGMLQuantizationType(kind.code)
+        )
+    return torch.from_numpy(np.ascontiguousarray(floats, dtype=np.float32))

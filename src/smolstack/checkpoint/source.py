@@ -1,0 +1,161 @@
+"""A checkpoint in whatever files it came: one way to its settings, its entries and its tensors.
+
+Loading, ``verify``, ``inspect`` and ``diff`` all read a checkpoint through :func:`open_source`, so
+that they agree about what it is: a folder, an adapter on its base, an MLX conversion, GGUF files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from smolstack.checkpoint import mlx
+from smolstack.checkpoint.adapter import Adapter, Changes, find_adapter, read_changes
+from smolstack.checkpoint.files import CheckpointFiles, read_files
+from smolstack.checkpoint.gguf_source import open_gguf
+from smolstack.checkpoint.hub import GGUF, ModelPath
+from smolstack.checkpoint.kinds import is_mlx, peek, refuse_other_kinds
+from smolstack.checkpoint.stored import Stored
+from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
+from smolstack.errors import CheckpointError
+
+BARE = ("vision_model.", "text_model.", "connector.")  # names of a model without its head
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint; weights stay on disk until they are asked for.
+
+    Attributes:
+        where: its files.
+        files: its settings, its tokenizer's and its processor's files.
+        weights: its weights under Hugging Face names, without an adapter.
+        kind: "safetensors", "MLX" or "GGUF".
+        changes: what an adapter does to them.
+        notes: what was derived or is unusual and not wrong, a sentence each.
+    """
+
+    where: ModelPath
+    files: CheckpointFiles
+    weights: Stored
+    kind: str = "safetensors"
+    changes: Changes | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Every weight by its Hugging Face name."""
+        return self.weights.entries
+
+    def tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) pairs, of all weights or some, on the CPU.
+
+        What no adapter changes is memory-mapped and in the dtype of its entry, where the file
+        holds it so; what one changes is computed in float32.
+        """
+        for name, tensor in self.weights.read(names):
+            if self.changes is None or not self.changes.touch(name):
+                yield name, tensor
+            else:
+                yield name, self.changes.apply(name, tensor.float())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes on disk by weight file."""
+        files = {entry.file: self.weights.folder / entry.file for entry in self.entries.values()}
+        if self.where.mmproj is not None:
+            files[self.where.mmproj.name] = self.where.mmproj
+        if self.changes is not None:
+            files[self.changes.path.name] = self.changes.path
+        return {name: files[name].stat().st_size for name in sorted(files)}
+
+
+def open_source(where: Path | ModelPath) -> Source:
+    """Open a checkpoint: JSON and headers are read, weights are not.
+
+    Raises:
+        CheckpointError, ConfigError: naming file, key, what was found and what was expected.
+    """
+    if isinstance(where, Path):
+        where = ModelPath(where)
+    if where.path.suffix.lower() == GGUF and where.path.is_file():
+        files, weights = open_gguf(where)
+        return Source(where, files, weights, "GGUF", notes=files.notes)
+    if where.mmproj is not None:
+        raise CheckpointError(
+            f"{where.path} is no GGUF file, and a file of its vision tower was given: "
+            f"{where.mmproj}"
+        )
+    if where.path.is_dir():
+        refuse_other_kinds(where.path)
+    adapter = find_adapter(where.path, where.base)
+    files = read_files(where.path, None if adapter is None else adapter.base)
+    place = where.path if adapter is None else adapter.base
+    return _with_weights(where, files, place, adapter)
+
+
+def files_alone(where: ModelPath) -> CheckpointFiles:
+    """A checkpoint's settings and side files; its weights may be missing."""
+    if where.path.is_dir():
+        adapter = find_adapter(where.path, where.base)
+        files = read_files(where.path, None if adapter is None else adapter.base)
+        if is_mlx(files.config):
+            files = replace(files, config=mlx.without_quantization(files.config))
+        return files
+    return open_source(where).files
+
+
+def _with_weights(
+    where: ModelPath, files: CheckpointFiles, place: Path, adapter: Adapter | None
+) -> Source:
+    config, kind = files.config, "safetensors"
+    if is_mlx(config) or mlx.has_names(place):
+        kind, weights = "MLX", mlx.open_weights_of(place, config)
+        config = mlx.without_quantization(config)
+        files = replace(files, config=config)
+    else:
+        weights = open_folder(place)
+    changes = None if adapter is None else read_changes(adapter, weights.entries)
+    notes = [*files.notes, *weights.notes, *(() if changes is None else changes.notes)]
+    return Source(where, files, weights, kind, changes, tuple(notes))
+
+
+def kind_of_files(where: ModelPath) -> str:
+    """What a checkpoint came as: "GGUF", "adapter", "MLX" or "folder"."""
+    if not where.path.is_dir():
+        return "GGUF"
+    if find_adapter(where.path, where.base) is not None:
+        return "adapter"
+    config = peek(where.path / "config.json")
+    return "MLX" if is_mlx(config) or mlx.has_names(where.path) else "folder"
+
+
+def open_folder(folder: Path) -> Stored:
+    """The weights of a folder of safetensors files; names of a bare base model get its prefix."""
+    found = read_entries(folder)
+    if not found or not all(name.startswith(BARE) for name in found):
+        return Stored(folder, found, lambda names: read_tensors(folder, chosen(found, names)))
+    named = {f"model.{name}": entry for name, entry in found.items()}
+    note = (
+        "the weights are those of the model without its head (vision_model, connector, "
+        "text_model); the token embedding stands in for lm_head"
+    )
+    return Stored(folder, named, _renamed(folder, found), (note,))
+
+
+def _renamed(
+    folder: Path, found: Mapping[str, Entry]
+) -> Callable[[Collection[str] | None], Iterator[tuple[str, Tensor]]]:
+    def read(names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
+        wanted = None if names is None else [name.removeprefix("model.") for name in names]
+        for name, tensor in read_tensors(folder, chosen(found, wanted)):
+            yield f"model.{name}", tensor
+
+    return read
+
+
+def chosen(entries: Mapping[str, Entry], names: Collection[str] | None) -> Mapping[str, Entry]:
+    """Some of the entries, or all."""
+    return entries if names is None else {name: entries[name] for name in names}
