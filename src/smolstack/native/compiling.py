@@ -30,14 +30,21 @@ SOURCES = (
     "rounding.c",
 )
 HEADERS = ("smolstack.h", "simd.h", "vector.h")
-CAP = "SMOLSTACK_MAX_ISA"  # the instructions that may be used at most, as a compiler's -march
-CAPS = {
-    "generic": "x86-64",
-    "avx2": "haswell",
-    "avx2_vnni": "alderlake",
-    "avx512_vnni": "icelake-server",
-    "avx512_bf16": "cooperlake",
+CAP = "SMOLSTACK_MAX_ISA"  # the most that may be used of a processor's instructions
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
+# Each cap: what a processor needs for it, and how a compiler is told to use no more.
+CAPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "generic": ((), ("-march=x86-64",)),
+    "avx2": (("avx2", "fma", "f16c"), ("-march=haswell",)),
+    "avx2_vnni": (("avx2", "fma", "f16c", "avx_vnni"), ("-march=haswell", "-mavxvnni")),
+    "avx512_vnni": (_AVX512, ("-march=cascadelake",)),
+    "avx512_bf16": ((*_AVX512, "avx512_bf16"), ("-march=cooperlake",)),
 }
+# VNNI on vectors of 256 bits, where AVX-512 brought it.
+_OLDER_VNNI = (
+    ("avx2", "fma", "f16c", "avx512vl", "avx512_vnni"),
+    ("-march=haswell", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=256"),
+)
 # Not -ffast-math: it would change how the whole process treats small numbers.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 _EXACT = ("-ffp-contract=off",)
@@ -85,10 +92,9 @@ def _build(compiler: str, name: str) -> Path:
 def _compile(compiler: str, target: Path) -> str:
     """Compile with OpenMP, else without; the compiler's first complaint when both fail."""
     here = Path(__file__).parent
-    native = _machine()
     complaint = ""
     for parallel in (("-fopenmp",), ()):
-        command = [compiler, *_FLAGS, *_EXACT, native, *parallel]
+        command = [compiler, *_FLAGS, *_EXACT, *_machine(), *parallel]
         command += [str(here / source) for source in SOURCES]
         try:
             done = subprocess.run(
@@ -106,15 +112,31 @@ def _compile(compiler: str, target: Path) -> str:
     return f"{compiler} failed: {complaint}"
 
 
-def _machine() -> str:
-    """The compiler's word for this processor, or for the cap on its instructions."""
+def _machine() -> tuple[str, ...]:
+    """The compiler's words for this processor, or for the cap on its instructions.
+
+    A cap beyond what the processor has leaves it all that it has.
+    """
     arm = platform.machine() in ("arm64", "aarch64")
+    native = "-mcpu=native" if arm else "-march=native"
     cap = os.environ.get(CAP, "")
-    if not cap or arm:
-        return "-mcpu=native" if arm else "-march=native"
+    if not cap:
+        return (native,)
     if cap not in CAPS:
         raise CompileError(f"{CAP} is {cap!r}, expected one of {list(CAPS)}")
-    return f"-march={CAPS[cap]}"
+    for needed, flags in (CAPS[cap], *((_OLDER_VNNI,) if cap == "avx2_vnni" else ())):
+        if not arm and set(needed) <= instruction_flags():
+            return flags
+    return (native,)
+
+
+def instruction_flags() -> set[str]:
+    """What the processor says that it can do, in Linux's words; empty where that is not told."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return set()
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {word for line in lines if line.startswith("flags") for word in line.split()}
 
 
 def _compiler() -> str:

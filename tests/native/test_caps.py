@@ -1,0 +1,67 @@
+"""The kernels give torch's numbers under every cap on instructions that this processor has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smolstack.native import library as native
+from smolstack.native.compiling import _OLDER_VNNI, CAP, CAPS, instruction_flags
+
+TESTS = Path(__file__).parent.parent
+# What the kernels say that they were compiled for.
+NAMES = {
+    "generic": "plain C",
+    "avx2": "AVX2",
+    "avx2_vnni": "AVX2 VNNI",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 BF16",
+}
+
+
+def has(cap: str) -> bool:
+    needed = [CAPS[cap][0], *([_OLDER_VNNI[0]] if cap == "avx2_vnni" else [])]
+    return any(set(some) <= instruction_flags() for some in needed)
+
+
+@pytest.mark.parametrize("cap", CAPS)
+def test_the_kernels_are_exact_under_a_cap(cap: str) -> None:
+    if native.library() is None or not has(cap):
+        pytest.skip(f"no {cap} here, or no compiler")
+    environment = {**os.environ, CAP: cap, "OMP_NUM_THREADS": "1"}
+    program = "from smolstack.native import library as n; k = n.library(); print(k.instructions)"
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == NAMES[cap]
+    tests = [str(TESTS / "model" / "test_quantised.py"), str(TESTS / "native" / "test_threads.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *tests],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=TESTS.parent,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_a_cap_that_is_none_leaves_torch_to_compute() -> None:
+    environment = {**os.environ, CAP: "avx3"}
+    program = "from smolstack.native import library as n; print(n.library(), n.reason())"
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.startswith("None SMOLSTACK_MAX_ISA is 'avx3', expected one of")
