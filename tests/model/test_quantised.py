@@ -12,7 +12,7 @@ import torch
 
 import smolstack
 from smolstack.config.quantization import INT4, Format
-from smolstack.errors import ConfigError
+from smolstack.errors import CheckpointError, ConfigError
 from smolstack.model.cache import KVCache
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.native import library as native
