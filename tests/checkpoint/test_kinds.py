@@ -65,7 +65,6 @@ def test_a_related_model_is_named_for_what_it_is(
         ({"quant_method": "gptq", "bits": 8}, r"GPTQ \(8 bits\)"),
         ({"quant_method": "intel/auto-round", "bits": 4}, r"auto-round \(4 bits\)"),
         ({"quant_method": "auto-round", "bits": 2}, r"auto-round \(2 bits\)"),
-        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
         ({"quant_method": "something new"}, "'something new'"),
     ],
 )
