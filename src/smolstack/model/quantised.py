@@ -46,15 +46,16 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     return values[:, :count]
 
 
-def round_activations(x: Tensor, form: Format) -> Tensor:
-    """(R, I) float → the same numbers as a layer of this format sees them, float32."""
+def round_activations(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """(R, I) float → whole numbers (R, G, group), zeros behind the last channel, and scales (R, G);
+    both float32."""
     most = 127 * RADIX + 126 if form.activation_bits == 16 else 127
-    rows, width = x.shape
-    x = functional.pad(x.float(), (0, -width % form.group)).view(rows, -1, form.group)
-    largest = x.abs().amax(dim=-1, keepdim=True)
+    padded = functional.pad(x.float(), (0, -x.shape[1] % form.group))
+    groups = padded.reshape(x.shape[0], -1, form.group)
+    largest = groups.abs().amax(dim=-1, keepdim=True)
     inverse = torch.where(largest > 0, torch.full_like(largest, most).div(largest), 0)
-    rounded = (x * inverse).round() * largest.div(torch.full_like(largest, most))
-    return rounded.flatten(1)[:, :width]
+    scale = largest.div(torch.full_like(largest, most))
+    return (groups * inverse).round(), scale.squeeze(-1)
 
 
 class QuantisedLinear(nn.Module):
@@ -198,9 +199,31 @@ class QuantisedLinear(nn.Module):
         return out
 
     def _by_torch(self, rows: Tensor) -> Tensor:
+        """A group's products are whole numbers below 2²⁴, which float32 sums exactly in any order:
+        so a row does not depend on its neighbours here either."""
+        numbers, scale = round_activations(rows, self.format)
+        weight, factors = self._whole(), self.weight_scale.float()
+        out = torch.zeros(rows.shape[0], self.out_features, device=rows.device)
+        for group in range(numbers.shape[1]):
+            some, own = numbers[:, group], weight[:, group].t()
+            if self.format.activation_bits == 16:
+                first = (some / RADIX).round()
+                sums = (first @ own) * RADIX + (some - first * RADIX) @ own
+            else:
+                sums = some @ own
+            out += sums * scale[:, group, None] * factors[:, group]
+        return out if self.bias is None else out + self.bias
+
+    def _whole(self) -> Tensor:
+        """The weights as whole numbers in float32, (O, G, group), kept."""
         if self._floats is None or self._floats.device != self.device:
-            self._floats = self.dequantised()
-        return functional.linear(round_activations(rows, self.format), self._floats, self.bias)
+            numbers, zeros = self.numbers().float(), self.zero_points()
+            group = self.format.group
+            if zeros is not None:
+                numbers = numbers - _spread(zeros.float(), group, self.in_features)
+            padded = functional.pad(numbers, (0, -self.in_features % group))
+            self._floats = padded.view(self.out_features, -1, group)
+        return self._floats
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.format}"

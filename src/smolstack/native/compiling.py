@@ -124,7 +124,8 @@ def _machine() -> tuple[str, ...]:
         return (native,)
     if cap not in CAPS:
         raise CompileError(f"{CAP} is {cap!r}, expected one of {list(CAPS)}")
-    for needed, flags in (CAPS[cap], *((_OLDER_VNNI,) if cap == "avx2_vnni" else ())):
+    choices = [CAPS[cap], *([_OLDER_VNNI] if cap == "avx2_vnni" else [])]
+    for needed, flags in choices:
         if not arm and set(needed) <= instruction_flags():
             return flags
     return (native,)
