@@ -11,7 +11,7 @@
 #define PANEL 16       // output channels of a panel
 #define STEP_BYTES 64  // of a panel, for four bytes of a row
 #define AHEAD 2048     // bytes of a panel fetched ahead of their use, from memory for one row
-#define SOON 512       // and from the second-level cache for many rows of bfloat16
+#define SOON 512       // and from the second-level cache for many
 
 // Rows and panels that are summed in registers at once, by kind of weight. Integers need two sets
 // of registers: one for a group's whole numbers, one for the total.
@@ -229,7 +229,7 @@ INLINE void sum_steps(int rows, int panels, const char *x, int64_t stride, const
         UNROLL for (int p = 0; p < panels; p++) {
             const char *at = w + p * apart + s * STEP_BYTES;
             weight[p] = load_bytes(at);
-            if (rows == 1) prefetch(at + AHEAD);
+            prefetch(at + (rows == 1 ? AHEAD : SOON));
         }
         UNROLL for (int r = 0; r < rows; r++) {
             vi numbers = four_bytes(x + r * stride + s * 4);
