@@ -25,7 +25,7 @@ ORDER = [
     ("vlm",),
     ("bulk",),
     ("documents",),
-    ("interop", "cli", "train", "serve", "bench"),
+    ("interop", "cli", "train", "serve", "bench", "quantizing"),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from smolstack.model.connector import Idefics3Connector
     from smolstack.processor.geometry import TilePlan
     from smolstack.processor.video import Video
+    from smolstack.quantizing.job import quantize
     from smolstack.retrieval import maxsim
     from smolstack.vlm import VLM, load
 
@@ -37,6 +38,7 @@ _HOMES = {
     "VisualTokens": "smolstack.batch",
     "load": "smolstack.vlm",
     "maxsim": "smolstack.retrieval",
+    "quantize": "smolstack.quantizing.job",
 }
 __all__ = [
     "VLM",
@@ -52,6 +54,7 @@ __all__ = [
     "__version__",
     "load",
     "maxsim",
+    "quantize",
 ]
 
 

@@ -26,6 +26,7 @@ from smolstack.cli import (
     map,
     new,
     plan,
+    quantize,
     search,
     serve,
     train,
@@ -114,6 +115,7 @@ app.command(epilog=verify.EXAMPLES)(verify.verify)
 app.command(epilog=diff.EXAMPLES)(diff.diff)
 app.command(epilog=new.EXAMPLES)(new.new)
 app.command(epilog=train.EXAMPLES)(train.train)
+app.command(epilog=quantize.EXAMPLES)(quantize.quantize)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=serve.EXAMPLES)(serve.serve)
 

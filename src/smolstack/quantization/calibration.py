@@ -11,7 +11,7 @@ SmolLM2-135M random tokens did as well as English to a few parts in a hundred).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,34 +26,56 @@ _SEED = 20
 
 @dataclass
 class Inputs:
-    """What a linear layer read: of each input channel the largest magnitude and the mean square."""
+    """What a linear layer read: of each input channel the largest magnitude and the sum of squares.
+
+    Attributes:
+        sums: (I, I), the sum of x xᵀ over rows; None where nobody asked for it.
+        rows: how many were read.
+    """
 
     largest: Tensor
     square: Tensor
     rows: int = 0
+    sums: Tensor | None = None
 
     @classmethod
-    def nothing(cls, width: int) -> Inputs:
-        return cls(torch.zeros(width), torch.zeros(width))
+    def nothing(cls, width: int, *, products: bool = False) -> Inputs:
+        sums = torch.zeros(width, width) if products else None
+        return cls(torch.zeros(width), torch.zeros(width), sums=sums)
 
     def add(self, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if self.sums is not None:
+            self.sums = self.sums.to(rows.device).addmm_(rows.t(), rows)
         self.largest = torch.maximum(self.largest.to(rows.device), rows.abs().amax(dim=0))
         self.square = self.square.to(rows.device) + rows.square().sum(dim=0)
         self.rows += rows.shape[0]
+
+    def divide(self, by: Tensor) -> None:
+        """What would have been read of inputs that were divided, channel by channel."""
+        self.largest, self.square = self.largest / by, self.square / by.square()
+        if self.sums is not None:
+            self.sums = self.sums / by[:, None] / by
 
     @property
     def rms(self) -> Tensor:
         return (self.square / max(self.rows, 1)).sqrt()
 
+    @property
+    def products(self) -> Tensor | None:
+        """(I, I), the mean of x xᵀ."""
+        return None if self.sums is None else self.sums / max(self.rows, 1)
+
 
 @contextmanager
-def observed(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Inputs]]:
-    """What the given linear layers read while the block runs."""
+def observed(
+    layers: Mapping[str, nn.Linear], products: Collection[str] = ()
+) -> Iterator[dict[str, Inputs]]:
+    """What the given linear layers read while the block runs; of some, the products too."""
     found: dict[str, Inputs] = {}
     hooks = []
     for name, layer in layers.items():
-        found[name] = Inputs.nothing(layer.in_features)
+        found[name] = Inputs.nothing(layer.in_features, products=name in products)
         hooks.append(layer.register_forward_pre_hook(_adding(found[name])))
     try:
         yield found
@@ -69,10 +91,12 @@ def _adding(inputs: Inputs) -> Callable[[nn.Module, Any], None]:
     return hook
 
 
-def drawn_tokens(vocabulary: int, avoid: Sequence[int], first: int | None) -> Tensor:
-    """Tokens at random, (1, T); the first one is what texts begin with."""
-    generator = torch.Generator().manual_seed(_SEED)
-    tokens = torch.randint(0, vocabulary, (1, TOKENS), generator=generator)
+def drawn_tokens(
+    vocabulary: int, avoid: Sequence[int], first: int | None, count: int = TOKENS, seed: int = _SEED
+) -> Tensor:
+    """Tokens at random, (1, count); the first one is what texts begin with."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocabulary, (1, count), generator=generator)
     for token in avoid:
         tokens[tokens == token] = (token + 1) % vocabulary
     if first is not None:

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from smolstack.config.quantization import Format, Quantization, format_of, name_of
 from smolstack.errors import ConfigError
-from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.quantised import QuantisedLinear, pack_words
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
 from smolstack.quantization import smoothing
 from smolstack.quantization.calibration import Inputs, drawn_tile, drawn_tokens, observed
+from smolstack.quantization.gptq import round_fitted
 from smolstack.quantization.rounding import rounded_words
 
 Progress = Callable[[str, int, int], None]  # what is done, of how many
 _ROWS_AT_ONCE = 4096
+_COMPARED = 512  # rows that a layer's error is measured on
+# Whose inputs are those of others too.
+_SHARED = {"attention.key": "attention.query", "attention.value": "attention.query", "up": "gate"}
+
+
+class Keeper(Protocol):
+    """Keeps what has become of each block, so that a stop loses no more than one of them.
+
+    The blocks are every layer of both towers, "connector" and "head", each with the norms that
+    change with it.
+    """
+
+    def get(self, block: str) -> Mapping[str, Tensor] | None:
+        """The tensors that an earlier run gave for a block, by their names in the model."""
+
+    def put(self, block: str, tensors: Mapping[str, Tensor], error: float) -> None:
+        """Keep a block. The error is that of what it puts out, relative to what a layer adds to
+        the states (of the connector and the head: to all of it)."""
 
 
 def formats_of(model: VisionLanguageModel, scheme: str) -> dict[str, Format]:
@@ -43,6 +62,8 @@ def quantise(
     *,
     tiles: Sequence[Tensor] = (),
     embeddings: Sequence[Tensor] = (),
+    fitted: bool = False,
+    keeper: Keeper | None = None,
     progress: Progress | None = None,
 ) -> VisionLanguageModel:
     """Quantise a float model in place, and return it.
@@ -56,6 +77,9 @@ def quantise(
         tiles: to calibrate the vision tower on, each (N, 3, P, P); none: a drawn one.
         embeddings: to calibrate the decoder on, each (1, T, D), text and visual tokens merged;
             none: tokens at random.
+        fitted: let the 4-bit weights be chosen by GPTQ, for what the embeddings make layers read;
+            worth it for a few thousand tokens or more.
+        keeper: is given every block, and asked first whether it has it.
         progress: is told of every layer.
 
     Raises:
@@ -69,7 +93,7 @@ def quantise(
         model.head.weight = nn.Parameter(weight, requires_grad=False)
     formats = formats_of(model, scheme) if isinstance(scheme, str) else dict(scheme)
     widths = {n: m.in_features for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    work = _Work(model, formats, progress)
+    work = _Work(model, formats, progress, keeper, fitted=fitted)
     if formats:
         work.vision(tiles or [drawn_tile(model.config.vision.patch_size, model.config.vision.side)])
         work.decoder(embeddings or [_drawn_embeddings(model)])
@@ -90,110 +114,115 @@ class _Work:
     """One model on its way to integers."""
 
     def __init__(
-        self, model: VisionLanguageModel, formats: Mapping[str, Format], progress: Progress | None
+        self,
+        model: VisionLanguageModel,
+        formats: Mapping[str, Format],
+        progress: Progress | None,
+        keeper: Keeper | None = None,
+        *,
+        fitted: bool = False,
     ) -> None:
         self.model, self.formats, self.progress = model, formats, progress
+        self.keeper, self.fitted = keeper, fitted
         self.kernels = native.library()
         self.done = 0
         self.count = len(model.vision.layers) + len(model.decoder.layers) + 2
 
     def vision(self, tiles: Sequence[Tensor]) -> None:
         """The tower, and the connector, which reads what its last norm puts out."""
-        tower, connector = self.model.vision, self.model.connector
+        tower, config = self.model.vision, self.model.config.vision
         dtype = tower.patch_embedding.weight.dtype
         states = [tower.embed(some.to(self.model.device, dtype)).float() for some in tiles]
         for i, layer in enumerate(tower.layers):
-            prefix, parts = f"vision.layers.{i}.", _parts(layer)
+            prefix = f"vision.layers.{i}"
+            parts = {n: p for n, p in layer.named_modules() if isinstance(p, nn.Linear)}
             layer.float()
+            first = states[0][:1]
             with observed(parts) as inputs:
                 states = [layer(x, None) for x in states]
-            self._smooth_layer(layer, parts, inputs, prefix, self.model.config.vision.num_heads)
-            self._round(prefix, parts, inputs)
+            if not self._restored(prefix):
+                formats = self._of(prefix, parts)
+                smoothing.smooth_layer(layer, inputs, formats, config.num_heads, config.num_heads)
+                self._round(prefix, parts, inputs)
+                added = states[0][:1] - first
+                self._keep(prefix, lambda: layer(first, None) - first, added)  # noqa: B023
+            self._told(prefix)
+        self._connector(states, tower.grid_of(tiles[0]))
+
+    def _connector(self, states: Sequence[Tensor], grid: tuple[int, int]) -> None:
+        tower, connector = self.model.vision, self.model.connector
+        form = self.formats.get("connector.proj")
         tower.norm.float()
-        proj = connector.proj
-        inputs = {"proj": Inputs.nothing(proj.in_features)}
-        scale, width = connector.scale, self.model.config.vision.hidden_size
-        for x in states:
-            # Every patch of a block reads the same channels of the norm.
-            inputs["proj"].add(tower.norm(x).repeat(1, 1, scale**2))
-        if "connector.proj" in self.formats:
-            blocks = proj.weight.view(-1, width)
-            own = Inputs(
-                inputs["proj"].largest[:width], inputs["proj"].square[:width], inputs["proj"].rows
-            )
-            s = smoothing.factors(own, [blocks], self.formats["connector.proj"].bits)
+        if form is not None and not self._restored("connector"):
+            proj, scale = connector.proj, connector.scale
+            proj.float()
+            width = self.model.config.vision.hidden_size
+            own = Inputs.nothing(width)  # every patch of a block reads the norm's channels
+            for x in states:
+                own.add(tower.norm(x))
+            before = connector(tower.norm(states[0][:1]), grid)
+            s = smoothing.factors(own, [proj.weight.view(-1, width)], form.bits)
             smoothing.divide_norm(tower.norm, s)
-            self._divided(inputs["proj"], s.repeat(scale**2))
+            own.divide(s)
             smoothing.multiply_inputs(proj, s.repeat(scale**2))
-        self._round("connector.", {"proj": proj}, inputs)
+            own.largest, own.square = own.largest.repeat(scale**2), own.square.repeat(scale**2)
+            self._round("connector", {"proj": proj}, {"proj": own})
+            after = lambda: connector(tower.norm(states[0][:1]), grid)  # noqa: E731
+            self._keep("connector", after, before, "vision.norm")
+        self._told("connector")
 
     def decoder(self, embeddings: Sequence[Tensor]) -> None:
         """The decoder's layers, then its head."""
-        decoder, head = self.model.decoder, self.model.head
+        decoder, config = self.model.decoder, self.model.config.text
         states = [some.float() for some in embeddings]
-        config = self.model.config.text
+
+        def run(layer: nn.Module, x: Tensor) -> Tensor:
+            found: Tensor = layer(x, *decoder.angles(0, x.shape[1], None, x), None, None)
+            return found
+
         for i, layer in enumerate(decoder.layers):
-            prefix, parts = f"decoder.layers.{i}.", _parts(layer)
+            prefix = f"decoder.layers.{i}"
+            parts = {n: p for n, p in layer.named_modules() if isinstance(p, nn.Linear)}
             layer.float()
-            with observed(parts) as inputs:
-                states = [
-                    layer(x, *decoder.angles(0, x.shape[1], None, x), None, None) for x in states
-                ]
-            self._smooth_layer(layer, parts, inputs, prefix, config.num_heads, config.num_kv_heads)
-            self._round(prefix, parts, inputs)
+            fitted = self._of(prefix, parts).items() if self.fitted else ()
+            products = [_SHARED.get(name, name) for name, form in fitted if form.bits == 4]
+            first = states[0][:, :_COMPARED]
+            with observed(parts, products) as inputs:
+                states = [run(layer, x) for x in states]
+            if not self._restored(prefix):
+                formats = self._of(prefix, parts)
+                heads = config.num_heads, config.num_kv_heads
+                smoothing.smooth_layer(layer, inputs, formats, *heads)
+                self._round(prefix, parts, inputs)
+                added = states[0][:, :_COMPARED] - first
+                self._keep(prefix, lambda: run(layer, first) - first, added)  # noqa: B023
+            self._told(prefix)
         decoder.norm.float()
-        if not isinstance(head, nn.Linear) or "head" not in self.formats:
-            self._told("head")
+        self._head(states)
+        self._told("head")
+
+    def _head(self, states: Sequence[Tensor]) -> None:
+        norm, head = self.model.decoder.norm, self.model.head
+        form = self.formats.get("head")
+        if form is None or not isinstance(head, nn.Linear) or self._restored("head"):
             return
-        read = Inputs.nothing(config.hidden_size)
+        products = self.fitted and form.bits == 4
+        read = Inputs.nothing(self.model.config.text.hidden_size, products=products)
         for x in states:
-            read.add(decoder.norm(x))
-        s = smoothing.factors(read, [head.weight], self.formats["head"].bits)
-        smoothing.divide_norm(decoder.norm, s)
-        self._divided(read, s)
-        self._round("", {"head": head}, {"head": read}, times=s)
+            read.add(norm(x))
+        some = norm(states[0][:, :_COMPARED])
+        before = None if self.keeper is None else head(some.to(head.weight.dtype)).float()
+        s = smoothing.factors(read, [head.weight], form.bits)
+        smoothing.divide_norm(norm, s)
+        read.divide(s)
+        self._round("head", {"": head}, {"": read}, times=s)
+        if before is not None:
+            self._keep("head", lambda: self.model.logits(some / s), before, "decoder.norm")
 
-    def _smooth_layer(  # noqa: PLR0917
-        self,
-        layer: Any,
-        parts: Mapping[str, nn.Linear],
-        inputs: Mapping[str, Inputs],
-        prefix: str,
-        heads: int,
-        kv_heads: int | None = None,
-    ) -> None:
-        """Between norms and what reads them, values and the output projection, up and down."""
-        for norm, names in ((layer.attention_norm, _QKV), (layer.mlp_norm, ("gate", "up"))):
-            readers = [name for name in names if name in parts]
-            if any(prefix + name not in self.formats for name in readers):
-                continue
-            bits = min(self.formats[prefix + name].bits for name in readers)
-            s = smoothing.factors(inputs[readers[0]], [parts[n].weight for n in readers], bits)
-            smoothing.divide_norm(norm, s)
-            for name in readers:
-                smoothing.multiply_inputs(parts[name], s)
-                self._divided(inputs[name], s)
-        kv_heads = kv_heads or heads
-        value, out = parts["attention.value"], parts["attention.out"]
-        if {prefix + "attention.value", prefix + "attention.out"} <= set(self.formats):
-            read, head_dim = inputs["attention.out"], value.out_features // kv_heads
-            s = smoothing.factors(read, [out.weight], self.formats[prefix + "attention.out"].bits)
-            shared = smoothing.of_value_heads(s, kv_heads, head_dim)
-            s = smoothing.for_query_heads(shared, heads, kv_heads, head_dim)
-            smoothing.divide_outputs(value, shared)
-            smoothing.multiply_inputs(out, s)
-            self._divided(read, s)
-        # down(act(gate) · up): what up puts out can be divided, since nothing bends it.
-        if "gate" in parts and {prefix + "up", prefix + "down"} <= set(self.formats):
-            bits = self.formats[prefix + "down"].bits
-            s = smoothing.factors(inputs["down"], [parts["down"].weight], bits)
-            smoothing.divide_outputs(parts["up"], s)
-            smoothing.multiply_inputs(parts["down"], s)
-            self._divided(inputs["down"], s)
-
-    @staticmethod
-    def _divided(inputs: Inputs, by: Tensor) -> None:
-        inputs.largest, inputs.square = inputs.largest / by, inputs.square / by.square()
+    def _of(self, prefix: str, parts: Mapping[str, nn.Module]) -> dict[str, Format]:
+        """The formats of a block's parts, by their names in the block."""
+        names = {name: f"{prefix}.{name}" if name else prefix for name in parts}
+        return {n: self.formats[full] for n, full in names.items() if full in self.formats}
 
     def _round(
         self,
@@ -203,22 +232,30 @@ class _Work:
         times: Tensor | None = None,
     ) -> None:
         """Put integers into the places of float layers; ``times`` multiplies their inputs."""
-        for name, layer in parts.items():
-            form = self.formats.get(prefix + name)
-            if form is not None:
-                made = self._rounded(layer, form, inputs[name].rms.square(), times)
-                _replace(self.model, prefix + name, made)
-        self._told(prefix.rstrip(".") or "head")
+        for name, form in self._of(prefix, parts).items():
+            shared = inputs.get(_SHARED.get(name, name), inputs[name])
+            products = shared.products if form.bits == 4 else None
+            made = self._rounded(parts[name], form, inputs[name].rms.square(), times, products)
+            _replace(self.model, f"{prefix}.{name}" if name else prefix, made)
 
     def _rounded(
-        self, layer: nn.Linear, form: Format, importance: Tensor, times: Tensor | None
+        self,
+        layer: nn.Linear,
+        form: Format,
+        importance: Tensor,
+        times: Tensor | None,
+        products: Tensor | None,
     ) -> QuantisedLinear:
         weight = layer.weight.detach()
         importance = importance + importance.mean() * 1e-3  # no channel counts for nothing
         parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for rows in torch.split(weight, _ROWS_AT_ONCE):  # so that a head is never held as floats
             some = rows.float() if times is None else rows.float() * times
-            parts.append(rounded_words(some, form, importance))
+            if products is None:
+                parts.append(rounded_words(some, form, importance))
+            else:
+                numbers, scale, zeros = round_fitted(some, form, products)
+                parts.append((pack_words(numbers, form.bits), scale, zeros))
         words, scale = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         points = [p[2] for p in parts if p[2] is not None]
         rounded = (words, scale, torch.cat(points) if points else None)
@@ -227,18 +264,35 @@ class _Work:
         bias = None if layer.bias is None else layer.bias.detach()
         return QuantisedLinear.of_words(form, layer.in_features, rounded, bias)
 
+    def _restored(self, block: str) -> bool:
+        """Whether an earlier run's block was put in place."""
+        found = None if self.keeper is None else self.keeper.get(block)
+        if found is None:
+            return False
+        for name, form in self.formats.items():
+            if f"{name}.".startswith(f"{block}."):
+                layer = self.model.get_submodule(name)
+                assert isinstance(layer, nn.Linear)
+                sizes = layer.in_features, layer.out_features
+                with torch.device("meta"):
+                    made = QuantisedLinear(*sizes, form, bias=layer.bias is not None)
+                _replace(self.model, name, made)
+        placed = {name: tensor.to(self.model.device) for name, tensor in found.items()}
+        self.model.load_state_dict(placed, strict=False, assign=True)
+        return True
+
+    def _keep(self, block: str, after: Callable[[], Tensor], before: Tensor, *more: str) -> None:
+        if self.keeper is None:
+            return
+        error = float((after() - before).norm() / before.norm().clamp(min=1e-30))
+        starts = tuple(f"{prefix}." for prefix in (block, *more))
+        state = self.model.state_dict().items()
+        self.keeper.put(block, {n: t for n, t in state if n.startswith(starts)}, error)
+
     def _told(self, what: str) -> None:
         self.done += 1
         if self.progress is not None:
             self.progress(what, self.done, self.count)
-
-
-_QKV = ("attention.query", "attention.key", "attention.value")
-
-
-def _parts(layer: nn.Module) -> dict[str, nn.Linear]:
-    """A layer's linear parts by name."""
-    return {name: part for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

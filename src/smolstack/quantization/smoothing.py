@@ -9,15 +9,62 @@ and the next weights are multiplied by it, so that at run time nothing is left t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smolstack.config.quantization import Format
 from smolstack.quantization.calibration import Inputs
 
 _SMOOTHQUANT, _AWQ = 0.5, 0.3  # how much of a channel's size moves into the weights
 _LEAST, _MOST = 1 / 256, 256.0
+_QKV = ("attention.query", "attention.key", "attention.value")
+
+
+def smooth_layer(
+    layer: Any,
+    inputs: Mapping[str, Inputs],
+    formats: Mapping[str, Format],
+    heads: int,
+    kv_heads: int,
+) -> None:
+    """Smooth a layer of a tower in place: between its norms and what reads them, its values and
+    the output projection, up and down.
+
+    Args:
+        layer: a layer in float32.
+        inputs: what its linear parts read, by name; divided as their channels are.
+        formats: of those parts that will be quantised, by name.
+        heads, kv_heads: of its attention.
+    """
+    parts = {name: part for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    for norm, names in ((layer.attention_norm, _QKV), (layer.mlp_norm, ("gate", "up"))):
+        readers = [name for name in names if name in parts]
+        if any(name not in formats for name in readers):
+            continue
+        bits = min(formats[name].bits for name in readers)
+        s = factors(inputs[readers[0]], [parts[name].weight for name in readers], bits)
+        divide_norm(norm, s)
+        for name in readers:
+            multiply_inputs(parts[name], s)
+            inputs[name].divide(s)
+    value, out = parts["attention.value"], parts["attention.out"]
+    if {"attention.value", "attention.out"} <= set(formats):
+        read, head_dim = inputs["attention.out"], value.out_features // kv_heads
+        s = factors(read, [out.weight], formats["attention.out"].bits)
+        shared = of_value_heads(s, kv_heads, head_dim)
+        s = for_query_heads(shared, heads, kv_heads, head_dim)
+        divide_outputs(value, shared)
+        multiply_inputs(out, s)
+        read.divide(s)
+    # down(act(gate) · up): what up puts out can be divided, since nothing bends it.
+    if "gate" in parts and {"up", "down"} <= set(formats):
+        s = factors(inputs["down"], [parts["down"].weight], formats["down"].bits)
+        divide_outputs(parts["up"], s)
+        multiply_inputs(parts["down"], s)
+        inputs["down"].divide(s)
 
 
 def factors(inputs: Inputs, weights: Sequence[Tensor], bits: int) -> Tensor:

@@ -115,6 +115,11 @@ class JsonLines(Source):
         return len(self.starts)
 
     def __getitem__(self, index: int) -> Example:
+        name, row = self.row(index)
+        return Example(name, read_row(name, row, self.question, self.path.parent))
+
+    def row(self, index: int) -> tuple[str, Any]:
+        """What a line is called, and its value."""
         name = f"{self.path.name}, example {index + 1}"
         with self.path.open("rb") as file:
             file.seek(self.starts[index])
@@ -123,7 +128,7 @@ class JsonLines(Source):
             row = json.loads(line)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{name} is not valid JSON: {error}") from error
-        return Example(name, read_row(name, row, self.question, self.path.parent))
+        return name, row
 
 
 class Rows(Source):
@@ -187,6 +192,19 @@ def read_row(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[
         )
     asked = row.get("question") or question
     return question_and_answer(name, images, asked, answer)
+
+
+def question_of(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[str, Any], ...]:
+    """As :func:`read_row`, also of a row that has pictures and no answer: then it ends with the
+    question."""
+    answered = isinstance(row, Mapping) and any(isinstance(row.get(k), str) for k in ANSWER_KEYS)
+    if answered or not isinstance(row, Mapping) or row.get("messages") is not None:
+        return read_row(name, row, question, folder)
+    images = [_picture(name, image, folder) for image in _images_of(row)]
+    if not images:
+        return read_row(name, row, question, folder)  # which says what is missing
+    asked = row.get("question") or question
+    return question_and_answer(name, images, asked, "-")[:1]
 
 
 def question_and_answer(

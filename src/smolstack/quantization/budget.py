@@ -1,0 +1,97 @@
+"""Which layer gets how many bits, when all together may have so many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from smolstack.config.quantization import Format
+from smolstack.errors import ConfigError
+
+
+def average_bits(formats: Mapping[str, Format], shapes: Mapping[str, tuple[int, int]]) -> float:
+    """Bits a weight of some layers, scales and zero points included.
+
+    Args:
+        formats: by the layer's name.
+        shapes: (O, I) of at least these layers.
+    """
+    weights = sum(shapes[name][0] * shapes[name][1] for name in formats)
+    return sum(_bits(shapes[name], form) for name, form in formats.items()) / max(weights, 1)
+
+
+def choose_formats(
+    costs: Mapping[str, Mapping[Format, float]],
+    shapes: Mapping[str, tuple[int, int]],
+    bits: float,
+) -> dict[str, Format]:
+    """The formats that cost least within a budget.
+
+    A knapsack, solved greedily: every layer begins in its smallest format, and the step to a larger
+    one that saves most for its bits is taken next, as long as one fits. That is one step from the
+    best, so it is done once for each format of the largest layer, which is most of some models.
+
+    Args:
+        costs: what each format of a layer costs, by the layer's name.
+        shapes: (O, I), by the layer's name.
+        bits: a weight, on average, scales and zero points included.
+
+    Raises:
+        ConfigError: the smallest formats take more.
+    """
+    smallest = {name: min(of, key=lambda f: _bits(shapes[name], f)) for name, of in costs.items()}
+    room = bits * sum(shapes[name][0] * shapes[name][1] for name in costs)
+    largest = max(costs, key=lambda name: shapes[name][0] * shapes[name][1])
+    best: dict[str, Format] | None = None
+    for form in costs[largest]:
+        fixed = {**costs, largest: {form: costs[largest][form]}}
+        found = _greedy({**smallest, largest: form}, fixed, shapes, room)
+        if found is not None and (best is None or _total(costs, found) < _total(costs, best)):
+            best = found
+    if best is None:
+        raise ConfigError(
+            f"{bits:g} bits a weight are too few: the smallest formats take "
+            f"{average_bits(smallest, shapes):.2f}, scales and zero points included"
+        )
+    return best
+
+
+def _greedy(
+    chosen: dict[str, Format],
+    costs: Mapping[str, Mapping[Format, float]],
+    shapes: Mapping[str, tuple[int, int]],
+    room: float,
+) -> dict[str, Format] | None:
+    """The layers' formats, of so many bits together; None: even the first ones take more."""
+    left = room - sum(_bits(shapes[name], form) for name, form in chosen.items())
+    if left < -1e-6 * room:
+        return None
+    while (step := _best_step(chosen, costs, shapes, left)) is not None:
+        name, form = step
+        left -= _bits(shapes[name], form) - _bits(shapes[name], chosen[name])
+        chosen[name] = form
+    return chosen
+
+
+def _total(costs: Mapping[str, Mapping[Format, float]], chosen: Mapping[str, Format]) -> float:
+    return sum(costs[name][form] for name, form in chosen.items())
+
+
+def _best_step(
+    chosen: Mapping[str, Format],
+    costs: Mapping[str, Mapping[Format, float]],
+    shapes: Mapping[str, tuple[int, int]],
+    left: float,
+) -> tuple[str, Format] | None:
+    best, found = 0.0, None
+    for name, of in costs.items():
+        now = chosen[name]
+        for form, cost in of.items():
+            more = _bits(shapes[name], form) - _bits(shapes[name], now)
+            saved = (of[now] - cost) / more if more > 0 else 0.0
+            if more <= left and saved > best:
+                best, found = saved, (name, form)
+    return found
+
+
+def _bits(shape: tuple[int, int], form: Format) -> float:
+    return shape[0] * shape[1] * form.bits_per_weight(shape[1])

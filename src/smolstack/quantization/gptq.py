@@ -1,0 +1,81 @@
+"""Weights to 4 bits so that what a layer puts out stays, not only its weights: GPTQ.
+
+Channel by channel, the error of each rounded weight is made up for by the channels that are still
+to come, as far as they move together in what the layer reads (Frantar et al. 2022; the arithmetic
+is Optimal Brain Surgeon's, Hassibi & Stork 1993). Scales and zero points are chosen beforehand, so
+that channels may be taken in the order of their size, the largest first.
+
+Shapes: O output channels, I input channels, G groups of input channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smolstack.config.quantization import Format
+from smolstack.quantization.rounding import rounded_words
+
+# How far the products of different channels are drawn to zero (Ledoit & Wolf 2004): what a few
+# thousand tokens say of how channels move together is partly chance, and partly their topic.
+SHRINKAGE = 0.3
+_DAMPING = 0.01  # of the mean of the diagonal, added to it
+_BLOCK = 32  # channels whose errors reach the channels behind them in one product
+_MOST = 15
+
+
+def round_fitted(
+    weight: Tensor, form: Format, products: Tensor, shrinkage: float = SHRINKAGE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers that stand for a weight, fitted to what its layer reads.
+
+    Args:
+        weight: (O, I), float32.
+        form: of 4 bits.
+        products: (I, I), the mean of x xᵀ over what the layer reads.
+        shrinkage: from 0, the products as they are, to 1, only their diagonal, which is rounding
+            to nearest.
+
+    Returns:
+        As :func:`~smolstack.quantization.rounding.round_weight`: integers (O, I), scales (O, G) in
+        bfloat16, zero points (O, G).
+    """
+    outputs, inputs = weight.shape
+    diagonal = products.diagonal() + max(float(products.diagonal().mean()) * _DAMPING, 1e-12)
+    _, scale, zeros = rounded_words(weight, form, diagonal)
+    assert zeros is not None, form
+    order = diagonal.argsort(descending=True, stable=True)
+    factor = _inverse_factor(products, diagonal, shrinkage, order)
+    weight = weight[:, order].t().contiguous()  # a channel is a row, and consumed
+    numbers = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight.device)
+    step, zero = scale.t().float().contiguous(), zeros.t().float().contiguous()
+    inverse = torch.where(step > 0, 1 / step, 0)
+    groups, pivots = (order // form.group).tolist(), factor.diagonal().tolist()
+    for first in range(0, inputs, _BLOCK):
+        last = min(first + _BLOCK, inputs)
+        block, errors = weight[first:last], torch.empty_like(weight[first:last])
+        rows = factor[first:last, first:last]
+        for i in range(last - first):
+            at = groups[first + i]
+            q = (block[i] * inverse[at]).round_().add_(zero[at]).clamp_(0, _MOST)
+            numbers[first + i] = q
+            error = block[i].sub(q.sub_(zero[at]).mul_(step[at])).div_(pivots[first + i])
+            errors[i] = error
+            block[i + 1 :].addr_(rows[i, i + 1 :], error, alpha=-1)
+        weight[last:].addmm_(factor[first:last, last:].t(), errors, alpha=-1)
+    given = torch.empty_like(numbers)
+    given[order] = numbers
+    return given.t().contiguous(), scale, zeros
+
+
+def _inverse_factor(products: Tensor, diagonal: Tensor, shrinkage: float, order: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse, channels in the given order: (I, I).
+
+    It is taken of the correlations, whose shrunk form single precision is enough for, and scaled.
+    """
+    size = diagonal.sqrt()
+    shrunk = products / size[:, None] / size * (1 - shrinkage)
+    shrunk.diagonal().fill_(1)
+    shrunk = shrunk[order][:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shrunk))
+    return torch.linalg.cholesky(inverse, upper=True) / size[order]

@@ -1,0 +1,1 @@
+"""Quantising a checkpoint with data: what ``smolstack quantize`` does."""
