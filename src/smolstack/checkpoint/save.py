@@ -36,7 +36,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a Hugging Face folder, for transformers, vLLM, llama.cpp's converter and smolstack.
 
-    A quantised model is written in compressed-tensors' form, which transformers and vLLM read too.
+    A quantised model is written in compressed-tensors' form (compressed.py).
 
     Args:
         folder: must not exist, or be empty, unless ``overwrite``.
