@@ -100,7 +100,7 @@ def test_a_text_calibrates_a_model_that_is_then_loaded(
     ]  # fmt: skip
     assert all(0 < block.error < 0.5 for block in done.blocks)
     loaded = smolstack.load(tmp_path / "out")
-    assert loaded.model.scheme == {8: "int8", 4: "int4"}.get(bits, "mixed")
+    assert loaded.model.scheme == {8.0: "int8", 4.0: "int4"}.get(bits, "mixed")
     expected = logits(smolstack.load(even_folder))
     assert (logits(loaded) - expected).norm() / expected.norm() < (0.05 if bits == 8 else 0.4)
     assert not list(tmp_path.glob(".out*"))

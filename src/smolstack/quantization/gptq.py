@@ -78,4 +78,5 @@ def _inverse_factor(products: Tensor, diagonal: Tensor, shrinkage: float, order:
     shrunk.diagonal().fill_(1)
     shrunk = shrunk[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(shrunk))
-    return torch.linalg.cholesky(inverse, upper=True) / size[order]
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True) / size[order]
+    return factor

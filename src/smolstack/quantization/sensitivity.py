@@ -45,10 +45,10 @@ def output_fisher(
         For each layer of the decoder and "head" the mean over tokens of the squared gradient.
     """
     decoder = model.decoder
-    head = decoder.embedding if model.head is None else model.head
+    head = head_weight(model)
     layers = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
     found = {f"decoder.{name}": torch.zeros(layer.out_features) for name, layer in layers.items()}
-    found["head"] = torch.zeros(head.weight.shape[0])
+    found["head"] = torch.zeros(head.shape[0])
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     hooks = [
         layer.register_full_backward_hook(_adding(found[f"decoder.{name}"]))
@@ -64,10 +64,11 @@ def output_fisher(
                 angles = decoder.angles(0, x.shape[1], None, x)
                 for layer in decoder.layers:  # made anew on the way back, so as to hold but one
                     x = checkpoint.checkpoint(layer, x, *angles, None, None, use_reentrant=False)
-                scores = nn.functional.linear(decoder.norm(x), head.weight).float()[0]
+                scores = nn.functional.linear(decoder.norm(x), head).float()[0]
                 likely = scores.detach().softmax(dim=-1)
                 drawn = likely.cpu().multinomial(1, generator=generator).to(likely.device)
-                nn.functional.cross_entropy(scores, drawn[:, 0], reduction="sum").backward()
+                loss = nn.functional.cross_entropy(scores, drawn[:, 0], reduction="sum")
+                torch.autograd.backward(loss)
             found["head"] += (likely * (1 - likely)).sum(dim=0).cpu()
             rows += scores.shape[0]
             if progress is not None:
@@ -78,6 +79,13 @@ def output_fisher(
         for parameter, grad in wanted:
             parameter.requires_grad_(grad)
     return {name: total / max(rows, 1) for name, total in found.items()}
+
+
+def head_weight(model: VisionLanguageModel) -> Tensor:
+    """The head's weights, or the token embedding's where that is the head: (V, D)."""
+    head = model.decoder.embedding if model.head is None else model.head
+    assert isinstance(head, (nn.Linear, nn.Embedding))
+    return head.weight
 
 
 def _adding(total: Tensor) -> Callable[[nn.Module, Any, Any], None]:
@@ -130,8 +138,7 @@ def rounding_costs(
         norm = copy.deepcopy(decoder.norm).float()
         for x in states:
             read.add(norm(x))
-        head = decoder.embedding if model.head is None else model.head
-        costs["head"] = _costs(head.weight, read, fisher["head"], candidates["head"])
+        costs["head"] = _costs(head_weight(model), read, fisher["head"], candidates["head"])
     if progress is not None:
         progress()
     return costs
@@ -145,7 +152,7 @@ def _costs(
     found = {}
     for form in formats:
         total = 0.0
-        for some, matters in zip(weight.split(4096), fisher.split(4096), strict=True):
+        for some, matters in zip(torch.split(weight, 4096), torch.split(fisher, 4096), strict=True):
             rows = some.float()
             rounded = rounded_words(rows, form, importance)
             made = QuantisedLinear.of_words(form, rows.shape[1], rounded, None)

@@ -15,7 +15,7 @@ from smolstack.checkpoint.source import open_source
 from smolstack.config.quantization import INT4, INT8, INT8_FINE, Format
 from smolstack.errors import CheckpointError, ConfigError
 from smolstack.generation.answering import Answering
-from smolstack.quantization.budget import choose_formats
+from smolstack.quantization.budget import average_bits, choose_formats
 from smolstack.quantization.quantise import formats_of, quantise
 from smolstack.quantization.sensitivity import output_fisher, rounding_costs
 from smolstack.quantizing import own
@@ -141,14 +141,28 @@ def _linears(network: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def _candidates(
-    network: Any, shapes: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, int]], bits: float
 ) -> dict[str, tuple[Format, ...]]:
-    """The formats that a budget chooses from, of every layer of the text tower."""
+    """The formats that a budget chooses from, of every layer of the text tower.
+
+    The head has 8 bits where that leaves 4 for all others, and activations of 16 bits with it.
+
+    Raises:
+        ConfigError: the budget is too small for the smallest of them.
+    """
     found: dict[str, tuple[Format, ...]] = {}
     for name, (_, width) in shapes.items():
         if name.startswith(_TEXT):
             large = INT8_FINE if name == "head" else INT8
             found[name] = (large,) if width % INT4.group else (INT4, large)
+    smallest = {name: formats[0] for name, formats in found.items()}
+    if average_bits({**smallest, "head": INT8_FINE}, shapes) <= bits:
+        found["head"] = (INT8_FINE,)
+    elif (least := average_bits(smallest, shapes)) > bits:
+        raise ConfigError(
+            f"{bits:g} bits a weight are too few: the smallest formats take {least:.2f}, scales "
+            "and zero points included"
+        )
     return found
 
 
@@ -160,8 +174,7 @@ def _check_budget(network: Any, bits: float, shapes: Mapping[str, tuple[int, int
             f"bits is {bits:g} and the checkpoint is one for retrieval, which gives no answers to "
             "weigh its layers by, expected 8 or 4"
         )
-    candidates = _candidates(network, shapes)
-    choose_formats({n: dict.fromkeys(forms, 0.0) for n, forms in candidates.items()}, shapes, bits)
+    _candidates(shapes, bits)
 
 
 def _samples(  # noqa: PLR0917
@@ -249,7 +262,7 @@ def _formats(  # noqa: PLR0917
         done = iter(range(1, len(some) + 1))
         what = "finding which layers matter"
         fisher = output_fisher(vlm.model, some, lambda: tell(what, next(done), len(some)))
-        candidates = _candidates(vlm.model, shapes)
+        candidates = _candidates(shapes, bits)
         count = len(vlm.model.decoder.layers) + 1
         places = iter(range(1, count + 1))
         costs = rounding_costs(
@@ -285,5 +298,5 @@ def _tiles(vlm: VLM, samples: Samples) -> list[Tensor]:
     found = []
     for picture, plan in shown[:_TILES]:
         pixels = vlm.processor.pixels(picture, plan)  # type: ignore[arg-type]
-        found += list(pixels[-each:].split(1))
+        found += list(torch.split(pixels[-each:], 1))
     return found
