@@ -11,6 +11,7 @@ import torch
 from smolstack.checkpoint import compressed, keys
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.hub import ModelPath
+from smolstack.checkpoint.panel_file import Progress, adopt_panels
 from smolstack.checkpoint.source import Source, open_source
 from smolstack.checkpoint.verify import compare, settle_head
 from smolstack.checkpoint.weights import Entry
@@ -43,7 +44,10 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    where: Path | ModelPath, dtype: str = "auto", device: str = "auto"
+    where: Path | ModelPath,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Load a checkpoint in whatever files it came (checkpoint/source.py).
 
@@ -57,6 +61,8 @@ def load_checkpoint(
             they are stored so), or "auto": the weights' own, except on a CPU without arithmetic in
             it, where float32 is faster and loses nothing.
         device: "cpu", "cuda", "mps", … or "auto": the first of cuda, mps, cpu that is there.
+        progress: is told what was done and how much of how much, while weights are quantised or
+            laid out for the kernels.
 
     Raises:
         ConfigError, CheckpointError: naming file, key, what was found and what was expected.
@@ -81,7 +87,9 @@ def load_checkpoint(
     floats = _floats(dtype, config, entries, target)
     model = load_weights(source, config, floats, target)
     if dtype in QUANTISED and stored is None:
-        quantise(model, dtype)
+        quantise(model, dtype, progress=progress)
+    elif stored is not None:
+        adopt_panels(model, source, progress=progress)
     ends = end_tokens(files, config, processor)
     return Checkpoint(files, model.config, model, processor, ends, source.where)
 

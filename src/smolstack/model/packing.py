@@ -115,7 +115,9 @@ def floats_alone(layer: Any) -> bool:
 
 def device_of(layer: Any) -> torch.device:
     """Where a layer's weights are."""
-    found: torch.device = layer.device if isinstance(layer, QuantisedLinear) else layer.weight.device
+    found: torch.device = (
+        layer.device if isinstance(layer, QuantisedLinear) else layer.weight.device
+    )
     return found
 
 

@@ -40,8 +40,11 @@ class Arena:
             first = -memory.data_ptr() % LINE
             self.memory = memory[first : first + size]
         else:
-            with file.open("wb") as made:  # reserved: a full disk must not end in a bus error
-                os.posix_fallocate(made.fileno(), 0, max(size, 1))
+            reserve = getattr(os, "posix_fallocate", None)
+            if reserve is None:
+                raise OSError("this system does not reserve room for a file")
+            with file.open("wb") as made:  # without it a full disk would end in a bus error
+                reserve(made.fileno(), 0, max(size, 1))
             self.memory = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
         self._used = 0
 
@@ -52,7 +55,8 @@ class Arena:
 
     def take(self, size: int) -> Tensor:
         """The next ``size`` bytes, a whole number of lines."""
-        assert size % LINE == 0 and size <= self.left, (size, self.left)
+        assert size % LINE == 0, size
+        assert size <= self.left, (size, self.left)
         self._used += size
         return self.memory[self._used - size : self._used]
 
@@ -101,8 +105,7 @@ class Panels:
         memory: Tensor,
     ) -> Panels:
         """Panels of a layer's packed words (O, words), scales (O, G) and packed zero points."""
-        words, scale, zeros = (None if t is None else t.contiguous() for t in tensors)
-        assert words is not None and scale is not None
+        words, scale, zeros = tensors[0].contiguous(), tensors[1].contiguous(), tensors[2]
         made = cls(kernels, form, inputs, words.shape[0], memory)
         into = made.linear(None)
         sizes = kind_of(form), words.data_ptr(), words.shape[1] * 4, inputs, made.outputs
@@ -110,6 +113,7 @@ class Panels:
         groups = form.groups(inputs)
         kernels.pack_scales(scale.data_ptr(), groups, made.outputs, into.scale)
         if zeros is not None:
+            zeros = zeros.contiguous()
             kernels.pack_zeros(zeros.data_ptr(), groups, made.outputs, into.zeros)
         return made
 

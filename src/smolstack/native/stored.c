@@ -12,6 +12,8 @@
 #define TILE_CHANNELS 2
 #endif
 
+#define STRETCH 512  // inputs
+
 INLINE Floats stored_lanes(int64_t kind, const void *weight, int64_t at) {
     if (kind == STORED_BFLOAT16) return load_bfloats((const uint16_t *)weight + at);
     if (kind == STORED_FLOAT16) {
@@ -85,38 +87,39 @@ int stored_sizes(const Stored *s, float *largest, float *squares, int threads) {
     return 0;
 }
 
-INLINE void tile(int rows, int channels, const float *x, int64_t in, const float *w, int64_t wide,
-                 const float *bias, float *out, int64_t stride) {
+// `rows` rows of x by `channels` rows of weights, `count` inputs of each, onto what is in `sums`.
+INLINE void tile(int rows, int channels, const float *x, int64_t stride, const float *w,
+                 int64_t wide, int64_t count, Floats *sums) {
     Floats total[TILE_ROWS][TILE_CHANNELS];
-    int64_t i = 0;
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < channels; c++) total[r][c] = splat(0);
-    for (; i + LANES <= in; i += LANES) {
+        UNROLL for (int c = 0; c < channels; c++) total[r][c] = sums[r * TILE_CHANNELS + c];
+    for (int64_t i = 0; i < count; i += LANES) {
         Floats some[TILE_CHANNELS];
         UNROLL for (int c = 0; c < channels; c++) some[c] = load(w + c * wide + i);
         UNROLL for (int r = 0; r < rows; r++) {
-            Floats own = load(x + r * in + i);
+            Floats own = load_some(x + r * stride + i, count - i);
             UNROLL for (int c = 0; c < channels; c++)
                 total[r][c] = fma_lanes(own, some[c], total[r][c]);
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < channels; c++) {
-            Floats rest = total[r][c];
-            if (i < in) rest = fma_lanes(load_some(x + r * in + i, in - i), load(w + c * wide + i), rest);
-            out[r * stride + c] = sum_lanes(rest) + (bias ? bias[c] : 0);
-        }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < channels; c++) sums[r * TILE_CHANNELS + c] = total[r][c];
 }
-static void whole_tile(const float *x, int64_t in, const float *w, int64_t wide, const float *bias,
-                       float *out, int64_t stride) {
-    tile(TILE_ROWS, TILE_CHANNELS, x, in, w, wide, bias, out, stride);
-}
-static void part_tile(int64_t rows, int64_t channels, const float *x, int64_t in, const float *w,
-                      int64_t wide, const float *bias, float *out, int64_t stride) {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < channels; c++)
-            tile(1, 1, x + r * in, in, w + c * wide, wide, bias ? bias + c : NULL,
-                 out + r * stride + c, stride);
+
+// All rows by TILE_CHANNELS channels, a stretch of inputs after the other, so that the weights of a
+// stretch stay in the nearest cache.
+static void multiply_stored(const float *x, int64_t rows, int64_t in, const float *w, int64_t wide,
+                            Floats *sums) {
+    for (int64_t r = 0; r < rows * TILE_CHANNELS; r++) sums[r] = splat(0);
+    for (int64_t from = 0; from < in; from += STRETCH) {
+        int64_t count = least(STRETCH, in - from), row = 0;
+        for (; row + TILE_ROWS <= rows; row += TILE_ROWS)
+            tile(TILE_ROWS, TILE_CHANNELS, x + row * in + from, in, w + from, wide, count,
+                 sums + row * TILE_CHANNELS);
+        for (; row < rows; row++)
+            tile(1, TILE_CHANNELS, x + row * in + from, in, w + from, wide, count,
+                 sums + row * TILE_CHANNELS);
+    }
 }
 
 // out (rows, out) = x (rows, in) · weightᵀ + bias, for a few rows: each weight becomes a float once.
@@ -124,19 +127,21 @@ static void part_tile(int64_t rows, int64_t channels, const float *x, int64_t in
 int stored_product(const Stored *s, const float *bias, const float *x, int64_t rows, float *out,
                    int threads) {
     int64_t wide = rounded_up(s->in, LANES), tiles = (s->out + TILE_CHANNELS - 1) / TILE_CHANNELS;
-    float *memory = calloc((size_t)(wide * TILE_CHANNELS * threads), 4);
+    int64_t each = TILE_CHANNELS * (wide + rows * LANES) * 4;
+    char *memory = calloc((size_t)(each * threads + 64), 1);
     if (!memory) return 1;
 #pragma omp parallel for num_threads(threads)
     for (int part = 0; part < threads; part++) {
-        float *w = memory + part * wide * TILE_CHANNELS;
+        Floats *sums = (Floats *)(rounded_up((int64_t)(intptr_t)memory, 64) + part * each);
+        float *w = (float *)(sums + rows * TILE_CHANNELS);
         for (int64_t t = tiles * part / threads; t < tiles * (part + 1) / threads; t++) {
-            int64_t o = t * TILE_CHANNELS, count = least(TILE_CHANNELS, s->out - o), row = 0;
-            const float *own = bias ? bias + o : NULL;
+            int64_t o = t * TILE_CHANNELS, count = least(TILE_CHANNELS, s->out - o);
             for (int64_t c = 0; c < count; c++) stored_row(s, o + c, 0, s->in, w + c * wide);
-            for (; count == TILE_CHANNELS && row + TILE_ROWS <= rows; row += TILE_ROWS)
-                whole_tile(x + row * s->in, s->in, w, wide, own, out + row * s->out + o, s->out);
-            part_tile(rows - row, count, x + row * s->in, s->in, w, wide, own,
-                      out + row * s->out + o, s->out);
+            multiply_stored(x, rows, s->in, w, wide, sums);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t c = 0; c < count; c++)
+                    out[r * s->out + o + c] =
+                        sum_lanes(sums[r * TILE_CHANNELS + c]) + (bias ? bias[o + c] : 0);
         }
     }
     free(memory);

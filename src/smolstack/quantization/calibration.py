@@ -100,7 +100,7 @@ def multiplied_where_stored(layers: Mapping[str, nn.Linear], rows: int) -> Itera
             if kernels is None:
                 layer.float()
             else:
-                layer.forward = _product(layer, kernels)  # type: ignore[method-assign]
+                layer.forward = _product(layer, kernels)  # type: ignore[method-assign,assignment]
         yield
     finally:
         for layer, kernels in made:

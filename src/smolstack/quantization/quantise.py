@@ -26,6 +26,7 @@ from smolstack.quantization.calibration import (
 from smolstack.quantization.gptq import round_fitted
 from smolstack.quantization.rounding import (
     Factors,
+    Rounding,
     kernels_for,
     rounded_panels,
     rounded_words,
@@ -282,8 +283,8 @@ class _Work:
         if kernels is None:
             rounded = rounded_words(weight, form, importance, factors)
             return QuantisedLinear.of_words(form, layer.in_features, rounded, bias)
-        arena = self._arena(kernels, name)
-        panels = rounded_panels(kernels, weight, form, importance, factors, arena)
+        work = Rounding(weight, form, importance, factors)
+        panels = rounded_panels(kernels, work, self._arena(kernels, name))
         kernels.put_aside(weight.data_ptr(), weight.nbytes)  # a mapped file's pages
         return QuantisedLinear.of_panels(panels, bias)
 

@@ -170,40 +170,37 @@ def rounded_words(
         scale.data_ptr(),
         None if zeros is None else zeros.data_ptr(),
     )
-    _round(kernels, weight, form, importance, factors, into)
+    _round(kernels, Rounding(weight, form, importance, factors), into)
     return words, scale, zeros
 
 
-def rounded_panels(
-    kernels: native.Library,
-    weight: Tensor,
-    form: Format,
-    importance: Tensor,
-    factors: Factors,
-    arena: Arena,
-) -> Panels:
+@dataclass(frozen=True)
+class Rounding:
+    """What :func:`rounded_words` is given: a weight (O, I), its format, the mean square of each input
+    channel (I,), and factors."""
+
+    weight: Tensor
+    form: Format
+    importance: Tensor
+    factors: Factors
+
+
+def rounded_panels(kernels: native.Library, work: Rounding, arena: Arena) -> Panels:
     """The same, straight into what the kernels multiply."""
-    outputs, inputs = weight.shape
-    memory = arena.take(panel_size(kernels, form, inputs, outputs))
-    into = memory.data_ptr(), None, 0, None, None
-    _round(kernels, weight, form, importance, factors, into)
-    return Panels(kernels, form, inputs, outputs, memory)
+    outputs, inputs = work.weight.shape
+    memory = arena.take(panel_size(kernels, work.form, inputs, outputs))
+    _round(kernels, work, (memory.data_ptr(), None, 0, None, None))
+    return Panels(kernels, work.form, inputs, outputs, memory)
 
 
-def _round(
-    kernels: native.Library,
-    weight: Tensor,
-    form: Format,
-    importance: Tensor,
-    factors: Factors,
-    into: tuple[int | None, ...],
-) -> None:
-    stored, importance = StoredWeight(weight, factors), importance.float().contiguous()
+def _round(kernels: native.Library, work: Rounding, into: tuple[int | None, ...]) -> None:
+    weight = work.weight
+    stored, importance = StoredWeight(weight, work.factors), work.importance.float().contiguous()
     failed = kernels.round_weight(
-        form.bits,
+        work.form.bits,
         stored.reference,
         importance.data_ptr(),
-        form.group,
+        work.form.group,
         *into,
         torch.get_num_threads(),
     )

@@ -23,7 +23,7 @@ from smolstack.config.quantization import INT4, Format
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.quantization.calibration import Inputs, observed
-from smolstack.quantization.rounding import Factors, rounded_words
+from smolstack.quantization.rounding import rounded_words
 from smolstack.quantization.smoothing import smooth_layer
 
 _SEED = 21
