@@ -17,6 +17,7 @@ from smolstack.checkpoint.load import load_checkpoint
 from smolstack.checkpoint.panel_file import adopt_panels
 from smolstack.checkpoint.source import open_source
 from smolstack.config.quantization import Format
+from smolstack.model.panels import Arena, panel_size
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.native import library as native
 from smolstack.quantization.calibration import multiplied_where_stored
@@ -99,11 +100,11 @@ def test_weights_are_rounded_from_where_they_lie(
         assert torch.equal(zeros, expected[2])
 
 
-def arena_of(form: Format, weight: torch.Tensor) -> panel_file.Arena:
+def arena_of(form: Format, weight: torch.Tensor) -> Arena:
     library = native.library()
     assert library is not None
     outputs, inputs = weight.shape
-    return panel_file.Arena(library, panel_file.panel_size(library, form, inputs, outputs))
+    return Arena(library, panel_size(library, form, inputs, outputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -142,7 +143,8 @@ def test_a_second_start_maps_what_the_first_one_made(saved: Path) -> None:
     def opened() -> tuple[torch.Tensor, Path | None]:
         model, source = load_checkpoint(saved).model, open_source(ModelPath(saved))
         kept = adopt_panels(model, source, least=0, progress=lambda *a: steps.append(a))
-        model.decoder.layers[0].down(torch.ones(1, model.config.text.intermediate_size))
+        layer = model.get_submodule("decoder.layers.0.down")
+        layer(torch.ones(1, model.config.text.intermediate_size))
         return model.state_dict()["decoder.layers.0.down.weight_packed"], kept
 
     expected = load_checkpoint(saved).model.state_dict()["decoder.layers.0.down.weight_packed"]

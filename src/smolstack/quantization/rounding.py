@@ -176,8 +176,8 @@ def rounded_words(
 
 @dataclass(frozen=True)
 class Rounding:
-    """What :func:`rounded_words` is given: a weight (O, I), its format, the mean square of each input
-    channel (I,), and factors."""
+    """What :func:`rounded_words` is given: a weight (O, I), its format, the mean square of each
+    input channel (I,), and factors."""
 
     weight: Tensor
     form: Format
