@@ -9,16 +9,16 @@ of earlier ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from smolstack.checkpoint.files import RETRIEVAL_TEMPLATE
 from smolstack.errors import ConfigError, PromptError
-from smolstack.generation.answering import Answering
+from smolstack.generation.inline import InlineEngine
+from smolstack.generation.request import Request
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.inputs import Picture
@@ -28,7 +28,6 @@ from smolstack.processor.prompt import ChatTemplate, Markers, user_message
 PAGE_PROMPT = "<|im_start|>User:<image>Describe the image.<end_of_utterance>\nAssistant:"
 QUERY_PROMPT = "{query}" + 10 * "<end_of_utterance>"  # tokens to be filled with what was not said
 SLOT = "{query}"
-TOGETHER = 4  # pages that go through the networks together
 ROWS = 256  # pages that are compared at once
 
 
@@ -105,20 +104,32 @@ def check_head(model: VisionLanguageModel, name: object) -> int:
     return model.config.embedding_dim
 
 
-def embed(answering: Answering, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
-    """Each prompt's vectors, in float32: (T, E).
+def encode(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Request]:
+    """Requests whose images are visual tokens now.
 
-    Prompts of the same length that follow each other go through the networks together, unpadded:
-    a prompt's vectors do not depend on its neighbours.
+    Raises:
+        ImageError: an image cannot be decoded; before any network runs.
     """
-    for _, alike in groupby(prompts, key=lambda prompt: len(prompt.token_ids)):
-        some = list(alike)
-        for start in range(0, len(some), TOGETHER):
-            seen = answering.encode(some[start : start + TOGETHER]).finish()
-            batch = answering.processor.batch(seen)
-            with torch.inference_mode():
-                vectors = answering.model.embed(batch.to(answering.model.device)).float()
-            yield from (of_one.clone() for of_one in vectors)
+    return _worked(engine, [Request(prompt, "visual tokens") for prompt in prompts])
+
+
+def embed(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """Each prompt's vectors, in float32: (T, E). They do not depend on the other prompts.
+
+    Raises:
+        ImageError: an image cannot be decoded; before any network runs.
+    """
+    requests = _worked(engine, [Request(prompt, "vectors") for prompt in prompts])
+    return [request.vectors for request in requests if request.vectors is not None]
+
+
+def _worked(engine: InlineEngine, requests: list[Request]) -> list[Request]:
+    engine.core.prepare(requests)
+    engine.finish(requests)
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+    return requests
 
 
 def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor]) -> Tensor:

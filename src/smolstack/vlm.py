@@ -17,9 +17,14 @@ from smolstack.checkpoint.load import Checkpoint, load_checkpoint
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import PromptError
 from smolstack.generation.answer import Answer
-from smolstack.generation.answering import Answering, AnswerStream
+from smolstack.generation.core import EngineCore
+from smolstack.generation.engine import Engine
+from smolstack.generation.image_cache import ImageCache
+from smolstack.generation.inline import INLINE, AnswerStream, InlineEngine
 from smolstack.generation.options import AnswerOptions, read_options
-from smolstack.generation.pictures import PictureCache
+from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
+from smolstack.generation.request import Request
+from smolstack.generation.scheduler import SchedulerLimits
 from smolstack.processor.geometry import TilePlan, Tiling
 from smolstack.processor.inputs import Picture, PromptLike, Shown, as_pictures, unlocked
 from smolstack.processor.processor import Prompt
@@ -30,6 +35,7 @@ from smolstack.retrieval import (
     Words,
     check_head,
     embed,
+    encode,
     page_prompts,
     query_prompts,
     words_of,
@@ -93,7 +99,7 @@ class VLM:
         self.where = checkpoint.where or ModelPath(self.folder)
         self.eos_token_ids = checkpoint.eos_token_ids
         self._files = checkpoint.files
-        self._answering = Answering(self.model, self.processor)
+        self._images = ImageCache(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,10 +143,9 @@ class VLM:
             ImageError, VideoError, PromptError, ContextLengthError, GenerationError: before any
                 network runs.
         """
-        stream = self.stream(images, text, messages=messages, **options)
-        for _ in stream:
-            pass
-        return stream.answer
+        request = self.request(images, text, messages=messages, **options)
+        self._inline.core.prepare([request])
+        return self._inline.answers([request])[0]
 
     def stream(
         self,
@@ -155,13 +160,62 @@ class VLM:
         Bad input raises here, not at the first piece. ``stream.answer`` is the whole answer once
         the pieces are exhausted.
         """
-        entry = _entry(images, text, messages)
+        request = self.request(images, text, messages=messages, **options)
+        self._inline.core.prepare([request])
+        return AnswerStream(self._inline, request)
+
+    def request(
+        self,
+        images: Shown | Sequence[Shown] | None = None,
+        text: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Request:
+        """What :meth:`ask` would answer, checked and not begun, for an engine's ``submit``.
+
+        Raises: as :meth:`ask`; an image that turns out to be damaged is the answer's error.
+        """
         chosen = read_options(options, self.eos_token_ids)
-        return AnswerStream(
-            self._answering,
-            [self.processor.prepare(entry, **chosen.tiling)],
-            chosen,
+        prompt = self.processor.prepare(_entry(images, text, messages), **chosen.tiling)
+        return self._inline.core.requests([prompt], chosen)[0]
+
+    def engine(
+        self,
+        *,
+        running: int = 16,
+        queued: int | None = None,
+        kv_cache_bytes: int | None = None,
+        prefix_cache_bytes: int = DEFAULT_PREFIX_BYTES,
+        tiles: int = 4,
+        prefill_tokens: int | None = 512,
+    ) -> Engine:
+        """An engine with a thread of its own, which works on many requests at once.
+
+        ::
+
+            with vlm.engine() as engine:
+                answer = engine.submit(vlm.request("sign.png", "What does it say?"))
+                ...
+                print(answer.result().text)
+
+        Args:
+            running: requests at work at the same time.
+            queued: requests that may wait beside them; None: any number.
+            kv_cache_bytes: KV caches altogether; None: half of the memory that is free.
+            prefix_cache_bytes: of them, kept for prompts that begin as earlier ones did.
+            tiles: tiles of one vision micro-batch.
+            prefill_tokens: prompt tokens read in one pass; more give the earlier words later.
+        """
+        limits = SchedulerLimits(
+            running=running,
+            queued=queued,
+            tiles=tiles,
+            prefill_tokens=prefill_tokens,
+            prefix_bytes=prefix_cache_bytes,
+            kv_cache_bytes=kv_cache_bytes,
         )
+        return Engine(self.model, self.processor, limits, images=self._images)
 
     def ask_many(
         self, prompts: Sequence[PromptLike], **options: Unpack[AnswerOptions]
@@ -176,10 +230,9 @@ class VLM:
             raise PromptError("expected a list of prompts, one per answer")
         chosen = read_options(options, self.eos_token_ids)
         prepared = [self.processor.prepare(entry, **chosen.tiling) for entry in prompts]
-        stream = AnswerStream(self._answering, prepared, chosen)
-        for _ in stream:
-            pass
-        return stream.answers
+        requests = self._inline.core.requests(prepared, chosen)
+        self._inline.core.prepare(requests)
+        return self._inline.answers(requests)
 
     def plan(
         self,
@@ -220,7 +273,7 @@ class VLM:
         video = self.processor.open_video(video)
         plans = tuple(self.processor.plan(Frame(frame)) for frame in video.frames)
         prompt = Prompt("", (), tuple(video.frames), plans)
-        return replace(video, frames=self._answering.encode([prompt]).finish()[0].pictures)
+        return replace(video, frames=tuple(self._encoded(prompt)))
 
     def encode(self, image: ImageSource, **tiling: Unpack[Tiling]) -> VisualTokens:
         """Visual tokens of one picture, reusable in any number of questions.
@@ -230,9 +283,10 @@ class VLM:
         image = unlocked(image, tiling.get("password"))
         plan = self.processor.plan(image, **tiling)
         prompt = Prompt("", (), (image,), (plan,))
-        visual = self._answering.encode([prompt]).finish()[0].pictures[0]
-        assert isinstance(visual, VisualTokens)
-        return visual
+        return self._encoded(prompt)[0]
+
+    def _encoded(self, prompt: Prompt) -> list[VisualTokens]:
+        return encode(self._inline, [prompt])[0].visual
 
     def embed_pages(
         self,
@@ -260,7 +314,7 @@ class VLM:
         check_head(self.model, self.folder)
         prompt = self.retrieval_words.page if prompt is None else prompt
         prompts = page_prompts(self.processor, as_pictures(images), prompt, tiling)
-        return list(embed(self._answering, prompts))
+        return list(embed(self._inline, prompts))
 
     def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:
         """Late-interaction vectors of queries, for a retrieval model (ColSmol).
@@ -278,30 +332,34 @@ class VLM:
         """
         check_head(self.model, self.folder)
         prompt = self.retrieval_words.query if prompt is None else prompt
-        return list(embed(self._answering, query_prompts(self.processor, queries, prompt)))
+        return list(embed(self._inline, query_prompts(self.processor, queries, prompt)))
 
     @cached_property
     def retrieval_words(self) -> Words:
         """What a retrieval model reads around pages and queries."""
         return words_of(self._files.side, self.processor.tokenizer.special_tokens)
 
+    @cached_property
+    def _inline(self) -> InlineEngine:
+        return InlineEngine(EngineCore(self.model, self.processor, INLINE, images=self._images))
+
     @property
-    def picture_cache(self) -> PictureCache:
-        """Visual tokens of the pictures asked about last, by content.
+    def picture_cache(self) -> ImageCache:
+        """Visual tokens of the images asked about last, by content.
 
         ``picture_cache.max_bytes`` limits it (0 keeps nothing), ``picture_cache.clear()`` forgets,
         ``picture_cache.folder`` keeps them on disk for the next process.
         """
-        return self._answering.pictures
+        return self._images
 
     def forget_conversation(self) -> None:
-        """Drop the last conversation's KV cache; the pictures stay known."""
-        if self._answering.prefix is not None:
-            self._answering.prefix.clear()
+        """Drop the KV caches of past conversations; the images stay known."""
+        self._inline.core.prefixes.clear()
 
     def forget(self) -> None:
-        """Drop everything kept for reuse: pictures and the last conversation's KV cache."""
-        self._answering.forget()
+        """Drop everything kept for reuse: images, and KV caches of past conversations."""
+        self._images.clear()
+        self.forget_conversation()
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint as a Hugging Face folder; complete or not at all."""
