@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from smolstack.batch import VisualTokens
 from smolstack.checkpoint.hub import ModelPath, locate
@@ -26,20 +24,12 @@ from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
 from smolstack.generation.request import Request
 from smolstack.generation.scheduler import SchedulerLimits
 from smolstack.processor.geometry import TilePlan, Tiling
-from smolstack.processor.inputs import Picture, PromptLike, Shown, as_pictures, unlocked
+from smolstack.processor.inputs import PromptLike, Shown, as_pictures, unlocked
 from smolstack.processor.processor import Prompt
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video
-from smolstack.retrieval import (
-    Words,
-    check_head,
-    embed,
-    encode,
-    page_prompts,
-    query_prompts,
-    words_of,
-)
+from smolstack.retrieval import PageEmbedder, encode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -81,7 +71,7 @@ def load(
     return vlm
 
 
-class VLM:
+class VLM(PageEmbedder):
     """A vision-language model that answers questions about pictures.
 
     Attributes:
@@ -100,6 +90,8 @@ class VLM:
         self.eos_token_ids = checkpoint.eos_token_ids
         self._files = checkpoint.files
         self._images = ImageCache(self.model)
+        core = EngineCore(self.model, self.processor, INLINE, images=self._images)
+        self._inline = InlineEngine(core)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -287,61 +279,6 @@ class VLM:
 
     def _encoded(self, prompt: Prompt) -> list[VisualTokens]:
         return encode(self._inline, [prompt])[0].visual
-
-    def embed_pages(
-        self,
-        images: Picture | Sequence[Picture],
-        *,
-        prompt: str | None = None,
-        **tiling: Unpack[Tiling],
-    ) -> list[Tensor]:
-        """Late-interaction vectors of pages, for a retrieval model (ColSmol).
-
-        Args:
-            images: a picture or several, as for :meth:`ask`.
-            prompt: what the model reads, the page at ``<image>``; None for the checkpoint's own
-                words, or ColPali's.
-            **tiling: split, max_image_tokens, upscale, password; see Tiling.
-
-        Returns:
-            For each page (T, E) in float32, of unit length: its visual tokens and the words
-            around them. :func:`smolstack.maxsim` compares them with queries.
-
-        Raises:
-            ConfigError: this checkpoint is no retrieval model.
-            ImageError, PromptError, ContextLengthError: before any work is done.
-        """
-        check_head(self.model, self.folder)
-        prompt = self.retrieval_words.page if prompt is None else prompt
-        prompts = page_prompts(self.processor, as_pictures(images), prompt, tiling)
-        return list(embed(self._inline, prompts))
-
-    def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:
-        """Late-interaction vectors of queries, for a retrieval model (ColSmol).
-
-        Args:
-            queries: questions or keywords.
-            prompt: what the model reads, the query at ``{query}``; None as for a page.
-
-        Returns:
-            For each query (T, E) in float32, of unit length.
-
-        Raises:
-            ConfigError: this checkpoint is no retrieval model.
-            PromptError: a query that is empty, or a prompt without a place for it.
-        """
-        check_head(self.model, self.folder)
-        prompt = self.retrieval_words.query if prompt is None else prompt
-        return list(embed(self._inline, query_prompts(self.processor, queries, prompt)))
-
-    @cached_property
-    def retrieval_words(self) -> Words:
-        """What a retrieval model reads around pages and queries."""
-        return words_of(self._files.side, self.processor.tokenizer.special_tokens)
-
-    @cached_property
-    def _inline(self) -> InlineEngine:
-        return InlineEngine(EngineCore(self.model, self.processor, INLINE, images=self._images))
 
     @property
     def picture_cache(self) -> ImageCache:

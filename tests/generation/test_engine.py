@@ -85,9 +85,12 @@ def test_a_late_answer_is_an_error_of_its_future(vlm: smolstack.VLM) -> None:
 
 
 def test_a_request_is_submitted_once_and_must_fit(vlm: smolstack.VLM) -> None:
-    with vlm.engine(kv_cache_bytes=2000) as engine:
-        with pytest.raises(KVCacheError, match="2,000 are allowed"):
-            engine.submit(vlm.request(text="What?"))
+    request = vlm.request(text="What?")
+    with (
+        vlm.engine(kv_cache_bytes=2000) as engine,
+        pytest.raises(KVCacheError, match="2,000 are allowed"),
+    ):
+        engine.submit(request)
     with vlm.engine() as engine:
         request = vlm.request(text="What?", max_new_tokens=2)
         engine.submit(request)
@@ -97,11 +100,17 @@ def test_a_request_is_submitted_once_and_must_fit(vlm: smolstack.VLM) -> None:
 
 def test_an_engine_that_is_left_by_an_error_gives_up_its_requests(vlm: smolstack.VLM) -> None:
     vlm.eos_token_ids = ()
-    with pytest.raises(ZeroDivisionError), vlm.engine() as engine:
-        future = engine.submit(vlm.request(text="Talk on.", max_new_tokens=450))
-        raise ZeroDivisionError
+    futures = []
+
+    def leave() -> None:
+        with vlm.engine() as engine:
+            futures.append(engine.submit(vlm.request(text="Talk on.", max_new_tokens=450)))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        leave()
     with pytest.raises(QueueFullError, match="closed"):
-        future.result()
+        futures[0].result()
 
 
 def test_many_threads_ask_at_once(

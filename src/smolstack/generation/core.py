@@ -9,29 +9,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
-from functools import partial
-from time import perf_counter
+from concurrent.futures import Executor
 from typing import TypeVar
 
 from torch import Tensor
 
-from smolstack.batch import VisualTokens
 from smolstack.errors import DeadlineError, GenerationError
 from smolstack.generation.choices import Scoring, pick
 from smolstack.generation.image_cache import ImageCache
-from smolstack.generation.image_queue import ImageQueue, PreparedImage
+from smolstack.generation.image_queue import ImageQueue
+from smolstack.generation.image_stage import ImageStage
 from smolstack.generation.kv_budget import default_kv_bytes
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.output import make_answer
 from smolstack.generation.prefix_cache import PrefixCache
 from smolstack.generation.request import Request, Update
+from smolstack.generation.request_maker import RequestMaker
 from smolstack.generation.runner import ModelRunner, Outcome, StepOutputs
 from smolstack.generation.scheduler import Scheduler, SchedulerLimits, StepPlan
 from smolstack.model.digest import WeightsVersion
 from smolstack.model.vlm import VisionLanguageModel
-from smolstack.processor.geometry import TilePlan
-from smolstack.processor.inputs import Picture
 from smolstack.processor.processor import Processor, Prompt
 
 T = TypeVar("T")
@@ -69,8 +66,9 @@ class EngineCore:
     ) -> None:
         limits = limits or SchedulerLimits()
         self.model, self.processor = model, processor
-        self.workers, self.clock, self.wake = workers, clock, wake
+        self.clock = clock
         self.images = ImageQueue(processor, ImageCache(model) if images is None else images)
+        self.stage = ImageStage(self.images, workers, wake)
         self.prefixes = PrefixCache(limits.prefix_bytes)
         self.runner = ModelRunner(model, processor, self.prefixes)
         self.scheduler = Scheduler(
@@ -113,7 +111,7 @@ class EngineCore:
         self.scheduler.waiting.append(request)
         if request.images is not None:
             # Whoever opened them has no other place for the tiles: they are encoded while it waits.
-            self._want(request)
+            self.stage.want(request)
 
     def forget(self) -> None:
         """Drop what is kept for reuse: images in memory, and KV caches."""
@@ -163,64 +161,16 @@ class EngineCore:
             self._known_weights = number
             self.prefixes.clear()
         for request in self.scheduler.admit():
-            request.stage = "images"
-            if request.images is None:
-                self._open(request)
-            self._when_ready(request)
-
-    def _open(self, request: Request) -> None:
-        """Begin to open and cut a request's images, in worker threads where there are some."""
-        pairs = zip(request.prompt.pictures, request.prompt.plans, strict=True)
-        request.images = []
-        for image, plan in pairs:
-            if isinstance(image, VisualTokens):
-                request.images.append(image)
-                continue
-            work = partial(self._prepared, request, image, plan)
-            if self.workers is None:
-                future: Future[VisualTokens | PreparedImage] = Future()
-                try:
-                    future.set_result(work())
-                except Exception as error:
-                    future.set_exception(error)
-            else:
-                future = self.workers.submit(work)
-                future.add_done_callback(lambda _: self.wake())
-            request.images.append(future)
-
-    def _prepared(
-        self, request: Request, image: Picture, plan: TilePlan
-    ) -> VisualTokens | PreparedImage:
-        began = perf_counter()
-        made = self.images.prepare(image, plan)
-        request.taken.images += perf_counter() - began
-        return made
+            self.stage.begin(request)
 
     def _collect(self) -> bool:
         """Take the images that workers have opened; whether one of them failed."""
-        failed = False
+        failed = self.stage.collect(self.scheduler.running)
+        for request, error in failed.items():
+            self._fail(request, error)
         for request in list(self.scheduler.running):
-            if request.stage != "images" or not request.images:
-                continue
-            try:
-                for place, image in enumerate(request.images):
-                    if isinstance(image, Future) and image.done():
-                        request.images[place] = image.result()
-                        self._want(request)
-                self._when_ready(request)
-            except Exception as error:
-                self._fail(request, error)
-                failed = True
-        return failed
-
-    def _want(self, request: Request) -> None:
-        """Let a request wait for those of its images that are opened and not encoded."""
-        assert request.images is not None
-        for place, image in enumerate(request.images):
-            if isinstance(image, PreparedImage):
-                known = self.images.add(image, request)
-                if known is not None:
-                    request.images[place] = known
+            self._when_ready(request)
+        return bool(failed)
 
     def _when_ready(self, request: Request) -> None:
         """On to the prompt, once all images are visual tokens."""
@@ -258,13 +208,8 @@ class EngineCore:
             for request in waiting:
                 self._fail(request, outcome.error)
             return
-        for key, (visual, requests) in self.images.complete(plan.tiles, outcome.value).items():
-            for request in requests:
-                assert request.images is not None
-                for place, image in enumerate(request.images):
-                    if isinstance(image, PreparedImage) and image.key == key:
-                        request.images[place] = visual
-                self._when_ready(request)
+        for request in self.stage.take(plan.tiles, outcome.value):
+            self._when_ready(request)
 
     def _take_prefill(self, request: Request, logits: Tensor) -> None:
         """What comes after a part of a prompt: the next part, its choices, or its first token."""
