@@ -15,6 +15,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from smolstack.errors import DeadlineError, GenerationError
+from smolstack.generation.answer import TokenLogprob
 from smolstack.generation.choices import Scoring, pick
 from smolstack.generation.image_cache import ImageCache
 from smolstack.generation.image_queue import ImageQueue
@@ -79,7 +80,7 @@ class EngineCore:
             kv_budget=limits.kv_cache_bytes or default_kv_bytes(model.device),
         )
         self.decode_steps = self.generated_tokens = self.prefill_tokens = 0
-        self._weights, self._known_weights = WeightsVersion(model), 0
+        self._weights, self._known_weights = WeightsVersion(model.decoder), 0
         self.maker = RequestMaker(model, processor, self.images, self.scheduler.check)
         self._next_number = 0
 
@@ -257,14 +258,18 @@ class EngineCore:
         if not plan.decode:
             return
         self.decode_steps += 1
-        for row, request in enumerate(plan.decode):
+        rows = [None] * len(plan.decode) if outcome.value is None else outcome.value.unbind()
+        for request, logits in zip(plan.decode, rows, strict=True):
             request.taken.decode += outcome.seconds
             request.taken.decode_steps += 1
-            if outcome.value is None:
+            if logits is None:
                 assert outcome.error is not None
                 self._fail(request, outcome.error)
-            else:
-                self._guarded(request, Outcome(outcome.value[row]), self._take_token)
+                continue
+            try:
+                self._take_token(request, logits)
+            except Exception as error:  # its grammar, say, cannot be followed: its own trouble
+                self._fail(request, error)
 
     def _take_token(self, request: Request, logits: Tensor) -> None:
         assert request.output is not None
@@ -275,8 +280,10 @@ class EngineCore:
         """Tell what became certain; an answer that is complete ends its request."""
         output = request.output
         assert output is not None
-        logprobs = tuple(output.logprobs[request.told_logprobs :])
-        request.told_logprobs += len(logprobs)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if output.top_logprobs is not None:
+            logprobs = tuple(output.logprobs[request.told_logprobs :])
+            request.told_logprobs += len(logprobs)
         answer = None
         if output.finish_reason is not None:
             assert request.options is not None
@@ -286,7 +293,7 @@ class EngineCore:
             self.generated_tokens += len(output.token_ids)
             self.prefixes.finish(request.number, [] if request.choices else output.token_ids)
             self._leave(request)
-        if piece or logprobs or answer is not None:
+        if request.listener is not None and (piece or logprobs or answer is not None):
             request.tell(Update(piece, logprobs, answer))
 
     def _guarded(

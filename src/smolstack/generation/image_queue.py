@@ -15,7 +15,6 @@ from torch import Tensor
 from smolstack.batch import VisualTokens
 from smolstack.generation.image_cache import ImageCache
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.inputs import Picture
 from smolstack.processor.processor import Processor
 from smolstack.processor.tiles import ImageSource, read_tiles
 
@@ -92,15 +91,22 @@ class ImageQueue:
     def __len__(self) -> int:
         return len(self._images)
 
-    def prepare(self, image: Picture, plan: TilePlan) -> VisualTokens | PreparedImage:
+    def key(self, image: ImageSource, plan: TilePlan) -> bytes:
+        """An image's key in the image cache."""
+        return self.cache.key(image, plan, self.processor.settings)
+
+    def prepare(
+        self, image: ImageSource, plan: TilePlan, key: bytes | None = None
+    ) -> VisualTokens | PreparedImage:
         """An image's visual tokens, or its tiles where they are not known. Safe in any thread.
+
+        Args:
+            key: as :meth:`key` gives it, where that is known.
 
         Raises:
             ImageError: the image cannot be decoded.
         """
-        if isinstance(image, VisualTokens):
-            return image
-        key = self.cache.key(image, plan, self.processor.settings)
+        key = self.key(image, plan) if key is None else key
         known = self.cache.get(key)
         if known is not None:
             return known

@@ -13,7 +13,7 @@ from smolstack.batch import VisualTokens
 from smolstack.generation.image_queue import ImageQueue, PendingTile, PreparedImage
 from smolstack.generation.request import Request
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.inputs import Picture
+from smolstack.processor.tiles import ImageSource
 
 
 class ImageStage:
@@ -49,7 +49,7 @@ class ImageStage:
             request.images.append(future)
 
     def _prepared(
-        self, request: Request, image: Picture, plan: TilePlan
+        self, request: Request, image: ImageSource, plan: TilePlan
     ) -> VisualTokens | PreparedImage:
         began = perf_counter()
         made = self.queue.prepare(image, plan)

@@ -126,8 +126,8 @@ class RequestMaker:
                 if isinstance(image, VisualTokens):
                     request.images.append(image)
                     continue
-                key = self.images.cache.key(image, plan, self.processor.settings)
+                key = self.images.key(image, plan)
                 if key not in known:
-                    known[key] = self.images.prepare(image, plan)
+                    known[key] = self.images.prepare(image, plan, key)
                 request.images.append(known[key])
             request.taken.images += perf_counter() - began

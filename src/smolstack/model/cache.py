@@ -39,6 +39,7 @@ class KVCache:
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.padding = padding if padding is not None and bool(padding.any()) else None
         self.capacity, self.length = capacity, 0
+        self._addresses: tuple[Tensor, list[int], list[int]] | None = None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, kv heads, T, K) at the end of one layer; views of all that it now holds."""
@@ -66,6 +67,16 @@ class KVCache:
         self.length = min(self.length, length)
 
     @property
+    def addresses(self) -> tuple[list[int], list[int]]:
+        """Where the buffers of keys and of values begin, layer by layer; asked before every
+        token."""
+        first = self.keys[0]
+        if self._addresses is None or self._addresses[0] is not first:
+            keys, values = ([part.data_ptr() for part in held] for held in (self.keys, self.values))
+            self._addresses = first, keys, values
+        return self._addresses[1:]
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of the keys and values held, without the room that is left."""
         return self.token_bytes * self.length
@@ -91,6 +102,7 @@ class KVCache:
             _grown(held.expand(rows, -1, -1, -1), kept, capacity) for held in self.values
         ]
         copy.padding, copy.capacity, copy.length = None, capacity, kept
+        copy._addresses = None
         return copy
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,6 @@ def weights_digest(weights: Iterable[Tensor]) -> bytes:
     return digest.digest()
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to; tensors made in inference mode do not count that."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 class WeightsVersion:
     """Counts how often the weights of some modules have become others: replaced or written to.
 
@@ -34,24 +30,55 @@ class WeightsVersion:
     def __init__(self, *modules: nn.Module) -> None:
         self.modules = modules
         self.number = 0
-        self._seen: list[tuple[weakref.ref[Tensor], int, torch.dtype]] = []
+        # Every table of submodules or tensors that was looked at, and how many entries it had;
+        # under each name what stood there. Asked before every request, so it has to be quick.
+        self._tables: list[tuple[Mapping[str, Any], int]] = []
+        self._parts: list[tuple[Mapping[str, Any], str, nn.Module]] = []
+        self._tensors: list[tuple[Mapping[str, Any], str, weakref.ref[Tensor], int, int]] = []
 
     def current(self) -> int:
         """The number of the weights that the modules have now."""
-        now = list(self.tensors())
-        same = len(now) == len(self._seen) and all(
-            ref() is tensor and version == version_of(tensor) and dtype == tensor.dtype
-            for tensor, (ref, version, dtype) in zip(now, self._seen, strict=True)
-        )
-        if not same:
-            self._seen = [(weakref.ref(t), version_of(t), t.dtype) for t in now]
+        if not self._same():
+            self._look()
             self.number += 1
         return self.number
 
     def tensors(self) -> Iterator[Tensor]:
         """Parameters and buffers, in order."""
+        self.current()
+        for _, _, ref, _, _ in self._tensors:
+            tensor = ref()
+            assert tensor is not None
+            yield tensor
+
+    def _same(self) -> bool:
+        return (
+            bool(self._tables)
+            and all(len(table) == length for table, length in self._tables)
+            and all(table.get(name) is module for table, name, module in self._parts)
+            and all(
+                (tensor := table.get(name)) is not None
+                and ref() is tensor
+                and tensor.data_ptr() == address  # model.to(dtype) changes it and no version
+                and (version < 0 or tensor._version == version)
+                for table, name, ref, address, version in self._tensors
+            )
+        )
+
+    def _look(self) -> None:
+        self._tables, self._parts, self._tensors = [], [], []
         for top in self.modules:
             for module in top.modules():
-                # The modules' own tables: parameters() takes several times as long.
-                for table in (module._parameters, module._buffers):
-                    yield from (tensor for tensor in table.values() if tensor is not None)
+                # Their public counterparts build every name anew and take several times as long.
+                tables = (module._modules, module._parameters, module._buffers)
+                self._tables += [(table, len(table)) for table in tables]
+                for name, part in module._modules.items():
+                    if part is not None:
+                        self._parts.append((module._modules, name, part))
+                for table in tables[1:]:
+                    for name, tensor in table.items():
+                        if tensor is not None:
+                            version = -1 if tensor.is_inference() else tensor._version
+                            ref = weakref.ref(tensor)
+                            seen = table, name, ref, tensor.data_ptr(), version
+                            self._tensors.append(seen)

@@ -266,8 +266,8 @@ def _places(cache: KVCache | RaggedKVCache, rows: int) -> _Held:
     """Where every row stands, and its buffers, layer by layer."""
     if isinstance(cache, RaggedKVCache):
         places = [native.Place(one.length, one.capacity, 0) for one in cache.caches]
-        keys = [buffer.data_ptr() for one in cache.caches for buffer in one.keys]
-        values = [buffer.data_ptr() for one in cache.caches for buffer in one.values]
+        keys = [start for one in cache.caches for start in one.addresses[0]]
+        values = [start for one in cache.caches for start in one.addresses[1]]
     else:
         first = [0] * rows if cache.padding is None else cache.padding.tolist()
         places = [native.Place(cache.length, cache.capacity, padding) for padding in first]
