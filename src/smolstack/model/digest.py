@@ -57,10 +57,7 @@ class WeightsVersion:
             and all(len(table) == length for table, length in self._tables)
             and all(table.get(name) is module for table, name, module in self._parts)
             and all(
-                (tensor := table.get(name)) is not None
-                and ref() is tensor
-                and tensor.data_ptr() == address  # model.to(dtype) changes it and no version
-                and (version < 0 or tensor._version == version)
+                _is_as_seen(table.get(name), ref, address, version)
                 for table, name, ref, address, version in self._tensors
             )
         )
@@ -82,3 +79,15 @@ class WeightsVersion:
                             ref = weakref.ref(tensor)
                             seen = table, name, ref, tensor.data_ptr(), version
                             self._tensors.append(seen)
+
+
+def _is_as_seen(
+    tensor: Tensor | None, ref: weakref.ref[Tensor], address: int, version: int
+) -> bool:
+    # model.to(dtype) changes the address of a parameter and not its version.
+    return (
+        tensor is not None
+        and ref() is tensor
+        and tensor.data_ptr() == address
+        and (version < 0 or tensor._version == version)
+    )
