@@ -70,11 +70,6 @@ def test_transformers_is_imported_by_interop_alone(path: Path) -> None:
         assert not [name for name in imports(path) if name.split(".")[0] == "transformers"]
 
 
-def test_no_file_grows_past_reading() -> None:
-    long = {p.name: n for p in modules() if (n := len(p.read_text().splitlines())) > 320}
-    assert not long
-
-
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     program = (
         "import smolstack, sys;"

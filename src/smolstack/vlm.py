@@ -12,6 +12,7 @@ import torch
 from smolstack.batch import VisualTokens
 from smolstack.checkpoint.hub import ModelPath, locate
 from smolstack.checkpoint.load import Checkpoint, load_checkpoint
+from smolstack.checkpoint.panel_file import Progress
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import PromptError
 from smolstack.generation.answer import Answer
@@ -44,6 +45,7 @@ def load(
     base: str | Path | None = None,
     mmproj: str | Path | None = None,
     compile: bool = False,
+    progress: Progress | None = None,
 ) -> VLM:
     """Load a checkpoint.
 
@@ -52,7 +54,7 @@ def load(
             (extra ``gguf``), or a hub id (extra ``hf``); None is the small reader that comes with
             the package.
         dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantised while loading, see
-            model/precision.py; never chosen unasked), or "auto": the weights' own, except on a CPU
+            docs/precision.md; never chosen unasked), or "auto": the weights' own, except on a CPU
             that cannot compute in it, where float32 is faster and loses nothing.
         device: "cpu", "cuda", "mps", … or "auto", the fastest that is there.
         revision: branch, tag or commit of a hub id.
@@ -60,12 +62,15 @@ def load(
         mmproj: the GGUF file of the vision tower, where ``model`` is one of a language model.
         compile: let torch.compile have the vision tower, when it first runs. Off, because on a CPU
             it gains little in float32 and loses to the kernels in bfloat16.
+        progress: called with what was done ("decoder.layers.3"), how many steps are done and how
+            many there are, while weights are quantised or laid out for the kernels.
 
     Raises:
         ConfigError: a config file lacks a key or holds a value that cannot be built.
         CheckpointError: the folder, its weights or its tokenizer cannot be used.
     """
-    vlm = VLM(load_checkpoint(locate(model, revision, base=base, mmproj=mmproj), dtype, device))
+    where = locate(model, revision, base=base, mmproj=mmproj)
+    vlm = VLM(load_checkpoint(where, dtype, device, progress))
     if compile:
         vlm.model.compile_tower()
     return vlm

@@ -81,7 +81,7 @@ class Record:
             self.limits = dict(data["limits"])
 
 
-Progress = Callable[[str], AbstractContextManager[None]]
+Progress = Callable[[str], AbstractContextManager[object]]
 
 
 def run(preset: Preset, choice: Choice, progress: Progress) -> Record:

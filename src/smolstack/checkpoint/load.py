@@ -11,6 +11,7 @@ import torch
 from smolstack.checkpoint import compressed, keys
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.hub import ModelPath
+from smolstack.checkpoint.panel_file import Progress, adopt_panels
 from smolstack.checkpoint.source import Source, open_source
 from smolstack.checkpoint.verify import compare, settle_head
 from smolstack.checkpoint.weights import Entry
@@ -27,6 +28,7 @@ from smolstack.quantization.quantise import quantise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 QUANTISED = SCHEMES
+_TABLE = "decoder.embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,10 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    where: Path | ModelPath, dtype: str = "auto", device: str = "auto"
+    where: Path | ModelPath,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Load a checkpoint in whatever files it came (checkpoint/source.py).
 
@@ -56,6 +61,8 @@ def load_checkpoint(
             they are stored so), or "auto": the weights' own, except on a CPU without arithmetic in
             it, where float32 is faster and loses nothing.
         device: "cpu", "cuda", "mps", … or "auto": the first of cuda, mps, cpu that is there.
+        progress: is told what was done and how much of how much, while weights are quantised or
+            laid out for the kernels.
 
     Raises:
         ConfigError, CheckpointError: naming file, key, what was found and what was expected.
@@ -80,7 +87,9 @@ def load_checkpoint(
     floats = _floats(dtype, config, entries, target)
     model = load_weights(source, config, floats, target)
     if dtype in QUANTISED and stored is None:
-        quantise(model, dtype)
+        quantise(model, dtype, progress=progress)
+    elif stored is not None:
+        adopt_panels(model, source, progress=progress)
     ends = end_tokens(files, config, processor)
     return Checkpoint(files, model.config, model, processor, ends, source.where)
 
@@ -110,7 +119,10 @@ def load_weights(
             continue
         scale = name.endswith(f".{compressed.SCALE}")
         number = torch.bfloat16 if scale else dtype if tensor.is_floating_point() else None
-        state[keys.from_hf(name)] = tensor.to(device=device, dtype=number)
+        own = keys.from_hf(name)
+        if own == _TABLE and config.quantization is not None:
+            number = tensor.dtype  # looked up, never multiplied
+        state[own] = tensor.to(device=device, dtype=number)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,13 +51,16 @@ def error(message: str) -> None:
 
 
 @contextmanager
-def progress(message: str) -> Iterator[None]:
-    """A spinner on stderr while something takes its time; nothing unless that is a terminal."""
+def progress(message: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A spinner on stderr while something takes its time; nothing unless that is a terminal.
+
+    Yields a function that shows how much is done of how much.
+    """
     if not sys.stderr.isatty():
-        yield
+        yield lambda what, done, count: None
         return
-    with _console(sys.stderr).status(message):
-        yield
+    with _console(sys.stderr).status(message) as status:
+        yield lambda what, done, count: status.update(f"{message} {what}, {done} of {count}")
 
 
 def write_piece(piece: str) -> None:

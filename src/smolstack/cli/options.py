@@ -306,7 +306,7 @@ def load_model(
     """Load a checkpoint as the options say, with a spinner while it takes its time."""
     from smolstack.cli.console import progress
 
-    with progress(f"Loading {model or 'the bundled reader'} …"):
+    with progress(f"Loading {model or 'the bundled reader'} …") as told:
         import torch
 
         from smolstack.vlm import load
@@ -314,7 +314,13 @@ def load_model(
         if threads is not None:
             torch.set_num_threads(threads)
         vlm = load(
-            model, dtype=dtype.value, device=device, revision=revision, base=base, mmproj=mmproj
+            model,
+            dtype=dtype.value,
+            device=device,
+            revision=revision,
+            base=base,
+            mmproj=mmproj,
+            progress=told,
         )
     vlm.picture_cache.folder = pictures
     return vlm

@@ -28,6 +28,7 @@ SOURCES = (
     "decode.c",
     "resize.c",
     "rounding.c",
+    "stored.c",
 )
 HEADERS = ("smolstack.h", "simd.h", "vector.h")
 CAP = "SMOLSTACK_MAX_ISA"  # the most that may be used of a processor's instructions
@@ -67,7 +68,7 @@ def compiled() -> Path:
         raise CompileError("kernels are not built on Windows")
     compiler = _compiler()
     name = f"kernels-{_fingerprint(compiler)}.so"
-    for folder in _folders():
+    for folder in cache_folders():
         if _ours(folder / name):
             return folder / name
     return _build(compiler, name)
@@ -75,7 +76,7 @@ def compiled() -> Path:
 
 def _build(compiler: str, name: str) -> Path:
     failure = "no folder can be written to"
-    for folder in _folders():
+    for folder in cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -169,7 +170,7 @@ def _features() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _folders() -> list[Path]:
+def cache_folders() -> list[Path]:
     """Where libraries are kept, the best place first; all of them the user's own."""
     home = os.environ.get("XDG_CACHE_HOME")
     folders = []

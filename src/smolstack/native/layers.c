@@ -4,7 +4,9 @@
 
 #include <stdlib.h>
 #if defined(__linux__)
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 
@@ -22,13 +24,35 @@ void want_large_pages(void *memory, int64_t bytes) {
 #endif
 }
 
-// Give pages of a mapped file back to the system, which reads them again if they are needed again.
+#if defined(__linux__) && defined(MADV_PAGEOUT)
+// Whether no page in a range is the process's own: then a file has all of it. /proc/self/pagemap
+// tells (bit 61: a file's page, bit 63: present, bit 62: swapped, which only own pages are).
+static int files_alone(uintptr_t from, uintptr_t to) {
+    uint64_t some[1024];
+    int file = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC), alone = file >= 0, found = 0;
+    for (uintptr_t page = from / 4096; alone && page < to / 4096;) {
+        size_t count = (size_t)least(1024, (int64_t)(to / 4096 - page));
+        ssize_t got = pread(file, some, count * 8, (off_t)page * 8);
+        if (got != (ssize_t)(count * 8)) alone = 0;
+        for (size_t i = 0; alone && i < count; i++) {
+            int present = some[i] >> 63 & 1, of_file = some[i] >> 61 & 1;
+            found |= present;
+            alone = !(some[i] >> 62 & 1) && (!present || of_file);
+        }
+        page += count;
+    }
+    if (file >= 0) close(file);
+    return alone && found;
+}
+#endif
+
+// Let go of pages of a mapped file, which come back from the system's cache if they are needed again.
 // Memory that is no file's keeps what it holds.
 void put_aside(const void *memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_PAGEOUT)
     uintptr_t from = ((uintptr_t)memory + 4095) / 4096 * 4096;
     uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) / 4096 * 4096;
-    if (to > from) madvise((void *)from, to - from, MADV_PAGEOUT);
+    if (to > from && files_alone(from, to)) madvise((void *)from, to - from, MADV_DONTNEED);
 #else
     (void)memory, (void)bytes;
 #endif

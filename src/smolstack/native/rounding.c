@@ -1,12 +1,13 @@
 // Weights to integers: what smolstack/quantization/rounding.py does, faster.
 #include "vector.h"
 
+#include <stdlib.h>
+
 #define MOST_GROUP 4096  // channels of a group
+#define PANEL LANES      // output channels of a panel (panels.c)
 #define LEVELS 15.0f
 
 static const float SHARES[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
-
-static float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
 static uint16_t to_bfloat(float x) {
     uint32_t bits;
@@ -14,38 +15,55 @@ static uint16_t to_bfloat(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// The scale and zero point of a group that leave the least squared error weighed by `importance`.
-static void round_group(const float *w, const float *importance, int64_t group, uint8_t *numbers,
-                        uint16_t *scale, uint8_t *zero) {
-    Floats smallest = splat(0), largest = splat(0);
-    for (int64_t i = 0; i < group; i += LANES) {
-        smallest = max_lanes(smallest, sub(splat(0), load(w + i)));
-        largest = max_lanes(largest, load(w + i));
+// x rounded to bfloat16.
+INLINE Floats as_bfloats(Floats x, uint16_t *bits) {
+    store_bfloats(bits, x);
+    return load_bfloats(bits);
+}
+
+// The squared error of a group, weighed by importance, when x becomes (clamp(steps) - zero) · scale.
+INLINE Floats error_of(const Floats *x, const float *importance, int64_t group, const Floats *steps,
+                       Floats scale, Floats zero) {
+    Floats error = splat(0), low = sub(splat(0), zero), high = sub(splat(LEVELS), zero);
+    for (int64_t i = 0; i < group; i++) {
+        Floats off = sub(mul(max_lanes(min_lanes(steps[i], high), low), scale), x[i]);
+        error = fma_lanes(mul(off, off), splat(importance[i]), error);
     }
-    float low = -largest_lane(smallest), high = largest_lane(largest), best = INFINITY;
-    float best_inverse = 0, best_zero = 0;
-    *scale = 0;
+    return error;
+}
+
+// Scales and zero points that leave the least squared error weighed by `importance`, for one group of
+// 16 outputs: lane by lane, x[i] holds input channel i of all of them.
+static void round_group(const Floats *x, const float *importance, int64_t group, Floats *steps,
+                        uint8_t *numbers, uint16_t *scale, uint8_t *zero) {
+    Floats low = splat(0), high = splat(0), best = splat(INFINITY), best_scale = splat(0);
+    Floats best_zero = splat(0), one = splat(1);
+    for (int64_t i = 0; i < group; i++) low = min_lanes(low, x[i]), high = max_lanes(high, x[i]);
     for (size_t c = 0; c < sizeof SHARES / sizeof *SHARES; c++) {
-        uint16_t tried = to_bfloat((high - low) * (SHARES[c] / LEVELS));
-        float step = load_bfloat(&tried), inverse = step > 0 ? 1 / step : 0;
-        float middle = rintf(-low * SHARES[c] * inverse);
+        uint16_t bits[LANES];
+        Floats tried = as_bfloats(mul(sub(high, low), splat(SHARES[c] / LEVELS)), bits);
+        Floats inverse = where_less(splat(0), tried, divide(one, tried), splat(0));
+        Floats middle = rounded(mul(mul(sub(splat(0), low), splat(SHARES[c])), inverse));
+        for (int64_t i = 0; i < group; i++) steps[i] = rounded(mul(x[i], inverse));
         for (int offset = -1; offset <= 1; offset++) {
-            float z = clamped(middle + (float)offset, 0, LEVELS);
-            Floats error = splat(0);
-            for (int64_t i = 0; i < group; i += LANES) {
-                Floats x = load(w + i), q = add(rounded(mul(x, splat(inverse))), splat(z));
-                q = max_lanes(min_lanes(q, splat(LEVELS)), splat(0));
-                Floats off = sub(mul(sub(q, splat(z)), splat(step)), x);
-                error = fma_lanes(mul(off, off), load(importance + i), error);
-            }
-            float total = sum_lanes(error);
-            if (total < best)
-                best = total, best_inverse = inverse, best_zero = z, *scale = tried;
+            Floats z = max_lanes(min_lanes(add(middle, splat((float)offset)), splat(LEVELS)), splat(0));
+            Floats error = error_of(x, importance, group, steps, tried, z);
+            best_scale = where_less(error, best, tried, best_scale);
+            best_zero = where_less(error, best, z, best_zero);
+            best = min_lanes(error, best);
         }
     }
-    for (int64_t i = 0; i < group; i++)
-        numbers[i] = (uint8_t)clamped(rintf(w[i] * best_inverse) + best_zero, 0, LEVELS);
-    *zero = (uint8_t)best_zero;
+    Floats inverse = where_less(splat(0), best_scale, divide(one, best_scale), splat(0));
+    uint8_t lanes[LANES];
+    store_low_bytes((int8_t *)lanes, to_nearest(best_zero));
+    memcpy(zero, lanes, LANES);
+    as_bfloats(best_scale, scale);
+    for (int64_t i = 0; i < group; i++) {
+        Floats q = add(rounded(mul(x[i], inverse)), best_zero);
+        q = max_lanes(min_lanes(q, splat(LEVELS)), splat(0));
+        store_low_bytes((int8_t *)lanes, to_nearest(q));
+        for (int lane = 0; lane < LANES; lane++) numbers[lane * group + i] = lanes[lane];
+    }
 }
 
 // Eight bits, 128 too large.
@@ -61,28 +79,72 @@ static void round_bytes(const float *w, int64_t group, uint8_t *numbers, uint16_
     }
 }
 
-// (out, in) weights to words of 8- or 4-bit numbers, the rows row_bytes apart, and their scales and
-// (4 bits) zero points, (out, groups).
-void round_weight(int64_t bits, const float *weight, const float *importance, int64_t out,
-                  int64_t in, int64_t group, uint8_t *words, int64_t row_bytes, uint16_t *scale,
-                  uint8_t *zeros, int threads) {
-    int64_t groups = (in + group - 1) / group;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t item = 0; item < out * groups; item++) {
-        int64_t o = item / groups, begin = item % groups * group, count = least(group, in - begin);
-        float w[MOST_GROUP] = {0}, counts[MOST_GROUP] = {0};
-        uint8_t numbers[MOST_GROUP], *to = words + o * row_bytes + begin * bits / 8;
-        memcpy(w, weight + o * in + begin, (size_t)count * 4);
-        if (bits == 8) {
-            round_bytes(w, group, numbers, scale + item);
-            int64_t room = least(group, row_bytes - begin);
-            memcpy(to, numbers, (size_t)room);
-            continue;
-        }
-        memcpy(counts, importance + begin, (size_t)count * 4);
-        round_group(w, counts, group, numbers, scale + item, zeros + item);
-        for (int64_t i = count; i < group; i++) numbers[i] = 0;
-        for (int64_t i = 0; i < group && begin / 2 + i / 2 < row_bytes; i += 2)
-            to[i / 2] = (uint8_t)(numbers[i] | numbers[i + 1] << 4);
+// What round_panel works in, for groups of up to `group` channels.
+static int64_t room_of(int64_t group) { return group * (PANEL + PANEL * 4 + 4 + 2 * 64); }
+
+// Sixteen outputs of a group: numbers (16, group), scales and zero points. Outputs that are not
+// there are 0.
+static void round_panel(int64_t bits, const Stored *s, const float *importance, int64_t group,
+                        int64_t panel, int64_t g, char *room, uint8_t *numbers, uint16_t *scale,
+                        uint8_t *zero) {
+    int64_t begin = g * group, count = least(group, s->in - begin);
+    int64_t there = least(PANEL, s->out - panel * PANEL);
+    Floats *x = (Floats *)room, *steps = x + group;
+    float *w = (float *)(steps + group), *counts = w + PANEL * group;
+    memset(w, 0, (size_t)(PANEL * group) * 4);
+    for (int64_t lane = 0; lane < there; lane++)
+        stored_row(s, panel * PANEL + lane, begin, count, w + lane * group);
+    if (bits == 8) {
+        for (int64_t lane = 0; lane < PANEL; lane++)
+            round_bytes(w + lane * group, group, numbers + lane * group, scale + lane);
+        return;
     }
+    for (int64_t i = 0; i < group; i++) {
+        float across[LANES];
+        for (int lane = 0; lane < PANEL; lane++) across[lane] = w[lane * group + i];
+        x[i] = load(across);
+        counts[i] = i < count ? importance[begin + i] : 0;
+    }
+    round_group(x, counts, group, steps, numbers, scale, zero);
+    for (int64_t i = count; i < group; i++)
+        for (int64_t lane = 0; lane < PANEL; lane++) numbers[lane * group + i] = 0;
+}
+
+// A weight to 8 or 4 bits: into `panels`, laid out with scales and zero points behind them, or, where
+// that is NULL, to words of 8- or 4-bit numbers, the rows row_bytes apart, and their scales and (4
+// bits) zero points, (out, groups). `importance` (in) is read with 4 bits. Groups have at most 4,096
+// channels, a multiple of 16. Returns 1 when memory runs out, else 0.
+int round_weight(int64_t bits, const Stored *s, const float *importance, int64_t group, void *panels,
+                 uint8_t *words, int64_t row_bytes, uint16_t *scales, uint8_t *zeros, int threads) {
+    int64_t groups = (s->in + group - 1) / group, tall = (s->out + PANEL - 1) / PANEL;
+    int64_t room = rounded_up(room_of(group), 64);
+    char *memory = malloc((size_t)(room * threads + 64));
+    if (!memory) return 1;
+#pragma omp parallel for num_threads(threads)
+    for (int part = 0; part < threads; part++) {
+        char *own_room = (char *)rounded_up((int64_t)(intptr_t)memory, 64) + part * room;
+        uint8_t *numbers = (uint8_t *)own_room + group * (PANEL * 4 + 4 + 2 * 64), zero[PANEL];
+        uint16_t scale[PANEL];
+        for (int64_t item = tall * part / threads * groups; item < tall * (part + 1) / threads * groups;
+             item++) {
+            int64_t panel = item / groups, g = item % groups, begin = g * group * bits / 8;
+            round_panel(bits, s, importance, group, panel, g, own_room, numbers, scale, zero);
+            if (panels) {
+                fill_group(bits == 8 ? INT8 : INT4, s->in, s->out, group, panels, panel, g, numbers,
+                           scale, zero);
+                continue;
+            }
+            for (int64_t lane = 0; lane < least(PANEL, s->out - panel * PANEL); lane++) {
+                int64_t o = panel * PANEL + lane, count = least(group * bits / 8, row_bytes - begin);
+                uint8_t *own = numbers + lane * group, *to = words + o * row_bytes + begin;
+                for (int64_t i = 0; bits == 4 && i < count; i++)
+                    own[i] = (uint8_t)(own[2 * i] | own[2 * i + 1] << 4);
+                memcpy(to, own, (size_t)count);
+                scales[o * groups + g] = scale[lane];
+                if (zeros) zeros[o * groups + g] = zero[lane];
+            }
+        }
+    }
+    free(memory);
+    return 0;
 }

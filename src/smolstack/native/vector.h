@@ -151,15 +151,33 @@ INLINE Floats min_lanes(Floats a, Floats b) {
     EACH a.part[k] = min_part(a.part[k], b.part[k]);
     return a;
 }
+// Lanes of a where x < y, else those of b.
+INLINE Floats where_less(Floats x, Floats y, Floats a, Floats b) {
+#if defined(VECTOR_512)
+    __mmask16 less = _mm512_cmp_ps_mask((__m512)x.part[0], (__m512)y.part[0], _CMP_LT_OQ);
+    Floats out = {{(vf)_mm512_mask_blend_ps(less, (__m512)b.part[0], (__m512)a.part[0])}};
+    return out;
+#else
+    EACH {
+        vi less = x.part[k] < y.part[k];
+        a.part[k] = (vf)(((vi)a.part[k] & less) | ((vi)b.part[k] & ~less));
+    }
+    return a;
+#endif
+}
 INLINE Floats abs_lanes(Floats x) { return from_bits(and_int(bits_of(x), 0x7fffffff)); }
 
 // Sums and largest over the lanes, by halves, in the same order everywhere.
 INLINE float sum_lanes(Floats x) {
+#if defined(VECTOR_512)
+    return _mm512_reduce_add_ps((__m512)x.part[0]);
+#else
     float some[LANES];
     store(some, x);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) some[i] += some[i + half];
     return some[0];
+#endif
 }
 INLINE float largest_lane(Floats x) {
 #if defined(VECTOR_512)

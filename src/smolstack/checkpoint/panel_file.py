@@ -1,0 +1,133 @@
+"""Panels kept on disk: the second start of a large quantised checkpoint maps them.
+
+A saved folder holds integers in the form that other programs read too; the kernels read them as
+panels (model/panels.py), which takes seconds to make for a few billion weights. So they are made
+once for a folder and kept in the user's cache, one file for each of the two layouts that
+processors need. A start then neither computes nor copies anything, and processes share the memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from smolstack.checkpoint.source import Source
+from smolstack.model.panels import Arena, Panels, panel_size
+from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.vlm import VisionLanguageModel
+from smolstack.native import library as native
+from smolstack.native.compiling import cache_folders
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "SMOLSTACK_PANELS"  # 0: nothing is kept on disk
+LEAST = 256 * 2**20  # bytes of panels: fewer are made in less time than a file takes
+MOST = 32 * 2**30  # bytes of all kept files
+_VERSION = 1
+
+Progress = Callable[[str, int, int], None]  # what is done, of how many
+
+
+def adopt_panels(
+    model: VisionLanguageModel,
+    source: Source,
+    *,
+    least: int = LEAST,
+    progress: Progress | None = None,
+) -> Path | None:
+    """Give a quantised model its panels: mapped from a kept file, or made and kept.
+
+    Models with fewer than ``least`` bytes of them make theirs when they are first used. So does
+    one whose file cannot be written, which costs time and nothing else.
+
+    Returns:
+        The file that the weights are mapped from; None where there is none.
+    """
+    kernels = native.library() if model.device.type == "cpu" else None
+    if kernels is None or os.environ.get(SWITCH, "1") == "0":
+        return None
+    layers = [part for part in model.modules() if isinstance(part, QuantisedLinear)]
+    sizes = [panel_size(kernels, one.format, one.in_features, one.out_features) for one in layers]
+    if not layers or sum(sizes) < least:
+        return None
+    name = f"{_key(source, kernels, layers)}.panels"
+    for folder in cache_folders():
+        path = folder / "panels" / name
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == sum(sizes):
+                _map(kernels, layers, sizes, path)
+                os.utime(path)  # used last
+                return path
+        try:
+            _make(kernels, layers, sum(sizes), path, progress)
+        except OSError as error:
+            logger.info("panels are not kept in %s: %s", path.parent, error)
+            continue
+        _prune(path)
+        return path
+    return None
+
+
+def _key(source: Source, kernels: native.Library, layers: list[QuantisedLinear]) -> str:
+    """A name for the panels of certain files: of their places, sizes and times of change."""
+    digest = hashlib.sha256(f"{_VERSION} {kernels.weight_offset}".encode())
+    for file in sorted({entry.file for entry in source.entries.values()}):
+        path = (source.weights.folder / file).resolve()
+        status = path.stat()
+        digest.update(f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ino}\0".encode())
+    digest.update(
+        repr([(one.format, one.in_features, one.out_features) for one in layers]).encode()
+    )
+    return digest.hexdigest()[:32]
+
+
+def _map(
+    kernels: native.Library, layers: list[QuantisedLinear], sizes: list[int], path: Path
+) -> None:
+    memory = torch.from_file(str(path), shared=False, size=sum(sizes), dtype=torch.uint8)
+    for layer, part in zip(layers, torch.split(memory, sizes), strict=True):
+        layer.use(Panels(kernels, layer.format, layer.in_features, layer.out_features, part))
+
+
+def _make(
+    kernels: native.Library,
+    layers: list[QuantisedLinear],
+    size: int,
+    path: Path,
+    progress: Progress | None,
+) -> None:
+    """Write beside its place, then rename: never half a file. The model uses what is written."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        arena = Arena(kernels, size, Path(name))
+        for i, layer in enumerate(layers):
+            layer.panels(kernels, arena)
+            if progress is not None:
+                progress("panels", i + 1, len(layers))
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _prune(kept: Path) -> None:
+    """Drop the files unused for longest until the rest fits."""
+    found = []
+    for path in kept.parent.glob("*.panels"):
+        with contextlib.suppress(OSError):  # another process may have dropped it
+            found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    held = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if held <= MOST:
+            return
+        if path != kept:
+            path.unlink(missing_ok=True)
+            held -= size
