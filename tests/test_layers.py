@@ -26,6 +26,7 @@ ORDER = [
     ("bulk",),
     ("documents",),
     ("interop", "cli", "train", "serve", "bench", "quantizing"),
+    ("__main__",),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
