@@ -172,6 +172,11 @@ def test_debug_shows_where_an_error_came_from(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = str(tmp_path / "nothing")
-    assert isinstance(run("inspect", missing).exception, SystemExit)
+    plain = run("inspect", missing)
+    assert (plain.exit_code, len(plain.stderr.splitlines())) == (2, 1)
     monkeypatch.setenv("SMOLSTACK_DEBUG", "1")
-    assert isinstance(run("inspect", missing).exception, smolstack.errors.CheckpointError)
+    told = run("inspect", missing)
+    assert told.exit_code == 2
+    assert "Traceback" in told.stderr
+    assert "in locate" in told.stderr
+    assert told.stderr.endswith(plain.stderr)

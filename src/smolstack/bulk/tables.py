@@ -150,10 +150,11 @@ def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
             path = os.fsdecode(path)
     elif isinstance(value, (bytes, bytearray, memoryview)):
         path, content = None, value
-    named = str(index) if not isinstance(path, str) or not path else path[:200]
+    is_path = isinstance(path, str) and path != "" and path[:5].lower() != "data:"
+    named = path[:200] if is_path else str(index)
     name = named if name is None else name
     try:
-        if isinstance(path, str) and path.startswith("data:"):
+        if isinstance(path, str) and path[:5].lower() == "data:":
             content, path = path.partition(",")[2], None
         if isinstance(content, str):
             content = _decode(content)

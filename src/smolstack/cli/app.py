@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import sys
+import traceback
 import warnings
 from importlib import metadata
 from typing import Annotated, Any
@@ -52,14 +53,16 @@ class Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except (SmolstackError, OSError, MemoryError) as error:
             if console.debugging():
-                raise
+                traceback.print_exc()
             console.error(_sentence(error))
             raise typer.Exit(BAD_INPUT) from None
         except RuntimeError as error:
             # torch's own, met by name: importing torch here would slow every start.
             starved = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-            if console.debugging() or not starved:
+            if not starved:
                 raise
+            if console.debugging():
+                traceback.print_exc()
             console.error(f"the device has too little memory: {error}")
             raise typer.Exit(BAD_INPUT) from None
         return result
@@ -95,7 +98,7 @@ def smolstack(
         bool,
         typer.Option(
             "--debug",
-            help="Show a traceback with every error; SMOLSTACK_DEBUG=1 does the same.",
+            help="Show a traceback before every error; SMOLSTACK_DEBUG=1 does the same.",
         ),
     ] = False,
 ) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolstack.documents.pages import TAGS, Page, Remark, made_document
 from smolstack.errors import BulkError
+from smolstack.writing import naming, only_writer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -89,6 +90,33 @@ def convert(
     """
     out = Path(out)
     _check_output(out, restart)
+    with only_writer(out, BulkError):
+        _check_output(out, restart)  # of a writer that ended in between
+        loading = {"revision": revision, "base": base, "mmproj": mmproj}
+        loading |= {"dtype": dtype, "device": device}
+        return _converted(
+            pages,
+            out,
+            options,
+            model=model,
+            question=question,
+            restart=restart,
+            on_progress=on_progress,
+            loading=loading,
+        )
+
+
+def _converted(
+    pages: Pictures,
+    out: Path,
+    options: AnswerOptions,
+    *,
+    model: str | Path | VLM | None,
+    question: str,
+    restart: bool,
+    on_progress: Callable[[Progress], None] | None,
+    loading: dict[str, Any],
+) -> Converted:
     if _is_answered(pages):
         read = _read_table(Path(pages))  # type: ignore[arg-type]
         return _write(out, read, options.get("password"))
@@ -116,13 +144,9 @@ def convert(
         question,
         out=table,
         model=model,
-        revision=revision,
-        base=base,
-        mmproj=mmproj,
-        dtype=dtype,
-        device=device,
         restart=restart,
         on_progress=on_progress,
+        **loading,
         **chosen,
     )
     try:
@@ -193,8 +217,9 @@ def _write(out: Path, pages: Sequence[Page], password: str | None) -> Converted:
             f"document models write them, found {_shown(asked[0].tags)}"
         )
     beside = out.with_name(f".{out.name}.new")
-    beside.write_text(made.text, encoding="utf-8", errors="replace")
-    os.replace(beside, out)
+    with naming(out):
+        beside.write_text(made.text, encoding="utf-8", errors="replace")
+        os.replace(beside, out)
     return Converted(
         out,
         len(pages),
