@@ -180,6 +180,17 @@ def test_a_schema_without_additional_properties_lets_no_others_be_invented(
         assert response.json()["choices"][0]["message"]["content"] == '{"a": "x"}', fields
 
 
+def test_the_number_is_right_in_the_form_that_the_page_shows(
+    server: Process, number: str, reader: Any
+) -> None:
+    schema = {"type": "integer", "minimum": 0, "maximum": 9999}
+    answer = reader.ask(EXAMPLES / "number.png", QUESTION, schema=schema)
+    assert (answer.text, answer.parsed) == ("4711", 4711)
+    form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    response = post(server, {"messages": asking(number), "response_format": form})
+    assert response.json()["choices"][0]["message"]["content"] == "4711"
+
+
 def test_a_schema_that_is_a_sum_of_others_stays_as_it_is() -> None:
     one: dict[str, Any] = {"properties": {"a": {}}}
     assert _is_sum({"allOf": [one, {"properties": {"b": {}}}]})

@@ -166,7 +166,7 @@ def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
         found = "nothing" if path is None or path == "" else f"a {type(path).__name__}"
         return Row(index, name, error=f"found {found} in place of a picture's path or bytes")
     if "://" in path:
-        return Row(index, name, error=f"{path} is an address; pictures are not fetched")
+        return Row(index, name, error=f"{path[:200]} is an address; pictures are not fetched")
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
