@@ -27,6 +27,7 @@ from smolstack.quantization.quantise import quantise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 QUANTISED = SCHEMES
+_TABLE = "decoder.embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,10 @@ def load_weights(
             continue
         scale = name.endswith(f".{compressed.SCALE}")
         number = torch.bfloat16 if scale else dtype if tensor.is_floating_point() else None
-        state[keys.from_hf(name)] = tensor.to(device=device, dtype=number)
+        own = keys.from_hf(name)
+        if own == _TABLE and config.quantization is not None:
+            number = tensor.dtype  # looked up, never multiplied
+        state[own] = tensor.to(device=device, dtype=number)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 

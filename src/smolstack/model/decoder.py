@@ -14,7 +14,13 @@ from torch.nn import functional
 
 from smolstack.config import RopeConfig, TextConfig
 from smolstack.model.cache import CacheRows, KVCache
-from smolstack.model.layers import ACTIVATION, RMSNorm, merge_heads, split_heads
+from smolstack.model.layers import (
+    ACTIVATION,
+    RMSNorm,
+    TokenEmbedding,
+    merge_heads,
+    split_heads,
+)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -132,7 +138,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TextLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,3 +38,17 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps=eps)
+
+
+class TokenEmbedding(nn.Embedding):
+    """Embeddings of tokens, (…) → (…, D).
+
+    Attributes:
+        gives: the dtype of what is looked up; None: that of the table.
+    """
+
+    gives: torch.dtype | None = None
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        found = super().forward(token_ids)
+        return found if self.gives is None else found.to(self.gives)

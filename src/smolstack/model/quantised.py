@@ -13,6 +13,7 @@ others too: 32-bit words of eight or four weights, the lowest bits first.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,13 @@ from torch.nn import functional
 
 from smolstack.config.quantization import Format, Quantization
 from smolstack.errors import ConfigError
+from smolstack.model.layers import TokenEmbedding
+from smolstack.model.panels import Arena, Panels, panel_size
 from smolstack.native import library as native
 
 RADIX = 254  # activations of 16 bits are RADIX · first + second, both from -127 to 127
+_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
+_PACKING = threading.Lock()  # two first questions at once must not both lay a layer out
 _NO_NORM = ctypes.byref(native.Norm(native.NO_NORM, 0.0, None, None))
 
 
@@ -64,6 +69,10 @@ class QuantisedLinear(nn.Module):
     On a CPU the compiled kernels compute it (smolstack.native); without them, and on other
     devices, torch does, from a float32 copy of the weights.
 
+    The weights are held once. When the kernels have them as panels, weight_packed, weight_scale
+    and weight_zero_point are left without memory (on the meta device); :meth:`tensors`, state_dict
+    and copies have them made again.
+
     Attributes:
         format: bits, groups and activations.
         weight_packed: int32 (O, words): eight 4-bit or four 8-bit numbers a word, 8-bit ones 128
@@ -94,7 +103,7 @@ class QuantisedLinear(nn.Module):
             zeros = torch.empty(-(-out_features // 8), groups, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zeros)
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
-        self._packed: Any = None  # the layer as the kernels read it (packing.py)
+        self._panels: Panels | None = None
         self._floats: Tensor | None = None
 
     @classmethod
@@ -137,36 +146,117 @@ class QuantisedLinear(nn.Module):
             made.bias = bias.detach().float().clone()
         return made
 
+    @classmethod
+    def of_panels(cls, panels: Panels, bias: Tensor | None) -> QuantisedLinear:
+        """The same of weights that were rounded into panels."""
+        with torch.device("meta"):
+            made = cls(panels.inputs, panels.outputs, panels.form, bias=bias is not None)
+        made._panels = panels
+        if bias is not None:
+            made.bias = bias.detach().float().clone()
+        return made
+
     @property
     def device(self) -> torch.device:
-        return self.weight_packed.device
+        return torch.device("cpu") if self.is_packed else self.weight_packed.device
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the panels are all there is of the weights."""
+        return self._panels is not None and self.weight_packed.is_meta
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """weight_packed, weight_scale and weight_zero_point."""
+        if self.is_packed:
+            assert self._panels is not None
+            return self._panels.words()
+        return self.weight_packed, self.weight_scale, self.weight_zero_point
+
+    def panels(self, kernels: native.Library, arena: Arena | None = None) -> Panels:
+        """The weights as the kernels read them, from now on the only ones.
+
+        Args:
+            arena: gives the memory; None: the layer has its own.
+        """
+        with _PACKING:
+            if self.is_packed:
+                assert self._panels is not None
+                return self._panels
+            size = panel_size(kernels, self.format, self.in_features, self.out_features)
+            memory = (arena or Arena(kernels, size)).take(size)
+            kept = self.tensors()
+            made = Panels.of_words(kernels, self.format, self.in_features, kept, memory)
+            for tensor in kept:
+                if tensor is not None:  # a mapped file's pages
+                    kernels.put_aside(tensor.data_ptr(), tensor.nbytes)
+            self.use(made)
+            return made
+
+    def use(self, panels: Panels) -> None:
+        """Hold these panels in the place of all else."""
+        for name in _TENSORS:
+            tensor = self._buffers[name]
+            if tensor is not None:
+                self._buffers[name] = tensor.to("meta")
+        self._panels, self._floats = panels, None
+
+    def _restore(self) -> None:
+        """Hold the words again, for changes to them."""
+        if self.is_packed:
+            for name, tensor in zip(_TENSORS, self.tensors(), strict=True):
+                self._buffers[name] = tensor
+        self._panels = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in zip(_TENSORS, self.tensors(), strict=True):
+            if tensor is not None:
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        self._floats = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own panels."""
+        state = dict(self.__dict__)
+        if self.is_packed:
+            state["_buffers"] = {
+                **self._buffers,
+                **dict(zip(_TENSORS, self.tensors(), strict=True)),
+            }
+        state["_panels"] = None
+        return state
 
     def numbers(self) -> Tensor:
         """The weights' integers, (O, I): from -127 to 127, or from 0 to 15; int16."""
-        values = unpack_words(self.weight_packed, self.format.bits, self.in_features).short()
+        values = unpack_words(self.tensors()[0], self.format.bits, self.in_features).short()
         return values - 128 if self.format.bits == 8 else values
 
     def zero_points(self) -> Tensor | None:
         """(O, G), from 0 to 15; None with 8 bits."""
-        if self.weight_zero_point is None:
-            return None
-        return unpack_words(self.weight_zero_point.t(), 4, self.out_features).t()
+        zeros = self.tensors()[2] if self.format.has_zero_points else None
+        return None if zeros is None else unpack_words(zeros.t(), 4, self.out_features).t()
 
     def dequantised(self) -> Tensor:
         """The weights as float32, (O, I)."""
         numbers, zeros = self.numbers().float(), self.zero_points()
-        group = self.format.group
+        group, scale = self.format.group, self.tensors()[1].float()
         if zeros is not None:
             numbers = numbers - _spread(zeros.float(), group, self.in_features)
-        return numbers * _spread(self.weight_scale.float(), group, self.in_features)
+        return numbers * _spread(scale, group, self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         """Move to another device; ``model.float()`` and the like change nothing here."""
+        if self.is_packed and fn(torch.empty(0)).device.type == "cpu":
+            return self
+        self._restore()
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer if buffer.is_meta else buffer[:0])
                 self._buffers[name] = moved if buffer.is_meta else buffer.to(moved.device)
-        self._floats = self._packed = None
+        self._floats = None
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,12 +270,12 @@ class QuantisedLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _by_kernels(self, kernels: native.Library, rows: Tensor) -> Tensor:
-        from smolstack.model.packing import packed_alone
-
         rows = rows.detach().float().contiguous()
         out = torch.empty(rows.shape[0], self.out_features)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        layer = self.panels(kernels).linear(bias)
         failed = kernels.dense_rows(
-            ctypes.byref(packed_alone(kernels, self)),
+            ctypes.byref(layer),
             _NO_NORM,
             rows.data_ptr(),
             rows.shape[0],
@@ -202,7 +292,7 @@ class QuantisedLinear(nn.Module):
         """A group's products are whole numbers below 2²⁴, which float32 sums exactly in any order:
         so a row does not depend on its neighbours here either."""
         numbers, scale = round_activations(rows, self.format)
-        weight, factors = self._whole(), self.weight_scale.float()
+        weight, factors = self._whole(), self.tensors()[1].float()
         out = torch.zeros(rows.shape[0], self.out_features, device=rows.device)
         for group in range(numbers.shape[1]):
             some, own = numbers[:, group], weight[:, group].t()
@@ -227,6 +317,25 @@ class QuantisedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.format}"
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """All that stays float beside integers, as float32; a token table keeps the numbers that it is
+    stored in, and gives out float32."""
+    for module in model.modules():
+        if isinstance(module, TokenEmbedding):
+            module.gives = torch.float32
+            continue
+        for name, tensor in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ):
+            if tensor.is_floating_point() and not isinstance(module, QuantisedLinear):
+                wide = tensor.detach().float()
+                if isinstance(tensor, nn.Parameter):
+                    setattr(module, name, nn.Parameter(wide, requires_grad=tensor.requires_grad))
+                else:
+                    module._buffers[name] = wide
 
 
 def _spread(of_groups: Tensor, group: int, width: int) -> Tensor:

@@ -49,6 +49,7 @@ class VisionLanguageModel(nn.Module):
             self.head = nn.Linear(width, config.text.vocab_size, bias=False)
         if config.quantization is not None:
             lay_out(self, config.quantization)
+            self.decoder.embedding.gives = torch.float32
 
     @property
     def scheme(self) -> str | None:
@@ -63,7 +64,8 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder.embedding.weight.dtype
+        embedding = self.decoder.embedding
+        return embedding.weight.dtype if embedding.gives is None else embedding.gives
 
     @property
     def device(self) -> torch.device:

@@ -28,6 +28,7 @@ SOURCES = (
     "decode.c",
     "resize.c",
     "rounding.c",
+    "stored.c",
 )
 HEADERS = ("smolstack.h", "simd.h", "vector.h")
 CAP = "SMOLSTACK_MAX_ISA"  # the most that may be used of a processor's instructions

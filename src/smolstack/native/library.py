@@ -12,6 +12,7 @@ from smolstack.native.compiling import CompileError, compiled
 logger = logging.getLogger(__name__)
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+STORED_FLOAT32, STORED_BFLOAT16, STORED_FLOAT16 = range(3)
 CACHE_FLOAT32, CACHE_FLOAT16, CACHE_BFLOAT16 = range(3)
 NO_NORM, LAYER_NORM, RMS_NORM = range(3)
 INSTRUCTIONS = (
@@ -46,6 +47,19 @@ class Linear(ctypes.Structure):
         ("scale", _pointer),
         ("zeros", _pointer),
         ("bias", _pointer),
+    )
+
+
+class Stored(ctypes.Structure):
+    """A weight as a checkpoint stores it, with factors of its outputs and inputs."""
+
+    _fields_ = (
+        ("kind", _integer),
+        ("inputs", _integer),
+        ("outputs", _integer),
+        ("weight", _pointer),
+        ("by_output", _pointer),
+        ("by_input", _pointer),
     )
 
 
@@ -129,6 +143,8 @@ class Library:
 
     Attributes:
         instructions: what they were compiled for: "plain C", "AVX2", "AVX-512 VNNI" …
+        weight_offset: what is added to 8-bit weights in panels, 0 or 128; libraries that agree in
+            it read each other's panels.
     """
 
     def __init__(self, path: Path) -> None:
@@ -156,17 +172,30 @@ class Library:
         self.pack_zeros = handle.pack_zeros
         self.pack_zeros.argtypes = [_pointer, _integer, _integer, _pointer]
         self.pack_zeros.restype = None
+        self.unpack_panels = handle.unpack_panels
+        self.unpack_panels.argtypes = [
+            _integer,
+            _pointer,
+            *[_integer] * 2,
+            _pointer,
+            _integer,
+            _count,
+        ]
+        self.unpack_panels.restype = None
         self.round_weight = handle.round_weight
         self.round_weight.argtypes = [
             _integer,
             *[_pointer] * 2,
-            *[_integer] * 3,
-            _pointer,
+            _integer,
+            *[_pointer] * 2,
             _integer,
             *[_pointer] * 2,
             _count,
         ]
-        self.round_weight.restype = None
+        self.stored_sizes = handle.stored_sizes
+        self.stored_sizes.argtypes = [*[_pointer] * 3, _count]
+        self.stored_product = handle.stored_product
+        self.stored_product.argtypes = [*[_pointer] * 3, _integer, _pointer, _count]
         self.dense_rows = handle.dense_rows
         self.dense_rows.argtypes = [*[_pointer] * 3, *[_integer] * 2, *[_pointer] * 2, _count]
         self.encode_tiles = handle.encode_tiles
@@ -174,6 +203,8 @@ class Library:
         self.prefill_rows = handle.prefill_rows
         self.prefill_rows.argtypes = [_pointer, _integer, *[_pointer] * 5, _count]
         self.instructions = INSTRUCTIONS[handle.instructions()]
+        handle.weight_offset.restype = _integer
+        self.weight_offset = int(handle.weight_offset())
 
 
 @lru_cache(maxsize=1)

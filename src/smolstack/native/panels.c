@@ -103,6 +103,64 @@ void pack_zeros(const uint32_t *zeros, int64_t groups, int64_t out, uint8_t *pan
         }
 }
 
+// What is added to 8-bit weights in panels of this library: 128, or 0. Libraries that agree in it
+// can read each other's panels.
+int64_t weight_offset(void) { return WEIGHT_OFFSET; }
+
+// Where the parts of a layer lie when they share one piece of memory: panels, scales, zero points.
+static uint16_t *scales_behind(int64_t kind, int64_t in, int64_t out, void *memory) {
+    return (uint16_t *)((char *)memory + panel_bytes(kind, in, out));
+}
+static uint8_t *zeros_behind(int64_t groups, int64_t out, uint16_t *scales) {
+    return (uint8_t *)(scales + rounded_up(out, PANEL) * groups);
+}
+
+// One group of a panel: 16 rows of `group` numbers (8 bits: 128 too large), their scales and (4
+// bits) zero points.
+void fill_group(int64_t kind, int64_t in, int64_t out, int64_t group, void *memory, int64_t panel,
+                int64_t g, const uint8_t *numbers, const uint16_t *scale, const uint8_t *zero) {
+    int64_t steps = steps_of(kind, in), groups = (in + group - 1) / group;
+    int64_t each = kind == INT4 ? 8 : 4, from = g * group / each;
+    int64_t to = least(from + group / each, steps);
+    uint32_t *at = (uint32_t *)memory + panel * steps * PANEL, turn = WEIGHT_OFFSET ? 0 : 0x80808080u;
+    uint16_t *scales = scales_behind(kind, in, out, memory);
+    for (int64_t s = from; s < to; s++)
+        for (int64_t lane = 0; lane < PANEL; lane++) {
+            const uint8_t *own = numbers + lane * group + (s - from) * each;
+            uint32_t four, high;
+            memcpy(&four, own, 4);
+            if (kind == INT4) {
+                memcpy(&high, own + 4, 4);
+                at[s * PANEL + lane] = four | high << 4;
+            } else
+                at[s * PANEL + lane] = four ^ turn;
+        }
+    memcpy(scales + (panel * groups + g) * PANEL, scale, PANEL * 2);
+    if (kind != INT4) return;
+    uint8_t *zeros = zeros_behind(groups, out, scales) + (panel * groups + g) * 8;
+    for (int i = 0; i < 8; i++) zeros[i] = (uint8_t)(zero[i] | zero[i + 8] << 4);
+}
+
+// pack_panels the other way round, for 8 and 4 bits: rows of words, row_bytes apart.
+void unpack_panels(int64_t kind, const void *panels, int64_t in, int64_t out, void *words,
+                   int64_t row_bytes, int threads) {
+    int64_t steps = steps_of(kind, in);
+    uint32_t turn = WEIGHT_OFFSET ? 0 : 0x80808080u;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t o = 0; o < out; o++) {
+        const uint32_t *from = (const uint32_t *)panels + o / PANEL * steps * PANEL + o % PANEL;
+        for (int64_t s = 0; s < steps; s++) {
+            uint32_t four = from[s * PANEL], neighbours = 0;
+            for (int i = 0; kind == INT4 && i < 4; i++) {
+                neighbours |= (four >> (8 * i) & 15) << (4 * i);
+                neighbours |= (four >> (8 * i + 4) & 15) << (4 * i + 16);
+            }
+            four = kind == INT4 ? neighbours : four ^ turn;
+            memcpy((char *)words + o * row_bytes + s * 4, &four, (size_t)least(4, row_bytes - s * 4));
+        }
+    }
+}
+
 // Room for any kind of rows: two bytes a number, or four where they stay floats; groups of 16
 // channels are the smallest there are.
 int64_t block_bytes(int64_t rows, int64_t in) {

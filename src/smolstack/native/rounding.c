@@ -1,7 +1,10 @@
 // Weights to integers: what smolstack/quantization/rounding.py does, faster.
 #include "vector.h"
 
+#include <stdlib.h>
+
 #define MOST_GROUP 4096  // channels of a group
+#define PANEL LANES      // output channels of a panel (panels.c)
 #define LEVELS 15.0f
 
 static const float SHARES[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
@@ -61,28 +64,64 @@ static void round_bytes(const float *w, int64_t group, uint8_t *numbers, uint16_
     }
 }
 
-// (out, in) weights to words of 8- or 4-bit numbers, the rows row_bytes apart, and their scales and
-// (4 bits) zero points, (out, groups).
-void round_weight(int64_t bits, const float *weight, const float *importance, int64_t out,
-                  int64_t in, int64_t group, uint8_t *words, int64_t row_bytes, uint16_t *scale,
-                  uint8_t *zeros, int threads) {
-    int64_t groups = (in + group - 1) / group;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t item = 0; item < out * groups; item++) {
-        int64_t o = item / groups, begin = item % groups * group, count = least(group, in - begin);
-        float w[MOST_GROUP] = {0}, counts[MOST_GROUP] = {0};
-        uint8_t numbers[MOST_GROUP], *to = words + o * row_bytes + begin * bits / 8;
-        memcpy(w, weight + o * in + begin, (size_t)count * 4);
-        if (bits == 8) {
-            round_bytes(w, group, numbers, scale + item);
-            int64_t room = least(group, row_bytes - begin);
-            memcpy(to, numbers, (size_t)room);
+// Sixteen outputs of a group: numbers (16, group), scales and zero points. Outputs that are not
+// there are 0.
+static void round_panel(int64_t bits, const Stored *s, const float *importance, int64_t group,
+                        int64_t panel, int64_t g, uint8_t *numbers, uint16_t *scale, uint8_t *zero) {
+    int64_t begin = g * group, count = least(group, s->in - begin);
+    float w[MOST_GROUP], counts[MOST_GROUP] = {0};
+    if (bits == 4) memcpy(counts, importance + begin, (size_t)count * 4);
+    for (int64_t i = count; i < group; i++) w[i] = 0;
+    for (int lane = 0; lane < PANEL; lane++) {
+        uint8_t *own = numbers + lane * group;
+        if (panel * PANEL + lane >= s->out) {
+            memset(own, bits == 8 ? 128 : 0, (size_t)group);
+            scale[lane] = 0, zero[lane] = 0;
             continue;
         }
-        memcpy(counts, importance + begin, (size_t)count * 4);
-        round_group(w, counts, group, numbers, scale + item, zeros + item);
-        for (int64_t i = count; i < group; i++) numbers[i] = 0;
-        for (int64_t i = 0; i < group && begin / 2 + i / 2 < row_bytes; i += 2)
-            to[i / 2] = (uint8_t)(numbers[i] | numbers[i + 1] << 4);
+        stored_row(s, panel * PANEL + lane, begin, count, w);
+        if (bits == 8)
+            round_bytes(w, group, own, scale + lane);
+        else {
+            round_group(w, counts, group, own, scale + lane, zero + lane);
+            for (int64_t i = count; i < group; i++) own[i] = 0;
+        }
     }
+}
+
+// A weight to 8 or 4 bits: into `panels`, laid out with scales and zero points behind them, or, where
+// that is NULL, to words of 8- or 4-bit numbers, the rows row_bytes apart, and their scales and (4
+// bits) zero points, (out, groups). `importance` (in) is read with 4 bits. Groups have at most 4,096
+// channels, a multiple of 16. Returns 1 when memory runs out, else 0.
+int round_weight(int64_t bits, const Stored *s, const float *importance, int64_t group, void *panels,
+                 uint8_t *words, int64_t row_bytes, uint16_t *scales, uint8_t *zeros, int threads) {
+    int64_t groups = (s->in + group - 1) / group, tall = (s->out + PANEL - 1) / PANEL;
+    uint8_t *memory = malloc((size_t)(group * PANEL * threads));
+    if (!memory) return 1;
+#pragma omp parallel for num_threads(threads)
+    for (int part = 0; part < threads; part++) {
+        uint8_t *numbers = memory + part * group * PANEL, zero[PANEL];
+        uint16_t scale[PANEL];
+        for (int64_t item = tall * part / threads * groups; item < tall * (part + 1) / threads * groups;
+             item++) {
+            int64_t panel = item / groups, g = item % groups, begin = g * group * bits / 8;
+            round_panel(bits, s, importance, group, panel, g, numbers, scale, zero);
+            if (panels) {
+                fill_group(bits == 8 ? INT8 : INT4, s->in, s->out, group, panels, panel, g, numbers,
+                           scale, zero);
+                continue;
+            }
+            for (int64_t lane = 0; lane < least(PANEL, s->out - panel * PANEL); lane++) {
+                int64_t o = panel * PANEL + lane, room = least(group * bits / 8, row_bytes - begin);
+                uint8_t *own = numbers + lane * group, *to = words + o * row_bytes + begin;
+                for (int64_t i = 0; bits == 4 && i < room; i++)
+                    own[i] = (uint8_t)(own[2 * i] | own[2 * i + 1] << 4);
+                memcpy(to, own, (size_t)room);
+                scales[o * groups + g] = scale[lane];
+                if (zeros) zeros[o * groups + g] = zero[lane];
+            }
+        }
+    }
+    free(memory);
+    return 0;
 }

@@ -32,6 +32,14 @@ typedef struct {
     const float *bias;      // (out) or NULL
 } Linear;
 
+// A weight as a checkpoint stores it: weight[o][i] · by_out[o] · by_in[i].
+enum { STORED_FLOAT32 = 0, STORED_BFLOAT16 = 1, STORED_FLOAT16 = 2 };
+typedef struct {
+    int64_t kind, in, out;
+    const void *weight;             // (out, in)
+    const float *by_out, *by_in;    // (out), (in), or NULL: all 1
+} Stored;
+
 enum { NO_NORM = 0, LAYER_NORM = 1, RMS_NORM = 2 };
 
 typedef struct {
@@ -127,6 +135,10 @@ void attend(const Decoder *d, int64_t count, int64_t from, const float *query, c
 void join(int64_t width, int64_t parts, const float *partial, int64_t apart, float *out);
 void rotate(int64_t width, const float *turns, float *x);
 void write_cache(const Decoder *d, void *cache, int64_t at, const float *x);
+
+void stored_row(const Stored *s, int64_t o, int64_t from, int64_t count, float *out);
+void fill_group(int64_t kind, int64_t in, int64_t out, int64_t group, void *memory, int64_t panel,
+                int64_t g, const uint8_t *numbers, const uint16_t *scale, const uint8_t *zero);
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

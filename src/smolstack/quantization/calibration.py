@@ -19,9 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smolstack.native import library as native
+from smolstack.quantization.rounding import Factors, StoredWeight, kernels_for
+
 TOKENS = 48  # that a model is calibrated on when it is given nothing
 _SIDE = 12  # patches on a side of the tile that it sees then
 _SEED = 20
+_FEW = 512  # rows
 
 
 @dataclass
@@ -82,6 +86,48 @@ def observed(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def multiplied_where_stored(layers: Mapping[str, nn.Linear], rows: int) -> Iterator[None]:
+    """While the block runs, the given linear layers multiply float32 rows by their weights as they
+    are stored, so that no copy of a weight in float32 is made; where they will be given many rows,
+    such a copy pays, and the layers become float32."""
+    few = rows <= _FEW
+    made = [(layer, kernels_for(layer.weight) if few else None) for layer in layers.values()]
+    try:
+        for layer, kernels in made:
+            if kernels is None:
+                layer.float()
+            else:
+                layer.forward = _product(layer, kernels)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer, kernels in made:
+            if kernels is not None:
+                del layer.forward
+
+
+def _product(layer: nn.Linear, kernels: native.Library) -> Callable[[Tensor], Tensor]:
+    stored = StoredWeight(layer.weight, Factors())
+    bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.detach().reshape(-1, layer.in_features).float().contiguous()
+        out = torch.empty(rows.shape[0], layer.out_features)
+        failed = kernels.stored_product(
+            stored.reference,
+            None if bias is None else bias.data_ptr(),
+            rows.data_ptr(),
+            rows.shape[0],
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for {rows.shape[0]} rows of a linear layer")
+        return out.view(*x.shape[:-1], -1)
+
+    return forward
 
 
 def _adding(inputs: Inputs) -> Callable[[nn.Module, Any], None]:

@@ -11,13 +11,25 @@ from torch import Tensor, nn
 
 from smolstack.config.quantization import Format, Quantization, format_of, name_of
 from smolstack.errors import ConfigError
-from smolstack.model.quantised import QuantisedLinear, pack_words
+from smolstack.model.panels import Arena, panel_size
+from smolstack.model.quantised import QuantisedLinear, compute_in_float32, pack_words
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
 from smolstack.quantization import smoothing
-from smolstack.quantization.calibration import Inputs, drawn_tile, drawn_tokens, observed
+from smolstack.quantization.calibration import (
+    Inputs,
+    drawn_tile,
+    drawn_tokens,
+    multiplied_where_stored,
+    observed,
+)
 from smolstack.quantization.gptq import round_fitted
-from smolstack.quantization.rounding import rounded_words
+from smolstack.quantization.rounding import (
+    Factors,
+    kernels_for,
+    rounded_panels,
+    rounded_words,
+)
 
 Progress = Callable[[str, int, int], None]  # what is done, of how many
 _ROWS_AT_ONCE = 4096
@@ -100,7 +112,8 @@ def quantise(
     name = scheme if isinstance(scheme, str) else name_of(formats, widths)
     tied = model.config.tied and model.head is None
     model.config = replace(model.config, tied=tied, quantization=Quantization(name, formats))
-    return model.float().eval()
+    compute_in_float32(model)
+    return model.eval()
 
 
 def _drawn_embeddings(model: VisionLanguageModel) -> Tensor:
@@ -124,9 +137,25 @@ class _Work:
     ) -> None:
         self.model, self.formats, self.progress = model, formats, progress
         self.keeper, self.fitted = keeper, fitted
-        self.kernels = native.library()
+        self.kernels = native.library() if model.device.type == "cpu" else None
         self.done = 0
         self.count = len(model.vision.layers) + len(model.decoder.layers) + 2
+        self._arenas: dict[str, Arena] = {}
+
+    def _arena(self, kernels: native.Library, layer: str) -> Arena:
+        """The memory of a tower's quantised layers, one piece for each tower."""
+        part = layer.partition(".")[0]
+        towers = {"connector": "connector", "vision": "vision"}
+        tower = towers.get(part, "decoder")
+        if tower not in self._arenas:
+            size = 0
+            for name, form in self.formats.items():
+                if towers.get(name.partition(".")[0], "decoder") == tower:
+                    one = self.model.get_submodule(name)
+                    assert isinstance(one, (nn.Linear, QuantisedLinear))
+                    size += panel_size(kernels, form, one.in_features, one.out_features)
+            self._arenas[tower] = Arena(kernels, size)
+        return self._arenas[tower]
 
     def vision(self, tiles: Sequence[Tensor]) -> None:
         """The tower, and the connector, which reads what its last norm puts out."""
@@ -136,14 +165,14 @@ class _Work:
         for i, layer in enumerate(tower.layers):
             prefix = f"vision.layers.{i}"
             parts = {n: p for n, p in layer.named_modules() if isinstance(p, nn.Linear)}
-            layer.float()
+            _norms_to_float(layer)
             first = states[0][:1]
-            with observed(parts) as inputs:
+            with multiplied_where_stored(parts, _rows(states)), observed(parts) as inputs:
                 states = [layer(x, None) for x in states]
             if not self._restored(prefix):
-                formats = self._of(prefix, parts)
-                smoothing.smooth_layer(layer, inputs, formats, config.num_heads, config.num_heads)
-                self._round(prefix, parts, inputs)
+                heads = config.num_heads, config.num_heads
+                factors = smoothing.smooth_layer(layer, inputs, self._of(prefix, parts), *heads)
+                self._round(prefix, parts, inputs, factors)
                 added = states[0][:1] - first
                 self._keep(prefix, lambda: layer(first, None) - first, added)  # noqa: B023
             self._told(prefix)
@@ -155,18 +184,18 @@ class _Work:
         tower.norm.float()
         if form is not None and not self._restored("connector"):
             proj, scale = connector.proj, connector.scale
-            proj.float()
             width = self.model.config.vision.hidden_size
             own = Inputs.nothing(width)  # every patch of a block reads the norm's channels
             for x in states:
                 own.add(tower.norm(x))
-            before = connector(tower.norm(states[0][:1]), grid)
+            with multiplied_where_stored({"proj": proj}, _rows(states)):
+                before = connector(tower.norm(states[0][:1]), grid)
             s = smoothing.factors(own, [proj.weight.view(-1, width)], form.bits)
             smoothing.divide_norm(tower.norm, s)
             own.divide(s)
-            smoothing.multiply_inputs(proj, s.repeat(scale**2))
+            factors = Factors(inputs=s.repeat(scale**2))
             own.largest, own.square = own.largest.repeat(scale**2), own.square.repeat(scale**2)
-            self._round("connector", {"proj": proj}, {"proj": own})
+            self._round("connector", {"proj": proj}, {"proj": own}, {"proj": factors})
             after = lambda: connector(tower.norm(states[0][:1]), grid)  # noqa: E731
             self._keep("connector", after, before, "vision.norm")
         self._told("connector")
@@ -183,17 +212,17 @@ class _Work:
         for i, layer in enumerate(decoder.layers):
             prefix = f"decoder.layers.{i}"
             parts = {n: p for n, p in layer.named_modules() if isinstance(p, nn.Linear)}
-            layer.float()
+            _norms_to_float(layer)
             fitted = self._of(prefix, parts).items() if self.fitted else ()
             products = [_SHARED.get(name, name) for name, form in fitted if form.bits == 4]
             first = states[0][:, :_COMPARED]
-            with observed(parts, products) as inputs:
+            stored = multiplied_where_stored(parts, _rows(states))
+            with stored, observed(parts, products) as inputs:
                 states = [run(layer, x) for x in states]
             if not self._restored(prefix):
-                formats = self._of(prefix, parts)
                 heads = config.num_heads, config.num_kv_heads
-                smoothing.smooth_layer(layer, inputs, formats, *heads)
-                self._round(prefix, parts, inputs)
+                factors = smoothing.smooth_layer(layer, inputs, self._of(prefix, parts), *heads)
+                self._round(prefix, parts, inputs, factors)
                 added = states[0][:, :_COMPARED] - first
                 self._keep(prefix, lambda: run(layer, first) - first, added)  # noqa: B023
             self._told(prefix)
@@ -215,7 +244,7 @@ class _Work:
         s = smoothing.factors(read, [head.weight], form.bits)
         smoothing.divide_norm(norm, s)
         read.divide(s)
-        self._round("head", {"": head}, {"": read}, times=s)
+        self._round("head", {"": head}, {"": read}, {"": Factors(inputs=s)})
         if before is not None:
             self._keep("head", lambda: self.model.logits(some / s), before, "decoder.norm")
 
@@ -229,40 +258,50 @@ class _Work:
         prefix: str,
         parts: Mapping[str, nn.Linear],
         inputs: Mapping[str, Inputs],
-        times: Tensor | None = None,
+        factors: Mapping[str, Factors],
     ) -> None:
-        """Put integers into the places of float layers; ``times`` multiplies their inputs."""
+        """Put integers into the places of float layers."""
         for name, form in self._of(prefix, parts).items():
+            full = f"{prefix}.{name}" if name else prefix
             shared = inputs.get(_SHARED.get(name, name), inputs[name])
             products = shared.products if form.bits == 4 else None
-            made = self._rounded(parts[name], form, inputs[name].rms.square(), times, products)
-            _replace(self.model, f"{prefix}.{name}" if name else prefix, made)
-
-    def _rounded(
-        self,
-        layer: nn.Linear,
-        form: Format,
-        importance: Tensor,
-        times: Tensor | None,
-        products: Tensor | None,
-    ) -> QuantisedLinear:
-        weight = layer.weight.detach()
-        importance = importance + importance.mean() * 1e-3  # no channel counts for nothing
-        parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        for rows in torch.split(weight, _ROWS_AT_ONCE):  # so that a head is never held as floats
-            some = rows.float() if times is None else rows.float() * times
+            importance = inputs[name].rms.square()
+            importance = importance + importance.mean() * 1e-3  # no channel counts for nothing
+            args = full, parts[name], form, factors[name]
             if products is None:
-                parts.append(rounded_words(some, form, importance))
+                made = self._to_nearest(*args, importance)
             else:
-                numbers, scale, zeros = round_fitted(some, form, products)
-                parts.append((pack_words(numbers, form.bits), scale, zeros))
-        words, scale = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-        points = [p[2] for p in parts if p[2] is not None]
-        rounded = (words, scale, torch.cat(points) if points else None)
-        if self.kernels is not None and weight.device.type == "cpu":
-            self.kernels.put_aside(weight.data_ptr(), weight.nbytes)  # a mapped file's pages
-        bias = None if layer.bias is None else layer.bias.detach()
-        return QuantisedLinear.of_words(form, layer.in_features, rounded, bias)
+                made = self._to_fit(*args, products)
+            _replace(self.model, full, made)
+
+    def _to_nearest(
+        self, name: str, layer: nn.Linear, form: Format, factors: Factors, importance: Tensor
+    ) -> QuantisedLinear:
+        weight, kernels = layer.weight.detach(), kernels_for(layer.weight)
+        bias = None if layer.bias is None else factors.bias(layer.bias.detach())
+        if kernels is None:
+            rounded = rounded_words(weight, form, importance, factors)
+            return QuantisedLinear.of_words(form, layer.in_features, rounded, bias)
+        arena = self._arena(kernels, name)
+        panels = rounded_panels(kernels, weight, form, importance, factors, arena)
+        kernels.put_aside(weight.data_ptr(), weight.nbytes)  # a mapped file's pages
+        return QuantisedLinear.of_panels(panels, bias)
+
+    def _to_fit(
+        self, name: str, layer: nn.Linear, form: Format, factors: Factors, products: Tensor
+    ) -> QuantisedLinear:
+        weight, parts = layer.weight.detach(), []
+        for start in range(0, weight.shape[0], _ROWS_AT_ONCE):  # a head is never held as floats
+            end = min(start + _ROWS_AT_ONCE, weight.shape[0])
+            some = factors.rows(start, end).of(weight[start:end])
+            numbers, scale, zeros = round_fitted(some, form, products)
+            parts.append((pack_words(numbers, form.bits), scale, zeros))
+        words, scale, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        bias = None if layer.bias is None else factors.bias(layer.bias.detach())
+        made = QuantisedLinear.of_words(form, layer.in_features, (words, scale, zeros), bias)
+        if self.kernels is not None:
+            made.panels(self.kernels, self._arena(self.kernels, name))
+        return made
 
     def _restored(self, block: str) -> bool:
         """Whether an earlier run's block was put in place."""
@@ -293,6 +332,20 @@ class _Work:
         self.done += 1
         if self.progress is not None:
             self.progress(what, self.done, self.count)
+
+
+def _rows(states: Sequence[Tensor]) -> int:
+    """Rows that a layer is given in all, at most."""
+    return sum(x.shape[0] * x.shape[1] for x in states)
+
+
+def _norms_to_float(layer: nn.Module) -> None:
+    """Everything but the linear parts of a layer as float32."""
+    for part in layer.modules():
+        if not isinstance(part, (nn.Linear, QuantisedLinear)):
+            for name, parameter in part.named_parameters(recurse=False):
+                made = nn.Parameter(parameter.detach().float(), requires_grad=False)
+                setattr(part, name, made)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

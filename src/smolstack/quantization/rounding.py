@@ -5,11 +5,15 @@ Shapes: O output channels, I input channels, G groups of input channels.
 
 from __future__ import annotations
 
+import ctypes
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from smolstack.config.quantization import Format
+from smolstack.model.panels import Arena, Panels, panel_size
 from smolstack.model.quantised import pack_words
 from smolstack.native import library as native
 
@@ -18,6 +22,11 @@ from smolstack.native import library as native
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _LEVELS = 15
 _ROWS_AT_ONCE = 1024
+_STORED = {
+    torch.float32: native.STORED_FLOAT32,
+    torch.bfloat16: native.STORED_BFLOAT16,
+    torch.float16: native.STORED_FLOAT16,
+}
 
 
 def round_weight(
@@ -83,31 +92,120 @@ def _round_nibbles(weight: Tensor, group: int, importance: Tensor) -> tuple[Tens
     return whole, scale.squeeze(-1).bfloat16(), zeros.squeeze(-1).to(torch.uint8)
 
 
+def stored_alike(dtype: torch.dtype) -> int | None:
+    """The kernels' name for the numbers of a float weight; None: they do not read it."""
+    return _STORED.get(dtype)
+
+
+@dataclass
+class Factors:
+    """What a weight (O, I) is multiplied by before it is rounded: its outputs' (O,) and its inputs'
+    (I,) factors. None: 1."""
+
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The weight with its factors, in float32."""
+        made = weight.float()
+        if self.outputs is not None:
+            made = made * self.outputs[:, None]
+        return made if self.inputs is None else made * self.inputs
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """The layer's bias with the outputs' factors, in float32."""
+        return bias.float() if self.outputs is None else bias.float() * self.outputs
+
+    def rows(self, start: int, end: int) -> Factors:
+        """The factors of some outputs."""
+        return self if self.outputs is None else Factors(self.outputs[start:end], self.inputs)
+
+
+class StoredWeight:
+    """A float weight with its factors as the kernels read them, where it lies.
+
+    Args:
+        weight: (O, I) on a CPU, of float32, bfloat16 or float16.
+    """
+
+    def __init__(self, weight: Tensor, factors: Factors) -> None:
+        self._kept = [weight.detach().contiguous()]
+        kind = stored_alike(weight.dtype)
+        assert kind is not None, weight.dtype
+        made = native.Stored(kind, weight.shape[1], weight.shape[0], self._kept[0].data_ptr())
+        made.by_output, made.by_input = self._floats(factors.outputs), self._floats(factors.inputs)
+        self.reference = ctypes.byref(made)
+
+    def _floats(self, values: Tensor | None) -> int | None:
+        if values is None:
+            return None
+        self._kept.append(values.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+
+def kernels_for(weight: Tensor) -> native.Library | None:
+    """The kernels, where they read a float weight."""
+    if weight.device.type != "cpu" or stored_alike(weight.dtype) is None:
+        return None
+    return native.library()
+
+
 def rounded_words(
-    weight: Tensor, form: Format, importance: Tensor
+    weight: Tensor, form: Format, importance: Tensor, factors: Factors | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same as :func:`round_weight`, the integers packed: (O, words), by the kernels where there
-    are any."""
-    kernels = native.library() if weight.device.type == "cpu" else None
+    are any. The weight may be of any float dtype."""
+    kernels, factors = kernels_for(weight), factors or Factors()
     if kernels is None:
-        numbers, scale, zeros = round_weight(weight, form, importance)
+        numbers, scale, zeros = round_weight(factors.of(weight), form, importance)
         return pack_words(numbers + 128 if form.bits == 8 else numbers, form.bits), scale, zeros
-    weight, importance = weight.float().contiguous(), importance.float().contiguous()
     outputs, inputs = weight.shape
     words = torch.empty(outputs, -(-inputs * form.bits // 32), dtype=torch.int32)
     scale = torch.empty(outputs, form.groups(inputs), dtype=torch.bfloat16)
     zeros = torch.empty_like(scale, dtype=torch.uint8) if form.has_zero_points else None
-    kernels.round_weight(
-        form.bits,
-        weight.data_ptr(),
-        importance.data_ptr(),
-        outputs,
-        inputs,
-        form.group,
+    into = (
+        None,
         words.data_ptr(),
         words.shape[1] * 4,
         scale.data_ptr(),
         None if zeros is None else zeros.data_ptr(),
+    )
+    _round(kernels, weight, form, importance, factors, into)
+    return words, scale, zeros
+
+
+def rounded_panels(
+    kernels: native.Library,
+    weight: Tensor,
+    form: Format,
+    importance: Tensor,
+    factors: Factors,
+    arena: Arena,
+) -> Panels:
+    """The same, straight into what the kernels multiply."""
+    outputs, inputs = weight.shape
+    memory = arena.take(panel_size(kernels, form, inputs, outputs))
+    into = memory.data_ptr(), None, 0, None, None
+    _round(kernels, weight, form, importance, factors, into)
+    return Panels(kernels, form, inputs, outputs, memory)
+
+
+def _round(
+    kernels: native.Library,
+    weight: Tensor,
+    form: Format,
+    importance: Tensor,
+    factors: Factors,
+    into: tuple[int | None, ...],
+) -> None:
+    stored, importance = StoredWeight(weight, factors), importance.float().contiguous()
+    failed = kernels.round_weight(
+        form.bits,
+        stored.reference,
+        importance.data_ptr(),
+        form.group,
+        *into,
         torch.get_num_threads(),
     )
-    return words, scale, zeros
+    if failed:
+        raise MemoryError(f"no memory to round a weight of {tuple(weight.shape)}")

@@ -23,7 +23,7 @@ from smolstack.config.quantization import INT4, Format
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.quantization.calibration import Inputs, observed
-from smolstack.quantization.rounding import rounded_words
+from smolstack.quantization.rounding import Factors, rounded_words
 from smolstack.quantization.smoothing import smooth_layer
 
 _SEED = 21
@@ -123,14 +123,14 @@ def rounding_costs(
         parts = {n: p for n, p in layer.named_modules() if isinstance(p, nn.Linear)}
         with observed(parts) as inputs:
             states = [layer(x, *decoder.angles(0, x.shape[1], None, x), None, None) for x in states]
-        smooth_layer(
+        factors = smooth_layer(
             layer, inputs, dict.fromkeys(parts, INT4), config.num_heads, config.num_kv_heads
         )
         for name, part in parts.items():
             full = f"decoder.layers.{i}.{name}"
             if full in candidates:
-                args = part.weight, inputs[name], fisher[full], candidates[full]
-                costs[full] = _costs(*args)
+                args = factors[name].of(part.weight), inputs[name], fisher[full]
+                costs[full] = _costs(*args, candidates[full])
         if progress is not None:
             progress()
     if "head" in candidates:

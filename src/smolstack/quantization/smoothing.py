@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from smolstack.config.quantization import Format
 from smolstack.quantization.calibration import Inputs
+from smolstack.quantization.rounding import Factors, StoredWeight, kernels_for
 
 _SMOOTHQUANT, _AWQ = 0.5, 0.3  # how much of a channel's size moves into the weights
 _LEAST, _MOST = 1 / 256, 256.0
@@ -29,17 +30,22 @@ def smooth_layer(
     formats: Mapping[str, Format],
     heads: int,
     kv_heads: int,
-) -> None:
-    """Smooth a layer of a tower in place: between its norms and what reads them, its values and
-    the output projection, up and down.
+) -> dict[str, Factors]:
+    """Smooth a layer of a tower: between its norms and what reads them, its values and the output
+    projection, up and down.
 
     Args:
-        layer: a layer in float32.
+        layer: its norms, in float32, are changed in place; its weights stay as they are.
         inputs: what its linear parts read, by name; divided as their channels are.
         formats: of those parts that will be quantised, by name.
         heads, kv_heads: of its attention.
+
+    Returns:
+        What the weights of each linear part are to be multiplied by, and their biases by the
+        outputs' factors.
     """
     parts = {name: part for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    made = {name: Factors() for name in parts}
     for norm, names in ((layer.attention_norm, _QKV), (layer.mlp_norm, ("gate", "up"))):
         readers = [name for name in names if name in parts]
         if any(name not in formats for name in readers):
@@ -48,7 +54,7 @@ def smooth_layer(
         s = factors(inputs[readers[0]], [parts[name].weight for name in readers], bits)
         divide_norm(norm, s)
         for name in readers:
-            multiply_inputs(parts[name], s)
+            made[name].inputs = s
             inputs[name].divide(s)
     value, out = parts["attention.value"], parts["attention.out"]
     if {"attention.value", "attention.out"} <= set(formats):
@@ -56,15 +62,14 @@ def smooth_layer(
         s = factors(read, [out.weight], formats["attention.out"].bits)
         shared = of_value_heads(s, kv_heads, head_dim)
         s = for_query_heads(shared, heads, kv_heads, head_dim)
-        divide_outputs(value, shared)
-        multiply_inputs(out, s)
+        made["attention.value"].outputs, made["attention.out"].inputs = 1 / shared, s
         read.divide(s)
     # down(act(gate) · up): what up puts out can be divided, since nothing bends it.
     if "gate" in parts and {"up", "down"} <= set(formats):
         s = factors(inputs["down"], [parts["down"].weight], formats["down"].bits)
-        divide_outputs(parts["up"], s)
-        multiply_inputs(parts["down"], s)
+        made["up"].outputs, made["down"].inputs = 1 / s, s
         inputs["down"].divide(s)
+    return made
 
 
 def factors(inputs: Inputs, weights: Sequence[Tensor], bits: int) -> Tensor:
@@ -73,14 +78,30 @@ def factors(inputs: Inputs, weights: Sequence[Tensor], bits: int) -> Tensor:
     s = a^α / w^(1-α): with 8-bit weights a and w are the largest magnitudes of a channel and
     α = 0.5, with 4-bit ones they are root mean squares and α = 0.3.
     """
+    sizes = [channel_sizes(weight) for weight in weights]
     if bits == 8:
         size, alpha = inputs.largest, _SMOOTHQUANT
-        ends = [end for w in weights for end in (w.amax(dim=0), -w.amin(dim=0))]
-        weight = torch.stack(ends).amax(dim=0).float()
+        weight = torch.stack([largest for largest, _ in sizes]).amax(dim=0)
     else:
         size, alpha = inputs.rms, _AWQ
-        weight = torch.stack([w.float().square().mean(dim=0) for w in weights]).amax(dim=0).sqrt()
+        squares = [s / w.shape[0] for (_, s), w in zip(sizes, weights, strict=True)]
+        weight = torch.stack(squares).amax(dim=0).sqrt()
     return balanced(size, weight, alpha)
+
+
+def channel_sizes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each input channel of a weight (O, I) the largest magnitude and the sum of squares, (I,)
+    each."""
+    kernels = kernels_for(weight)
+    if kernels is None:
+        ends = weight.amax(dim=0), -weight.amin(dim=0)
+        return torch.maximum(*ends).float(), weight.float().square().sum(dim=0)
+    largest, squares = torch.empty(weight.shape[1]), torch.empty(weight.shape[1])
+    stored = StoredWeight(weight, Factors())
+    threads = torch.get_num_threads()
+    if kernels.stored_sizes(stored.reference, largest.data_ptr(), squares.data_ptr(), threads):
+        raise MemoryError(f"no memory to measure a weight of {tuple(weight.shape)}")
+    return largest, squares
 
 
 def balanced(size: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -100,18 +121,6 @@ def divide_norm(norm: nn.Module, by: Tensor) -> None:
         if value is not None:
             made = (value.detach().float() / by).to(torch.float32)
             setattr(norm, name, nn.Parameter(made, requires_grad=False))
-
-
-def divide_outputs(layer: nn.Linear, by: Tensor) -> None:
-    """What a linear layer puts out, divided channel by channel."""
-    layer.weight = nn.Parameter(layer.weight.detach().float() / by[:, None], requires_grad=False)
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias.detach().float() / by, requires_grad=False)
-
-
-def multiply_inputs(layer: nn.Linear, by: Tensor) -> None:
-    """A linear layer for inputs that were divided."""
-    layer.weight = nn.Parameter(layer.weight.detach().float() * by, requires_grad=False)
 
 
 def of_value_heads(per_query_head: Tensor, kv_heads: int, head_dim: int) -> Tensor:

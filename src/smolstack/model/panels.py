@@ -1,0 +1,151 @@
+"""Quantised weights as the compiled kernels multiply them, and the memory that they lie in.
+
+Shapes: O output channels, I input channels, G groups of input channels.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smolstack.config.quantization import Format
+from smolstack.native import library as native
+
+LINE = 64  # bytes: layers begin at whole ones
+_PANEL = 16  # output channels side by side
+
+
+class Arena:
+    """One piece of memory for the weights of many layers, given out in order.
+
+    A pass over a decoder's weights touches every page of them once a token, so they lie in one
+    piece that the system may back with large pages, in the order in which they are read.
+
+    Args:
+        size: bytes, for layers whose sizes are whole lines.
+        file: to be written and mapped; it is as large as the arena. None: memory of its own.
+
+    Raises:
+        OSError: the file cannot be made, or the disk has no room for it.
+    """
+
+    def __init__(self, kernels: native.Library, size: int, file: Path | None = None) -> None:
+        if file is None:
+            memory = torch.empty(size + LINE, dtype=torch.uint8)
+            kernels.want_large_pages(memory.data_ptr(), size)
+            first = -memory.data_ptr() % LINE
+            self.memory = memory[first : first + size]
+        else:
+            with file.open("wb") as made:  # reserved: a full disk must not end in a bus error
+                os.posix_fallocate(made.fileno(), 0, max(size, 1))
+            self.memory = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
+        self._used = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes that nobody has."""
+        return self.memory.shape[0] - self._used
+
+    def take(self, size: int) -> Tensor:
+        """The next ``size`` bytes, a whole number of lines."""
+        assert size % LINE == 0 and size <= self.left, (size, self.left)
+        self._used += size
+        return self.memory[self._used - size : self._used]
+
+
+def whole_lines(size: int) -> int:
+    """Bytes rounded up to whole lines."""
+    return -(-size // LINE) * LINE
+
+
+def kind_of(form: Format) -> int:
+    """The kernels' name for a format's weights."""
+    return native.INT8 if form.bits == 8 else native.INT4
+
+
+def panel_size(kernels: native.Library, form: Format, inputs: int, outputs: int) -> int:
+    """Bytes of a layer as panels, with scales and zero points; whole lines."""
+    size = int(kernels.panel_bytes(kind_of(form), inputs, outputs))
+    channels, groups = -(-outputs // _PANEL) * _PANEL, form.groups(inputs)
+    size += channels * groups * 2
+    if form.has_zero_points:
+        size += channels * groups // 2
+    return whole_lines(size)
+
+
+@dataclass
+class Panels:
+    """A weight in panels of 16 output channels, behind them its scales and zero points.
+
+    Attributes:
+        memory: :func:`panel_size` bytes, uint8.
+    """
+
+    kernels: native.Library
+    form: Format
+    inputs: int
+    outputs: int
+    memory: Tensor
+
+    @classmethod
+    def of_words(
+        cls,
+        kernels: native.Library,
+        form: Format,
+        inputs: int,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        memory: Tensor,
+    ) -> Panels:
+        """Panels of a layer's packed words (O, words), scales (O, G) and packed zero points."""
+        words, scale, zeros = (None if t is None else t.contiguous() for t in tensors)
+        assert words is not None and scale is not None
+        made = cls(kernels, form, inputs, words.shape[0], memory)
+        into = made.linear(None)
+        sizes = kind_of(form), words.data_ptr(), words.shape[1] * 4, inputs, made.outputs
+        kernels.pack_panels(*sizes, into.weight, torch.get_num_threads())
+        groups = form.groups(inputs)
+        kernels.pack_scales(scale.data_ptr(), groups, made.outputs, into.scale)
+        if zeros is not None:
+            kernels.pack_zeros(zeros.data_ptr(), groups, made.outputs, into.zeros)
+        return made
+
+    def words(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What :meth:`of_words` was given."""
+        form, groups = self.form, self.form.groups(self.inputs)
+        words = torch.empty(self.outputs, -(-self.inputs * form.bits // 32), dtype=torch.int32)
+        sizes = self.inputs, self.outputs
+        size = int(self.kernels.panel_bytes(kind_of(form), *sizes))
+        at = kind_of(form), self.memory.data_ptr(), *sizes
+        row_bytes = words.shape[1] * 4
+        self.kernels.unpack_panels(*at, words.data_ptr(), row_bytes, torch.get_num_threads())
+        count = -(-self.outputs // _PANEL) * groups
+        scales = self.memory[size : size + count * _PANEL * 2].view(torch.bfloat16)
+        scale = scales.view(-1, groups, _PANEL).transpose(1, 2).reshape(-1, groups)
+        scale = scale[: self.outputs].contiguous()
+        if not form.has_zero_points:
+            return words, scale, None
+        halves = self.memory[size + count * _PANEL * 2 :][: count * 8].view(-1, groups, 8)
+        zeros = torch.cat((halves & 15, halves >> 4), dim=2)  # (O / 16, G, 16)
+        bytes_of = zeros.view(-1, groups, 8, 2)
+        packed = (bytes_of[..., 0] | bytes_of[..., 1] << 4).reshape(-1, groups, 2, 4)
+        zero_words = packed.contiguous().view(torch.int32).squeeze(-1)  # (O / 16, G, 2)
+        zero_words = zero_words.transpose(1, 2).reshape(-1, groups)
+        return words, scale, zero_words[: -(-self.outputs // 8)].contiguous()
+
+    def linear(self, bias: int | None) -> native.Linear:
+        """The layer as the kernels read it, its bias at an address."""
+        made = native.Linear(kind_of(self.form), self.inputs, self.outputs)
+        made.group, made.fine = self.form.group, int(self.form.activation_bits == 16)
+        made.weight = self.memory.data_ptr()
+        made.scale = made.weight + int(
+            self.kernels.panel_bytes(made.kind, self.inputs, self.outputs)
+        )
+        if self.form.has_zero_points:
+            channels = -(-self.outputs // _PANEL) * _PANEL
+            made.zeros = made.scale + channels * self.form.groups(self.inputs) * 2
+        made.bias = bias
+        return made
