@@ -23,8 +23,10 @@ def only_writer(path: Path, error: type[SmolstackError]) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with naming(lock):
+        try:
             file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as reason:  # of the path, not of a file that nobody knows of
+            raise OSError(reason.errno, reason.strerror, str(path)) from None
         if not take_lock(file):
             os.close(file)
             raise error(f"another process is writing {path}, expected one at most")
@@ -39,15 +41,20 @@ def only_writer(path: Path, error: type[SmolstackError]) -> Iterator[None]:
 
 
 def take_lock(file: int) -> bool:
-    """Lock an open file for this process, until it is closed; False where another one has it."""
+    """Lock an open file for this process, until it is closed; False where another one has it.
+
+    Where there are no locks, nothing keeps two processes apart.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows: two processes are not kept apart there
+    except ImportError:  # Windows
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:  # a file system without locks
+        return True
     return True
 
 
