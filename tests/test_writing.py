@@ -88,7 +88,7 @@ def test_a_full_disk_names_the_path(tmp_path: Path, tiny_folder: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named_as_the_user_did(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="File exists|Not a directory") as caught:
+    with pytest.raises(OSError, match=r"File exists|Not a directory") as caught:
         smolstack.load().save(tmp_path / "file" / "model")
     assert "lock" not in str(caught.value)
 
