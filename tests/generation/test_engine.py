@@ -13,6 +13,7 @@ from PIL import Image
 
 import smolstack
 from smolstack.errors import DeadlineError, GenerationError, KVCacheError, QueueFullError
+from smolstack.generation.request import Request
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 2}
 
@@ -172,3 +173,12 @@ def test_other_weights_read_a_prompt_anew(vlm: smolstack.VLM) -> None:
     changed = vlm.ask(text=question, **OPTIONS)
     vlm.forget()
     assert changed.token_ids == vlm.ask(text=question, **OPTIONS).token_ids
+
+
+def test_more_known_images_than_run_at_a_time_are_no_trouble(vlm: smolstack.VLM) -> None:
+    image = Image.new("RGB", (40, 40), "teal")
+    vlm.encode(image)
+    requests = [Request(vlm.request(image, "?").prompt, "visual tokens") for _ in range(150)]
+    vlm._inline.core.prepare(requests)
+    vlm._inline.finish(requests)
+    assert all(len(request.visual) == 1 for request in requests)

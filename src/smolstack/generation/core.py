@@ -112,7 +112,10 @@ class EngineCore:
         self.scheduler.waiting.append(request)
         if request.images is not None:
             # Whoever opened them has no other place for the tiles: they are encoded while it waits.
-            self.stage.want(request)
+            try:
+                self.stage.want(request)
+            except Exception as error:
+                self._fail(request, error)
 
     def forget(self) -> None:
         """Drop what is kept for reuse: images in memory, and KV caches."""
@@ -128,12 +131,13 @@ class EngineCore:
 
     def step(self) -> bool:
         """Do one step; False when there was nothing that could be done."""
-        left = self.clear_out()
+        before = len(self.scheduler)
+        self.clear_out()
         self._admit()
-        failed = self._collect()
+        self._collect()
         plan = self.scheduler.schedule()
         if not plan:
-            return left or failed
+            return len(self.scheduler) < before
         try:
             self.update(plan, self.runner.execute(plan))
         except BaseException:
@@ -142,9 +146,9 @@ class EngineCore:
             raise
         return True
 
-    def clear_out(self) -> bool:
+    def clear_out(self) -> None:
         """Let go of requests that were cancelled, given up, or are out of time."""
-        now, before = self.clock(), len(self.scheduler.running) + len(self.scheduler.waiting)
+        now = self.clock()
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.cancelled:
                 self._leave(request)
@@ -152,7 +156,6 @@ class EngineCore:
                 self._fail(request, request.given_up)
             elif request.deadline is not None and now >= request.deadline:
                 self._fail(request, DeadlineError("the answer took longer than its deadline"))
-        return len(self.scheduler.running) + len(self.scheduler.waiting) < before
 
     def _admit(self) -> None:
         if not self.scheduler.waiting:
@@ -164,14 +167,12 @@ class EngineCore:
         for request in self.scheduler.admit():
             self.stage.begin(request)
 
-    def _collect(self) -> bool:
-        """Take the images that workers have opened; whether one of them failed."""
-        failed = self.stage.collect(self.scheduler.running)
-        for request, error in failed.items():
+    def _collect(self) -> None:
+        """Take the images that workers have opened."""
+        for request, error in self.stage.collect(self.scheduler.running).items():
             self._fail(request, error)
         for request in list(self.scheduler.running):
             self._when_ready(request)
-        return bool(failed)
 
     def _when_ready(self, request: Request) -> None:
         """On to the prompt, once all images are visual tokens."""

@@ -131,6 +131,10 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
+    def __len__(self) -> int:
+        """Requests that wait or are at work."""
+        return len(self.waiting) + len(self.running)
+
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nobody is at work."""
@@ -241,10 +245,10 @@ class Scheduler:
         total = 0
         for request in ready:
             chunk = self._chunk(request, limit)
-            if plan.prefill and (total + chunk.tokens > together or self._soon_known(plan, chunk)):
-                if total >= together:
-                    return
+            if self._soon_known(plan, chunk):
                 continue
+            if plan.prefill and total + chunk.tokens > together:
+                return
             plan.prefill.append(chunk)
             total += chunk.tokens
 
