@@ -39,6 +39,8 @@ def test_every_command_explains_itself_with_examples(run: Run, command: str) -> 
     assert result.exit_code == 0
     assert "Examples" in result.stdout
     assert f"smolstack {command}" in result.stdout.split("Examples")[1]
+    begun = [line.strip() for line in result.stdout.splitlines()]
+    assert not any(line.count(f"smolstack {command} ") > 1 for line in begun), "one on a line"
 
 
 def test_without_a_command_the_help_is_shown(run: Run) -> None:

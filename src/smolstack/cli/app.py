@@ -88,6 +88,11 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _lines(examples: str) -> str:
+    """Examples a line each: typer makes one line break of two, and Markdown a space of one."""
+    return examples.replace("\n\n", "\n\n\n\n")
+
+
 @app.callback()
 def smolstack(
     version: Annotated[
@@ -107,21 +112,21 @@ def smolstack(
         os.environ["SMOLSTACK_DEBUG"] = "1"
 
 
-app.command(cls=Once, epilog=ask.EXAMPLES)(ask.ask)
-app.command(cls=Once, epilog=chat.EXAMPLES)(chat.chat)
-app.command(cls=Once, epilog=convert.EXAMPLES)(convert.convert)
-app.command("map", cls=Once, epilog=map.EXAMPLES)(map.map_)
-app.command(cls=Once, epilog=search.EXAMPLES)(search.search)
-app.command(cls=Once, epilog=plan.EXAMPLES)(plan.plan)
-app.command(cls=Once, epilog=export.EXAMPLES)(export.export)
-app.command(cls=Once, epilog=inspect.EXAMPLES)(inspect.inspect)
-app.command(cls=Once, epilog=verify.EXAMPLES)(verify.verify)
-app.command(cls=Once, epilog=diff.EXAMPLES)(diff.diff)
-app.command(cls=Once, epilog=new.EXAMPLES)(new.new)
-app.command(cls=Once, epilog=train.EXAMPLES)(train.train)
-app.command(cls=Once, epilog=quantize.EXAMPLES)(quantize.quantize)
-app.command(cls=Once, epilog=bench.EXAMPLES)(bench.bench)
-app.command(cls=Once, epilog=serve.EXAMPLES)(serve.serve)
+app.command(cls=Once, epilog=_lines(ask.EXAMPLES))(ask.ask)
+app.command(cls=Once, epilog=_lines(chat.EXAMPLES))(chat.chat)
+app.command(cls=Once, epilog=_lines(convert.EXAMPLES))(convert.convert)
+app.command("map", cls=Once, epilog=_lines(map.EXAMPLES))(map.map_)
+app.command(cls=Once, epilog=_lines(search.EXAMPLES))(search.search)
+app.command(cls=Once, epilog=_lines(plan.EXAMPLES))(plan.plan)
+app.command(cls=Once, epilog=_lines(export.EXAMPLES))(export.export)
+app.command(cls=Once, epilog=_lines(inspect.EXAMPLES))(inspect.inspect)
+app.command(cls=Once, epilog=_lines(verify.EXAMPLES))(verify.verify)
+app.command(cls=Once, epilog=_lines(diff.EXAMPLES))(diff.diff)
+app.command(cls=Once, epilog=_lines(new.EXAMPLES))(new.new)
+app.command(cls=Once, epilog=_lines(train.EXAMPLES))(train.train)
+app.command(cls=Once, epilog=_lines(quantize.EXAMPLES))(quantize.quantize)
+app.command(cls=Once, epilog=_lines(bench.EXAMPLES))(bench.bench)
+app.command(cls=Once, epilog=_lines(serve.EXAMPLES))(serve.serve)
 
 
 def main() -> None:
