@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,29 +96,29 @@ def quantize(
         "tokens": tokens,
         "question": question,
     }
-    state = State(out, job, restart=restart)
-    engine = InlineEngine(EngineCore(network, vlm.processor, INLINE))
-    samples = _samples(vlm, engine, data, tokens, question, state, tell)
-    embeddings = _embeddings(vlm, engine, samples, state, tell)
-    tell("measuring the float model", 0, 1)
-    reference = Reference.of(vlm, engine, samples.held_out)
-    formats = _formats(vlm, bits, shapes, embeddings, state, tell)
-    engine.core.forget()
-    quantise(
-        network,
-        formats,
-        tiles=_tiles(vlm, samples),
-        embeddings=embeddings,
-        fitted=True,
-        keeper=state,
-        progress=lambda what, done, count: tell(f"quantising {what}", done, count),
-    )
-    tell("measuring the quantised model", 0, 1)
-    after = reference.compare(vlm, engine, samples.held_out)
-    vlm.save(out, overwrite=overwrite)
-    state.remove()
-    measured = Measured(reference.perplexity, after, len(samples.held_out))
-    return results_of(out, formats, shapes, state.errors, samples.tokens, measured)
+    with contextlib.closing(State(out, job, restart=restart)) as state:
+        engine = InlineEngine(EngineCore(network, vlm.processor, INLINE))
+        samples = _samples(vlm, engine, data, tokens, question, state, tell)
+        embeddings = _embeddings(vlm, engine, samples, state, tell)
+        tell("measuring the float model", 0, 1)
+        reference = Reference.of(vlm, engine, samples.held_out)
+        formats = _formats(vlm, bits, shapes, embeddings, state, tell)
+        engine.core.forget()
+        quantise(
+            network,
+            formats,
+            tiles=_tiles(vlm, samples),
+            embeddings=embeddings,
+            fitted=True,
+            keeper=state,
+            progress=lambda what, done, count: tell(f"quantising {what}", done, count),
+        )
+        tell("measuring the quantised model", 0, 1)
+        after = reference.compare(vlm, engine, samples.held_out)
+        vlm.save(out, overwrite=overwrite)
+        state.remove()
+        measured = Measured(reference.perplexity, after, len(samples.held_out))
+        return results_of(out, formats, shapes, state.errors, samples.tokens, measured)
 
 
 def _check(out: Path, bits: float, tokens: int, *, overwrite: bool) -> None:
