@@ -103,7 +103,9 @@ class ModelRunner:
             assert cache is not None
             parts.append(embeddings[:, chunk.start : chunk.start + chunk.tokens])
             caches.append(cache)
-        packed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if len(chunks) == 1:
+            return self.model.read(parts[0], caches[0])
+        packed = torch.cat(parts, dim=1)
         counts = [chunk.tokens for chunk in chunks]
         return self.model.read(packed, RaggedKVCache(caches, counts))
 
