@@ -23,7 +23,7 @@ from smolstack.generation.request import Request
 
 # Beyond so many tokens a pass is bound by its arithmetic: to wait for each other gains nothing.
 _PASS = 256
-_WORTH = 32  # tokens that another request is about to read: then they are waited for
+_WORTH = 16  # tokens that another request is about to read: then they are waited for
 _VECTORS = 4  # prompts of equal length that are embedded together
 
 
