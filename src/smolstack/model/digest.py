@@ -44,12 +44,9 @@ class WeightsVersion:
         return self.number
 
     def tensors(self) -> Iterator[Tensor]:
-        """Parameters and buffers, in order."""
-        self.current()
-        for _, _, ref, _, _ in self._tensors:
-            tensor = ref()
-            assert tensor is not None
-            yield tensor
+        """Parameters and buffers as they are saved, in order: panels as what they were made of."""
+        for module in self.modules:
+            yield from module.state_dict().values()
 
     def _same(self) -> bool:
         return (
