@@ -13,14 +13,14 @@ from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 
 from smolstack import __version__
 from smolstack.errors import DeadlineError
-from smolstack.generation.answering import Answering
 from smolstack.generation.engine import Engine
 from smolstack.processor.memory import MEMORY
-from smolstack.serve import reading
+from smolstack.serve import invalid, reading, tokens
 from smolstack.serve.answering import Asking, EventStream, in_thread, unless_gone
 from smolstack.serve.completions import Completion
 from smolstack.serve.failures import RefusedError, add_handlers, as_refusal
@@ -60,10 +60,9 @@ class Server:
     def __init__(self, vlm: VLM, settings: ServerSettings) -> None:
         self.vlm, self.settings = vlm, settings
         MEMORY.limit = settings.decode_bytes
-        answering = Answering(vlm.model, vlm.processor)
-        answering.pictures = vlm.picture_cache
-        answering.pictures.max_bytes = settings.picture_cache_bytes
-        self.engine = Engine(answering, settings.scheduler)
+        images = vlm.picture_cache
+        images.max_bytes = settings.picture_cache_bytes
+        self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, images=images)
         self.metrics = Metrics(self.engine)
         self.readers = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="reading")
         # FastAPI's own pages about the description load their scripts from elsewhere.
@@ -75,7 +74,17 @@ class Server:
             redoc_url=None,
         )
         add_handlers(self.app)
+        invalid.add_handlers(self.app)
         self.app.add_middleware(Guard, settings=settings, count=self.metrics.count_response)
+        if settings.origins:
+            # Outermost, so that refusals can be read by the pages that are let in, too.
+            self.app.add_middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.origins),
+                allow_methods=["GET", "HEAD", "POST"],
+                allow_headers=["*"],
+                expose_headers=["Retry-After"],
+            )
         self._add_routes()
 
     @contextlib.asynccontextmanager
@@ -96,7 +105,9 @@ class Server:
         app.get("/v1/models", responses={401: _ERRORS[401]})(self.models)
         app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: {}})(self.one_model)
         app.post("/plan", response_model=None, **errors)(self.plan)  # type: ignore[arg-type]
+        tokens.add_routes(app, self.vlm, self.settings, self.readers, errors)
         app.get("/health", responses={503: _ERRORS[503]})(self.health)
+        app.get("/version")(self.version)
         app.get("/metrics", response_model=None)(self.show_metrics)
         for path, name, kind in (
             ("/", "page.html", "text/html"),
@@ -185,7 +196,7 @@ class Server:
 
     def _retry_after(self) -> int:
         """Seconds until somebody who waits now would have left, by a mean answer's work."""
-        ahead = self.engine.queued + len(self.engine.scheduler.running)
+        ahead = self.engine.queued + self.engine.running
         seconds = ahead * self.metrics.mean_seconds / self.settings.scheduler.running
         return max(1, min(60, math.ceil(seconds)))
 
@@ -245,6 +256,10 @@ class Server:
         if not self.engine.alive:
             return JSONResponse({"status": "stopped"}, 503)
         return JSONResponse({"status": "ok", "version": __version__})
+
+    async def version(self) -> dict[str, str]:
+        """smolstack's version."""
+        return {"version": __version__}
 
     async def show_metrics(self) -> Response:
         """Counters for Prometheus."""
