@@ -360,3 +360,31 @@ def test_a_retrieval_model_keeps_its_vectors(tiny_preset: Preset, tmp_path: Path
     )
     assert torch.equal(two, three)
     assert float(torch.cosine_similarity(one, two, dim=-1).min()) >= 0.999
+
+
+def test_a_truncated_file_is_told_of(nibbles: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(nibbles, tmp_path / "short")
+    weights = place / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="is no complete safetensors file"):
+        smolstack.load(place)
+
+
+def test_an_adapter_is_merged_before_its_model_is_quantised(whole: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "lora_alpha": 8, "r": 2, "base_model_name_or_path": str(whole)}
+    low, high = torch.randn(2, 128), torch.randn(256, 2)
+    name = f"base_model.model.{GATE}"
+    save_file(
+        {f"{name}.lora_A.weight": low, f"{name}.lora_B.weight": high},
+        adapter / "adapter_model.safetensors",
+    )
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    vlm, place = _saved(adapter, "int8", tmp_path / "saved")
+    assert not torch.equal(_logits(vlm), _logits(smolstack.load(whole, dtype="int8")))
+    assert torch.equal(_logits(smolstack.load(place)), _logits(vlm))
+    settings["base_model_name_or_path"] = str(place)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="which holds int8 weights, expected float weights"):
+        smolstack.load(adapter)
