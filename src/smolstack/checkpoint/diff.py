@@ -107,7 +107,8 @@ class Differences:
 def diff_checkpoints(
     a: Path | ModelPath, b: Path | ModelPath, *, progress: Callable[[], None] | None = None
 ) -> Differences:
-    """Compare two checkpoints; weights are mapped and read piece by piece.
+    """Compare two checkpoints; weights are mapped and read piece by piece, integers as the floats
+    that they stand for.
 
     Args:
         a, b: whatever is loaded: folders, adapters on their bases, GGUF files.
@@ -116,7 +117,7 @@ def diff_checkpoints(
     Raises:
         ConfigError, CheckpointError: a folder or a file of it cannot be read.
     """
-    one, other = open_source(a), open_source(b)
+    one, other = open_source(a, floats=True), open_source(b, floats=True)
     ours, theirs = one.entries, other.entries
     shared = [name for name in ours if name in theirs]
     reshaped = {

@@ -12,7 +12,7 @@ from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.load import build_processor, end_tokens
 from smolstack.checkpoint.source import open_source
 from smolstack.checkpoint.verify import settle_head
-from smolstack.checkpoint.weights import Entry
+from smolstack.checkpoint.weights import FLOAT_TYPES, Entry
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
 from smolstack.processor.processor import Processor
@@ -23,7 +23,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of a weight in large matrices; int4 keeps to the decoder and its head, with a scale of two
 # bytes per 32 weights. The rest is float32, keys and values are float16 (model/precision.py).
 _QUANTISED = {"int8": (1.0, 1.0), "int4": (1.0, 0.5625)}
-_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8", "U8": "int4"}
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PREFIXES = (
     ("vision.", "vision tower"),
     ("connector.", "connector"),
@@ -64,6 +64,7 @@ class Inspection:
         kind: what the weights came as: "safetensors", "MLX" or "GGUF".
         base: of an adapter the folder that it changes, and how many of its weights.
         notes: what was derived or is unusual, a sentence each.
+        integers: bytes in memory where the weights are stored as integers, else 0.
     """
 
     folder: Path
@@ -79,6 +80,7 @@ class Inspection:
     kind: str = "safetensors"
     base: tuple[Path, int] | None = None
     notes: tuple[str, ...] = ()
+    integers: int = 0
 
     @property
     def total_parameters(self) -> int:
@@ -91,7 +93,10 @@ class Inspection:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of the weights in memory, by the number format they are used in."""
+        """Bytes of the weights in memory, by the number format they are used in: one's own where
+        they are integers already."""
+        if self.config.quantization is not None:
+            return {self.config.quantization.name: self.integers}
         found = {name: self.total_parameters * size for name, size in BYTES.items()}
         parts = self.parameters
         embedding = parts["token embedding"]
@@ -106,7 +111,7 @@ class Inspection:
         """Bytes of keys and values that one token adds, by number format."""
         text = self.config.text
         numbers = 2 * text.num_layers * text.num_kv_heads * text.head_dim
-        return {name: numbers * size for name, size in {**BYTES, "int8": 2, "int4": 2}.items()}
+        return {name: numbers * BYTES.get(name, 2) for name in self.memory}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -165,6 +170,7 @@ def inspect_checkpoint(where: Path | ModelPath) -> Inspection:
         kind=source.kind,
         base=None if changes is None else (source.weights.folder, len(changes)),
         notes=source.notes,
+        integers=0 if config.quantization is None else _bytes_in_memory(entries),
     )
 
 
@@ -173,7 +179,7 @@ def count_parts(entries: Mapping[str, Entry]) -> dict[str, int]:
     parts = dict.fromkeys(PARTS, 0)
     for name, entry in entries.items():
         part = part_name(name)
-        parts[part] = parts.get(part, 0) + _weights(name, entry)
+        parts[part] = parts.get(part, 0) + entry.weights
     return parts
 
 
@@ -188,17 +194,23 @@ def part_name(name: str) -> str:
 
 def _count_formats(entries: Mapping[str, Entry]) -> dict[str, int]:
     formats: dict[str, int] = {}
-    for name, entry in entries.items():
-        stored = entry.stored or _STORED[entry.dtype]
-        formats[stored] = formats.get(stored, 0) + _weights(name, entry)
+    for entry in entries.values():
+        if entry.weights:  # scales stand for none
+            stored = entry.stored or _STORED.get(entry.dtype, entry.dtype)
+            formats[stored] = formats.get(stored, 0) + entry.weights
     return formats
 
 
-def _weights(name: str, entry: Entry) -> int:
-    """How many parameters a stored tensor holds: int4 has two a byte, scales are none."""
-    if name.endswith(".weight_scale"):
-        return 0
-    return entry.elements * (2 if entry.dtype == "U8" else 1)
+def _bytes_in_memory(entries: Mapping[str, Entry]) -> int:
+    """Of a quantised model: its integers and their scales, its token table as it is stored, and
+    float32 for all else."""
+    table = keys.to_hf("decoder.embedding.weight")
+    return sum(
+        entry.bytes
+        if name == table or entry.dtype not in FLOAT_TYPES or not entry.weights
+        else entry.elements * BYTES["float32"]
+        for name, entry in entries.items()
+    )
 
 
 def _special_tokens(processor: Processor) -> dict[str, int]:

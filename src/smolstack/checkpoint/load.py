@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from smolstack.checkpoint import compressed, keys
+from smolstack.checkpoint import keys
+from smolstack.checkpoint.compressed import SCALE
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.panel_file import Progress, adopt_panels
@@ -28,6 +30,7 @@ from smolstack.quantization.quantise import quantise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 QUANTISED = SCHEMES
+logger = logging.getLogger(__name__)
 _TABLE = "decoder.embedding.weight"
 
 
@@ -69,9 +72,10 @@ def load_checkpoint(
     """
     source = open_source(where)
     files, entries = source.files, source.entries
-    compressed.check_method(files.config)
     config = settle_head(ModelConfig.from_hf(files.config), entries)
     compare(config, entries).raise_if_wrong(source.where)
+    for loss in source.weights.losses:
+        logger.warning("%s: %s", source.where, loss)
     processor = build_processor(files, config)
     target = choose_device(device)
     stored = None if config.quantization is None else config.quantization.name
@@ -79,10 +83,6 @@ def load_checkpoint(
         raise ConfigError(
             f"{source.where} holds {stored} weights and dtype is {dtype!r}, expected auto or "
             f"{stored!r}"
-        )
-    if source.changes is not None and stored is not None:
-        raise ConfigError(
-            f"{source.where} changes {source.weights.folder}, which holds {stored} weights"
         )
     floats = _floats(dtype, config, entries, target)
     model = load_weights(source, config, floats, target)
@@ -115,9 +115,7 @@ def load_weights(
         model = VisionLanguageModel(config)
     state = {}
     for name, tensor in source.tensors():
-        if name.endswith(f".{compressed.SHAPE}"):
-            continue
-        scale = name.endswith(f".{compressed.SCALE}")
+        scale = name.endswith(f".{SCALE}")
         number = torch.bfloat16 if scale else dtype if tensor.is_floating_point() else None
         own = keys.from_hf(name)
         if own == _TABLE and config.quantization is not None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smolstack.checkpoint import compressed, keys
+from smolstack.checkpoint import compressing, keys
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.weights import INDEX, SINGLE
 from smolstack.config import ModelConfig
@@ -38,7 +38,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a Hugging Face folder, for transformers, vLLM, llama.cpp's converter and smolstack.
 
-    A quantised model is written in compressed-tensors' form (compressed.py).
+    A quantised model is written in compressed-tensors' form (compressing.py).
 
     Args:
         folder: must not exist, or be empty, unless ``overwrite``.
@@ -55,7 +55,7 @@ def save_checkpoint(
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
         config = config_json(model.config, model.dtype)
-        if (quantization := compressed.to_config(model)) is not None:
+        if (quantization := compressing.to_config(model)) is not None:
             config["quantization_config"] = quantization
         (temporary / "config.json").write_text(to_json(config), encoding="utf-8")
         _write_weights(temporary, hf_state_dict(model), max_shard_bytes)
@@ -74,7 +74,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 def hf_state_dict(model: VisionLanguageModel) -> dict[str, Tensor]:
     """The model's weights under their Hugging Face names; storage is shared, not copied."""
     embedding = model.config.embedding_dim is not None
-    state = {**model.state_dict(), **dict(compressed.shapes(model))}
+    state = {**model.state_dict(), **dict(compressing.shapes(model))}
     return {keys.to_hf(name, embedding_head=embedding): tensor for name, tensor in state.items()}
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from smolstack.checkpoint import mlx
 from smolstack.checkpoint.adapter import Adapter, Changes, find_adapter, read_changes
+from smolstack.checkpoint.compressed import open_compressed
 from smolstack.checkpoint.files import CheckpointFiles, read_files
 from smolstack.checkpoint.gguf_source import open_gguf
 from smolstack.checkpoint.hub import GGUF, ModelPath
 from smolstack.checkpoint.kinds import is_mlx, peek, refuse_other_kinds
 from smolstack.checkpoint.stored import Stored
 from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
-from smolstack.errors import CheckpointError
+from smolstack.errors import CheckpointError, ConfigError
 
 BARE = ("vision_model.", "text_model.", "connector.")  # names of a model without its head
 
@@ -72,8 +73,12 @@ class Source:
         return {name: files[name].stat().st_size for name in sorted(files)}
 
 
-def open_source(where: Path | ModelPath) -> Source:
+def open_source(where: Path | ModelPath, *, floats: bool = False) -> Source:
     """Open a checkpoint: JSON and headers are read, weights are not.
+
+    Args:
+        where: whatever is loaded.
+        floats: read integers as the floats that they stand for, not as quantised layers.
 
     Raises:
         CheckpointError, ConfigError: naming file, key, what was found and what was expected.
@@ -93,7 +98,7 @@ def open_source(where: Path | ModelPath) -> Source:
     adapter = find_adapter(where.path, where.base)
     files = read_files(where.path, None if adapter is None else adapter.base)
     place = where.path if adapter is None else adapter.base
-    return _with_weights(where, files, place, adapter)
+    return _with_weights(where, files, place, adapter, floats=floats)
 
 
 def files_alone(where: ModelPath) -> CheckpointFiles:
@@ -108,7 +113,12 @@ def files_alone(where: ModelPath) -> CheckpointFiles:
 
 
 def _with_weights(
-    where: ModelPath, files: CheckpointFiles, place: Path, adapter: Adapter | None
+    where: ModelPath,
+    files: CheckpointFiles,
+    place: Path,
+    adapter: Adapter | None,
+    *,
+    floats: bool,
 ) -> Source:
     config, kind = files.config, "safetensors"
     if is_mlx(config) or mlx.has_names(place):
@@ -116,10 +126,25 @@ def _with_weights(
         config = mlx.without_quantization(config)
         files = replace(files, config=config)
     else:
-        weights = open_folder(place)
+        weights = open_compressed(open_folder(place), config, None, floats=floats)
+        _refuse_integers(adapter, weights)
     changes = None if adapter is None else read_changes(adapter, weights.entries)
-    notes = [*files.notes, *weights.notes, *(() if changes is None else changes.notes)]
+    notes = [
+        *files.notes,
+        *weights.notes,
+        *weights.losses,
+        *(() if changes is None else changes.notes),
+    ]
     return Source(where, files, weights, kind, changes, tuple(notes))
+
+
+def _refuse_integers(adapter: Adapter | None, weights: Stored) -> None:
+    held = [entry.stored for entry in weights.entries.values() if entry.form is not None]
+    if adapter is not None and held:
+        raise ConfigError(
+            f"{adapter.folder} changes {weights.folder}, which holds {held[0]} weights, expected "
+            "float weights; merge it into those, and quantise then"
+        )
 
 
 def kind_of_files(where: ModelPath) -> str:

@@ -23,9 +23,11 @@ class Stored:
         entries: every weight by its Hugging Face name.
         read: (name, tensor) pairs of the names, or of all weights.
         notes: what is unusual and not wrong, a sentence each.
+        losses: what does not stay as it is stored, a sentence each; loading logs them.
     """
 
     folder: Path
     entries: Mapping[str, Entry]
     read: Read
     notes: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()

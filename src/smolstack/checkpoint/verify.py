@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smolstack.checkpoint import keys
-from smolstack.checkpoint.compressed import PACKED, SHAPE, with_quantization
+from smolstack.checkpoint.compressed import PACKED, with_quantization
 from smolstack.checkpoint.weights import FLOAT_TYPES, Entry
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
@@ -53,7 +53,8 @@ class Comparison:
 def settle_head(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfig:
     """The config with its head and its quantised layers as the weights have them; the file's tie
     flag is not trusted."""
-    embedding = entries.get(f"{keys.EMBEDDING_HEAD}.weight")
+    heads = (f"{keys.EMBEDDING_HEAD}.{end}" for end in ("weight", PACKED))
+    embedding = next((entries[name] for name in heads if name in entries), None)
     if embedding is not None and len(embedding.shape) == 2:
         config = replace(config, tied=False, embedding_dim=embedding.shape[0])
     else:
@@ -99,7 +100,7 @@ def compare(config: ModelConfig, entries: Mapping[str, Entry]) -> Comparison:
     return Comparison(
         expected=len(expected),
         missing=sorted(set(expected) - set(entries)),
-        extra=sorted(n for n in set(entries) - set(expected) if not n.endswith(f".{SHAPE}")),
+        extra=sorted(set(entries) - set(expected)),
         misshaped=[
             f"{name} {difference}" for name, difference in differences.items() if difference
         ],

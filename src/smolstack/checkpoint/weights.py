@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smolstack.checkpoint.files import read_json
+from smolstack.config.quantization import Format
 from smolstack.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,12 +29,16 @@ class Entry:
         shape: of the tensor as it is read.
         dtype: as safetensors names it, of the tensor as it is read.
         stored: the number format in the file, where it is another one: "Q4_1", "MLX 4 bits".
+        form: of a quantised layer's integers, what they are.
+        parameters: how many weights it stands for; None: one for each of its numbers.
     """
 
     file: str
     shape: tuple[int, ...]
     dtype: str
     stored: str = ""
+    form: Format | None = None
+    parameters: int | None = None
 
     @property
     def elements(self) -> int:
@@ -41,6 +46,11 @@ class Entry:
         for length in self.shape:
             count *= length
         return count
+
+    @property
+    def weights(self) -> int:
+        """How many weights of the model it stands for."""
+        return self.elements if self.parameters is None else self.parameters
 
     @property
     def bytes(self) -> int:

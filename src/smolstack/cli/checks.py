@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from smolstack.checkpoint.compressed import open_compressed
 from smolstack.checkpoint.files import SIDE_FILES, CheckpointFiles, read_files, read_json
 from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.kinds import refuse_other_kinds
@@ -108,7 +109,7 @@ def check_checkpoint(where: Path | ModelPath, *, values: bool = False) -> list[C
         first.remarks += files.notes
     config = _check_config(checks["config"], raw)
     settings = _check_preprocessing(checks["preprocessing"], files, config)
-    config = _check_weights(checks, config, weights)
+    config = _check_weights(checks, raw, config, weights)
     if files is None or config is None:
         _skip(checks["tokenizer"], checks["prompt"])
     else:
@@ -130,20 +131,29 @@ def _kind(check: Check, where: ModelPath) -> str | None:
 
 
 def _check_weights(
-    checks: Mapping[str, Check], config: ModelConfig | None, weights: Stored | None
+    checks: Mapping[str, Check],
+    raw: Mapping[str, Any],
+    config: ModelConfig | None,
+    weights: Stored | None,
 ) -> ModelConfig | None:
     """Names, shapes, the head and the values; the config with its head as the weights have it."""
+    names = checks["names and shapes"]
+    if config is not None and weights is not None:
+        with names.collecting():
+            weights = open_compressed(weights, raw, config)
+            names.remarks += weights.losses
     if values := checks.get("values"):
         if weights is not None:
             check_values(values, weights)
         else:
             _skip(values)
     if config is None or weights is None:
-        _skip(checks["names and shapes"], checks["tied head"])
+        _skip(names, checks["tied head"])
         return config
     check_tie(checks["tied head"], config, weights)
     config = settle_head(config, weights.entries)
-    check_names(checks["names and shapes"], config, weights.entries)
+    if not names.problems:
+        check_names(names, config, weights.entries)
     return config
 
 

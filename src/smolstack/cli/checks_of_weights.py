@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolstack.checkpoint import keys
+from smolstack.checkpoint.compressed import PACKED, SCALE
 from smolstack.checkpoint.files import read_json
 from smolstack.checkpoint.stored import Stored
 from smolstack.checkpoint.verify import expected_weights, unlike
@@ -56,7 +57,7 @@ def read_weight_files(check: Check, folder: Path, raw: Mapping[str, Any]) -> dic
 
 def describe(entries: Mapping[str, Entry], size: int) -> str:
     """Weights in one line: files, bytes, number and formats."""
-    elements = sum(entry.elements for entry in entries.values())
+    elements = sum(entry.weights for entry in entries.values())
     formats = sorted({entry.stored or entry.dtype for entry in entries.values()})
     files = plural(len({entry.file for entry in entries.values()}), "file")
     return (
@@ -87,10 +88,10 @@ def check_tie(check: Check, config: ModelConfig, weights: Stored) -> None:
     """What config.json says of the head, against the weights. The weights decide in loading."""
     entries = weights.entries
     head, embedding = f"{keys.LM_HEAD}.weight", keys.to_hf("decoder.embedding.weight")
-    if f"{keys.EMBEDDING_HEAD}.weight" in entries:
+    if {f"{keys.EMBEDDING_HEAD}.weight", f"{keys.EMBEDDING_HEAD}.{PACKED}"} & set(entries):
         check.found = "an embedding head; there is nothing to tie"
         return
-    stored = head in entries
+    stored = head in entries or f"{keys.LM_HEAD}.{PACKED}" in entries
     check.found = f"{head} is {'stored' if stored else 'the token embedding'}"
     if not stored and not config.tied:
         check.problems.append(
@@ -98,7 +99,7 @@ def check_tie(check: Check, config: ModelConfig, weights: Stored) -> None:
             "the token embedding, other readers may start it at random"
         )
     if stored and config.tied:
-        same = embedding in entries and _equal(weights, head, embedding)
+        same = {head, embedding} <= set(entries) and _equal(weights, head, embedding)
         check.remarks.append(
             f"config.json says tie_word_embeddings true, and {head} is stored all the same, "
             + ("equal to the token embedding" if same else "with other values, which are used")
@@ -106,16 +107,17 @@ def check_tie(check: Check, config: ModelConfig, weights: Stored) -> None:
 
 
 def check_values(check: Check, weights: Stored) -> None:
-    """No weight holds NaN or infinity."""
+    """No weight holds NaN or infinity, and integers are what config.json says."""
     read = 0
-    for name, tensor in weights.read(None):
-        read += tensor.numel()
-        finite = tensor.isfinite()
-        if not bool(finite.all()):
-            nan, all_bad = int(tensor.isnan().sum()), int((~finite).sum())
-            check.problems.append(f"{name} holds {nan:,} NaN and {all_bad - nan:,} infinities")
-        elif tensor.numel() > 1 and not bool(tensor.any()):
-            check.remarks.append(f"{name} is zero throughout")
+    with check.collecting():
+        for name, tensor in weights.read(None):
+            read += tensor.numel()
+            finite = tensor.isfinite()
+            if not bool(finite.all()):
+                nan, all_bad = int(tensor.isnan().sum()), int((~finite).sum())
+                check.problems.append(f"{name} holds {nan:,} NaN and {all_bad - nan:,} infinities")
+            elif tensor.numel() > 1 and not bool(tensor.any()):
+                check.remarks.append(f"{name} is zero throughout")
     check.found = f"{millions(read)} values read"
 
 
@@ -143,8 +145,9 @@ def _check_formats(check: Check, entries: Mapping[str, Entry], raw: Mapping[str,
                 f"{name} is stored as {entry.dtype}, expected one of {', '.join(FLOAT_TYPES)}"
             )
     formats: dict[str, int] = {}
-    for entry in entries.values():
-        formats[entry.dtype] = formats.get(entry.dtype, 0) + 1
+    for name, entry in entries.items():
+        if entry.dtype in FLOAT_TYPES and not name.endswith(f".{SCALE}"):
+            formats[entry.dtype] = formats.get(entry.dtype, 0) + 1
     if len(formats) > 1:
         counted = ", ".join(f"{number} in {name}" for name, number in sorted(formats.items()))
         check.remarks.append(f"weights are stored in several formats: {counted}")

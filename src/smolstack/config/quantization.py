@@ -106,8 +106,10 @@ class Quantization:
 
 
 def name_of(formats: Mapping[str, Format], widths: Mapping[str, int]) -> str:
-    """The scheme that gives just these formats to layers of these input channels, else "mixed"."""
+    """The scheme that gives these layers, of so many input channels, just as many bits, else
+    "mixed"."""
     for scheme in SCHEMES:
-        if all(format_of(name, widths[name], scheme) == form for name, form in formats.items()):
+        meant = {name: format_of(name, widths[name], scheme) for name in formats}
+        if all(one is not None and one.bits == formats[name].bits for name, one in meant.items()):
             return scheme
     return "mixed"

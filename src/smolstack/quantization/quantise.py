@@ -100,7 +100,7 @@ def quantise(
     """
     if model.scheme is not None:
         raise ConfigError(f"the model is {model.scheme} already, quantising it again loses more")
-    if model.head is None:
+    if model.head is None and (isinstance(scheme, str) or "head" in scheme):
         weight = model.decoder.embedding.weight
         model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         model.head.weight = nn.Parameter(weight, requires_grad=False)

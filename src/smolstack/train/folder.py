@@ -12,7 +12,7 @@ import torch
 
 from smolstack.checkpoint.load import DTYPES
 from smolstack.checkpoint.save import to_json
-from smolstack.checkpoint.weights import read_entries
+from smolstack.checkpoint.weights import FLOAT_TYPES, read_entries
 from smolstack.errors import TrainingError
 from smolstack.train.metrics import METRICS, write_text
 from smolstack.train.recipe import Recipe
@@ -107,6 +107,7 @@ def stored_dtype(folder: Path, wanted: str) -> torch.dtype:
         return DTYPES[wanted]
     sizes: dict[str, int] = {}
     for entry in read_entries(folder).values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
+        if entry.dtype in FLOAT_TYPES:  # what is beside integers, where there are any
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
     most = max(sizes, key=lambda name: sizes[name])
     return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[most]

@@ -1,0 +1,229 @@
+"""What config.json's quantization_config says of layers, in compressed-tensors' words.
+
+Two forms are read: "pack-quantized" (integers in 32-bit words) and "int-quantized" (a byte for
+each; "naive-quantized" is its older name). What would change an answer and is not understood is
+refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from smolstack.errors import ConfigError
+
+KEY, OLDER_KEY = "quantization_config", "compression_config"
+METHOD = "compressed-tensors"
+PACKED_FORM = "pack-quantized"
+FORMS = (PACKED_FORM, "int-quantized", "naive-quantized")
+BITS = (4, 8)
+# Of smolstack's own folders, by config group: the bits that activations are rounded to.
+OWN = "smolstack"
+STRATEGIES = ("group", "channel", "tensor")
+# Settings that change what is computed; only their absence is understood.
+_ABSENT = {
+    "kv_cache_scheme": "keys and values of rounded numbers",
+    "transform_config": "rotations of weights and activations",
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of the layers of one config group are stored, and what multiplies them.
+
+    Attributes:
+        form: one of FORMS.
+        bits: of a weight, 4 or 8.
+        symmetric: whether there are no zero points.
+        group: input channels that share a scale; None: all of an output channel, or of the tensor.
+        whole: whether the tensor has a single scale.
+        activation_bits: 8, or 16 where they are to stay floats.
+        own: whether smolstack wrote it, and the activation's bits are meant to the letter.
+    """
+
+    form: str
+    bits: int
+    symmetric: bool
+    group: int | None
+    whole: bool
+    activation_bits: int
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """The config groups of a checkpoint: what they target, and what they ignore."""
+
+    groups: tuple[tuple[tuple[str, ...], Scheme], ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    def of(self, layer: str, kind: str) -> Scheme | None:
+        """The scheme of a layer (its name in the files) of a class ("Linear"); None: it has none.
+
+        The most precise target wins: a name, then a regular expression, then a class.
+        """
+        if any(_names(target, layer) or target == kind for target in self.ignore):
+            return None
+        found = [(target, scheme) for targets, scheme in self.groups for target in targets]
+        tiers = (
+            [one for target, one in found if not _is_pattern(target) and _names(target, layer)],
+            [one for target, one in found if _is_pattern(target) and _names(target, layer)],
+            [one for target, one in found if target == kind],
+        )
+        return next((tier[0] for tier in tiers if tier), None)
+
+
+def read_schemes(config: Mapping[str, Any]) -> Schemes:
+    """The schemes of a config.json; none where its weights are floats.
+
+    Raises:
+        ConfigError: another method, or a setting that cannot be computed.
+    """
+    data = config.get(KEY, config.get(OLDER_KEY))
+    if data is None:
+        return Schemes()
+    method = data.get("quant_method") if isinstance(data, Mapping) else data
+    if method == "smolstack":
+        raise ConfigError(
+            f"config.json's {KEY} is smolstack's own of before; make the folder anew from its "
+            "float checkpoint: smolstack.load(MODEL, dtype=…).save(FOLDER)"
+        )
+    if method != METHOD:
+        raise ConfigError(
+            f"config.json {KEY}.quant_method is {method!r:.80}, expected none (float weights) or "
+            f"{METHOD!r}"
+        )
+    for key, what in _ABSENT.items():
+        if data.get(key):
+            raise ConfigError(
+                f"config.json {KEY}.{key} is {data[key]!r:.80}, expected null: {what} are not "
+                "computed"
+            )
+    sparsity = data.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense"):
+        raise ConfigError(
+            f"config.json {KEY}.sparsity_config is {sparsity!r:.80}, expected null or dense"
+        )
+    status = data.get("quantization_status", "compressed")
+    if status != "compressed":
+        raise ConfigError(
+            f"config.json {KEY}.quantization_status is {status!r:.80}, expected 'compressed'"
+        )
+    groups = data.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise ConfigError(f"config.json {KEY}.config_groups is {groups!r:.80}, expected an object")
+    own = _own(data.get(OWN), groups)
+    return Schemes(
+        tuple(
+            (
+                tuple(_strings(group, "targets", f"config_groups.{name}")),
+                _scheme(str(name), group, data.get("format"), own.get(name)),
+            )
+            for name, group in groups.items()
+        ),
+        tuple(_strings(data, "ignore", "")) if data.get("ignore") is not None else (),
+    )
+
+
+def _scheme(name: str, group: Any, form: Any, own: int | None) -> Scheme:
+    where = f"config.json {KEY}.config_groups.{name}"
+    form = group.get("format") or form
+    if form not in FORMS:
+        raise ConfigError(f"{where} has the format {form!r:.80}, expected one of {list(FORMS)}")
+    if group.get("output_activations"):
+        raise ConfigError(
+            f"{where}.output_activations is {group['output_activations']!r:.80}, expected null"
+        )
+    weights = group.get("weights")
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"{where}.weights is {weights!r:.80}, expected an object")
+    bits, kind = weights.get("num_bits"), weights.get("type", "int")
+    if type(bits) is not int or bits not in BITS or kind != "int":
+        raise ConfigError(
+            f"{where}.weights are {bits!r:.40} bits, {kind!r:.40}, expected int of 4 or 8"
+        )
+    symmetric = weights.get("symmetric", True)
+    if type(symmetric) is not bool:
+        raise ConfigError(f"{where}.weights.symmetric is {symmetric!r:.80}, expected true or false")
+    size = weights.get("group_size")
+    default = "tensor" if size is None else "channel" if size == -1 else "group"
+    strategy = weights.get("strategy") or default
+    if strategy not in STRATEGIES:
+        raise ConfigError(
+            f"{where}.weights.strategy is {strategy!r:.80}, expected one of {list(STRATEGIES)}"
+        )
+    if strategy == "group" and (type(size) is not int or size < 1):
+        raise ConfigError(
+            f"{where}.weights.group_size is {size!r:.80}, expected a positive integer"
+        )
+    if weights.get("actorder") not in (None, False, "weight", "static"):
+        raise ConfigError(
+            f"{where}.weights.actorder is {weights['actorder']!r:.80}, expected null or 'weight': "
+            "groups of reordered channels are not read"
+        )
+    return Scheme(
+        form,
+        bits,
+        symmetric,
+        size if strategy == "group" else None,
+        strategy == "tensor",
+        _activation_bits(where, group.get("input_activations")) if own is None else own,
+        own is not None,
+    )
+
+
+def _activation_bits(where: str, data: Any) -> int:
+    """Of activations that are rounded while the model runs; 16 where they stay floats."""
+    if data is None:
+        return 16
+    found = data if isinstance(data, Mapping) else {}
+    bits, kind = found.get("num_bits"), found.get("type", "int")
+    if bits not in (8, 16) or kind != "int" or found.get("dynamic", False) is not True:
+        raise ConfigError(
+            f"{where}.input_activations is {data!r:.160}, expected null, or int of 8 bits with "
+            "dynamic true"
+        )
+    return int(bits)
+
+
+def _own(data: Any, groups: Mapping[str, Any]) -> Mapping[str, int]:
+    """The bits of activations by config group; empty in folders of other programs."""
+    if data is None:
+        return {}
+    found = data.get("activation_bits") if isinstance(data, Mapping) else None
+    if not isinstance(found, Mapping) or not all(found.get(name) in (8, 16) for name in groups):
+        raise ConfigError(
+            f"config.json {KEY}.{OWN} is {data!r:.80}, expected activation_bits of 8 or 16 for "
+            "every config group"
+        )
+    return found
+
+
+def _strings(data: Any, key: str, where: str) -> Iterator[str]:
+    found = data.get(key) if isinstance(data, Mapping) else None
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        place = ".".join(part for part in (KEY, where, key) if part)
+        raise ConfigError(f"config.json {place} is {found!r:.80}, expected a list of names")
+    for target in found:
+        if _is_pattern(target):
+            try:
+                re.compile(target[3:])
+            except re.error as error:
+                raise ConfigError(
+                    f"config.json {KEY} has {target!r:.80}, no regular expression: {error}"
+                ) from error
+        yield target
+
+
+def _is_pattern(target: str) -> bool:
+    return target.startswith("re:")
+
+
+def _names(target: str, layer: str) -> bool:
+    """Whether a target names a layer, with or without the whole model's "model." before it."""
+    names = (layer, layer.removeprefix("model."))
+    if _is_pattern(target):
+        return any(re.match(target[3:], name) for name in names)
+    return target in names
