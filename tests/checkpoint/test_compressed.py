@@ -78,7 +78,8 @@ def _logits(vlm: smolstack.VLM) -> Tensor:
     if vlm.config.embedding_dim is not None:
         return torch.as_tensor(vlm.embed_queries(["Two and two?"])[0])
     with torch.inference_mode():
-        return vlm.model(vlm.processor(TEXT))
+        logits: Tensor = vlm.model(vlm.processor(TEXT))
+        return logits
 
 
 def _rewritten(source: Path, place: Path, change: Change) -> Path:
@@ -161,7 +162,8 @@ def test_published_layers_are_what_compressed_tensors_makes_of_them(
     place, meant = _published(wide, tmp_path / "published", form, activations, **weights)
     with caplog.at_level(logging.WARNING):
         vlm = smolstack.load(place)
-    gate = vlm.model.decoder.layers[1].gate
+    gate = vlm.model.get_submodule("decoder.layers.1.gate")
+    assert isinstance(gate, (QuantisedLinear, torch.nn.Linear))
     assert (gate.format if isinstance(gate, QuantisedLinear) else None) == expected
     weight = gate.dequantised() if isinstance(gate, QuantisedLinear) else gate.weight
     # compressed-tensors multiplies in the scales' bfloat16; integers that are kept lose nothing.

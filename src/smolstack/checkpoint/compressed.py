@@ -326,7 +326,7 @@ def _format(scheme: Scheme, ours: str, module: nn.Module) -> tuple[Format | None
         return None, why if isinstance(module, nn.Linear) else "a table of embeddings"
     # 4-bit weights are multiplied with activations of 8 bits, which lose little in small groups.
     most, activation_bits = (32, 8) if bits == 4 else (256, scheme.activation_bits)
-    if scheme.own and group in _GROUPS:
+    if scheme.own and group is not None and group in _GROUPS:
         return Format(bits, group, scheme.activation_bits), ""
     if group is None:
         known = format_of(ours, module.in_features, "int8")

@@ -53,8 +53,8 @@ class Comparison:
 def settle_head(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfig:
     """The config with its head and its quantised layers as the weights have them; the file's tie
     flag is not trusted."""
-    heads = (f"{keys.EMBEDDING_HEAD}.{end}" for end in ("weight", PACKED))
-    embedding = next((entries[name] for name in heads if name in entries), None)
+    retrieval = (f"{keys.EMBEDDING_HEAD}.{end}" for end in ("weight", PACKED))
+    embedding = next((entries[name] for name in retrieval if name in entries), None)
     if embedding is not None and len(embedding.shape) == 2:
         config = replace(config, tied=False, embedding_dim=embedding.shape[0])
     else:
