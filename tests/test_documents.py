@@ -9,11 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.pdfs import document
 
 import smolstack
 from smolstack.bulk import map_pictures
-from smolstack.documents import QUESTION, convert
+from smolstack.documents import QUESTION, Page, convert
+from smolstack.documents.pages import made_document
+from smolstack.documents.vocabulary import CELLS, CONTAINERS, LEAVES
 from smolstack.errors import BulkError
 
 pytest.importorskip("docling_core")
@@ -98,20 +102,203 @@ def test_pages_that_could_not_be_read_are_named_and_the_others_kept(tmp_path: Pa
     assert "- two" in text
 
 
+def shown(tmp_path: Path, *answers: str | None, pages: list[str] | None = None) -> str:
+    """The Markdown of some answers; HTML and JSON are made of them too."""
+    table = answered(tmp_path / "pages.parquet", *answers, pages=pages)
+    for suffix in (".html", ".json", ".md"):
+        convert(table, tmp_path / f"report{suffix}", restart=True)
+    return (tmp_path / "report.md").read_text()
+
+
+def remarks(tmp_path: Path, suffix: str) -> list[tuple[str, str]]:
+    done = convert(tmp_path / "pages.parquet", tmp_path / f"report{suffix}", restart=True)
+    return [(remark.name, remark.text) for remark in done.remarks]
+
+
 @pytest.mark.parametrize(
-    "answer", ["", "no tags at all", "<otsl><fcel>1<nl>", "<text><loc_9", "</"]
+    "answer",
+    [
+        "",
+        "<otsl><fcel>1<nl>",
+        "<text><loc_9",
+        "</",
+        "<doctag>",
+        "<document_index><loc_1><loc_1><loc_9><loc_9></document_index>",
+    ],
 )
 def test_whatever_a_model_writes_becomes_a_document(answer: str, tmp_path: Path) -> None:
-    table = answered(tmp_path / "pages.parquet", answer, SECOND)
-    for suffix in (".md", ".html", ".json"):
-        convert(table, tmp_path / f"report{suffix}")
-    assert "- one" in (tmp_path / "report.md").read_text()
+    assert "- one" in shown(tmp_path, answer, SECOND)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (
+            "<doctag><otsl><loc_1><loc_1><loc_9><loc_9><ched>Item<ched>Price<nl>"
+            "<fcel>Tea<fcel>2<nl><fcel>Milk<fcel>3<nl><fcel>Bre",
+            "| Item   |   Price |\n|--------|---------|\n| Tea    |       2 |\n"
+            "| Milk   |       3 |\n| Bre    |         |\n",
+        ),
+        (
+            "<unordered_list><list_item>one</list_item>\n<list_item>two</list_item>\n<list_item>thr",
+            "- one\n- two\n- thr\n",
+        ),
+        ("<text>First.</text><text>Second and and", "First.\n\nSecond and and\n"),
+        ("<text>First.<text>Second.</text>", "First.\n\nSecond.\n"),
+        ("<ordered_list><list_item>one<text>After.</text>", "1. one\n\nAfter.\n"),
+        ("<section_header_level_1>A<otsl><fcel>1<nl></otsl>", "## A\n\n| 1   |\n|-----|\n"),
+    ],
+)
+def test_what_was_read_of_an_element_that_was_cut_off_is_kept(
+    answer: str, expected: str, tmp_path: Path
+) -> None:
+    assert shown(tmp_path, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("<text>p < 0.05 and q > 0.1 hold</text>", "p &lt; 0.05 and q &gt; 0.1 hold\n"),
+        ("<code>if a<b and c>d: x</code>", "```\nif a<b and c>d: x\n```\n"),
+        ("<code><_C++_>vector<int> v; // <title>T</title></code>",
+         "```\nvector<int> v; // <title>T</title>\n```\n"),
+        ("<otsl><ched>a<b<ched>c<nl><fcel><5<fcel>>6<nl></otsl>",
+         "| a<b   | c   |\n|-------|-----|\n| <5    | >6  |\n"),
+        ("<text>an <other> <b>word</b></text>", "an &lt;other&gt; &lt;b&gt;word&lt;/b&gt;\n"),
+    ],
+)  # fmt: skip
+def test_angle_brackets_that_open_no_tag_are_text(
+    answer: str, expected: str, tmp_path: Path
+) -> None:
+    assert shown(tmp_path, f"<doctag>{answer}</doctag><end_of_utterance>") == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("<text>a<formula>b</formula>c</text>", "abc\n"),
+        ("<text>a</text> stray <text>b</text>", "a\n\nstray\n\nb\n"),
+        ("<list_item>alone</list_item>", "- alone\n"),
+        ("<unordered_list><list_item>a<unordered_list><list_item>b</list_item></unordered_list>"
+         "</list_item><list_item>c</list_item></unordered_list>", "- a\n- b\n- c\n"),
+        ("<otsl><fcel>1<fcel>2<nl><nl><fcel><ucel><nl></otsl>",
+         "| 1   |   2 |\n|-----|-----|\n|     |   2 |\n"),
+        ("<paragraph>p</paragraph><fcel>1<nl>", "p\n\n| 1   |\n|-----|\n"),
+    ],
+)  # fmt: skip
+def test_elements_where_they_cannot_stand_keep_their_words(
+    answer: str, expected: str, tmp_path: Path
+) -> None:
+    assert shown(tmp_path, answer) == expected
+
+
+GOOD = "<doctag><text><loc_10><loc_10><loc_200><loc_60>Good page.</text></doctag>"
+
+
+@pytest.mark.parametrize(
+    ("box", "boxes"),
+    [
+        ("<loc_400><loc_400><loc_100><loc_100>", "1 box is"),
+        ("<loc_100><loc_100><loc_100><loc_100>", "1 box is"),
+        ("<loc_100><loc_100><loc_900><loc_200>", "1 box is"),
+        ("<loc_100><loc_100>", "1 box is"),
+        ("<loc_100><loc_100><loc_101><loc_200>", "1 box is"),  # less than a pixel wide
+    ],
+)
+def test_a_bad_box_goes_and_the_text_of_all_pages_stays(
+    box: str, boxes: str, tmp_path: Path
+) -> None:
+    report = document(tmp_path / "report.pdf", [(100, 50)] * 3)
+    bad = f"<doctag><picture>{box}<caption>A cat.</caption></picture><text>t</text></doctag>"
+    pages = [f"{report}#page={number}" for number in (1, 2, 3)]
+    assert shown(tmp_path, GOOD, bad, GOOD, pages=pages).count("Good page.") == 2
+    for suffix in (".html", ".json"):
+        text = (tmp_path / f"report{suffix}").read_text()
+        assert text.count("A cat.") >= 1
+        assert text.count("Good page.") >= 2
+        assert remarks(tmp_path, suffix) == [
+            ("page 1", f"{boxes} empty, inverted or off the page, and left out")
+        ]
+
+
+def test_a_picture_tag_without_an_image_leaves_the_text(tmp_path: Path) -> None:
+    picture = "<doctag><picture><loc_10><loc_10><loc_20><loc_20></picture><text>t</text></doctag>"
+    gone = [str(tmp_path / "gone.png"), str(tmp_path / "gone too.png")]
+    assert "t\n" in shown(tmp_path, picture, GOOD, pages=gone)
+    assert "found no file" in remarks(tmp_path, ".html")[0][1].lower()
+    shown(tmp_path, picture, GOOD)
+    assert remarks(tmp_path, ".json") == [
+        ("page 0", "its image came as bytes: its figures are left out")
+    ]
+
+
+def test_whatever_docling_raises_about_a_page_ends_that_page_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from docling_core.types.doc.document import DoclingDocument
+
+    real = DoclingDocument.load_from_doctags
+
+    def fragile(tagged: Any, **named: Any) -> DoclingDocument:
+        if any("<formula>" in page.tokens for page in tagged.pages):
+            raise RecursionError("too deep")
+        return real(tagged, **named)
+
+    monkeypatch.setattr(DoclingDocument, "load_from_doctags", fragile)
+    text = shown(tmp_path, GOOD, "<text>a<b</text><formula>c</formula>", GOOD)
+    assert text == "Good page.\n\na&lt;b\n\nc\n\nGood page.\n"
+    assert remarks(tmp_path, ".json") == [
+        ("page 1", "docling-core cannot take it (RecursionError: too deep): only its text is kept")
+    ]
+
+
+def test_a_page_without_elements_is_named_and_no_page_with_any_is_an_error(
+    tmp_path: Path,
+) -> None:
+    assert shown(tmp_path, GOOD, "Just words.", GOOD) == "Good page.\n\nGood page.\n"
+    said = ("page 1", "its answer holds no element of a document, and is left out")
+    assert remarks(tmp_path, ".md") == [said]
+    table = answered(tmp_path / "pages.parquet", "Just words.", "<doctag></doctag>", None)
+    for suffix in (".md", ".html", ".json", ".doctags"):
+        with pytest.raises(BulkError, match=r"no page gave any element of a document: "
+                           r"page 0, page 1; expected DocTags.* found 'Just words\.'"):  # fmt: skip
+            convert(table, tmp_path / f"none{suffix}")
+        assert not (tmp_path / f"none{suffix}").exists()
+    table = answered(tmp_path / "pages.parquet", None, None)
+    with pytest.raises(BulkError, match="no page could be read: page 0, page 1; the first: no pic"):
+        convert(table, tmp_path / "none.md")
+
+
+TOKENS = st.sampled_from(
+    [
+        *(f"<{close}{name}>" for close in ("", "/") for name in sorted(CONTAINERS | LEAVES)),
+        *(f"<{name}>" for name in sorted(CELLS)),
+        *("<loc_0><loc_0><loc_500><loc_500>", "<loc_9><loc_9><loc_9><loc_9>", "<loc_7>"),
+        *("<_Python_>", "<bar_chart>", "<key_1>", "</key_1>", "<link_1>", "</doctag>"),
+        *("<", "> ", "\n", "<b>", "</"),
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(TOKENS | st.just("word"), min_size=1, max_size=25))
+def test_no_order_of_tags_loses_a_word_or_stops_docling(parts: list[str]) -> None:
+    words = [f"w{place}w" for place, part in enumerate(parts) if part == "word"]
+    left = iter(words)
+    answer = "".join(next(left) if part == "word" else part for part in parts)
+    page = Page("p", None, answer, "stop", None)
+    made = {suffix: made_document("d", [page], suffix, None) for suffix in (".json", ".html")}
+    if made[".json"].elements:
+        assert [word for word in words if word not in made[".json"].text] == []
+    assert not [remark for remark in made[".html"].remarks if "docling" in remark.text]
 
 
 def test_a_pdf_file_is_read_page_by_page(tiny_vlm: smolstack.VLM, tmp_path: Path) -> None:
     report = document(tmp_path / "report.pdf", [(100, 50), (60, 80)])
     out = tmp_path / "report.doctags"
-    done = convert(report, out, model=tiny_vlm, max_new_tokens=6)
+    # Random weights write no DocTags: the answers are kept beside, for whoever wants to see them.
+    with pytest.raises(BulkError, match=r"no page gave any element.*; the answers stand in "):
+        convert(report, out, model=tiny_vlm, max_new_tokens=6)
     expected = [
         tiny_vlm.ask(
             f"{report}#page={number}",
@@ -122,9 +309,10 @@ def test_a_pdf_file_is_read_page_by_page(tiny_vlm: smolstack.VLM, tmp_path: Path
         ).text
         for number in (1, 2)
     ]
-    assert out.read_text("utf-8") == "\n<page_break>\n".join(expected) + "\n"
-    assert [page.name for page in done.cut] == [f"{report}#page=1", f"{report}#page=2"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.doctags", "report.pdf"]
+    rows = pq.read_table(f"{out}.pages.parquet").to_pylist()
+    assert [row["answer"] for row in rows] == expected
+    left = ["report.doctags.pages.parquet", "report.pdf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_a_bulk_job_s_answers_need_no_model(tiny_vlm: smolstack.VLM, tmp_path: Path) -> None:
@@ -133,7 +321,13 @@ def test_a_bulk_job_s_answers_need_no_model(tiny_vlm: smolstack.VLM, tmp_path: P
     map_pictures(
         report, QUESTION, out=table, model=tiny_vlm, max_new_tokens=4, keep_special_tokens=True
     )
-    assert convert(table, tmp_path / "report.md").pages == 2
+    rows = pq.read_table(table)
+    rows = rows.set_column(
+        rows.schema.get_field_index("answer"), "answer", pa.array([FIRST, SECOND])
+    )
+    pq.write_table(rows, table)
+    done = convert(table, tmp_path / "report.md")
+    assert [page.name for page in done.cut] == [f"{report}#page=1", f"{report}#page=2"]
     assert table.exists()
 
 

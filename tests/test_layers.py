@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "smolstack"
 # Each room may import from itself and from the rooms before it, with the exceptions below.
 ORDER = [
     ("errors", "config"),
+    ("writing",),
     ("batch",),
     ("native",),
     ("processor",),
@@ -26,6 +27,7 @@ ORDER = [
     ("bulk",),
     ("documents",),
     ("interop", "cli", "train", "serve", "bench", "quantizing"),
+    ("__main__",),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 

@@ -54,6 +54,26 @@ def test_a_glob_takes_what_it_names_in_order(found: Any, photos: Path) -> None:
     ]
 
 
+def test_what_a_folder_passes_over_is_said(
+    found: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("a.png", "b.docx", "c.mp4"):
+        (folder / name).write_bytes(b"")
+    (folder / "more").symlink_to(tmp_path)
+    assert [row.id for row in found(folder)] == ["a.png"]
+    assert caplog.messages == [
+        f"{folder}: passed over 2 files of other kinds (1 .docx, 1 .mp4), 1 link to a folder (more)"
+    ]
+
+
+def test_no_id_is_a_data_url(found: Any, tmp_path: Path) -> None:
+    url = "Data:image/png;base64," + "A" * 400
+    table = write_jsonl(tmp_path / "list.jsonl", [url, {"file_name": url}, url[5:] + ".png"])
+    assert [row.id for row in found(table)][:2] == ["0", "1"]
+
+
 def test_one_picture_is_an_input_too(found: Any, photos: Path) -> None:
     (row,) = found(photos / "1.png")
     assert row.path == str(photos / "1.png")

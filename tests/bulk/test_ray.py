@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ def test_two_ray_workers_give_what_one_process_gives_and_go_on_where_it_stopped(
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     expected, out = tmp_path / "expected.parquet", tmp_path / "answers.parquet"
@@ -48,3 +52,26 @@ def test_two_ray_workers_give_what_one_process_gives_and_go_on_where_it_stopped(
     assert summary.kept == 2
     assert seen[0] == (2, 2)
     assert seen[-1] == (2, 10)
+    assert capfd.readouterr().err == ""
+
+
+NICENESS = """
+import os
+from smolstack.bulk import on_ray
+ray = on_ray._ray()
+on_ray._start(ray, 1)
+@ray.remote
+def niceness():
+    return os.nice(0)
+print(os.nice(0), ray.get(niceness.remote()))
+ray.shutdown()
+"""
+
+
+def test_workers_do_not_stand_back_behind_the_job() -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    program = [sys.executable, "-c", NICENESS]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, env=clean)
+    own, worker = done.stdout.split()
+    assert worker == own
+    assert done.stderr == ""

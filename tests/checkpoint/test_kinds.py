@@ -91,6 +91,13 @@ def test_pickles_alone_are_what_is_said_first(name: str, folder: Path) -> None:
         smolstack.load(folder)
 
 
+def test_a_trainer_s_state_is_not_taken_for_weights(tmp_path: Path) -> None:
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        smolstack.load(tmp_path)
+
+
 def test_folders_of_gguf_files_and_of_graphs_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "onnx").mkdir()

@@ -39,10 +39,25 @@ def test_every_command_explains_itself_with_examples(run: Run, command: str) -> 
     assert result.exit_code == 0
     assert "Examples" in result.stdout
     assert f"smolstack {command}" in result.stdout.split("Examples")[1]
+    begun = [line.strip() for line in result.stdout.splitlines()]
+    assert not any(line.count(f"smolstack {command} ") > 1 for line in begun), "one on a line"
 
 
 def test_without_a_command_the_help_is_shown(run: Run) -> None:
     assert "Usage" in run().output
+
+
+def test_it_runs_as_a_module_of_either_name() -> None:
+    for module in ("smolstack", "smolstack.cli"):
+        program = [sys.executable, "-m", module, "--version"]
+        done = subprocess.run(program, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(f"smolstack {smolstack.__version__} ")
+
+
+@pytest.mark.parametrize("command", ["ask", "chat", "plan"])
+def test_the_usage_line_says_that_several_images_are_allowed(run: Run, command: str) -> None:
+    usage = next(line for line in run(command, "-h").stdout.splitlines() if "Usage" in line)
+    assert "IMAGE..." in usage
 
 
 def test_the_version_is_the_package_s(run: Run) -> None:
@@ -159,6 +174,11 @@ def test_debug_shows_where_an_error_came_from(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = str(tmp_path / "nothing")
-    assert isinstance(run("inspect", missing).exception, SystemExit)
+    plain = run("inspect", missing)
+    assert (plain.exit_code, len(plain.stderr.splitlines())) == (2, 1)
     monkeypatch.setenv("SMOLSTACK_DEBUG", "1")
-    assert isinstance(run("inspect", missing).exception, smolstack.errors.CheckpointError)
+    told = run("inspect", missing)
+    assert told.exit_code == 2
+    assert "Traceback" in told.stderr
+    assert "in locate" in told.stderr
+    assert told.stderr.endswith(plain.stderr)

@@ -168,3 +168,8 @@ def test_nothing_to_load_is_refused(refuses: Run, sign: Path, tmp_path: Path) ->
     assert "expected a checkpoint folder" in refuses("ask", sign, "Hi", "--model", tmp_path / "no")
     assert "found a file" in refuses("ask", sign, "Hi", "--model", sign)
     assert "has no config.json" in refuses("ask", sign, "Hi", "--model", tmp_path)
+
+
+def test_a_picture_cache_that_cannot_be_is_said_at_start(refuses: Run, sign: Path) -> None:
+    said = refuses("ask", sign, "What?", "--picture-cache", sign, "--model", "no model")
+    assert said == f"--picture-cache is {sign}, which is a file, expected a folder"

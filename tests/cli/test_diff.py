@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,40 @@ def test_number_formats_alone_are_no_change_beyond_rounding(
     found = diff_checkpoints(tiny_folder, halved)
     assert all(part.relative < 2**-8 for part in found.parts)
     assert len(found.formats) == len(found.tensors)
+
+
+def test_what_transformers_saves_again_differs_in_nothing(
+    run: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    old = Path(shutil.copytree(tiny_folder, tmp_path / "old"))
+    config = json.loads((old / "config.json").read_text())
+    del config["text_config"]["rope_parameters"]  # as transformers 4 wrote it
+    config["text_config"] |= {"rope_scaling": None, "_flash_attn_2_enabled": True}
+    config |= {"pad_token_id": 5, "transformers_version": "4.46.0", "image_seq_len": 4}
+    (old / "config.json").write_text(json.dumps(config))
+    new = tmp_path / "new"
+    transformers.AutoModelForImageTextToText.from_pretrained(old).save_pretrained(new)
+    transformers.AutoProcessor.from_pretrained(old).save_pretrained(new)
+    result = run("diff", old, new, "--exit-code")
+    assert result.exit_code == 0, result.stdout
+    assert result.stdout.endswith("nothing differs\n")
+    # What was changed on purpose is still told.
+    processor = json.loads((new / "processor_config.json").read_text())
+    processor["image_processor"]["size"]["longest_edge"] = 64
+    (new / "processor_config.json").write_text(json.dumps(processor))
+    tokenizer = json.loads((new / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = tokenizer["added_tokens"][1:]
+    (new / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (new / "chat_template.jinja").write_text("{{ messages }}")
+    settings = diff_checkpoints(old, new).settings
+    assert settings["preprocessor_config.json size.longest_edge"] == (128, 64)
+    assert settings["chat template"][1] == "{{ messages }}"
+    assert set(settings) == {
+        "preprocessor_config.json size.longest_edge",
+        "tokenizer.json added_tokens",
+        "chat template",
+    }
 
 
 def test_what_is_no_checkpoint_is_refused(refuses: Run, tiny_folder: Path, tmp_path: Path) -> None:

@@ -73,6 +73,55 @@ def test_a_sharded_one_passes_too(run: Run, spoilt: Path) -> None:
     assert "2 files" in result.stdout
 
 
+def test_what_a_trainer_keeps_beside_the_weights_is_not_looked_at(
+    run: Run, problems: Callable[..., list[str]], spoilt: Path
+) -> None:
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        (spoilt / name).write_bytes(b"\x80\x02 a pickle")
+    (spoilt / "trainer_state.json").write_text('{"best_metric": NaN}')
+    assert run("verify", spoilt).exit_code == 0
+    # Without processing_class= the processor's files are not there, and that is what is said.
+    (spoilt / "preprocessor_config.json").unlink()
+    (problem,) = problems()
+    assert "a Trainer saves the processor's files where it is given processing_class" in problem
+    assert "save_pretrained(FOLDER) adds them afterwards" in problem
+
+
+def test_an_adapter_is_verified_on_its_base(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["down_proj"]}
+    settings["base_model_name_or_path"] = str(tiny_folder)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    layer = "base_model.model.model.text_model.layers.1.mlp.down_proj"
+    pair = {
+        f"{layer}.lora_A.weight": torch.ones(2, 64),
+        f"{layer}.lora_B.weight": torch.ones(48, 2),
+    }
+    save_file(pair, folder / "adapter_model.safetensors")
+    (folder / "optimizer.pt").write_bytes(b"\x80\x02")
+    result = run("verify", folder)
+    assert result.exit_code == 0, result.stdout
+    assert "1 of them changed by the adapter" in result.stdout
+    assert "changed by the adapter" in run("inspect", folder).stdout
+    assert "1 of 59 tensors differ" in run("diff", tiny_folder, folder).stdout
+    exported = run("export", folder, tmp_path / "onnx")
+    assert exported.exit_code == 0, exported.stderr
+
+
+def test_what_transformers_refuses_is_said(run: Run, spoilt: Path) -> None:
+    def widths(config: dict[str, Any]) -> None:
+        config["text_config"] |= {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 8}
+
+    edit(spoilt / "config.json", widths)
+    data = json.loads(run("verify", spoilt, "--json").stdout)
+    (remark,) = data["checks"][0]["remarks"]
+    assert remark == (
+        "transformers refuses this config.json: hidden_size 48 of text_config is no multiple of "
+        "its 5 attention heads, which head_dim 8 makes no difference to"
+    )
+
+
 def test_every_difference_is_listed(
     problems: Callable[..., list[str]], run: Run, spoilt: Path
 ) -> None:

@@ -182,6 +182,35 @@ def test_a_compiled_model_writes_the_same(model: Any, batch: Batch) -> None:
     assert torch.equal(out[:, ids.shape[1] :], greedy(model, batch, NEW))
 
 
+@pytest.mark.parametrize("form", ["flat", "padded", "masked", "grids", "encoded"])
+def test_pictures_are_compiled_into_the_same_graph(
+    form: str, model: Any, tiny_vlm: VLM, batch: Batch
+) -> None:
+    ids, extra = bridge.generation_inputs(batch)
+    attention = {name: extra[name] for name in ("mask", "position_ids") if name in extra}
+    tiles, count = batch.tiles, batch.tiles.shape[0]
+    padded = model_inputs(batch)["pixel_values"]
+    masks = torch.zeros(*padded.shape[:2], 32, 32, dtype=torch.bool)
+    for row, number in enumerate(batch.tiles_per_sequence):
+        masks[row, :number, :24, :16] = True
+    forms: dict[str, dict[str, Any]] = {
+        "flat": {"pixel_values": tiles, "tiles_per_sequence": batch.tiles_per_sequence},
+        "padded": {"pixel_values": padded},
+        "masked": {"pixel_values": padded * masks[:, :, None], "pixel_attention_mask": masks},
+        "grids": {"pixel_values": tiles, "tile_grids": ((3, 2),) * count},
+        "encoded": {"visual_tokens": torch.randn(count, 4, 48)},
+    }
+    pictures = forms[form]
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        expected = model(ids, **pictures, **attention)
+        torch.testing.assert_close(compiled(ids, **pictures, **attention), expected)
+        if form == "flat":
+            with pytest.raises(RuntimeError, match="differ in number"):
+                compiled(ids, pixel_values=tiles[1:], **attention)
+
+
 def test_pixels_and_image_tokens_that_disagree_are_refused_by_row(model: Any, batch: Batch) -> None:
     ids, _ = bridge.generation_inputs(batch)
     tiles, counts = batch.tiles, batch.tiles_per_sequence

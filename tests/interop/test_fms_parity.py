@@ -11,6 +11,7 @@ import torch
 import smolstack
 from smolstack.checkpoint.new import side_files
 from smolstack.checkpoint.save import save_checkpoint
+from smolstack.errors import ConfigError
 from smolstack.family import PRESETS
 from smolstack.interop.miniature import miniature
 from smolstack.interop.weights import sharp_model
@@ -21,6 +22,7 @@ pytest.importorskip("fms")
 pytest.importorskip("transformers")
 
 import fms.models
+from fms.utils import serialization
 from tests.interop.fms_prompts import greedy, own_greedy, two_rows
 
 import smolstack.interop.fms as bridge
@@ -51,6 +53,40 @@ def test_a_variant_has_the_published_sizes(name: str) -> None:
         ours = VisionLanguageModel(config)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
     assert bridge.to_smolstack_config(theirs.get_config()) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_config_is_read_back_as_it_was_saved(name: str, tmp_path: Path) -> None:
+    config = bridge.to_fms_config(PRESETS[name].config)
+    config.save(tmp_path / "config.json")
+    loaded = bridge.Idefics3Config.load(tmp_path / "config.json")
+    assert loaded == config
+    assert bridge.to_smolstack_config(loaded) == PRESETS[name].config
+
+
+def test_activations_may_have_fms_s_own_names() -> None:
+    config = bridge.to_fms_config(PRESETS["smolvlm-256m"].config).updated(
+        vision_config={"hidden_act": "gelu-tanh"}, text_config={"activation_fn": "swish"}
+    )
+    assert bridge.to_smolstack_config(config) == PRESETS["smolvlm-256m"].config
+    odd = config.updated(text_config={"activation_fn": "mish"})
+    with pytest.raises(ConfigError, match=r"hidden_act is 'mish'"):
+        bridge.to_smolstack_config(odd)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_weights_of_the_other_fusion_are_loaded(fused: bool, tiny_vlm: VLM) -> None:
+    saved = bridge.from_smolstack(tiny_vlm.model, fused_weights=not fused)
+    loaded = bridge.Idefics3(bridge.to_fms_config(tiny_vlm.config), fused_weights=fused)
+    loaded.load_state_dict(saved.state_dict())
+    weights = bridge.hf_state_dict(saved)
+    found = bridge.hf_state_dict(loaded)
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    # The way that FMS itself loads its files.
+    again = serialization.get_adapted(
+        "idefics3", "fms", saved.state_dict(), {"model_config": loaded.get_config()}
+    )
+    assert set(again) == set(loaded.state_dict())
 
 
 @pytest.mark.parametrize("name", PRESETS)

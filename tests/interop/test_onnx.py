@@ -112,7 +112,7 @@ def test_numbers_outside_are_float32_in_every_format_but_the_cache(exported: Pat
         assert kinds["inputs_embeds"] == "tensor(float)"
         assert kinds["past_key_values.0.key"] == cache
     settings = json.loads((exported / "config.json").read_text())["transformers.js_config"]
-    assert settings == {"kv_cache_dtype": {"fp16": "float16"}}
+    assert settings == {"dtype": "fp32", "kv_cache_dtype": {"fp16": "float16"}}
 
 
 def test_smaller_formats_make_smaller_files(exported: Path) -> None:

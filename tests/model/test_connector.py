@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from smolstack import Idefics3Connector
 from smolstack.errors import GridError
@@ -115,6 +117,10 @@ def test_every_feature_is_where_the_formula_says(
         ((16, 4), 2, None, r"shape \(16, 4\), expected 3 axes"),
         ((1, 0, 4), 1, None, "0 patches form no square grid"),
         ((1, 4, 4), 1, (-2, -2), "grid -2x-2"),
+        ((1, 16, 4), 2.0, None, "scale is 2.0, expected an integer"),
+        ((1, 16, 4), True, None, "scale is True, expected an integer"),
+        ((1, 16, 4), 2, (4.0, 4), "height is 4.0, expected an integer"),
+        ((1, 16, 4), 2, (4, "4"), "width is '4', expected an integer"),
     ],
 )
 def test_patches_that_do_not_fit_are_refused_with_their_numbers(
@@ -133,6 +139,14 @@ def test_a_wrong_width_is_refused_before_any_work() -> None:
 def test_sizes_that_are_not_positive_are_refused() -> None:
     with pytest.raises(GridError, match="scale 0"):
         Idefics3Connector(scale=0)
+    with pytest.raises(GridError, match=r"scale is 4\.0, expected an integer"):
+        Idefics3Connector(scale=4.0)  # type: ignore[arg-type]
+    with pytest.raises(GridError, match=r"vision_hidden is 768\.0, expected an integer"):
+        Idefics3Connector(vision_hidden=768.0)  # type: ignore[arg-type]
+
+
+def test_a_scale_of_numpy_s_is_an_integer() -> None:
+    assert unshuffle(numbered(4, 4), np.int64(2)).shape == (1, 4, 4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -168,6 +182,21 @@ def test_it_compiles_into_one_graph() -> None:
     compiled = torch.compile(connector, fullgraph=True, backend="aot_eager")
     patches = torch.randn(2, 24, 8)
     torch.testing.assert_close(compiled(patches, (4, 6)), connector(patches, (4, 6)))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_graph_serves_every_number_of_patches(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    connector = Idefics3Connector(8, 6, 2)
+    compiled = torch.compile(connector, fullgraph=True, dynamic=dynamic, backend=counter)
+    for side in range(2, 24, 2):
+        patches = torch.randn(2, side * side, 8)
+        torch.testing.assert_close(compiled(patches), connector(patches))
+    for grid in ((2, 4), (4, 6), (6, 4), (8, 2)):
+        patches = torch.randn(2, grid[0] * grid[1], 8)
+        torch.testing.assert_close(compiled(patches, grid), connector(patches, grid))
+    assert counter.frame_count <= 5  # not one for each of the fifteen shapes
 
 
 def test_it_exports_with_any_number_of_tiles() -> None:

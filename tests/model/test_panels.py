@@ -13,12 +13,13 @@ from torch import nn
 import smolstack
 from smolstack.checkpoint import panel_file
 from smolstack.checkpoint.hub import ModelPath
-from smolstack.checkpoint.load import load_checkpoint
+from smolstack.checkpoint.load import load_checkpoint, load_weights
 from smolstack.checkpoint.panel_file import adopt_panels
-from smolstack.checkpoint.source import open_source
+from smolstack.checkpoint.source import Source, open_source
 from smolstack.config.quantization import Format
 from smolstack.model.panels import Arena, panel_size
 from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
 from smolstack.quantization.calibration import multiplied_where_stored
 from smolstack.quantization.rounding import (
@@ -137,11 +138,18 @@ def saved(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return smolstack.load(tiny_folder, dtype="int8").save(tmp_path / "int8")
 
 
+def as_stored(folder: Path) -> tuple[VisionLanguageModel, Source]:
+    """A model before its panels are made."""
+    source = open_source(ModelPath(folder))
+    config = load_checkpoint(folder).config
+    return load_weights(source, config, torch.float32, torch.device("cpu")), source
+
+
 def test_a_second_start_maps_what_the_first_one_made(saved: Path) -> None:
     steps: list[tuple[str, int, int]] = []
 
     def opened() -> tuple[torch.Tensor, Path | None]:
-        model, source = load_checkpoint(saved).model, open_source(ModelPath(saved))
+        model, source = as_stored(saved)
         kept = adopt_panels(model, source, least=0, progress=lambda *a: steps.append(a))
         layer = model.get_submodule("decoder.layers.0.down")
         layer(torch.ones(1, model.config.text.intermediate_size))
@@ -170,10 +178,11 @@ def test_a_second_start_maps_what_the_first_one_made(saved: Path) -> None:
 def test_what_cannot_be_kept_costs_nothing_but_time(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, source = load_checkpoint(saved).model, open_source(ModelPath(saved))
+    model, source = as_stored(saved)
     monkeypatch.setenv(panel_file.SWITCH, "0")
     assert adopt_panels(model, source, least=0) is None
     monkeypatch.delenv(panel_file.SWITCH)
+    model, source = as_stored(saved)
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import smolstack
-from smolstack.errors import ConfigError, ContextLengthError, PromptError
+from smolstack.errors import ConfigError, ContextLengthError, ImageError, PromptError
 from smolstack.processor.settings import ImageSettings
+from smolstack.processor.tiles import open_image
 
 
 def test_a_batch_holds_every_picture_in_reading_order(
@@ -102,3 +103,21 @@ def test_preprocessing_that_cannot_be_followed_is_refused(
     assert ImageSettings.from_hf(good) == ImageSettings(64, 32)
     with pytest.raises(ConfigError, match=words):
         ImageSettings.from_hf({**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("data:image/png;base64," + "A" * 5000, "found a data URL of 5,022 characters, expected"),
+        ("DATA:,x", "found a data URL of 7 characters"),
+        ("iVBOR" * 1000, r"a text of 5,000 characters ('iVBORiVB"),
+        ("a/" + "b" * 300 + ".png", "is longer than a file's name can be"),
+        ("HTTPS://example.org/a.png", "is an address; pictures are read from files"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_what_is_no_file_s_name_is_not_repeated(given: str, said: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        open_image(given)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 300

@@ -26,8 +26,9 @@ class Process:
     """``smolstack serve`` on a free port."""
 
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        port = () if {"--port", "--uds"} & set(arguments) else ("--port", "0")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "smolstack.cli", "serve", "--port", "0", *arguments],
+            [sys.executable, "-m", "smolstack.cli", "serve", *port, *arguments],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
@@ -36,7 +37,7 @@ class Process:
         said = ""
         for line in self.process.stderr:
             said += line
-            found = re.search(r"at (http://\S+)", line)
+            found = re.search(r"at ((?:https?://|unix:)\S+)", line)
             if found:
                 self.url = found[1]
                 break

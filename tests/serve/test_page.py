@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serve.conftest import EXAMPLES, Process
+from tests.serve.conftest import EXAMPLES, Process, serving
 
 playwright = pytest.importorskip("playwright.sync_api")
 DROP = """(coded) => {
@@ -90,10 +90,42 @@ def test_what_is_wrong_is_said_on_the_page(browser: Any, server: Process, tmp_pa
 def test_the_page_asks_for_a_key_where_one_is_needed(browser: Any, tight: Process) -> None:
     page, _ = opened(browser, tight)
     page.wait_for_selector("#access[open]")
+    assert "asks for an API key" in page.text_content("#problem")
+    page.set_input_files("#file", EXAMPLES / "number.png")
+    page.wait_for_selector("#shown[src]")
+    page.fill("#key", "wrong")
+    page.press("#key", "Tab")
+    page.wait_for_function("document.getElementById('problem').textContent.includes('not know')")
     page.fill("#key", "secret")
     page.press("#key", "Tab")
     page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+    page.wait_for_selector("#tiles rect")  # of the picture that was chosen before
     assert not page.is_visible("#problem")
+    page.close()
+
+
+def test_messages_are_for_people(browser: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    with serving("--model", str(tiny_folder)) as server:
+        page, _ = opened(browser, server)
+        page.wait_for_function("document.getElementById('model').textContent === 'model'")
+        (tmp_path / "notes.txt").write_text("no image")
+        page.set_input_files("#file", tmp_path / "notes.txt")
+        page.wait_for_selector("#problem:not([hidden])")
+        assert "notes.txt is not an image. Choose" in page.text_content("#problem")
+    page.press("#question", "Enter")
+    page.wait_for_function("document.getElementById('problem').textContent.includes('running?')")
+    assert page.text_content("#problem") == "The server does not answer. Is it still running?"
+    page.close()
+
+
+def test_on_a_phone_no_word_stands_alone(browser: Any, server: Process) -> None:
+    page, _ = opened(browser, server)
+    page.set_viewport_size({"width": 320, "height": 640})
+    tops = page.eval_on_selector_all(
+        ".together > *", "all => all.map(e => Math.round(e.getBoundingClientRect().top / 30))"
+    )
+    assert len(tops) == 3
+    assert max(tops) - min(tops) <= 1
     page.close()
 
 

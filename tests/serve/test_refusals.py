@@ -85,6 +85,8 @@ def message(response: httpx.Response) -> str:
         ({"messages": "hello"}, "list"),
         ({"messages": [{"role": "user", "content": "see <image>"}]}, "marks a picture"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "unicode"),
+        ({"model": "\ud800"}, "model is not valid unicode"),
+        ({"response_format": {"type": "json_object", "schema": {"\ud800": 1}}}, "unicode"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "warm"}, "temperature"),
         ({"top_p": 0}, "top_p"),

@@ -12,7 +12,7 @@ import pytest
 from tests.serve.test_chat import asking
 
 import smolstack
-from smolstack.cli.serve import _listen
+from smolstack.cli.listening import listen
 from smolstack.serve import reading
 from smolstack.serve.answering import EventStream
 from smolstack.serve.app import Server
@@ -83,6 +83,6 @@ def test_a_client_gone_before_its_stream_begins_stops_its_work() -> None:
 
 
 def test_events_leave_at_once() -> None:
-    with _listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         # What asyncio asks before it switches Nagle's algorithm off.
         assert listener.proto == socket.IPPROTO_TCP

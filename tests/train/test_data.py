@@ -134,10 +134,24 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, words: str) -> None:
         open_source(path, QUESTION)[0]
 
 
+def test_a_folder_takes_every_format_and_names_what_it_passes_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.png", "b.avif", "c.jp2", "d.heic", "e.pdf", "f.apng"):
+        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).with_suffix(".txt").write_text("1")
+    (tmp_path / "notes.docx").write_text("")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    assert len(open_source(tmp_path, QUESTION)) == 6
+    assert caplog.messages == [
+        f"{tmp_path}: passed over 1 file of other kinds (1 .docx), 1 link to nothing (gone.png)"
+    ]
+
+
 def test_places_without_examples_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         open_source(tmp_path / "nothing", QUESTION)
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         open_source(tmp_path, QUESTION)
     draw("1", 1).save(tmp_path / "lonely.png")
     with pytest.raises(DataError, match=r"no \.txt file beside them.*lonely\.png"):

@@ -20,6 +20,7 @@ from smolstack.train import Lora, Recipe, train
 from smolstack.train.adapters import add_adapters
 from smolstack.train.metrics import read_metrics
 from smolstack.train.parts import adapted_layers
+from smolstack.writing import only_writer
 
 
 def losses(recipe: Recipe) -> list[float]:
@@ -207,6 +208,16 @@ def test_an_earlier_run_is_not_overwritten_unasked(make_recipe: MakeRecipe) -> N
     run(recipe, overwrite=True)
     with pytest.raises(TrainingError, match=r"stages\[0\].learning_rate is 0.5, the run .* 0.001"):
         run(make_recipe({"steps": 1, "learning_rate": 0.5}), resume=True)
+
+
+def test_two_runs_at_once_on_one_output_are_refused(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe({"steps": 1})
+    with (
+        only_writer(Path(recipe.output), TrainingError),
+        pytest.raises(TrainingError, match="another process is writing"),
+    ):
+        run(recipe)
+    run(recipe)
 
 
 @pytest.mark.parametrize("connector", [False, True])

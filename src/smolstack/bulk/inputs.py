@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ from smolstack.bulk.tables import (
 )
 from smolstack.errors import BulkError, ImageError
 from smolstack.processor import formats
+from smolstack.processor.folders import PassedOver, search
 from smolstack.processor.pages import SUFFIXES, TIFF_SUFFIXES, count_pages, page_of
 
 Pictures: TypeAlias = "str | Path | Sequence[str | Path | bytes]"
 # What a folder is searched for; a glob or a table takes whatever it names.
 PICTURE_SUFFIXES = frozenset([*formats.SUFFIXES, *SUFFIXES])
 _MAGIC = "*?["
+_log = logging.getLogger("smolstack")
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,15 @@ def open_input(
 def walk(folder: Path, password: str | None = None) -> Iterator[Row]:
     """The pictures of a folder and its sub-folders in the order of their names.
 
-    Hidden files and folders are passed over, and links to folders are not followed.
+    Hidden files and folders are no part of it. What else is passed over (files of other kinds,
+    links to nothing and to folders) is counted, and said at the end by a warning.
     """
-    root = folder.absolute()
-    found = _walk(str(root))
+    root, over = folder.absolute(), PassedOver()
+    found = search(root, PICTURE_SUFFIXES, over)
     names = ((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in found)
     yield from _rows(names, password)
+    if over:
+        _log.warning("%s", over.sentence(folder))
 
 
 def _rows(files: Iterable[tuple[str, str]], password: str | None) -> Iterator[Row]:
@@ -134,21 +140,6 @@ def _pages(index: int, name: str, path: str, password: str | None) -> Iterator[R
         return
     for number in range(1, count + 1):
         yield Row(index + number - 1, f"{name}#page={number}", path=f"{path}#page={number}")
-
-
-def _walk(folder: str) -> Iterator[str]:
-    with os.scandir(folder) as found:
-        entries = sorted(
-            (entry.name, entry.is_dir(follow_symlinks=False))
-            for entry in found
-            if not entry.name.startswith(".")
-        )
-    for name, is_folder in entries:
-        path = os.path.join(folder, name)
-        if is_folder:
-            yield from _walk(path)
-        elif os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and os.path.isfile(path):
-            yield path
 
 
 def _named(files: Sequence[Path], password: str | None) -> Iterator[Row]:

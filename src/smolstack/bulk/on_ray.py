@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +131,32 @@ def _start(ray: Any, workers: int) -> None:
     local: dict[str, Any] = {}
     if "RAY_ADDRESS" not in os.environ:
         local = {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+        if "RAY_worker_niceness" not in os.environ:
+            # Ray's own 15 lets one other busy process starve the workers.
+            local["_system_config"] = {"worker_niceness": 0}
+    with _quiet():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what Ray's C++ writes past sys.stderr while it starts off the terminal.
+
+    Its errors are raised, and its logs stand in its own folder.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _has_gpu(ray: Any) -> bool:

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from smolstack.bulk.rows import Window
 from smolstack.errors import BulkError
+from smolstack.writing import naming, take_lock
 
 ROW = "row"  # the column of every result that says which row of the input it is about
 _HEADER = struct.Struct("<QI")  # bytes of a record, their CRC-32
@@ -134,7 +135,7 @@ class Parts:
         """
         self.folder.mkdir(exist_ok=True)
         with (self.folder / _LOCK).open("ab") as file:
-            if not _lock(file.fileno()):
+            if not take_lock(file.fileno()):
                 raise BulkError(
                     f"another process is at work on {self.folder}, expected one at most"
                 )
@@ -175,8 +176,9 @@ class Parts:
         table = table.take(pc.sort_indices(table, [(ROW, "ascending")]))
         path = self._path(window, "parquet")
         beside = path.with_suffix(".parquet.new")
-        pq.write_table(table, beside)
-        _into_place(beside, path)
+        with naming(path):
+            pq.write_table(table, beside)
+            _into_place(beside, path)
         journal.path.unlink(missing_ok=True)
 
     def results(self, window: Window) -> pa.Table:
@@ -197,23 +199,12 @@ class Parts:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file, complete or not at all."""
     beside = path.with_name(path.name + ".new")
-    beside.write_bytes(content)
-    _into_place(beside, path)
+    with naming(path):
+        beside.write_bytes(content)
+        _into_place(beside, path)
 
 
 def _into_place(beside: Path, path: Path) -> None:
     with beside.open("rb") as file:
         os.fsync(file.fileno())
     beside.replace(path)
-
-
-def _lock(file: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two processes on one job are not kept apart there
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

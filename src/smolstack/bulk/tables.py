@@ -150,10 +150,11 @@ def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
             path = os.fsdecode(path)
     elif isinstance(value, (bytes, bytearray, memoryview)):
         path, content = None, value
-    named = str(index) if not isinstance(path, str) or not path else path[:200]
+    is_path = isinstance(path, str) and path != "" and path[:5].lower() != "data:"
+    named = path[:200] if is_path else str(index)
     name = named if name is None else name
     try:
-        if isinstance(path, str) and path.startswith("data:"):
+        if isinstance(path, str) and path[:5].lower() == "data:":
             content, path = path.partition(",")[2], None
         if isinstance(content, str):
             content = _decode(content)
@@ -165,7 +166,7 @@ def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
         found = "nothing" if path is None or path == "" else f"a {type(path).__name__}"
         return Row(index, name, error=f"found {found} in place of a picture's path or bytes")
     if "://" in path:
-        return Row(index, name, error=f"{path} is an address; pictures are not fetched")
+        return Row(index, name, error=f"{path[:200]} is an address; pictures are not fetched")
     try:
         os.fsencode(path)
     except UnicodeEncodeError:

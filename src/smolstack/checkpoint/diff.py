@@ -12,8 +12,10 @@ from torch import Tensor
 
 from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.inspect import part_name
+from smolstack.checkpoint.meaning import meaning
 from smolstack.checkpoint.source import Source, open_source
 
+LONG = 80  # characters of a setting that is shown by its length
 AT_ONCE = 2**22  # numbers that are compared in one go: 32 MiB in float64
 
 
@@ -65,7 +67,8 @@ class Differences:
         only_a, only_b: names that one of them lacks.
         reshaped: names whose shapes differ, with both.
         formats: names stored in other number formats, as "F32 → BF16".
-        settings: config keys and side files that differ: name → (A's, B's).
+        settings: settings whose meaning differs, as "FILE KEY" → (A's, B's); None where one has
+            none. The layout that a version of transformers writes makes no difference.
     """
 
     parts: tuple[Change, ...]
@@ -177,26 +180,19 @@ def _change(name: str, before: Tensor, after: Tensor) -> Change:
 
 
 def _settings(a: Source, b: Source) -> dict[str, tuple[Any, Any]]:
-    """Config keys that differ, and side files that do (by size, for want of a short way)."""
-    first, second = a.files, b.files
-    found: dict[str, tuple[Any, Any]] = {}
-    one, other = dict(_leaves(first.config, "")), dict(_leaves(second.config, ""))
-    for key in sorted({*one, *other}):
-        if one.get(key) != other.get(key):
-            found[f"config.json {key}"] = (one.get(key), other.get(key))
-    for name in sorted({*first.side, *second.side}):
-        old, new = first.side.get(name), second.side.get(name)
-        if old != new:
-            found[name] = tuple("none" if c is None else f"{len(c):,} bytes" for c in (old, new))  # type: ignore[assignment]
-    return found
+    """Settings whose meaning differs; long ones by their size, for want of a short way."""
+    one, other = meaning(a.files), meaning(b.files)
+    return {
+        key: (_short(one.get(key)), _short(other.get(key)))
+        for key in sorted({*one, *other})
+        if one.get(key) != other.get(key)
+    }
 
 
-def _leaves(values: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(values, Mapping):
-        for name, value in values.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, values
+def _short(value: Any) -> Any:
+    if isinstance(value, (str, bytes)) and len(value) > LONG:
+        return f"{len(value):,} {'bytes' if isinstance(value, bytes) else 'characters'}"
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _plain(change: Change) -> dict[str, Any]:

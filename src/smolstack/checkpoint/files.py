@@ -30,6 +30,12 @@ SIDE_FILES = (
 )
 RETRIEVAL_TEMPLATE = SIDE_FILES[-1]  # words around pages and queries, of newer retrieval models
 ADAPTER_CONFIG = "adapter_config.json"  # of a folder that only changes another's weights
+# What to do where the model is there and its processor's files are not.
+_UNPROCESSED = "; AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER) writes them"
+_TRAINED = (
+    "; a Trainer saves the processor's files where it is given processing_class=processor, and "
+    "AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER) adds them afterwards"
+)
 MAX_JSON_BYTES = 256 * 2**20
 
 
@@ -98,10 +104,12 @@ def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
     if not image:
         raise CheckpointError(
             f"{folder} has neither preprocessor_config.json nor an image_processor object in "
-            "processor_config.json; the picture's preprocessing is unknown"
+            "processor_config.json; the image's preprocessing is unknown"
+            + (_TRAINED if (folder / "training_args.bin").is_file() else _UNPROCESSED)
         )
     if not place("tokenizer.json").is_file():
-        raise CheckpointError(f"{folder} has no tokenizer.json")
+        trained = (folder / "training_args.bin").is_file()
+        raise CheckpointError(f"{folder} has no tokenizer.json{_TRAINED if trained else ''}")
     video = _optional(place("video_preprocessor_config.json")) or processor.get("video_processor")
     tokenizer_config = _optional(place("tokenizer_config.json"))
     image, told = derive_image(config, image)
@@ -116,8 +124,22 @@ def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
         tokenizer_config=tokenizer_config,
         chat_template=_chat_template(place, processor, tokenizer_config),
         side={n: place(n).read_bytes() for n in SIDE_FILES if place(n).is_file()},
-        notes=(*told, *more),
+        notes=(*told, *more, *_unlike_transformers(config)),
     )
+
+
+def _unlike_transformers(config: Mapping[str, Any]) -> list[str]:
+    """What smolstack reads and transformers refuses: it asks for this even beside a head_dim."""
+    text = config.get("text_config")
+    sizes = text if isinstance(text, Mapping) else {}
+    hidden, heads = sizes.get("hidden_size"), sizes.get("num_attention_heads")
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or not hidden % heads:
+        return []
+    return [
+        f"transformers refuses this config.json: hidden_size {hidden} of text_config is no "
+        f"multiple of its {heads} attention heads, which head_dim {sizes.get('head_dim')} makes no "
+        "difference to"
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from smolstack.errors import CheckpointError
 
 READ_METHODS = ("compressed-tensors", "smolstack")  # compressed.py says which of these
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_TRAINER_STATE = ("optimizer.", "scheduler.", "scaler.", "rng_state", "training_args.")
 # Keys that only a config of nanoVLM has.
 _NANOVLM = ("lm_hf_repo", "vit_model_type", "vit_hidden_dim", "lm_model_type")
 _METHODS = {
@@ -100,7 +101,7 @@ def _refuse_formats(folder: Path) -> None:
     names = sorted(path.name for path in folder.glob("*") if path.is_file())
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if name.endswith(_PICKLES) and not _is_state(name)]
     if "adapter_config.json" not in names and pickles:
         raise CheckpointError(
             f"{folder} has its weights in pickle files alone ({', '.join(pickles[:3])}"
@@ -119,6 +120,11 @@ def _refuse_formats(folder: Path) -> None:
             f"{folder} holds ONNX graphs alone ({', '.join(graphs[:3])}"
             f"{' …' if len(graphs) > 3 else ''}); load the checkpoint that they were exported from"
         )
+
+
+def _is_state(name: str) -> bool:
+    """Whether a pickle is what a Trainer keeps to go on, and no weights."""
+    return name.startswith(_TRAINER_STATE)
 
 
 def _named(config: Mapping[str, Any], key: str) -> str:

@@ -44,21 +44,22 @@ def adopt_panels(
 ) -> Path | None:
     """Give a quantised model its panels: mapped from a kept file, or made and kept.
 
-    Models with fewer than ``least`` bytes of them make theirs when they are first used. So does
-    one whose file cannot be written, which costs time and nothing else.
+    Models with fewer than ``least`` bytes of them have theirs in memory of their own. So does one
+    whose file cannot be written, which costs time and nothing else.
 
     Returns:
         The file that the weights are mapped from; None where there is none.
     """
     kernels = native.library() if model.device.type == "cpu" else None
-    if kernels is None or os.environ.get(SWITCH, "1") == "0":
+    if kernels is None:
         return None
     layers = [part for part in model.modules() if isinstance(part, QuantisedLinear)]
     sizes = [panel_size(kernels, one.format, one.in_features, one.out_features) for one in layers]
-    if not layers or sum(sizes) < least:
+    if not layers or any(layer.is_packed for layer in layers):
         return None
+    kept = sum(sizes) >= least and os.environ.get(SWITCH, "1") != "0"
     name = f"{_key(source, kernels, layers)}.panels"
-    for folder in cache_folders():
+    for folder in cache_folders() if kept else []:
         path = folder / "panels" / name
         with contextlib.suppress(OSError):
             if path.stat().st_size == sum(sizes):
@@ -72,6 +73,7 @@ def adopt_panels(
             continue
         _prune(path)
         return path
+    _lay_out(kernels, layers, Arena(kernels, sum(sizes)), progress)
     return None
 
 
@@ -108,14 +110,22 @@ def _make(
     handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
     os.close(handle)
     try:
-        arena = Arena(kernels, size, Path(name))
-        for i, layer in enumerate(layers):
-            layer.panels(kernels, arena)
-            if progress is not None:
-                progress("panels", i + 1, len(layers))
+        _lay_out(kernels, layers, Arena(kernels, size, Path(name)), progress)
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _lay_out(
+    kernels: native.Library,
+    layers: list[QuantisedLinear],
+    arena: Arena,
+    progress: Progress | None,
+) -> None:
+    for i, layer in enumerate(layers):
+        layer.panels(kernels, arena)
+        if progress is not None:
+            progress("panels", i + 1, len(layers))
 
 
 def _prune(kept: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.settings import ImageSettings
+from smolstack.writing import naming, only_writer
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -109,11 +111,26 @@ def complete_side_files(
 
 @contextmanager
 def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling of ``folder`` that takes its place when the block ends well."""
+    """A temporary sibling of ``folder`` that takes its place when the block ends well.
+
+    Raises:
+        CheckpointError: it exists and is not empty, unless ``overwrite``; or another process is
+            writing it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        only_writer(folder, CheckpointError),
+        naming(folder),
+        _replacing(folder, overwrite) as temporary,
+    ):
+        yield temporary
+
+
+@contextmanager
+def _replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not overwrite:
         raise CheckpointError(f"{folder} exists and is not empty; nothing was written")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     temporary.chmod(0o755)
     try:
@@ -153,5 +170,8 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], max_bytes: int) ->
 
 
 def _write_shard(path: Path, shard: dict[str, Tensor]) -> None:
-    save_file(shard, str(path), metadata={"format": "pt"})
+    try:
+        save_file(shard, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(f"{path}: {error}") from error
     path.chmod(0o644)  # safetensors writes for the owner alone; the other files are for all

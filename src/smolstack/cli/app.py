@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import sys
+import traceback
 import warnings
 from importlib import metadata
 from typing import Annotated, Any
@@ -32,6 +33,7 @@ from smolstack.cli import (
     train,
     verify,
 )
+from smolstack.cli.once import Once
 from smolstack.errors import SmolstackError
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -51,14 +53,16 @@ class Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except (SmolstackError, OSError, MemoryError) as error:
             if console.debugging():
-                raise
+                traceback.print_exc()
             console.error(_sentence(error))
             raise typer.Exit(BAD_INPUT) from None
         except RuntimeError as error:
             # torch's own, met by name: importing torch here would slow every start.
             starved = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-            if console.debugging() or not starved:
+            if not starved:
                 raise
+            if console.debugging():
+                traceback.print_exc()
             console.error(f"the device has too little memory: {error}")
             raise typer.Exit(BAD_INPUT) from None
         return result
@@ -84,6 +88,11 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _lines(examples: str) -> str:
+    """Examples a line each: typer makes one line break of two, and Markdown a space of one."""
+    return examples.replace("\n\n", "\n\n\n\n")
+
+
 @app.callback()
 def smolstack(
     version: Annotated[
@@ -94,7 +103,7 @@ def smolstack(
         bool,
         typer.Option(
             "--debug",
-            help="Show a traceback with every error; SMOLSTACK_DEBUG=1 does the same.",
+            help="Show a traceback before every error; SMOLSTACK_DEBUG=1 does the same.",
         ),
     ] = False,
 ) -> None:
@@ -103,21 +112,21 @@ def smolstack(
         os.environ["SMOLSTACK_DEBUG"] = "1"
 
 
-app.command(epilog=ask.EXAMPLES)(ask.ask)
-app.command(epilog=chat.EXAMPLES)(chat.chat)
-app.command(epilog=convert.EXAMPLES)(convert.convert)
-app.command("map", epilog=map.EXAMPLES)(map.map_)
-app.command(epilog=search.EXAMPLES)(search.search)
-app.command(epilog=plan.EXAMPLES)(plan.plan)
-app.command(epilog=export.EXAMPLES)(export.export)
-app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
-app.command(epilog=verify.EXAMPLES)(verify.verify)
-app.command(epilog=diff.EXAMPLES)(diff.diff)
-app.command(epilog=new.EXAMPLES)(new.new)
-app.command(epilog=train.EXAMPLES)(train.train)
-app.command(epilog=quantize.EXAMPLES)(quantize.quantize)
-app.command(epilog=bench.EXAMPLES)(bench.bench)
-app.command(epilog=serve.EXAMPLES)(serve.serve)
+app.command(cls=Once, epilog=_lines(ask.EXAMPLES))(ask.ask)
+app.command(cls=Once, epilog=_lines(chat.EXAMPLES))(chat.chat)
+app.command(cls=Once, epilog=_lines(convert.EXAMPLES))(convert.convert)
+app.command("map", cls=Once, epilog=_lines(map.EXAMPLES))(map.map_)
+app.command(cls=Once, epilog=_lines(search.EXAMPLES))(search.search)
+app.command(cls=Once, epilog=_lines(plan.EXAMPLES))(plan.plan)
+app.command(cls=Once, epilog=_lines(export.EXAMPLES))(export.export)
+app.command(cls=Once, epilog=_lines(inspect.EXAMPLES))(inspect.inspect)
+app.command(cls=Once, epilog=_lines(verify.EXAMPLES))(verify.verify)
+app.command(cls=Once, epilog=_lines(diff.EXAMPLES))(diff.diff)
+app.command(cls=Once, epilog=_lines(new.EXAMPLES))(new.new)
+app.command(cls=Once, epilog=_lines(train.EXAMPLES))(train.train)
+app.command(cls=Once, epilog=_lines(quantize.EXAMPLES))(quantize.quantize)
+app.command(cls=Once, epilog=_lines(bench.EXAMPLES))(bench.bench)
+app.command(cls=Once, epilog=_lines(serve.EXAMPLES))(serve.serve)
 
 
 def main() -> None:

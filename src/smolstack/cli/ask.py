@@ -50,7 +50,8 @@ def ask(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="IMAGE", help="Picture and video files in order; - reads a picture from stdin."
+            metavar="IMAGE...",
+            help="Picture and video files in order; - reads a picture from stdin.",
         ),
     ] = None,
     question: Annotated[

@@ -109,7 +109,7 @@ class Conversation:
 def chat(
     images: Annotated[
         list[str] | None,
-        typer.Argument(metavar="IMAGE", help="Picture files for the first question."),
+        typer.Argument(metavar="IMAGE...", help="Picture files for the first question."),
     ] = None,
     *,
     model: options.ModelOption = None,

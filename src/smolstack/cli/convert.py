@@ -22,7 +22,7 @@ EXAMPLES = """
 
 Cut off in any way, the same command goes on where it was.
 """  # noqa: E501 - a command is one line
-SHOWN = 8  # pages that are named at most
+SHOWN = 16  # lines about pages at most
 
 
 def convert(
@@ -62,8 +62,9 @@ def convert(
 ) -> None:
     """Read the pages of a document with a document model (SmolDocling, granite-docling).
 
-    A page that cannot be opened, or whose reading was cut off, is named at the end; all others are
-    in the document.
+    A page that cannot be opened, whose reading was cut off, or whose tags are damaged, is named at
+    the end; all others are in the document. Where no page could be opened, or none gave an element
+    of a document, nothing is written.
     """
     if threads is not None:
         import torch
@@ -95,15 +96,20 @@ def convert(
                 "pages": done.pages,
                 "unread": {page.name: page.error for page in done.unread},
                 "cut": {page.name: page.finish_reason for page in done.cut},
+                "remarks": [[remark.name, remark.text] for remark in done.remarks],
             }
         )
         return
-    for page in done.unread[:SHOWN]:
-        note(f"{page.name}: not read: {page.error}")
-    for page in done.cut[:SHOWN]:
-        why = "went round in circles" if page.finish_reason == "repetition" else "was cut off"
-        note(f"{page.name}: its reading {why}; what was read is kept")
-    rest = max(0, len(done.unread) - SHOWN) + max(0, len(done.cut) - SHOWN)
-    if rest:
-        note(f"and {rest} more")
+    circles, cut = "went round in circles", "was cut off"
+    lines = [f"{page.name}: not read: {page.error}" for page in done.unread]
+    lines += [
+        f"{page.name}: its reading {circles if page.finish_reason == 'repetition' else cut}; "
+        "what was read is kept"
+        for page in done.cut
+    ]
+    lines += [f"{remark.name}: {remark.text}" for remark in done.remarks]
+    for line in lines[:SHOWN]:
+        note(line)
+    if len(lines) > SHOWN:
+        note(f"and {len(lines) - SHOWN} more (--json names all)")
     show(f"{done.out}: {plural(done.pages, 'page')}")

@@ -48,7 +48,8 @@ def export(
     dtype: Annotated[
         list[ExportDtype],
         typer.Option(
-            help="Number format of the graphs; given several times, they stand beside each other."
+            help="Number format of the graphs; given several times, they stand beside each other, "
+            "and transformers.js takes the first where it is not told."
         ),
     ] = [ExportDtype.fp32],  # noqa: B006 - typer's way to give a list a default
     revision: options.RevisionOption = None,

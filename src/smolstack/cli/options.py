@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.errors import PromptError
+from smolstack.errors import ConfigError, PromptError
+from smolstack.writing import check_folder
 
 if TYPE_CHECKING:
     from smolstack.generation.options import AnswerOptions
@@ -195,8 +196,6 @@ Seed = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
-
-
 SchemaOption = Annotated[
     Path | None,
     typer.Option(
@@ -284,12 +283,8 @@ def generation_options(
 
 def tiling_of(chosen: AnswerOptions) -> Tiling:
     """Those of the options that say how pictures are opened and become tiles."""
-    return {
-        "split": chosen["split"],
-        "max_image_tokens": chosen["max_image_tokens"],
-        "upscale": chosen["upscale"],
-        "password": chosen.get("password"),
-    }
+    names = ("split", "max_image_tokens", "upscale", "password")
+    return {name: chosen.get(name) for name in names}  # type: ignore[return-value]
 
 
 def load_model(
@@ -306,6 +301,8 @@ def load_model(
     """Load a checkpoint as the options say, with a spinner while it takes its time."""
     from smolstack.cli.console import progress
 
+    if pictures is not None:
+        check_folder(pictures, "--picture-cache", ConfigError)
     with progress(f"Loading {model or 'the bundled reader'} …") as told:
         import torch
 

@@ -60,7 +60,7 @@ def plan(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGE", help="Picture files, - for stdin, or sizes such as 1920x1080."
+            metavar="IMAGE...", help="Picture files, - for stdin, or sizes such as 1920x1080."
         ),
     ],
     *,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from smolstack.cli import options, parts
+from smolstack.cli import listening, options, parts
 from smolstack.cli.console import note
 from smolstack.errors import ConfigError, GenerationError
 
@@ -22,10 +20,12 @@ EXAMPLES = """
 
 `SMOLSTACK_API_KEY=secret smolstack serve --host 0.0.0.0 --deadline 60`
 
+`smolstack serve --ssl-certfile cert.pem --ssl-keyfile key.pem --allow-origin https://example.org`
+
 Then open http://127.0.0.1:8000, or point any OpenAI client at http://127.0.0.1:8000/v1.
 """
-KEY = "SMOLSTACK_API_KEY"
 _LIMITS, _WORK, _REMOTE = "Limits", "How much is done at a time", "Remote pictures"
+_ACCESS = "Access"
 
 
 def serve(
@@ -40,8 +40,53 @@ def serve(
     picture_cache: options.PictureFolder = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    uds: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Listen at a Unix socket there, and at no port."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="What /v1/models calls the model; without it, its folder.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="A key of which clients must send one; may be given several times. Other users "
+            f"of the machine see it here; the variable {listening.KEY} hides it from them.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which the server may be asked for, beside its own; * is any. May be "
+            "given several times.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Pages of this origin may ask (CORS), such as https://example.org; * is any. May "
+            "be given several times.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Serve over TLS with this certificate.", rich_help_panel=_ACCESS
+        ),
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The certificate's key; without it, it is in the certificate's file.",
+            rich_help_panel=_ACCESS,
+        ),
     ] = None,
     max_body_bytes: Annotated[
         int, typer.Option(min=1, help="Largest request body.", rich_help_panel=_LIMITS)
@@ -154,9 +199,13 @@ def serve(
     from smolstack.serve.running import run
     from smolstack.serve.settings import ServerSettings
 
+    certificate = listening.certificate(ssl_certfile, ssl_keyfile)
+    keys = listening.keys(api_key or [])
     settings = ServerSettings(
         name=name or (Path(model).name if model else "smolstack-reader"),
-        api_key=os.environ.get(KEY) or None,
+        api_keys=keys,
+        hosts=listening.hosts(host, uds, keys, allowed_hosts or []),
+        origins=tuple(allow_origin or ()),
         body_bytes=max_body_bytes,
         body_seconds=body_seconds,
         picture_pixels=max_pixels,
@@ -179,7 +228,7 @@ def serve(
             prefix_bytes=prefix_cache_bytes,
         ),
     )
-    listener = _listen(host, port)
+    listener = listening.listen(host, port) if uds is None else listening.listen_at(uds)
     with listener:
         vlm = options.load_model(
             model,
@@ -196,20 +245,13 @@ def serve(
                 f"{vlm.folder} ends in an embedding head and answers nothing, expected a language "
                 "model; smolstack map --embed retrieval and smolstack search are for it"
             )
+        scheme = "http" if certificate is None else "https"
         shown = f"[{host}]" if ":" in host else host
-        note(f"Serving {settings.name} at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
-        run(vlm, settings, listener, log_level="info" if verbose else "warning")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """The socket, taken before the model is loaded: a port in use is told at once."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        made = socket.create_server((host, port), family=family, backlog=512)
-    except OSError as error:
-        raise GenerationError(
-            f"cannot listen at {host} port {port}: {error.strerror or error}"
-        ) from None
-    # asyncio sends small events at once only where a socket names its protocol; without it, the
-    # first words of an answer wait for the client's delayed acknowledgement, some 40 ms.
-    return socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())
+        place = f"{scheme}://{shown}:{listener.getsockname()[1]}" if uds is None else f"unix:{uds}"
+        note(f"Serving {settings.name} at {place} (Ctrl-C ends)")
+        level = "info" if verbose else "warning"
+        try:
+            run(vlm, settings, listener, log_level=level, certificate=certificate)
+        finally:
+            if uds is not None:
+                uds.unlink(missing_ok=True)

@@ -7,7 +7,9 @@ text hidden size, S = (H/s)·(W/s) visual tokens per tile.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
+import torch
 from torch import Tensor, nn
 
 from smolstack.config import ModelConfig
@@ -28,6 +30,9 @@ class Idefics3Connector(nn.Module):
 
     def __init__(self, vision_hidden: int = 768, text_hidden: int = 576, scale: int = 4) -> None:
         super().__init__()
+        sizes = {"vision_hidden": vision_hidden, "text_hidden": text_hidden, "scale": scale}
+        for name, size in sizes.items():
+            _check_integer(name, size)
         if min(vision_hidden, text_hidden, scale) < 1:
             raise GridError(
                 f"connector sizes must be positive: vision_hidden {vision_hidden}, "
@@ -62,6 +67,7 @@ class Idefics3Connector(nn.Module):
             raise GridError(
                 f"patches have shape {tuple(patches.shape)}, expected 3 axes (B, H*W, C)"
             )
+        _check_integer("scale", scale)
         height, width = _grid_of(patches.shape[1], grid)
         if scale < 1:
             raise GridError(f"scale is {scale}, expected a positive integer")
@@ -93,14 +99,33 @@ class Idefics3Connector(nn.Module):
         return f"{self.vision_hidden} -> {self.text_hidden}, scale={self.scale}"
 
 
+def _check_integer(name: str, value: object) -> None:
+    """Refuse what is no whole number: 4.0 would pass every comparison and fail in a reshape."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
+        raise GridError(f"{name} is {value!r}, expected an integer")
+
+
 def _grid_of(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     """(H, W) for ``count`` patches, checked."""
     if grid is not None:
         height, width = grid
+        _check_integer("the grid's height", height)
+        _check_integer("the grid's width", width)
         if height < 1 or width < 1 or height * width != count:
             raise GridError(f"grid {height}x{width} holds {height * width} patches, found {count}")
         return height, width
-    side = math.isqrt(count)
+    side = _root_of(count)
     if side * side != count or side == 0:
         raise GridError(f"{count} patches form no square grid; pass grid=(rows, columns)")
     return side, side
+
+
+def _root_of(count: int) -> int:
+    """The square root, rounded down.
+
+    Compilers know a count that changes as a symbol, which has powers and no integer root. Squares
+    below 2**52 have exact roots as floats.
+    """
+    if torch.compiler.is_compiling() or isinstance(count, torch.SymInt):
+        return int(count**0.5)
+    return math.isqrt(count)

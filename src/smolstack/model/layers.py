@@ -40,7 +40,16 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=eps)
 
 
-class TokenEmbedding(nn.Embedding):
+class Embedding(nn.Embedding):
+    """A table of vectors, which draws none for weights that are to come (on the meta device): for
+    that torch would import its compiler, which takes seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class TokenEmbedding(Embedding):
     """Embeddings of tokens, (…) → (…, D).
 
     Attributes:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from smolstack.config import VisionConfig
 from smolstack.errors import GridError
 from smolstack.model.encoder import NativeEncoder, native_encoder
-from smolstack.model.layers import ACTIVATION, merge_heads, split_heads
+from smolstack.model.layers import ACTIVATION, Embedding, merge_heads, split_heads
 from smolstack.model.quantised import QuantisedLinear
 
 
@@ -79,7 +79,7 @@ class VisionTower(nn.Module):
         self.config = config
         width, patch = config.hidden_size, config.patch_size
         self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch)
-        self.position_embedding = nn.Embedding(config.side**2, width)
+        self.position_embedding = Embedding(config.side**2, width)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self._native: NativeEncoder | None = None

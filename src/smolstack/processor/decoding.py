@@ -25,6 +25,7 @@ from smolstack.processor.depth import is_deep, to_grey
 from smolstack.processor.formats import FORMATS, accepted, can_read_heif, is_heif
 from smolstack.processor.memory import MEMORY
 from smolstack.processor.pages import TiffPage, frame_of_page
+from smolstack.processor.sources import named
 
 T = TypeVar("T")
 _log = logging.getLogger("smolstack")
@@ -122,29 +123,6 @@ def animation(
                 yield made, float(image.info.get("duration") or 0) / 1000
     finally:
         image.close()
-
-
-def named(source: str | Path | bytes | TiffPage) -> tuple[str, str | Path | bytes]:
-    """The name of a file for errors, and the file, once it is known to be there.
-
-    Raises:
-        ImageError: there is no such file, or it is empty.
-    """
-    if isinstance(source, bytes):
-        name, size = f"picture of {len(source)} bytes", len(source)
-    else:
-        path = source.path if isinstance(source, TiffPage) else Path(source)
-        name = str(path if isinstance(source, TiffPage) else source)
-        if name.startswith(("http://", "https://")):
-            raise ImageError(f"{name} is an address; pictures are read from files, not fetched")
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "no file"
-            raise ImageError(f"{name}: found {found}, expected a picture")
-        size = path.stat().st_size
-        source = path
-    if size == 0:
-        raise ImageError(f"{name} is empty (0 bytes), expected a picture")
-    return name, source
 
 
 def check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:

@@ -29,7 +29,7 @@ class TextTokenizer:
         # A saved truncation or padding would cut or widen prompts silently.
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.special_tokens = _special_tokens(config)
+        self.special_tokens = named_tokens(config)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids; ``special`` adds what the tokenizer's post-processor adds (a BOS, say).
@@ -74,7 +74,7 @@ class TextTokenizer:
         return count
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Named tokens of tokenizer_config.json, as chat templates may use them ({{ bos_token }})."""
     named = dict(config)
     for holder in ("extra_special_tokens", "model_specific_special_tokens"):

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smolstack.errors import ConfigError
+from smolstack.writing import only_writer
 
 _JOB = "job.json"
 
@@ -32,13 +34,15 @@ class State:
         restart: forget what an earlier run kept.
 
     Raises:
-        ConfigError: another job's state is there.
+        ConfigError: another job's state is there, or another process is at work on it.
     """
 
     def __init__(self, out: Path, job: Mapping[str, Any], *, restart: bool = False) -> None:
         self.folder = out.parent / f".{out.name}.quantizing"
+        self._writer = ExitStack()
+        self._writer.enter_context(only_writer(self.folder, ConfigError))
         if restart:
-            self.remove()
+            shutil.rmtree(self.folder, ignore_errors=True)
         found = self._json(_JOB)
         if found is not None and found != dict(job):
             other = [key for key in job if found.get(key) != job[key]]
@@ -94,6 +98,7 @@ class State:
     def remove(self) -> None:
         """Take the folder away: the job is done, or forgotten."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._writer.close()
 
     def _begin(self) -> None:
         """Make the folder when there is something to keep: a job that is refused leaves none."""

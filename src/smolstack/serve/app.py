@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 
 from smolstack import __version__
@@ -20,7 +21,7 @@ from smolstack.errors import DeadlineError
 from smolstack.generation.answering import Answering
 from smolstack.generation.engine import Engine
 from smolstack.processor.memory import MEMORY
-from smolstack.serve import reading
+from smolstack.serve import invalid, reading, tokens
 from smolstack.serve.answering import Asking, EventStream, in_thread, unless_gone
 from smolstack.serve.completions import Completion
 from smolstack.serve.failures import RefusedError, add_handlers, as_refusal
@@ -75,7 +76,17 @@ class Server:
             redoc_url=None,
         )
         add_handlers(self.app)
+        invalid.add_handlers(self.app)
         self.app.add_middleware(Guard, settings=settings, count=self.metrics.count_response)
+        if settings.origins:
+            # Outermost, so that refusals can be read by the pages that are let in, too.
+            self.app.add_middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.origins),
+                allow_methods=["GET", "HEAD", "POST"],
+                allow_headers=["*"],
+                expose_headers=["Retry-After"],
+            )
         self._add_routes()
 
     @contextlib.asynccontextmanager
@@ -96,7 +107,9 @@ class Server:
         app.get("/v1/models", responses={401: _ERRORS[401]})(self.models)
         app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: {}})(self.one_model)
         app.post("/plan", response_model=None, **errors)(self.plan)  # type: ignore[arg-type]
+        tokens.add_routes(app, self.vlm, self.settings, self.readers, errors)
         app.get("/health", responses={503: _ERRORS[503]})(self.health)
+        app.get("/version")(self.version)
         app.get("/metrics", response_model=None)(self.show_metrics)
         for path, name, kind in (
             ("/", "page.html", "text/html"),
@@ -245,6 +258,10 @@ class Server:
         if not self.engine.alive:
             return JSONResponse({"status": "stopped"}, 503)
         return JSONResponse({"status": "ok", "version": __version__})
+
+    async def version(self) -> dict[str, str]:
+        """smolstack's version."""
+        return {"version": __version__}
 
     async def show_metrics(self) -> Response:
         """Counters for Prometheus."""

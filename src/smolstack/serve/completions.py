@@ -118,6 +118,7 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
         "total_tokens": prompt.prompt_tokens + said,
         "prompt_tokens_details": {
             "visual_tokens": prompt.visual_tokens,
+            "image_tokens": prompt.visual_tokens,  # as vLLM and OpenAI's newer API name them
             "tiles": prompt.tiles,
         },
     }

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 
 from smolstack.errors import DeadlineError, QueueFullError, SmolstackError
 
@@ -92,26 +90,6 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> JSONResponse:
         return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Of the branches of a union, the one that came furthest is the one that was meant: the
-        # deepest, and not one that met another type from the first.
-        first = max(
-            error.errors(),
-            key=lambda each: (len(each["loc"]), not str(each["type"]).endswith("_type")),
-        )
-        # Names of branches ("constrained-str", "list[…]") are no part of the body.
-        place = [str(part) for part in first["loc"][1:] if str(part).replace("_", "").isalnum()]
-        param = ".".join(place) or None
-        where = f"{param}: " if param else ""
-        return RefusedError(400, f"{where}{first['msg']}"[:500], param=param).response()
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return RefusedError(
-            error.status_code, str(error.detail), headers=error.headers or {}
-        ).response()
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""What stands before every request: the key, and a body counted and timed while it arrives."""
+"""What stands before every request: whose it is, and a body counted and timed as it arrives."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from smolstack.serve import origins
 from smolstack.serve.failures import RefusedError
 from smolstack.serve.settings import ServerSettings
 
@@ -17,7 +18,8 @@ OPEN = ("/", "/page.js", "/page.css", "/health")  # answered without a key
 
 
 class Guard:
-    """ASGI middleware that refuses requests without the key, and too large or too slow bodies.
+    """ASGI middleware that refuses requests without a key, of pages of other sites, to names that
+    are not the server's, with bodies that are no JSON, and too large or too slow ones.
 
     Args:
         count: told the route and the status of every response.
@@ -33,6 +35,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers, limit = Headers(scope=scope), self.settings.body_bytes
+        if scope.get("method") == "HEAD":  # whoever writes the response leaves its body out
+            scope = {**scope, "method": "GET"}
         received = 0
         until, complete = time.monotonic() + self.settings.body_seconds, False
         answered = False
@@ -45,10 +49,13 @@ class Guard:
                 self.count(path, message["status"])
             await send(message)
 
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._refusal(scope, headers)
         if refusal is not None:
             await refusal.response()(scope, receive, sending)
             return
+        if "content-type" not in headers:
+            named = (b"content-type", b"application/json")
+            scope = {**scope, "headers": [*scope["headers"], named]}
 
         async def counted() -> Message:
             nonlocal received, complete
@@ -71,23 +78,37 @@ class Guard:
             if not answered:
                 await error.refusal.response()(scope, receive, sending)
 
-    def _refusal(self, path: str, headers: Headers) -> RefusedError | None:
-        key = self.settings.api_key
-        if key is not None and path not in OPEN:
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            good = scheme.lower() == "bearer" and hmac.compare_digest(
-                given.strip().encode(), key.encode()
+    def _refusal(self, scope: Scope, headers: Headers) -> RefusedError | None:
+        stranger = origins.refusal(headers, self.settings)
+        if stranger is not None:
+            return stranger
+        if self.settings.api_keys and scope["path"] not in OPEN and not self._has_key(headers):
+            return RefusedError(
+                401,
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                headers={"WWW-Authenticate": "Bearer"},
             )
-            if not good:
-                return RefusedError(
-                    401,
-                    "the API key is missing or wrong; send it as Authorization: Bearer KEY",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+        kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if (
+            scope.get("method") == "POST"
+            and kind != "application/json"
+            and not kind.endswith("+json")
+        ):
+            return RefusedError(
+                415, f"Content-Type is {kind[:100]}, expected application/json",
+                headers={"Connection": "close"},
+            )  # fmt: skip
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self.settings.body_bytes:
             return self._too_large()
         return None
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        sent = given.strip().encode()
+        # Every key is compared, in constant time, whichever fits.
+        fitting = [hmac.compare_digest(sent, key.encode()) for key in self.settings.api_keys]
+        return scheme.lower() == "bearer" and any(fitting)
 
     def _too_large(self) -> RefusedError:
         return RefusedError(

@@ -7,6 +7,7 @@ import binascii
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from smolstack.errors import ContextLengthError
 from smolstack.generation.options import (
@@ -27,7 +28,14 @@ from smolstack.serve.schemas import ChatRequest, ImagePart, PlanRequest, Respons
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
-_DATA = re.compile(r"data:[\w.+-]*/?[\w.+-]*((?:;[\w=.+-]+)*),", re.ASCII)
+_DATA = re.compile(
+    r"\s*data:\s*[\w.+-]*/?[\w.+-]*((?:\s*;\s*[\w=.+-]+)*)\s*,", re.ASCII | re.IGNORECASE
+)
+_BLANKS = b" \t\r\n\f\v"
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+# Words of a schema that add up several schemas: one that forbids the others' properties would
+# leave nothing.
+_SUMS = ("allOf", "if", "then", "else", "dependentSchemas", "unevaluatedProperties")
 _AS_ROLE = {"developer": "system"}
 
 
@@ -37,9 +45,10 @@ async def read_picture(url: str, settings: ServerSettings) -> bytes:
     Raises:
         RefusedError: it is no data URL, and fetching is not allowed or fails.
     """
-    if url[:5].lower() == "data:":
+    if url[:64].lstrip()[:5].lower() == "data:":
         return await in_thread(None, _from_data_url, url)
-    if not url.lower().startswith(("http://", "https://")):
+    url = url.strip()
+    if not url[:8].lower().startswith(("http://", "https://")):
         raise RefusedError(400, "image_url.url is neither a data URL nor an http or https address")
     if not settings.allow_remote_images:
         raise RefusedError(
@@ -52,10 +61,15 @@ async def read_picture(url: str, settings: ServerSettings) -> bytes:
 
 def _from_data_url(url: str) -> bytes:
     head = _DATA.match(url[:200])
-    if head is None or "base64" not in (head[1] or ""):
+    if head is None or "base64" not in (head[1] or "").lower():
         raise RefusedError(400, "image_url.url is no data URL of the form data:image/…;base64,…")
     try:
-        return base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
+        content = url[head.end() :].encode("ascii")
+        if b"%" in content:
+            content = unquote_to_bytes(content)
+        # As browsers read it: blanks are passed over, and padding may be missing.
+        content = content.translate(_URL_SAFE, _BLANKS).rstrip(b"=")
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise RefusedError(400, "the picture's data URL holds no valid base64") from None
 
@@ -155,7 +169,9 @@ def _options(request: ChatRequest, settings: ServerSettings, answer: int) -> Ans
         "keep_special_tokens": request.keep_special_tokens,
         "regex": request.regex,
         "choices": request.choices,
-        "schema": _schema(request.response_format),
+        "schema": _schema(request.response_format)
+        if request.json_schema is None
+        else _closed_where_it_can(request.json_schema),
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
         **tiling(request),
     }
@@ -172,20 +188,41 @@ def _schema(wanted: ResponseFormat | None) -> Mapping[str, Any] | None:
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return {"type": "object"}
+        return _closed_where_it_can(wanted.schema_) if wanted.schema_ else {"type": "object"}
+    if wanted.json_schema is None and wanted.schema_ is not None:
+        return _closed_where_it_can(wanted.schema_)
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise RefusedError(
             400, "response_format json_schema holds no json_schema.schema", param="response_format"
         )
     schema = wanted.json_schema.schema_
-    return closed(schema) if wanted.json_schema.strict else schema
+    return closed(schema) if wanted.json_schema.strict else _closed_where_it_can(schema)
+
+
+def _closed_where_it_can(schema: Any) -> Mapping[str, Any]:
+    """Objects that name properties have no others, unless the schema says so: a small model goes
+    on inventing them. A schema that is a sum of others stays as it is."""
+    try:
+        found: Mapping[str, Any] = schema if _is_sum(schema) else closed(schema)
+        return found
+    except RecursionError:
+        raise RefusedError(400, "the schema is nested too deeply") from None
+
+
+def _is_sum(schema: Any) -> bool:
+    if isinstance(schema, list):
+        return any(_is_sum(item) for item in schema)
+    if not isinstance(schema, Mapping):
+        return False
+    if any(word in schema for word in _SUMS):
+        return True
+    if "properties" in schema and any(word in schema for word in ("anyOf", "oneOf", "$ref")):
+        return True
+    return any(_is_sum(value) for value in schema.values())
 
 
 def _check_supported(request: ChatRequest) -> None:
-    """Options that would change the answer and are not known here are refused, not ignored."""
-    for name in ("tools", "logit_bias", "frequency_penalty", "presence_penalty"):
-        if getattr(request, name):
-            raise RefusedError(400, f"{name} is not supported", param=name)
+    """Options that mean nothing by themselves are refused, not ignored."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 import signal
 import socket
+from pathlib import Path
 
 import uvicorn
 
@@ -17,17 +18,36 @@ from smolstack.vlm import VLM
 _BACKSTOP = 5  # seconds after the drain's end, for clients that do not read their answer
 
 
-def run(vlm: VLM, settings: ServerSettings, listener: socket.socket, *, log_level: str) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what is at work for ``settings.drain`` seconds."""
+def run(
+    vlm: VLM,
+    settings: ServerSettings,
+    listener: socket.socket,
+    *,
+    log_level: str,
+    certificate: tuple[Path, Path | None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is at work for ``settings.drain`` seconds.
+
+    Args:
+        certificate: files of a TLS certificate and its key, in PEM; without it, plain HTTP.
+    """
+    files = {} if certificate is None else {
+        "ssl_certfile": certificate[0],
+        "ssl_keyfile": certificate[1],
+    }  # fmt: skip
     server = Server(vlm, settings)
     config = uvicorn.Config(
         server.app,
         log_level=log_level,
         access_log=log_level == "info",
         timeout_graceful_shutdown=math.ceil(settings.drain) + _BACKSTOP,
-        # A client that sends its headers byte by byte holds no more than this.
+        # A client that sends its headers byte by byte holds no more than this; the other parser,
+        # which uvicorn takes where it is installed, has no such limit.
+        http="h11",
         h11_max_incomplete_event_size=64 * 1024,
+        ws="none",
         server_header=False,
+        **files,  # type: ignore[arg-type]
     )
     runner = _Runner(config, server)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from smolstack.serve.names import understood, without_nulls
 
 _Text = Annotated[str, Field(max_length=2_000_000)]
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class _Body(BaseModel):
-    # Clients send fields that say nothing to this server (user, metadata, store …).
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    # Nothing is ignored: what is harmless was taken out by names.understood.
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class ImageURL(_Body):
@@ -42,11 +44,13 @@ class ChatMessage(_Body):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: Literal[False] = False
 
 
 class JsonSchema(_Body):
-    model_config = ConfigDict(extra="ignore", protected_namespaces=(), populate_by_name=True)
     name: str = "answer"
+    description: str = ""
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
@@ -54,10 +58,15 @@ class JsonSchema(_Body):
 class ResponseFormat(_Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
 class ChatRequest(_Body):
-    """A chat completion. The last block holds what OpenAI's API does not have."""
+    """A chat completion. The last block holds what OpenAI's API does not have.
+
+    Other servers' names for the same things, fields that say nothing about the answer, and fields
+    whose value asks for nothing are accepted too (docs/serving.md lists them).
+    """
 
     model: str = ""
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
@@ -73,10 +82,7 @@ class ChatRequest(_Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    tools: list[Any] | None = None
+    json_schema: dict[str, Any] | bool | None = None
 
     top_k: int | None = Field(default=None, ge=0, le=10**6)
     min_p: float | None = Field(default=None, ge=0, le=1)
@@ -92,6 +98,11 @@ class ChatRequest(_Body):
     upscale: bool = True
     deadline: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _understood(cls, data: Any) -> Any:
+        return understood(data)
+
 
 class PlanRequest(_Body):
     """A picture, or its size, whose tiles and tokens are asked for."""
@@ -103,3 +114,37 @@ class PlanRequest(_Body):
     split: bool | None = None
     max_image_tokens: int | None = Field(default=None, ge=1)
     upscale: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _understood(cls, data: Any) -> Any:
+        found = without_nulls(data)
+        if isinstance(found, dict) and isinstance(found.get("image_url"), str):
+            found["image_url"] = {"url": found["image_url"]}
+        return found
+
+
+class TokenizeRequest(_Body):
+    """A text as it is (``prompt``, or ``content`` as llama.cpp has it), or a chat (``messages``),
+    whose tokens are asked for."""
+
+    model: str = ""
+    prompt: _Text | None = None
+    content: _Text | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=1000)
+    add_special_tokens: bool | None = None
+    add_special: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _understood(cls, data: Any) -> Any:
+        return understood(data) if isinstance(data, dict) and "messages" in data else (
+            without_nulls(data)
+        )  # fmt: skip
+
+
+class DetokenizeRequest(_Body):
+    """Tokens whose text is asked for."""
+
+    model: str = ""
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(max_length=1_000_000)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from smolstack.errors import GenerationError
 from smolstack.generation.pictures import DEFAULT_PICTURE_BYTES
 from smolstack.generation.scheduler import SchedulerLimits
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#]+")
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,10 @@ class ServerSettings:
 
     Attributes:
         name: what /v1/models calls the checkpoint; answers are given under any name.
-        api_key: what clients must send as a bearer token; None lets everybody in.
+        api_keys: of which clients must send one as a bearer token; none lets everybody in.
+        hosts: names by which the server may be asked for, beside addresses; ("*",) is any. None
+            is not looked at: a key, or a socket that is no network's, keeps strangers out.
+        origins: of pages elsewhere that may ask ("https://example.org"); ("*",) is any.
         body_bytes: largest request body, counted while it arrives.
         body_seconds: how long a request body may take to arrive.
         picture_pixels: largest picture, checked before it is decoded.
@@ -35,7 +41,9 @@ class ServerSettings:
     """
 
     name: str = "smolstack"
-    api_key: str | None = field(default=None, repr=False)
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    hosts: tuple[str, ...] | None = None
+    origins: tuple[str, ...] = ()
     body_bytes: int = 32 * 2**20
     body_seconds: float = 60.0
     picture_pixels: int = 40_000_000
@@ -53,6 +61,17 @@ class ServerSettings:
     scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
 
     def __post_init__(self) -> None:
+        for key in self.api_keys:
+            if not key or key != key.strip() or not key.isascii() or not key.isprintable():
+                raise GenerationError(
+                    f"an API key of {len(key)} characters is empty, has spaces around it or is not "
+                    "ASCII, expected plain characters"
+                )
+        for origin in self.origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise GenerationError(
+                    f"the origin {origin!r} is none, expected one like https://example.org or *"
+                )
         counts = "body_bytes picture_pixels decode_bytes pictures new_tokens answers"
         for name in counts.split():
             if getattr(self, name) < 1:

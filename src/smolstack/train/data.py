@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from smolstack.errors import DataError
+from smolstack.processor import formats, pages
+from smolstack.processor.folders import PassedOver, search
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = frozenset([*formats.SUFFIXES, *pages.SUFFIXES])  # of images and PDF files, as ask's
+_log = logging.getLogger("smolstack")
 METADATA = "metadata.jsonl"
 FILE_KEYS, ANSWER_KEYS = ("file_name", "image", "picture"), ("text", "answer", "caption")
 
@@ -76,9 +80,13 @@ class PictureFolder(Source):
 
     def __init__(self, folder: Path, question: str) -> None:
         self.folder, self.question = folder, question
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        over = PassedOver()
+        self.files = [Path(path) for path in search(folder, SUFFIXES, over, beside=(".txt",))]
         if not self.files:
-            raise DataError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+            found = f"; {over.sentence(folder)}" if over else ""
+            raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}){found}")
+        if over:
+            _log.warning("%s", over.sentence(folder))
         bare = [path for path in self.files if not path.with_suffix(".txt").is_file()]
         if bare:
             raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,6 +42,7 @@ from smolstack.train.stage import RunningStage, steps_of
 from smolstack.train.state import Place, Saved, save_state
 from smolstack.train.supervision import Supervisor
 from smolstack.vlm import VLM
+from smolstack.writing import only_writer
 
 SHEET = "evaluation.png"
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
@@ -92,6 +93,7 @@ def train(
     with (
         connected(choose_device(recipe.device)) as processes,
         Display(processes.first and not quiet) as display,
+        only_writer(Path(recipe.output), TrainingError) if processes.first else nullcontext(),
     ):
         saved = claim_folder(recipe, resume=resume, overwrite=overwrite)
         try:

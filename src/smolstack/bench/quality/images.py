@@ -18,12 +18,12 @@ from smolstack.bench.quality.own import Own
 from smolstack.bench.setting import made_once
 from smolstack.bench.studies.drawn import drawn_numbers
 from smolstack.errors import DataError
+from smolstack.processor import formats
 from smolstack.vlm import VLM
 
 QUESTION = "Can you describe this image?"
 LEAST, ANSWER = 16, 32  # tokens of a forced answer: short ones would say little
 DRAWN = 6  # images that are drawn where none are given
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -35,10 +35,10 @@ def find_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise DataError(f"{folder} is {found}, expected a folder of images")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in formats.SUFFIXES)
     if not paths:
         raise DataError(
-            f"{folder} holds no image, expected files that end in {', '.join(SUFFIXES)}"
+            f"{folder} holds no image, expected files that end in {', '.join(formats.SUFFIXES)}"
         )
     return paths
 

@@ -1,7 +1,6 @@
 """One config as the Foundation Model Stack nests it, and as smolstack does: both directions."""
 
-from __future__ import annotations
-
+# No postponed annotations here: FMS's ModelConfig.load finds nested configs by their classes.
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +37,14 @@ class Idefics3Config(FMSConfig):  # type: ignore[misc]
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     fused_weights: bool = True
+
+    def __post_init__(self) -> None:
+        # A file, or keyword arguments from one, has lists.
+        self.eos_token_ids = tuple(self.eos_token_ids)
+
+
+# FMS's names of activations that have another one here.
+_ACTIVATIONS = {"gelu-tanh": "gelu_pytorch_tanh", "swish": "silu"}
 
 
 def to_fms_config(config: ModelConfig) -> Idefics3Config:
@@ -120,7 +127,7 @@ def to_smolstack_config(config: Idefics3Config) -> ModelConfig:
             image_size=vision.image_size,
             patch_size=vision.patch_size,
             num_channels=vision.num_channels,
-            hidden_act=vision.hidden_act,
+            hidden_act=_activation(vision.hidden_act),
             layer_norm_eps=vision.layer_norm_eps,
         ),
         text=TextConfig(
@@ -133,7 +140,7 @@ def to_smolstack_config(config: Idefics3Config) -> ModelConfig:
             num_kv_heads=text.kvheads or text.nheads,
             head_dim=text.emb_dim // text.nheads,
             max_positions=text.max_expected_seq_len,
-            hidden_act=text.activation_fn,
+            hidden_act=_activation(text.activation_fn),
             rms_norm_eps=text.norm_eps,
             attention_bias=text.attn_bias,
             mlp_bias=text.mlp_bias,
@@ -152,6 +159,11 @@ def to_smolstack_config(config: Idefics3Config) -> ModelConfig:
 def variants() -> dict[str, Idefics3Config]:
     """An FMS config per published checkpoint, by preset name."""
     return {name: to_fms_config(preset.config) for name, preset in PRESETS.items()}
+
+
+def _activation(name: str) -> str:
+    """An activation that FMS names, as Hugging Face's files do."""
+    return _ACTIVATIONS.get(name.lower(), name.lower())
 
 
 def _growth(inner: int, width: int) -> float:

@@ -21,6 +21,8 @@ from smolstack.errors import CheckpointError, ConfigError, ContextLengthError
 from smolstack.interop.fms.config import Idefics3Config
 from smolstack.interop.fms.inputs import Tiles, causal_again, read_tiles, split_pictures
 from smolstack.interop.fms.tower import VisionTower
+from smolstack.interop.fms.tracing import merge_traced
+from smolstack.interop.fms.weights import weight_layout
 from smolstack.model import packer
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.vision import distinct_tiles
@@ -63,8 +65,9 @@ class Idefics3(nn.Module):
         super().__init__()
         self.config: Any = (config or Idefics3Config()).updated(**kwargs)
         vision, text = self.config.vision_config, self.config.text_config
-        if not self.config.fused_weights:
-            vision.fused_weights = text.fused_weights = False
+        fused = self.config.fused_weights and vision.fused_weights and text.fused_weights
+        self.config.fused_weights = vision.fused_weights = text.fused_weights = fused
+        self.register_load_state_dict_pre_hook(_settle_fusion)  # type: ignore[no-untyped-call]
         self.distributed_strategy = distributed_strategy
         self._vision_only = vision_only
         self.vision_tower = VisionTower(vision)
@@ -156,7 +159,10 @@ class Idefics3(nn.Module):
         attention.pop("prompt_length", None)
         x = input_ids_or_embeds
         if pictures and not x.is_floating_point() and not past_key_value_states:
-            x = self.merge(x, **pictures)
+            if torch.compiler.is_compiling():
+                x = merge_traced(self, x, **pictures)
+            else:
+                x = self.merge(x, **pictures)
         outputs = self.language_model(
             x,
             position_ids=position_ids,
@@ -283,3 +289,11 @@ class Idefics3(nn.Module):
         layers = self.vision_tower.encoder.layers
         for index, layer in enumerate(layers):
             layers[index] = strategy.distribute_layer(layer, index)
+
+
+def _settle_fusion(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict whose matrices are fused otherwise than the model's loads all the same."""
+    own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    weights = {name.removeprefix(prefix): state.pop(name) for name in own}
+    settled = weight_layout(weights, model_config=module.config)
+    state.update({prefix + name: tensor for name, tensor in settled.items()})

@@ -32,9 +32,11 @@ HF_ARCHITECTURES = (
 )
 _NAMES_IN: tuple[Callable[..., Any], ...] = (weights.hf_to_fms_rope, weights.weight_fusion)
 _NAMES_OUT: tuple[Callable[..., Any], ...] = (weights.weight_unfusion, weights.fms_to_hf_rope)
-# Source → steps. "hf" is what get_model(source="hf") asks for; the others serve get_adapted.
+# Source → steps. "hf" is what get_model(source="hf") asks for, and "fms" what it asks for unless it
+# is told; the others serve get_adapted.
 ADAPTERS: dict[str, tuple[Callable[..., Any], ...]] = {
     "hf": (weights.hf_to_fms_names, *_NAMES_IN),
+    "fms": (weights.weight_layout,),
     "smolstack": (weights.smolstack_to_fms_names, *_NAMES_IN),
     "fms_to_hf": (*_NAMES_OUT, weights.fms_to_hf_names),
     "fms_to_smolstack": (*_NAMES_OUT, weights.fms_to_smolstack_names),

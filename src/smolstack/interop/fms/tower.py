@@ -20,12 +20,19 @@ class VisionTower(SiglipVisionHeadless):  # type: ignore[misc]
         patch: int = self.config.patch_size
         return tiles.shape[-2] // patch, tiles.shape[-1] // patch
 
-    def forward(self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    def forward(
+        self,
+        tiles: Tensor,
+        filled: Sequence[tuple[int, int]] | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
         """Patch states: (N, 3, P, P) → (N, H·W, C).
 
         Args:
             tiles: normalised pixels, in any dtype.
             filled: (rows, columns) of patches that hold picture, per tile; None when all do.
+            seen: the same as booleans (N, H, W), a rectangle from the top left of each tile; it
+                can be traced.
 
         Raises:
             GridError: the grid does not fit into the table of positions.
@@ -38,11 +45,14 @@ class VisionTower(SiglipVisionHeadless):  # type: ignore[misc]
                 f"patch grid; the tower's table holds {side}x{side}"
             )
         attention: dict[str, Tensor] = {}
-        if filled is None:
+        if seen is not None:
+            ids = _spread(seen, side)
+            attention["mask"] = seen.flatten(1)[:, None]
+        elif filled is None:
             ids = position_ids(rows, columns, side)[None]
         else:
-            ids, seen = _partial(rows, columns, side, filled)
-            attention["mask"] = seen[:, None].to(tiles.device)
+            ids, held = _partial(rows, columns, side, filled)
+            attention["mask"] = held[:, None].to(tiles.device)
         embed = self.embeddings.patch_embedding
         x = embed(tiles.to(embed.weight)).flatten(2).transpose(1, 2)
         x = x + self.embeddings.position_embedding(ids.to(tiles.device))
@@ -55,6 +65,15 @@ class VisionTower(SiglipVisionHeadless):  # type: ignore[misc]
         self.embeddings.reset_parameters()
         self.encoder.reset_parameters()
         self.post_layernorm.reset_parameters()
+
+
+def _spread(seen: Tensor, side: int) -> Tensor:
+    """Position ids (N, H·W) of tiles whose filled patches are true in ``seen``, (N, H, W)."""
+    high, wide = seen.any(dim=2).sum(dim=1), seen.any(dim=1).sum(dim=1)
+    rows = torch.arange(seen.shape[1], device=seen.device) * side // high[:, None]
+    columns = torch.arange(seen.shape[2], device=seen.device) * side // wide[:, None]
+    ids = rows[:, :, None] * side + columns[:, None, :]
+    return torch.where(seen, ids, 0).flatten(1)
 
 
 def _partial(

@@ -118,6 +118,13 @@ def weight_fusion(weights: Weights, **options: Any) -> dict[str, Tensor]:
     return out
 
 
+def weight_layout(weights: Weights, **options: Any) -> dict[str, Tensor]:
+    """An FMS state dict of either fusion in the one that the config has."""
+    if _config(options).fused_weights:
+        return weight_fusion(weights, **options)
+    return weight_unfusion(weights, **options)
+
+
 def weight_unfusion(weights: Weights, **options: Any) -> dict[str, Tensor]:
     """Take fused matrices apart; views, nothing is copied."""
     config, out = _config(options), dict(weights)

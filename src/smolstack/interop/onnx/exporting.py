@@ -68,7 +68,8 @@ def export(
     Args:
         model: a checkpoint folder or a hub id; None is the bundled reader.
         folder: must not exist or be empty, unless ``overwrite``; it appears when all is well.
-        dtypes: one or more of "fp32", "fp16", "int8"; they stand beside each other.
+        dtypes: one or more of "fp32", "fp16", "int8"; they stand beside each other. The first is
+            what transformers.js takes where it is not told.
         revision: branch, tag or commit of a hub id.
         base, mmproj: as for :func:`smolstack.load`.
         on_step: told what is about to be done, :func:`count_steps` times.
@@ -112,7 +113,7 @@ def export(
             (temporary / file).parent.mkdir(exist_ok=True)
             (temporary / file).write_bytes(content)
         data = config_json(config, network.dtype)
-        data["transformers.js_config"] = _transformers_js(temporary / "onnx")
+        data["transformers.js_config"] = _transformers_js(temporary / "onnx", chosen[0])
         (temporary / "config.json").write_text(to_json(data), encoding="utf-8")
     return written
 
@@ -182,10 +183,17 @@ def _prompt(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {"before": before, "after": after, "add_special_tokens": special}
 
 
-def _transformers_js(folder: Path) -> dict[str, Any]:
-    """What transformers.js cannot see in a graph: the cache's format and the data files."""
+def _transformers_js(folder: Path, first: Precision) -> dict[str, Any]:
+    """What transformers.js cannot see in a graph, and which graphs it takes unless it is told.
+
+    Without ``dtype`` here it would look for 8-bit graphs of its own naming in a browser, and for
+    fp32 elsewhere, whichever were exported.
+    """
     data = sorted(file.name.removesuffix("_data") for file in folder.glob("*.onnx_data"))
-    settings: dict[str, Any] = {"kv_cache_dtype": {"fp16": "float16"}}
+    settings: dict[str, Any] = {
+        "dtype": first.value,
+        "kv_cache_dtype": {"fp16": "float16"},
+    }
     if data:
         settings["use_external_data_format"] = dict.fromkeys(data, 1)
     return settings

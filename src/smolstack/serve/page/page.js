@@ -8,7 +8,7 @@ at("base").textContent = new URL("v1", location.href).href;
 at("key").value = sessionStorage.getItem("key") || "";
 at("key").addEventListener("change", () => {
   sessionStorage.setItem("key", at("key").value);
-  showModel();
+  start();
 });
 
 function headers() {
@@ -21,30 +21,50 @@ function problem(text) {
   at("problem").hidden = !text;
 }
 
-/** The sentence of a response that is no answer. */
+/** What to tell a person of a response that is no answer. */
 async function reason(response) {
+  if (response.status === 401) {
+    at("access").open = true;
+    return at("key").value
+      ? "The server does not know this API key. Check it at the top of the page."
+      : "This server asks for an API key. Enter it at the top of the page.";
+  }
   try {
     return (await response.json()).error.message;
   } catch {
-    return `the server answered with ${response.status}`;
+    return `The server answered with ${response.status}.`;
   }
+}
+
+/** What to tell a person of an error that was thrown. */
+function sentence(error) {
+  // Browsers throw a TypeError without a reason where nobody answers.
+  return error instanceof TypeError
+    ? "The server does not answer. Is it still running?"
+    : error.message;
 }
 
 async function showModel() {
   const response = await fetch("v1/models", { headers: headers() });
-  if (response.ok) {
-    at("model").textContent = (await response.json()).data[0].id;
-    problem("");
-  } else {
-    at("access").open = response.status === 401;
-    problem(await reason(response));
+  if (!response.ok) throw new Error(await reason(response));
+  at("model").textContent = (await response.json()).data[0].id;
+  problem("");
+}
+
+/** The model's name, and the plan of a picture that was chosen before there was a key. */
+async function start() {
+  try {
+    await showModel();
+    if (picture) await showPlan();
+  } catch (error) {
+    problem(sentence(error));
   }
 }
 
 function take(file) {
   if (!file) return;
   if (!file.type.startsWith("image/")) {
-    problem(`${file.name} is no picture`);
+    problem(`${file.name} is not an image. Choose a PNG, JPEG, WebP, GIF, AVIF, BMP or TIFF file.`);
     return;
   }
   const reader = new FileReader();
@@ -53,9 +73,9 @@ function take(file) {
     at("shown").src = picture;
     at("frame").hidden = false;
     at("hint").hidden = true;
-    showPlan();
+    showPlan().catch((error) => problem(sentence(error)));
   };
-  reader.onerror = () => problem(`${file.name} cannot be read`);
+  reader.onerror = () => problem(`${file.name} cannot be read.`);
   reader.readAsDataURL(file);
 }
 
@@ -142,7 +162,7 @@ async function ask() {
       if (event.usage) numbers(event, first, performance.now() - began, reasonToEnd);
     }
   } catch (error) {
-    if (error.name !== "AbortError") problem(error.message);
+    if (error.name !== "AbortError") problem(sentence(error));
   } finally {
     at("send").disabled = false;
     at("stop").hidden = true;
@@ -203,4 +223,4 @@ at("question").addEventListener("keydown", (event) => {
   }
 });
 at("stop").addEventListener("click", () => running?.abort());
-showModel().catch((error) => problem(error.message));
+start();

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolstack.errors import BulkError, ImageError
-from smolstack.processor.inputs import unlocked
-from smolstack.processor.tiles import open_image
+from smolstack.documents.pages import TAGS, Page, Remark, made_document
+from smolstack.errors import BulkError
+from smolstack.writing import naming, only_writer
 
 if TYPE_CHECKING:
-    from PIL import Image
     from typing_extensions import Unpack
 
     from smolstack.bulk import Progress
@@ -27,29 +26,10 @@ if TYPE_CHECKING:
     from smolstack.vlm import VLM
 
 QUESTION = "Convert this page to docling."
-TAGS = ".doctags"
 FORMATS = (".md", ".html", ".json", TAGS)
 LONGEST = 8192  # tokens of a page
-BREAK = "<page_break>"
-
-
-@dataclass(frozen=True)
-class Page:
-    """A page that was read.
-
-    Attributes:
-        name: what it is called.
-        path: where its picture is; None for bytes.
-        tags: DocTags; empty where it could not be read.
-        finish_reason: of the answer: "stop", or why it is not complete.
-        error: why there is no answer, or None.
-    """
-
-    name: str
-    path: str | None
-    tags: str
-    finish_reason: str | None
-    error: str | None
+NAMED = 8  # pages of an error at most
+SHOWN = 60  # characters of an answer in an error
 
 
 @dataclass(frozen=True)
@@ -61,12 +41,14 @@ class Converted:
         pages: how many there are.
         unread: those that could not be opened, with the reason.
         cut: those whose answer was cut off or went round in circles; what was read is kept.
+        remarks: what was found wrong with the tags of a page, page by page; the text is kept.
     """
 
     out: Path
     pages: int
     unread: tuple[Page, ...]
     cut: tuple[Page, ...]
+    remarks: tuple[Remark, ...] = ()
 
 
 def convert(
@@ -101,11 +83,40 @@ def convert(
             round in circles is ended, and a page has at most LONGEST tokens, unless told otherwise.
 
     Raises:
-        BulkError: naming what is wrong with the pages or the output, or a package that is missing.
+        BulkError: naming what is wrong with the pages or the output, or a package that is missing;
+            where no page could be opened, or no answer holds an element of a document, the pages.
+            What was read stands in OUT.pages.parquet then.
         SmolstackError: as :func:`smolstack.bulk.map_pictures` does.
     """
     out = Path(out)
     _check_output(out, restart)
+    with only_writer(out, BulkError):
+        _check_output(out, restart)  # of a writer that ended in between
+        loading = {"revision": revision, "base": base, "mmproj": mmproj}
+        loading |= {"dtype": dtype, "device": device}
+        return _converted(
+            pages,
+            out,
+            options,
+            model=model,
+            question=question,
+            restart=restart,
+            on_progress=on_progress,
+            loading=loading,
+        )
+
+
+def _converted(
+    pages: Pictures,
+    out: Path,
+    options: AnswerOptions,
+    *,
+    model: str | Path | VLM | None,
+    question: str,
+    restart: bool,
+    on_progress: Callable[[Progress], None] | None,
+    loading: dict[str, Any],
+) -> Converted:
     if _is_answered(pages):
         read = _read_table(Path(pages))  # type: ignore[arg-type]
         return _write(out, read, options.get("password"))
@@ -133,16 +144,15 @@ def convert(
         question,
         out=table,
         model=model,
-        revision=revision,
-        base=base,
-        mmproj=mmproj,
-        dtype=dtype,
-        device=device,
         restart=restart,
         on_progress=on_progress,
+        **loading,
         **chosen,
     )
-    converted = _write(out, _read_table(table), options.get("password"))
+    try:
+        converted = _write(out, _read_table(table), options.get("password"))
+    except BulkError as error:
+        raise BulkError(f"{error}; the answers stand in {table}") from None
     table.unlink()
     return converted
 
@@ -196,46 +206,34 @@ def _write(out: Path, pages: Sequence[Page], password: str | None) -> Converted:
     """The document, complete or not at all."""
     if not pages:
         raise BulkError("there are no pages, expected at least one")
-    if all(page.error is not None for page in pages):
-        raise BulkError(f"no page could be read; the first: {pages[0].error}")
+    unread = tuple(page for page in pages if page.error is not None)
+    if len(unread) == len(pages):
+        raise BulkError(f"no page could be read: {_listed(unread)}; the first: {pages[0].error}")
+    made = made_document(out.stem, pages, out.suffix, password)
+    if not made.elements:
+        asked = [page for page in pages if page.error is None]
+        raise BulkError(
+            f"no page gave any element of a document: {_listed(asked)}; expected DocTags, as "
+            f"document models write them, found {_shown(asked[0].tags)}"
+        )
     beside = out.with_name(f".{out.name}.new")
-    beside.write_text(_document(out, pages, password), encoding="utf-8", errors="replace")
-    os.replace(beside, out)
+    with naming(out):
+        beside.write_text(made.text, encoding="utf-8", errors="replace")
+        os.replace(beside, out)
     return Converted(
         out,
         len(pages),
-        tuple(page for page in pages if page.error is not None),
+        unread,
         tuple(page for page in pages if page.finish_reason in ("length", "repetition")),
+        made.remarks,
     )
 
 
-def _document(out: Path, pages: Sequence[Page], password: str | None) -> str:
-    tags = [page.tags for page in pages]
-    if out.suffix == TAGS:
-        return f"\n{BREAK}\n".join(tags) + "\n"
-    from docling_core.types.doc.base import ImageRefMode
-    from docling_core.types.doc.doctags import DocTagsDocument
-    from docling_core.types.doc.document import DoclingDocument
-
-    # Markdown shows no pictures: places on the page, which need its size, are not looked at.
-    images: list[Path | Image.Image] | None = None
-    if out.suffix != ".md":
-        images = [_picture(page, password) for page in pages]
-    tagged = DocTagsDocument.from_doctags_and_image_pairs(tags, images)
-    document = DoclingDocument.load_from_doctags(tagged, document_name=out.stem)
-    if out.suffix == ".md":
-        return str(document.export_to_markdown()) + "\n"
-    if out.suffix == ".html":
-        return str(document.export_to_html(image_mode=ImageRefMode.EMBEDDED))
-    return str(document.model_dump_json(by_alias=True, exclude_none=True))
+def _listed(pages: Sequence[Page]) -> str:
+    names = [page.name for page in pages[:NAMED]]
+    rest = len(pages) - len(names)
+    return ", ".join(names) + (f" and {rest} more" if rest else "")
 
 
-def _picture(page: Page, password: str | None) -> Image.Image:
-    from PIL import Image
-
-    try:
-        if page.path is not None and page.error is None:
-            return open_image(unlocked(page.path, password))
-    except ImageError:
-        pass  # it was there when it was read; the text is worth more than the picture
-    return Image.new("RGB", (1, 1))
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "…")

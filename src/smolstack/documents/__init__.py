@@ -1,0 +1,12 @@
+"""Pages become documents: Markdown, HTML, docling's JSON, or DocTags as they were written."""
+
+from smolstack.documents.converting import (
+    FORMATS,
+    LONGEST,
+    QUESTION,
+    Converted,
+    convert,
+)
+from smolstack.documents.pages import Page, Remark
+
+__all__ = ["FORMATS", "LONGEST", "QUESTION", "Converted", "Page", "Remark", "convert"]

@@ -1,0 +1,91 @@
+"""Folders of images: what is taken, and what is passed over, which is counted and said."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_NAMED = 3  # links and suffixes that are named at most
+
+
+@dataclass
+class PassedOver:
+    """What a search of a folder left out.
+
+    Attributes:
+        suffixes: files of other kinds, by suffix.
+        dangling: links to nothing.
+        linked: links to folders, which are not followed: they may lead round in circles.
+    """
+
+    suffixes: Counter[str] = field(default_factory=Counter)
+    dangling: list[str] = field(default_factory=list)
+    linked: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.suffixes or self.dangling or self.linked)
+
+    def sentence(self, folder: Path) -> str:
+        """What was passed over, in words."""
+        parts = []
+        if self.suffixes:
+            count = sum(self.suffixes.values())
+            kinds = ", ".join(f"{n} {name}" for name, n in self.suffixes.most_common(_NAMED))
+            more = " …" if len(self.suffixes) > _NAMED else ""
+            parts.append(f"{_count(count, 'file')} of other kinds ({kinds}{more})")
+        for found, what in ((self.dangling, "link to nothing"), (self.linked, "link to a folder")):
+            if found:
+                more = " …" if len(found) > _NAMED else ""
+                one, _, rest = what.partition(" ")
+                plural = what if len(found) == 1 else f"{one}s {rest}"
+                parts.append(f"{len(found):,} {plural} ({', '.join(found[:_NAMED])}{more})")
+        return f"{folder}: passed over {', '.join(parts)}"
+
+
+def search(
+    folder: Path, suffixes: Collection[str], over: PassedOver, beside: Collection[str] = ()
+) -> Iterator[str]:
+    """The files of a folder and its sub-folders with one of the suffixes, in the order of names.
+
+    Hidden files and folders are no part of it.
+
+    Args:
+        folder: to be searched.
+        suffixes: in small letters, with their dots.
+        over: told what is left out.
+        beside: suffixes of files that belong to images of the same name.
+    """
+    root = str(folder)
+    for path in _walk(root, suffixes, over, root):
+        yield path
+        for suffix in beside:
+            own = os.path.splitext(path)[0] + suffix
+            if os.path.isfile(own):
+                over.suffixes[suffix] -= 1
+    over.suffixes = +over.suffixes  # without those of which none is left
+
+
+def _walk(folder: str, suffixes: Collection[str], over: PassedOver, root: str) -> Iterator[str]:
+    with os.scandir(folder) as found:
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")),
+                         key=lambda entry: entry.name)  # fmt: skip
+    for entry in entries:
+        name = os.path.relpath(entry.path, root)
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path, suffixes, over, root)
+        elif entry.is_dir():
+            over.linked.append(name)
+        elif not os.path.exists(entry.path):
+            over.dangling.append(name)
+        elif suffix in suffixes and entry.is_file():
+            yield entry.path
+        else:
+            over.suffixes[suffix or "without a suffix"] += 1
+
+
+def _count(number: int, one: str) -> str:
+    return f"{number:,} {one if number == 1 else one + 's'}"

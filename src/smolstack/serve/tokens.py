@@ -1,0 +1,70 @@
+"""Routes about tokens: a text's, a chat's, and back. No network runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+
+from smolstack.serve import reading
+from smolstack.serve.answering import in_thread
+from smolstack.serve.failures import RefusedError, as_refusal
+from smolstack.serve.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
+from smolstack.serve.settings import ServerSettings
+from smolstack.vlm import VLM
+
+
+def add_routes(
+    app: FastAPI,
+    vlm: VLM,
+    settings: ServerSettings,
+    executor: Executor,
+    errors: Mapping[str, Any],
+) -> None:
+    """Add ``/tokenize`` and ``/detokenize`` as vLLM and llama.cpp have them."""
+
+    def chat(body: TokenizeRequest, pictures: list[bytes]) -> list[int]:
+        request = ChatRequest.model_construct(messages=body.messages)
+        prompt, _ = reading.prepare(vlm, request, pictures, settings)
+        return [int(token) for token in prompt.token_ids]
+
+    def text(body: TokenizeRequest) -> list[int]:
+        words = body.prompt if body.prompt is not None else body.content
+        if words is None:
+            raise RefusedError(400, "found none of prompt, content and messages, expected one")
+        special = body.add_special if body.add_special_tokens is None else body.add_special_tokens
+        # vLLM's default is to add them, llama.cpp's is not to.
+        special = body.prompt is not None if special is None else special
+        return vlm.processor.tokenizer.encode(words, special=special)
+
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """The tokens of a text, or of a chat's whole prompt with its visual tokens."""
+        try:
+            if body.messages is None:
+                found = await in_thread(executor, text, body)
+            else:
+                request = ChatRequest.model_construct(messages=body.messages)
+                urls = reading.picture_urls(request, settings)
+                pictures = [await reading.read_picture(url, settings) for url in urls]
+                found = await in_thread(executor, chat, body, pictures)
+        except Exception as error:
+            raise as_refusal(error) from None
+        limit = vlm.config.text.max_positions
+        return {"count": len(found), "max_model_len": limit, "tokens": found}
+
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """The text of some tokens, special ones written out, under vLLM's and llama.cpp's name."""
+        size = vlm.processor.tokenizer.size
+        if wrong := [token for token in body.tokens if token >= size]:
+            raise RefusedError(
+                400, f"token {wrong[0]} is none of the {size} of the vocabulary", param="tokens"
+            )
+        decode = vlm.processor.tokenizer.decode
+        found = await in_thread(executor, partial(decode, body.tokens, skip_special=False))
+        return {"prompt": found, "content": found}
+
+    for path, route in (("/tokenize", tokenize), ("/detokenize", detokenize)):
+        app.post(path, response_model=None, **errors)(route)
