@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,9 +67,9 @@ def test_what_does_not_move_is_encoded_once(
     seen = []
     encode = VisionLanguageModel.encode_tiles
 
-    def counted(self: VisionLanguageModel, tiles: torch.Tensor) -> torch.Tensor:
+    def counted(self: VisionLanguageModel, tiles: torch.Tensor, **options: Any) -> torch.Tensor:
         seen.append(len(tiles))
-        return encode(self, tiles)
+        return encode(self, tiles, **options)
 
     monkeypatch.setattr(VisionLanguageModel, "encode_tiles", counted)
     still, other = (np.full((48, 64, 3), value, dtype=np.uint8) for value in (10, 200))

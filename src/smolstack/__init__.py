@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from smolstack.batch import Batch, VisualTokens
     from smolstack.config import ModelConfig, TextConfig, VisionConfig
     from smolstack.generation.answer import Answer
+    from smolstack.generation.engine import Engine
     from smolstack.model.connector import Idefics3Connector
     from smolstack.processor.geometry import TilePlan
     from smolstack.processor.video import Video
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Answer": "smolstack.generation.answer",
     "Batch": "smolstack.batch",
+    "Engine": "smolstack.generation.engine",
     "Idefics3Connector": "smolstack.model.connector",
     "ModelConfig": "smolstack.config",
     "TextConfig": "smolstack.config",
@@ -44,6 +46,7 @@ __all__ = [
     "VLM",
     "Answer",
     "Batch",
+    "Engine",
     "Idefics3Connector",
     "ModelConfig",
     "TextConfig",

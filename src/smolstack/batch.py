@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -66,12 +66,20 @@ class VisualTokens:
         tokens: (n, S, D) for its n tiles, the whole picture last.
         rows, cols: its grid of tiles, 0 and 0 when it was not split.
         source: (width, height) of the picture.
+        key: a digest of what the tokens were computed from, where they come from an image; None
+            for tokens made otherwise. A copy with other tokens (``replace``) has none.
     """
 
     tokens: Tensor
     rows: int
     cols: int
     source: tuple[int, int]
+    key: bytes | None = field(default=None, init=False, repr=False, compare=False)
+
+    def keyed(self, key: bytes) -> VisualTokens:
+        """The same visual tokens, which know their key."""
+        object.__setattr__(self, "key", key)
+        return self
 
     def __len__(self) -> int:
         """Visual tokens: n · S."""

@@ -43,6 +43,10 @@ class ContextLengthError(SmolstackError):
     """A prompt (with the answer asked for) does not fit into the model's context."""
 
 
+class KVCacheError(SmolstackError):
+    """A prompt (with the answer asked for) takes more KV cache than there is memory for."""
+
+
 class QueueFullError(SmolstackError):
     """More answers are asked for than may wait."""
 

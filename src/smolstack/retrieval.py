@@ -9,26 +9,31 @@ of earlier ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from smolstack.checkpoint.files import RETRIEVAL_TEMPLATE
+from smolstack.checkpoint.files import RETRIEVAL_TEMPLATE, CheckpointFiles
 from smolstack.errors import ConfigError, PromptError
-from smolstack.generation.answering import Answering
+from smolstack.generation.inline import InlineEngine
+from smolstack.generation.request import Request
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import Tiling
-from smolstack.processor.inputs import Picture
+from smolstack.processor.inputs import Picture, as_pictures
 from smolstack.processor.processor import Processor, Prompt
 from smolstack.processor.prompt import ChatTemplate, Markers, user_message
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PAGE_PROMPT = "<|im_start|>User:<image>Describe the image.<end_of_utterance>\nAssistant:"
 QUERY_PROMPT = "{query}" + 10 * "<end_of_utterance>"  # tokens to be filled with what was not said
 SLOT = "{query}"
-TOGETHER = 4  # pages that go through the networks together
 ROWS = 256  # pages that are compared at once
 
 
@@ -105,20 +110,93 @@ def check_head(model: VisionLanguageModel, name: object) -> int:
     return model.config.embedding_dim
 
 
-def embed(answering: Answering, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
-    """Each prompt's vectors, in float32: (T, E).
+def encode(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Request]:
+    """Requests whose images are visual tokens now.
 
-    Prompts of the same length that follow each other go through the networks together, unpadded:
-    a prompt's vectors do not depend on its neighbours.
+    Raises:
+        ImageError: an image cannot be decoded; before any network runs.
     """
-    for _, alike in groupby(prompts, key=lambda prompt: len(prompt.token_ids)):
-        some = list(alike)
-        for start in range(0, len(some), TOGETHER):
-            seen = answering.encode(some[start : start + TOGETHER]).finish()
-            batch = answering.processor.batch(seen)
-            with torch.inference_mode():
-                vectors = answering.model.embed(batch.to(answering.model.device)).float()
-            yield from (of_one.clone() for of_one in vectors)
+    return _worked(engine, [Request(prompt, "visual tokens") for prompt in prompts])
+
+
+def embed(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """Each prompt's vectors, in float32: (T, E). They do not depend on the other prompts.
+
+    Raises:
+        ImageError: an image cannot be decoded; before any network runs.
+    """
+    requests = _worked(engine, [Request(prompt, "vectors") for prompt in prompts])
+    return [request.vectors for request in requests if request.vectors is not None]
+
+
+def _worked(engine: InlineEngine, requests: list[Request]) -> list[Request]:
+    engine.core.prepare(requests)
+    engine.finish(requests)
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+    return requests
+
+
+class PageEmbedder:
+    """What a loaded retrieval model (ColSmol) does beside answering; the VLM's other half."""
+
+    model: VisionLanguageModel
+    processor: Processor
+    folder: Path
+    _files: CheckpointFiles
+    _inline: InlineEngine
+
+    def embed_pages(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        prompt: str | None = None,
+        **tiling: Unpack[Tiling],
+    ) -> list[Tensor]:
+        """Late-interaction vectors of pages, for a retrieval model (ColSmol).
+
+        Args:
+            images: a picture or several, as for :meth:`ask`.
+            prompt: what the model reads, the page at ``<image>``; None for the checkpoint's own
+                words, or ColPali's.
+            **tiling: split, max_image_tokens, upscale, password; see Tiling.
+
+        Returns:
+            For each page (T, E) in float32, of unit length: its visual tokens and the words
+            around them. :func:`smolstack.maxsim` compares them with queries.
+
+        Raises:
+            ConfigError: this checkpoint is no retrieval model.
+            ImageError, PromptError, ContextLengthError: before any work is done.
+        """
+        check_head(self.model, self.folder)
+        prompt = self.retrieval_words.page if prompt is None else prompt
+        prompts = page_prompts(self.processor, as_pictures(images), prompt, tiling)
+        return list(embed(self._inline, prompts))
+
+    def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:
+        """Late-interaction vectors of queries, for a retrieval model (ColSmol).
+
+        Args:
+            queries: questions or keywords.
+            prompt: what the model reads, the query at ``{query}``; None as for a page.
+
+        Returns:
+            For each query (T, E) in float32, of unit length.
+
+        Raises:
+            ConfigError: this checkpoint is no retrieval model.
+            PromptError: a query that is empty, or a prompt without a place for it.
+        """
+        check_head(self.model, self.folder)
+        prompt = self.retrieval_words.query if prompt is None else prompt
+        return list(embed(self._inline, query_prompts(self.processor, queries, prompt)))
+
+    @cached_property
+    def retrieval_words(self) -> Words:
+        """What a retrieval model reads around pages and queries."""
+        return words_of(self._files.side, self.processor.tokenizer.special_tokens)
 
 
 def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor]) -> Tensor:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from smolstack.batch import VisualTokens
 from smolstack.checkpoint.hub import ModelPath, locate
@@ -18,23 +16,21 @@ from smolstack.checkpoint.panel_file import Progress
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import PromptError
 from smolstack.generation.answer import Answer
-from smolstack.generation.answering import Answering, AnswerStream
+from smolstack.generation.core import EngineCore
+from smolstack.generation.engine import Engine
+from smolstack.generation.image_cache import ImageCache
+from smolstack.generation.inline import INLINE, AnswerStream, InlineEngine
 from smolstack.generation.options import AnswerOptions, read_options
-from smolstack.generation.pictures import PictureCache
+from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
+from smolstack.generation.request import Request
+from smolstack.generation.scheduler import SchedulerLimits
 from smolstack.processor.geometry import TilePlan, Tiling
-from smolstack.processor.inputs import Picture, PromptLike, Shown, as_pictures, unlocked
+from smolstack.processor.inputs import PromptLike, Shown, as_pictures, unlocked
 from smolstack.processor.processor import Prompt
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video
-from smolstack.retrieval import (
-    Words,
-    check_head,
-    embed,
-    page_prompts,
-    query_prompts,
-    words_of,
-)
+from smolstack.retrieval import PageEmbedder, encode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -80,7 +76,7 @@ def load(
     return vlm
 
 
-class VLM:
+class VLM(PageEmbedder):
     """A vision-language model that answers questions about pictures.
 
     Attributes:
@@ -98,7 +94,9 @@ class VLM:
         self.where = checkpoint.where or ModelPath(self.folder)
         self.eos_token_ids = checkpoint.eos_token_ids
         self._files = checkpoint.files
-        self._answering = Answering(self.model, self.processor)
+        self._images = ImageCache(self.model)
+        core = EngineCore(self.model, self.processor, INLINE, images=self._images)
+        self._inline = InlineEngine(core)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,10 +140,9 @@ class VLM:
             ImageError, VideoError, PromptError, ContextLengthError, GenerationError: before any
                 network runs.
         """
-        stream = self.stream(images, text, messages=messages, **options)
-        for _ in stream:
-            pass
-        return stream.answer
+        request = self.request(images, text, messages=messages, **options)
+        self._inline.core.prepare([request])
+        return self._inline.answers([request])[0]
 
     def stream(
         self,
@@ -160,13 +157,62 @@ class VLM:
         Bad input raises here, not at the first piece. ``stream.answer`` is the whole answer once
         the pieces are exhausted.
         """
-        entry = _entry(images, text, messages)
+        request = self.request(images, text, messages=messages, **options)
+        self._inline.core.prepare([request])
+        return AnswerStream(self._inline, request)
+
+    def request(
+        self,
+        images: Shown | Sequence[Shown] | None = None,
+        text: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Request:
+        """What :meth:`ask` would answer, checked and not begun, for an engine's ``submit``.
+
+        Raises: as :meth:`ask`; an image that turns out to be damaged is the answer's error.
+        """
         chosen = read_options(options, self.eos_token_ids)
-        return AnswerStream(
-            self._answering,
-            [self.processor.prepare(entry, **chosen.tiling)],
-            chosen,
+        prompt = self.processor.prepare(_entry(images, text, messages), **chosen.tiling)
+        return self._inline.core.requests([prompt], chosen)[0]
+
+    def engine(
+        self,
+        *,
+        running: int = 16,
+        queued: int | None = None,
+        kv_cache_bytes: int | None = None,
+        prefix_cache_bytes: int = DEFAULT_PREFIX_BYTES,
+        tiles: int = 4,
+        prefill_tokens: int | None = 512,
+    ) -> Engine:
+        """An engine with a thread of its own, which works on many requests at once.
+
+        ::
+
+            with vlm.engine() as engine:
+                answer = engine.submit(vlm.request("sign.png", "What does it say?"))
+                ...
+                print(answer.result().text)
+
+        Args:
+            running: requests at work at the same time.
+            queued: requests that may wait beside them; None: any number.
+            kv_cache_bytes: KV caches altogether; None: half of the memory that is free.
+            prefix_cache_bytes: of them, kept for prompts that begin as earlier ones did.
+            tiles: tiles of one vision micro-batch.
+            prefill_tokens: prompt tokens read in one pass; more give the earlier words later.
+        """
+        limits = SchedulerLimits(
+            running=running,
+            queued=queued,
+            tiles=tiles,
+            prefill_tokens=prefill_tokens,
+            prefix_bytes=prefix_cache_bytes,
+            kv_cache_bytes=kv_cache_bytes,
         )
+        return Engine(self.model, self.processor, limits, images=self._images)
 
     def ask_many(
         self, prompts: Sequence[PromptLike], **options: Unpack[AnswerOptions]
@@ -181,10 +227,9 @@ class VLM:
             raise PromptError("expected a list of prompts, one per answer")
         chosen = read_options(options, self.eos_token_ids)
         prepared = [self.processor.prepare(entry, **chosen.tiling) for entry in prompts]
-        stream = AnswerStream(self._answering, prepared, chosen)
-        for _ in stream:
-            pass
-        return stream.answers
+        requests = self._inline.core.requests(prepared, chosen)
+        self._inline.core.prepare(requests)
+        return self._inline.answers(requests)
 
     def plan(
         self,
@@ -225,7 +270,7 @@ class VLM:
         video = self.processor.open_video(video)
         plans = tuple(self.processor.plan(Frame(frame)) for frame in video.frames)
         prompt = Prompt("", (), tuple(video.frames), plans)
-        return replace(video, frames=self._answering.encode([prompt]).finish()[0].pictures)
+        return replace(video, frames=tuple(self._encoded(prompt)))
 
     def encode(self, image: ImageSource, **tiling: Unpack[Tiling]) -> VisualTokens:
         """Visual tokens of one picture, reusable in any number of questions.
@@ -235,78 +280,28 @@ class VLM:
         image = unlocked(image, tiling.get("password"))
         plan = self.processor.plan(image, **tiling)
         prompt = Prompt("", (), (image,), (plan,))
-        visual = self._answering.encode([prompt]).finish()[0].pictures[0]
-        assert isinstance(visual, VisualTokens)
-        return visual
+        return self._encoded(prompt)[0]
 
-    def embed_pages(
-        self,
-        images: Picture | Sequence[Picture],
-        *,
-        prompt: str | None = None,
-        **tiling: Unpack[Tiling],
-    ) -> list[Tensor]:
-        """Late-interaction vectors of pages, for a retrieval model (ColSmol).
-
-        Args:
-            images: a picture or several, as for :meth:`ask`.
-            prompt: what the model reads, the page at ``<image>``; None for the checkpoint's own
-                words, or ColPali's.
-            **tiling: split, max_image_tokens, upscale, password; see Tiling.
-
-        Returns:
-            For each page (T, E) in float32, of unit length: its visual tokens and the words
-            around them. :func:`smolstack.maxsim` compares them with queries.
-
-        Raises:
-            ConfigError: this checkpoint is no retrieval model.
-            ImageError, PromptError, ContextLengthError: before any work is done.
-        """
-        check_head(self.model, self.folder)
-        prompt = self.retrieval_words.page if prompt is None else prompt
-        prompts = page_prompts(self.processor, as_pictures(images), prompt, tiling)
-        return list(embed(self._answering, prompts))
-
-    def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:
-        """Late-interaction vectors of queries, for a retrieval model (ColSmol).
-
-        Args:
-            queries: questions or keywords.
-            prompt: what the model reads, the query at ``{query}``; None as for a page.
-
-        Returns:
-            For each query (T, E) in float32, of unit length.
-
-        Raises:
-            ConfigError: this checkpoint is no retrieval model.
-            PromptError: a query that is empty, or a prompt without a place for it.
-        """
-        check_head(self.model, self.folder)
-        prompt = self.retrieval_words.query if prompt is None else prompt
-        return list(embed(self._answering, query_prompts(self.processor, queries, prompt)))
-
-    @cached_property
-    def retrieval_words(self) -> Words:
-        """What a retrieval model reads around pages and queries."""
-        return words_of(self._files.side, self.processor.tokenizer.special_tokens)
+    def _encoded(self, prompt: Prompt) -> list[VisualTokens]:
+        return encode(self._inline, [prompt])[0].visual
 
     @property
-    def picture_cache(self) -> PictureCache:
-        """Visual tokens of the pictures asked about last, by content.
+    def picture_cache(self) -> ImageCache:
+        """Visual tokens of the images asked about last, by content.
 
         ``picture_cache.max_bytes`` limits it (0 keeps nothing), ``picture_cache.clear()`` forgets,
         ``picture_cache.folder`` keeps them on disk for the next process.
         """
-        return self._answering.pictures
+        return self._images
 
     def forget_conversation(self) -> None:
-        """Drop the last conversation's KV cache; the pictures stay known."""
-        if self._answering.prefix is not None:
-            self._answering.prefix.clear()
+        """Drop the KV caches of past conversations; the images stay known."""
+        self._inline.core.prefixes.clear()
 
     def forget(self) -> None:
-        """Drop everything kept for reuse: pictures and the last conversation's KV cache."""
-        self._answering.forget()
+        """Drop everything kept for reuse: images, and KV caches of past conversations."""
+        self._images.clear()
+        self.forget_conversation()
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint as a Hugging Face folder; complete or not at all."""

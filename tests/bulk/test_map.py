@@ -62,9 +62,9 @@ def test_several_questions_encode_a_picture_once_and_answer_as_ask_does(
     encoded = []
     encode = type(tiny_vlm.model).encode_tiles
 
-    def counting(model: Any, tiles: torch.Tensor, *others: Any) -> torch.Tensor:
+    def counting(model: Any, tiles: torch.Tensor, **options: Any) -> torch.Tensor:
         encoded.append(tiles.shape[0])
-        return encode(model, tiles, *others)
+        return encode(model, tiles, **options)
 
     monkeypatch.setattr(type(tiny_vlm.model), "encode_tiles", counting)
     questions = ["What?", "What is it that this picture shows?", "Where was it?"]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import smolstack
 from smolstack.batch import VisualTokens
-from smolstack.generation.pictures import PictureCache
+from smolstack.generation.image_cache import ImageCache
 from smolstack.model.vision import VisionTower
 from smolstack.model.vlm import VisionLanguageModel
 
@@ -95,11 +95,11 @@ def test_pictures_that_differ_only_beside_their_pixels_are_two(vlm: smolstack.VL
     assert not torch.equal(vlm.encode(black).tokens, vlm.encode(white).tokens)
 
 
-def test_the_memory_of_pictures_is_limited() -> None:
+def test_the_memory_of_images_is_limited(vlm: smolstack.VLM) -> None:
     def visual(tokens: int) -> VisualTokens:
         return VisualTokens(torch.zeros(1, tokens, 1), 0, 0, (1, 1))
 
-    cache = PictureCache(max_bytes=40)
+    cache = ImageCache(vlm.model, max_bytes=40)
     cache.put(b"a", visual(4))
     cache.put(b"b", visual(4))
     assert cache.get(b"a") is not None  # used just now, so b goes first
@@ -244,8 +244,8 @@ def test_prompts_that_begin_otherwise_share_nothing(
 ) -> None:
     prompts: list[Any] = [(pictures[0], "What?"), (pictures[1], "What?"), ([], "What?")]
     alone = [vlm.ask(*prompt, max_new_tokens=4).token_ids for prompt in prompts]
+    vlm.forget()
     work.update(tokens=0)
     together = vlm.ask_many(prompts, max_new_tokens=4)
     assert [answer.token_ids for answer in together] == alone
-    longest = max(answer.usage.prompt_tokens for answer in together)
-    assert work["tokens"] == 3 * (longest + 3)
+    assert work["tokens"] == sum(answer.usage.prompt_tokens + 3 for answer in together)

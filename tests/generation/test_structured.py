@@ -186,7 +186,7 @@ def test_a_reader_that_points_does_so_within_a_form_but_its_text_keeps_to_it(
 
 
 def test_a_reader_that_only_points_is_made_to_go_on(reader: smolstack.VLM) -> None:
-    grammars = reader._answering.grammars(reader.eos_token_ids)
+    grammars = reader._inline.core.maker.grammars(reader.eos_token_ids)
     constraint = grammars.constraint(grammars.compile(Regex("[ab]")))
     constraint.take(ord(" "))
     point = reader.processor.pointing[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import smolstack
@@ -214,3 +215,17 @@ def test_the_token_table_keeps_the_numbers_that_it_is_stored_in(
         assert one.dtype == torch.float32
     batch = vlm.processor(["Hello"])
     assert torch.equal(vlm.model(batch), again.model(batch))
+
+
+def test_images_of_a_quantised_model_are_kept_on_disk(
+    saved: Path, tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    def tokens() -> torch.Tensor:
+        vlm = smolstack.load(saved)
+        vlm.picture_cache.folder = tmp_path / "images"
+        return vlm.encode(pictures[0]).tokens
+
+    first, kept = tokens(), sorted((tmp_path / "images").glob("*.safetensors"))
+    assert torch.equal(tokens(), first)
+    assert sorted((tmp_path / "images").glob("*.safetensors")) == kept
+    assert len(kept) == 1

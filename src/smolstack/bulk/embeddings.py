@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from smolstack.batch import VisualTokens
 from smolstack.bulk.rows import Row, plain
 from smolstack.bulk.tasks import ABOUT, Loaded, Pictures
 from smolstack.errors import BulkError
+from smolstack.generation.request import Request
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
-from smolstack.retrieval import check_head, embed, page_prompts
+from smolstack.retrieval import check_head, page_prompts
 
 if TYPE_CHECKING:
     from smolstack.vlm import VLM
@@ -49,8 +48,8 @@ class _Kept(Pictures):
         """The type of an embedding."""
         raise NotImplementedError
 
-    def embed(self, prompts: list[Prompt]) -> Iterable[Tensor]:
-        """An embedding for each prompt, whose pictures are visual tokens."""
+    def embedding(self, request: Request) -> Tensor:
+        """The embedding of one row, whose request is finished."""
         raise NotImplementedError
 
     def plan(self, row: Row) -> int:
@@ -58,19 +57,22 @@ class _Kept(Pictures):
 
     def work(self, loaded: Loaded) -> pa.RecordBatch:
         records = [{**self.about(row), "error": plain(error)} for row, error in loaded.errors]
-        if loaded.encoding is not None:
-            prompts = loaded.encoding.finish()
-            for row, prompt, found in zip(loaded.rows, prompts, self.embed(prompts), strict=True):
-                numbers, plan = found.to(self.dtype).cpu().numpy(), prompt.plans[0]
-                records.append(
-                    {
-                        **self.about(row),
-                        "embedding": numbers if numbers.ndim == 1 else list(numbers),
-                        "rows": plan.rows,
-                        "cols": plan.cols,
-                        "visual_tokens": plan.visual_tokens,
-                    }
-                )
+        self.finish(loaded)
+        for row, (request,) in zip(loaded.rows, loaded.requests, strict=True):
+            assert isinstance(request, Request)
+            if request.error is not None:
+                raise request.error
+            found, plan = self.embedding(request), request.prompt.plans[0]
+            numbers = found.to(self.dtype).cpu().numpy()
+            records.append(
+                {
+                    **self.about(row),
+                    "embedding": numbers if numbers.ndim == 1 else list(numbers),
+                    "rows": plan.rows,
+                    "cols": plan.cols,
+                    "visual_tokens": plan.visual_tokens,
+                }
+            )
         return self.batch(records)
 
 
@@ -81,25 +83,24 @@ class Embeddings(_Kept):
     picture last), or with kind "mean" one list of D numbers.
     """
 
+    kind = "visual tokens"
+
     def __init__(self, vlm: VLM, kind: str, dtype: str, tiling: Tiling) -> None:
         check_embedding(kind, dtype)
-        self.kind = kind
+        self.kind_of = kind
         super().__init__(vlm, tiling, dtype, None)
 
     def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
         vector = pa.list_(number, vlm.config.text.hidden_size)
-        return vector if self.kind == "mean" else pa.list_(vector)
+        return vector if self.kind_of == "mean" else pa.list_(vector)
 
     def prepare(self, row: Row) -> list[Prompt]:
         picture = row.picture
         return [Prompt("", (), (picture,), (self.processor.plan(picture, **self.tiling),))]
 
-    def embed(self, prompts: list[Prompt]) -> Iterator[Tensor]:
-        for prompt in prompts:
-            visual = prompt.pictures[0]
-            assert isinstance(visual, VisualTokens)
-            tokens = visual.tokens.flatten(0, 1).float()
-            yield tokens.mean(dim=0) if self.kind == "mean" else tokens
+    def embedding(self, request: Request) -> Tensor:
+        tokens = request.visual[0].tokens.flatten(0, 1).float()
+        return tokens.mean(dim=0) if self.kind_of == "mean" else tokens
 
 
 class Pages(_Kept):
@@ -107,6 +108,8 @@ class Pages(_Kept):
 
     ``embedding`` is a list of T lists of E numbers.
     """
+
+    kind = "vectors"
 
     def __init__(self, vlm: VLM, dtype: str, tiling: Tiling) -> None:
         check_embedding(RETRIEVAL, dtype)
@@ -119,8 +122,9 @@ class Pages(_Kept):
     def prepare(self, row: Row) -> list[Prompt]:
         return page_prompts(self.processor, [row.picture], self.words.page, self.tiling)
 
-    def embed(self, prompts: list[Prompt]) -> Iterator[Tensor]:
-        return embed(self.answering, prompts)
+    def embedding(self, request: Request) -> Tensor:
+        assert request.vectors is not None
+        return request.vectors
 
 
 def shape_of(vlm: VLM) -> str:

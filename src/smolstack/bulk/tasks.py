@@ -17,12 +17,13 @@ from smolstack.bulk.parts import ROW
 from smolstack.bulk.rows import Row, plain
 from smolstack.errors import BulkError, SmolstackError
 from smolstack.generation.answer import Answer
-from smolstack.generation.answering import Answering, AnswerStream, Encoding, Form
-from smolstack.generation.beginning import read_beginning
+from smolstack.generation.core import EngineCore
+from smolstack.generation.image_cache import ImageCache
+from smolstack.generation.inline import INLINE, InlineEngine
 from smolstack.generation.options import AnswerOptions, read_options
-from smolstack.generation.reuse import PrefixCache
+from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
+from smolstack.generation.request import Kind, Request
 from smolstack.generation.structured import Choices
-from smolstack.model.cache import KVCache
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
 
@@ -38,14 +39,13 @@ class Loaded:
 
     Attributes:
         rows: those whose pictures could be opened.
-        prompts: per row, its prompts (one per question).
-        encoding: their pictures, cut into tiles; None when no row is left.
+        requests: per row, its requests (one per question), their images cut into tiles; in the
+            place of one that cannot be answered, what is wrong with it.
         errors: the other rows, and what was wrong.
     """
 
     rows: list[Row]
-    prompts: list[list[Prompt]]
-    encoding: Encoding | None
+    requests: list[list[Request | str]]
     errors: list[tuple[Row, str]]
 
 
@@ -72,47 +72,40 @@ class Pictures:
     """What both tasks share: planning, loading, and results of rows that failed."""
 
     schema: pa.Schema
+    kind: Kind
 
-    def __init__(self, vlm: VLM, tiling: Tiling) -> None:
+    def __init__(self, vlm: VLM, tiling: Tiling, prefix_bytes: int = 0) -> None:
         self.model, self.processor, self.tiling = vlm.model, vlm.processor, tiling
-        # Own caches: this one is used by two threads, and no picture comes twice in a row.
-        self.answering = Answering(vlm.model, vlm.processor)
-        self.answering.pictures.max_bytes = 0
-        self.answering.prefix = None
+        # A core of its own: a picture does not come twice in a row, so none is kept.
+        limits = replace(INLINE, prefix_bytes=prefix_bytes)
+        images = ImageCache(vlm.model, max_bytes=0)
+        self.engine = InlineEngine(EngineCore(vlm.model, vlm.processor, limits, images=images))
 
     def prepare(self, row: Row) -> list[Prompt]:
         raise NotImplementedError
 
+    def request(self, prompt: Prompt) -> Request | str:
+        """A request for what is wanted of a prompt, or why that cannot be had."""
+        return Request(prompt, self.kind)
+
     def load(self, rows: Sequence[Row]) -> Loaded:
-        loaded = Loaded([], [], None, [])
+        loaded = Loaded([], [], [])
         for row in rows:
             try:
-                loaded.prompts.append(self.prepare(row))
-                loaded.rows.append(row)
+                made = [self.request(prompt) for prompt in self.prepare(row)]
+                self.engine.core.prepare([one for one in made if isinstance(one, Request)])
             except Exception as error:  # a decoder may raise anything about a damaged file
                 loaded.errors.append((row, sentence(error)))
-        try:
-            loaded.encoding = self._open(loaded.prompts)
-        except Exception:
-            self._part(loaded)
+                continue
+            loaded.requests.append(made)
+            loaded.rows.append(row)
         return loaded
 
-    def _open(self, prompts: list[list[Prompt]]) -> Encoding | None:
-        return self.answering.encode([some[0] for some in prompts]) if prompts else None
-
-    def _part(self, loaded: Loaded) -> None:
-        """Some picture cannot be decoded: find out which, and open the others."""
-        rows, prompts = loaded.rows, loaded.prompts
-        loaded.rows, loaded.prompts = [], []
-        for row, some in zip(rows, prompts, strict=True):
-            try:
-                self._open([some])
-            except Exception as error:
-                loaded.errors.append((row, sentence(error)))
-            else:
-                loaded.rows.append(row)
-                loaded.prompts.append(some)
-        loaded.encoding = self._open(loaded.prompts)
+    def finish(self, loaded: Loaded) -> None:
+        """Work until all requests are finished."""
+        self.engine.finish(
+            [one for some in loaded.requests for one in some if isinstance(one, Request)]
+        )
 
     def about(self, row: Row) -> dict[str, Any]:
         path = None if row.path is None else plain(row.path)
@@ -125,19 +118,22 @@ class Pictures:
 class Questions(Pictures):
     """Every question about every picture, which is encoded once for all of them."""
 
+    kind = "answer"
+
     def __init__(self, vlm: VLM, questions: Sequence[str], options: AnswerOptions) -> None:
         self.options = read_options(options, vlm.eos_token_ids)
-        super().__init__(vlm, self.options.tiling)
+        kept = DEFAULT_PREFIX_BYTES if len(questions) > 1 else 0
+        super().__init__(vlm, self.options.tiling, kept)
         if vlm.config.embedding_dim is not None:
             raise BulkError(
                 f"{vlm.folder} ends in an embedding head and answers no questions; it can give "
                 "embeddings (embed, --embed retrieval)"
             )
-        Form(self.answering, self.options)  # a schema that cannot be compiled is refused here
+        self.engine.core.maker.compile(
+            self.options
+        )  # a schema that cannot be compiled is refused here
         self.questions, self.records = list(questions), len(questions)
         self.choosing = isinstance(self.options.structure, Choices)
-        if self.choosing:
-            self.answering.prefix = PrefixCache()
         numbers = ("prompt_tokens", "visual_tokens", "completion_tokens")
         self.schema = pa.schema(
             [
@@ -163,48 +159,22 @@ class Questions(Pictures):
     def prepare(self, row: Row) -> list[Prompt]:
         return [self.processor.prepare((row.picture, q), **self.tiling) for q in self.questions]
 
+    def request(self, prompt: Prompt) -> Request | str:
+        try:
+            return self.engine.core.requests([prompt], self.options)[0]
+        except SmolstackError as error:
+            return str(error)  # one question has no room for its answer, say; the others have
+
     def work(self, loaded: Loaded) -> pa.RecordBatch:
+        self.finish(loaded)
         records = []
-        if loaded.encoding is not None:
-            seen = [prompt.pictures for prompt in loaded.encoding.finish()]
-            prompts = [
-                [replace(prompt, pictures=pictures) for prompt in some]
-                for some, pictures in zip(loaded.prompts, seen, strict=True)
-            ]
-            for row, answers in zip(loaded.rows, self._answers(prompts), strict=True):
-                for question, answer in zip(self.questions, answers, strict=True):
-                    records.append(self._record(row, question, answer))
+        for row, requests in zip(loaded.rows, loaded.requests, strict=True):
+            for question, request in zip(self.questions, requests, strict=True):
+                answer = request if isinstance(request, str) else request.answered
+                records.append(self._record(row, question, answer))
         for row, error in loaded.errors:
             records += [self._record(row, question, error) for question in self.questions]
         return self.batch(records)
-
-    def _answers(self, prompts: list[list[Prompt]]) -> list[list[Answer | str]]:
-        """Answers (or errors) per picture and question."""
-        if self.choosing:
-            # Choices are read side by side, one prompt at a time: the caches of its beginning and
-            # of the last prompt are one.
-            return [[self._ask([prompt])[0] for prompt in some] for some in prompts]
-        questions = [list(column) for column in zip(*prompts, strict=True)]
-        prefix = self._beginning(questions)
-        columns = [self._ask(question, prefix) for question in questions]
-        return [list(answers) for answers in zip(*columns, strict=True)]
-
-    def _beginning(self, questions: list[list[Prompt]]) -> KVCache | None:
-        if len(questions) == 1:
-            return None
-        return read_beginning(self.model, self.processor, questions)
-
-    def _ask(self, prompts: list[Prompt], prefix: KVCache | None = None) -> list[Answer | str]:
-        try:
-            stream = AnswerStream(self.answering, prompts, self.options, prefix)
-        except SmolstackError as error:
-            # One of them has no room for an answer, say; the others have.
-            if len(prompts) == 1:
-                return [str(error)]
-            return [answer for prompt in prompts for answer in self._ask([prompt])]
-        for _ in stream:
-            pass
-        return list(stream.answers)
 
     def _record(self, row: Row, question: str, answer: Answer | str) -> dict[str, Any]:
         record = {**self.about(row), "question": question}

@@ -61,7 +61,7 @@ def _steps(
         for some in chunks(rows):
             planned, bad = _plan(some, task)
             if bad:
-                yield _Step(window, journal, Loaded([], [], None, bad))
+                yield _Step(window, journal, Loaded([], [], bad))
             for batch in batches(planned, limits):
                 yield _Step(window, journal, task.load([entry.row for entry in batch]))
         yield _Step(window, journal, None)

@@ -17,7 +17,7 @@ from smolstack.cli.console import error, note, progress, write_piece
 from smolstack.errors import PromptError, SmolstackError
 
 if TYPE_CHECKING:
-    from smolstack.generation.answering import AnswerStream
+    from smolstack.generation.inline import AnswerStream
     from smolstack.generation.options import AnswerOptions
     from smolstack.vlm import VLM
 

@@ -164,6 +164,14 @@ def serve(
             rich_help_panel=_WORK,
         ),
     ] = 256 * 2**20,
+    kv_cache_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="KV caches altogether; without it, half of the memory that is free.",
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
     allow_remote_images: Annotated[
         bool,
         typer.Option(
@@ -226,6 +234,7 @@ def serve(
             tiles=tiles,
             prefill_tokens=prefill_tokens,
             prefix_bytes=prefix_cache_bytes,
+            kv_cache_bytes=kv_cache_bytes,
         ),
     )
     listener = listening.listen(host, port) if uds is None else listening.listen_at(uds)

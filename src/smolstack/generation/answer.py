@@ -28,7 +28,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds that each stage took, for the whole batch that the answer was part of."""
+    """Seconds of each stage of one request; passes that it shared with others count in full."""
 
     pictures: float
     vision: float

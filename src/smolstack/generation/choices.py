@@ -7,7 +7,8 @@ that ends it, so that "1" and "11" are two different answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from smolstack.errors import ContextLengthError
 from smolstack.generation.sampling import Sampling
 from smolstack.model.cache import KVCache
-from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor, Prompt
 
 _COPIED_BYTES = 256 * 2**20  # of the prompt's cache, for the choices read side by side
@@ -51,72 +51,94 @@ def continuations(
     return found
 
 
-def score(
-    model: VisionLanguageModel,
-    logits: Tensor,
-    cache: KVCache,
-    choices: Sequence[Sequence[int]],
-    tokens: int = _TOKENS,
-) -> Iterator[list[float]]:
-    """Log-probabilities of whole choices after a prompt, a bounded piece of work per step.
+@dataclass(frozen=True)
+class ScoringPass:
+    """One pass over some choices that stand side by side after the prompt.
+
+    Attributes:
+        rows: which choices.
+        start, end: which of their tokens are read; a shorter choice has fewer, or none.
+    """
+
+    rows: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Scoring:
+    """The choices of one request as they are scored, a bounded pass at a time.
 
     Args:
-        logits: (V,) after the prompt.
-        cache: holds the prompt of one sequence; it is left as it was.
         choices: token ids of each.
-        tokens: read in one step at most, padding included.
+        logits: (V,) after the prompt.
+        held_bytes: of the prompt's KV cache, which every choice of a pass has a copy of.
+        tokens: read in one pass at most.
 
-    Yields:
-        Natural logarithms of the joint probability of a choice's tokens, in order, for as many
-        choices as that step completed (none, in the midst of a long one).
+    Attributes:
+        totals: log-probabilities of what was scored of each choice so far.
+        copies: KV caches of the choices of the pass at work; the runner's.
     """
-    first = logits.float().log_softmax(dim=-1)
-    most = max(1, _COPIED_BYTES // max(cache.held_bytes, 1))
-    for some in _side_by_side(choices, most, tokens):
-        totals = [float(first[ids[0]]) for ids in some]
-        for later in _later(model, cache, some, tokens):
-            yield []
-            totals = [a + b for a, b in zip(totals, later, strict=True)]
-        yield totals
+
+    def __init__(
+        self,
+        choices: Sequence[Sequence[int]],
+        logits: Tensor,
+        held_bytes: int,
+        tokens: int = _TOKENS,
+    ) -> None:
+        self.choices = [list(ids) for ids in choices]
+        first = logits.float().log_softmax(dim=-1)
+        self.totals = [float(first[ids[0]]) for ids in self.choices]
+        self.copies: dict[int, KVCache] = {}
+        most = max(1, _COPIED_BYTES // max(held_bytes, 1))
+        self._passes = list(_passes(self.choices, most, tokens))
+
+    @property
+    def complete(self) -> bool:
+        return not self._passes
+
+    @property
+    def next_pass(self) -> ScoringPass:
+        return self._passes[0]
+
+    def fed(self, row: int) -> list[int]:
+        """Tokens of a choice that the next pass reads."""
+        step = self._passes[0]
+        return self.choices[row][:-1][step.start : step.end]
+
+    def wanted(self, row: int) -> list[int]:
+        """The tokens that follow them."""
+        step = self._passes[0]
+        return self.choices[row][1:][step.start : step.end]
+
+    def add(self, sums: Mapping[int, float]) -> None:
+        """What the next pass found: the log-probabilities of the wanted tokens, summed."""
+        for row, value in sums.items():
+            self.totals[row] += value
+        del self._passes[0]
 
 
-def _side_by_side(
-    choices: Sequence[Sequence[int]], rows: int, tokens: int
-) -> Iterator[list[Sequence[int]]]:
+def _passes(choices: Sequence[Sequence[int]], rows: int, tokens: int) -> Iterator[ScoringPass]:
     """Neighbours that fit into one pass; a choice that does not fit into one is alone."""
-    some: list[Sequence[int]] = []
-    for ids in choices:
-        longest = max(len(each) for each in [*some, ids])
-        if some and (len(some) == rows or (len(some) + 1) * longest > tokens):
-            yield some
-            some = []
-        some.append(ids)
-    yield some
-
-
-def _later(
-    model: VisionLanguageModel, cache: KVCache, choices: Sequence[Sequence[int]], tokens: int
-) -> Iterator[list[float]]:
-    """Log-probabilities of the tokens of each choice but its first: those of one pass per step."""
-    longest = max(len(ids) for ids in choices) - 1
-    fed = torch.zeros(len(choices), longest, dtype=torch.long)
-    wanted = torch.zeros_like(fed)
-    real = torch.zeros_like(fed, dtype=torch.bool)
+    some: list[int] = []
     for row, ids in enumerate(choices):
-        known = len(ids) - 1
-        fed[row, :known] = torch.tensor(ids[:-1])
-        wanted[row, :known] = torch.tensor(ids[1:])
-        real[row, :known] = True
-    # Padding stands on the right, where nothing that counts can see it.
-    beside = cache.copied(len(choices), cache.length + longest) if longest else cache
-    width = max(1, tokens // len(choices))
+        longest = max(len(choices[each]) for each in [*some, row])
+        if some and (len(some) == rows or (len(some) + 1) * longest > tokens):
+            yield from _parts(choices, some, tokens)
+            some = []
+        if len(ids) > 1:  # the first token's probability is known from the prompt
+            some.append(row)
+    if some:
+        yield from _parts(choices, some, tokens)
+
+
+def _parts(
+    choices: Sequence[Sequence[int]], some: Sequence[int], tokens: int
+) -> Iterator[ScoringPass]:
+    longest = max(len(choices[row]) for row in some) - 1
+    width = max(1, tokens // len(some))
     for start in range(0, longest, width):
-        part = slice(start, start + width)
-        with torch.inference_mode():
-            embeddings = model.decoder.embedding(fed[:, part].to(model.device))
-            scores = model.read(embeddings, beside, every=True).float().log_softmax(dim=-1)
-            taken = scores.gather(2, wanted[:, part].to(model.device)[..., None])[..., 0].cpu()
-        yield [float(row[keep].sum()) for row, keep in zip(taken, real[:, part], strict=True)]
+        yield ScoringPass(tuple(some), start, min(start + width, longest))
 
 
 def probabilities(log_probabilities: Sequence[float]) -> list[float]:

@@ -1,107 +1,161 @@
-"""A thread that runs the scheduler, for callers in other threads."""
+"""The engine: a core stepped by a thread of its own, for requests from any thread."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from smolstack.errors import QueueFullError
-from smolstack.generation.answering import Answering, Form
-from smolstack.generation.options import ReadOptions
-from smolstack.generation.scheduler import Scheduler, SchedulerLimits
-from smolstack.generation.sequence import Sequence, Update
-from smolstack.processor.processor import Prompt
+from smolstack.errors import GenerationError, QueueFullError
+from smolstack.generation.answer import Answer
+from smolstack.generation.core import EngineCore
+from smolstack.generation.image_cache import ImageCache
+from smolstack.generation.request import Request, Update
+from smolstack.generation.scheduler import SchedulerLimits
+from smolstack.model.vlm import VisionLanguageModel
+from smolstack.processor.processor import Processor
 
-_PICTURE_THREADS = 2
+_IMAGE_THREADS = 2
 _LOOK = 0.1  # seconds between looks at deadlines while nothing can be done
 
 
 class Engine:
-    """Many answers at once, asked for from any thread.
+    """Many requests at once, submitted from any thread; :meth:`smolstack.VLM.engine` makes one.
+
+    As a context manager it finishes what was submitted before it ends.
 
     Attributes:
-        scheduler: its counters may be read from any thread; it is stepped by this one alone.
+        core: its counters may be read from any thread; it is stepped by this engine alone.
     """
 
-    def __init__(self, answering: Answering, limits: SchedulerLimits | None = None) -> None:
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        processor: Processor,
+        limits: SchedulerLimits | None = None,
+        *,
+        images: ImageCache | None = None,
+    ) -> None:
         self._changed = threading.Condition()
-        self._inbox: list[Sequence] = []
+        self._inbox: list[Request] = []
         self._news = self._closing = False
-        self._workers = ThreadPoolExecutor(_PICTURE_THREADS, thread_name_prefix="pictures")
-        self.scheduler = Scheduler(answering, limits, workers=self._workers, wake=self._wake)
-        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._workers = ThreadPoolExecutor(_IMAGE_THREADS, thread_name_prefix="images")
+        self.core = EngineCore(
+            model, processor, limits, images=images, workers=self._workers, wake=self._wake
+        )
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(
-        self,
-        prompt: Prompt,
-        options: list[ReadOptions],
-        listeners: list[Callable[[Update], None]],
-        *,
-        seconds: float | None = None,
-    ) -> list[Sequence]:
-        """Ask for one answer per entry of ``options``: :meth:`make`, then :meth:`enter`."""
-        deadline = None if seconds is None else time.monotonic() + seconds
-        sequences = self.make(prompt, options, listeners, deadline=deadline)
-        self.enter(sequences)
-        return sequences
+    def __enter__(self) -> Engine:
+        return self
 
-    def make(
-        self,
-        prompt: Prompt,
-        options: list[ReadOptions],
-        listeners: list[Callable[[Update], None]],
-        *,
-        deadline: float | None = None,
-    ) -> list[Sequence]:
-        """Answers to one prompt that do not wait yet. A large form takes its time to compile.
+    def __exit__(self, *raised: object) -> None:
+        self.close(drain=raised[0] is None)
+
+    def submit(self, request: Request, *, seconds: float | None = None) -> Future[Answer]:
+        """Let a request (:meth:`smolstack.VLM.request`) wait for its turn.
 
         Args:
-            listeners: one per answer, called in the engine's thread; they must be quick.
-            deadline: when an answer must be complete, on time.monotonic's clock.
+            seconds: how long the answer may take.
+
+        Returns:
+            The answer to come. ``cancel()`` stops the work on it.
 
         Raises:
-            ContextLengthError, GenerationError: the prompt or its options cannot be answered.
+            QueueFullError: too many wait already, or the engine is closing.
+            KVCacheError: the request takes more KV cache than the engine may use.
         """
-        answering = self.scheduler.answering
-        form = Form(answering, options[0])
-        return [
-            Sequence(answering, prompt, one, listener, deadline=deadline, form=form)
-            for one, listener in zip(options, listeners, strict=True)
-        ]
+        future: Future[Answer] = Future()
 
-    def enter(self, sequences: list[Sequence]) -> None:
-        """Let answers wait for their turn; all or none.
+        def listen(update: Update) -> None:
+            if not (update.answer or update.error) or not future.set_running_or_notify_cancel():
+                return
+            if update.error is not None:
+                future.set_exception(update.error)
+            elif update.answer is not None:
+                future.set_result(update.answer)
+
+        self._enter_one(request, listen, seconds)
+        future.add_done_callback(lambda done: self.cancel(request) if done.cancelled() else None)
+        return future
+
+    async def stream(self, request: Request, *, seconds: float | None = None) -> AsyncIterator[str]:
+        """Pieces of an answer as they come, in asyncio; ``request.answer`` is complete after them.
+
+        Who stops iterating stops the work (``aclose``).
+
+        Raises: as :meth:`submit`, and the error that ended the answer.
+        """
+        loop = asyncio.get_running_loop()
+        updates: asyncio.Queue[Update] = asyncio.Queue()
+
+        def listen(update: Update) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop ended before the answer
+                loop.call_soon_threadsafe(updates.put_nowait, update)
+
+        self._enter_one(request, listen, seconds)
+        try:
+            while True:
+                update = await updates.get()
+                if update.error is not None:
+                    raise update.error
+                if update.piece:
+                    yield update.piece
+                if update.answer is not None:
+                    return
+        finally:
+            self.cancel(request)
+
+    def _enter_one(
+        self, request: Request, listen: Callable[[Update], None], seconds: float | None
+    ) -> None:
+        if request.listener is not None:
+            raise GenerationError("the request was submitted before, expected a new one")
+        self.core.scheduler.check(request)
+        if seconds is not None:
+            request.deadline = time.monotonic() + seconds
+        request.listener = listen
+        self.enter([request])
+
+    def enter(self, requests: Sequence[Request]) -> None:
+        """Let requests wait for their turn, each with its listener; all or none.
 
         Raises:
             QueueFullError: too many wait already, or the engine is closing.
         """
         with self._changed:
-            if self._closing:
-                raise QueueFullError("the server is shutting down")
-            self.scheduler.check_room(len(sequences) + len(self._inbox))
-            self._inbox += sequences
+            self._check_room(len(requests))
+            self._inbox += requests
             self._news = True
             self._changed.notify()
 
-    def check_room(self, sequences: int = 1) -> None:
-        """Raises QueueFullError when so many more could not be asked for now."""
+    def check_room(self, requests: int = 1) -> None:
+        """Raises QueueFullError when so many more could not be submitted now."""
         with self._changed:
-            if self._closing:
-                raise QueueFullError("the server is shutting down")
-            self.scheduler.check_room(sequences + len(self._inbox))
+            self._check_room(requests)
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Stop an answer's work; nothing more is told about it."""
-        sequence.cancelled = True
+    def _check_room(self, requests: int) -> None:
+        if self._closing:
+            raise QueueFullError("the engine is shutting down")
+        self.core.scheduler.check_room(requests + len(self._inbox))
+
+    def cancel(self, request: Request) -> None:
+        """Stop the work on a request; nothing more is told about it."""
+        request.cancelled = True
         self._wake()
 
     @property
     def queued(self) -> int:
-        """Answers that wait."""
-        return len(self.scheduler.waiting) + len(self._inbox)
+        """Requests that wait."""
+        return len(self.core.scheduler.waiting) + len(self._inbox)
+
+    @property
+    def running(self) -> int:
+        """Requests at work."""
+        return len(self.core.scheduler.running)
 
     @property
     def alive(self) -> bool:
@@ -109,28 +163,28 @@ class Engine:
         return self._thread.is_alive()
 
     def close(self, *, drain: bool = True) -> None:
-        """Take nothing new, finish what was asked for (or give it up), and end the thread."""
-        sequences = self._end()
+        """Take nothing new, finish what was submitted (or give it up), and end the thread."""
+        requests = self._end()
         if not drain:
-            for sequence in sequences:
-                sequence.cancelled = True
+            for request in requests:
+                request.given_up = QueueFullError("the engine was closed")
             self._wake()
         self._thread.join()
         self._workers.shutdown(cancel_futures=True)
 
     def give_up(self, error: Exception) -> None:
         """Take nothing new, and tell everybody who waits or is at work that there is no answer."""
-        for sequence in self._end():
-            sequence.given_up = error
+        for request in self._end():
+            request.given_up = error
         self._wake()
 
-    def _end(self) -> list[Sequence]:
-        """Take nothing new; what was asked for so far."""
+    def _end(self) -> list[Request]:
+        """Take nothing new; what was submitted so far."""
         with self._changed:
             self._closing = True
             self._news = True
             self._changed.notify()
-            return [*self._inbox, *self.scheduler.waiting, *self.scheduler.running]
+            return [*self._inbox, *self.core.scheduler.waiting, *self.core.scheduler.running]
 
     def _wake(self) -> None:
         with self._changed:
@@ -140,14 +194,14 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                for sequence in self._inbox:
-                    self.scheduler.add(sequence)
+                for request in self._inbox:
+                    self.core.add(request)
                 self._inbox.clear()
                 self._news = False
-            worked = self.scheduler.step()
+            worked = self.core.step()
             with self._changed:
-                if self._closing and not self._inbox and self.scheduler.idle:
+                if self._closing and not self._inbox and self.core.idle:
                     return
                 if not worked and not self._news:
-                    # Pictures in other threads wake it; deadlines need a look now and then.
-                    self._changed.wait(None if self.scheduler.idle else _LOOK)
+                    # Images in other threads wake it; deadlines need a look now and then.
+                    self._changed.wait(None if self.core.idle else _LOOK)

@@ -1,30 +1,30 @@
-"""Continuous batching: sequences join between two decoding steps and leave when they are done.
+"""The scheduler: what is done in the next step, and for whom. It decides and computes nothing.
 
-One step is: take in newcomers; one bounded piece of a newcomer's work (a micro-batch of tiles, or
-some tokens of a prompt); one token for everybody who is that far. So nobody's decoding waits for
-more than one such piece, and an answer is the one that ``ask`` gives, whoever shares the batch.
+Requests join between two steps and leave when they are finished (continuous batching). A step has
+at most one bounded piece of newcomers' work (a vision micro-batch, a pass over parts of prompts,
+or one over choices) and one token for everybody whose prompt is read.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-import torch
+from smolstack.errors import GenerationError, KVCacheError, QueueFullError
+from smolstack.generation.image_queue import ImageQueue, PendingTile
+from smolstack.generation.prefix_cache import (
+    DEFAULT_PREFIX_BYTES,
+    Prefix,
+    PrefixCache,
+    common_prefix,
+)
+from smolstack.generation.request import Request
 
-from smolstack.errors import DeadlineError, GenerationError, QueueFullError
-from smolstack.generation.answering import Answering
-from smolstack.generation.options import ReadOptions
-from smolstack.generation.picturing import Picturing
-from smolstack.generation.prefixes import PrefixPool
-from smolstack.generation.sequence import Sequence, Update
-from smolstack.model.cache import CacheRows
-from smolstack.processor.processor import Prompt
-
-_DEFAULT_PREFIX_BYTES = 256 * 2**20
+# Beyond so many tokens a pass is bound by its arithmetic: to wait for each other gains nothing.
+_PASS = 256
+_WORTH = 16  # tokens that another request is about to read: then they are waited for
+_VECTORS = 4  # prompts of equal length that are embedded together
 
 
 @dataclass(frozen=True)
@@ -32,210 +32,243 @@ class SchedulerLimits:
     """How much is done at a time.
 
     Attributes:
-        running: sequences at work at the same time; each holds its KV cache.
-        queued: sequences that may wait beside them.
+        running: requests at work at the same time; each holds its KV cache.
+        queued: requests that may wait beside them; None: any number.
         tiles: tiles of one vision micro-batch.
-        prefill_tokens: prompt tokens read in one piece.
-        prefix_bytes: KV caches of finished sequences kept for prompts that begin alike.
+        prefill_tokens: prompt tokens read in one pass; None: whole prompts, as many as together
+            have not many more than a thousand.
+        prefix_bytes: KV caches of finished requests kept for prompts that begin alike.
+        kv_cache_bytes: KV caches altogether, kept ones included; None: half of the memory that is
+            free when the engine is made.
+        interleave: decode between two pieces of newcomers' work, so that no answer stands still
+            for longer; False reads all prompts first, which takes less time for all together.
     """
 
     running: int = 16
-    queued: int = 64
+    queued: int | None = 64
     tiles: int = 4
-    prefill_tokens: int = 512
-    prefix_bytes: int = _DEFAULT_PREFIX_BYTES
+    prefill_tokens: int | None = 512
+    prefix_bytes: int = DEFAULT_PREFIX_BYTES
+    kv_cache_bytes: int | None = None
+    interleave: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("running", "tiles", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise GenerationError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        for name in ("running", "tiles", "prefill_tokens", "kv_cache_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise GenerationError(f"{name} is {value}, expected 1 or more")
         for name in ("queued", "prefix_bytes"):
-            if getattr(self, name) < 0:
-                raise GenerationError(f"{name} is {getattr(self, name)}, expected 0 or more")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise GenerationError(f"{name} is {value}, expected 0 or more")
+
+
+@dataclass
+class PrefillChunk:
+    """Tokens of a prompt to be read.
+
+    Attributes:
+        start, tokens: which.
+        prefix: of a request that begins: what is known of its prompt already.
+    """
+
+    request: Request
+    start: int
+    tokens: int
+    prefix: Prefix | None = None
+
+
+@dataclass
+class StepPlan:
+    """The work of one step.
+
+    Attributes:
+        tiles: a vision micro-batch.
+        prefill: parts of prompts, read in one pass.
+        score: a request whose choices are scored, a pass of them.
+        embed: requests of one length whose vectors are made.
+        decode: requests that get one more token.
+    """
+
+    tiles: list[PendingTile] = field(default_factory=list)
+    prefill: list[PrefillChunk] = field(default_factory=list)
+    score: Request | None = None
+    embed: list[Request] = field(default_factory=list)
+    decode: list[Request] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.tiles or self.prefill or self.score or self.embed or self.decode)
+
+    @property
+    def requests(self) -> list[Request]:
+        """All that take part, but for those that wait for tiles."""
+        some = [chunk.request for chunk in self.prefill]
+        return [*some, *([self.score] if self.score else []), *self.embed, *self.decode]
 
 
 class Scheduler:
-    """Answers many prompts at once on one model. Not thread-safe: one thread calls it.
+    """The requests of one engine, and the order of their work.
 
     Args:
-        answering: the model, its processor and its picture cache.
-        limits: how much is done at a time.
-        workers: threads that open and cut pictures; None does it inside :meth:`step`.
-        clock: seconds, for deadlines.
-        wake: called, from any thread, when a worker has finished something.
+        kv_bytes: what a token's keys and values take.
+        kv_budget: bytes of all KV caches together.
+
+    Attributes:
+        waiting, running: requests, in the order of their arrival.
     """
 
     def __init__(
         self,
-        answering: Answering,
-        limits: SchedulerLimits | None = None,
+        limits: SchedulerLimits,
+        images: ImageQueue,
+        prefixes: PrefixCache,
         *,
-        workers: Executor | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        wake: Callable[[], None] = lambda: None,
+        kv_bytes: int,
+        kv_budget: int,
     ) -> None:
-        self.answering, self.limits = answering, limits or SchedulerLimits()
-        self.workers, self.clock, self.wake = workers, clock, wake
-        self.pictures = Picturing(answering.model, answering.processor, answering.pictures)
-        self.prefixes = PrefixPool(self.limits.prefix_bytes)
-        self.decode_steps = self.generated_tokens = self.prefill_tokens = 0
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self._next_number = 0
+        self.limits, self.images, self.prefixes = limits, images, prefixes
+        self.kv_bytes, self.kv_budget = kv_bytes, kv_budget
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
 
-    def submit(
-        self,
-        prompt: Prompt,
-        options: ReadOptions,
-        listener: Callable[[Update], None],
-        deadline: float | None = None,
-    ) -> Sequence:
-        """Ask for an answer.
-
-        Args:
-            listener: told every new piece, and last the answer or an error; it must be quick.
-            deadline: on the scheduler's clock.
-
-        Raises:
-            QueueFullError: too many wait already.
-            ContextLengthError, GenerationError: the prompt or its options cannot be answered.
-        """
-        self.check_room(1)
-        sequence = Sequence(self.answering, prompt, options, listener, deadline=deadline)
-        return self.add(sequence)
-
-    def check_room(self, sequences: int) -> None:
-        """Raises QueueFullError unless so many more may be submitted."""
-        room = self.limits.running + self.limits.queued
-        if len(self.waiting) + len(self.running) + sequences > room:
-            raise QueueFullError(
-                f"{len(self.running)} answers are at work and {len(self.waiting)} wait, "
-                f"the limit is {room}"
-            )
-
-    def add(self, sequence: Sequence) -> Sequence:
-        """Queue a sequence that was made elsewhere."""
-        sequence.number, self._next_number = self._next_number, self._next_number + 1
-        self.waiting.append(sequence)
-        return sequence
+    def __len__(self) -> int:
+        """Requests that wait or are at work."""
+        return len(self.waiting) + len(self.running)
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nobody is at work."""
         return not self.waiting and not self.running
 
-    def step(self) -> bool:
-        """Do one step; False when there was nothing that could be done."""
-        self._clear_out()
-        self._take_in()
-        worked = self._newcomer()
-        return self._decode() or worked
+    @property
+    def reserved_bytes(self) -> int:
+        """KV cache that the running requests have or will have."""
+        return sum(request.kv_tokens for request in self.running) * self.kv_bytes
 
-    def _clear_out(self) -> None:
-        """Let go of sequences that were cancelled, given up, or are out of time."""
-        now = self.clock()
-        for sequence in [*self.running, *self.waiting]:
-            if sequence.cancelled:
-                self._leave(sequence)
-            elif sequence.given_up is not None:
-                self._fail(sequence, sequence.given_up)
-            elif sequence.deadline is not None and now >= sequence.deadline:
-                self._fail(sequence, DeadlineError("the answer took longer than its deadline"))
+    def check(self, request: Request) -> None:
+        """Refuse what can never be done.
 
-    def _take_in(self) -> None:
-        while self.waiting and len(self.running) < self.limits.running:
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.prepare(self.pictures, self.workers, self.wake)
+        Raises:
+            KVCacheError: its KV cache alone is larger than the budget.
+        """
+        needed = request.kv_tokens * self.kv_bytes
+        if needed > self.kv_budget:
+            prompt = len(request.prompt.token_ids)
+            raise KVCacheError(
+                f"the prompt has {prompt} tokens and its answer up to "
+                f"{request.kv_tokens - prompt}, which takes {needed:,} bytes of KV cache; "
+                f"{self.kv_budget:,} are allowed"
+            )
 
-    def _newcomer(self) -> bool:
-        """One bounded piece of work for those who do not decode yet."""
-        for sequence in self.running:
-            try:
-                sequence.collect(self.pictures)
-            except Exception as error:
-                self._fail(sequence, error)
-                return True
-        for sequence in self.running:
-            if sequence.stage == "prefill":
-                self._guarded(sequence, lambda s=sequence: self._prefill(s))  # type: ignore[misc]
-                return True
-        if len(self.pictures):
-            self._encode()
-            return True
-        return False
-
-    def _encode(self) -> None:
-        began = time.perf_counter()
-        try:
-            complete, for_whom = self.pictures.step(self.limits.tiles)
-        except Exception as error:
-            for sequence in [s for s in self.running if s.stage == "pictures"]:
-                self._fail(sequence, error)
+    def check_room(self, requests: int) -> None:
+        """Raises QueueFullError unless so many more may wait."""
+        if self.limits.queued is None:
             return
-        took = time.perf_counter() - began
-        for sequence in self.running:
-            if sequence.number in for_whom:
-                sequence.run.vision_seconds += took
-            sequence.resolve(complete)
+        room = self.limits.running + self.limits.queued
+        if len(self.waiting) + len(self.running) + requests > room:
+            raise QueueFullError(
+                f"{len(self.running)} answers are at work and {len(self.waiting)} wait, "
+                f"the limit is {room}"
+            )
 
-    def _prefill(self, sequence: Sequence) -> None:
-        before = sequence.read_tokens
-        finished = sequence.prefill(self.limits.prefill_tokens, self.prefixes)
-        self.prefill_tokens += sequence.read_tokens - before
-        if finished:
-            self._after(sequence)
+    def admit(self) -> list[Request]:
+        """Let requests begin, in order, while there are places and memory for them."""
+        admitted: list[Request] = []
+        places = self.limits.running - sum(not request.paused for request in self.running)
+        for request in [each for each in self.waiting if not each.paused]:
+            if len(admitted) >= places or not self._has_memory(request):
+                break
+            self.waiting.remove(request)
+            self.running.append(request)
+            admitted.append(request)
+        return admitted
 
-    def _decode(self) -> bool:
-        """One token for everybody whose prompt is read."""
-        active = [s for s in self.running if s.stage == "decode"]
-        if not active:
+    def _has_memory(self, request: Request) -> bool:
+        """Whether a request's KV cache fits; kept caches give way to it."""
+        left = self.kv_budget - self.reserved_bytes - request.kv_tokens * self.kv_bytes
+        if left < 0:
             return False
-        model = self.answering.model
-        began = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                tokens = torch.tensor([s.last_token for s in active], device=model.device)
-                logits = model.decode_one_token(tokens, CacheRows([s.cache_in_use for s in active]))
-        except Exception as error:
-            for sequence in active:
-                self._fail(sequence, error)
-            return True
-        took = time.perf_counter() - began
-        self.decode_steps += 1
-        for sequence, row in zip(active, logits, strict=True):
-            sequence.run.decode_seconds += took
-            sequence.run.decode_steps += 1
-            self._guarded(sequence, lambda s=sequence, r=row: s.take(r))  # type: ignore[misc]
-            self._after(sequence)
+        if self.prefixes.held_bytes > left:
+            self.prefixes.shrink(left)
         return True
 
-    def _after(self, sequence: Sequence) -> None:
-        """Note a token, and let a sequence that is complete leave."""
-        if sequence not in self.running:
+    def leave(self, request: Request) -> None:
+        """A request is finished, or given up."""
+        self.images.leave(request)
+        self.prefixes.drop(request.number)
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def schedule(self) -> StepPlan:
+        """The next step; an empty plan where nothing can be done."""
+        plan = StepPlan()
+        newcomers = [self._read, self._tiles]
+        if not self.limits.interleave:
+            newcomers.reverse()
+        for part in newcomers:
+            part(plan)
+            if plan:
+                break
+        if self.limits.interleave or not plan:
+            plan.decode = list(self._at("decode"))
+        return plan
+
+    def _at(self, stage: str) -> Iterator[Request]:
+        return (r for r in self.running if r.stage == stage and not r.paused)
+
+    def _tiles(self, plan: StepPlan) -> None:
+        plan.tiles = self.images.next_tiles(self.limits.tiles)
+
+    def _read(self, plan: StepPlan) -> None:
+        """A pass over prompts, choices, or prompts that become vectors: whoever is first."""
+        ready = list(self._at("prefill"))
+        if not ready:
             return
-        if sequence.stage == "done":
-            self.generated_tokens += len(sequence.growing.token_ids)
-            if sequence.cache is not None:
-                self.prefixes.finish(sequence.number, sequence.growing.token_ids)
-            self._leave(sequence)
-
-    def _guarded(self, sequence: Sequence, work: Callable[[], None]) -> None:
-        """Do the work of one sequence; what goes wrong is its own trouble."""
-        try:
-            work()
-        except Exception as error:
-            self._fail(sequence, error)
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        self._leave(sequence)
-        sequence.fail(error)
-
-    def _leave(self, sequence: Sequence) -> None:
-        self.pictures.leave(sequence.number)
-        self.prefixes.drop(sequence.number)
-        if sequence in self.running:
-            self.running.remove(sequence)
+        if ready[0].kind == "vectors":
+            length = len(ready[0].prompt.token_ids)
+            same = [r for r in ready if r.kind == "vectors" and len(r.prompt.token_ids) == length]
+            plan.embed = same[:_VECTORS]
+        elif ready[0].scoring is not None:
+            plan.score = ready[0]
         else:
-            self.waiting.remove(sequence)
-        sequence.let_go()
+            self._prefill(plan, [r for r in ready if r.kind == "answer" and r.scoring is None])
+
+    def _prefill(self, plan: StepPlan, ready: list[Request]) -> None:
+        """Parts of prompts for one pass. Whoever begins as another one of the pass does waits for
+        it: it will find that beginning in the prefix cache."""
+        limit = self.limits.prefill_tokens
+        together = _PASS if self.limits.interleave else 4 * _PASS
+        if limit is not None:
+            together = min(together, limit)
+        total = 0
+        for request in ready:
+            chunk = self._chunk(request, limit)
+            if self._soon_known(plan, chunk):
+                continue
+            if plan.prefill and total + chunk.tokens > together:
+                return
+            plan.prefill.append(chunk)
+            total += chunk.tokens
+
+    def _chunk(self, request: Request, limit: int | None) -> PrefillChunk:
+        prefix = None
+        if request.cache is None:
+            prefix = self.prefixes.match(request.keys)
+            start = 0 if prefix is None else prefix.length
+        else:
+            start = request.cache.length
+        left = len(request.keys) - start
+        return PrefillChunk(request, start, left if limit is None else min(left, limit), prefix)
+
+    @staticmethod
+    def _soon_known(plan: StepPlan, chunk: PrefillChunk) -> bool:
+        if chunk.request.cache is not None:
+            return False
+        keys = chunk.request.keys
+        for other in plan.prefill:
+            limit = min(len(other.request.keys), len(keys) - 1)
+            if common_prefix(other.request.keys, keys, limit) - chunk.start >= _WORTH:
+                return True
+        return False

@@ -1,4 +1,4 @@
-"""The key/value cache of one batch of sequences: written once per token, never copied."""
+"""KV caches: the keys and values of every layer, in buffers that are written in place."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class KVCache:
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.padding = padding if padding is not None and bool(padding.any()) else None
         self.capacity, self.length = capacity, 0
+        self._addresses: tuple[Tensor, list[int], list[int]] | None = None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, kv heads, T, K) at the end of one layer; views of all that it now holds."""
@@ -65,37 +66,31 @@ class KVCache:
         """Forget all but the first ``length`` tokens (a shared prefix is kept this way)."""
         self.length = min(self.length, length)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only the given rows, (R,) int64, in that order."""
-        self.keys = [keys.index_select(0, rows) for keys in self.keys]
-        self.values = [values.index_select(0, rows) for values in self.values]
-        if self.padding is not None:
-            self.padding = self.padding.index_select(0, rows)
-
-    def begin_with(self, beginning: KVCache, kept: Sequence[int]) -> None:
-        """Hold the first ``kept[row]`` tokens of the only sequence of ``beginning`` in each row of
-        this empty cache, as many more before them being padding as the row needs."""
-        self.length = max(kept)
-        for own, held in ((self.keys, beginning.keys), (self.values, beginning.values)):
-            for to, source in zip(own, held, strict=True):
-                for row, count in enumerate(kept):
-                    to[row, :, : self.length - count] = 0  # masked, but read by torch's attention
-                    to[row, :, self.length - count : self.length] = source[0, :, :count]
-
-    def forked(self, capacity: int) -> KVCache:
-        """All sequences in a new cache with room for ``capacity``, to go on without this one."""
-        fork = object.__new__(KVCache)
-        fork.keys = [_grown(keys, self.length, capacity) for keys in self.keys]
-        fork.values = [_grown(values, self.length, capacity) for values in self.values]
-        fork.padding, fork.capacity, fork.length = self.padding, capacity, self.length
-        return fork
+    @property
+    def addresses(self) -> tuple[list[int], list[int]]:
+        """Where the buffers of keys and of values begin, layer by layer; asked before every
+        token."""
+        first = self.keys[0]
+        if self._addresses is None or self._addresses[0] is not first:
+            keys, values = ([part.data_ptr() for part in held] for held in (self.keys, self.values))
+            self._addresses = first, keys, values
+        return self._addresses[1:]
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the keys and values held, without the room that is left."""
+        return self.token_bytes * self.length
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the buffers, with the room that is left."""
+        return self.token_bytes * self.capacity
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that a token takes in every sequence together."""
         batch, heads, _, width = self.keys[0].shape
-        size = self.keys[0].element_size()
-        return 2 * len(self.keys) * batch * heads * self.length * width * size
+        return 2 * len(self.keys) * batch * heads * width * self.keys[0].element_size()
 
     def copied(self, rows: int, capacity: int, length: int | None = None) -> KVCache:
         """The first ``length`` tokens (None: all) of the only sequence, ``rows`` times over, in a
@@ -107,31 +102,40 @@ class KVCache:
             _grown(held.expand(rows, -1, -1, -1), kept, capacity) for held in self.values
         ]
         copy.padding, copy.capacity, copy.length = None, capacity, kept
+        copy._addresses = None
         return copy
 
 
-class CacheRows:
-    """Caches of B sequences that are of different lengths, for one token of each.
+class RaggedKVCache:
+    """KV caches of R sequences that are of different lengths, for a pass over new tokens of each.
 
+    The new tokens stand side by side, (1, ΣT, D), those of one sequence after those of another.
     Sequences join and leave by being in the list or not: nothing is padded, moved or copied, and
     the attention of one does not know of the others.
 
     Args:
         caches: one per sequence, each made for a batch of 1 without padding.
+        counts: new tokens of each; None is one of each.
     """
 
-    def __init__(self, caches: Sequence[KVCache]) -> None:
-        self.caches = list(caches)
-        lengths = [cache.length for cache in self.caches]
-        self.length = max(lengths)
-        # Positions are counted from the longest, so a shorter one is padded in name alone.
-        self.padding = torch.tensor([self.length - length for length in lengths])
+    padding: None = None
 
-    def advance(self, tokens: int) -> None:
-        """Count ``tokens`` as written in every sequence."""
-        for cache in self.caches:
-            cache.advance(tokens)
-        self.length += tokens
+    def __init__(self, caches: Sequence[KVCache], counts: Sequence[int] | None = None) -> None:
+        self.caches = list(caches)
+        self.counts = [1] * len(self.caches) if counts is None else list(counts)
+
+    def advance(self) -> None:
+        """Count the new tokens as written in every sequence."""
+        for cache, count in zip(self.caches, self.counts, strict=True):
+            cache.advance(count)
+
+    def positions(self) -> Tensor:
+        """Of the new tokens, (ΣT,) int64."""
+        starts = [cache.length for cache in self.caches]
+        if all(count == 1 for count in self.counts):
+            return torch.tensor(starts)
+        pairs = zip(starts, self.counts, strict=True)
+        return torch.cat([torch.arange(start, start + count) for start, count in pairs])
 
 
 def _grown(buffer: Tensor, length: int, capacity: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from smolstack.config import RopeConfig, TextConfig
-from smolstack.model.cache import CacheRows, KVCache
+from smolstack.model.cache import KVCache, RaggedKVCache
 from smolstack.model.layers import (
     ACTIVATION,
     RMSNorm,
@@ -68,27 +68,39 @@ class TextAttention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
-        cache: KVCache | CacheRows | None,
+        mask: Tensor | list[Tensor | None] | None,
+        cache: KVCache | RaggedKVCache | None,
     ) -> Tensor:
         query = rotate(split_heads(self.query(x), self.num_heads), cos, sin)
         key = rotate(split_heads(self.key(x), self.num_kv_heads), cos, sin)
         value = split_heads(self.value(x), self.num_kv_heads)
-        if isinstance(cache, CacheRows):
-            mixed = [
-                self._attend(
-                    query[row : row + 1],
-                    *own.append(self.layer, key[row : row + 1], value[row : row + 1]),
-                    None,
-                )
-                for row, own in enumerate(cache.caches)
-            ]
-            of_each: Tensor = self.out(merge_heads(torch.cat(mixed)))
+        if isinstance(mask, list):
+            assert isinstance(cache, RaggedKVCache)
+            of_each: Tensor = self.out(merge_heads(self._ragged(query, key, value, mask, cache)))
             return of_each
         if cache is not None:
+            assert isinstance(cache, KVCache)
             key, value = cache.append(self.layer, key, value)
         out: Tensor = self.out(merge_heads(self._attend(query, key, value, mask)))
         return out
+
+    def _ragged(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        masks: list[Tensor | None],
+        cache: RaggedKVCache,
+    ) -> Tensor:
+        """Every sequence's new tokens, which stand side by side in (1, heads, ΣT, K), with what its
+        own cache holds."""
+        parts = zip(
+            *(torch.split(x, cache.counts, dim=2) for x in (query, key, value)), strict=True
+        )
+        mixed = []
+        for own, (q, k, v), mask in zip(cache.caches, parts, masks, strict=True):
+            mixed.append(self._attend(q, *own.append(self.layer, k, v), mask))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         batch, heads, new, width = query.shape
@@ -123,8 +135,8 @@ class TextLayer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
-        cache: KVCache | CacheRows | None,
+        mask: Tensor | list[Tensor | None] | None,
+        cache: KVCache | RaggedKVCache | None,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
         hidden = self.mlp_norm(x)
@@ -146,29 +158,43 @@ class Decoder(nn.Module):
         self,
         embeddings: Tensor,
         padding: Tensor | None = None,
-        cache: KVCache | CacheRows | None = None,
+        cache: KVCache | RaggedKVCache | None = None,
     ) -> Tensor:
         """States of the new tokens, normalised: (B, T, D) → (B, T, D).
 
         Args:
             embeddings: (B, T, D), text embeddings with visual tokens in their places.
             padding: (B,) left-padding tokens per row, when there is no cache (a cache knows them).
-            cache: appended to; the new tokens follow the cached ones. Rows of different lengths
-                (CacheRows) take one new token each.
+            cache: appended to; the new tokens follow the cached ones. With a RaggedKVCache the
+                embeddings are (1, ΣT, D): the new tokens of all its sequences.
         """
+        if isinstance(cache, RaggedKVCache):
+            return self._ragged(embeddings, cache)
         if cache is not None:
             padding = cache.padding
         past = 0 if cache is None else cache.length
         new = embeddings.shape[1]
         cos, sin = self.angles(past, new, padding, embeddings)
-        mask = None
-        if not isinstance(cache, CacheRows):
-            mask = attention_mask(past, new, padding, embeddings.device)
+        mask = attention_mask(past, new, padding, embeddings.device)
         x = embeddings
         for layer in self.layers:
             x = layer(x, cos, sin, mask, cache)
         if cache is not None:
             cache.advance(new)
+        out: Tensor = self.norm(x)
+        return out
+
+    def _ragged(self, embeddings: Tensor, cache: RaggedKVCache) -> Tensor:
+        positions = cache.positions().to(embeddings.device)
+        cos, sin = self.angles_at(positions[None], embeddings)
+        masks = [
+            attention_mask(own.length, count, None, embeddings.device)
+            for own, count in zip(cache.caches, cache.counts, strict=True)
+        ]
+        x = embeddings
+        for layer in self.layers:
+            x = layer(x, cos, sin, masks, cache)
+        cache.advance()
         out: Tensor = self.norm(x)
         return out
 
@@ -179,6 +205,10 @@ class Decoder(nn.Module):
         positions = torch.arange(past, past + new, device=like.device)[None]
         if padding is not None:
             positions = (positions - padding.to(like.device)[:, None]).clamp(min=0)
+        return self.angles_at(positions, like)
+
+    def angles_at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin at positions (B or 1, T): (B or 1, 1, T, K), in the dtype of ``like``."""
         frequencies = rope_frequencies(self.config.rope, self.config.head_dim).to(like.device)
         angles = positions[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)[:, None]

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from smolstack.model.cache import CacheRows, KVCache
+from smolstack.model.cache import KVCache, RaggedKVCache
 from smolstack.model.decoder import Decoder, TextLayer, rope_frequencies
 from smolstack.model.packing import Packed, device_of, outputs_of, packs
 from smolstack.native import library as native
@@ -86,7 +86,7 @@ class NativeDecoder:
         linears = [getattr(layer, name) for layer in self._layers for name in _LINEARS]
         return all(linear.kind != native.FLOAT32 for linear in (*linears, self._struct.head))
 
-    def __call__(self, embeddings: Tensor, cache: KVCache | CacheRows) -> Tensor:
+    def __call__(self, embeddings: Tensor, cache: KVCache | RaggedKVCache) -> Tensor:
         """Append one token per row to ``cache``; logits of the next: (B, D) → (B, V)."""
         rows = embeddings.shape[0]
         embeddings = embeddings.float().contiguous()
@@ -104,59 +104,72 @@ class NativeDecoder:
         )
         if failed:
             raise MemoryError(f"no memory for one more token of {rows} sequences")
-        cache.advance(1)
+        _advance(cache, 1)
         return logits
 
-    def prefill(self, embeddings: Tensor, cache: KVCache, *, every: bool = False) -> Tensor:
+    def prefill(
+        self, embeddings: Tensor, cache: KVCache | RaggedKVCache, *, every: bool = False
+    ) -> Tensor:
         """Append T tokens per row to ``cache``: (B, T, D) → (B, V), logits of the token after them,
-        or (B, T, V), those after each.
+        or (B, T, V), those after each. With a RaggedKVCache (1, ΣT, D) → (R, V) or (1, ΣT, V).
 
         Each row begins at its own first token, so that padding changes nothing; rows share the
         weights, as many at once as have few tokens together.
         """
         rows, new, _ = embeddings.shape
+        if isinstance(cache, RaggedKVCache):
+            counts = cache.counts
+            places, keys, values = _places(cache, len(counts))
+            states = torch.cat(
+                [
+                    self._prefill(some, part, (places, keys, values))
+                    for some, part in _split(counts, embeddings[0].float())
+                ]
+            )
+            _advance(cache, new)
+            if not every:
+                ends = torch.tensor(counts).cumsum(0) - 1
+                return self._head(states[ends])
+            return self._head(states)[None]
         places, keys, values = _places(cache, rows)
+        own = [
+            native.Place(max(p.past, p.first), p.capacity, p.first) for p in places
+        ]  # a row's padding is not read
+        counts = [new - max(0, p.first - p.past) for p in places]
+        tokens = torch.cat(
+            [embeddings[row, new - count :].float() for row, count in enumerate(counts)]
+        )
+        held = ((native.Place * rows)(*own), keys, values)
         states = torch.zeros(rows, new, self.hidden)
-        for some in _together([new - max(0, p.first - p.past) for p in places]):
-            self._prefill(some, embeddings, states, (places, keys, values))
+        for some, part in _split(counts, tokens):
+            done = torch.split(self._prefill(some, part, held), list(some.values()))
+            for (row, count), of_row in zip(some.items(), done, strict=True):
+                states[row, new - count :] = of_row
         cache.advance(new)
         if not every:
             states = states[:, -1].contiguous()
         return self._head(states.view(-1, self.hidden)).view(*states.shape[:-1], -1)
 
-    def _prefill(
-        self,
-        rows: dict[int, int],
-        embeddings: Tensor,
-        states: Tensor,
-        held: _Held,
-    ) -> None:
-        """The last tokens of some rows, as many as ``rows`` says of each, into ``states``."""
+    def _prefill(self, rows: dict[int, int], tokens: Tensor, held: _Held) -> Tensor:
+        """Some rows' new tokens, as many as ``rows`` says of each, one row's after another's:
+        (ΣT, D) → (ΣT, D), their last states."""
         (places, keys, values), layers = held, len(self._layers)
-        new = embeddings.shape[1]
-        tokens = torch.cat([embeddings[row, new - count :].float() for row, count in rows.items()])
-        own = [
-            native.Place(places[row].past + new - count, places[row].capacity, places[row].first)
-            for row, count in rows.items()
-        ]
+        states = tokens.clone(memory_format=torch.contiguous_format)  # written in place
         of_rows = [row * layers + layer for row in rows for layer in range(layers)]
         pointers = ctypes.c_void_p * len(of_rows)
         failed = self.kernels.prefill_rows(
             ctypes.addressof(self._struct),
             len(rows),
             (ctypes.c_int64 * len(rows))(*rows.values()),
-            (native.Place * len(rows))(*own),
+            (native.Place * len(rows))(*(places[row] for row in rows)),
             pointers(*(keys[at] for at in of_rows)),
             pointers(*(values[at] for at in of_rows)),
-            tokens.data_ptr(),
+            states.data_ptr(),
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no memory for a prompt of {new} tokens")
-        for (row, count), done in zip(
-            rows.items(), torch.split(tokens, list(rows.values())), strict=True
-        ):
-            states[row, new - count :] = done
+            raise MemoryError(f"no memory for a prompt of {len(states)} tokens")
+        return states
 
     def _head(self, states: Tensor) -> Tensor:
         """The decoder's last norm, then the head: (R, D) → (R, V)."""
@@ -206,9 +219,9 @@ def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> Nat
     return NativeDecoder(kernels, decoder, head, cache_dtype)
 
 
-def suits(embeddings: Tensor, cache: KVCache | CacheRows, dtype: torch.dtype) -> bool:
+def suits(embeddings: Tensor, cache: KVCache | RaggedKVCache, dtype: torch.dtype) -> bool:
     """Whether one step's rows and caches are what the kernels take."""
-    held = cache.caches if isinstance(cache, CacheRows) else [cache]
+    held = cache.caches if isinstance(cache, RaggedKVCache) else [cache]
     return (
         embeddings.shape[0] <= _MOST_ROWS
         and not embeddings.requires_grad
@@ -227,18 +240,34 @@ def _together(counts: Sequence[int]) -> Iterator[dict[int, int]]:
     yield some
 
 
+def _split(counts: Sequence[int], tokens: Tensor) -> Iterator[tuple[dict[int, int], Tensor]]:
+    """The rows of each pass with the tokens that are theirs."""
+    start = 0
+    for some in _together(counts):
+        end = start + sum(some.values())
+        yield some, tokens[start:end]
+        start = end
+
+
+def _advance(cache: KVCache | RaggedKVCache, tokens: int) -> None:
+    if isinstance(cache, RaggedKVCache):
+        cache.advance()
+    else:
+        cache.advance(tokens)
+
+
 def _linears(layer: Any) -> list[Any]:
     """A layer's linear parts in the order in which they are read."""
     attention = [getattr(layer.attention, name) for name in _ATTENTION]
     return [*attention, layer.gate, layer.up, layer.down]
 
 
-def _places(cache: KVCache | CacheRows, rows: int) -> _Held:
+def _places(cache: KVCache | RaggedKVCache, rows: int) -> _Held:
     """Where every row stands, and its buffers, layer by layer."""
-    if isinstance(cache, CacheRows):
+    if isinstance(cache, RaggedKVCache):
         places = [native.Place(one.length, one.capacity, 0) for one in cache.caches]
-        keys = [buffer.data_ptr() for one in cache.caches for buffer in one.keys]
-        values = [buffer.data_ptr() for one in cache.caches for buffer in one.values]
+        keys = [start for one in cache.caches for start in one.addresses[0]]
+        values = [start for one in cache.caches for start in one.addresses[1]]
     else:
         first = [0] * rows if cache.padding is None else cache.padding.tolist()
         places = [native.Place(cache.length, cache.capacity, padding) for padding in first]

@@ -13,7 +13,7 @@ from smolstack.batch import Batch
 from smolstack.config import ModelConfig
 from smolstack.errors import AlignmentError, ConfigError
 from smolstack.model import packer
-from smolstack.model.cache import CacheRows, KVCache
+from smolstack.model.cache import KVCache, RaggedKVCache
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.decoder import Decoder
 from smolstack.model.quantised import QuantisedLinear, lay_out
@@ -92,15 +92,21 @@ class VisionLanguageModel(nn.Module):
         return self.logits(states)
 
     def encode_tiles(
-        self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None
+        self,
+        tiles: Tensor,
+        filled: Sequence[tuple[int, int]] | None = None,
+        *,
+        distinct: bool = False,
     ) -> Tensor:
         """Visual tokens of tiles: (N, 3, P, P) → (N, S, D).
 
         A few tiles go through the tower at a time, and tiles that are equal to the last bit (the
-        white of a page) go through it once.
+        white of a page) go through it once. ``distinct`` says that no two are, which then is not
+        looked for.
         """
         grid = self.vision.grid_of(tiles)
-        firsts, copies = distinct_tiles(tiles, filled)
+        each = list(range(tiles.shape[0]))
+        firsts, copies = (each, each) if distinct else distinct_tiles(tiles, filled)
         encoded = []
         for start in range(0, len(firsts), TILES_AT_ONCE):
             some = firsts[start : start + TILES_AT_ONCE]
@@ -172,6 +178,17 @@ class VisionLanguageModel(nn.Module):
             return scores
         return functional.linear(states, self.decoder.embedding.weight)
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token, in all layers."""
+        text = self.config.text
+        width = 2 * text.num_layers * text.num_kv_heads * text.head_dim
+        return width * self.cache_dtype.itemsize
+
+    def new_sequence_cache(self, capacity: int) -> KVCache:
+        """An empty cache for one sequence, with room for ``capacity`` tokens."""
+        return KVCache(self.config.text, 1, capacity, dtype=self.cache_dtype, device=self.device)
+
     def new_cache(self, batch: Batch, capacity: int) -> KVCache:
         """An empty cache for ``batch``, with room for ``capacity`` tokens per sequence."""
         return KVCache(
@@ -190,28 +207,38 @@ class VisionLanguageModel(nn.Module):
         """
         return self.read(self.merge(batch)[:, cache.length :], cache)
 
-    def read(self, embeddings: Tensor, cache: KVCache, *, every: bool = False) -> Tensor:
-        """Append tokens, (B, T, D), to ``cache``.
+    def read(
+        self, embeddings: Tensor, cache: KVCache | RaggedKVCache, *, every: bool = False
+    ) -> Tensor:
+        """Append tokens, (B, T, D), to ``cache``; (1, ΣT, D) to a ragged one.
 
         Returns:
-            Logits of the token after them, (B, V); with ``every``, after each of them, (B, T, V).
+            Logits of the token after them, (B, V), of a ragged cache (R, V), a row for each of its
+            sequences; with ``every``, after each of them, (B, T, V) or (1, ΣT, V).
         """
         kernels = self._kernels(embeddings, cache)
         if kernels is not None and kernels.reads_prompts:
             return kernels.prefill(embeddings, cache, every=every)
         states = self.decoder(embeddings, cache=cache)
-        return self.logits(states if every else states[:, -1])
+        if every:
+            return self.logits(states)
+        if isinstance(cache, RaggedKVCache):
+            ends = torch.tensor(cache.counts, device=states.device).cumsum(0) - 1
+            return self.logits(states[0, ends])
+        return self.logits(states[:, -1])
 
-    def decode_one_token(self, token_ids: Tensor, cache: KVCache | CacheRows) -> Tensor:
+    def decode_one_token(self, token_ids: Tensor, cache: KVCache | RaggedKVCache) -> Tensor:
         """Append one token per sequence, (B,), to ``cache``; logits of the next one: (B, V)."""
         embeddings: Tensor = self.decoder.embedding(token_ids)
         kernels = self._kernels(embeddings, cache)
         if kernels is not None:
             return kernels(embeddings, cache)
+        if isinstance(cache, RaggedKVCache):
+            return self.logits(self.decoder(embeddings[None], cache=cache)[0])
         states = self.decoder(embeddings[:, None], cache=cache)
         return self.logits(states[:, -1])
 
-    def _kernels(self, embeddings: Tensor, cache: KVCache | CacheRows) -> NativeDecoder | None:
+    def _kernels(self, embeddings: Tensor, cache: KVCache | RaggedKVCache) -> NativeDecoder | None:
         """The compiled decoder, where tokens can be left to it."""
         if self.config.embedding_dim is not None or torch.compiler.is_compiling():
             return None

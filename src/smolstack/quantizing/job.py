@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from smolstack.checkpoint.load import load_checkpoint
 from smolstack.checkpoint.source import open_source
 from smolstack.config.quantization import INT4, INT8, INT8_FINE, Format
 from smolstack.errors import CheckpointError, ConfigError
-from smolstack.generation.answering import Answering
+from smolstack.generation.core import EngineCore
+from smolstack.generation.inline import INLINE, InlineEngine
 from smolstack.quantization.budget import average_bits, choose_formats
 from smolstack.quantization.quantise import formats_of, quantise
 from smolstack.quantization.sensitivity import output_fisher, rounding_costs
@@ -23,6 +25,7 @@ from smolstack.quantizing.measuring import Measured, Reference
 from smolstack.quantizing.results import Quantized, results_of
 from smolstack.quantizing.samples import Sample, Samples, divide, read_samples
 from smolstack.quantizing.state import State
+from smolstack.retrieval import encode
 from smolstack.vlm import VLM
 
 TOKENS = 8192
@@ -93,29 +96,29 @@ def quantize(
         "tokens": tokens,
         "question": question,
     }
-    state = State(out, job, restart=restart)
-    answering = Answering(network, vlm.processor)
-    samples = _samples(vlm, answering, data, tokens, question, state, tell)
-    embeddings = _embeddings(vlm, answering, samples, state, tell)
-    tell("measuring the float model", 0, 1)
-    reference = Reference.of(vlm, answering, samples.held_out)
-    formats = _formats(vlm, bits, shapes, embeddings, state, tell)
-    answering.forget()
-    quantise(
-        network,
-        formats,
-        tiles=_tiles(vlm, samples),
-        embeddings=embeddings,
-        fitted=True,
-        keeper=state,
-        progress=lambda what, done, count: tell(f"quantising {what}", done, count),
-    )
-    tell("measuring the quantised model", 0, 1)
-    after = reference.compare(vlm, Answering(network, vlm.processor), samples.held_out)
-    vlm.save(out, overwrite=overwrite)
-    state.remove()
-    measured = Measured(reference.perplexity, after, len(samples.held_out))
-    return results_of(out, formats, shapes, state.errors, samples.tokens, measured)
+    with contextlib.closing(State(out, job, restart=restart)) as state:
+        engine = InlineEngine(EngineCore(network, vlm.processor, INLINE))
+        samples = _samples(vlm, engine, data, tokens, question, state, tell)
+        embeddings = _embeddings(vlm, engine, samples, state, tell)
+        tell("measuring the float model", 0, 1)
+        reference = Reference.of(vlm, engine, samples.held_out)
+        formats = _formats(vlm, bits, shapes, embeddings, state, tell)
+        engine.core.forget()
+        quantise(
+            network,
+            formats,
+            tiles=_tiles(vlm, samples),
+            embeddings=embeddings,
+            fitted=True,
+            keeper=state,
+            progress=lambda what, done, count: tell(f"quantising {what}", done, count),
+        )
+        tell("measuring the quantised model", 0, 1)
+        after = reference.compare(vlm, engine, samples.held_out)
+        vlm.save(out, overwrite=overwrite)
+        state.remove()
+        measured = Measured(reference.perplexity, after, len(samples.held_out))
+        return results_of(out, formats, shapes, state.errors, samples.tokens, measured)
 
 
 def _check(out: Path, bits: float, tokens: int, *, overwrite: bool) -> None:
@@ -179,7 +182,7 @@ def _check_budget(network: Any, bits: float, shapes: Mapping[str, tuple[int, int
 
 def _samples(  # noqa: PLR0917
     vlm: VLM,
-    answering: Answering,
+    engine: InlineEngine,
     data: Path | None,
     tokens: int,
     question: str,
@@ -196,9 +199,7 @@ def _samples(  # noqa: PLR0917
     asks = all(sample.asks for sample in shown)
     if asks:
         shown = _first(shown, tokens // 2)
-    shown = own.answered(
-        vlm, answering, shown, state, lambda *n: tell("answering about images", *n)
-    )
+    shown = own.answered(vlm, engine, shown, state, lambda *n: tell("answering about images", *n))
     if not asks:
         return divide(shown, source)
     written = own.own_text(vlm, tokens // 2, state, lambda *n: tell("writing texts", *n))
@@ -220,7 +221,7 @@ def _first(samples: Sequence[Sample], tokens: int) -> list[Sample]:
 
 @torch.no_grad()
 def _embeddings(
-    vlm: VLM, answering: Answering, samples: Samples, state: State, tell: Tell
+    vlm: VLM, engine: InlineEngine, samples: Samples, state: State, tell: Tell
 ) -> list[Tensor]:
     """What the decoder reads of each sample that is calibrated on."""
     digests = [sample.digest() for sample in samples.fitted + samples.held_out]
@@ -234,7 +235,7 @@ def _embeddings(
     for number, sample in enumerate(samples.fitted):
         known = state.tensors(f"sample.{number}")
         if known is None:
-            prompts = answering.encode([sample.prompt]).finish()
+            prompts = [encode(engine, [sample.prompt])[0].encoded_prompt]
             known = {"states": vlm.model.merge(vlm.processor.batch(prompts)).float()}
             state.put_tensors(f"sample.{number}", known)
         made.append(known["states"].to(vlm.device))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from smolstack.bench.quality.divergence import Divergence
-from smolstack.generation.answering import Answering
+from smolstack.generation.inline import InlineEngine
 from smolstack.quantizing.samples import Sample
+from smolstack.retrieval import encode
 from smolstack.vlm import VLM
 
 _MOST = 2048  # positions that are compared: their logits are held
@@ -40,13 +41,13 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, vlm: VLM, answering: Answering, samples: Sequence[Sample]) -> Reference:
+    def of(cls, vlm: VLM, engine: InlineEngine, samples: Sequence[Sample]) -> Reference:
         """Ask a model."""
         if vlm.model.config.embedding_dim is not None:
             return cls([], None)
         found, own, held = [], Divergence(), 0
         for sample in samples:
-            logits, targets = _logits(vlm, answering, sample)
+            logits, targets = _logits(vlm, engine, sample)
             logits, targets = logits[: _MOST - held], targets[: _MOST - held]
             held += len(targets)
             found.append(logits)
@@ -55,21 +56,21 @@ class Reference:
 
     @torch.no_grad()
     def compare(
-        self, vlm: VLM, answering: Answering, samples: Sequence[Sample]
+        self, vlm: VLM, engine: InlineEngine, samples: Sequence[Sample]
     ) -> Divergence | None:
         """Another model on the same samples."""
         if self.perplexity is None:
             return None
         total = Divergence()
         for sample, expected in zip(samples, self._logits, strict=True):
-            logits, targets = _logits(vlm, answering, sample)
+            logits, targets = _logits(vlm, engine, sample)
             total.add(expected, logits[: len(expected)], targets[: len(expected)])
         return total
 
 
-def _logits(vlm: VLM, answering: Answering, sample: Sample) -> tuple[Tensor, Tensor]:
+def _logits(vlm: VLM, engine: InlineEngine, sample: Sample) -> tuple[Tensor, Tensor]:
     """(T, V) logits before each token of text, and (T,) those tokens."""
-    prompts = answering.encode([sample.prompt]).finish()
+    prompts = [encode(engine, [sample.prompt])[0].encoded_prompt]
     model = vlm.model
     states = model.decoder(model.merge(vlm.processor.batch(prompts)))[0, :-1]
     targets = torch.tensor(sample.prompt.token_ids)[1:]

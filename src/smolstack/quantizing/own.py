@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from smolstack.generation.answer import Answer
-from smolstack.generation.answering import Answering, AnswerStream
+from smolstack.generation.inline import InlineEngine
 from smolstack.generation.options import read_options
 from smolstack.processor.inputs import as_messages
 from smolstack.processor.processor import Prompt
@@ -116,7 +116,7 @@ def writes(vlm: VLM) -> bool:
 
 def answered(
     vlm: VLM,
-    answering: Answering,
+    engine: InlineEngine,
     samples: Sequence[Sample],
     kept: Kept,
     told: Callable[[int, int], None],
@@ -133,10 +133,10 @@ def answered(
             known = list(prompt.token_ids)
             if room > 0:
                 options = read_options({"max_new_tokens": min(_ANSWER, room)}, vlm.eos_token_ids)
-                stream = AnswerStream(answering, [prompt], options)
-                for _ in stream:
-                    pass
-                known = list(_with_answer(vlm, prompt, stream.answer))
+                requests = engine.core.requests([prompt], options)
+                engine.core.prepare(requests)
+                (answer,) = engine.answers(requests)
+                known = list(_with_answer(vlm, prompt, answer))
             kept.put_json(name, known)
         found[place] = samples[place].with_tokens(known)
         told(number + 1, len(asking))

@@ -45,6 +45,7 @@ class State:
             shutil.rmtree(self.folder, ignore_errors=True)
         found = self._json(_JOB)
         if found is not None and found != dict(job):
+            self.close()
             other = [key for key in job if found.get(key) != job[key]]
             raise ConfigError(
                 f"{self.folder} holds an unfinished job that differs in {', '.join(other)} "
@@ -53,6 +54,10 @@ class State:
             )
         self._job = dict(job)
         self.errors: dict[str, float] = {}
+
+    def close(self) -> None:
+        """Let another process work on the job."""
+        self._writer.close()
 
     def get(self, block: str) -> Mapping[str, Tensor] | None:
         """A block's tensors, as :class:`smolstack.quantization.quantise.Keeper` says."""

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from smolstack.generation.answer import Answer
 from smolstack.generation.engine import Engine
 from smolstack.generation.options import ReadOptions
-from smolstack.generation.sequence import Sequence, Update
+from smolstack.generation.request import Request, Update
 from smolstack.processor.processor import Prompt
 from smolstack.serve.metrics import Metrics
 
@@ -34,15 +34,17 @@ class Asking:
         self._engine, self._metrics = engine, metrics
         self._loop = asyncio.get_running_loop()
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-        self._sequences: list[Sequence] = []
+        self._requests: list[Request] = []
         self._began, self._open = time.perf_counter(), 0
         self._spoke = False
         self.answers: list[Answer | None] = []
 
     def make(self, prompt: Prompt, options: list[ReadOptions], deadline: float) -> None:
         """Make the answers, without any work on them; ``deadline`` is on time.monotonic's clock."""
-        listeners = [self._listener(index) for index in range(len(options))]
-        self._sequences = self._engine.make(prompt, options, listeners, deadline=deadline)
+        prompts = [prompt] * len(options)
+        self._requests = self._engine.core.requests(prompts, options, deadline=deadline)
+        for index, request in enumerate(self._requests):
+            request.listener = self._listener(index)
 
     def begin(self) -> None:
         """Let the answers wait for their turn.
@@ -50,8 +52,8 @@ class Asking:
         Raises:
             QueueFullError: too many wait already.
         """
-        self._engine.enter(self._sequences)
-        self._open = len(self._sequences)
+        self._engine.enter(self._requests)
+        self._open = len(self._requests)
         self.answers = [None] * self._open
 
     def _listener(self, index: int) -> Callable[[Update], None]:
@@ -79,8 +81,8 @@ class Asking:
         """Stop what is still at work."""
         if self._open:
             self._metrics.abandoned.inc(self._open)
-        for sequence in self._sequences:
-            self._engine.cancel(sequence)
+        for request in self._requests:
+            self._engine.cancel(request)
         self._metrics.duration.observe(time.perf_counter() - self._began)
 
 

@@ -18,7 +18,6 @@ from fastapi.responses import JSONResponse
 
 from smolstack import __version__
 from smolstack.errors import DeadlineError
-from smolstack.generation.answering import Answering
 from smolstack.generation.engine import Engine
 from smolstack.processor.memory import MEMORY
 from smolstack.serve import invalid, reading, tokens
@@ -61,10 +60,9 @@ class Server:
     def __init__(self, vlm: VLM, settings: ServerSettings) -> None:
         self.vlm, self.settings = vlm, settings
         MEMORY.limit = settings.decode_bytes
-        answering = Answering(vlm.model, vlm.processor)
-        answering.pictures = vlm.picture_cache
-        answering.pictures.max_bytes = settings.picture_cache_bytes
-        self.engine = Engine(answering, settings.scheduler)
+        images = vlm.picture_cache
+        images.max_bytes = settings.picture_cache_bytes
+        self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, images=images)
         self.metrics = Metrics(self.engine)
         self.readers = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="reading")
         # FastAPI's own pages about the description load their scripts from elsewhere.
@@ -198,7 +196,7 @@ class Server:
 
     def _retry_after(self) -> int:
         """Seconds until somebody who waits now would have left, by a mean answer's work."""
-        ahead = self.engine.queued + len(self.engine.scheduler.running)
+        ahead = self.engine.queued + self.engine.running
         seconds = ahead * self.metrics.mean_seconds / self.settings.scheduler.running
         return max(1, min(60, math.ceil(seconds)))
 

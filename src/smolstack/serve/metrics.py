@@ -70,26 +70,28 @@ class Metrics:
 
 
 class _Work(Collector):
-    """The scheduler's own numbers, read when they are asked for."""
+    """The engine's own numbers, read when they are asked for."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        engine, scheduler = self.engine, self.engine.scheduler
+        engine, core = self.engine, self.engine.core
         gauges = {
             "queued": ("Answers that wait.", engine.queued),
-            "running": ("Answers at work.", len(scheduler.running)),
-            "picture_cache_bytes": ("Visual tokens kept.", scheduler.pictures.cache.held_bytes),
-            "prefix_cache_bytes": ("KV caches kept.", scheduler.prefixes.held_bytes),
+            "running": ("Answers at work.", engine.running),
+            "picture_cache_bytes": ("Visual tokens kept.", core.images.cache.held_bytes),
+            "prefix_cache_bytes": ("KV caches kept.", core.prefixes.held_bytes),
+            "kv_cache_bytes": ("KV caches of answers at work.", core.scheduler.reserved_bytes),
+            "kv_cache_budget_bytes": ("KV caches at most.", core.scheduler.kv_budget),
         }
         counters = {
-            "decode_steps": ("Decoding steps.", scheduler.decode_steps),
-            "generated_tokens": ("Tokens generated.", scheduler.generated_tokens),
-            "prefill_tokens": ("Prompt tokens read.", scheduler.prefill_tokens),
-            "reused_tokens": ("Prompt tokens not read again.", scheduler.prefixes.reused_tokens),
-            "tiles": ("Tiles encoded.", scheduler.pictures.tiles_done),
-            "pictures": ("Pictures encoded.", scheduler.pictures.pictures_done),
+            "decode_steps": ("Decoding steps.", core.decode_steps),
+            "generated_tokens": ("Tokens generated.", core.generated_tokens),
+            "prefill_tokens": ("Prompt tokens read.", core.prefill_tokens),
+            "reused_tokens": ("Prompt tokens not read again.", core.prefixes.reused_tokens),
+            "tiles": ("Tiles encoded.", core.images.tiles_done),
+            "pictures": ("Pictures encoded.", core.images.images_done),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"smolstack_{name}", text, value)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from smolstack.errors import GenerationError
-from smolstack.generation.pictures import DEFAULT_PICTURE_BYTES
+from smolstack.generation.image_cache import DEFAULT_IMAGE_BYTES
 from smolstack.generation.scheduler import SchedulerLimits
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#]+")
@@ -57,7 +57,7 @@ class ServerSettings:
     allow_remote_images: bool = False
     remote_bytes: int = 16 * 2**20
     remote_seconds: float = 10.0
-    picture_cache_bytes: int = DEFAULT_PICTURE_BYTES
+    picture_cache_bytes: int = DEFAULT_IMAGE_BYTES
     scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
 
     def __post_init__(self) -> None:

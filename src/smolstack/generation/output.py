@@ -1,29 +1,27 @@
-"""The loop: prefill a batch, then one token at a time for every sequence that is not done."""
+"""The output of one request: tokens are chosen, checked against its grammar and stops, and become
+text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from time import perf_counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from smolstack.batch import Batch
 from smolstack.errors import ContextLengthError
-from smolstack.generation.answer import TokenLogprob
+from smolstack.generation.answer import Answer, Timings, TokenLogprob, Usage
+from smolstack.generation.choices import probabilities
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.sampling import Sampler
 from smolstack.generation.stopping import FinishReason, Stopping
 from smolstack.generation.stream import TextStream
-from smolstack.generation.structured import Constraint
-from smolstack.model.cache import KVCache
-from smolstack.model.vlm import VisionLanguageModel
+from smolstack.generation.structured import Choices, Constraint, Schema
+from smolstack.processor.processor import Prompt
 
 
 @dataclass
-class Growing:
-    """One answer as it grows.
+class Output:
+    """One answer as it grows, a token at a time.
 
     Attributes:
         constraint: the form that it must keep to, or None.
@@ -108,32 +106,13 @@ class Growing:
         return piece
 
 
-@dataclass(frozen=True)
-class Event:
-    """One step of one sequence: the characters that became certain, maybe none."""
-
-    row: int
-    piece: str
-    finish_reason: FinishReason | None
-
-
-@dataclass
-class Run:
-    """The sequences of a batch and what their generation took, in seconds."""
-
-    sequences: list[Growing]
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_steps: int = 0
-
-
-def begin(
+def new_output(
     token_ids: Sequence[int],
     options: ReadOptions,
     decode: Callable[[Sequence[int]], str],
     max_positions: int,
     constraint: Constraint | None = None,
-) -> Growing:
+) -> Output:
     """An answer that has not begun; checks that it has room, before any work is done.
 
     Args:
@@ -151,7 +130,7 @@ def begin(
             f"the prompt has {len(token_ids)} tokens and the model's context holds "
             f"{max_positions}, which leaves no room for an answer"
         )
-    return Growing(
+    return Output(
         prompt_tokens=len(token_ids),
         limit=min(options.stopping.max_new_tokens, room),
         sampler=Sampler(options.sampling, torch.tensor(list(token_ids), dtype=torch.long)),
@@ -162,51 +141,40 @@ def begin(
     )
 
 
-def generate(model: VisionLanguageModel, batch: Batch, run: Run, cache: KVCache) -> Iterator[Event]:
-    """Answer every sequence of a batch; yields an event per sequence and step.
-
-    Each sequence has its own random state and limits, and finished ones leave the batch, so an
-    answer does not depend on its neighbours.
-
-    Args:
-        cache: empty, or holding the beginning of every sequence; :func:`capacity` tokens.
-    """
-    logits = timed(run, "prefill_seconds", lambda: model.prefill(batch, cache))
-    active = list(range(len(batch)))
-    while True:
-        tokens = []
-        for place, row in enumerate(active):
-            sequence = run.sequences[row]
-            token, piece = sequence.take(logits[place])
-            tokens.append(token)
-            yield Event(row, piece, sequence.finish_reason)
-        going = [p for p, row in enumerate(active) if run.sequences[row].finish_reason is None]
-        if not going:
-            return
-        if len(going) < len(active):
-            cache.select(torch.tensor(going, device=model.device))
-            active, tokens = [active[p] for p in going], [tokens[p] for p in going]
-        new = torch.tensor(tokens, device=model.device)
-        logits = timed(run, "decode_seconds", partial(model.decode_one_token, new, cache))
-        run.decode_steps += 1
-
-
-def capacity(batch: Batch, run: Run) -> int:
-    """Tokens per sequence that a cache for these answers must hold."""
-    return batch.token_ids.shape[1] + max(sequence.limit for sequence in run.sequences)
-
-
-def timed(run: Run, total: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Do ``work`` without autograd and add its seconds to a total of the run.
-
-    Inference mode ends before anything is yielded: a generator that held it would leave it on in
-    the caller's code.
-    """
-    began = perf_counter()
-    with torch.inference_mode():
-        result = work()
-    setattr(run, total, getattr(run, total) + perf_counter() - began)
-    return result
+def make_answer(
+    prompt: Prompt,
+    output: Output,
+    timings: Timings,
+    options: ReadOptions,
+    scores: Sequence[float] | None = None,
+) -> Answer:
+    """The answer that a finished output holds; ``scores`` are those of its choices."""
+    assert output.finish_reason is not None
+    structure, text = options.structure, output.text
+    parsed = None
+    if isinstance(structure, Schema) and output.finish_reason == "stop":
+        parsed = structure.parse(text)
+    answer = Answer(
+        text=text,
+        finish_reason=output.finish_reason,
+        token_ids=tuple(output.token_ids),
+        usage=Usage(
+            prompt_tokens=output.prompt_tokens,
+            visual_tokens=sum(plan.visual_tokens for plan in prompt.plans),
+            completion_tokens=len(output.token_ids),
+            tiles=sum(plan.tiles for plan in prompt.plans),
+        ),
+        timings=timings,
+        logprobs=None if options.logprobs is None else tuple(output.logprobs),
+        parsed=parsed,
+    )
+    if scores is None or not isinstance(structure, Choices):
+        return answer
+    return replace(
+        answer,
+        probabilities=dict(zip(structure.texts, probabilities(scores), strict=True)),
+        choice_logprobs=dict(zip(structure.texts, scores, strict=True)),
+    )
 
 
 def _logprob(logits: torch.Tensor, token: int, top: int) -> TokenLogprob:

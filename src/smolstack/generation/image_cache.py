@@ -1,6 +1,6 @@
-"""Pictures encoded once: their visual tokens by content, in memory and, if asked for, on disk.
+"""Images encoded once: their visual tokens by content, in memory and, if asked for, on disk.
 
-Entries are exact results of the same computation; what changes the result (the picture's bytes, its
+Entries are exact results of the same computation; what changes the result (the image's bytes, its
 plan, the preprocessing, the weights, what multiplies them) is part of the key.
 """
 
@@ -11,46 +11,52 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from smolstack.batch import VisualTokens
-from smolstack.model.digest import version_of, weights_digest
+from smolstack.model.digest import WeightsVersion, weights_digest
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.content import content_digest
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tiles import ImageSource
 
-DEFAULT_PICTURE_BYTES = 128 * 2**20
+DEFAULT_IMAGE_BYTES = 128 * 2**20
 DEFAULT_FOLDER_BYTES = 4 * 2**30
 _FORMAT = b"smolstack visual tokens 2"  # counts up when a file's tokens would be others
 
 
-class PictureCache:
-    """Visual tokens of the pictures seen last, by content, up to ``max_bytes``.
+class ImageCache:
+    """Visual tokens of the images of one model that were seen last, by content. Safe in any thread.
+
+    Args:
+        model: what encodes them.
+        max_bytes: of memory.
 
     Attributes:
         max_bytes: of memory; 0 keeps nothing there.
         folder: where entries are kept on disk too, for later processes; None: nowhere. Set it
-            before the first picture. Files are written beside their place and renamed, so several
+            before the first image. Files are written beside their place and renamed, so several
             processes may share a folder.
         max_folder_bytes: of disk; the files unused for longest go first.
     """
 
-    def __init__(self, max_bytes: int = DEFAULT_PICTURE_BYTES) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, model: VisionLanguageModel, max_bytes: int = DEFAULT_IMAGE_BYTES) -> None:
+        self.model, self.max_bytes = model, max_bytes
         self.folder: Path | None = None
         self.max_folder_bytes = DEFAULT_FOLDER_BYTES
         self._entries: OrderedDict[bytes, VisualTokens] = OrderedDict()
-        self._weights: tuple[bytes, bytes] | None = None  # identity of weights, their digest
+        self._held = 0
+        self._lock = threading.RLock()
+        self._name = os.urandom(16)  # another model's weights have the same numbers
+        self._weights = WeightsVersion(model.vision, model.connector)
+        self._digest: tuple[int, bytes] = (0, b"")  # of weights of a number
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -61,36 +67,34 @@ class PictureCache:
     @property
     def held_bytes(self) -> int:
         """Bytes of the visual tokens held in memory."""
-        return sum(_size(entry) for entry in self._entries.values())
+        return self._held
 
-    def key(
-        self,
-        picture: ImageSource,
-        plan: TilePlan,
-        settings: ImageSettings,
-        model: VisionLanguageModel,
-    ) -> bytes:
-        """A digest of everything that a picture's visual tokens depend on."""
+    def key(self, image: ImageSource, plan: TilePlan, settings: ImageSettings) -> bytes:
+        """A digest of everything that an image's visual tokens depend on."""
         digest = hashlib.sha256(_FORMAT)
-        digest.update(content_digest(picture))
+        digest.update(content_digest(image))
         digest.update(repr((plan, settings)).encode())
-        # Other tensors, or the same ones written to since (training), are other weights.
-        weights = repr([(id(w), version_of(w), w.dtype) for w in _weights(model)]).encode()
-        if self.folder is not None:
-            weights = self._digest(weights, model)
-        digest.update(weights)
+        with self._lock:
+            # Weights that were replaced or written to (training) have another number.
+            number = self._weights.current()
+            if self.folder is None:
+                digest.update(self._name + str(number).encode())
+            else:
+                digest.update(self._values(number))
         return digest.digest()
 
     def get(self, key: bytes) -> VisualTokens | None:
         """The entry of a key, which becomes the last to be dropped."""
-        if key not in self._entries and self.folder is not None:
-            found = _read(self._path(key))
-            if found is not None:
-                self._remember(key, found)
-            return found
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+        if self.folder is None:
+            return None
+        found = _read(self._path(key))
+        if found is not None:
+            self._remember(key, found.keyed(key))
+        return found
 
     def put(self, key: bytes, visual: VisualTokens) -> None:
         """Keep an entry, dropping those unused for longest; one that is too large is not kept.
@@ -105,31 +109,32 @@ class PictureCache:
 
     def clear(self) -> None:
         """Forget everything that is in memory; a folder keeps what it holds."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()
+            self._held = 0
 
     def _remember(self, key: bytes, visual: VisualTokens) -> None:
         if _size(visual) > self.max_bytes:
             return
-        self._entries[key] = visual
-        self._entries.move_to_end(key)
-        while self.held_bytes > self.max_bytes:
-            self._entries.popitem(last=False)
+        with self._lock:
+            replaced = self._entries.pop(key, None)
+            self._held += _size(visual) - (0 if replaced is None else _size(replaced))
+            self._entries[key] = visual
+            while self._held > self.max_bytes:
+                _, dropped = self._entries.popitem(last=False)
+                self._held -= _size(dropped)
 
     def _path(self, key: bytes) -> Path:
         assert self.folder is not None
         return self.folder / f"{key.hex()}.safetensors"
 
-    def _digest(self, identity: bytes, model: VisionLanguageModel) -> bytes:
-        """The weights' values and what multiplies them, computed once per state of the weights."""
-        if self._weights is None or self._weights[0] != identity:
+    def _values(self, number: int) -> bytes:
+        """The weights' values and what multiplies them, computed once per number."""
+        if self._digest[0] != number:
+            model = self.model
             how = f"{model.precision} {model.device.type} {torch.__version__}".encode()
-            self._weights = identity, weights_digest(_weights(model)) + how
-        return self._weights[1]
-
-
-def _weights(model: VisionLanguageModel) -> Iterator[Tensor]:
-    for part in (model.vision, model.connector):
-        yield from chain(part.parameters(), part.buffers())
+            self._digest = number, weights_digest(self._weights.tensors()) + how
+        return self._digest[1]
 
 
 def _size(visual: VisualTokens) -> int:

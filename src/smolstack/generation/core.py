@@ -1,0 +1,322 @@
+"""The engine's core: schedule, execute, update.
+
+One step asks the scheduler what to do, lets the runner do it, and gives the outputs to the
+requests: tokens are sampled, grammars and stops checked, text detokenized, what is complete
+finished. An answer does not depend on who shares the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import TypeVar
+
+from torch import Tensor
+
+from smolstack.errors import DeadlineError, GenerationError
+from smolstack.generation.answer import TokenLogprob
+from smolstack.generation.choices import Scoring, pick
+from smolstack.generation.image_cache import ImageCache
+from smolstack.generation.image_queue import ImageQueue
+from smolstack.generation.image_stage import ImageStage
+from smolstack.generation.kv_budget import default_kv_bytes
+from smolstack.generation.options import ReadOptions
+from smolstack.generation.output import make_answer
+from smolstack.generation.prefix_cache import PrefixCache
+from smolstack.generation.request import Request, Update
+from smolstack.generation.request_maker import RequestMaker
+from smolstack.generation.runner import ModelRunner, Outcome, StepOutputs
+from smolstack.generation.scheduler import Scheduler, SchedulerLimits, StepPlan
+from smolstack.model.digest import WeightsVersion
+from smolstack.model.vlm import VisionLanguageModel
+from smolstack.processor.processor import Processor, Prompt
+
+T = TypeVar("T")
+_CHOICE_TOKENS = 512  # read in one pass
+
+
+class EngineCore:
+    """Works on many requests at once. Not thread-safe: requests may be made and prepared in any
+    thread, the rest is for one thread at a time (see engine.py and inline.py).
+
+    Args:
+        images: the image cache; a new one unless given.
+        limits: how much is done at a time.
+        workers: threads that open and cut images; None does it inside :meth:`step`.
+        clock: seconds, for deadlines.
+        wake: called, from any thread, when a worker has finished something.
+
+    Attributes:
+        scheduler: who waits and who is at work.
+        images: the image queue, with the image cache.
+        prefixes: the prefix cache.
+        decode_steps, generated_tokens, prefill_tokens: counted so far.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        processor: Processor,
+        limits: SchedulerLimits | None = None,
+        *,
+        images: ImageCache | None = None,
+        workers: Executor | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        limits = limits or SchedulerLimits()
+        self.model, self.processor = model, processor
+        self.clock = clock
+        self.images = ImageQueue(processor, ImageCache(model) if images is None else images)
+        self.stage = ImageStage(self.images, workers, wake)
+        self.prefixes = PrefixCache(limits.prefix_bytes)
+        self.runner = ModelRunner(model, processor, self.prefixes)
+        self.scheduler = Scheduler(
+            limits,
+            self.images,
+            self.prefixes,
+            kv_bytes=model.kv_bytes_per_token,
+            kv_budget=limits.kv_cache_bytes or default_kv_bytes(model.device),
+        )
+        self.decode_steps = self.generated_tokens = self.prefill_tokens = 0
+        self._weights, self._known_weights = WeightsVersion(model.decoder), 0
+        self.maker = RequestMaker(model, processor, self.images, self.scheduler.check)
+        self._next_number = 0
+
+    # Requests
+
+    def requests(
+        self,
+        prompts: Sequence[Prompt],
+        options: ReadOptions | Sequence[ReadOptions],
+        *,
+        deadline: float | None = None,
+    ) -> list[Request]:
+        """Requests for answers; see :meth:`RequestMaker.requests`."""
+        return self.maker.requests(prompts, options, deadline=deadline)
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Open and cut images before the requests are queued; see :meth:`RequestMaker.prepare`."""
+        self.maker.prepare(requests)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            GenerationError: it was queued before.
+        """
+        if request.number >= 0:
+            raise GenerationError("the request was submitted before, expected a new one")
+        request.number, self._next_number = self._next_number, self._next_number + 1
+        self.scheduler.waiting.append(request)
+        if request.images is not None:
+            # Whoever opened them has no other place for the tiles: they are encoded while it waits.
+            try:
+                self.stage.want(request)
+            except Exception as error:
+                self._fail(request, error)
+
+    def forget(self) -> None:
+        """Drop what is kept for reuse: images in memory, and KV caches."""
+        self.images.cache.clear()
+        self.prefixes.clear()
+
+    # Steps
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nobody is at work."""
+        return self.scheduler.idle
+
+    def step(self) -> bool:
+        """Do one step; False when there was nothing that could be done."""
+        before = len(self.scheduler)
+        self.clear_out()
+        self._admit()
+        self._collect()
+        plan = self.scheduler.schedule()
+        if not plan:
+            return len(self.scheduler) < before
+        try:
+            self.update(plan, self.runner.execute(plan))
+        except BaseException:
+            for request in plan.requests:  # whose KV cache and output may be at odds
+                self._fail(request, GenerationError("the work on the answer was interrupted"))
+            raise
+        return True
+
+    def clear_out(self) -> None:
+        """Let go of requests that were cancelled, given up, or are out of time."""
+        now = self.clock()
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            if request.cancelled:
+                self._leave(request)
+            elif request.given_up is not None:
+                self._fail(request, request.given_up)
+            elif request.deadline is not None and now >= request.deadline:
+                self._fail(request, DeadlineError("the answer took longer than its deadline"))
+
+    def _admit(self) -> None:
+        if not self.scheduler.waiting:
+            return
+        number = self._weights.current()
+        if number != self._known_weights:  # what other weights computed is of no use
+            self._known_weights = number
+            self.prefixes.clear()
+        for request in self.scheduler.admit():
+            self.stage.begin(request)
+
+    def _collect(self) -> None:
+        """Take the images that workers have opened."""
+        for request, error in self.stage.collect(self.scheduler.running).items():
+            self._fail(request, error)
+        for request in list(self.scheduler.running):
+            self._when_ready(request)
+
+    def _when_ready(self, request: Request) -> None:
+        """On to the prompt, once all images are visual tokens."""
+        if request.stage != "images" or not request.images_ready():
+            return
+        if request.kind == "visual tokens":
+            self._leave(request)
+            return
+        request.make_keys(self.model.config.image_token_id)
+        request.stage = "prefill"
+
+    # Outputs
+
+    def update(self, plan: StepPlan, outputs: StepOutputs) -> None:
+        """Give a step's outputs to its requests."""
+        if plan.tiles:
+            self._take_tiles(plan, outputs.tiles)
+        for chunk, outcome in zip(plan.prefill, outputs.prefill, strict=True):
+            chunk.request.taken.prefill += outcome.seconds
+            chunk.request.read_tokens += chunk.tokens
+            self.prefill_tokens += chunk.tokens
+            self._guarded(chunk.request, outcome, self._take_prefill)
+        if plan.score is not None:
+            plan.score.taken.prefill += outputs.score.seconds
+            self._guarded(plan.score, outputs.score, self._take_scores)
+        self._take_vectors(plan, outputs.embed)
+        self._take_decoded(plan, outputs.decode)
+
+    def _take_tiles(self, plan: StepPlan, outcome: Outcome[Tensor]) -> None:
+        waiting = self.images.waiting_for(plan.tiles)
+        for request in waiting:
+            request.taken.vision += outcome.seconds
+        if outcome.value is None:
+            assert outcome.error is not None
+            for request in waiting:
+                self._fail(request, outcome.error)
+            return
+        for request in self.stage.take(plan.tiles, outcome.value):
+            self._when_ready(request)
+
+    def _take_prefill(self, request: Request, logits: Tensor) -> None:
+        """What comes after a part of a prompt: the next part, its choices, or its first token."""
+        assert request.cache is not None
+        assert request.output is not None
+        if request.cache.length < len(request.keys):
+            return
+        request.embeddings = None
+        if request.choices is None:
+            request.stage = "decode"
+            self._take_token(request, logits)
+            return
+        tokens = self.scheduler.limits.prefill_tokens or _CHOICE_TOKENS
+        held = request.cache.held_bytes
+        request.scoring = Scoring(request.choices, logits, held, tokens)
+        if request.scoring.complete:
+            self._choose(request)
+
+    def _take_scores(self, request: Request, sums: dict[int, float]) -> None:
+        assert request.scoring is not None
+        request.scoring.add(sums)
+        if request.scoring.complete:
+            self._choose(request)
+
+    def _choose(self, request: Request) -> None:
+        assert request.scoring is not None
+        assert request.output is not None
+        assert request.choices is not None
+        assert request.options is not None
+        request.scores = request.scoring.totals
+        chosen = request.choices[pick(request.scores, request.options.sampling)]
+        self._say(request, request.output.take_all(chosen))
+
+    def _take_vectors(self, plan: StepPlan, outcome: Outcome[Tensor]) -> None:
+        for row, request in enumerate(plan.embed):
+            request.taken.prefill += outcome.seconds
+            if outcome.value is None:
+                assert outcome.error is not None
+                self._fail(request, outcome.error)
+                continue
+            request.vectors = outcome.value[row].clone()
+            self._leave(request)
+
+    def _take_decoded(self, plan: StepPlan, outcome: Outcome[Tensor]) -> None:
+        if not plan.decode:
+            return
+        self.decode_steps += 1
+        rows = [None] * len(plan.decode) if outcome.value is None else outcome.value.unbind()
+        for request, logits in zip(plan.decode, rows, strict=True):
+            request.taken.decode += outcome.seconds
+            request.taken.decode_steps += 1
+            if logits is None:
+                assert outcome.error is not None
+                self._fail(request, outcome.error)
+                continue
+            try:
+                self._take_token(request, logits)
+            except Exception as error:  # its grammar, say, cannot be followed: its own trouble
+                self._fail(request, error)
+
+    def _take_token(self, request: Request, logits: Tensor) -> None:
+        assert request.output is not None
+        _, piece = request.output.take(logits)
+        self._say(request, piece)
+
+    def _say(self, request: Request, piece: str) -> None:
+        """Tell what became certain; an answer that is complete ends its request."""
+        output = request.output
+        assert output is not None
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if output.top_logprobs is not None:
+            logprobs = tuple(output.logprobs[request.told_logprobs :])
+            request.told_logprobs += len(logprobs)
+        answer = None
+        if output.finish_reason is not None:
+            assert request.options is not None
+            timings = request.taken.timings()
+            answer = make_answer(request.prompt, output, timings, request.options, request.scores)
+            request.answer = answer
+            self.generated_tokens += len(output.token_ids)
+            self.prefixes.finish(request.number, [] if request.choices else output.token_ids)
+            self._leave(request)
+        if request.listener is not None and (piece or logprobs or answer is not None):
+            request.tell(Update(piece, logprobs, answer))
+
+    def _guarded(
+        self, request: Request, outcome: Outcome[T], work: Callable[[Request, T], None]
+    ) -> None:
+        """Take one request's outcome; what goes wrong is its own trouble."""
+        if outcome.value is None:
+            assert outcome.error is not None
+            self._fail(request, outcome.error)
+            return
+        try:
+            work(request, outcome.value)
+        except Exception as error:
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if request.finished:
+            return
+        request.error = error
+        self._leave(request)
+        request.tell(Update(error=error))
+
+    def _leave(self, request: Request) -> None:
+        self.scheduler.leave(request)
+        request.let_go()

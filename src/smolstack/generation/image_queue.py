@@ -1,0 +1,188 @@
+"""Images on their way to visual tokens: tiles of several requests share a pass of the tower."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from smolstack.batch import VisualTokens
+from smolstack.generation.image_cache import ImageCache
+from smolstack.processor.geometry import TilePlan
+from smolstack.processor.processor import Processor
+from smolstack.processor.tiles import ImageSource, read_tiles
+
+if TYPE_CHECKING:
+    from smolstack.generation.request import Request
+
+
+@dataclass(eq=False)
+class PreparedImage:
+    """An image that is not encoded yet.
+
+    Attributes:
+        key: of the image cache.
+        tiles: (n, 3, P, P) uint8; None where another request brought them.
+        digests: of each tile.
+    """
+
+    key: bytes
+    image: ImageSource
+    plan: TilePlan
+    tiles: Tensor | None = None
+    digests: list[bytes] = field(default_factory=list)
+
+    def cut(self, processor: Processor) -> None:
+        """Open the image and cut its tiles. Safe in any thread.
+
+        Raises:
+            ImageError: the image cannot be decoded.
+        """
+        tiles = read_tiles(self.image, self.plan, processor.settings)
+        self.digests = [hashlib.sha256(tile.numpy().data).digest() for tile in tiles]
+        self.tiles = tiles
+
+
+@dataclass(eq=False)
+class PendingTile:
+    """A tile that some images have in common.
+
+    Attributes:
+        pixels: (3, P, P) uint8.
+        visual: (S, D) once it is encoded.
+    """
+
+    pixels: Tensor
+    visual: Tensor | None = None
+
+
+@dataclass(eq=False)
+class _Image:
+    plan: TilePlan
+    tiles: list[PendingTile]
+    waiting: set[Request] = field(default_factory=set)
+
+    @property
+    def complete(self) -> bool:
+        return all(tile.visual is not None for tile in self.tiles)
+
+
+class ImageQueue:
+    """The images that requests wait for: each is encoded once for all of them, and of tiles that
+    are equal to the last bit (the white of pages) one.
+
+    Attributes:
+        tiles_done: tiles that went through the tower.
+        images_done: images encoded.
+    """
+
+    def __init__(self, processor: Processor, cache: ImageCache) -> None:
+        self.processor, self.cache = processor, cache
+        self.tiles_done = self.images_done = 0
+        self._images: OrderedDict[bytes, _Image] = OrderedDict()
+        self._tiles: WeakValueDictionary[bytes, PendingTile] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def key(self, image: ImageSource, plan: TilePlan) -> bytes:
+        """An image's key in the image cache."""
+        return self.cache.key(image, plan, self.processor.settings)
+
+    def prepare(
+        self, image: ImageSource, plan: TilePlan, key: bytes | None = None
+    ) -> VisualTokens | PreparedImage:
+        """An image's visual tokens, or its tiles where they are not known. Safe in any thread.
+
+        Args:
+            key: as :meth:`key` gives it, where that is known.
+
+        Raises:
+            ImageError: the image cannot be decoded.
+        """
+        key = self.key(image, plan) if key is None else key
+        known = self.cache.get(key)
+        if known is not None:
+            return known
+        prepared = PreparedImage(key, image, plan)
+        if key not in self._images:
+            prepared.cut(self.processor)
+        return prepared
+
+    def add(self, prepared: PreparedImage, request: Request) -> VisualTokens | None:
+        """A request waits for an image; its visual tokens where they are known by now."""
+        if prepared.key not in self._images:
+            known = self.cache.get(prepared.key)
+            if known is not None:
+                return known
+            if prepared.tiles is None:  # who brought them has left
+                prepared.cut(self.processor)
+            assert prepared.tiles is not None
+            pairs = zip(prepared.digests, prepared.tiles, strict=True)
+            tiles = [self._tile(digest, pixels) for digest, pixels in pairs]
+            self._images[prepared.key] = _Image(prepared.plan, tiles)
+        self._images[prepared.key].waiting.add(request)
+        return None
+
+    def _tile(self, digest: bytes, pixels: Tensor) -> PendingTile:
+        tile = self._tiles.get(digest)
+        if tile is None:
+            tile = self._tiles[digest] = PendingTile(pixels)
+        return tile
+
+    def leave(self, request: Request) -> None:
+        """A request waits no longer; images that nobody waits for are dropped."""
+        for key, image in list(self._images.items()):
+            image.waiting.discard(request)
+            if not image.waiting:
+                del self._images[key]
+
+    def next_tiles(self, most: int) -> list[PendingTile]:
+        """The next micro-batch: up to ``most`` tiles of one or several images."""
+        chosen: dict[PendingTile, None] = {}  # equal tiles are one object
+        for image in self._images.values():
+            if all(request.paused for request in image.waiting):
+                continue
+            for tile in image.tiles:
+                if tile.visual is None:
+                    chosen[tile] = None
+                if len(chosen) == most:
+                    return list(chosen)
+        return list(chosen)
+
+    def waiting_for(self, tiles: Sequence[PendingTile]) -> set[Request]:
+        """The requests that have one of these tiles."""
+        wanted = set(tiles)
+        images = [image for image in self._images.values() if wanted.intersection(image.tiles)]
+        return {request for image in images for request in image.waiting}
+
+    def complete(
+        self, tiles: Sequence[PendingTile], visual: Tensor
+    ) -> dict[bytes, tuple[VisualTokens, set[Request]]]:
+        """Take the visual tokens of a micro-batch, (N, S, D).
+
+        Returns:
+            By key the images that are complete now, and who waits for them.
+        """
+        for tile, tokens in zip(tiles, visual, strict=True):
+            # A copy of its own: a view would keep every image of the micro-batch alive.
+            tile.visual = tokens.clone()
+        self.tiles_done += len(tiles)
+        found = {}
+        for key, image in list(self._images.items()):
+            if not image.complete:
+                continue
+            plan = image.plan
+            tokens = torch.stack([tile.visual for tile in image.tiles])  # type: ignore[misc]
+            made = VisualTokens(tokens, plan.rows, plan.cols, plan.source).keyed(key)
+            found[key] = made, image.waiting
+            self.cache.put(key, made)
+            self.images_done += 1
+            del self._images[key]
+        return found

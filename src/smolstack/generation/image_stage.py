@@ -1,0 +1,104 @@
+"""The image stage: images are opened and cut, wait for the tower, and become visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future
+from functools import partial
+from time import perf_counter
+
+from torch import Tensor
+
+from smolstack.batch import VisualTokens
+from smolstack.generation.image_queue import ImageQueue, PendingTile, PreparedImage
+from smolstack.generation.request import Request
+from smolstack.processor.geometry import TilePlan
+from smolstack.processor.tiles import ImageSource
+
+
+class ImageStage:
+    """Takes requests from their images to visual tokens.
+
+    Args:
+        queue: of tiles.
+        workers: threads that open and cut images; None does it at once.
+        wake: called, from any thread, when a worker has finished something.
+    """
+
+    def __init__(
+        self, queue: ImageQueue, workers: Executor | None, wake: Callable[[], None]
+    ) -> None:
+        self.queue, self.workers, self.wake = queue, workers, wake
+
+    def begin(self, request: Request) -> None:
+        """Begin to open a request's images, unless that is done."""
+        request.stage = "images"
+        if request.images is not None:
+            return
+        request.images = []
+        for image, plan in zip(request.prompt.pictures, request.prompt.plans, strict=True):
+            if isinstance(image, VisualTokens):
+                request.images.append(image)
+                continue
+            work = partial(self._prepared, request, image, plan)
+            if self.workers is None:
+                future = _done(work)
+            else:
+                future = self.workers.submit(work)
+                future.add_done_callback(lambda _: self.wake())
+            request.images.append(future)
+
+    def _prepared(
+        self, request: Request, image: ImageSource, plan: TilePlan
+    ) -> VisualTokens | PreparedImage:
+        began = perf_counter()
+        made = self.queue.prepare(image, plan)
+        request.taken.images += perf_counter() - began
+        return made
+
+    def collect(self, requests: Iterable[Request]) -> dict[Request, Exception]:
+        """Take the images that workers have opened; the requests of those that failed."""
+        failed: dict[Request, Exception] = {}
+        for request in requests:
+            if request.stage != "images" or not request.images:
+                continue
+            try:
+                for place, image in enumerate(request.images):
+                    if isinstance(image, Future) and image.done():
+                        request.images[place] = image.result()
+                        self.want(request)
+            except Exception as error:
+                failed[request] = error
+        return failed
+
+    def want(self, request: Request) -> None:
+        """Let a request wait for those of its images that are opened and not encoded."""
+        assert request.images is not None
+        for place, image in enumerate(request.images):
+            if isinstance(image, PreparedImage):
+                known = self.queue.add(image, request)
+                if known is not None:
+                    request.images[place] = known
+
+    def take(self, tiles: Sequence[PendingTile], visual: Tensor) -> list[Request]:
+        """Take the visual tokens of a micro-batch; the requests that have another image now."""
+        found = []
+        for key, (tokens, requests) in self.queue.complete(tiles, visual).items():
+            for request in requests:
+                assert request.images is not None
+                for place, image in enumerate(request.images):
+                    if isinstance(image, PreparedImage) and image.key == key:
+                        request.images[place] = tokens
+                found.append(request)
+        return found
+
+
+def _done(
+    work: Callable[[], VisualTokens | PreparedImage],
+) -> Future[VisualTokens | PreparedImage]:
+    future: Future[VisualTokens | PreparedImage] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+    return future

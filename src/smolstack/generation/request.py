@@ -1,0 +1,168 @@
+"""A request: what is asked, and how far its answer has come. It never calls the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from smolstack.batch import VisualTokens
+from smolstack.generation.answer import Answer, Timings, TokenLogprob
+from smolstack.generation.choices import Scoring
+from smolstack.generation.image_queue import PreparedImage
+from smolstack.generation.options import ReadOptions
+from smolstack.generation.output import Output
+from smolstack.generation.prefix_cache import TokenKey, token_keys
+from smolstack.model.cache import KVCache
+from smolstack.processor.processor import Prompt
+
+Stage: TypeAlias = Literal["waiting", "images", "prefill", "decode", "finished"]
+# What is wanted: an answer, visual tokens, or the vectors of a retrieval model.
+Kind: TypeAlias = Literal["answer", "visual tokens", "vectors"]
+ImageState: TypeAlias = "VisualTokens | PreparedImage | Future[VisualTokens | PreparedImage]"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is new about one request.
+
+    Attributes:
+        piece: characters that became certain.
+        logprobs: of the tokens taken since the last update, where asked for.
+        answer: the whole answer, in the last update of one that succeeded.
+        error: why there is none, in the last update of one that failed.
+    """
+
+    piece: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    answer: Answer | None = None
+    error: Exception | None = None
+
+
+@dataclass
+class Taken:
+    """Seconds that the stages of one request took, shared ones counted in full."""
+
+    images: float = 0.0
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    decode_steps: int = 0
+
+    def timings(self) -> Timings:
+        return Timings(self.images, self.vision, self.prefill, self.decode, self.decode_steps)
+
+
+class Request:
+    """One prompt, what is wanted of it, and the state of the work on it.
+
+    Made by :meth:`EngineCore.request` and :meth:`EngineCore.plain_request` in any thread; the
+    engine's core alone changes it then, but for the flags.
+
+    Args:
+        prompt: rendered, planned, tokenized.
+        kind: what is wanted.
+        options, output, choices: of an answer.
+        listener: told every update, in the thread that steps the core; it must be quick.
+        deadline: when it must be finished, on the core's clock.
+
+    Attributes:
+        number: set by the core.
+        stage: how far it is.
+        images: of the prompt, in order: visual tokens, or what will become of them.
+        paused: a flag for anybody: nobody waits for this answer now, so no work is done on it.
+        cancelled: a flag for anybody: the core lets go of it before its next step.
+        given_up: set by anybody: the same, and the listener is told this error.
+        error: why it failed; answer, vectors: what it ended with.
+        cache, embeddings: of the prompt, once it is being read.
+        read_tokens: prompt tokens that were read, not copied.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        kind: Kind,
+        *,
+        options: ReadOptions | None = None,
+        output: Output | None = None,
+        choices: list[tuple[int, ...]] | None = None,
+        listener: Callable[[Update], None] | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        self.prompt, self.kind, self.options = prompt, kind, options
+        self.output, self.choices = output, choices
+        self.listener, self.deadline = listener, deadline
+        self.number, self.read_tokens = -1, 0
+        self.stage: Stage = "waiting"
+        self.paused = self.cancelled = False
+        self.given_up: Exception | None = None
+        self.images: list[ImageState] | None = None
+        self.taken = Taken()
+        self.keys: list[TokenKey] = []
+        self.cache: KVCache | None = None
+        self.embeddings: Tensor | None = None
+        self.scoring: Scoring | None = None
+        self.scores: list[float] | None = None
+        self.answer: Answer | None = None
+        self.vectors: Tensor | None = None
+        self.error: Exception | None = None
+        self.told_logprobs = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.stage == "finished"
+
+    @property
+    def answered(self) -> Answer:
+        """The answer of one that has finished.
+
+        Raises: the error that it ended with.
+        """
+        if self.error is not None:
+            raise self.error
+        assert self.answer is not None, "the request has not finished"
+        return self.answer
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that its KV cache must hold in the end."""
+        if self.kind != "answer":
+            return 0
+        assert self.output is not None
+        return len(self.prompt.token_ids) + (0 if self.choices else self.output.limit)
+
+    @property
+    def visual(self) -> list[VisualTokens]:
+        """The visual tokens of its images."""
+        images = self.images or []
+        return [image for image in images if isinstance(image, VisualTokens)]
+
+    @property
+    def encoded_prompt(self) -> Prompt:
+        """The prompt with visual tokens for images."""
+        return replace(self.prompt, pictures=tuple(self.visual))
+
+    def images_ready(self) -> bool:
+        """Whether all images are visual tokens."""
+        return len(self.visual) == len(self.prompt.pictures)
+
+    def make_keys(self, image_token_id: int) -> None:
+        """What the prefix cache compares, once the images are ready."""
+        self.keys = token_keys(self.prompt.token_ids, image_token_id, self.visual)
+
+    def tell(self, update: Update) -> None:
+        if self.listener is not None:
+            self.listener(update)
+
+    def let_go(self) -> None:
+        """Give back what is large, and finish."""
+        self.stage = "finished"
+        for image in self.images or []:
+            if isinstance(image, Future):
+                image.cancel()
+        if self.kind != "visual tokens":
+            self.images = None
+        self.cache = self.embeddings = self.scoring = None

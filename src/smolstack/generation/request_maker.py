@@ -1,0 +1,133 @@
+"""Requests made of prompts and options: all that can be wrong with them is said before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import perf_counter
+
+from smolstack.batch import VisualTokens
+from smolstack.errors import ConfigError
+from smolstack.generation.choices import continuations
+from smolstack.generation.image_queue import ImageQueue
+from smolstack.generation.options import ReadOptions
+from smolstack.generation.output import new_output
+from smolstack.generation.request import ImageState, Request
+from smolstack.generation.structured import Choices, Grammars, Regex, Schema
+from smolstack.model.vlm import VisionLanguageModel
+from smolstack.processor.processor import Processor, Prompt
+
+
+class RequestMaker:
+    """Makes requests for one model. Safe in any thread.
+
+    Args:
+        images: opens and cuts images.
+        check: refuses a request that can never be worked on.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        processor: Processor,
+        images: ImageQueue,
+        check: Callable[[Request], None],
+    ) -> None:
+        self.model, self.processor, self.images, self.check = model, processor, images, check
+        self._grammars: dict[tuple[int, ...], Grammars] = {}
+
+    def requests(
+        self,
+        prompts: Sequence[Prompt],
+        options: ReadOptions | Sequence[ReadOptions],
+        *,
+        deadline: float | None = None,
+    ) -> list[Request]:
+        """Requests for answers, checked but not begun. Safe in any thread.
+
+        Args:
+            prompts: one per request.
+            options: of all, or of each; these may differ in their sampling alone.
+            deadline: when the answers must be complete, on the core's clock.
+
+        Raises:
+            ContextLengthError, GenerationError, KVCacheError: a prompt or its options cannot be
+                answered.
+        """
+        each = [options] * len(prompts) if isinstance(options, ReadOptions) else list(options)
+        if self.model.config.embedding_dim is not None:
+            raise ConfigError(
+                "this checkpoint ends in an embedding head and answers nothing; embed_pages and "
+                "embed_queries (smolstack map --embed retrieval, smolstack search) are for it"
+            )
+        grammar = self.compile(each[0])
+        made = []
+        for prompt, own in zip(prompts, each, strict=True):
+            request = self._request(prompt, own, grammar, deadline)
+            self.check(request)
+            made.append(request)
+        return made
+
+    def _request(
+        self, prompt: Prompt, options: ReadOptions, grammar: str | None, deadline: float | None
+    ) -> Request:
+        tokenizer, constraint, choices = self.processor.tokenizer, None, None
+        ends = options.stopping.eos_token_ids
+        if grammar is not None:
+            # Special tokens that are kept would be text, which the form would have to know.
+            pointing = not options.keep_special_tokens
+            constraint = self.grammars(ends).constraint(grammar, pointing=pointing)
+        decode = partial(tokenizer.decode, skip_special=not options.keep_special_tokens)
+        positions = self.model.config.text.max_positions
+        output = new_output(prompt.token_ids, options, decode, positions, constraint)
+        if isinstance(options.structure, Choices):
+            lead, texts = self.processor.answer_lead, options.structure.texts
+            choices = continuations(self.processor, prompt, lead, texts, ends)
+        return Request(
+            prompt, "answer", options=options, output=output, choices=choices, deadline=deadline
+        )
+
+    def compile(self, options: ReadOptions) -> str | None:
+        """The grammar that answers keep to, or None.
+
+        Raises:
+            GenerationError: a form that cannot be kept to.
+        """
+        structure = options.structure
+        if not isinstance(structure, (Schema, Regex)):
+            return None
+        return self.grammars(options.stopping.eos_token_ids).compile(structure)
+
+    def grammars(self, eos_token_ids: tuple[int, ...]) -> Grammars:
+        """Grammars over this checkpoint's vocabulary, for answers that these tokens end."""
+        if eos_token_ids not in self._grammars:
+            self._grammars[eos_token_ids] = Grammars(
+                self.processor.tokenizer,
+                self.model.config.text.vocab_size,
+                eos_token_ids,
+                self.processor.answer_lead,
+                self.processor.pointing,
+            )
+        return self._grammars[eos_token_ids]
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Open and cut the images of requests that have not begun. Safe in any thread.
+
+        An image that several requests hold is opened once.
+
+        Raises:
+            ImageError: an image cannot be decoded.
+        """
+        known: dict[bytes, ImageState] = {}
+        for request in requests:
+            began = perf_counter()
+            request.images = []
+            for image, plan in zip(request.prompt.pictures, request.prompt.plans, strict=True):
+                if isinstance(image, VisualTokens):
+                    request.images.append(image)
+                    continue
+                key = self.images.key(image, plan)
+                if key not in known:
+                    known[key] = self.images.prepare(image, plan, key)
+                request.images.append(known[key])
+            request.taken.images += perf_counter() - began
