@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from smolstack.native import library as native
-from smolstack.native.compiling import _OLDER_VNNI, CAP, CAPS, instruction_flags
+from smolstack.native.processor import features
+from smolstack.native.sets import CAP, own_sets
 
 TESTS = Path(__file__).parent.parent
 # What the kernels say that they were compiled for.
@@ -20,17 +21,15 @@ NAMES = {
     "avx2_vnni": "AVX2 VNNI",
     "avx512_vnni": "AVX-512 VNNI",
     "avx512_bf16": "AVX-512 BF16",
+    "neon": "NEON",
+    "neon_dotprod": "NEON with dot products",
 }
 
 
-def has(cap: str) -> bool:
-    needed = [CAPS[cap][0], *([_OLDER_VNNI[0]] if cap == "avx2_vnni" else [])]
-    return any(set(some) <= instruction_flags() for some in needed)
-
-
-@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("cap", dict.fromkeys(one.cap for one in own_sets()))
 def test_the_kernels_are_exact_under_a_cap(cap: str) -> None:
-    if native.library() is None or not has(cap):
+    here = any(one.cap == cap and one.needs <= features() for one in own_sets())
+    if native.library() is None or not here:
         pytest.skip(f"no {cap} here, or no compiler")
     environment = {**os.environ, CAP: cap, "OMP_NUM_THREADS": "1"}
     program = "from smolstack.native import library as n; k = n.library(); print(k.instructions)"
@@ -65,3 +64,5 @@ def test_a_cap_that_is_none_leaves_torch_to_compute() -> None:
         check=True,
     )
     assert said.stdout.startswith("None SMOLSTACK_MAX_ISA is 'avx3', expected one of")
+    assert said.stderr.startswith("torch computes, without compiled kernels: SMOLSTACK_MAX_ISA")
+    assert said.stderr.count("\n") == 1

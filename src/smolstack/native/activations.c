@@ -1,4 +1,4 @@
-// Activation functions over many numbers, and what the kernels were compiled for.
+// Activation functions over many numbers.
 #include "vector.h"
 
 void activate(int64_t activation, float *x, int64_t count) {
@@ -21,24 +21,4 @@ void activate(int64_t activation, float *x, int64_t count) {
     default:
         break;
     }
-}
-
-// 0 plain C, 1 AVX2, 2 AVX2 with VNNI, 3 AVX-512 with VNNI, 4 that with bfloat16 products, 5 NEON,
-// 6 NEON with products of bytes.
-int instructions(void) {
-#if defined(VECTOR_512) && defined(__AVX512BF16__)
-    return 4;
-#elif defined(VECTOR_512)
-    return 3;
-#elif defined(SIMD_VNNI)
-    return 2;
-#elif defined(VECTOR_256)
-    return 1;
-#elif defined(__ARM_FEATURE_DOTPROD)
-    return 6;
-#elif defined(__aarch64__)
-    return 5;
-#else
-    return 0;
-#endif
 }

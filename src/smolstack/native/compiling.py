@@ -16,56 +16,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-SWITCH = "SMOLSTACK_NATIVE"  # 0 switches the kernels off
-SOURCES = (
-    "activations.c",
-    "floats.c",
-    "panels.c",
-    "layers.c",
-    "attend.c",
-    "towers.c",
-    "attention.c",
-    "decode.c",
-    "resize.c",
-    "rounding.c",
-    "stored.c",
+from smolstack.native.processor import features
+from smolstack.native.sets import KernelError, architecture, cap, usable
+
+# processor.c is no kernel: it asks which of them may run.
+SOURCES = tuple(
+    sorted(path.name for path in Path(__file__).parent.glob("*.c") if path.name != "processor.c")
 )
-HEADERS = ("smolstack.h", "simd.h", "vector.h")
-CAP = "SMOLSTACK_MAX_ISA"  # the most that may be used of a processor's instructions
-_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
-# Each cap: what a processor needs for it, and how a compiler is told to use no more.
-CAPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "generic": ((), ("-march=x86-64",)),
-    "avx2": (("avx2", "fma", "f16c"), ("-march=haswell",)),
-    "avx2_vnni": (("avx2", "fma", "f16c", "avx_vnni"), ("-march=haswell", "-mavxvnni")),
-    "avx512_vnni": (_AVX512, ("-march=cascadelake",)),
-    "avx512_bf16": ((*_AVX512, "avx512_bf16"), ("-march=cooperlake",)),
-}
-# VNNI on vectors of 256 bits, where AVX-512 brought it.
-_OLDER_VNNI = (
-    ("avx2", "fma", "f16c", "avx512vl", "avx512_vnni"),
-    ("-march=haswell", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=256"),
-)
+HEADERS = tuple(sorted(path.name for path in Path(__file__).parent.glob("*.h")))
 # Not -ffast-math: it would change how the whole process treats small numbers.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 _EXACT = ("-ffp-contract=off",)
 _COMPILE_SECONDS = 300
 
 
-class CompileError(RuntimeError):
-    """The kernels cannot be had on this machine; the message says why."""
-
-
 def compiled() -> Path:
     """The library, compiled if it is not there yet.
 
     Raises:
-        CompileError: kernels are switched off, there is no compiler, or it fails.
+        KernelError: there is no compiler, it fails, or the cap on instructions is none.
     """
-    if os.environ.get(SWITCH, "1") == "0":
-        raise CompileError(f"{SWITCH}=0")
     if sys.platform == "win32":
-        raise CompileError("kernels are not built on Windows")
+        raise KernelError("kernels are not built on Windows")
     compiler = _compiler()
     name = f"kernels-{_fingerprint(compiler)}.so"
     for folder in cache_folders():
@@ -87,7 +59,7 @@ def _build(compiler: str, name: str) -> Path:
                     return folder / name
         except OSError as error:
             failure = str(error)
-    raise CompileError(failure)
+    raise KernelError(failure)
 
 
 def _compile(compiler: str, target: Path) -> str:
@@ -114,31 +86,12 @@ def _compile(compiler: str, target: Path) -> str:
 
 
 def _machine() -> tuple[str, ...]:
-    """The compiler's words for this processor, or for the cap on its instructions.
-
-    A cap beyond what the processor has leaves it all that it has.
-    """
-    arm = platform.machine() in ("arm64", "aarch64")
-    native = "-mcpu=native" if arm else "-march=native"
-    cap = os.environ.get(CAP, "")
-    if not cap:
-        return (native,)
-    if cap not in CAPS:
-        raise CompileError(f"{CAP} is {cap!r}, expected one of {list(CAPS)}")
-    choices = [CAPS[cap], *([_OLDER_VNNI] if cap == "avx2_vnni" else [])]
-    for needed, flags in choices:
-        if not arm and set(needed) <= instruction_flags():
-            return flags
-    return (native,)
-
-
-def instruction_flags() -> set[str]:
-    """What the processor says that it can do, in Linux's words; empty where that is not told."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return set()
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-    return {word for line in lines if line.startswith("flags") for word in line.split()}
+    """The compiler's words for this processor, or for what the cap leaves of it."""
+    if cap():
+        found = usable(features())
+        if found:
+            return found[0].flags
+    return ("-mcpu=native" if architecture() == "aarch64" else "-march=native",)
 
 
 def _compiler() -> str:
@@ -147,13 +100,18 @@ def _compiler() -> str:
         found = shutil.which(candidate)
         if found is not None:
             return found
-    raise CompileError("there is no C compiler (cc, gcc or clang)")
+    raise KernelError("there is no C compiler (cc, gcc or clang)")
+
+
+def fingerprint_of_sources() -> str:
+    """SHA-256 of the sources' SHA-256s, in hexadecimal, as CMakeLists.txt makes it."""
+    here = Path(__file__).parent
+    each = (hashlib.sha256((here / name).read_bytes()) for name in (*SOURCES, *HEADERS))
+    return hashlib.sha256("".join(one.hexdigest() for one in each).encode()).hexdigest()
 
 
 def _fingerprint(compiler: str) -> str:
-    digest = hashlib.sha256()
-    for name in (*SOURCES, *HEADERS):
-        digest.update((Path(__file__).parent / name).read_bytes())
+    digest = hashlib.sha256(fingerprint_of_sources().encode())
     real = Path(compiler).resolve()
     digest.update(f"{real} {real.stat().st_size} {_FLAGS} {_EXACT}".encode())
     digest.update(f"{platform.machine()} {_machine()} {_features()}".encode())

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 
-from smolstack.native.compiling import CompileError, compiled
+from smolstack.native.compiling import compiled, fingerprint_of_sources
+from smolstack.native.processor import features
+from smolstack.native.sets import KernelError, usable
 
 logger = logging.getLogger(__name__)
+
+SWITCH = "SMOLSTACK_NATIVE"  # 0: no kernels; jit: compiled here for this processor; else 1
+_HERE = Path(__file__).parent
+_SUFFIX = ".dll" if sys.platform == "win32" else ".so"
+ABI_VERSION = 1  # smolstack.h has it too
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 STORED_FLOAT32, STORED_BFLOAT16, STORED_FLOAT16 = range(3)
@@ -138,8 +147,25 @@ class Place(ctypes.Structure):
     _fields_ = (("past", _integer), ("capacity", _integer), ("first", _integer))
 
 
+# The structures that C reads, in the order of about.c.
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    Linear,
+    Stored,
+    Norm,
+    EncoderLayer,
+    Encoder,
+    Layer,
+    Decoder,
+    Place,
+)
+
+
 class Library:
     """The functions of a compiled library.
+
+    Raises:
+        KernelError: the library is of another version than this module.
+        OSError: it cannot be loaded.
 
     Attributes:
         instructions: what they were compiled for: "plain C", "AVX2", "AVX-512 VNNI" …
@@ -150,6 +176,9 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.path = path
         handle = ctypes.CDLL(str(path))
+        _check(handle, path)
+        handle.sources.restype = ctypes.c_char_p
+        self.sources: str = handle.sources().decode()  # their SHA-256, of a library that came built
         self.decode_step = handle.decode_step
         self.decode_step.argtypes = [_pointer, _integer, *[_pointer] * 5, _count]
         self.want_large_pages = handle.want_large_pages
@@ -207,6 +236,47 @@ class Library:
         self.weight_offset = int(handle.weight_offset())
 
 
+def _check(handle: ctypes.CDLL, path: Path) -> None:
+    """Refuse a library that reads its arguments otherwise than this module writes them."""
+    try:
+        handle.abi_version.restype = handle.struct_bytes.restype = _integer
+        handle.struct_bytes.argtypes = [_integer]
+        found = handle.abi_version()
+        sizes = [handle.struct_bytes(at) for at in range(len(STRUCTURES) + 1)]
+    except AttributeError as error:
+        raise KernelError(f"{path.name} is no library of smolstack's kernels: {error}") from error
+    if found != ABI_VERSION:
+        raise KernelError(f"{path.name} has ABI version {found}, expected {ABI_VERSION}")
+    for one, size in zip(STRUCTURES, sizes, strict=False):
+        if size != ctypes.sizeof(one):
+            raise KernelError(
+                f"{path.name} takes {one.__name__} to have {size} bytes, "
+                f"expected {ctypes.sizeof(one)}"
+            )
+    if sizes[-1]:
+        raise KernelError(f"{path.name} has more than the {len(STRUCTURES)} structures expected")
+
+
+def built(folder: Path = _HERE) -> list[Path]:
+    """The libraries in a folder that this processor has the instructions for, the best one first.
+
+    Raises:
+        KernelError: the cap on instructions is none.
+    """
+    probe = folder / f"probe{_SUFFIX}"
+    found = usable(features(probe if probe.is_file() else None))
+    paths = (folder / f"kernels_{one.library}{_SUFFIX}" for one in found)
+    return [path for path in paths if path.is_file()]
+
+
+def _fresh(path: Path) -> Library:
+    """A library that came built, unless the sources beside it have changed since."""
+    opened = Library(path)
+    if opened.sources != fingerprint_of_sources():
+        raise KernelError(f"{path.name} was made of other sources than those beside it")
+    return opened
+
+
 @lru_cache(maxsize=1)
 def library() -> Library | None:
     """The kernels, compiled if need be; None where they cannot be had (see :func:`reason`)."""
@@ -223,8 +293,21 @@ def _load() -> tuple[Library | None, str]:
     # torch's OpenMP must be in the process before the kernels ask for one: then both share it.
     import torch  # noqa: F401
 
+    switch = os.environ.get(SWITCH, "") or "1"
+    if switch == "0":
+        return None, f"{SWITCH}=0"
+    failures = []
     try:
+        if switch not in ("1", "jit"):
+            raise KernelError(f"{SWITCH} is {switch!r}, expected 0, 1 or jit")
+        for path in built() if switch == "1" else ():
+            try:
+                return _fresh(path), ""
+            except (KernelError, OSError, AttributeError) as error:
+                logger.info("%s", error)
+                failures.append(str(error))
         return Library(compiled()), ""
-    except (CompileError, OSError, AttributeError) as error:
-        logger.info("no native kernels: %s", error)
-        return None, str(error)
+    except (KernelError, OSError, AttributeError) as error:
+        why = "; ".join([*failures, str(error)])
+        logger.warning("torch computes, without compiled kernels: %s", why)
+        return None, why

@@ -1,7 +1,7 @@
 // Both towers' layers over many rows, and one token through the whole decoder.
 //
-// Compiled on the user's machine for its own processor (see compiling.py), called by ctypes
-// (library.py). A weight of float32 is (out, in) as safetensors files hold it; those of the other
+// Compiled once for each instruction set of sets.txt (CMakeLists.txt), or at first use for the
+// processor at hand (compiling.py); called by ctypes (library.py). A weight of float32 is (out, in) as safetensors files hold it; those of the other
 // kinds are laid out anew as panels of 16 channels (panels.c). The arithmetic of integers is that of
 // smolstack/model/quantised.py: whole sums per group, the same on every processor.
 #ifndef SMOLSTACK_H
@@ -12,6 +12,10 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+
+// Goes up by one with every change of an exported function's arguments or of what they mean, here and
+// in library.py; the structures' sizes are compared besides.
+#define ABI_VERSION 1
 
 #define CHUNK 128  // positions that one part of attention looks at
 

@@ -1,0 +1,40 @@
+// What a library is: its layout of the structures, the sources that it was made of, and the
+// instructions that it was compiled for. library.py asks before it calls anything else.
+#include "vector.h"
+
+#if !defined(SMOLSTACK_SOURCES)
+#define SMOLSTACK_SOURCES ""
+#endif
+
+int64_t abi_version(void) { return ABI_VERSION; }
+
+// SHA-256 of the sources, in hexadecimal; empty where they were compiled at first use.
+const char *sources(void) { return SMOLSTACK_SOURCES; }
+
+// Bytes of the structures that Python fills in, in library.py's order; 0 behind the last one.
+int64_t struct_bytes(int64_t which) {
+    static const int64_t BYTES[] = {sizeof(Linear), sizeof(Stored),  sizeof(Norm),
+                                    sizeof(EncoderLayer), sizeof(Encoder), sizeof(Layer),
+                                    sizeof(Decoder), sizeof(Place)};
+    return which >= 0 && which < (int64_t)(sizeof BYTES / sizeof *BYTES) ? BYTES[which] : 0;
+}
+
+// 0 plain C, 1 AVX2, 2 AVX2 with VNNI, 3 AVX-512 with VNNI, 4 that with bfloat16 products, 5 NEON,
+// 6 NEON with products of bytes.
+int instructions(void) {
+#if defined(VECTOR_512) && defined(__AVX512BF16__)
+    return 4;
+#elif defined(VECTOR_512)
+    return 3;
+#elif defined(SIMD_VNNI)
+    return 2;
+#elif defined(VECTOR_256)
+    return 1;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return 6;
+#elif defined(__aarch64__)
+    return 5;
+#else
+    return 0;
+#endif
+}

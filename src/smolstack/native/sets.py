@@ -1,0 +1,89 @@
+"""The instruction sets that there are kernels for, and which of them a processor may use.
+
+The table is sets.txt, which CMakeLists.txt reads too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+
+CAP = "SMOLSTACK_MAX_ISA"  # the most that may be used of a processor's instructions
+_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}  # by the names that systems give them
+
+
+class KernelError(RuntimeError):
+    """The kernels cannot be had on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """One line of sets.txt.
+
+    Attributes:
+        architecture: x86_64 or aarch64.
+        cap: what ``SMOLSTACK_MAX_ISA`` calls it.
+        library: its library's name; two may share a cap.
+        needs: features that a processor must have, in the words of Linux's /proc/cpuinfo.
+        flags: for the compiler.
+    """
+
+    architecture: str
+    cap: str
+    library: str
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+
+def _read() -> tuple[InstructionSet, ...]:
+    lines = Path(__file__).with_name("sets.txt").read_text(encoding="utf-8").splitlines()
+    rows = [[field.strip() for field in line.split("|")] for line in lines if line[:1].isalpha()]
+    return tuple(
+        InstructionSet(architecture, cap, library, frozenset(needs.split()), tuple(flags.split()))
+        for architecture, cap, library, needs, flags in rows
+    )
+
+
+SETS = _read()
+
+
+def architecture() -> str:
+    """This machine's, as sets.txt names it: x86_64, aarch64, or what the system says."""
+    found = platform.machine().lower()
+    return _ARCHITECTURES.get(found, found)
+
+
+def own_sets() -> list[InstructionSet]:
+    """The sets of this machine's architecture, the plainest first."""
+    return [one for one in SETS if one.architecture == architecture()]
+
+
+def cap() -> str:
+    """The cap that the environment sets; empty without one.
+
+    Raises:
+        KernelError: this architecture has no such set.
+    """
+    found = os.environ.get(CAP, "")
+    expected = list(dict.fromkeys(one.cap for one in own_sets()))
+    if found and found not in expected:
+        raise KernelError(f"{CAP} is {found!r}, expected one of {expected}")
+    return found
+
+
+def usable(features: Set[str]) -> list[InstructionSet]:
+    """The sets that a processor with these features has and the cap allows, the best one first.
+
+    A cap beyond what the processor has leaves it all that it has.
+
+    Raises:
+        KernelError: the cap is none.
+    """
+    most, own = cap(), own_sets()
+    if most:
+        last = max(at for at, one in enumerate(own) if one.cap == most)
+        own = own[: last + 1]
+    return [one for one in reversed(own) if one.needs <= features]
