@@ -250,3 +250,12 @@ def test_llguidance_that_is_not_installed_is_said(
     with pytest.raises(SmolstackError, match=r"pip install 'smolstack\[structured\]'"):
         vlm.ask(text="?", regex="a")
     assert vlm.ask(text="?", choices=["a", "b"]).text in ("a", "b")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_form_holds_in_every_precision(tiny_folder: Path, dtype: str) -> None:
+    vlm = smolstack.load(tiny_folder, dtype=dtype)
+    number = vlm.ask(text="How many?", regex="[0-9]{3}", max_new_tokens=16).text
+    assert re.fullmatch("[0-9]{3}", number)
+    chosen = vlm.ask(text="Which?", choices=["red", "green", "blue"])
+    assert chosen.text in ("red", "green", "blue")

@@ -38,8 +38,11 @@ class Format:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ConfigError(f"weights of {self.bits} bits, expected 4 or 8")
-        if self.group < 16 or self.group % 16:
-            raise ConfigError(f"groups of {self.group} channels, expected a multiple of 16")
+        # torch sums a group in float32, exactly below 2²⁴: 127 · 127 · 1024 is.
+        if not 16 <= self.group <= 1024 or self.group % 16:
+            raise ConfigError(
+                f"groups of {self.group} channels, expected a multiple of 16 up to 1,024"
+            )
         if self.activation_bits not in (8, 16):
             raise ConfigError(f"activations of {self.activation_bits} bits, expected 8 or 16")
         # Sums of a group are 32-bit integers: 255 · 32,384 · 256 is the largest that fits.

@@ -26,7 +26,8 @@ _CACHES = {
 }
 _ATTENTION = ("query", "key", "value", "out")
 _LINEARS = (*_ATTENTION, "gate", "up", "down")
-MOST_WIDTH = 512  # channels of a head (attend.c)
+MOST_WIDTH = 512  # channels of a head (smolstack.h)
+_MOST_QUERIES = 16384  # and of all query heads that share a key
 _TOKENS = 1024  # of prompts that are read together
 # Where every row stands in its cache, and its buffers of keys and of values, layer by layer.
 _Pointers: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
@@ -205,6 +206,7 @@ def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> Nat
         device_of(head).type == "cpu"
         and config.head_dim % 8 == 0
         and config.head_dim <= MOST_WIDTH
+        and config.num_heads // config.num_kv_heads * config.head_dim <= _MOST_QUERIES
         and config.hidden_size % 8 == 0
         and cache_dtype in _CACHES
         and config.hidden_act in native.ACTIVATIONS

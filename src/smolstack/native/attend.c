@@ -7,7 +7,6 @@
 
 #define QUERY_ROWS 64   // queries of one piece of work
 #define QUERIES 8       // of them, those that are scored at once
-#define MOST_WIDTH 512  // channels of a head
 #define LOG2_E 1.44269504f
 
 // 16 numbers of a head from element `at` on, the first `count` of them; the others are 0.

@@ -106,17 +106,17 @@ static void attention(const Step *s, const Share *share, int64_t layer) {
         int64_t base = head * s->place[row].capacity;
         void *keys = s->keys[row * d->layers + layer], *values = s->values[row * d->layers + layer];
         const float *turns = s->turns + row * width, *mixed = s->mixed + row * all;
-        float query[group * width], key[width];
+        float query[MOST_QUERIES], key[MOST_WIDTH];
         float *partial = s->partial + (item / s->parts * s->parts + part) * group * slot;
         if (begin > past) continue;
         if (end == past + 1) {  // the part that holds the new token also stores it
-            memcpy(key, mixed + (d->heads + head) * width, sizeof key);
+            memcpy(key, mixed + (d->heads + head) * width, (size_t)width * 4);
             rotate(width, turns, key);
             write_cache(d, keys, (base + past) * width, key);
             write_cache(d, values, (base + past) * width,
                         mixed + (d->heads + d->kv_heads + head) * width);
         }
-        memcpy(query, mixed + head * group * width, sizeof query);
+        memcpy(query, mixed + head * group * width, (size_t)(group * width) * 4);
         for (int64_t h = 0; h < group; h++) rotate(width, turns, query + h * width);
         attend(d, end - begin, (base + begin) * width, query, keys, values, partial);
     }

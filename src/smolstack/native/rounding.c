@@ -3,7 +3,6 @@
 
 #include <stdlib.h>
 
-#define MOST_GROUP 4096  // channels of a group
 #define PANEL LANES      // output channels of a panel (panels.c)
 #define LEVELS 15.0f
 
@@ -112,8 +111,8 @@ static void round_panel(int64_t bits, const Stored *s, const float *importance, 
 
 // A weight to 8 or 4 bits: into `panels`, laid out with scales and zero points behind them, or, where
 // that is NULL, to words of 8- or 4-bit numbers, the rows row_bytes apart, and their scales and (4
-// bits) zero points, (out, groups). `importance` (in) is read with 4 bits. Groups have at most 4,096
-// channels, a multiple of 16. Returns 1 when memory runs out, else 0.
+// bits) zero points, (out, groups). `importance` (in) is read with 4 bits. Groups are
+// multiples of 16 channels. Returns 1 when memory runs out, else 0.
 int round_weight(int64_t bits, const Stored *s, const float *importance, int64_t group, void *panels,
                  uint8_t *words, int64_t row_bytes, uint16_t *scales, uint8_t *zeros, int threads) {
     int64_t groups = (s->in + group - 1) / group, tall = (s->out + PANEL - 1) / PANEL;

@@ -18,6 +18,10 @@
 #define ABI_VERSION 1
 
 #define CHUNK 128  // positions that one part of attention looks at
+// What Python does not go beyond (model/step.py): channels of a head, and of all query heads that
+// share a key.
+#define MOST_WIDTH 512
+#define MOST_QUERIES 16384
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };              // kinds of weights
 enum { CACHE_FLOAT32 = 0, CACHE_FLOAT16 = 1, CACHE_BFLOAT16 = 2 };    // kinds of keys and values

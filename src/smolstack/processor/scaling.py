@@ -31,7 +31,7 @@ def resize(planes: Planes, size: tuple[int, int], resample: int) -> Planes:
     before = (planes.shape[2], planes.shape[1])
     if before == size:
         return planes
-    order = _order() if resample in _KERNELS else None
+    order = _order() if resample in _KERNELS and native.library() is not None else None
     if order is None:
         return _by_pillow(planes, size, resample)
     return _by_kernels(planes, size, resample, order and _rows_first(before, size))
