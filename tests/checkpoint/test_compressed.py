@@ -200,6 +200,7 @@ def _saved(folder: Path, scheme: str, place: Path) -> tuple[smolstack.VLM, Path]
         formats = formats_of(vlm.model, "int4")
         formats["decoder.layers.0.down"] = INT8
         formats["decoder.layers.1.gate"] = Format(4, 64)
+        formats["vision.layers.0.down"] = Format(8, 512)
         formats["decoder.layers.1.attention.query"] = Format(8, 32, activation_bits=16)
         quantise(vlm.model, formats)
     return vlm, vlm.save(place)

@@ -29,7 +29,8 @@ from smolstack.model.vlm import VisionLanguageModel
 
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 ORDER = "weight_g_idx"
-_GROUPS = range(256, 0, -16)  # that are computed, largest first
+_GROUPS = range(256, 0, -16)  # that are computed of others' layers, largest first
+_OWN_GROUPS = range(16, 1025, 16)
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,7 @@ def _format(scheme: Scheme, ours: str, module: nn.Module) -> tuple[Format | None
     # 4-bit weights are multiplied with activations of 8 bits, which lose little in small groups.
     most, activation_bits = (32, 8) if bits == 4 else (256, scheme.activation_bits)
     meant = scheme.computed or group
-    if scheme.own and meant is not None and meant in _GROUPS:
+    if scheme.own and meant is not None and meant in _OWN_GROUPS:
         return Format(bits, meant, scheme.activation_bits), ""
     if group is None:
         known = format_of(ours, module.in_features, "int8")

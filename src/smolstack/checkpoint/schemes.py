@@ -212,10 +212,10 @@ def _own(
         )
     computed = data.get("groups", {})  # folders of before have none: their groups are as stored
     sizes = computed.values() if isinstance(computed, Mapping) else [computed]
-    if not all(type(size) is int and size % 16 == 0 < size for size in sizes):
+    if not all(type(size) is int and size % 16 == 0 < size <= 1024 for size in sizes):
         raise ConfigError(
-            f"config.json {KEY}.{OWN}.groups is {computed!r:.80}, expected a multiple of 16 for "
-            "config groups"
+            f"config.json {KEY}.{OWN}.groups is {computed!r:.80}, expected a multiple of 16 up to "
+            "1,024 for config groups"
         )
     return found, computed
 
