@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import smolstack
+from smolstack.checkpoint import keys
 from smolstack.checkpoint.diff import diff_checkpoints
 from smolstack.checkpoint.inspect import inspect_checkpoint
 from smolstack.checkpoint.new import new_checkpoint
@@ -62,6 +63,18 @@ def whole(tiny_preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The same with a tower whose rows are whole groups of 256, as SmolVLM-256M's are."""
     place = tmp_path_factory.mktemp("whole") / "model"
     return new_checkpoint(replace(tiny_preset, config=_whole(tiny_preset)), place, seed=9)
+
+
+@pytest.fixture(scope="module")
+def ragged(tiny_preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows that end in shorter groups: 4,304 channels, as in SigLIP-so400m, and 288, 96 and 320."""
+    config = replace(
+        tiny_preset.config,
+        vision=replace(tiny_preset.config.vision, hidden_size=288, intermediate_size=4304),
+        text=replace(tiny_preset.config.text, hidden_size=96, intermediate_size=320, head_dim=16),
+    )
+    preset = replace(tiny_preset, config=config)
+    return new_checkpoint(preset, tmp_path_factory.mktemp("ragged") / "model", seed=8)
 
 
 def _whole(preset: Preset) -> ModelConfig:
@@ -186,13 +199,15 @@ def _saved(folder: Path, scheme: str, place: Path) -> tuple[smolstack.VLM, Path]
         vlm = smolstack.load(folder)
         formats = formats_of(vlm.model, "int4")
         formats["decoder.layers.0.down"] = INT8
+        formats["decoder.layers.1.gate"] = Format(4, 64)
+        formats["vision.layers.0.down"] = Format(8, 512)
         formats["decoder.layers.1.attention.query"] = Format(8, 32, activation_bits=16)
         quantise(vlm.model, formats)
     return vlm, vlm.save(place)
 
 
 @pytest.mark.parametrize("scheme", ["float32", "bfloat16", "int8", "int4", "mixed"])
-@pytest.mark.parametrize("kind", ["wide", "tied_folder", "retrieval_folder"])
+@pytest.mark.parametrize("kind", ["wide", "ragged", "tied_folder", "retrieval_folder"])
 def test_a_saved_model_answers_as_before_to_the_bit(
     request: pytest.FixtureRequest, tmp_path: Path, scheme: str, kind: str
 ) -> None:
@@ -227,16 +242,75 @@ def test_inspect_and_diff_see_what_the_integers_stand_for(wide: Path, tmp_path: 
     assert changes.formats[f"{GATE}.weight"] == "F32 → int8"
 
 
-def test_transformers_computes_the_dequantised_weights(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["int8", "int4", "mixed"])
+def test_groups_are_written_as_others_need_them(ragged: Path, tmp_path: Path, scheme: str) -> None:
+    """They divide the channels, and are of at most 128, which vLLM's kernels end at."""
+    _, place = _saved(ragged, scheme, tmp_path / "saved")
+    tensors = load_file(place / "model.safetensors")
+    config = json.loads((place / "config.json").read_text())["quantization_config"]
+    groups = {
+        target: group["weights"].get("group_size")
+        for group in config["config_groups"].values()
+        for target in group["targets"]
+    }
+    down = "model.vision_model.encoder.layers.0.mlp.fc2"
+    assert groups[down] == 16  # the largest that divides both 4,304 and 256
+    assert list(tensors[f"{down}.weight_scale"].shape) == [288, 269]
+    for name, group in groups.items():
+        width = int(tensors[f"{name}.weight_shape"][1])
+        assert group is None or (group <= 128 and width % group == 0), name
+
+
+def test_groups_cut_short_are_read_as_they_were_written_before(
+    ragged: Path, tmp_path: Path
+) -> None:
+    vlm, place = _saved(ragged, "int8", tmp_path / "saved")
+    formats = dict(vlm.model.config.quantization or ())
+
+    def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        stored = config["quantization_config"]
+        sizes = stored["smolstack"].pop("groups")
+        for name, group in stored["config_groups"].items():
+            group["weights"].update(strategy="group", group_size=sizes[name])
+        for ours in formats:
+            theirs = keys.to_hf(f"{ours}.weight").removesuffix(".weight")
+            layer = vlm.model.get_submodule(ours)
+            assert isinstance(layer, QuantisedLinear)
+            tensors[f"{theirs}.weight_scale"] = layer.tensors()[1].contiguous()
+
+    again = smolstack.load(_rewritten(place, tmp_path / "before", change))
+    assert dict(again.config.quantization or ()) == formats
+    assert torch.equal(_logits(again), _logits(vlm))
+
+
+def test_scales_that_differ_within_a_group_are_refused(ragged: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        tensors["model.vision_model.encoder.layers.0.mlp.fc2.weight_scale"][0, 1] *= 2
+
+    _, place = _saved(ragged, "int8", tmp_path / "saved")
+    damaged = _rewritten(place, tmp_path / "damaged", change)
+    with pytest.raises(CheckpointError, match=r"fc2 has scales .* differ within groups of 256"):
+        smolstack.load(damaged)
+
+
+@pytest.mark.parametrize("kind", ["whole", "ragged", "published 4 bits"])
+def test_transformers_computes_the_dequantised_weights(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    """Also of rows that groups of 64 and 256 do not divide, and of 4 bits that are symmetric."""
     from transformers import AutoModelForImageTextToText
 
-    vlm, place = _saved(whole, "int8", tmp_path / "int8")
+    if kind == "published 4 bits":
+        whole: Path = request.getfixturevalue("whole")
+        four, _ = _published(whole, tmp_path / "four", "pack-quantized", None, **_group(4, 64))
+        vlm = smolstack.load(four)
+        place = vlm.save(tmp_path / "saved")
+    else:
+        vlm, place = _saved(request.getfixturevalue(kind), "int8", tmp_path / "saved")
     plain = vlm.model
 
     def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         for name in [n for n in tensors if n.endswith(".weight_packed")]:
-            from smolstack.checkpoint import keys
-
             layer = name.removesuffix(".weight_packed")
             own = plain.get_submodule(keys.from_hf(f"{layer}.weight").removesuffix(".weight"))
             assert isinstance(own, QuantisedLinear)
@@ -275,6 +349,10 @@ def _weights(**settings: Any) -> Change:
     return damage
 
 
+def _own(**settings: Any) -> Change:
+    return lambda _, config: config["quantization_config"]["smolstack"].update(settings)
+
+
 def _groups(**settings: Any) -> Change:
     def damage(_: dict[str, Tensor], config: dict[str, Any]) -> None:
         config["quantization_config"].pop("smolstack")
@@ -309,6 +387,8 @@ DAMAGED: dict[str, tuple[Change, str]] = {
     "all ignored": (_config(ignore=["Linear"]), "expected a config group"),
     "static": (_groups(input_activations={"num_bits": 8}), "expected null, or int of 8 bits"),
     "own": (_config(smolstack=3), "smolstack is 3, expected activation_bits"),
+    "own groups": (_own(groups={"group_0": 7}), "groups is .*, expected a multiple of 16"),
+    "own groups apart": (_weights(group_size=24, strategy="group"), "24, expected a divisor of"),
 }
 
 

@@ -29,7 +29,8 @@ from smolstack.model.vlm import VisionLanguageModel
 
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 ORDER = "weight_g_idx"
-_GROUPS = range(256, 0, -16)  # that are computed, largest first
+_GROUPS = range(256, 0, -16)  # that are computed of others' layers, largest first
+_OWN_GROUPS = range(16, 1025, 16)
 
 
 @dataclass(frozen=True)
@@ -134,15 +135,22 @@ class StoredLayer:
 
     def _regrouped(self, stored: Tensor) -> Tensor:
         """Columns of the stored groups → columns of the groups that are computed, which divide
-        them."""
+        them, or which they divide."""
         assert self.format is not None
         ours, theirs = self.format.group, self.scheme.group or self.inputs
         if stored.shape[0] == 1 and self.scheme.whole:
             stored = stored.expand(self.outputs, 1)
         if ours == theirs:
             return stored
-        begins = torch.arange(self.format.groups(self.inputs)) * ours
-        return stored[:, begins // theirs].contiguous()
+        found = stored[:, torch.arange(self.format.groups(self.inputs)) * ours // theirs]
+        if ours > theirs and stored.shape[1] > 1:
+            again = found[:, torch.arange(stored.shape[1]) * theirs // ours]
+            if not torch.equal(again, stored):
+                raise CheckpointError(
+                    f"{self.name} has scales or zero points that differ within groups of {ours} "
+                    "input channels, expected the same in each, as config.json says"
+                )
+        return found.contiguous()
 
     def _check_range(self, numbers: Tensor) -> None:
         low, high = int(numbers.min()), int(numbers.max())
@@ -326,8 +334,9 @@ def _format(scheme: Scheme, ours: str, module: nn.Module) -> tuple[Format | None
         return None, why if isinstance(module, nn.Linear) else "a table of embeddings"
     # 4-bit weights are multiplied with activations of 8 bits, which lose little in small groups.
     most, activation_bits = (32, 8) if bits == 4 else (256, scheme.activation_bits)
-    if scheme.own and group is not None and group in _GROUPS:
-        return Format(bits, group, scheme.activation_bits), ""
+    meant = scheme.computed or group
+    if scheme.own and meant is not None and meant in _OWN_GROUPS:
+        return Format(bits, meant, scheme.activation_bits), ""
     if group is None:
         known = format_of(ours, module.in_features, "int8")
         if activation_bits == 8 and bits == 8 and known is not None:

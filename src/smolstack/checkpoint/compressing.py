@@ -1,41 +1,83 @@
-"""Quantised layers in compressed-tensors' "pack-quantized" form, for transformers and for us.
+"""Quantised layers in compressed-tensors' "pack-quantized" form, for others and for us.
 
-Scales stand for groups as they are computed: where a group does not divide a row, the last one is
-shorter. What that form has no word for, the bits of the activations, stands beside it.
+That form wants groups that divide a layer's input channels, and vLLM's kernels know none of more
+than 128. So larger groups, and rows that end in a shorter one, are written in smaller groups whose
+scales and zero points are repeated, which changes no weight. What the form has no word for, the
+groups that are computed and the bits of their activations, stands beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smolstack.checkpoint import keys
-from smolstack.checkpoint.compressed import SHAPE
+from smolstack.checkpoint.compressed import SCALE, SHAPE, ZERO
 from smolstack.checkpoint.schemes import METHOD, OWN, PACKED_FORM
-from smolstack.model.quantised import QuantisedLinear
+from smolstack.config.quantization import Format
+from smolstack.model.quantised import QuantisedLinear, unpack_words
 from smolstack.model.vlm import VisionLanguageModel
 
+MOST = 128  # channels of a group as it is written
+_LEAST = 8  # fewer, and scales would weigh as much as the weights: such rows keep a shorter group
+_MIDDLE = 8  # the zero point of 4-bit weights that are symmetric
 
-def shapes(model: VisionLanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """weight_shape of every quantised layer, by its name here with ``weight_shape`` behind it."""
+
+def stored_group(form: Format, inputs: int) -> int | None:
+    """Channels of a group as it is written; None: one scale for all channels of a row."""
+    if form.groups(inputs) == 1:
+        return None
+    found = math.gcd(form.group, inputs, MOST)
+    return found if found >= _LEAST else form.group
+
+
+def stored_state(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """The model's tensors as they are written, by their names here; nothing is copied that is
+    written as the model holds it.
+
+    Layers whose zero points are all in the middle are written without.
+    """
+    state = dict(model.state_dict())
     for name, layer in model.named_modules():
-        if isinstance(layer, QuantisedLinear):
-            yield f"{name}.{SHAPE}", torch.tensor([layer.out_features, layer.in_features])
+        if not isinstance(layer, QuantisedLinear):
+            continue
+        inputs, outputs, form = layer.in_features, layer.out_features, layer.format
+        state[f"{name}.{SHAPE}"] = torch.tensor([outputs, inputs])
+        zeros = state.get(f"{name}.{ZERO}")
+        if zeros is not None and bool((unpack_words(zeros.t(), 4, outputs) == _MIDDLE).all()):
+            del state[f"{name}.{ZERO}"]
+        group = stored_group(form, inputs)
+        if group is None or group == form.group:
+            continue
+        columns = torch.arange(0, inputs, group, device=layer.device) // form.group
+        for end in (SCALE, ZERO):
+            if f"{name}.{end}" in state:
+                state[f"{name}.{end}"] = state[f"{name}.{end}"][:, columns]
+    return state
 
 
-def to_config(model: VisionLanguageModel) -> dict[str, Any] | None:
-    """quantization_config of a model's config.json; None: it has no integers."""
+def to_config(model: VisionLanguageModel, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """quantization_config of a model's config.json; None: it has no integers.
+
+    Args:
+        state: what :func:`stored_state` gave for the model.
+    """
     quantization = model.config.quantization
     if quantization is None:
         return None
     embedding = model.config.embedding_dim is not None
-    groups: dict[tuple[int, int, int], list[str]] = {}
+    groups: dict[tuple[int, int, int, int, bool], list[str]] = {}
     for name, form in quantization:
         own = keys.to_hf(f"{name}.weight", embedding_head=embedding).removesuffix(".weight")
-        groups.setdefault((form.bits, form.group, form.activation_bits), []).append(own)
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantisedLinear)
+        written = stored_group(form, layer.in_features) or -1
+        kind = form.bits, form.group, form.activation_bits, written, f"{name}.{ZERO}" not in state
+        groups.setdefault(kind, []).append(own)
     floats = [
         keys.to_hf(f"{name}.weight", embedding_head=embedding).removesuffix(".weight")
         for name, module in model.named_modules()
@@ -48,25 +90,23 @@ def to_config(model: VisionLanguageModel) -> dict[str, Any] | None:
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": {
-                "targets": sorted(groups[bits, group, activation_bits]),
-                "weights": {
-                    "num_bits": bits,
-                    "type": "int",
-                    "symmetric": bits == 8,
-                    "strategy": "group",
-                    "group_size": group,
-                    "dynamic": False,
-                },
+                "targets": sorted(groups[kind]),
+                "weights": _weights(bits, written, symmetric=symmetric),
                 "input_activations": None,
                 "output_activations": None,
             }
-            for i, (bits, group, activation_bits) in enumerate(order)
+            for i, kind in enumerate(order)
+            for bits, _, _, written, symmetric in (kind,)
         },
         "ignore": sorted(floats),
         "kv_cache_scheme": None,
         OWN: {
-            "activation_bits": {
-                f"group_{i}": activation_bits for i, (_, _, activation_bits) in enumerate(order)
-            }
+            "groups": {f"group_{i}": kind[1] for i, kind in enumerate(order)},
+            "activation_bits": {f"group_{i}": kind[2] for i, kind in enumerate(order)},
         },
     }
+
+
+def _weights(bits: int, group: int, *, symmetric: bool) -> dict[str, Any]:
+    size = {"strategy": "channel"} if group < 0 else {"strategy": "group", "group_size": group}
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, **size, "dynamic": False}

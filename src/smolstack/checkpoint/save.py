@@ -55,10 +55,11 @@ def save_checkpoint(
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
         config = config_json(model.config, model.dtype)
-        if (quantization := compressing.to_config(model)) is not None:
+        state = compressing.stored_state(model)
+        if (quantization := compressing.to_config(model, state)) is not None:
             config["quantization_config"] = quantization
         (temporary / "config.json").write_text(to_json(config), encoding="utf-8")
-        _write_weights(temporary, hf_state_dict(model), max_shard_bytes)
+        _write_weights(temporary, _named(model, state), max_shard_bytes)
     return Path(folder)
 
 
@@ -73,8 +74,11 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 def hf_state_dict(model: VisionLanguageModel) -> dict[str, Tensor]:
     """The model's weights under their Hugging Face names; storage is shared, not copied."""
+    return _named(model, compressing.stored_state(model))
+
+
+def _named(model: VisionLanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     embedding = model.config.embedding_dim is not None
-    state = {**model.state_dict(), **dict(compressing.shapes(model))}
     return {keys.to_hf(name, embedding_head=embedding): tensor for name, tensor in state.items()}
 
 

@@ -19,7 +19,8 @@ METHOD = "compressed-tensors"
 PACKED_FORM = "pack-quantized"
 FORMS = (PACKED_FORM, "int-quantized", "naive-quantized")
 BITS = (4, 8)
-# Of smolstack's own folders, by config group: the bits that activations are rounded to.
+# Of smolstack's own folders, by config group: the bits that activations are rounded to, and the
+# groups that are computed, whose scales may be repeated over several of the stored ones.
 OWN = "smolstack"
 STRATEGIES = ("group", "channel", "tensor")
 # Settings that change what is computed; only their absence is understood.
@@ -41,6 +42,7 @@ class Scheme:
         whole: whether the tensor has a single scale.
         activation_bits: 8, or 16 where they are to stay floats.
         own: whether smolstack wrote it, and the activation's bits are meant to the letter.
+        computed: input channels of the groups that are computed; None: those that are stored.
     """
 
     form: str
@@ -50,6 +52,7 @@ class Scheme:
     whole: bool
     activation_bits: int
     own: bool = False
+    computed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,12 @@ def read_schemes(config: Mapping[str, Any]) -> Schemes:
     groups = data.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise ConfigError(f"config.json {KEY}.config_groups is {groups!r:.80}, expected an object")
-    own = _own(data.get(OWN), groups)
+    own, computed = _own(data.get(OWN), groups)
     return Schemes(
         tuple(
             (
                 tuple(_strings(group, "targets", f"config_groups.{name}")),
-                _scheme(str(name), group, data.get("format"), own.get(name)),
+                _scheme(str(name), group, data.get("format"), own.get(name), computed.get(name)),
             )
             for name, group in groups.items()
         ),
@@ -127,7 +130,7 @@ def read_schemes(config: Mapping[str, Any]) -> Schemes:
     )
 
 
-def _scheme(name: str, group: Any, form: Any, own: int | None) -> Scheme:
+def _scheme(name: str, group: Any, form: Any, own: int | None, computed: int | None) -> Scheme:
     where = f"config.json {KEY}.config_groups.{name}"
     form = group.get("format") or form
     if form not in FORMS:
@@ -158,6 +161,11 @@ def _scheme(name: str, group: Any, form: Any, own: int | None) -> Scheme:
         raise ConfigError(
             f"{where}.weights.group_size is {size!r:.80}, expected a positive integer"
         )
+    if computed is not None and strategy == "group" and computed % int(size or 1):
+        raise ConfigError(
+            f"{where}.weights.group_size is {size}, expected a divisor of {computed}, the groups "
+            f"that {OWN} names"
+        )
     if weights.get("actorder") not in (None, False, "weight", "static"):
         raise ConfigError(
             f"{where}.weights.actorder is {weights['actorder']!r:.80}, expected null or 'weight': "
@@ -171,6 +179,7 @@ def _scheme(name: str, group: Any, form: Any, own: int | None) -> Scheme:
         strategy == "tensor",
         _activation_bits(where, group.get("input_activations")) if own is None else own,
         own is not None,
+        computed,
     )
 
 
@@ -188,17 +197,27 @@ def _activation_bits(where: str, data: Any) -> int:
     return int(bits)
 
 
-def _own(data: Any, groups: Mapping[str, Any]) -> Mapping[str, int]:
-    """The bits of activations by config group; empty in folders of other programs."""
+def _own(
+    data: Any, groups: Mapping[str, Any]
+) -> tuple[Mapping[str, int], Mapping[str, int | None]]:
+    """The bits of activations and the groups that are computed by config group; empty in folders
+    of other programs."""
     if data is None:
-        return {}
+        return {}, {}
     found = data.get("activation_bits") if isinstance(data, Mapping) else None
     if not isinstance(found, Mapping) or not all(found.get(name) in (8, 16) for name in groups):
         raise ConfigError(
             f"config.json {KEY}.{OWN} is {data!r:.80}, expected activation_bits of 8 or 16 for "
             "every config group"
         )
-    return found
+    computed = data.get("groups", {})  # folders of before have none: their groups are as stored
+    sizes = computed.values() if isinstance(computed, Mapping) else [computed]
+    if not all(type(size) is int and size % 16 == 0 < size <= 1024 for size in sizes):
+        raise ConfigError(
+            f"config.json {KEY}.{OWN}.groups is {computed!r:.80}, expected a multiple of 16 up to "
+            "1,024 for config groups"
+        )
+    return found, computed
 
 
 def _strings(data: Any, key: str, where: str) -> Iterator[str]:
