@@ -12,7 +12,6 @@ import torch
 from smolstack.batch import VisualTokens
 from smolstack.checkpoint.hub import ModelPath, locate
 from smolstack.checkpoint.load import Checkpoint, load_checkpoint
-from smolstack.checkpoint.panel_file import Progress
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import PromptError
 from smolstack.generation.answer import Answer
@@ -30,6 +29,7 @@ from smolstack.processor.processor import Prompt
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video
+from smolstack.quantization.quantise import Progress
 from smolstack.retrieval import PageEmbedder, encode
 
 if TYPE_CHECKING:

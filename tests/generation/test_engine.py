@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,26 @@ def test_more_known_images_than_run_at_a_time_are_no_trouble(vlm: smolstack.VLM)
     vlm._inline.core.prepare(requests)
     vlm._inline.finish(requests)
     assert all(len(request.visual) == 1 for request in requests)
+
+
+def test_a_request_that_found_no_room_may_be_submitted_again(tiny_vlm: smolstack.VLM) -> None:
+    request = tiny_vlm.request(text="Hello", max_new_tokens=2)
+    full = tiny_vlm.engine()
+    full.close()
+    with pytest.raises(QueueFullError):
+        full.submit(request)
+    with tiny_vlm.engine() as engine:
+        assert engine.submit(request).result(30).usage.completion_tokens > 0
+
+
+def test_nobody_waits_for_ever_for_an_engine_that_broke(
+    tiny_vlm: smolstack.VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    engine = tiny_vlm.engine()
+    monkeypatch.setattr(engine.core.scheduler, "schedule", lambda: 1 / 0)
+    future = engine.submit(tiny_vlm.request(text="Hello", max_new_tokens=2))
+    with pytest.raises(GenerationError, match="ZeroDivisionError"):
+        future.result(30)
+    with pytest.raises(QueueFullError):
+        engine.submit(tiny_vlm.request(text="Hello", max_new_tokens=2))

@@ -229,3 +229,33 @@ def test_images_of_a_quantised_model_are_kept_on_disk(
     assert torch.equal(tokens(), first)
     assert sorted((tmp_path / "images").glob("*.safetensors")) == kept
     assert len(kept) == 1
+
+
+def test_no_rows_need_no_weights() -> None:
+    layer = layer_of(FORMATS[0], 17, 64)
+    assert layer(torch.empty(0, 64)).shape == (0, 17)
+
+
+def test_files_that_another_user_could_have_written_are_not_mapped(saved: Path) -> None:
+    model, source = as_stored(saved)
+    made = adopt_panels(model, source, least=0)
+    assert made is not None
+    made.write_bytes(bytes(made.stat().st_size))
+    made.chmod(0o666)
+    model, source = as_stored(saved)
+    expected = model.state_dict()["head.weight_packed"].clone()
+    adopt_panels(model, source, least=0)
+    assert torch.equal(model.state_dict()["head.weight_packed"], expected)
+
+
+def test_a_disk_that_fails_after_all_was_written_costs_no_weights(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    model, source = as_stored(saved)
+    expected = model.state_dict()["head.weight_packed"].clone()
+    monkeypatch.setattr(os, "fsync", full)
+    assert adopt_panels(model, source, least=0) is None
+    assert torch.equal(model.state_dict()["head.weight_packed"], expected)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from smolstack.checkpoint import keys
-from smolstack.checkpoint.compressed import SCALE, SHAPE, ZERO
 from smolstack.checkpoint.schemes import METHOD, OWN, PACKED_FORM
+from smolstack.checkpoint.stored_layer import SCALE, SHAPE, ZERO
 from smolstack.config.quantization import Format
 from smolstack.model.quantised import QuantisedLinear, unpack_words
 from smolstack.model.vlm import VisionLanguageModel
@@ -36,8 +36,8 @@ def stored_group(form: Format, inputs: int) -> int | None:
 
 
 def stored_state(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """The model's tensors as they are written, by their names here; nothing is copied that is
-    written as the model holds it.
+    """The model's tensors as they are written, by their names here. Integers that the model holds
+    as panels are unpacked, all at once.
 
     Layers whose zero points are all in the middle are written without.
     """

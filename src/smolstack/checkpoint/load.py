@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from smolstack.checkpoint import keys
-from smolstack.checkpoint.compressed import SCALE
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.hub import ModelPath
-from smolstack.checkpoint.panel_file import Progress, adopt_panels
+from smolstack.checkpoint.panel_file import adopt_panels
 from smolstack.checkpoint.source import Source, open_source
+from smolstack.checkpoint.stored_layer import SCALE
 from smolstack.checkpoint.verify import compare, settle_head
 from smolstack.checkpoint.weights import Entry
 from smolstack.config import ModelConfig, as_ids
@@ -25,7 +25,7 @@ from smolstack.processor.processor import Processor
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tokenizer import TextTokenizer
 from smolstack.processor.video import VideoSettings
-from smolstack.quantization.quantise import quantise
+from smolstack.quantization.quantise import Progress, quantise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +22,8 @@ from smolstack.model.panels import Arena, Panels, panel_size
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
-from smolstack.native.compiling import cache_folders
+from smolstack.native.compiling import cache_folders, is_own_file
+from smolstack.quantization.quantise import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ SWITCH = "SMOLSTACK_PANELS"  # 0: nothing is kept on disk
 LEAST = 256 * 2**20  # bytes of panels: fewer are made in less time than a file takes
 MOST = 32 * 2**30  # bytes of all kept files
 _VERSION = 1
-
-Progress = Callable[[str, int, int], None]  # what is done, of how many
 
 
 def adopt_panels(
@@ -62,14 +60,17 @@ def adopt_panels(
     for folder in cache_folders() if kept else []:
         path = folder / "panels" / name
         with contextlib.suppress(OSError):
-            if path.stat().st_size == sum(sizes):
+            # Whoever could write it could choose the weights.
+            if is_own_file(path) and path.stat().st_size == sum(sizes):
                 _map(kernels, layers, sizes, path)
                 os.utime(path)  # used last
                 return path
         try:
-            _make(kernels, layers, sum(sizes), path, progress)
+            _make(kernels, layers, sizes, path, progress)
         except OSError as error:
             logger.info("panels are not kept in %s: %s", path.parent, error)
+            if any(layer.is_packed for layer in layers):  # in a file that has no name by now
+                return None
             continue
         _prune(path)
         return path
@@ -101,16 +102,20 @@ def _map(
 def _make(
     kernels: native.Library,
     layers: list[QuantisedLinear],
-    size: int,
+    sizes: list[int],
     path: Path,
     progress: Progress | None,
 ) -> None:
-    """Write beside its place, then rename: never half a file. The model uses what is written."""
+    """Write beside its place, then rename: never half a file, and after a power cut none of
+    zeros. The model maps what is written, and cannot write to it any more."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
     os.close(handle)
     try:
-        _lay_out(kernels, layers, Arena(kernels, size, Path(name)), progress)
+        _lay_out(kernels, layers, Arena(kernels, sum(sizes), Path(name)), progress)
+        with open(name, "rb+") as written:
+            os.fsync(written.fileno())
+        _map(kernels, layers, sizes, Path(name))
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from smolstack.checkpoint import keys
-from smolstack.checkpoint.compressed import PACKED, with_quantization
+from smolstack.checkpoint.compressed import with_quantization
+from smolstack.checkpoint.stored_layer import PACKED
 from smolstack.checkpoint.weights import FLOAT_TYPES, Entry
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError

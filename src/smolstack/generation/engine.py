@@ -118,7 +118,11 @@ class Engine:
         if seconds is not None:
             request.deadline = time.monotonic() + seconds
         request.listener = listen
-        self.enter([request])
+        try:
+            self.enter([request])
+        except QueueFullError:
+            request.listener = None  # it may be submitted again
+            raise
 
     def enter(self, requests: Sequence[Request]) -> None:
         """Let requests wait for their turn, each with its listener; all or none.
@@ -192,6 +196,15 @@ class Engine:
             self._changed.notify()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            # Nobody may wait for ever for an engine that has ended.
+            for request in self._end():
+                request.tell(Update(error=GenerationError(f"the engine stopped: {error!r}")))
+            raise
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 for request in self._inbox:

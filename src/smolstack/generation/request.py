@@ -59,8 +59,8 @@ class Taken:
 class Request:
     """One prompt, what is wanted of it, and the state of the work on it.
 
-    Made by :meth:`EngineCore.request` and :meth:`EngineCore.plain_request` in any thread; the
-    engine's core alone changes it then, but for the flags.
+    Made by a :class:`RequestMaker` in any thread; the engine's core alone changes it then, but for
+    the flags.
 
     Args:
         prompt: rendered, planned, tokenized.

@@ -263,7 +263,9 @@ class QuantisedLinear(nn.Module):
         """(…, I) → (…, O), float32."""
         rows = x.reshape(-1, self.in_features)
         kernels = native.library() if self.device.type == "cpu" else None
-        if kernels is None or rows.shape[0] == 0:
+        if rows.shape[0] == 0:
+            out = rows.new_empty(0, self.out_features, dtype=torch.float32)
+        elif kernels is None:
             out = self._by_torch(rows)
         else:
             out = self._by_kernels(kernels, rows)

@@ -41,7 +41,7 @@ def compiled() -> Path:
     compiler = _compiler()
     name = f"kernels-{_fingerprint(compiler)}.so"
     for folder in cache_folders():
-        if _ours(folder / name):
+        if is_own_file(folder / name):
             return folder / name
     return _build(compiler, name)
 
@@ -142,7 +142,7 @@ def cache_folders() -> list[Path]:
     return folders
 
 
-def _ours(path: Path) -> bool:
+def is_own_file(path: Path) -> bool:
     """Whether a library is there that this user (or root) alone could have put there."""
     if not path.is_file():
         return False
