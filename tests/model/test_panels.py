@@ -259,3 +259,20 @@ def test_a_disk_that_fails_after_all_was_written_costs_no_weights(
     monkeypatch.setattr(os, "fsync", full)
     assert adopt_panels(model, source, least=0) is None
     assert torch.equal(model.state_dict()["head.weight_packed"], expected)
+
+
+def test_memory_that_is_given_back_loses_nothing(tmp_path: Path) -> None:
+    library = native.library()
+    assert library is not None
+    own = torch.arange(100_000)
+    path = tmp_path / "numbers"
+    own.numpy().tofile(path)
+    mapped = torch.from_file(str(path), shared=False, size=100_000, dtype=torch.int64)
+    changed = torch.from_file(str(path), shared=False, size=100_000, dtype=torch.int64)
+    changed[50_000] = -1  # in the process's own copy of a page
+    for tensor in (own, mapped, changed):
+        assert int(tensor.sum()) > 0
+        library.put_aside(tensor.data_ptr(), tensor.nbytes)
+    assert torch.equal(own, torch.arange(100_000))
+    assert torch.equal(mapped, own)
+    assert int(changed[50_000]) == -1

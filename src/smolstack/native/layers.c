@@ -16,8 +16,9 @@
 // through all weights touches each page once a token.
 void want_large_pages(void *memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    uintptr_t from = ((uintptr_t)memory + 4095) / 4096 * 4096;
-    uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) / 4096 * 4096;
+    uintptr_t size = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t from = ((uintptr_t)memory + size - 1) / size * size;
+    uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) / size * size;
     if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
 #else
     (void)memory, (void)bytes;
@@ -27,11 +28,11 @@ void want_large_pages(void *memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_PAGEOUT)
 // Whether no page in a range is the process's own: then a file has all of it. /proc/self/pagemap
 // tells (bit 61: a file's page, bit 63: present, bit 62: swapped, which only own pages are).
-static int files_alone(uintptr_t from, uintptr_t to) {
+static int files_alone(uintptr_t from, uintptr_t to, uintptr_t size) {
     uint64_t some[1024];
     int file = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC), alone = file >= 0, found = 0;
-    for (uintptr_t page = from / 4096; alone && page < to / 4096;) {
-        size_t count = (size_t)least(1024, (int64_t)(to / 4096 - page));
+    for (uintptr_t page = from / size; alone && page < to / size;) {
+        size_t count = (size_t)least(1024, (int64_t)(to / size - page));
         ssize_t got = pread(file, some, count * 8, (off_t)page * 8);
         if (got != (ssize_t)(count * 8)) alone = 0;
         for (size_t i = 0; alone && i < count; i++) {
@@ -50,9 +51,10 @@ static int files_alone(uintptr_t from, uintptr_t to) {
 // Memory that is no file's keeps what it holds.
 void put_aside(const void *memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_PAGEOUT)
-    uintptr_t from = ((uintptr_t)memory + 4095) / 4096 * 4096;
-    uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) / 4096 * 4096;
-    if (to > from && files_alone(from, to)) madvise((void *)from, to - from, MADV_DONTNEED);
+    uintptr_t size = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t from = ((uintptr_t)memory + size - 1) / size * size;
+    uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) / size * size;
+    if (to > from && files_alone(from, to, size)) madvise((void *)from, to - from, MADV_DONTNEED);
 #else
     (void)memory, (void)bytes;
 #endif
