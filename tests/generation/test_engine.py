@@ -206,3 +206,17 @@ def test_nobody_waits_for_ever_for_an_engine_that_broke(
         future.result(30)
     with pytest.raises(QueueFullError):
         engine.submit(tiny_vlm.request(text="Hello", max_new_tokens=2))
+
+
+@pytest.mark.parametrize("limits", [{"running": 1.5}, {"kv_cache_bytes": True}, {"queued": "x"}])
+def test_limits_of_another_kind_are_refused(
+    tiny_vlm: smolstack.VLM, limits: dict[str, Any]
+) -> None:
+    with pytest.raises(GenerationError, match="expected a whole number"):
+        tiny_vlm.engine(**limits)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), "soon"])
+def test_a_deadline_is_a_number(tiny_vlm: smolstack.VLM, seconds: Any) -> None:
+    with tiny_vlm.engine() as engine, pytest.raises(GenerationError, match="expected a number"):
+        engine.submit(tiny_vlm.request(text="Hello"), seconds=seconds)

@@ -259,3 +259,8 @@ def test_a_form_holds_in_every_precision(tiny_folder: Path, dtype: str) -> None:
     assert re.fullmatch("[0-9]{3}", number)
     chosen = vlm.ask(text="Which?", choices=["red", "green", "blue"])
     assert chosen.text in ("red", "green", "blue")
+
+
+def test_a_choice_of_special_tokens_is_refused(tiny_vlm: smolstack.VLM) -> None:
+    with pytest.raises(GenerationError, match="special tokens"):
+        tiny_vlm.ask(text="Which?", choices=["yes", "<image>"])

@@ -18,6 +18,7 @@ from smolstack.checkpoint.load import load_checkpoint, load_weights
 from smolstack.checkpoint.panel_file import adopt_panels
 from smolstack.checkpoint.source import Source, open_source
 from smolstack.config.quantization import Format
+from smolstack.errors import ConfigError
 from smolstack.model.panels import Arena, panel_size
 from smolstack.model.quantised import QuantisedLinear
 from smolstack.model.vlm import VisionLanguageModel
@@ -276,3 +277,36 @@ def test_memory_that_is_given_back_loses_nothing(tmp_path: Path) -> None:
     assert torch.equal(own, torch.arange(100_000))
     assert torch.equal(mapped, own)
     assert int(changed[50_000]) == -1
+
+
+def test_a_kept_file_that_was_damaged_is_made_anew(saved: Path) -> None:
+    model, source = as_stored(saved)
+    expected = model.state_dict()["head.weight_packed"].clone()
+    made = adopt_panels(model, source, least=0)
+    assert made is not None
+    held = bytearray(made.read_bytes())
+    held[len(held) // 2 :] = bytes(byte ^ 0x55 for byte in held[len(held) // 2 :])
+    made.write_bytes(held)
+    model, source = as_stored(saved)
+    assert adopt_panels(model, source, least=0) == made
+    assert torch.equal(model.state_dict()["head.weight_packed"], expected)
+
+
+def test_what_stands_beside_integers_stays_float32(tiny_folder: Path) -> None:
+    model = smolstack.load(tiny_folder, dtype="int8").model
+    for change in (model.half, model.bfloat16, model.double):
+        with pytest.raises(ConfigError, match="int8 and compute in float32"):
+            change()
+    assert model.float().to("cpu") is model
+
+
+def test_weights_that_are_quantised_do_not_depend_on_threads(tiny_folder: Path) -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(smolstack.load(tiny_folder, dtype="int4").model.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in found[0].items())

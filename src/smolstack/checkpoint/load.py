@@ -81,8 +81,8 @@ def load_checkpoint(
     stored = None if config.quantization is None else config.quantization.name
     if stored is not None and dtype not in ("auto", stored):
         raise ConfigError(
-            f"{source.where} holds {stored} weights and dtype is {dtype!r}, expected auto or "
-            f"{stored!r}"
+            f"{source.where} holds {stored} weights, which do not become {dtype} ones; expected "
+            f"the checkpoint with float weights that it was made of, or dtype {stored!r} or 'auto'"
         )
     floats = _floats(dtype, config, entries, target)
     model = load_weights(source, config, floats, target)

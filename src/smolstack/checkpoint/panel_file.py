@@ -14,6 +14,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 SWITCH = "SMOLSTACK_PANELS"  # 0: nothing is kept on disk
 LEAST = 256 * 2**20  # bytes of panels: fewer are made in less time than a file takes
 MOST = 32 * 2**30  # bytes of all kept files
-_VERSION = 1
+_VERSION = 2
+_SAMPLE = 4096  # bytes
 
 
 def adopt_panels(
@@ -61,7 +63,7 @@ def adopt_panels(
         path = folder / "panels" / name
         with contextlib.suppress(OSError):
             # Whoever could write it could choose the weights.
-            if is_own_file(path) and path.stat().st_size == sum(sizes):
+            if is_own_file(path) and _is_whole(path, sizes):
                 _map(kernels, layers, sizes, path)
                 os.utime(path)  # used last
                 return path
@@ -84,11 +86,35 @@ def _key(source: Source, kernels: native.Library, layers: list[QuantisedLinear])
     for file in sorted({entry.file for entry in source.entries.values()}):
         path = (source.weights.folder / file).resolve()
         status = path.stat()
-        digest.update(f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ino}\0".encode())
+        digest.update(f"{path} {status.st_size} {status.st_mtime_ns} ".encode())
+        # A copy may bring its time of change along, never that of its inode.
+        digest.update(f"{status.st_ctime_ns} {status.st_ino}\0".encode())
     digest.update(
         repr([(one.format, one.in_features, one.out_features) for one in layers]).encode()
     )
     return digest.hexdigest()[:32]
+
+
+def _samples(file: BinaryIO, sizes: list[int]) -> bytes:
+    """A digest of the first and the last bytes of every layer: a whole one would read for seconds
+    what is to be mapped."""
+    digest, end = hashlib.sha256(), 0
+    for size in sizes:
+        end += size
+        for start in (end - size, max(end - size, end - _SAMPLE)):
+            file.seek(start)
+            digest.update(file.read(min(_SAMPLE, size)))
+    return digest.digest()
+
+
+def _is_whole(path: Path, sizes: list[int]) -> bool:
+    """Whether a kept file is as long as it was written, and ends in the digest of its samples."""
+    if path.stat().st_size != sum(sizes) + hashlib.sha256().digest_size:
+        return False
+    with path.open("rb") as file:
+        found = _samples(file, sizes)
+        file.seek(sum(sizes))
+        return file.read() == found
 
 
 def _map(
@@ -113,7 +139,11 @@ def _make(
     os.close(handle)
     try:
         _lay_out(kernels, layers, Arena(kernels, sum(sizes), Path(name)), progress)
-        with open(name, "rb+") as written:
+        with open(name, "r+b") as written:
+            samples = _samples(written, sizes)
+            written.seek(0, os.SEEK_END)
+            written.write(samples)
+            written.flush()
             os.fsync(written.fileno())
         _map(kernels, layers, sizes, Path(name))
         os.replace(name, path)

@@ -7,13 +7,13 @@ that ends it, so that "1" and "11" are two different answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from smolstack.errors import ContextLengthError
+from smolstack.errors import ContextLengthError, GenerationError
 from smolstack.generation.sampling import Sampling
 from smolstack.model.cache import KVCache
 from smolstack.processor.processor import Processor, Prompt
@@ -28,11 +28,17 @@ def continuations(
     lead: str,
     texts: Sequence[str],
     eos_token_ids: Sequence[int],
+    *,
+    shown: Callable[[Sequence[int]], str],
 ) -> list[tuple[int, ...]]:
     """Token ids of each choice after the prompt, tokenized where it stands, its end included.
 
+    Args:
+        shown: token ids → the text that an answer of them has.
+
     Raises:
         ContextLengthError: a choice does not fit behind the prompt.
+        GenerationError: a choice holds tokens that its text would lack.
     """
     end = tuple(eos_token_ids[:1])
     room = processor.config.text.max_positions - len(prompt.token_ids)
@@ -43,6 +49,10 @@ def continuations(
             ids = whole[len(prompt.token_ids) :]
         else:
             ids = tuple(processor.tokenizer.encode(lead + text, special=False))
+        if shown(ids) != processor.tokenizer.decode(ids, skip_special=False):
+            raise GenerationError(
+                f"the choice {text!r:.40} holds special tokens, which an answer's text leaves out"
+            )
         if len(ids) + len(end) > room:
             raise ContextLengthError(
                 f"the choice {text!r:.40} has {len(ids)} tokens, the prompt leaves room for {room}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -116,6 +117,8 @@ class Engine:
             raise GenerationError("the request was submitted before, expected a new one")
         self.core.scheduler.check(request)
         if seconds is not None:
+            if not isinstance(seconds, (int, float)) or math.isnan(seconds):
+                raise GenerationError(f"seconds is {seconds!r}, expected a number")
             request.deadline = time.monotonic() + seconds
         request.listener = listen
         try:

@@ -82,7 +82,7 @@ class RequestMaker:
         output = new_output(prompt.token_ids, options, decode, positions, constraint)
         if isinstance(options.structure, Choices):
             lead, texts = self.processor.answer_lead, options.structure.texts
-            choices = continuations(self.processor, prompt, lead, texts, ends)
+            choices = continuations(self.processor, prompt, lead, texts, ends, shown=decode)
         return Request(
             prompt, "answer", options=options, output=output, choices=choices, deadline=deadline
         )

@@ -55,12 +55,12 @@ class SchedulerLimits:
     def __post_init__(self) -> None:
         for name in ("running", "tiles", "prefill_tokens", "kv_cache_bytes"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise GenerationError(f"{name} is {value}, expected 1 or more")
+            if value is not None and (type(value) is not int or value < 1):
+                raise GenerationError(f"{name} is {value!r}, expected a whole number, 1 or more")
         for name in ("queued", "prefix_bytes"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise GenerationError(f"{name} is {value}, expected 0 or more")
+            if value is not None and (type(value) is not int or value < 0):
+                raise GenerationError(f"{name} is {value!r}, expected a whole number, 0 or more")
 
 
 @dataclass

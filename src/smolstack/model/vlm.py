@@ -51,6 +51,20 @@ class VisionLanguageModel(nn.Module):
             lay_out(self, config.quantization)
             self.decoder.embedding.gives = torch.float32
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionLanguageModel:
+        """What ``to``, ``half`` and the like do; what stands beside integers stays float32.
+
+        Raises:
+            ConfigError: another dtype for a quantised model.
+        """
+        if self.scheme is not None and (dtype := fn(torch.empty(0)).dtype) != torch.float32:
+            raise ConfigError(
+                f"the weights are {self.scheme} and compute in float32, found {dtype}; load float "
+                "weights for another dtype"
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     @property
     def scheme(self) -> str | None:
         """ "int8", "int4" or "mixed" when large matrices are integers; None: all are floats."""

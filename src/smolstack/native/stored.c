@@ -58,15 +58,17 @@ void stored_row(const Stored *s, int64_t o, int64_t from, int64_t count, float *
 }
 
 // Of each input channel the largest magnitude and the sum of squares over all outputs, factors
-// included: (in) each. Returns 1 when memory runs out, else 0.
+// included: (in) each. Outputs are summed in SUMS parts whatever the number of threads, so that the
+// sums do not depend on it. Returns 1 when memory runs out, else 0.
+#define SUMS 16
 int stored_sizes(const Stored *s, float *largest, float *squares, int threads) {
     int64_t in = rounded_up(s->in, LANES), each = 3 * in;
-    float *memory = calloc((size_t)(each * threads), 4);
+    float *memory = calloc((size_t)(each * SUMS), 4);
     if (!memory) return 1;
 #pragma omp parallel for num_threads(threads)
-    for (int part = 0; part < threads; part++) {
+    for (int part = 0; part < SUMS; part++) {
         float *row = memory + part * each, *most = row + in, *sums = most + in;
-        for (int64_t o = s->out * part / threads; o < s->out * (part + 1) / threads; o++) {
+        for (int64_t o = s->out * part / SUMS; o < s->out * (part + 1) / SUMS; o++) {
             stored_row(s, o, 0, s->in, row);
             for (int64_t i = 0; i < in; i += LANES) {
                 Floats w = load(row + i);
@@ -76,7 +78,7 @@ int stored_sizes(const Stored *s, float *largest, float *squares, int threads) {
         }
     }
     for (int64_t i = 0; i < s->in; i++) largest[i] = squares[i] = 0;
-    for (int part = 0; part < threads; part++) {
+    for (int part = 0; part < SUMS; part++) {
         const float *most = memory + part * each + in, *sums = most + in;
         for (int64_t i = 0; i < s->in; i++) {
             largest[i] = most[i] > largest[i] ? most[i] : largest[i];
