@@ -194,7 +194,7 @@ def test_what_cannot_be_compared_is_refused(
     tiny_folder: Path, retrieval_folder: Path, tmp_path: Path
 ) -> None:
     quantised = smolstack.load(tiny_folder, dtype="int8").save(tmp_path / "int8")
-    with pytest.raises(ConfigError, match="holds int8 weights and dtype is 'float32'"):
+    with pytest.raises(ConfigError, match="holds int8 weights, which do not become float32"):
         run_quality(Choice(quantised))
     with pytest.raises(ConfigError, match="would be shown as 'int8', expected another name"):
         run_quality(Choice(tiny_folder, also=[quantised]))
