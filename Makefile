@@ -1,4 +1,4 @@
-# Two commands: `make demo` asks the bundled reader about a picture, `make test` runs the tests.
+# Two commands: `make demo` asks the bundled reader about an image, `make test` runs the tests.
 # Both set up everything they need in .venv and are quick the second time.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.runtime  ## ask the bundled reader about a picture in examples/
+demo: $(VENV)/.runtime  ## ask the bundled reader about an image in examples/
 	$(BIN)/smolstack ask examples/number.png "What does it say?" --verbose
 
 test: lint types  ## style, types, and the whole test suite

@@ -1,4 +1,4 @@
-"""From picture to text with onnxruntime: no torch, no transformers, no smolstack.
+"""From image to text with onnxruntime: no torch, no transformers, no smolstack.
 
     smolstack export MODEL ./exported
     python examples/onnx_loop.py ./exported examples/number.png "What does it say?"
@@ -52,9 +52,9 @@ class OnnxModel:
             for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
         )
 
-    def ask(self, picture: Path, question: str, max_new_tokens: int = 512) -> Iterator[int]:
+    def ask(self, image: Path, question: str, max_new_tokens: int = 512) -> Iterator[int]:
         """Token ids of the answer, the one that ends it included; greedy."""
-        tiles, rows, cols = self.tiles(picture)
+        tiles, rows, cols = self.tiles(image)
         ids = np.array([self.prompt(question, rows, cols)], dtype=np.int64)
         embeds = self.embedding.run(None, {"input_ids": ids})[0]
         features = self.see(tiles)
@@ -95,32 +95,32 @@ class OnnxModel:
             if entry.name.startswith("past_key_values.")
         }
 
-    # The picture
+    # The image
 
-    def tiles(self, picture: Path) -> tuple[Array, int, int]:
-        """Normalised tiles (N, 3, P, P), the whole picture last, and the grid (0, 0 for none)."""
+    def tiles(self, path: Path) -> tuple[Array, int, int]:
+        """Normalized tiles (N, 3, P, P), the whole image last, and the grid (0, 0 for none)."""
         resample = Image.Resampling(self.image.get("resample", 1))
         edge = self.image["max_image_size"]["longest_edge"]
-        with Image.open(picture) as opened:
+        with Image.open(path) as opened:
             image = _rgb(ImageOps.exif_transpose(opened))
         if self.image.get("do_resize", True):
             longest = self.image["size"]["longest_edge"]
             image = image.resize(_fit(*image.size, longest), resample)
         if not self.image.get("do_image_splitting", True):
-            return self.normalise([image.resize((edge, edge), resample)]), 0, 0
+            return self.normalize([image.resize((edge, edge), resample)]), 0, 0
         width, height = _whole_tiles(*image.size, edge)
         image = image.resize((width, height), resample)
         rows, cols = height // edge, width // edge
         if rows == cols == 1:
-            return self.normalise([image]), 0, 0
+            return self.normalize([image]), 0, 0
         cut = [
             image.crop((col * edge, row * edge, (col + 1) * edge, (row + 1) * edge))
             for row in range(rows)
             for col in range(cols)
         ]
-        return self.normalise([*cut, image.resize((edge, edge), resample)]), rows, cols
+        return self.normalize([*cut, image.resize((edge, edge), resample)]), rows, cols
 
-    def normalise(self, tiles: list[Image.Image]) -> Array:
+    def normalize(self, tiles: list[Image.Image]) -> Array:
         """RGB tiles as float32 (N, 3, P, P)."""
         pixels = np.stack([np.asarray(tile) for tile in tiles]).astype(np.float64)
         if self.image.get("do_rescale", True):
@@ -145,7 +145,7 @@ class OnnxModel:
         return {token for token in [self.tokenizer.token_to_id(eos)] if token is not None}
 
     def prompt(self, question: str, rows: int, cols: int) -> list[int]:
-        """Token ids of one user message: the picture, then the question."""
+        """Token ids of one user message: the image, then the question."""
         text = self.around["before"] + question + self.around["after"]
         text = text.replace("<image>", self.placeholder(rows, cols), 1)
         special: bool = self.around["add_special_tokens"]
@@ -164,7 +164,7 @@ class OnnxModel:
         return {name: text for name, text in texts.items() if isinstance(text, str)}
 
     def placeholder(self, rows: int, cols: int) -> str:
-        """What one picture is in the prompt: every tile announced, the whole picture last."""
+        """What one image is in the prompt: every tile announced, the whole image last."""
         patches = (
             self.image["max_image_size"]["longest_edge"]
             // (self.config["vision_config"]["patch_size"])
@@ -224,10 +224,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer one question about one picture."""
-    parser = argparse.ArgumentParser(description="Ask an exported model about a picture.")
+    """Answer one question about one image."""
+    parser = argparse.ArgumentParser(description="Ask an exported model about an image.")
     parser.add_argument("folder", type=Path, help="what smolstack export wrote")
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("image", type=Path)
     parser.add_argument("question")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "int8"], default="fp32")
     parser.add_argument("--max-new-tokens", type=int, default=512)
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--ids", action="store_true", help="print token ids instead of text")
     options = parser.parse_args()
     model = OnnxModel(options.folder, options.dtype, options.threads)
-    ids = list(model.ask(options.picture, options.question, options.max_new_tokens))
+    ids = list(model.ask(options.image, options.question, options.max_new_tokens))
     if options.ids:
         print(*ids)
     else:

@@ -96,8 +96,8 @@ def tiny_vlm(tiny_folder: Path) -> smolstack.VLM:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[Image.Image]:
-    """Three pictures of different sizes and contents."""
+def images() -> list[Image.Image]:
+    """Three images of different sizes and contents."""
     random = np.random.default_rng(0)
     return [
         Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8))

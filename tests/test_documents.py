@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tests.pdfs import document
 
 import smolstack
-from smolstack.bulk import map_pictures
+from smolstack.bulk import map_images
 from smolstack.documents import QUESTION, Page, convert
+from smolstack.documents.doctags import CELLS, CONTAINERS, LEAVES
 from smolstack.documents.pages import made_document
-from smolstack.documents.vocabulary import CELLS, CONTAINERS, LEAVES
 from smolstack.errors import BulkError
 
 pytest.importorskip("docling_core")
@@ -43,7 +43,7 @@ def answered(path: Path, *answers: str | None, pages: list[str] | None = None) -
             "question": QUESTION,
             "answer": answer,
             "finish_reason": None if answer is None else "stop",
-            "error": "no picture" if answer is None else None,
+            "error": "no image" if answer is None else None,
         }
         for number, answer in enumerate(answers)
     ]
@@ -96,7 +96,7 @@ def test_the_tags_themselves(table: Path, tmp_path: Path) -> None:
 def test_pages_that_could_not_be_read_are_named_and_the_others_kept(tmp_path: Path) -> None:
     table = answered(tmp_path / "pages.parquet", FIRST, None, SECOND)
     done = convert(table, tmp_path / "report.md")
-    assert [(page.name, page.error) for page in done.unread] == [("page 1", "no picture")]
+    assert [(page.name, page.error) for page in done.unread] == [("page 1", "no image")]
     text = (tmp_path / "report.md").read_text()
     assert "Report" in text
     assert "- two" in text
@@ -221,12 +221,12 @@ def test_a_bad_box_goes_and_the_text_of_all_pages_stays(
         ]
 
 
-def test_a_picture_tag_without_an_image_leaves_the_text(tmp_path: Path) -> None:
-    picture = "<doctag><picture><loc_10><loc_10><loc_20><loc_20></picture><text>t</text></doctag>"
+def test_an_image_tag_without_an_image_leaves_the_text(tmp_path: Path) -> None:
+    image = "<doctag><picture><loc_10><loc_10><loc_20><loc_20></picture><text>t</text></doctag>"
     gone = [str(tmp_path / "gone.png"), str(tmp_path / "gone too.png")]
-    assert "t\n" in shown(tmp_path, picture, GOOD, pages=gone)
+    assert "t\n" in shown(tmp_path, image, GOOD, pages=gone)
     assert "found no file" in remarks(tmp_path, ".html")[0][1].lower()
-    shown(tmp_path, picture, GOOD)
+    shown(tmp_path, image, GOOD)
     assert remarks(tmp_path, ".json") == [
         ("page 0", "its image came as bytes: its figures are left out")
     ]
@@ -318,7 +318,7 @@ def test_a_pdf_file_is_read_page_by_page(tiny_vlm: smolstack.VLM, tmp_path: Path
 def test_a_bulk_job_s_answers_need_no_model(tiny_vlm: smolstack.VLM, tmp_path: Path) -> None:
     report = document(tmp_path / "report.pdf", [(100, 50), (60, 80)])
     table = tmp_path / "answers.parquet"
-    map_pictures(
+    map_images(
         report, QUESTION, out=table, model=tiny_vlm, max_new_tokens=4, keep_special_tokens=True
     )
     rows = pq.read_table(table)

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "smolstack"
 # Each room may import from itself and from the rooms before it, with the exceptions below.
 ORDER = [
     ("errors", "config"),
-    ("writing",),
+    ("output_files",),
     ("batch",),
     ("native",),
     ("processor",),
@@ -26,7 +26,7 @@ ORDER = [
     ("vlm",),
     ("bulk",),
     ("documents",),
-    ("interop", "cli", "train", "serve", "bench", "quantizing"),
+    ("interop", "cli", "train", "serve", "bench", "quantization_job"),
     ("__main__",),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -26,15 +26,15 @@ def colsmol(retrieval_folder: Path) -> smolstack.VLM:
 
 
 def test_vectors_are_those_of_transformers_with_colpali_s_words(
-    colsmol: smolstack.VLM, pictures: list[Image.Image]
+    colsmol: smolstack.VLM, images: list[Image.Image]
 ) -> None:
     reference = pytest.importorskip("smolstack.interop.reference")
     processor = reference.load_processor(colsmol.folder)
     model = reference.share_model(colsmol.model)
-    ours = colsmol.embed_pages(pictures)
+    ours = colsmol.embed_pages(images)
     assert len(ours) == 3
-    for picture, vectors in zip(pictures, ours, strict=True):
-        inputs = processor(text=[PAGE], images=[[picture]], return_tensors="pt")
+    for image, vectors in zip(images, ours, strict=True):
+        inputs = processor(text=[PAGE], images=[[image]], return_tensors="pt")
         with torch.no_grad():
             theirs = model(**inputs)[0]
         assert vectors.shape == (inputs["input_ids"].shape[1], 16)
@@ -48,17 +48,17 @@ def test_vectors_are_those_of_transformers_with_colpali_s_words(
 
 
 def test_a_page_s_vectors_do_not_depend_on_the_others(
-    colsmol: smolstack.VLM, pictures: list[Image.Image]
+    colsmol: smolstack.VLM, images: list[Image.Image]
 ) -> None:
-    many = colsmol.embed_pages([*pictures, pictures[0], pictures[0].rotate(180)])
-    for picture, vectors in zip(pictures, many, strict=False):
-        (alone,) = colsmol.embed_pages(picture)
+    many = colsmol.embed_pages([*images, images[0], images[0].rotate(180)])
+    for image, vectors in zip(images, many, strict=False):
+        (alone,) = colsmol.embed_pages(image)
         assert torch.allclose(alone, vectors, atol=1e-6)
     assert torch.equal(many[0], many[3])
 
 
 def test_other_words_may_stand_around_them(
-    colsmol: smolstack.VLM, pictures: list[Image.Image]
+    colsmol: smolstack.VLM, images: list[Image.Image]
 ) -> None:
     """As indexes made with colpali-engine up to 0.3.10 need."""
     (usual,) = colsmol.embed_queries(["profit"])
@@ -67,34 +67,34 @@ def test_other_words_may_stand_around_them(
     plain = colsmol.processor.tokenizer.encode("Query: profit" + FILLED + "\n")
     assert len(other) == len(plain) > len(usual)
     page = "<|im_start|>User: Describe the image.<image><end_of_utterance>"
-    assert len(colsmol.embed_pages(pictures[0], prompt=page)[0]) < len(
-        colsmol.embed_pages(pictures[0])[0]
+    assert len(colsmol.embed_pages(images[0], prompt=page)[0]) < len(
+        colsmol.embed_pages(images[0])[0]
     )
 
 
 def test_integers_make_nearly_the_same_vectors(
-    retrieval_folder: Path, pictures: list[Image.Image]
+    retrieval_folder: Path, images: list[Image.Image]
 ) -> None:
     exact, rounded = (
-        smolstack.load(retrieval_folder, dtype=dtype).embed_pages(pictures[0])[0]
+        smolstack.load(retrieval_folder, dtype=dtype).embed_pages(images[0])[0]
         for dtype in ("float32", "int8")
     )
     assert (exact * rounded).sum(dim=1).min() > 0.99
 
 
-def test_fewer_tokens_on_request(colsmol: smolstack.VLM, pictures: list[Image.Image]) -> None:
+def test_fewer_tokens_on_request(colsmol: smolstack.VLM, images: list[Image.Image]) -> None:
     whole, (small,) = (
-        colsmol.embed_pages([pictures[0]])[0],
-        colsmol.embed_pages([pictures[0]], split=False),
+        colsmol.embed_pages([images[0]])[0],
+        colsmol.embed_pages([images[0]], split=False),
     )
     assert len(small) < len(whole)
 
 
 def test_what_cannot_be_embedded_is_refused(
-    colsmol: smolstack.VLM, tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+    colsmol: smolstack.VLM, tiny_vlm: smolstack.VLM, images: list[Image.Image]
 ) -> None:
     with pytest.raises(ConfigError, match="ends in a language head, expected a retrieval model"):
-        tiny_vlm.embed_pages(pictures[0])
+        tiny_vlm.embed_pages(images[0])
     with pytest.raises(ConfigError, match="ends in a language head, expected a retrieval model"):
         tiny_vlm.embed_queries(["?"])
     with pytest.raises(PromptError, match="query 1 is ' ', expected some text"):
@@ -103,10 +103,10 @@ def test_what_cannot_be_embedded_is_refused(
         colsmol.embed_queries("profit")
     with pytest.raises(PromptError, match=r"expected \{query\} in it once"):
         colsmol.embed_queries(["profit"], prompt="Query:")
-    with pytest.raises(PromptError, match="1 <image> placeholders for 0 pictures"):
+    with pytest.raises(PromptError, match="1 <image> placeholders for 0 images"):
         colsmol.embed_queries(["<image>"])
-    with pytest.raises(PromptError, match="0 <image> placeholders for 1 pictures"):
-        colsmol.embed_pages(pictures[0], prompt="Describe it.")
+    with pytest.raises(PromptError, match="0 <image> placeholders for 1 images"):
+        colsmol.embed_pages(images[0], prompt="Describe it.")
 
 
 def some(lengths: list[int], seed: int) -> list[Tensor]:

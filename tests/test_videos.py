@@ -1,4 +1,4 @@
-"""A video is asked about like a picture."""
+"""A video is asked about like an image."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_frames_of_one_s_own(tiny_vlm: smolstack.VLM) -> None:
     assert tiny_vlm.ask(video, ASKED, max_new_tokens=2).usage.visual_tokens == 3 * 4
 
 
-def test_pictures_may_stand_beside_it(
-    tiny_vlm: smolstack.VLM, clip: Path, pictures: list[Image.Image]
+def test_images_may_stand_beside_it(
+    tiny_vlm: smolstack.VLM, clip: Path, images: list[Image.Image]
 ) -> None:
-    """Frames stay one tile each while the picture is split."""
-    prompt = tiny_vlm.processor.prepare(([pictures[0], clip, pictures[1]], ASKED))
+    """Frames stay one tile each while the image is split."""
+    prompt = tiny_vlm.processor.prepare(([images[0], clip, images[1]], ASKED))
     assert [plan.tiles for plan in prompt.plans][1:-1] == [1] * 6
-    assert prompt.plans[0].tiles == tiny_vlm.plan(pictures[0]).tiles > 1
-    assert tiny_vlm.ask([pictures[0], clip], ASKED, max_new_tokens=2).token_ids
+    assert prompt.plans[0].tiles == tiny_vlm.plan(images[0]).tiles > 1
+    assert tiny_vlm.ask([images[0], clip], ASKED, max_new_tokens=2).token_ids
 
 
 def test_what_does_not_move_is_encoded_once(

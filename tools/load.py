@@ -1,7 +1,7 @@
 """Throughput and latency of smolstack serve beside transformers serve, on the same checkpoint.
 
 Closed loop: each of N clients asks, reads its answer as it streams, and asks again, always about
-a picture that the server has not seen (or always the same one, with --same-picture). The servers
+an image that the server has not seen (or always the same one, with --same-image). The servers
 take turns, so that whatever else the machine does falls on both.
 
     python tools/load.py                          # the bundled reader
@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 
 import smolstack
 
-# Answers that pictures are drawn for before the clock runs: the generator shares the processor.
+# Answers that images are drawn for before the clock runs: the generator shares the processor.
 MOST_PER_SECOND = 20
 
 
@@ -63,8 +63,8 @@ def percentile(values: list[float], p: int) -> float:
     return ordered[min(len(ordered) - 1, len(ordered) * p // 100)] if ordered else float("nan")
 
 
-def picture(number: int) -> str:
-    """A small picture that no other number has, as a data URL."""
+def image_url(number: int) -> str:
+    """A small image that no other number has, as a data URL."""
     image = Image.new("RGB", (640, 400), (200 + number % 40, 190, 150 + number // 40 % 80))
     ImageDraw.Draw(image).text((80, 90), str(number), fill=(20, 30, 120), font_size=190)
     content = io.BytesIO()
@@ -100,7 +100,7 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, shown: str, token
 async def load(run: Run, url: str, options: argparse.Namespace, shown: list[str]) -> None:
     """Keep ``run.clients`` clients busy; answers begun in time are waited for and counted.
 
-    ``shown`` are as many pictures as can be asked about in that time, none of them seen before.
+    ``shown`` are as many images as can be asked about in that time, none of them seen before.
     """
     limits, rest = httpx.Limits(max_connections=None), iter(shown)
     async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
@@ -108,7 +108,7 @@ async def load(run: Run, url: str, options: argparse.Namespace, shown: list[str]
 
         async def work() -> None:
             while time.perf_counter() - began < options.seconds:
-                asked = shown[0] if options.same_picture else next(rest)
+                asked = shown[0] if options.same_image else next(rest)
                 try:
                     first, whole = await ask(client, url, options.model, asked, options.tokens)
                 except httpx.HTTPError:
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="of each run")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=16, help="of the longest answer")
-    parser.add_argument("--same-picture", action="store_true")
+    parser.add_argument("--same-image", action="store_true")
     parser.add_argument("--alone", action="store_true", help="without transformers serve")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -172,12 +172,12 @@ def main() -> None:
         servers = [first] if options.alone else [first, second]
         for name, url in servers:  # both have loaded and answered before anything is timed
             warm = argparse.Namespace(**vars(options) | {"seconds": 0.1})
-            asyncio.run(load(Run(name, 1), url, warm, [picture(next(numbers)) for _ in range(9)]))
+            asyncio.run(load(Run(name, 1), url, warm, [image_url(next(numbers)) for _ in range(9)]))
         for clients in options.clients:
             runs = {name: Run(name, clients) for name, _ in servers}
             for _ in range(options.rounds):
                 count = clients + int(options.seconds * MOST_PER_SECOND)
-                shown = [picture(next(numbers)) for _ in range(count)]
+                shown = [image_url(next(numbers)) for _ in range(count)]
                 for name, url in servers:
                     part = Run(name, clients)
                     asyncio.run(load(part, url, options, shown))

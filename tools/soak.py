@@ -1,7 +1,7 @@
 """Ten minutes of good and hostile requests: no good answer is lost, and memory does not grow.
 
-Good clients ask about pictures whose answers are known from ``ask``. Beside them others send
-truncated pictures, pixel bombs, deep and huge JSON, texts and schemas that are too large, half a
+Good clients ask about images whose answers are known from ``ask``. Beside them others send
+truncated images, pixel bombs, deep and huge JSON, texts and schemas that are too large, half a
 request, or go away in mid-answer.
 
     python tools/soak.py --minutes 10
@@ -29,10 +29,10 @@ from PIL import Image
 import smolstack
 
 sys.path.insert(0, str(Path(__file__).parent))
-from load import picture
+from load import image
 
 ABUSES = ["truncated", "bomb", "deep", "huge", "half", "vanish", "nonsense", "long", "form"]
-GOOD_PICTURES = 40
+GOOD_IMAGES = 40
 PATIENCE = 1200  # seconds: on a machine that may stand still, only a lost answer takes so long
 
 
@@ -61,7 +61,7 @@ async def good(client: httpx.AsyncClient, expected: dict[str, str], count: Count
 
 
 async def hostile(client: httpx.AsyncClient, kind: str, count: Counter[str]) -> None:
-    url, shown = "/v1/chat/completions", picture(random.randrange(10**6))
+    url, shown = "/v1/chat/completions", image(random.randrange(10**6))
     accepted = {400, 413, 429}
     if kind == "truncated":
         response = await client.post(url, json=body(shown[: len(shown) // 8 * 4]))
@@ -142,7 +142,7 @@ class Awake:
 
 async def soak(url: str, pid: int, minutes: float) -> int:
     vlm = smolstack.load()
-    shown = [picture(number) for number in random.sample(range(1000, 10**5), GOOD_PICTURES)]
+    shown = [image(number) for number in random.sample(range(1000, 10**5), GOOD_IMAGES)]
     expected = {
         each: vlm.ask(
             base64.b64decode(each.partition(",")[2]), "What does it say?", max_new_tokens=40
@@ -201,7 +201,7 @@ def main() -> None:
     options = parser.parse_args()
     command = [sys.executable, "-m", "smolstack.cli", "serve", "--port", "0"]
     # Caches small enough to be full within the first minutes.
-    command += ["--picture-cache-bytes", str(8 * 2**20), "--prefix-cache-bytes", str(8 * 2**20)]
+    command += ["--image-cache-bytes", str(8 * 2**20), "--prefix-cache-bytes", str(8 * 2**20)]
     command += ["--deadline", str(PATIENCE), "--body-seconds", str(PATIENCE)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -1,7 +1,7 @@
 """Bridge two towers that have never met, by training nothing but the connector between them.
 
 The eyes are the bundled reader's vision tower; the words are a small decoder of another width,
-depth, tokenizer and chat template, which has never seen a picture. Both are frozen. The connector
+depth, tokenizer and chat template, which has never seen an image. Both are frozen. The connector
 has to learn to say, in the decoder's language, what the tower sees.
 
     python examples/bridge_two_towers            # everything, seeded; writes bridge/
@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from pictures import draw_folder
+from images import draw_folder
 from text_tower import QUESTION, train_text_tower
 
 import smolstack
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text-steps", type=int, default=2500)
     parser.add_argument("--connector-steps", type=int, default=1500)
-    parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -52,11 +52,11 @@ def main() -> None:
     # 2. The reader's eyes and that tower's words, with noise in between.
     bridged = bridge_towers(None, text, folder / "bridged", seed=options.seed, overwrite=True)
 
-    # 3. Pictures to learn from, and others to be asked about.
-    for name, count in (("train", options.pictures), ("test", 200)):
+    # 3. Images to learn from, and others to be asked about.
+    for name, count in (("train", options.images), ("test", 200)):
         draw_folder(folder / name, count, seed=options.seed * 2 + (name == "test"))
 
-    # 4. Train the connector alone. The tower sees every picture once; later epochs read its cache.
+    # 4. Train the connector alone. The tower sees every image once; later epochs read its cache.
     recipe = Recipe.from_dict(
         {
             "model": str(bridged),

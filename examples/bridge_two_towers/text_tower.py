@@ -1,9 +1,9 @@
-"""The other text tower: a small decoder that has never seen a picture.
+"""The other text tower: a small decoder that has never seen an image.
 
-It is trained on words alone: where a picture would be, it is given the embeddings of its own words
+It is trained on words alone: where an image would be, it is given the embeddings of its own words
 for digits, laid out in rows as a number would be on paper, and it learns to say the number. Width,
 depth, tokenizer and chat template are its own. Once trained it is frozen: whoever wants it to read
-pictures has to speak its language.
+images has to speak its language.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def config_of(vision: VisionConfig, scale: int, tokenizer: tokenizers.Tokenizer)
 
 @dataclass(frozen=True)
 class Page:
-    """A number laid out on a picture's plan, as words: ``cells`` is (tiles, S, len(WORDS))."""
+    """A number laid out on an image's plan, as words: ``cells`` is (tiles, S, len(WORDS))."""
 
     number: str
     plan: TilePlan
@@ -92,7 +92,7 @@ def lay_out(rng: random.Random, plan: TilePlan, side: int, scale: int) -> Page:
     """
     number = str(rng.randrange(10 ** rng.randint(0, 5), 10**6))[: rng.randint(1, 6)]
     aspect = plan.source[1] / plan.source[0]
-    patch = 1 / (max(plan.cols, 1) * side)  # of the picture's width
+    patch = 1 / (max(plan.cols, 1) * side)  # of the image's width
     digit = min(rng.uniform(*WIDTHS) * patch, 0.95 / len(number))
     width = digit * len(number)
     height = min(0.95, digit * rng.uniform(1.2, 1.9) / aspect)
@@ -130,7 +130,7 @@ def _profile(at: np.ndarray, centre: float, extent: float, step: float) -> np.nd
     return np.clip(1 - np.abs(at - centre) / reach, 0, 1)
 
 
-class WordPictures:
+class WordImages:
     """Batches of pages with the tokens of their chats, all of one plan."""
 
     def __init__(self, processor: Processor, settings: ImageSettings, seed: int) -> None:
@@ -180,13 +180,13 @@ def train_text_tower(
     with torch.no_grad():
         model.decoder.embedding.weight.mul_(0.3)
     words = torch.tensor([tokenizer.token_to_id(word) for word in WORDS])
-    pictures = WordPictures(processor, settings, seed)
+    images = WordImages(processor, settings, seed)
     parameters = [*model.decoder.parameters(), *model.head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)
     began = time.time()
     for step in range(1, steps + 1):
-        pages, ids, start = pictures.batch(32)
+        pages, ids, start = images.batch(32)
         own = model.decoder.embedding(words)
         visual = torch.stack([page.cells for page in pages]) @ own  # (B, tiles, S, D)
         visual = visual + torch.randn_like(visual) * own.detach().std() * 0.3

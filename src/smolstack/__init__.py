@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from smolstack.model.connector import Idefics3Connector
     from smolstack.processor.geometry import TilePlan
     from smolstack.processor.video import Video
-    from smolstack.quantizing.job import quantize
+    from smolstack.quantization_job.job import quantize
     from smolstack.retrieval import maxsim
     from smolstack.vlm import VLM, load
 
@@ -40,7 +40,7 @@ _HOMES = {
     "VisualTokens": "smolstack.batch",
     "load": "smolstack.vlm",
     "maxsim": "smolstack.retrieval",
-    "quantize": "smolstack.quantizing.job",
+    "quantize": "smolstack.quantization_job.job",
 }
 __all__ = [
     "VLM",

@@ -10,18 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of T tokens, padded on the left, and the N tiles of all their pictures.
+    """B sequences of T tokens, padded on the left, and the N tiles of all their images.
 
     Attributes:
         token_ids: (B, T) int64. Places of visual tokens hold the image token's id.
         attention_mask: (B, T) bool, False on padding.
-        tiles: (N, 3, P, P) normalised pixels, a flat list over the whole batch in reading order
-            (sequence by sequence, picture by picture, tile by tile). Padding tiles do not exist.
-        tiles_per_image: tiles of each picture, in the same order; sums to N (when visual tokens
+        tiles: (N, 3, P, P) normalized pixels, a flat list over the whole batch in reading order
+            (sequence by sequence, image by image, tile by tile). Padding tiles do not exist.
+        tiles_per_image: tiles of each image, in the same order; sums to N (when visual tokens
             are given instead, to the tiles they came from).
-        images_per_sequence: pictures of each sequence; has length B.
+        images_per_sequence: images of each sequence; has length B.
         tile_grids: for tiles that are only partly filled, the (rows, columns) of patches that
-            hold picture, one pair per tile; None when every tile is full.
+            hold image, one pair per tile; None when every tile is full.
         visual_tokens: (N, S, D), the connector's output for ``tiles`` when it is known already
             (then ``tiles`` may be empty); None otherwise.
     """
@@ -60,12 +60,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """One picture after tower and connector: what :meth:`smolstack.VLM.encode` returns.
+    """One image after tower and connector: what :meth:`smolstack.VLM.encode` returns.
 
     Attributes:
-        tokens: (n, S, D) for its n tiles, the whole picture last.
+        tokens: (n, S, D) for its n tiles, the whole image last.
         rows, cols: its grid of tiles, 0 and 0 when it was not split.
-        source: (width, height) of the picture.
+        source: (width, height) of the image.
         key: a digest of what the tokens were computed from, where they come from an image; None
             for tokens made otherwise. A copy with other tokens (``replace``) has none.
     """

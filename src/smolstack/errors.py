@@ -20,7 +20,7 @@ class CheckpointError(SmolstackError):
 
 
 class ImageError(SmolstackError):
-    """A picture cannot be found, decoded or accepted."""
+    """An image cannot be found, decoded or accepted."""
 
 
 class VideoError(SmolstackError):
@@ -32,7 +32,7 @@ class GridError(SmolstackError):
 
 
 class PromptError(SmolstackError):
-    """A prompt or chat is malformed, or its placeholders and pictures differ in number."""
+    """A prompt or chat is malformed, or its placeholders and images differ in number."""
 
 
 class AlignmentError(SmolstackError):

@@ -1,7 +1,7 @@
 """The published checkpoints of the family, as data: the one place where their names stand.
 
 Nothing at run time looks here: a checkpoint is read from its own files. Presets serve randomly
-initialised models of published shapes (``smolstack new``), tests and benchmarks.
+initialized models of published shapes (``smolstack new``), tests and benchmarks.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from smolstack.generation.inline import InlineEngine
 from smolstack.generation.request import Request
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import Tiling
-from smolstack.processor.inputs import Picture, as_pictures
+from smolstack.processor.inputs import ImageInput, as_images
 from smolstack.processor.processor import Processor, Prompt
 from smolstack.processor.prompt import ChatTemplate, Markers, user_message
 
@@ -74,10 +74,10 @@ def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Wo
 
 
 def page_prompts(
-    processor: Processor, pictures: Sequence[Picture], prompt: str, tiling: Tiling
+    processor: Processor, images: Sequence[ImageInput], prompt: str, tiling: Tiling
 ) -> list[Prompt]:
     """A prompt for each page, without its pixels."""
-    return [processor.prepare_text(prompt, [picture], **tiling) for picture in pictures]
+    return [processor.prepare_text(prompt, [image], **tiling) for image in images]
 
 
 def query_prompts(processor: Processor, queries: Sequence[str], prompt: str) -> list[Prompt]:
@@ -149,7 +149,7 @@ class PageEmbedder:
 
     def embed_pages(
         self,
-        images: Picture | Sequence[Picture],
+        images: ImageInput | Sequence[ImageInput],
         *,
         prompt: str | None = None,
         **tiling: Unpack[Tiling],
@@ -157,7 +157,7 @@ class PageEmbedder:
         """Late-interaction vectors of pages, for a retrieval model (ColSmol).
 
         Args:
-            images: a picture or several, as for :meth:`ask`.
+            images: an image or several, as for :meth:`ask`.
             prompt: what the model reads, the page at ``<image>``; None for the checkpoint's own
                 words, or ColPali's.
             **tiling: split, max_image_tokens, upscale, password; see Tiling.
@@ -172,7 +172,7 @@ class PageEmbedder:
         """
         check_head(self.model, self.folder)
         prompt = self.retrieval_words.page if prompt is None else prompt
-        prompts = page_prompts(self.processor, as_pictures(images), prompt, tiling)
+        prompts = page_prompts(self.processor, as_images(images), prompt, tiling)
         return list(embed(self._inline, prompts))
 
     def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:

@@ -24,12 +24,12 @@ from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
 from smolstack.generation.request import Request
 from smolstack.generation.scheduler import SchedulerLimits
 from smolstack.processor.geometry import TilePlan, Tiling
-from smolstack.processor.inputs import PromptLike, Shown, as_pictures, unlocked
+from smolstack.processor.inputs import PromptLike, Shown, as_images, unlocked
 from smolstack.processor.processor import Prompt
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video
-from smolstack.quantization.quantise import Progress
+from smolstack.quantization.quantize import Progress
 from smolstack.retrieval import PageEmbedder, encode
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def load(
         model: a Hugging Face checkpoint folder, an adapter's or an MLX conversion's, a GGUF file
             (extra ``gguf``), or a hub id (extra ``hf``); None is the small reader that comes with
             the package.
-        dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantised while loading, see
+        dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantized while loading, see
             docs/precision.md; never chosen unasked), or "auto": the weights' own, except on a CPU
             that cannot compute in it, where float32 is faster and loses nothing.
         device: "cpu", "cuda", "mps", … or "auto", the fastest that is there.
@@ -63,7 +63,7 @@ def load(
         compile: let torch.compile have the vision tower, when it first runs. Off, because on a CPU
             it gains little in float32 and loses to the kernels in bfloat16.
         progress: called with what was done ("decoder.layers.3"), how many steps are done and how
-            many there are, while weights are quantised or laid out for the kernels.
+            many there are, while weights are quantized or laid out for the kernels.
 
     Raises:
         ConfigError: a config file lacks a key or holds a value that cannot be built.
@@ -77,7 +77,7 @@ def load(
 
 
 class VLM(PageEmbedder):
-    """A vision-language model that answers questions about pictures.
+    """A vision-language model that answers questions about images.
 
     Attributes:
         model: the network; ``vlm.model(batch)`` gives logits (B, T, V).
@@ -121,14 +121,14 @@ class VLM(PageEmbedder):
         messages: Sequence[Message] | None = None,
         **options: Unpack[AnswerOptions],
     ) -> Answer:
-        """Answer one question about pictures, or the last message of a chat.
+        """Answer one question about images, or the last message of a chat.
 
         Args:
-            images: a picture or several in order: a path, bytes, a Pillow picture, a uint8 array
+            images: an image or several in order: a path, bytes, a PIL image, a uint8 array
                 (H, W, 3), or visual tokens from :meth:`encode`. Videos among them: a path with a
                 video's suffix, or a Video.
-            text: the question. Pictures and text become one user message.
-            messages: a whole chat instead of text; its image parts hold their pictures, or are
+            text: the question. Images and text become one user message.
+            messages: a whole chat instead of text; its image parts hold their images, or are
                 filled from ``images`` in order.
             **options: max_new_tokens (512), temperature (0: greedy), top_p, top_k, min_p,
                 repetition_penalty, seed, stop (strings), stop_on_repetition (False),
@@ -220,7 +220,7 @@ class VLM(PageEmbedder):
         """Answer several prompts as one batch: each as :meth:`ask` would alone.
 
         Args:
-            prompts: per sequence a text, the messages of a chat, or ``(pictures, either)``.
+            prompts: per sequence a text, the messages of a chat, or ``(images, either)``.
             **options: as for :meth:`ask`, the same for all.
         """
         if isinstance(prompts, str) or not prompts:
@@ -237,9 +237,9 @@ class VLM(PageEmbedder):
         text: str = "",
         **tiling: Unpack[Tiling],
     ) -> TilePlan:
-        """How a picture, or one of (width, height) pixels, becomes tiles and tokens.
+        """How an image, or one of (width, height) pixels, becomes tiles and tokens.
 
-        ``prompt_tokens`` counts the whole prompt of asking ``text`` about this picture.
+        ``prompt_tokens`` counts the whole prompt of asking ``text`` about this image.
         """
         plan = self.processor.plan(image, **tiling)
         return plan.with_prompt_tokens(self.processor.count_tokens([plan], text))
@@ -273,7 +273,7 @@ class VLM(PageEmbedder):
         return replace(video, frames=tuple(self._encoded(prompt)))
 
     def encode(self, image: ImageSource, **tiling: Unpack[Tiling]) -> VisualTokens:
-        """Visual tokens of one picture, reusable in any number of questions.
+        """Visual tokens of one image, reusable in any number of questions.
 
         The tower and the connector run once, here; ``ask(visual, …)`` goes on from there.
         """
@@ -286,11 +286,11 @@ class VLM(PageEmbedder):
         return encode(self._inline, [prompt])[0].visual
 
     @property
-    def picture_cache(self) -> ImageCache:
+    def image_cache(self) -> ImageCache:
         """Visual tokens of the images asked about last, by content.
 
-        ``picture_cache.max_bytes`` limits it (0 keeps nothing), ``picture_cache.clear()`` forgets,
-        ``picture_cache.folder`` keeps them on disk for the next process.
+        ``image_cache.max_bytes`` limits it (0 keeps nothing), ``image_cache.clear()`` forgets,
+        ``image_cache.folder`` keeps them on disk for the next process.
         """
         return self._images
 
@@ -315,4 +315,4 @@ def _entry(images: Any, text: str | None, messages: Sequence[Message] | None) ->
     asked = messages if text is None else text
     if asked is None:
         raise PromptError("found neither of text and messages, expected one of them")
-    return as_pictures(images), asked
+    return as_images(images), asked

@@ -8,7 +8,7 @@ import pytest
 
 from smolstack.bench.peers import sides
 from smolstack.bench.peers.side import Side
-from smolstack.bench.setting import Setting, setting
+from smolstack.bench.workload import Setting, setting
 from smolstack.family import Preset
 
 DTYPES = ("float32", "int8")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from smolstack.bench.cases import PARTS, answers, parts
+from smolstack.bench.cases import PARTS, answers, components
 from smolstack.bench.peers.side import Side
-from smolstack.bench.setting import Setting
 from smolstack.bench.timing import OURS, Case, Contender, Reading, Result, later, measure
 from smolstack.bench.worker import Worker, WorkerError
+from smolstack.bench.workload import Setting
 
 
 def runner(order: list[str], name: str) -> Callable[[], None]:
@@ -95,8 +95,8 @@ def test_transformers_does_the_same_work(tiny: Setting, everyone: list[Side], pa
 def test_the_long_parts_run_for_all(
     tiny: Setting, everyone: list[Side], part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "CONTEXTS", (20,))
-    monkeypatch.setattr(parts, "STEPS", 2)
+    monkeypatch.setattr(components, "CONTEXTS", (20,))
+    monkeypatch.setattr(components, "STEPS", 2)
     case = next(PARTS[part](tiny, everyone))
     if part == "memory":  # a process for each
         case = replace(case, contenders=case.contenders[-3::2])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smolstack.bench import peers
-from smolstack.bench.cases import PARTS, parts
+from smolstack.bench.cases import PARTS, components
 from smolstack.bench.peers import PEERS, absent
 from smolstack.bench.peers.llama_cpp import LlamaCpp
 from smolstack.bench.peers.onnxruntime import OnnxRuntime
@@ -15,8 +15,8 @@ from smolstack.bench.peers.openvino import OpenVino
 from smolstack.bench.peers.side import Side
 from smolstack.bench.peers.towers import Towers
 from smolstack.bench.running import absences
-from smolstack.bench.setting import Setting, text_batch
 from smolstack.bench.timing import OURS, measure
+from smolstack.bench.workload import Setting, text_batch
 from smolstack.vlm import load
 
 # Of states whose spread is about 1: what each number format may lose in two layers.
@@ -71,8 +71,8 @@ def test_llama_cpp_reads_the_same_decoder(tiny: Setting) -> None:
 def test_llama_cpp_takes_part_in_prefill_and_decoding(
     tiny: Setting, everyone: list[Side], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PROMPTS", (20,))
-    monkeypatch.setattr(parts, "CONTEXTS", (20,))
+    monkeypatch.setattr(components, "PROMPTS", (20,))
+    monkeypatch.setattr(components, "CONTEXTS", (20,))
     for part in ("prefill", "decode"):
         results = measure(next(PARTS[part](tiny, everyone)), rounds=1)
         forms = [r.contender for r in results if r.name == "llama.cpp"]

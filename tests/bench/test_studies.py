@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from smolstack.bench import plots
-from smolstack.bench.setting import Setting
 from smolstack.bench.studies import budget, drawn, growth, quality
+from smolstack.bench.workload import Setting
 
 
-def test_the_drawn_numbers_are_always_the_same_and_stand_in_their_pictures() -> None:
+def test_the_drawn_numbers_are_always_the_same_and_stand_in_their_images() -> None:
     first, again = drawn.drawn_numbers(12), drawn.drawn_numbers(12)
     assert [d.text for d in first] == [d.text for d in again]
     for one, other in zip(first, again, strict=True):
@@ -39,7 +39,7 @@ def test_character_errors_are_counted_per_character_of_the_truth() -> None:
 def test_every_precision_is_held_against_float32(
     tiny: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "PICTURES", 3)
+    monkeypatch.setattr(quality, "IMAGES", 3)
     monkeypatch.setattr(quality, "FORCED", 12)
     found = quality.study(tiny)
     for rows in found.values():
@@ -92,7 +92,7 @@ def test_what_is_expected_is_the_nearest_curve_of_its_form() -> None:
 def test_the_reader_is_asked_with_every_budget_that_changes_a_plan(
     tiny: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(budget, "PICTURES", 2)
+    monkeypatch.setattr(budget, "IMAGES", 2)
     rows = budget.study(tiny)["budget of the bundled reader"]
     own = [row for row in rows if row["precision"] == "float32"]
     budgets = [row["max_image_tokens"] for row in own]
@@ -100,6 +100,6 @@ def test_the_reader_is_asked_with_every_budget_that_changes_a_plan(
     assert budgets == sorted(set(budgets))
     assert spent == sorted(set(spent))
     assert all(mean <= most for mean, most in zip(spent, budgets, strict=True))
-    assert all(0 <= row["exact"] <= 1 and row["seconds per picture"] > 0 for row in rows)
+    assert all(0 <= row["exact"] <= 1 and row["seconds per image"] > 0 for row in rows)
     plots.draw([], {"budget of the bundled reader": rows}, {}, tmp_path / "budget.png")
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")

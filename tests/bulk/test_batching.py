@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolstack.bulk.batching import Limits, Planned, batches, chunks
+from smolstack.bulk.local_engine import load_ahead
 from smolstack.bulk.rows import Row
-from smolstack.bulk.working import load_ahead
 
 
 @given(
@@ -32,7 +32,7 @@ def test_rows_are_batched_once_within_the_limits_and_padded_by_less_than_a_quart
         assert all(entry.tokens > longest * 3 / 4 for entry in batch)
 
 
-def test_picture_files_are_not_held_without_bound() -> None:
+def test_image_files_are_not_held_without_bound() -> None:
     rows = [Row(index, "", content=bytes(10)) for index in range(7)]
     assert [len(some) for some in chunks(rows, held_bytes=25)] == [2, 2, 2, 1]
     assert [len(some) for some in chunks(rows, held_bytes=1)] == [1] * 7

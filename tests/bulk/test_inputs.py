@@ -1,4 +1,4 @@
-"""What PICTURES may be: folders, globs, lists, and tables of paths or bytes."""
+"""What IMAGES may be: folders, globs, lists, and tables of paths or bytes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from tests.bulk.conftest import Job, rows
 
+from smolstack.bulk.input_listing import RowReader, listed, write_listing
 from smolstack.bulk.inputs import open_input
-from smolstack.bulk.listing import RowReader, listed, write_listing
 from smolstack.bulk.rows import Row, Window
 from smolstack.errors import BulkError
 
@@ -27,8 +27,8 @@ NAMES = ["1.png", "2.png", "4.png"]
 def found(tmp_path: Path) -> Callable[..., list[Row]]:
     """The rows of an input as a job reads them."""
 
-    def read(pictures: Any, *columns: str | None) -> list[Row]:
-        source = open_input(pictures, *columns)
+    def read(images: Any, *columns: str | None) -> list[Row]:
+        source = open_input(images, *columns)
         files = source.parquet
         if source.rows is not None:
             write_listing(tmp_path / "listing.parquet", source.rows(), 2)
@@ -74,7 +74,7 @@ def test_no_id_is_a_data_url(found: Any, tmp_path: Path) -> None:
     assert [row.id for row in found(table)][:2] == ["0", "1"]
 
 
-def test_one_picture_is_an_input_too(found: Any, photos: Path) -> None:
+def test_one_image_is_an_input_too(found: Any, photos: Path) -> None:
     (row,) = found(photos / "1.png")
     assert row.path == str(photos / "1.png")
 
@@ -149,7 +149,7 @@ def test_columns_can_be_named(found: Any, photos: Path, tmp_path: Path) -> None:
     assert (row.path, row.id) == (str(photos / "1.png"), "x9")
 
 
-def test_a_row_without_a_picture_says_so_and_the_others_are_answered(
+def test_a_row_without_an_image_says_so_and_the_others_are_answered(
     job: Job, photos: Path, tmp_path: Path
 ) -> None:
     table = tmp_path / "list.jsonl"
@@ -168,7 +168,7 @@ def test_a_row_without_a_picture_says_so_and_the_others_are_answered(
     table.write_text("\n".join(lines))
     summary = job(table)
     errors = [row["error"] for row in rows(tmp_path / "answers.parquet")]
-    assert summary.bad_pictures == 8
+    assert summary.bad_images == 8
     assert errors[0] is None
     assert errors[-1] is None
     for error, part in zip(
@@ -214,9 +214,9 @@ def test_any_window_is_read_without_what_lies_before(tmp_path: Path) -> None:
 
 def test_what_cannot_be_an_input_is_refused(tmp_path: Path, photos: Path) -> None:
     table = write_jsonl(tmp_path / "a.jsonl", [{"x": 1, "y": 2}])
-    with pytest.raises(BulkError, match=r"which column holds the pictures.*'x', 'y'"):
+    with pytest.raises(BulkError, match=r"which column holds the images.*'x', 'y'"):
         open_input(table)
-    with pytest.raises(BulkError, match=r"has no column 'z' \(--picture-column\)"):
+    with pytest.raises(BulkError, match=r"has no column 'z' \(--image-column\)"):
         open_input(table, "z")
     with pytest.raises(BulkError, match="found nothing, expected a folder"):
         open_input(tmp_path / "nowhere")

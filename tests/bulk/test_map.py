@@ -1,4 +1,4 @@
-"""Many pictures in, one file out: complete, in order, and with the answers of ``ask``."""
+"""Many images in, one file out: complete, in order, and with the answers of ``ask``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.bulk.conftest import BAD, Job, rows
 
 import smolstack
 from smolstack.bulk import Progress
-from smolstack.cli.rate import Lines
+from smolstack.cli.map_progress import Lines
 from smolstack.errors import BulkError, GenerationError
 
 ROOT = Path(__file__).parents[2]
 ORDER = ["1.png", "2.png", "4.png", "5.png", "7.png", *BAD, "more/0.png", "more/3.png"]
 
 
-def test_every_picture_of_a_folder_gets_the_answer_of_ask(
+def test_every_image_of_a_folder_gets_the_answer_of_ask(
     job: Job, photos: Path, tiny_vlm: smolstack.VLM, tmp_path: Path
 ) -> None:
     summary = job(photos, window=4)
@@ -39,11 +39,11 @@ def test_every_picture_of_a_folder_gets_the_answer_of_ask(
         assert row["visual_tokens"] == answer.usage.visual_tokens
         assert row["completion_tokens"] == answer.usage.completion_tokens
         assert row["error"] is None
-    assert (summary.pictures, summary.rows, summary.bad_pictures, summary.kept) == (10, 10, 2, 0)
+    assert (summary.images, summary.rows, summary.bad_images, summary.kept) == (10, 10, 2, 0)
     assert not (tmp_path / "answers.parquet.parts").exists()
 
 
-def test_a_bad_picture_is_a_row_that_says_why(job: Job, photos: Path, tmp_path: Path) -> None:
+def test_a_bad_image_is_a_row_that_says_why(job: Job, photos: Path, tmp_path: Path) -> None:
     job(photos)
     bad = {row["id"]: row for row in rows(tmp_path / "answers.parquet") if row["error"]}
     assert set(bad) == set(BAD)
@@ -52,7 +52,7 @@ def test_a_bad_picture_is_a_row_that_says_why(job: Job, photos: Path, tmp_path: 
     assert all(row["answer"] is None and row["finish_reason"] is None for row in bad.values())
 
 
-def test_several_questions_encode_a_picture_once_and_answer_as_ask_does(
+def test_several_questions_encode_an_image_once_and_answer_as_ask_does(
     job: Job,
     photos: Path,
     tiny_vlm: smolstack.VLM,
@@ -67,7 +67,7 @@ def test_several_questions_encode_a_picture_once_and_answer_as_ask_does(
         return encode(model, tiles, **options)
 
     monkeypatch.setattr(type(tiny_vlm.model), "encode_tiles", counting)
-    questions = ["What?", "What is it that this picture shows?", "Where was it?"]
+    questions = ["What?", "What is it that this image shows?", "Where was it?"]
     summary = job(photos, questions, batch_rows=3)
     tiles = sum(encoded)
     found = rows(tmp_path / "answers.parquet")
@@ -100,7 +100,7 @@ def test_batching_changes_no_answer(
     assert len(set(alone)) >= 10
 
 
-def test_a_picture_too_large_for_the_context_is_a_row_with_an_error(
+def test_an_image_too_large_for_the_context_is_a_row_with_an_error(
     job: Job, photos: Path, tiny_vlm: smolstack.VLM, tmp_path: Path
 ) -> None:
     small = tiny_vlm.plan(photos / "5.png", "why?").prompt_tokens
@@ -108,7 +108,7 @@ def test_a_picture_too_large_for_the_context_is_a_row_with_an_error(
         tiny_vlm.plan(path, "why?").prompt_tokens or 0 for path in photos.glob("[1247].png")
     )
     assert small is not None
-    words = (512 - large) * "why? "  # some pictures still fit, with room for an answer
+    words = (512 - large) * "why? "  # some images still fit, with room for an answer
     while (tiny_vlm.plan(photos / "5.png", words).prompt_tokens or 0) > 505:
         words = words[: -len("why? ")]
     job(photos, words, out=tmp_path / "a.jsonl", max_new_tokens=2)
@@ -165,7 +165,7 @@ def test_embeddings_are_the_visual_tokens_or_their_mean(
 
 
 def test_a_million_inputs_are_not_held(job: Job, photos: Path, monkeypatch: Any) -> None:
-    """However long the input, the pictures that are planned and not answered yet are few."""
+    """However long the input, the images that are planned and not answered yet are few."""
     from smolstack.bulk.tasks import Questions
 
     planned, most, answered = 0, 0, 0
@@ -221,7 +221,7 @@ def test_what_makes_no_sense_is_refused_before_any_work(
     with pytest.raises(BulkError, match=r"the folder .* does not exist"):
         job(photos, out=tmp_path / "nowhere" / "a.csv")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BulkError, match="empty: found no pictures"):
+    with pytest.raises(BulkError, match="empty: found no images"):
         job(tmp_path / "empty")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
@@ -234,6 +234,6 @@ def test_a_log_gets_the_rate_and_the_time_left_now_and_then() -> None:
         now[0] = 100.0 + seconds
         tell(Progress(done=done, kept=1000, total=9300))
     assert said == [
-        "1,300 of 9,300 pictures, 10.0/s, 0:13:20 left",
-        "1,700 of 9,300 pictures, 10.0/s, 0:12:40 left",
+        "1,300 of 9,300 images, 10.0/s, 0:13:20 left",
+        "1,700 of 9,300 images, 10.0/s, 0:12:40 left",
     ]

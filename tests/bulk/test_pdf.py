@@ -1,4 +1,4 @@
-"""PDF files among the pictures of a job: a row for each page."""
+"""PDF files among the images of a job: a row for each page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_page_is_a_row(job: Job, folder: Path, tmp_path: Path) -> None:
     assert "cannot be read as a PDF file" in found[1]["error"]
     assert found[4]["path"] == f"{folder}/more/report.pdf#page=3"
     assert all(row["answer"] is not None for row in found if row["id"] != "bad.pdf")
-    assert (summary.pictures, summary.bad_pictures) == (5, 1)
+    assert (summary.images, summary.bad_images) == (5, 1)
 
 
 @pytest.mark.parametrize("pages", [(), (2,)])
@@ -68,5 +68,5 @@ def test_a_locked_file_is_a_row_with_what_to_do_and_pages_with_its_password(
     assert source.rows is not None
     assert [row.id for row in source.rows()] == [f"{path}#page=1"]
     summary = job(path, password="open")
-    assert (summary.pictures, summary.bad_pictures) == (1, 0)
+    assert (summary.images, summary.bad_images) == (1, 0)
     assert rows(tmp_path / "answers.parquet")[0]["error"] is None

@@ -57,9 +57,9 @@ def test_two_ray_workers_give_what_one_process_gives_and_go_on_where_it_stopped(
 
 NICENESS = """
 import os
-from smolstack.bulk import on_ray
-ray = on_ray._ray()
-on_ray._start(ray, 1)
+from smolstack.bulk import ray_engine
+ray = ray_engine._ray()
+ray_engine._start(ray, 1)
 @ray.remote
 def niceness():
     return os.nice(0)

@@ -15,16 +15,16 @@ import pytest
 from tests.bulk.conftest import Job, rows
 
 import smolstack
-from smolstack.bulk.parts import Journal, Parts
+from smolstack.bulk.partial_results import Journal, Parts
 from smolstack.bulk.tasks import Questions
 from smolstack.errors import BulkError
 
 OUT = "answers.parquet"
-# A job that says after each batch how many pictures are done.
+# A job that says after each batch how many images are done.
 PROGRAM = """
 import sys
-from smolstack.bulk import map_pictures
-map_pictures(
+from smolstack.bulk import map_images
+map_images(
     sys.argv[1], "What?", out=sys.argv[2], model=sys.argv[3], max_new_tokens=4,
     batch_rows=1, window=3, on_progress=lambda progress: print(progress.done, flush=True),
 )
@@ -49,7 +49,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def interrupted(job: Job, photos: Path) -> Callable[..., None]:
-    """Begin the job and cut it off by Ctrl-C once so many pictures are done."""
+    """Begin the job and cut it off by Ctrl-C once so many images are done."""
 
     def run(after: int, **options: Any) -> None:
         def stop(progress: Any) -> None:
@@ -186,7 +186,7 @@ def test_another_job_is_not_mixed_with_what_was_begun(
         with pytest.raises(BulkError, match=sentence) as refusal:
             job(photos, **{**OPTIONS, **options})
         assert "restart" in str(refusal.value)
-    with pytest.raises(BulkError, match="with pictures"):
+    with pytest.raises(BulkError, match="with images"):
         job(photos / "more", **OPTIONS)
     assert asked == []
     assert len(kept(tmp_path / f"{OUT}.parts")) == 4
@@ -208,7 +208,7 @@ def test_restart_forgets_what_was_begun_and_replaces_what_is_there(
 def test_a_table_that_has_changed_since_is_refused(
     job: Job, photos: Path, tmp_path: Path, interrupted: Callable[..., None]
 ) -> None:
-    table = tmp_path / "pictures.csv"
+    table = tmp_path / "images.csv"
     table.write_text("path\n" + "\n".join(str(p) for p in sorted(photos.glob("*.png"))) + "\n")
 
     def stop(progress: Any) -> None:
@@ -243,7 +243,7 @@ def test_a_full_disk_ends_in_a_sentence_and_keeps_what_is_done(
             resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
 
     try:
-        with pytest.raises(BulkError, match="4 of 10 pictures are done and kept") as error:
+        with pytest.raises(BulkError, match="4 of 10 images are done and kept") as error:
             job(photos, on_progress=fill, **OPTIONS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import smolstack
-from smolstack.bulk import map_pictures, search_pages
+from smolstack.bulk import map_images, search_pages
 from smolstack.bulk.embeddings import shape_of
 from smolstack.errors import BulkError, ConfigError
 
@@ -28,7 +28,7 @@ def colsmol(retrieval_folder: Path) -> smolstack.VLM:
 @pytest.fixture(scope="module")
 def index(colsmol: smolstack.VLM, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("search") / "pages.parquet"
-    map_pictures(photos, [], out=out, model=colsmol, embed="retrieval", window=3)
+    map_images(photos, [], out=out, model=colsmol, embed="retrieval", window=3)
     return out
 
 
@@ -58,7 +58,7 @@ def test_hits_are_the_best_of_all_pages(index: Path, colsmol: smolstack.VLM, top
 def test_a_page_s_own_vectors_find_it(colsmol: smolstack.VLM, photos: Path, tmp_path: Path) -> None:
     """In half precision too, which halves the table."""
     out = tmp_path / "pages.parquet"
-    map_pictures(photos, [], out=out, model=colsmol, embed="retrieval", embed_dtype="float16")
+    map_images(photos, [], out=out, model=colsmol, embed="retrieval", embed_dtype="float16")
     page = photos / "1.png"
     ((hit,),) = search_pages(out, colsmol.embed_pages(page), top=1)
     assert hit.path == str(page)

@@ -78,12 +78,12 @@ def test_the_connector_is_stored_under_its_published_name() -> None:
 
 
 def test_a_saved_checkpoint_gives_the_same_answers(
-    tiny_vlm: smolstack.VLM, tmp_path: Path, pictures: list[Any]
+    tiny_vlm: smolstack.VLM, tmp_path: Path, images: list[Any]
 ) -> None:
     copy = smolstack.load(tiny_vlm.save(tmp_path / "copy"))
     for name, tensor in tiny_vlm.model.state_dict().items():
         assert torch.equal(tensor, copy.model.state_dict()[name])
-    answers = [vlm.ask(pictures[0], "What?", max_new_tokens=8) for vlm in (tiny_vlm, copy)]
+    answers = [vlm.ask(images[0], "What?", max_new_tokens=8) for vlm in (tiny_vlm, copy)]
     assert answers[0].token_ids == answers[1].token_ids
 
 
@@ -317,14 +317,14 @@ def test_files_that_contradict_each_other_are_refused(
         smolstack.load(folder)
 
 
-def test_tiles_may_be_smaller_than_the_tower_allows(folder: Path, pictures: list[Any]) -> None:
+def test_tiles_may_be_smaller_than_the_tower_allows(folder: Path, images: list[Any]) -> None:
     small = {"max_image_size": {"longest_edge": 16}, "size": {"longest_edge": 32}}
     edit(folder / "preprocessor_config.json", lambda data: data.update(small))
     with pytest.raises(CheckpointError, match=r"image_seq_len 4, .* makes 1 visual"):
         smolstack.load(folder)
     edit(folder / "processor_config.json", lambda data: data.update(image_seq_len=1))
     vlm = smolstack.load(folder)
-    answer = vlm.ask(pictures[1], "What?", max_new_tokens=2)
+    answer = vlm.ask(images[1], "What?", max_new_tokens=2)
     assert (answer.usage.tiles, answer.usage.visual_tokens) == (5, 5)
 
 

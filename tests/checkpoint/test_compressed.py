@@ -31,8 +31,8 @@ from smolstack.config import ModelConfig
 from smolstack.config.quantization import INT8, Format
 from smolstack.errors import CheckpointError, ConfigError
 from smolstack.family import Preset
-from smolstack.model.quantised import QuantisedLinear
-from smolstack.quantization.quantise import formats_of, quantise
+from smolstack.model.quantized import QuantizedLinear
+from smolstack.quantization.quantize import formats_of, quantize_model
 
 TEXT = ["<|im_start|>Two and two are four."]
 GATE = "model.text_model.layers.1.mlp.gate_proj"
@@ -176,9 +176,9 @@ def test_published_layers_are_what_compressed_tensors_makes_of_them(
     with caplog.at_level(logging.WARNING):
         vlm = smolstack.load(place)
     gate = vlm.model.get_submodule("decoder.layers.1.gate")
-    assert isinstance(gate, (QuantisedLinear, torch.nn.Linear))
-    assert (gate.format if isinstance(gate, QuantisedLinear) else None) == expected
-    weight = gate.dequantised() if isinstance(gate, QuantisedLinear) else gate.weight
+    assert isinstance(gate, (QuantizedLinear, torch.nn.Linear))
+    assert (gate.format if isinstance(gate, QuantizedLinear) else None) == expected
+    weight = gate.dequantized() if isinstance(gate, QuantizedLinear) else gate.weight
     # compressed-tensors multiplies in the scales' bfloat16; integers that are kept lose nothing.
     assert torch.equal(weight.bfloat16(), meant[f"{GATE}.weight"].bfloat16())
     said = [r.message for r in caplog.records if "held as float weights" in r.message]
@@ -202,7 +202,7 @@ def _saved(folder: Path, scheme: str, place: Path) -> tuple[smolstack.VLM, Path]
         formats["decoder.layers.1.gate"] = Format(4, 64)
         formats["vision.layers.0.down"] = Format(8, 512)
         formats["decoder.layers.1.attention.query"] = Format(8, 32, activation_bits=16)
-        quantise(vlm.model, formats)
+        quantize_model(vlm.model, formats)
     return vlm, vlm.save(place)
 
 
@@ -275,7 +275,7 @@ def test_groups_cut_short_are_read_as_they_were_written_before(
         for ours in formats:
             theirs = keys.to_hf(f"{ours}.weight").removesuffix(".weight")
             layer = vlm.model.get_submodule(ours)
-            assert isinstance(layer, QuantisedLinear)
+            assert isinstance(layer, QuantizedLinear)
             tensors[f"{theirs}.weight_scale"] = layer.tensors()[1].contiguous()
 
     again = smolstack.load(_rewritten(place, tmp_path / "before", change))
@@ -294,7 +294,7 @@ def test_scales_that_differ_within_a_group_are_refused(ragged: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["whole", "ragged", "published 4 bits"])
-def test_transformers_computes_the_dequantised_weights(
+def test_transformers_computes_the_dequantized_weights(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str
 ) -> None:
     """Also of rows that groups of 64 and 256 do not divide, and of 4 bits that are symmetric."""
@@ -313,10 +313,10 @@ def test_transformers_computes_the_dequantised_weights(
         for name in [n for n in tensors if n.endswith(".weight_packed")]:
             layer = name.removesuffix(".weight_packed")
             own = plain.get_submodule(keys.from_hf(f"{layer}.weight").removesuffix(".weight"))
-            assert isinstance(own, QuantisedLinear)
+            assert isinstance(own, QuantizedLinear)
             for end in ("packed", "scale", "shape"):
                 del tensors[f"{layer}.weight_{end}"]
-            tensors[f"{layer}.weight"] = own.dequantised().contiguous()
+            tensors[f"{layer}.weight"] = own.dequantized().contiguous()
         del config["quantization_config"]
 
     floats = _rewritten(place, tmp_path / "floats", change)
@@ -452,7 +452,7 @@ def test_a_truncated_file_is_told_of(nibbles: Path, tmp_path: Path) -> None:
         smolstack.load(place)
 
 
-def test_an_adapter_is_merged_before_its_model_is_quantised(whole: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_before_its_model_is_quantized(whole: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     settings = {"peft_type": "LORA", "lora_alpha": 8, "r": 2, "base_model_name_or_path": str(whole)}

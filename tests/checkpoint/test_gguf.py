@@ -61,7 +61,7 @@ def test_a_pair_of_files_is_the_checkpoint_that_it_was_made_from(
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16"])
-def test_logits_are_those_of_transformers_on_the_dequantised_weights(
+def test_logits_are_those_of_transformers_on_the_dequantized_weights(
     kind: str, wide_folder: Path, tmp_path: Path
 ) -> None:
     text, tower = write_gguf(wide_folder, tmp_path / "gguf", kind)

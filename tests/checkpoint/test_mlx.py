@@ -1,4 +1,4 @@
-"""Folders that mlx-vlm converted: its names, its convolution, its quantised groups."""
+"""Folders that mlx-vlm converted: its names, its convolution, its quantized groups."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def mlx_name(name: str) -> str:
     return name.replace("text_model.", "language_model.", 1)
 
 
-def quantised(weight: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
+def quantized(weight: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
     """Affine groups packed into uint32, the lowest bits first."""
     rows, columns = weight.shape
     groups = weight.reshape(rows, columns // group, group)
@@ -93,7 +93,7 @@ def converted(folder: Path, out: Path, bits: int | None, group: int) -> dict[str
         if weight.dim() == 4:
             theirs[mlx_name(name)] = weight.permute(0, 2, 3, 1).contiguous()
         elif bits and weight.dim() == 2 and "vision" not in name and weight.shape[1] % group == 0:
-            parts = quantised(weight, bits, group)
+            parts = quantized(weight, bits, group)
             theirs |= {f"{layer}.{kind}": part for kind, part in parts.items()}
             floats[name] = to_floats(parts["weight"], parts["scales"], parts["biases"], bits)
         else:
@@ -144,7 +144,7 @@ def test_layers_may_have_bits_of_their_own(tiny_folder: Path, tmp_path: Path) ->
     floats = converted(tiny_folder, tmp_path / "mlx", 4, 16)
     head = load_file(tiny_folder / "model.safetensors")["lm_head.weight"]
     weights = load_file(tmp_path / "mlx" / "model.safetensors")
-    parts = quantised(head, 8, 16)
+    parts = quantized(head, 8, 16)
     weights |= {f"language_model.lm_head.{kind}": part for kind, part in parts.items()}
     save_file(weights, tmp_path / "mlx" / "model.safetensors")
 

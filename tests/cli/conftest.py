@@ -47,10 +47,10 @@ def refuses(run: Run) -> Run:
 
 
 @pytest.fixture(scope="session")
-def sign(tmp_path_factory: pytest.TempPathFactory, pictures: list[Image.Image]) -> Path:
-    """A picture file of 100x40 pixels."""
-    path = tmp_path_factory.mktemp("pictures") / "sign.png"
-    pictures[0].save(path)
+def sign(tmp_path_factory: pytest.TempPathFactory, images: list[Image.Image]) -> Path:
+    """An image file of 100x40 pixels."""
+    path = tmp_path_factory.mktemp("images") / "sign.png"
+    images[0].save(path)
     return path
 
 

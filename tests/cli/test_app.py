@@ -119,7 +119,7 @@ def test_ctrl_c_ends_quietly_with_130() -> None:
         "from smolstack.cli.app import main; main()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "ask", "-", "What?"],  # waits for a picture on stdin
+        [sys.executable, "-c", program, "ask", "-", "What?"],  # waits for an image on stdin
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -146,10 +146,10 @@ def test_a_reader_that_goes_away_ends_the_answer_quietly(tiny_folder: Path, sign
 
 def test_a_real_run_answers_on_stdout_alone(tiny_folder: Path, sign: Path, run: Run) -> None:
     options = ["--model", str(tiny_folder), "--max-new-tokens", "5"]
-    with sign.open("rb") as picture:
+    with sign.open("rb") as image:
         done = subprocess.run(
             [*PROGRAM, "ask", "-", "What does it say?", *options],
-            stdin=picture,
+            stdin=image,
             capture_output=True,
             text=True,
             env=PLAIN,

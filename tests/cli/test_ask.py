@@ -27,7 +27,7 @@ def test_the_answer_is_the_library_s(
     assert result.stderr == ""
 
 
-def test_several_pictures_are_read_in_order(
+def test_several_images_are_read_in_order(
     run: Run, tiny_folder: Path, tiny_vlm: smolstack.VLM, sign: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.png"
@@ -37,13 +37,13 @@ def test_several_pictures_are_read_in_order(
     assert result.stdout.strip() == expected.text
 
 
-def test_a_picture_may_come_by_stdin(run: Run, tiny_folder: Path, sign: Path) -> None:
+def test_an_image_may_come_by_stdin(run: Run, tiny_folder: Path, sign: Path) -> None:
     arguments = [QUESTION, "--model", tiny_folder, "--max-new-tokens", 4]
     piped = run("ask", "-", *arguments, input=sign.read_bytes())
     assert piped.stdout == run("ask", sign, *arguments).stdout
 
 
-def test_a_question_may_need_no_picture(run: Run, tiny_folder: Path) -> None:
+def test_a_question_may_need_no_image(run: Run, tiny_folder: Path) -> None:
     assert run("ask", "Hello?", "--model", tiny_folder, "--max-new-tokens", 2).exit_code == 0
 
 
@@ -59,9 +59,9 @@ def test_json_is_one_object_with_text_usage_timings_and_plans(
     assert data["usage"]["visual_tokens"] == plan.visual_tokens
     assert data["usage"]["completion_tokens"] == 5
     assert data["timings"]["total"] > 0
-    (picture,) = data["images"]
-    assert (picture["rows"], picture["cols"], picture["tiles"]) == (plan.rows, plan.cols, 9)
-    assert picture["source"] == [100, 40]
+    (image,) = data["images"]
+    assert (image["rows"], image["cols"], image["tiles"]) == (plan.rows, plan.cols, 9)
+    assert image["source"] == [100, 40]
 
 
 def test_verbose_tells_plan_and_timings_on_stderr(run: Run, tiny_folder: Path, sign: Path) -> None:
@@ -130,9 +130,9 @@ def test_a_forgotten_question_is_noticed(refuses: Run, tiny_folder: Path, sign: 
     assert "there is no question" in refuses("ask", sign, "-", "--model", tiny_folder)
 
 
-def test_stdin_holds_one_picture(refuses: Run, tiny_folder: Path, sign: Path) -> None:
+def test_stdin_holds_one_image(refuses: Run, tiny_folder: Path, sign: Path) -> None:
     told = refuses("ask", "-", "-", "Hi", "--model", tiny_folder, input=sign.read_bytes())
-    assert "stdin holds one picture" in told
+    assert "stdin holds one image" in told
     assert "stdin is empty" in refuses("ask", "-", "Hi", "--model", tiny_folder, input=b"")
 
 
@@ -156,7 +156,7 @@ def test_one_image_too_many_in_the_prompt_is_refused(
     refuses: Run, tiny_folder: Path, sign: Path
 ) -> None:
     told = refuses("ask", sign, "What is <image>?", "--model", tiny_folder)
-    assert "2 <image> placeholders for 1 picture" in told
+    assert "2 <image> placeholders for 1 image" in told
 
 
 def test_a_prompt_past_the_context_is_refused(refuses: Run, tiny_folder: Path, sign: Path) -> None:
@@ -170,6 +170,6 @@ def test_nothing_to_load_is_refused(refuses: Run, sign: Path, tmp_path: Path) ->
     assert "has no config.json" in refuses("ask", sign, "Hi", "--model", tmp_path)
 
 
-def test_a_picture_cache_that_cannot_be_is_said_at_start(refuses: Run, sign: Path) -> None:
-    said = refuses("ask", sign, "What?", "--picture-cache", sign, "--model", "no model")
-    assert said == f"--picture-cache is {sign}, which is a file, expected a folder"
+def test_an_image_cache_that_cannot_be_is_said_at_start(refuses: Run, sign: Path) -> None:
+    said = refuses("ask", sign, "What?", "--image-cache", sign, "--model", "no model")
+    assert said == f"--image-cache is {sign}, which is a file, expected a folder"

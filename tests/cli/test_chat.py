@@ -1,4 +1,4 @@
-"""smolstack chat from a pipe: one question per line, pictures in any turn."""
+"""smolstack chat from a pipe: one question per line, images in any turn."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_each_line_is_a_question_and_remembers_the_ones_before(
     assert [line.strip() for line in result.stdout.splitlines()] == [one, two]
 
 
-def test_a_picture_may_come_in_any_turn_and_is_read_once(
+def test_an_image_may_come_in_any_turn_and_is_read_once(
     talk: Run, sign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -54,7 +54,7 @@ def test_a_picture_may_come_in_any_turn_and_is_read_once(
         return encode(self, image, **options)
 
     monkeypatch.setattr(smolstack.VLM, "encode", counting)
-    spaced = tmp_path / "a picture.png"
+    spaced = tmp_path / "an image.png"
     shutil.copy(sign, spaced)
     result = talk("Hello.", f"/image {spaced}", "What is it?", "Sure?", "Quite?", images=(sign,))
     assert result.exit_code == 0, result.stderr
@@ -62,7 +62,7 @@ def test_a_picture_may_come_in_any_turn_and_is_read_once(
     assert read == [str(sign), str(spaced)]
 
 
-def test_several_pictures_may_follow_one_image_command(talk: Run, sign: Path) -> None:
+def test_several_images_may_follow_one_image_command(talk: Run, sign: Path) -> None:
     assert talk(f"/image {sign} '{sign}'", "Compare them.").exit_code == 0
 
 

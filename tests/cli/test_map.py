@@ -1,4 +1,4 @@
-"""``smolstack map``: many pictures in, one file out, and one line that says so."""
+"""``smolstack map``: many images in, one file out, and one line that says so."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from PIL import Image
 from tests.cli.conftest import Run
 
 import smolstack
-from smolstack.bulk import job, working
+from smolstack.bulk import job, local_engine
 
 
 @pytest.fixture
-def photos(tmp_path: Path, pictures: list[Image.Image]) -> Path:
+def photos(tmp_path: Path, images: list[Image.Image]) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number, picture in enumerate(pictures):
-        picture.save(folder / f"{number}.png")
-    (folder / "bad.jpg").write_bytes(b"no picture")
+    for number, image in enumerate(images):
+        image.save(folder / f"{number}.png")
+    (folder / "bad.jpg").write_bytes(b"no image")
     return folder
 
 
@@ -33,7 +33,7 @@ def test_a_folder_becomes_a_table(
         "--model", tiny_folder,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{out}: 8 rows about 4 pictures, 1 of them with an error\n"
+    assert result.stdout == f"{out}: 8 rows about 4 images, 1 of them with an error\n"
     assert result.stderr == ""
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["id"], row["question"]) for row in found[:3]] == [
@@ -68,7 +68,7 @@ def test_embeddings_and_the_summary_as_json(
 ) -> None:
     out = tmp_path / "e.parquet"
     result = run("map", photos, "--embed", "mean", "-o", out, "--model", tiny_folder, "--json")
-    summary = {"pictures": 4, "rows": 4, "bad_pictures": 1, "kept": 0}
+    summary = {"images": 4, "rows": 4, "bad_images": 1, "kept": 0}
     assert json.loads(result.stdout) == {"out": str(out), **summary}
 
 
@@ -78,7 +78,7 @@ def test_ctrl_c_says_how_to_go_on(
     out = tmp_path / "a.csv"
     command = ("map", photos, "-q", "What?", "-o", out, "--model", tiny_folder, "--batch-rows", 1,
                "--max-new-tokens", 2)  # fmt: skip
-    whole = working.work_through
+    whole = local_engine.work_through
 
     def interrupted(*arguments: Any, done: Any, **others: Any) -> None:
         def once(rows: int) -> None:
@@ -91,10 +91,10 @@ def test_ctrl_c_says_how_to_go_on(
         patch.setattr(job, "work_through", interrupted)
         result = run(*command)
     assert result.exit_code == 130
-    assert "1 of 4 pictures are done and kept; the same command goes on" in result.stderr
+    assert "1 of 4 images are done and kept; the same command goes on" in result.stderr
     assert not out.exists()
     assert run(*command).stdout == (
-        f"{out}: 4 rows about 4 pictures (1 by an earlier run), 1 of them with an error\n"
+        f"{out}: 4 rows about 4 images (1 by an earlier run), 1 of them with an error\n"
     )
 
 

@@ -48,7 +48,7 @@ def test_a_size_is_enough(run: Run, tiny_folder: Path, sign: Path) -> None:
     assert size.replace("100x40", str(sign)) == file
 
 
-def test_several_pictures_share_one_prompt(run: Run, tiny_folder: Path, sign: Path) -> None:
+def test_several_images_share_one_prompt(run: Run, tiny_folder: Path, sign: Path) -> None:
     arguments = ["--model", tiny_folder]
     table = run("plan", sign, "64x64", *arguments).stdout
     assert "64x64" in table
@@ -67,7 +67,7 @@ def test_no_split_is_one_tile(run: Run, tiny_folder: Path, sign: Path) -> None:
     assert json.loads(run("plan", sign, *arguments).stdout)["images"][0]["tiles"] == 1
 
 
-def test_a_budget_and_small_pictures_cost_fewer_tokens(run: Run, tiny_folder: Path) -> None:
+def test_a_budget_and_small_images_cost_fewer_tokens(run: Run, tiny_folder: Path) -> None:
     def tokens(*arguments: object) -> int:
         result = run("plan", "60x60", "--json", "--model", tiny_folder, *arguments)
         return int(json.loads(result.stdout)["images"][0]["visual_tokens"])
@@ -82,18 +82,18 @@ def test_the_drawing_shows_every_tile(
     run: Run, tiny_folder: Path, tmp_path: Path, what: str
 ) -> None:
     sizes = {"wide": (900, 20), "tall": (20, 900), "dot": (1, 1)}
-    picture: Path | str = "1920x1080"
+    source: Path | str = "1920x1080"
     if what in sizes:
-        picture = tmp_path / "picture.png"
-        Image.new("RGB", sizes[what], (200, 30, 30)).save(picture)
+        source = tmp_path / "image.png"
+        Image.new("RGB", sizes[what], (200, 30, 30)).save(source)
     out = tmp_path / "plan.png"
     arguments = ["--no-split"] if what == "unsplit" else []
-    result = run("plan", picture, "--out", out, "--model", tiny_folder, *arguments)
+    result = run("plan", source, "--out", out, "--model", tiny_folder, *arguments)
     assert result.exit_code == 0, result.stderr
     with Image.open(out) as drawing:
         assert 300 < drawing.width < 2000
         assert 300 < drawing.height < 2000
-        if what in sizes:  # the picture fills its tiles: more red than paper and plates
+        if what in sizes:  # the image fills its tiles: more red than paper and plates
             red = (np.asarray(drawing) == (200, 30, 30)).all(axis=-1)
             assert red.mean() > 0.25
     assert str(out) in result.stderr
@@ -105,7 +105,7 @@ def test_a_drawing_is_whole_or_absent(
     arguments = ["plan", sign, "--model", tiny_folder, "--out"]
     assert "expected .png or .jpg" in refuses(*arguments, tmp_path / "plan.txt")
     assert "there is no folder" in refuses(*arguments, tmp_path / "no" / "plan.png")
-    assert "--out draws one picture" in refuses(*arguments, tmp_path / "plan.png", "10x10")
+    assert "--out draws one image" in refuses(*arguments, tmp_path / "plan.png", "10x10")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,7 +129,7 @@ def test_a_file_named_like_a_size_is_a_file(
     assert json.loads(result.stdout)["images"][0]["source"] == [100, 40]
 
 
-def test_an_adapter_s_pictures_are_planned_as_its_base_s_even_without_its_weights(
+def test_an_adapter_s_images_are_planned_as_its_base_s_even_without_its_weights(
     run: Run, tiny_folder: Path, tmp_path: Path
 ) -> None:
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_folder)}

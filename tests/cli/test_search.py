@@ -16,9 +16,9 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def index(run: Run, pictures: list[Image.Image], retrieval_folder: Path, tmp_path: Path) -> Path:
-    for number, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{number}.png")
+def index(run: Run, images: list[Image.Image], retrieval_folder: Path, tmp_path: Path) -> Path:
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
     out = tmp_path / "pages.parquet"
     made = run("map", tmp_path, "--embed", "retrieval", "-m", retrieval_folder, "-o", out)
     assert made.exit_code == 0, made.output
@@ -26,10 +26,10 @@ def index(run: Run, pictures: list[Image.Image], retrieval_folder: Path, tmp_pat
 
 
 def test_pages_are_listed_best_first(
-    run: Run, index: Path, retrieval_folder: Path, pictures: list[Image.Image]
+    run: Run, index: Path, retrieval_folder: Path, images: list[Image.Image]
 ) -> None:
     vlm = smolstack.load(retrieval_folder)
-    scores = smolstack.maxsim(vlm.embed_queries(["total"]), vlm.embed_pages(pictures))[0]
+    scores = smolstack.maxsim(vlm.embed_queries(["total"]), vlm.embed_pages(images))[0]
     best = [f"{number}.png" for number in scores.argsort(descending=True).tolist()]
     result = run("search", index, "total", "--model", retrieval_folder, "--top", 2)
     assert result.exit_code == 0

@@ -16,19 +16,19 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def recipe(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A recipe beside a folder of two pictures."""
-    (tmp_path / "pictures").mkdir()
+    """A recipe beside a folder of two images."""
+    (tmp_path / "images").mkdir()
     for answer in ("12", "7"):
-        draw(answer, 1).save(tmp_path / "pictures" / f"{answer}.png")
-        (tmp_path / "pictures" / f"{answer}.txt").write_text(answer)
+        draw(answer, 1).save(tmp_path / "images" / f"{answer}.png")
+        (tmp_path / "images" / f"{answer}.txt").write_text(answer)
     path = tmp_path / "recipe.toml"
     path.write_text(
         f"""
         output = "run"
         model = "{tiny_folder}"
         [data]
-        train = "pictures"
-        evaluation = "pictures"
+        train = "images"
+        evaluation = "images"
         split = false
         [evaluation]
         max_new_tokens = 4
@@ -75,7 +75,7 @@ def test_bad_recipes_and_data_are_refused_in_a_sentence(
     good = recipe.read_text()
     recipe.write_text(good.replace('"connector"', '"everything"'))
     assert "expected one of ['connector'" in refuses("train", recipe)
-    recipe.write_text(good.replace('train = "pictures"', 'train = "nowhere"'))
+    recipe.write_text(good.replace('train = "images"', 'train = "nowhere"'))
     assert "nowhere does not exist" in refuses("train", recipe)
     recipe.write_text(good.replace("split = false", "split = false\nmax_tokens = 10"))
     told = run("train", recipe, "--quiet")

@@ -26,38 +26,35 @@ def vlm(tiny_folder: Path) -> smolstack.VLM:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_folder: Path, pictures: list[Image.Image]) -> list[tuple[int, ...]]:
-    """Each picture's answer, of a model that has seen nothing else."""
+def expected(tiny_folder: Path, images: list[Image.Image]) -> list[tuple[int, ...]]:
+    """Each image's answer, of a model that has seen nothing else."""
     return [
-        smolstack.load(tiny_folder).ask(picture, "What?", **OPTIONS).token_ids
-        for picture in pictures
+        smolstack.load(tiny_folder).ask(image, "What?", **OPTIONS).token_ids for image in images
     ]
 
 
 def test_submitted_requests_are_answered_and_the_engine_drains(
-    vlm: smolstack.VLM, pictures: list[Image.Image], expected: list[tuple[int, ...]]
+    vlm: smolstack.VLM, images: list[Image.Image], expected: list[tuple[int, ...]]
 ) -> None:
     with vlm.engine(running=2) as engine:
-        futures = [
-            engine.submit(vlm.request(picture, "What?", **OPTIONS)) for picture in pictures * 2
-        ]
+        futures = [engine.submit(vlm.request(image, "What?", **OPTIONS)) for image in images * 2]
     assert not engine.alive
     assert [future.result().token_ids for future in futures] == expected * 2
     with pytest.raises(QueueFullError, match="shutting down"):
         engine.submit(vlm.request(text="What?"))
 
 
-def test_pieces_come_in_asyncio(vlm: smolstack.VLM, pictures: list[Image.Image]) -> None:
-    whole = vlm.ask(pictures[0], "What?", **OPTIONS)
+def test_pieces_come_in_asyncio(vlm: smolstack.VLM, images: list[Image.Image]) -> None:
+    whole = vlm.ask(images[0], "What?", **OPTIONS)
 
-    async def streamed(engine: smolstack.Engine, picture: Image.Image) -> str:
-        request = vlm.request(picture, "What?", **OPTIONS)
+    async def streamed(engine: smolstack.Engine, image: Image.Image) -> str:
+        request = vlm.request(image, "What?", **OPTIONS)
         text = "".join([piece async for piece in engine.stream(request)])
         assert request.answered.text == text.rstrip()
         return text
 
     async def both(engine: smolstack.Engine) -> list[str]:
-        return await asyncio.gather(*(streamed(engine, picture) for picture in pictures))
+        return await asyncio.gather(*(streamed(engine, image) for image in images))
 
     with vlm.engine() as engine:
         texts = asyncio.run(both(engine))
@@ -116,13 +113,13 @@ def test_an_engine_that_is_left_by_an_error_gives_up_its_requests(vlm: smolstack
 
 
 def test_many_threads_ask_at_once(
-    vlm: smolstack.VLM, pictures: list[Image.Image], expected: list[tuple[int, ...]]
+    vlm: smolstack.VLM, images: list[Image.Image], expected: list[tuple[int, ...]]
 ) -> None:
     def ask(number: int) -> tuple[int, ...]:
-        which = number % len(pictures)
+        which = number % len(images)
         if number % 2:
-            return vlm.ask(pictures[which], "What?", **OPTIONS).token_ids
-        stream = vlm.stream(pictures[which], "What?", **OPTIONS)
+            return vlm.ask(images[which], "What?", **OPTIONS).token_ids
+        stream = vlm.stream(images[which], "What?", **OPTIONS)
         assert "".join(stream).rstrip() == stream.answer.text
         return stream.answer.token_ids
 
@@ -149,7 +146,7 @@ def test_a_stream_that_is_not_read_costs_no_work_and_closing_frees_it(vlm: smols
 
 def test_an_interrupted_answer_leaves_the_engine_at_work(
     vlm: smolstack.VLM,
-    pictures: list[Image.Image],
+    images: list[Image.Image],
     expected: list[tuple[int, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -159,9 +156,9 @@ def test_an_interrupted_answer_leaves_the_engine_at_work(
     with monkeypatch.context() as patch:
         patch.setattr(type(vlm.model), "decode_one_token", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            vlm.ask(pictures[0], "What?", **OPTIONS)
+            vlm.ask(images[0], "What?", **OPTIONS)
     assert vlm._inline.core.idle
-    assert vlm.ask(pictures[0], "What?", **OPTIONS).token_ids == expected[0]
+    assert vlm.ask(images[0], "What?", **OPTIONS).token_ids == expected[0]
 
 
 def test_other_weights_read_a_prompt_anew(vlm: smolstack.VLM) -> None:

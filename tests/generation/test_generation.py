@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolstack.errors import GenerationError
-from smolstack.generation.sampling import Sampler, Sampling, penalise, warp
+from smolstack.generation.detokenizer import TextStream
+from smolstack.generation.sampling import Sampler, Sampling, penalize, warp
 from smolstack.generation.stopping import RepetitionRule, Stopping, find_stop, held_back
-from smolstack.generation.stream import TextStream
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
 
@@ -44,7 +44,7 @@ def test_min_p_keeps_tokens_near_the_likeliest() -> None:
 
 
 def test_the_penalty_makes_seen_tokens_less_likely_of_either_sign() -> None:
-    found = penalise(LOGITS, torch.tensor([1, 4]), 2.0)
+    found = penalize(LOGITS, torch.tensor([1, 4]), 2.0)
     assert found.tolist() == [1.0, 1.5, 2.0, 0.0, -2.0]
 
 
@@ -88,7 +88,7 @@ def test_stopping_needs_room_and_words() -> None:
         RepetitionRule(times=1)
 
 
-def test_an_answer_that_goes_round_in_circles_is_recognised() -> None:
+def test_an_answer_that_goes_round_in_circles_is_recognized() -> None:
     rule = RepetitionRule(longest=10, times=3, tokens=12)
     assert rule.matches([9, 8] + [1, 2, 3] * 4)
     assert rule.matches([5] * 12)

@@ -79,12 +79,12 @@ QUESTIONS: list[tuple[tuple[int, ...], str, dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_folder: Path, pictures: list[Image.Image]) -> list[Answer]:
+def alone(tiny_folder: Path, images: list[Image.Image]) -> list[Answer]:
     """Each question put to a model that has seen nothing before."""
     answers = []
-    for images, text, options in QUESTIONS:
+    for shown, text, options in QUESTIONS:
         vlm = smolstack.load(tiny_folder)
-        answers.append(vlm.ask([pictures[i] for i in images], text, **options))
+        answers.append(vlm.ask([images[i] for i in shown], text, **options))
     return answers
 
 
@@ -100,7 +100,7 @@ def alone(tiny_folder: Path, pictures: list[Image.Image]) -> list[Answer]:
 )
 def test_answers_are_those_of_ask_in_any_mixture(
     tiny_vlm: smolstack.VLM,
-    pictures: list[Image.Image],
+    images: list[Image.Image],
     alone: list[Answer],
     order: list[int],
     gaps: list[int],
@@ -120,8 +120,8 @@ def test_answers_are_those_of_ask_in_any_mixture(
     )
     asked = []
     for which, gap in zip(order, gaps, strict=False):
-        images, text, options = QUESTIONS[which]
-        asked.append((which, desk.ask([pictures[i] for i in images], text, **options)))
+        shown, text, options = QUESTIONS[which]
+        asked.append((which, desk.ask([images[i] for i in shown], text, **options)))
         for _ in range(gap):
             desk.core.step()
     desk.run()
@@ -164,24 +164,24 @@ def count_work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return log
 
 
-def test_a_picture_is_encoded_once_for_everybody(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+def test_an_image_is_encoded_once_for_everybody(
+    tiny_vlm: smolstack.VLM, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = count_work(monkeypatch)
     desk = Desk(tiny_vlm)
     for number in range(5):
-        desk.ask(pictures[0], f"Question {number}?", max_new_tokens=2)
+        desk.ask(images[0], f"Question {number}?", max_new_tokens=2)
     desk.run()
     assert sum(count for kind, count in log if kind == "tiles") == 9
     assert desk.core.images.images_done == 1
 
 
 def test_what_prompts_share_is_read_once(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    tiny_vlm: smolstack.VLM, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = count_work(monkeypatch)
     desk = Desk(tiny_vlm)
-    visual = tiny_vlm.encode(pictures[0])
+    visual = tiny_vlm.encode(images[0])
     log.clear()
     for number in range(4):
         desk.ask(visual, f"Question {number}?", max_new_tokens=2)
@@ -192,7 +192,7 @@ def test_what_prompts_share_is_read_once(
 
 
 def test_decoding_never_waits_for_more_than_one_piece_of_a_newcomers_work(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    tiny_vlm: smolstack.VLM, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = Desk(tiny_vlm, tiles=2, prefill_tokens=16)
     tiny_vlm.eos_token_ids, ends = (), tiny_vlm.eos_token_ids
@@ -201,8 +201,8 @@ def test_decoding_never_waits_for_more_than_one_piece_of_a_newcomers_work(
         while talker.stage != "decode":
             desk.core.step()
         log = count_work(monkeypatch)
-        for picture in pictures:
-            desk.ask(picture, "What?", max_new_tokens=3)
+        for image in images:
+            desk.ask(image, "What?", max_new_tokens=3)
         desk.ask((), "Which?", choices=["a short one", "another " * 5, "one more", "the fourth"])
         desk.run()
     finally:
@@ -217,25 +217,25 @@ def test_decoding_never_waits_for_more_than_one_piece_of_a_newcomers_work(
 
 
 def test_who_goes_away_stops_costing_anything(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+    tiny_vlm: smolstack.VLM, images: list[Image.Image]
 ) -> None:
     desk = Desk(tiny_vlm, tiles=1)
-    gone = desk.ask(pictures[0], "What?", max_new_tokens=50)
-    stays = desk.ask(pictures[1], "What?", max_new_tokens=3)
+    gone = desk.ask(images[0], "What?", max_new_tokens=50)
+    stays = desk.ask(images[1], "What?", max_new_tokens=3)
     desk.core.step()
     gone.cancelled = True
     desk.run()
     assert desk.core.images.images_done == 1
     assert desk.updates[gone.number] == []
-    assert desk.answer(stays).text == tiny_vlm.ask(pictures[1], "What?", max_new_tokens=3).text
+    assert desk.answer(stays).text == tiny_vlm.ask(images[1], "What?", max_new_tokens=3).text
 
 
-def test_a_picture_that_others_wait_for_survives_one_who_goes_away(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+def test_an_image_that_others_wait_for_survives_one_who_goes_away(
+    tiny_vlm: smolstack.VLM, images: list[Image.Image]
 ) -> None:
     desk = Desk(tiny_vlm, tiles=1)
-    gone = desk.ask(pictures[0], "What?", max_new_tokens=3)
-    stays = desk.ask(pictures[0], "What else?", max_new_tokens=3)
+    gone = desk.ask(images[0], "What?", max_new_tokens=3)
+    stays = desk.ask(images[0], "What else?", max_new_tokens=3)
     desk.core.step()
     desk.core.step()
     gone.cancelled = True
@@ -257,11 +257,11 @@ def test_an_answer_that_is_late_ends_with_an_error_and_the_others_go_on(
     assert desk.answer(other).usage.completion_tokens > 0
 
 
-def test_a_damaged_picture_is_its_own_askers_trouble_alone(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+def test_a_damaged_image_is_its_own_askers_trouble_alone(
+    tiny_vlm: smolstack.VLM, images: list[Image.Image]
 ) -> None:
     content = io.BytesIO()
-    pictures[0].save(content, "jpeg")  # whose header tells its size
+    images[0].save(content, "jpeg")  # whose header tells its size
     desk = Desk(tiny_vlm)
     bad = desk.ask(content.getvalue()[:-200], "What?", max_new_tokens=3)
     good = desk.ask(content.getvalue(), "What?", max_new_tokens=3)
@@ -288,10 +288,10 @@ def test_a_prompt_too_long_is_refused_before_it_waits(tiny_vlm: smolstack.VLM) -
 
 
 def test_nothing_is_kept_of_those_who_left(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+    tiny_vlm: smolstack.VLM, images: list[Image.Image]
 ) -> None:
     desk = Desk(tiny_vlm, prefix_bytes=0)
-    requests = [desk.ask(p, "What?", max_new_tokens=4) for p in pictures]
+    requests = [desk.ask(p, "What?", max_new_tokens=4) for p in images]
     desk.run()
     assert all(r.cache is None and r.images is None for r in requests)
     assert desk.core.prefixes.held_bytes == desk.core.scheduler.reserved_bytes == 0
@@ -323,12 +323,12 @@ def test_a_request_that_never_fits_is_refused_by_its_numbers(tiny_vlm: smolstack
 
 
 def test_tiles_of_several_requests_share_a_pass(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    tiny_vlm: smolstack.VLM, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = count_work(monkeypatch)
     desk = Desk(tiny_vlm, tiles=4)
-    for picture in pictures:
-        desk.ask(picture, "What?", max_new_tokens=1, split=False)
+    for image in images:
+        desk.ask(image, "What?", max_new_tokens=1, split=False)
     desk.run()
     assert [count for kind, count in log if kind == "tiles"] == [3]
 

@@ -58,7 +58,7 @@ def folder(
     return Folder(path, request.param)
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     """Coarse coloured noise: tiles that differ."""
     random = np.random.default_rng(seed)
     small = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
@@ -67,15 +67,17 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def prompts(folder: Folder) -> dict[str, torch.Tensor]:
-    """Three rows: a split picture, two small ones, none at all; padded on the left."""
+    """Three rows: a split image, two small ones, none at all; padded on the left."""
     pytest.importorskip("transformers")
     from smolstack.interop.reference import model_inputs
 
     processor = folder.vlm().processor
     batch = processor.batch(
         [
-            processor.prepare((picture(80, 40), "What does it say?"), split=True),
-            processor.prepare(([picture(30, 30, 1), picture(20, 40, 2)], "Compare."), split=False),
+            processor.prepare((random_image(80, 40), "What does it say?"), split=True),
+            processor.prepare(
+                ([random_image(30, 30, 1), random_image(20, 40, 2)], "Compare."), split=False
+            ),
             processor.prepare("There is nothing written here."),
         ]
     )

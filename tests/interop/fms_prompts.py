@@ -17,13 +17,13 @@ from smolstack.vlm import VLM
 
 
 def noise(*sizes: tuple[int, int]) -> list[Image.Image]:
-    """Pictures of (height, width) pixels that differ everywhere."""
+    """Images of (height, width) pixels that differ everywhere."""
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 def uneven_prompts(vlm: VLM) -> list[Prompt]:
-    """Rows with one picture of several tiles, no picture, and two pictures of one tile each."""
+    """Rows with one image of several tiles, no image, and two images of one tile each."""
     first, second, third = noise((60, 90), (40, 40), (30, 70))
     prepare = vlm.processor.prepare
     return [
@@ -34,13 +34,13 @@ def uneven_prompts(vlm: VLM) -> list[Prompt]:
 
 
 def two_rows(vlm: VLM) -> Batch:
-    """A picture of several tiles, and one of a single tile with another question."""
-    pictures = noise((60, 90), (40, 40))
+    """An image of several tiles, and one of a single tile with another question."""
+    images = noise((60, 90), (40, 40))
     processor = vlm.processor
     return processor.batch(
         [
-            processor.prepare((pictures[0], "What does it say?"), max_image_tokens=200),
-            processor.prepare((pictures[1], "Describe the image."), split=False),
+            processor.prepare((images[0], "What does it say?"), max_image_tokens=200),
+            processor.prepare((images[1], "Describe the image."), split=False),
         ]
     )
 

@@ -1,9 +1,9 @@
 """Answers of llama.cpp through mtmd, for a Python that has llama-cpp-python (mtmd included).
 
-    python gguf_answers.py TEXT.gguf MMPROJ.gguf PROMPT TOKENS NEWLINES PICTURE …
+    python gguf_answers.py TEXT.gguf MMPROJ.gguf PROMPT TOKENS NEWLINES IMAGE …
 
 PROMPT has <image> in it. NEWLINES are the ids, as JSON, that stand for an empty line where the
-vocabulary has no token of its own for it. One JSON list of token ids per picture.
+vocabulary has no token of its own for it. One JSON list of token ids per image.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from llama_cpp import mtmd_cpp  # type: ignore[import-not-found, unused-ignore]
 ROOM = 2048
 
 
-def chunks_of(mtmd: Any, prompt: str, picture: str) -> Iterator[Any]:
+def chunks_of(mtmd: Any, prompt: str, image: str) -> Iterator[Any]:
     """The prompt as mtmd cuts it: runs of text tokens, and tiles."""
     marker = mtmd_cpp.mtmd_default_marker().decode()
     text = mtmd_cpp.mtmd_input_text()
     text.text = prompt.replace("<image>", marker).encode()
     text.text_len, text.add_special, text.parse_special = len(text.text), False, True
-    read = mtmd_cpp.mtmd_helper_bitmap_init_from_file(mtmd, picture.encode(), False)
+    read = mtmd_cpp.mtmd_helper_bitmap_init_from_file(mtmd, image.encode(), False)
     bitmaps = (mtmd_cpp.mtmd_bitmap_p_ctypes * 1)(getattr(read, "bitmap", read))
     chunks = mtmd_cpp.mtmd_input_chunks_init()
     assert mtmd_cpp.mtmd_tokenize(mtmd, chunks, ctypes.byref(text), bitmaps, 1) == 0
@@ -50,11 +50,11 @@ def read_text(context: Any, chunk: Any, place: int, newlines: list[int]) -> int:
     return place + len(ids)
 
 
-def answer(llm: Any, mtmd: Any, prompt: str, picture: str, newlines: list[int]) -> Iterator[int]:
+def answer(llm: Any, mtmd: Any, prompt: str, image: str, newlines: list[int]) -> Iterator[int]:
     """Greedy token ids after the prompt, without end."""
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), True)
     place = 0
-    for chunk in chunks_of(mtmd, prompt, picture):
+    for chunk in chunks_of(mtmd, prompt, image):
         if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == 0:
             place = read_text(llm.ctx, chunk, place, newlines)
             continue
@@ -73,14 +73,14 @@ def answer(llm: Any, mtmd: Any, prompt: str, picture: str, newlines: list[int]) 
 
 
 def main() -> None:
-    text, projector, prompt, tokens, newlines, *pictures = sys.argv[1:]
+    text, projector, prompt, tokens, newlines, *images = sys.argv[1:]
     llm = llama_cpp.Llama(text, n_ctx=ROOM, n_batch=ROOM, n_ubatch=ROOM, verbose=False)
     options = mtmd_cpp.mtmd_context_params_default()
     options.use_gpu = False
     mtmd = mtmd_cpp.mtmd_init_from_file(projector.encode(), llm.model, options)
-    for picture in pictures:
+    for image in images:
         ids = []
-        for token in answer(llm, mtmd, prompt, picture, json.loads(newlines)):
+        for token in answer(llm, mtmd, prompt, image, json.loads(newlines)):
             ids.append(token)
             if token == llm.token_eos() or len(ids) == int(tokens):
                 break

@@ -1,4 +1,4 @@
-"""FMS's generate, compile and tensor parallelism with pictures in every row of a batch."""
+"""FMS's generate, compile and tensor parallelism with images in every row of a batch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def batch(tiny_vlm: VLM) -> Batch:
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
-def test_every_row_gets_its_own_pictures_and_is_answered_as_alone(
+def test_every_row_gets_its_own_images_and_is_answered_as_alone(
     cached: bool, model: Any, tiny_vlm: VLM, batch: Batch
 ) -> None:
     together = greedy(model, batch, NEW, use_cache=cached)
@@ -183,7 +183,7 @@ def test_a_compiled_model_writes_the_same(model: Any, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("form", ["flat", "padded", "masked", "grids", "encoded"])
-def test_pictures_are_compiled_into_the_same_graph(
+def test_images_are_compiled_into_the_same_graph(
     form: str, model: Any, tiny_vlm: VLM, batch: Batch
 ) -> None:
     ids, extra = bridge.generation_inputs(batch)
@@ -200,12 +200,12 @@ def test_pictures_are_compiled_into_the_same_graph(
         "grids": {"pixel_values": tiles, "tile_grids": ((3, 2),) * count},
         "encoded": {"visual_tokens": torch.randn(count, 4, 48)},
     }
-    pictures = forms[form]
+    images = forms[form]
     torch._dynamo.reset()
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
     with torch.inference_mode():
-        expected = model(ids, **pictures, **attention)
-        torch.testing.assert_close(compiled(ids, **pictures, **attention), expected)
+        expected = model(ids, **images, **attention)
+        torch.testing.assert_close(compiled(ids, **images, **attention), expected)
         if form == "flat":
             with pytest.raises(RuntimeError, match="differ in number"):
                 compiled(ids, pixel_values=tiles[1:], **attention)
@@ -239,7 +239,7 @@ def test_pixels_and_image_tokens_that_disagree_are_refused_by_row(model: Any, ba
         model.merge(ids, pixel_values=tiles, pixel_attention_mask=ragged)
 
 
-def test_a_prompt_with_pictures_is_never_cut_in_the_middle(model: Any, batch: Batch) -> None:
+def test_a_prompt_with_images_is_never_cut_in_the_middle(model: Any, batch: Batch) -> None:
     with pytest.raises(ContextLengthError, match="cuts off the beginning of a prompt"):
         greedy(model, batch, NEW, use_cache=False, max_seq_len=batch.token_ids.shape[1] + 2)
 

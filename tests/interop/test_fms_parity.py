@@ -29,7 +29,7 @@ import smolstack.interop.fms as bridge
 from smolstack.interop.reference import model_inputs, share_model
 
 BOUND = 1e-4
-READER_PICTURE = Path(__file__).parent.parent.parent / "examples" / "number.png"
+READER_IMAGE = Path(__file__).parent.parent.parent / "examples" / "number.png"
 RETRIEVAL = tuple(name for name, p in PRESETS.items() if p.config.embedding_dim is not None)
 
 
@@ -128,7 +128,7 @@ def test_the_bundled_reader_reads_the_same_in_fms() -> None:
     model = fms.models.get_model(
         "hf_pretrained", model_path=str(vlm.folder), data_type=torch.float32
     ).eval()
-    prompt = vlm.processor.prepare((str(READER_PICTURE), "What does it say?"))
+    prompt = vlm.processor.prepare((str(READER_IMAGE), "What does it say?"))
     batch = vlm.processor.batch([prompt])
     ids, extra = bridge.generation_inputs(batch)
     with torch.inference_mode():
@@ -136,7 +136,7 @@ def test_the_bundled_reader_reads_the_same_in_fms() -> None:
     written = greedy(model, batch, 32, eos_token_id=vlm.eos_token_ids[0])[0].tolist()
     text = vlm.processor.tokenizer.decode(written[:-1])
     assert written[-1] in vlm.eos_token_ids
-    assert text.strip() == vlm.ask(str(READER_PICTURE), "What does it say?").text.strip()
+    assert text.strip() == vlm.ask(str(READER_IMAGE), "What does it say?").text.strip()
 
 
 @pytest.mark.parametrize("fused", [True, False])

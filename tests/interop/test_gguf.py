@@ -179,17 +179,17 @@ def test_llama_cpp_answers_as_smolstack_does(name: str, tmp_path: Path) -> None:
         small = miniature(PRESETS[name])
         sharp = sharp_model(small.config, seed=1)
         folder = save_checkpoint(tmp_path / "model", sharp, side_files(small, small.config))
-    vlm, picture, question = smolstack.load(folder), ROOT / "examples/number.png", "What is it?"
+    vlm, image, question = smolstack.load(folder), ROOT / "examples/number.png", "What is it?"
     converted(folder, tmp_path)
     converted(folder, tmp_path, "--mmproj")
     files = [str(tmp_path / f"model{number}.gguf") for number in (0, 1)]
     prompt = vlm.processor.render([user_message(1, question)])
     newlines = json.dumps(vlm.processor.tokenizer.encode("\n") * 2)
     script = str(ROOT / "tests" / "interop" / "gguf_answers.py")
-    command = [str(LLAMA_CPP_PYTHON), script, *files, prompt, "10", newlines, str(picture)]
+    command = [str(LLAMA_CPP_PYTHON), script, *files, prompt, "10", newlines, str(image)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = vlm.ask(picture, question, max_new_tokens=10).token_ids
+    expected = vlm.ask(image, question, max_new_tokens=10).token_ids
     assert tuple(json.loads(done.stdout)) == expected
 
 

@@ -94,7 +94,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return out / "smolvlm.gguf", tower
 
 
-def test_tokens_are_those_of_transformers_on_the_dequantised_weights(
+def test_tokens_are_those_of_transformers_on_the_dequantized_weights(
     files: tuple[Path, Path],
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -40,9 +40,9 @@ def session(folder: Path, name: str) -> Any:
     return onnxruntime.InferenceSession(str(folder / "onnx" / f"{name}.onnx"), options)
 
 
-def answer_of_the_example(folder: Path, picture: Path, question: str, *options: str) -> str:
+def answer_of_the_example(folder: Path, image: Path, question: str, *options: str) -> str:
     """What examples/onnx_loop.py prints."""
-    arguments = [str(folder), str(picture), question, "--threads", "1", *options]
+    arguments = [str(folder), str(image), question, "--threads", "1", *options]
     result = subprocess.run(
         [sys.executable, "-c", ALONE, *arguments],
         cwd=ROOT,
@@ -123,17 +123,17 @@ def test_smaller_formats_make_smaller_files(exported: Path) -> None:
 
 
 def test_the_example_answers_as_smolstack_does_with_the_reader(tmp_path: Path) -> None:
-    picture, question = ROOT / "examples" / "number.png", "What does it say?"
+    image, question = ROOT / "examples" / "number.png", "What does it say?"
     graphs = export(None, tmp_path / "reader", dtypes=["fp32", "int8"])
     assert max(graph.difference for graph in graphs if graph.precision == "fp32") < 1e-4
     vlm = smolstack.load(dtype="float32", device="cpu")
-    expected = vlm.ask(picture, question)
+    expected = vlm.ask(image, question)
     assert expected.text
-    found = answer_of_the_example(tmp_path / "reader", picture, question, "--ids")
+    found = answer_of_the_example(tmp_path / "reader", image, question, "--ids")
     assert [int(token) for token in found.split()] == list(expected.token_ids)
-    assert answer_of_the_example(tmp_path / "reader", picture, question) == expected.text.strip()
+    assert answer_of_the_example(tmp_path / "reader", image, question) == expected.text.strip()
     in_8_bits = answer_of_the_example(
-        tmp_path / "reader", picture, question, "--dtype", "int8", "--ids"
+        tmp_path / "reader", image, question, "--dtype", "int8", "--ids"
     )
     assert in_8_bits.split()[0] == found.split()[0]
 
@@ -143,14 +143,14 @@ def test_the_example_answers_as_smolstack_does_with_several_tiles(tmp_path: Path
     small = replace(small, settings=replace(small.settings, longest_edge=1024))
     folder = new_checkpoint(small, tmp_path / "model", seed=5)
     export(folder, tmp_path / "exported")
-    picture = tmp_path / "wide.png"
+    image = tmp_path / "wide.png"
     noise = np.random.default_rng(0).integers(0, 256, (90, 210, 4), dtype=np.uint8)
-    Image.fromarray(noise, "RGBA").save(picture)
+    Image.fromarray(noise, "RGBA").save(image)
     vlm = smolstack.load(folder)
     assert vlm.plan((210, 90)).tiles == 3
-    expected = vlm.ask(picture, "Describe it.", max_new_tokens=12)
+    expected = vlm.ask(image, "Describe it.", max_new_tokens=12)
     options = ("--ids", "--max-new-tokens", "12")
-    found = answer_of_the_example(tmp_path / "exported", picture, "Describe it.", *options)
+    found = answer_of_the_example(tmp_path / "exported", image, "Describe it.", *options)
     assert [int(token) for token in found.split()] == list(expected.token_ids)
 
 
@@ -160,9 +160,9 @@ def test_a_fine_tune_with_merged_adapters_answers_the_same(
     pytest.importorskip("peft")
     from smolstack.train import Data, Evaluation, Lora, Recipe, Stage, train
 
-    picture = tmp_path / "picture.png"
+    image = tmp_path / "image.png"
     noise = np.random.default_rng(1).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(picture)
+    Image.fromarray(noise).save(image)
     recipe = Recipe(
         output=str(tmp_path / "run"),
         model=str(tiny_folder),
@@ -179,15 +179,15 @@ def test_a_fine_tune_with_merged_adapters_answers_the_same(
             ),
         ),
     )
-    rows = [{"image": str(picture), "text": f"answer {i}"} for i in range(2)]
+    rows = [{"image": str(image), "text": f"answer {i}"} for i in range(2)]
     tuned = train(recipe, rows=rows, quiet=True).model
     export(tuned, tmp_path / "exported")
     question, options = "What does it say?", ("--ids", "--max-new-tokens", "8")
     answers = [
-        list(smolstack.load(folder).ask(picture, question, max_new_tokens=8).token_ids)
+        list(smolstack.load(folder).ask(image, question, max_new_tokens=8).token_ids)
         for folder in (tuned, tiny_folder)
     ]
-    found = answer_of_the_example(tmp_path / "exported", picture, question, *options)
+    found = answer_of_the_example(tmp_path / "exported", image, question, *options)
     assert [int(token) for token in found.split()] == answers[0] != answers[1]
 
 
@@ -196,7 +196,7 @@ def test_tiles_of_padding_have_no_features_and_part_of_a_tile_is_seen(
 ) -> None:
     pixels = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     mask = torch.ones(2, 2, 32, 32, dtype=torch.bool)
-    mask[0, 1] = False  # the first sequence has one picture
+    mask[0, 1] = False  # the first sequence has one image
     mask[1, 0, 16:] = False  # and the second's first one is half a tile high
     found = session(exported, "vision_encoder").run(
         None, {"pixel_values": pixels.numpy(), "pixel_attention_mask": mask.numpy()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.interop.conftest import Folder, picture
+from tests.interop.conftest import Folder, random_image
 
 from smolstack.errors import ConfigError
 from smolstack.model.vlm import VisionLanguageModel
@@ -49,7 +49,7 @@ def test_with_a_processor_it_answers_and_saves(
     processor = load_processor(folder.path, folder.model_type)
     vlm = from_transformers(folder.theirs(), processor)
     assert isinstance(vlm, VLM)
-    image = picture(80, 40)
+    image = random_image(80, 40)
     expected = folder.vlm().ask(image, "Read it.", max_new_tokens=8)
     assert vlm.ask(image, "Read it.", max_new_tokens=8).text == expected.text
     saved = vlm.save(tmp_path_factory.mktemp("saved") / "model")

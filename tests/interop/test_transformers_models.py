@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.interop.conftest import Folder, picture
+from tests.interop.conftest import Folder, random_image
 
 transformers = pytest.importorskip("transformers")
 
@@ -178,7 +178,7 @@ def test_an_assistant_helps_without_changing_the_answer(
 ) -> None:
     theirs, ours = pair
     one = {name: value[:1] for name, value in prompts.items()}
-    # A guessed image token stands in the prompt when the pictures are counted: neither side can.
+    # A guessed image token stands in the prompt when the images are counted: neither side can.
     options = {**GREEDY, "suppress_tokens": [folder.vlm().config.image_token_id]}
     plain = theirs.generate(**one, **options)
     assistant = folder.ours()
@@ -354,7 +354,7 @@ def test_the_pipeline_answers_as_ask_does(folder: Folder) -> None:
     from smolstack.interop.reference import load_processor
 
     processor = load_processor(folder.path, folder.model_type)
-    image = picture(80, 40)
+    image = random_image(80, 40)
     message = {
         "role": "user",
         "content": [{"type": "image", "image": image}, {"type": "text", "text": "Read it."}],

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from smolstack.config import RopeConfig, TextConfig
 from smolstack.errors import ContextLengthError
-from smolstack.model.cache import KVCache
 from smolstack.model.decoder import Decoder, rope_frequencies
+from smolstack.model.kv_cache import KVCache
 
 CONFIG = TextConfig(
     rope=RopeConfig(theta=10000.0),

@@ -28,7 +28,7 @@ def test_every_row_is_filled_in_order() -> None:
     assert embeddings.sum() == 0, "the input must stay as it is"
 
 
-def test_a_batch_without_pictures_needs_no_places() -> None:
+def test_a_batch_without_images_needs_no_places() -> None:
     assert locate(torch.tensor([[1, 2], [3, 4]]), IMAGE, [0, 0], 4).numel() == 0
 
 
@@ -63,7 +63,7 @@ def test_visual_tokens_of_another_width_are_refused() -> None:
 
 
 @given(st.data())
-def test_text_stays_and_pictures_keep_their_order(data: st.DataObject) -> None:
+def test_text_stays_and_images_keep_their_order(data: st.DataObject) -> None:
     per_tile = data.draw(st.integers(1, 3))
     tiles = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
     rows = []

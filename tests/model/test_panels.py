@@ -1,4 +1,4 @@
-"""Quantised weights are held once, whoever multiplies them, and nothing is lost by that."""
+"""Quantized weights are held once, whoever multiplies them, and nothing is lost by that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from smolstack.checkpoint.source import Source, open_source
 from smolstack.config.quantization import Format
 from smolstack.errors import ConfigError
 from smolstack.model.panels import Arena, panel_size
-from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.quantized import QuantizedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
 from smolstack.quantization.calibration import multiplied_where_stored
@@ -39,10 +39,10 @@ FORMATS = (Format(8, 64), Format(8, 256), Format(8, 64, activation_bits=16), For
 SIZES = ((96, 192), (17, 64), (50, 200), (1, 1000), (33, 24))
 
 
-def layer_of(form: Format, outputs: int, inputs: int) -> QuantisedLinear:
+def layer_of(form: Format, outputs: int, inputs: int) -> QuantizedLinear:
     generator = torch.Generator().manual_seed(outputs * inputs)
     weight = torch.randn(outputs, inputs, generator=generator)
-    return QuantisedLinear.of(form, *round_weight(weight, form), torch.randn(outputs))
+    return QuantizedLinear.of(form, *round_weight(weight, form), torch.randn(outputs))
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -52,7 +52,7 @@ def test_once_multiplied_a_layer_saves_what_it_was_made_of(
 ) -> None:
     layer = layer_of(form, outputs, inputs)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    floats = layer.dequantised()
+    floats = layer.dequantized()
     x = torch.randn(3, inputs)
     expected = layer(x)
     assert layer.weight_packed.is_meta, "the words are let go, since the panels say the same"
@@ -60,7 +60,7 @@ def test_once_multiplied_a_layer_saves_what_it_was_made_of(
     assert list(after) == list(before)
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
-    assert torch.equal(layer.dequantised(), floats)
+    assert torch.equal(layer.dequantized(), floats)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
     assert torch.equal(layer.float().to("cpu")(x), expected)
 
@@ -93,7 +93,7 @@ def test_weights_are_rounded_from_where_they_lie(
     panels = rounded_panels(
         library, Rounding(weight, form, importance, factors), arena_of(form, weight)
     )
-    layer = QuantisedLinear.of_panels(panels, None)
+    layer = QuantizedLinear.of_panels(panels, None)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(layer.state_dict()["weight_packed"], expected[0])
     assert torch.equal(layer.state_dict()["weight_scale"], expected[1])
@@ -218,13 +218,13 @@ def test_the_token_table_keeps_the_numbers_that_it_is_stored_in(
     assert torch.equal(vlm.model(batch), again.model(batch))
 
 
-def test_images_of_a_quantised_model_are_kept_on_disk(
-    saved: Path, tmp_path: Path, pictures: list[Image.Image]
+def test_images_of_a_quantized_model_are_kept_on_disk(
+    saved: Path, tmp_path: Path, images: list[Image.Image]
 ) -> None:
     def tokens() -> torch.Tensor:
         vlm = smolstack.load(saved)
-        vlm.picture_cache.folder = tmp_path / "images"
-        return vlm.encode(pictures[0]).tokens
+        vlm.image_cache.folder = tmp_path / "images"
+        return vlm.encode(images[0]).tokens
 
     first, kept = tokens(), sorted((tmp_path / "images").glob("*.safetensors"))
     assert torch.equal(tokens(), first)
@@ -300,7 +300,7 @@ def test_what_stands_beside_integers_stays_float32(tiny_folder: Path) -> None:
     assert model.float().to("cpu") is model
 
 
-def test_weights_that_are_quantised_do_not_depend_on_threads(tiny_folder: Path) -> None:
+def test_weights_that_are_quantized_do_not_depend_on_threads(tiny_folder: Path) -> None:
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):

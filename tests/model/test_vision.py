@@ -62,7 +62,7 @@ def test_a_tile_said_to_be_full_is_a_full_tile(tower: VisionTower) -> None:
     torch.testing.assert_close(tower(tiles, [(3, 3), (3, 3)]), tower(tiles), atol=1e-6, rtol=1e-5)
 
 
-def test_padding_patches_change_nothing_in_the_picture(tower: VisionTower) -> None:
+def test_padding_patches_change_nothing_in_the_image(tower: VisionTower) -> None:
     tiles = torch.randn(1, 3, 28, 28)
     other = tiles.clone()
     other[..., 16:, :] = 7  # the third row of patches is padding
@@ -70,7 +70,7 @@ def test_padding_patches_change_nothing_in_the_picture(tower: VisionTower) -> No
     torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-5)
 
 
-def test_a_smaller_tile_is_the_picture_part_of_a_padded_one(tower: VisionTower) -> None:
+def test_a_smaller_tile_is_the_image_part_of_a_padded_one(tower: VisionTower) -> None:
     small = torch.randn(1, 3, 16, 24)
     padded = torch.zeros(1, 3, 28, 28)
     padded[..., :16, :24] = small
@@ -106,7 +106,7 @@ def test_the_full_tile_path_compiles_into_one_graph(tower: VisionTower) -> None:
 def test_equal_tiles_are_found_and_only_those() -> None:
     white = torch.ones(3, 4, 4)
     other = white.clone()
-    other[0, 0, 0], other[0, 0, 1] = 2, 0  # the same sum, another picture
+    other[0, 0, 0], other[0, 0, 1] = 2, 0  # the same sum, another image
     tiles = torch.stack([white, other, white, torch.zeros(3, 4, 4), other])
     assert distinct_tiles(tiles) == ([0, 1, 3], [0, 1, 0, 2, 1])
     filled = [(1, 1), (1, 1), (2, 1), (1, 1), (1, 1)]
@@ -114,12 +114,12 @@ def test_equal_tiles_are_found_and_only_those() -> None:
     assert distinct_tiles(tiles[:0]) == ([], [])
 
 
-def test_a_compiled_tower_is_compiled_once_whatever_the_pictures_sizes(tiny_folder: Path) -> None:
+def test_a_compiled_tower_is_compiled_once_whatever_the_images_sizes(tiny_folder: Path) -> None:
     vlm = smolstack.load(tiny_folder)
     noise = np.random.default_rng(0)
     sizes = ((40, 30), (60, 20), (25, 70), (64, 64), (90, 15))
-    pictures = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-    expected = [vlm.encode(picture).tokens for picture in pictures]
+    images = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    expected = [vlm.encode(image).tokens for image in images]
     vlm.forget()
     graphs: list[object] = []
 
@@ -129,8 +129,8 @@ def test_a_compiled_tower_is_compiled_once_whatever_the_pictures_sizes(tiny_fold
 
     torch._dynamo.reset()
     vlm.model.compile_tower(backend)
-    found = [vlm.encode(picture).tokens for picture in pictures]
-    found.append(vlm.encode(pictures[0], split=False).tokens)
+    found = [vlm.encode(image).tokens for image in images]
+    found.append(vlm.encode(images[0], split=False).tokens)
     for one, other in zip(found, expected, strict=False):
         torch.testing.assert_close(one, other)
     assert len(graphs) <= 4, "tower and connector, for one tile and for several"

@@ -41,7 +41,7 @@ def test_the_kernels_are_exact_under_a_cap(cap: str) -> None:
         check=True,
     )
     assert said.stdout.strip() == NAMES[cap]
-    tests = [str(TESTS / "model" / "test_quantised.py"), str(TESTS / "native" / "test_threads.py")]
+    tests = [str(TESTS / "model" / "test_quantized.py"), str(TESTS / "native" / "test_threads.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *tests],
         env=environment,

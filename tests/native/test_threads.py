@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
-from smolstack.model.cache import KVCache
+from smolstack.model.kv_cache import KVCache
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
-from smolstack.quantization.quantise import quantise
+from smolstack.quantization.quantize import quantize_model
 
 THREADS = (1, 2, 3, 5, 8, 16)
 TOKENS = 7
@@ -71,7 +71,7 @@ def test_a_step_is_the_whole_pass_at_any_number_of_threads(
     for size in sizes(10):
         model = model_of(**size)
         if kind.startswith("int"):
-            quantise(model, kind)
+            quantize_model(model, kind)
         else:
             model = model.to(getattr(torch, kind))
         tokens = torch.randint(3, 100, (TOKENS,), generator=torch.Generator().manual_seed(1))

@@ -17,11 +17,11 @@ from smolstack.interop.miniature import miniature
 from smolstack.interop.reference import load_model, load_processor
 from smolstack.interop.weights import sharp_model
 
-PICTURE = Image.linear_gradient("L").resize((70, 40)).convert("RGB")
+IMAGE = Image.linear_gradient("L").resize((70, 40)).convert("RGB")
 CHAT: list[dict[str, Any]] = [
     {
         "role": "user",
-        "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What is it?"}],
+        "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What is it?"}],
     }
 ]
 

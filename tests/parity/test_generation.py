@@ -25,15 +25,15 @@ NEW_TOKENS = 24
 FAMILIES = ["smolvlm-256m", "smolvlm2-500m", "smolvlm-2.2b", "idefics3-8b", "granite-docling-258m"]
 
 
-def _picture(width: int, height: int, seed: int) -> Image.Image:
+def _image(width: int, height: int, seed: int) -> Image.Image:
     random = np.random.default_rng(seed)
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 PROMPTS: list[Any] = [
-    (_picture(60, 80, 1), "What does it say?"),
-    "There is no picture here. How many lines are there, and why?",
-    ([_picture(40, 40, 2), _picture(90, 30, 3)], "Compare the two."),
+    (_image(60, 80, 1), "What does it say?"),
+    "There is no image here. How many lines are there, and why?",
+    ([_image(40, 40, 2), _image(90, 30, 3)], "Compare the two."),
     "Why?",
 ]
 
@@ -80,9 +80,9 @@ def test_greedy_answers_are_the_same_in_a_batch_and_alone(folder: Path) -> None:
         assert _theirs(theirs, vlm, [prompt], split=False) == [together]
 
 
-def test_split_pictures_too(folder: Path) -> None:
+def test_split_images_too(folder: Path) -> None:
     vlm, theirs = smolstack.load(folder), load_model(folder)
-    prompts: list[Any] = [(_picture(200, 50, 4), "Read it."), "Nothing."]
+    prompts: list[Any] = [(_image(200, 50, 4), "Read it."), "Nothing."]
     ours = _ours(vlm, prompts, split=True, max_new_tokens=8)
     assert ours == _theirs(theirs, vlm, prompts, split=True, max_new_tokens=8)
 
@@ -96,12 +96,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_repetition_penalty_acts_alike(small: Path, penalty: float) -> None:
     vlm, theirs = smolstack.load(small), load_model(small)
     plain = _ours(vlm, PROMPTS, split=False)
-    penalised = []
+    penalized = []
     for prompt in PROMPTS:
         ours = _ours(vlm, [prompt], split=False, repetition_penalty=penalty)
         assert ours == _theirs(theirs, vlm, [prompt], split=False, repetition_penalty=penalty)
-        penalised += ours
-    assert penalised != plain
+        penalized += ours
+    assert penalized != plain
 
 
 def test_any_of_a_list_of_end_tokens_ends_an_answer(small: Path, tmp_path: Path) -> None:

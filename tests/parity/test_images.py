@@ -1,4 +1,4 @@
-"""Pictures become the same pixels as in transformers, whatever their size, mode and settings."""
+"""Images become the same pixels as in transformers, whatever their size, mode and settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 from smolstack.interop.reference import image_processor
 from smolstack.processor.geometry import plan_tiles
 from smolstack.processor.settings import ImageSettings
-from smolstack.processor.tiles import cut_tiles, image_size, normalise, open_image
+from smolstack.processor.tiles import cut_tiles, image_size, normalize, open_image
 
 BOUND = 1e-6
 MODES = ("RGB", "RGBA", "L", "LA", "P", "P+transparency", "CMYK", "1", "I;16", "HSV", "YCbCr", "I")
@@ -50,8 +50,8 @@ def _noise(random: np.random.Generator, width: int, height: int, channels: int) 
     return base.clip(0, 255).astype(np.uint8)
 
 
-def make_picture(seed: int, size: tuple[int, int], mode: str) -> Image.Image:
-    """A picture of a mode, the same for the same seed."""
+def make_image(seed: int, size: tuple[int, int], mode: str) -> Image.Image:
+    """An image of a mode, the same for the same seed."""
     random = np.random.default_rng(seed)
     colours = Image.fromarray(_noise(random, *size, 3))
     if mode in ("RGBA", "LA"):
@@ -64,8 +64,8 @@ def make_picture(seed: int, size: tuple[int, int], mode: str) -> Image.Image:
         return palette
     if mode in ("I;16", "I"):
         deep = _noise(random, *size, 1)[..., 0].astype(np.uint16) * 257
-        picture = Image.fromarray(deep)
-        return picture if mode == "I;16" else picture.convert("I")
+        image = Image.fromarray(deep)
+        return image if mode == "I;16" else image.convert("I")
     return colours.convert(mode)
 
 
@@ -86,7 +86,7 @@ def _random_size(random: np.random.Generator) -> tuple[int, int]:
 def assert_same_pixels(source: Any, settings: ImageSettings, split: bool, theirs: Any) -> None:
     """Our pixels of ``source`` against transformers' of ``theirs``, with rows and columns."""
     plan = plan_tiles(image_size(source), settings, 1, split)
-    ours = normalise(cut_tiles(open_image(source), plan, settings), settings)
+    ours = normalize(cut_tiles(open_image(source), plan, settings), settings)
     out = image_processor(settings)(
         [theirs], do_image_splitting=split, return_row_col_info=True, return_tensors="pt"
     )
@@ -98,22 +98,22 @@ def assert_same_pixels(source: Any, settings: ImageSettings, split: bool, theirs
 
 
 @pytest.mark.parametrize("seed", range(360))
-def test_a_random_picture_gives_the_same_pixels(seed: int) -> None:
+def test_a_random_image_gives_the_same_pixels(seed: int) -> None:
     random = np.random.default_rng(seed)
-    picture = make_picture(seed, _random_size(random), MODES[seed % len(MODES)])
+    image = make_image(seed, _random_size(random), MODES[seed % len(MODES)])
     settings = VARIANTS[seed // len(MODES) % len(VARIANTS)]
-    theirs = picture
-    if picture.mode in ("I;16", "I"):  # transformers cuts these off, and is given their 8 bits
-        theirs = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-    assert_same_pixels(picture, settings, bool(random.integers(0, 2)), theirs)
+    theirs = image
+    if image.mode in ("I;16", "I"):  # transformers cuts these off, and is given their 8 bits
+        theirs = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    assert_same_pixels(image, settings, bool(random.integers(0, 2)), theirs)
 
 
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("settings", PUBLISHED)
 def test_published_settings_give_the_same_pixels(settings: ImageSettings, split: bool) -> None:
     for seed, size in enumerate([(811, 540), (97, 410)]):
-        picture = make_picture(seed, size, "RGB")
-        assert_same_pixels(picture, settings, split, picture)
+        image = make_image(seed, size, "RGB")
+        assert_same_pixels(image, settings, split, image)
 
 
 @pytest.mark.parametrize(
@@ -123,18 +123,18 @@ def test_published_settings_give_the_same_pixels(settings: ImageSettings, split:
         ((20000, 1), True), ((4097, 4096), True), ((4500, 700), False),
     ],
 )  # fmt: skip
-def test_huge_pictures_give_the_same_pixels(size: tuple[int, int], resize: bool) -> None:
-    picture = Image.new("RGB", size, (30, 60, 90))
-    picture.paste((250, 10, 10), (0, 0, size[0] // 3 + 1, size[1] // 2 + 1))
+def test_huge_images_give_the_same_pixels(size: tuple[int, int], resize: bool) -> None:
+    image = Image.new("RGB", size, (30, 60, 90))
+    image.paste((250, 10, 10), (0, 0, size[0] // 3 + 1, size[1] // 2 + 1))
     tile = 32 if resize else 512
     settings = replace(SMALL, resize=resize, tile_edge=tile)
-    assert_same_pixels(picture, settings, True, picture)
+    assert_same_pixels(image, settings, True, image)
 
 
 def test_more_than_4096_pixels_of_longest_edge_are_cut_back() -> None:
     settings = replace(SMALL, longest_edge=6000, tile_edge=1024)
-    picture = make_picture(1, (61, 9), "RGB")
-    assert_same_pixels(picture, settings, True, picture)
+    image = make_image(1, (61, 9), "RGB")
+    assert_same_pixels(image, settings, True, image)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -143,7 +143,7 @@ def test_files_are_turned_upright(orientation: int, mode: str, tmp_path: Path) -
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[0x0112] = orientation
-    make_picture(orientation, (90, 40), mode).save(path, exif=exif)
+    make_image(orientation, (90, 40), mode).save(path, exif=exif)
     for split in (True, False):
         assert_same_pixels(path, SMALL, split, str(path))
         assert_same_pixels(path.read_bytes(), SMALL, split, str(path))
@@ -157,25 +157,25 @@ def test_files_are_turned_upright(orientation: int, mode: str, tmp_path: Path) -
     ],
 )  # fmt: skip
 def test_files_of_many_kinds_give_the_same_pixels(mode: str, suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"picture.{suffix}"
-    picture = make_picture(7, (75, 61), mode)
-    picture.save(path)
+    path = tmp_path / f"image.{suffix}"
+    image = make_image(7, (75, 61), mode)
+    image.save(path)
     theirs: Any = str(path)
     if mode == "I;16":  # as above
-        theirs = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+        theirs = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     assert_same_pixels(path, SMALL, True, theirs)
 
 
 def test_arrays_give_the_same_pixels() -> None:
-    array = np.asarray(make_picture(8, (70, 33), "RGB"))
+    array = np.asarray(make_image(8, (70, 33), "RGB"))
     assert_same_pixels(array, SMALL, True, array)
 
 
-def test_pictures_that_pillow_has_not_decoded_yet_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_images_that_pillow_has_not_decoded_yet_are_taken_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
-    make_picture(9, (90, 40), "RGB").save(path, exif=exif)
+    make_image(9, (90, 40), "RGB").save(path, exif=exif)
     with Image.open(path) as ours, Image.open(path) as theirs:
         assert isinstance(ours, ImageFile.ImageFile)
         assert_same_pixels(ours, SMALL, True, theirs)

@@ -42,20 +42,20 @@ def _processor(preset: Preset) -> Processor:
     return Processor(preset.config, preset.settings, tokenizer, template)
 
 
-def _picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def _image(width: int, height: int, seed: int = 0) -> Image.Image:
     random = np.random.default_rng(seed)
     small = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height))
 
 
 def _batch(preset: Preset) -> Batch:
-    """One split picture, two unsplit ones, and no picture: three lengths, padded on the left."""
+    """One split image, two unsplit ones, and no image: three lengths, padded on the left."""
     processor = _processor(preset)
-    pair = [_picture(60, 90, 1), _picture(80, 20, 2)]
+    pair = [_image(60, 90, 1), _image(80, 20, 2)]
     return processor.batch(
         [
-            processor.prepare((_picture(640, 160), "What does it say?"), split=True),
-            processor.prepare((pair, "Compare the two pictures."), split=False),
+            processor.prepare((_image(640, 160), "What does it say?"), split=True),
+            processor.prepare((pair, "Compare the two images."), split=False),
             processor.prepare("There is nothing written here."),
         ]
     )
@@ -190,7 +190,7 @@ def test_many_seeds_of_one_small_model(seed: int) -> None:
     _assert_same(trace_ours(model, batch), trace_theirs(share_model(model), batch), batch)
 
 
-def test_text_alone_needs_no_pictures() -> None:
+def test_text_alone_needs_no_images() -> None:
     model = random_model(SMALL.config, seed=6)
     batch = _text_batch(torch.arange(20)[None])
     ours, theirs = trace_ours(model, batch), trace_theirs(share_model(model), batch)

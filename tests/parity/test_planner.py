@@ -24,7 +24,7 @@ SETTINGS = sorted(
 
 
 def _blank(width: int, height: int) -> Any:
-    """A picture of any size that takes no memory."""
+    """An image of any size that takes no memory."""
     return np.broadcast_to(np.uint8(0), (3, height, width))
 
 

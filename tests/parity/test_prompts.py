@@ -90,10 +90,10 @@ def _say(role: str, text: str) -> dict[str, Any]:
 
 
 CHATS: dict[str, list[dict[str, Any]]] = {
-    "a picture": [_user(WIDE, "What does it say?")],
+    "an image": [_user(WIDE, "What does it say?")],
     "the question first": [_user("What does it say?\n\n", TALL)],
-    "several pictures": [_user(WIDE, TALL, "Compare them.", SQUARE, " And this?")],
-    "pictures in two turns": [
+    "several images": [_user(WIDE, TALL, "Compare them.", SQUARE, " And this?")],
+    "images in two turns": [
         _user(WIDE, "What is this?"),
         _say("assistant", "A wide one."),
         _user("And this: ", TALL),
@@ -162,7 +162,7 @@ def test_every_chat_becomes_the_same_tokens(case: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", ["smolvlm-256m", "idefics3-8b"])
 def test_the_template_is_found_wherever_it_is_kept(shape: str, place: str, tmp_path: Path) -> None:
     folder = _folder(shape, "{{ bos_token }}Here." + SMOLVLM, tmp_path, place)
-    _assert_same(folder, [CHATS["several pictures"]], [False])
+    _assert_same(folder, [CHATS["several images"]], [False])
 
 
 def test_a_text_given_as_a_string_renders_alike(tmp_path: Path) -> None:

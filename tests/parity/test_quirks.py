@@ -52,14 +52,14 @@ def test_its_count_of_tiles_differs_from_its_split_where_the_edge_is_no_multiple
     assert image_processor(settings).get_number_of_image_patches(810, 1533) == (9, 2, 4)
 
 
-def test_its_count_of_tiles_of_an_unsplit_picture_is_zero() -> None:
+def test_its_count_of_tiles_of_an_unsplit_image_is_zero() -> None:
     settings = ImageSettings(longest_edge=512, tile_edge=512)
     assert image_processor(settings).get_number_of_image_patches(100, 100)[0] == 0
     assert plan_tiles((100, 100), settings, 1).tiles == 1
 
 
 @pytest.mark.parametrize("name", ["smolvlm-256m", "smolvlm2-256m"])
-def test_a_picture_that_normalises_to_zero_vanishes_from_transformers(name: str) -> None:
+def test_an_image_that_normalizes_to_zero_vanishes_from_transformers(name: str) -> None:
     config = miniature(PRESETS[name], layers=1).config
     model = random_model(config)
     tiles = torch.stack((torch.randn(3, 512, 512), torch.zeros(3, 512, 512)))

@@ -19,7 +19,7 @@ from transformers import (
 
 from smolstack.checkpoint.new import random_model
 from smolstack.family import PRESETS
-from smolstack.generation.sampling import Sampler, Sampling, penalise, warp
+from smolstack.generation.sampling import Sampler, Sampling, penalize, warp
 from smolstack.interop.miniature import miniature
 from smolstack.interop.reference import share_model
 
@@ -75,13 +75,13 @@ def test_the_same_tokens_stay_with_the_same_scores(sampling: Sampling, kind: str
 
 @pytest.mark.parametrize("penalty", [0.5, 1.1, 1.3, 2.0])
 @pytest.mark.parametrize("kind", ["smooth", "ties"])
-def test_repeated_tokens_are_penalised_alike(penalty: float, kind: str) -> None:
+def test_repeated_tokens_are_penalized_alike(penalty: float, kind: str) -> None:
     for seed in range(10):
         logits = _logits(kind, seed)
         ids = torch.randint(0, 200, (1, 50), generator=torch.Generator().manual_seed(seed))
         processor: Any = RepetitionPenaltyLogitsProcessor(penalty)
         theirs = processor(ids, logits[None])[0]
-        assert torch.equal(penalise(logits, torch.unique(ids), penalty), theirs)
+        assert torch.equal(penalize(logits, torch.unique(ids), penalty), theirs)
 
 
 def test_the_order_is_that_of_generate() -> None:

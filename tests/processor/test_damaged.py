@@ -23,20 +23,20 @@ EACH = 2000  # damaged files of a format and round
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF)
 
 
-def _picture(mode: str = "RGB") -> Image.Image:
+def _drawn(mode: str = "RGB") -> Image.Image:
     random = np.random.default_rng(5)
     colours = Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8))
     return colours.convert(mode)
 
 
-def _saved(picture: Image.Image, form: str, **options: Any) -> bytes:
+def _saved(image: Image.Image, form: str, **options: Any) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
 def _several() -> dict[str, Any]:
-    return {"save_all": True, "append_images": [_picture().rotate(180)]}
+    return {"save_all": True, "append_images": [_drawn().rotate(180)]}
 
 
 def _exif() -> Image.Exif:
@@ -52,26 +52,26 @@ def _deep() -> Image.Image:
 def _photoshop() -> bytes:
     """A PSD file, which Pillow does not write: three channels of 20 rows and 24 columns."""
     head = b"8BPS\0\1" + bytes(6) + b"\0\3" + bytes([0, 0, 0, 20, 0, 0, 0, 24, 0, 8, 0, 3])
-    return head + bytes(12) + b"\0\0" + _picture().tobytes()
+    return head + bytes(12) + b"\0\0" + _drawn().tobytes()
 
 
 def examples(form: str) -> list[bytes]:
     """Files of a format that can be read, of several kinds: (image, options of saving it)."""
-    rgb, palette, clear, deep = _picture(), _picture("P"), _picture("RGBA"), _deep()
+    rgb, palette, clear, deep = _drawn(), _drawn("P"), _drawn("RGBA"), _deep()
     turned, several = {"exif": _exif()}, _several()
     kinds: dict[str, list[tuple[Image.Image, dict[str, Any]]]] = {
         "PNG": [(rgb, turned), (deep, {}), (palette, {}), (clear, {}), (rgb, several)],
         "TIFF": [
             *((rgb, {"compression": name, **turned})
               for name in (None, "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")),
-            (deep, {}), (_picture("1"), {"compression": "group4"}), (rgb, several),
+            (deep, {}), (_drawn("1"), {"compression": "group4"}), (rgb, several),
         ],
-        "JPEG": [(rgb, turned), (rgb, {"progressive": True}), (_picture("CMYK"), {})],
+        "JPEG": [(rgb, turned), (rgb, {"progressive": True}), (_drawn("CMYK"), {})],
         "WEBP": [(rgb, {}), (clear, {"lossless": True}), (rgb, several)],
         "GIF": [(rgb, {}), (rgb, several)],
         "AVIF": [(rgb, {}), (rgb, several)],
         "MPO": [(rgb, {}), (rgb, several)],
-        "PPM": [(rgb, {}), (deep, {}), (_picture("1"), {})],
+        "PPM": [(rgb, {}), (deep, {}), (_drawn("1"), {})],
         "DDS": [(clear, {}), (clear, {"pixel_format": "DXT5"})],
         "ICO": [(rgb, {"sizes": [(16, 16)]}),
                 (rgb, {"sizes": [(16, 16)], "bitmap_format": "bmp"})],
@@ -134,7 +134,7 @@ def test_a_damaged_file_is_read_or_refused_in_a_sentence(form: str) -> None:
         except ImageError as error:
             said = str(error)
         if said:
-            assert said.startswith(f"picture of {len(data)} bytes"), f"{form} {number}"
+            assert said.startswith(f"image of {len(data)} bytes"), f"{form} {number}"
             assert "\n" not in said
         else:
             assert (opened.mode, opened.size) == ("RGB", size), f"{form} {number}"

@@ -100,5 +100,5 @@ def test_what_lies_outside_of_its_range_is_refused_by_name(
     Image.fromarray(values).save(path)
     with pytest.raises(ImageError, match=rf"scan\.tif: its greys \(mode [IF]\) .*{said}"):
         open_image(path)
-    with pytest.raises(ImageError, match=f"the picture: .*{said}"):
+    with pytest.raises(ImageError, match=f"the image: .*{said}"):
         open_image(Image.fromarray(values))

@@ -41,13 +41,13 @@ def test_published_sizes_at_512_pixel_tiles(
     assert plan.pixels_read == tiles * 512 * 512
 
 
-def test_without_splitting_every_picture_is_one_tile() -> None:
+def test_without_splitting_every_image_is_one_tile() -> None:
     plan = plan_tiles((1920, 1080), SMALL, 64, split=False)
     assert (plan.rows, plan.cols, plan.tiles, plan.visual_tokens) == (0, 0, 1, 64)
     assert plan.canvas == (512, 512)
 
 
-def test_a_picture_that_fits_one_tile_is_not_split() -> None:
+def test_an_image_that_fits_one_tile_is_not_split() -> None:
     settings = ImageSettings(longest_edge=512, tile_edge=512)
     plan = plan_tiles((300, 200), settings, 64)
     assert (plan.rows, plan.cols, plan.tiles) == (0, 0, 1)
@@ -67,7 +67,7 @@ def test_boxes_name_the_tiles_row_by_row() -> None:
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 5)])
-def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
+def test_an_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ImageError, match="both sides must be positive"):
         plan_tiles(size, SMALL, 64)
 
@@ -109,7 +109,7 @@ def test_a_budget_below_one_tile_is_refused() -> None:
 
 
 @given(size=sizes, budget=st.integers(64, 1500), upscale=st.booleans())
-def test_a_budget_is_kept_and_never_makes_a_picture_dearer(
+def test_a_budget_is_kept_and_never_makes_an_image_dearer(
     size: tuple[int, int], budget: int, upscale: bool
 ) -> None:
     free = plan_tiles(size, SMALL, 64, upscale=upscale)
@@ -120,14 +120,14 @@ def test_a_budget_is_kept_and_never_makes_a_picture_dearer(
 @pytest.mark.parametrize(
     ("size", "grid"), [((300, 200), (0, 0)), ((600, 200), (1, 2)), ((1920, 1080), (3, 4))]
 )
-def test_small_pictures_may_stay_small(size: tuple[int, int], grid: tuple[int, int]) -> None:
+def test_small_images_may_stay_small(size: tuple[int, int], grid: tuple[int, int]) -> None:
     plan = plan_tiles(size, SMALL, 64, upscale=False)
     assert (plan.rows, plan.cols) == grid
     assert max(plan.resized) <= max(size)
 
 
 @given(size=sizes)
-def test_turning_a_picture_turns_its_plan(size: tuple[int, int]) -> None:
+def test_turning_an_image_turns_its_plan(size: tuple[int, int]) -> None:
     width, height = size
     if width == height:
         return

@@ -15,8 +15,8 @@ from PIL import Image
 from tests.bombs import icon, tiff
 
 from smolstack.errors import ImageError
+from smolstack.processor.decoding_memory import MEMORY, DecodingMemory
 from smolstack.processor.isobmff import coded_pixels
-from smolstack.processor.memory import MEMORY, DecodingMemory
 from smolstack.processor.tiles import image_size, open_image
 
 

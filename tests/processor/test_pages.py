@@ -72,7 +72,7 @@ def test_a_bulk_job_takes_all_pages(tmp_path: Path) -> None:
         assert source.rows is not None
         rows = list(source.rows())
         assert [Path(row.id).name for row in rows] == expected
-        assert [image_size(row.picture)[0] for row in rows] == [30, 10, 8, 5]
+        assert [image_size(row.image)[0] for row in rows] == [30, 10, 8, 5]
 
 
 def test_a_photograph_in_a_tiff_file_is_planned_as_it_is_opened(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A page of a PDF file is a picture, wherever a picture's path is taken."""
+"""A page of a PDF file is an image, wherever an image's path is taken."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_pages_are_rendered_at_144_dots_per_inch(report: Path) -> None:
     for number, size, color in ((1, (200, 100), (255, 0, 0)), (2, (120, 160), (0, 255, 0))):
         page = f"{report}#page={number}"
         assert image_size(page) == size
-        picture = open_image(Path(page))
-        assert (picture.mode, picture.size) == ("RGB", size)
-        middle = np.asarray(picture)[size[1] // 2, size[0] // 2]
+        image = open_image(Path(page))
+        assert (image.mode, image.size) == ("RGB", size)
+        middle = np.asarray(image)[size[1] // 2, size[0] // 2]
         assert np.abs(middle.astype(int) - color).max() < 8  # Pillow writes pages as JPEG
 
 
@@ -50,7 +50,7 @@ def test_the_planned_size_is_the_rendered_one(
     assert image_size(path) == open_image(path).size
 
 
-def test_it_is_asked_about_like_a_picture(tiny_vlm: smolstack.VLM, report: Path) -> None:
+def test_it_is_asked_about_like_an_image(tiny_vlm: smolstack.VLM, report: Path) -> None:
     page = f"{report}#page=2"
     answer = tiny_vlm.ask(page, "What colour is it?", max_new_tokens=6)
     same = tiny_vlm.ask(open_image(page), "What colour is it?", max_new_tokens=6)
@@ -163,7 +163,7 @@ def test_a_file_without_pages_says_so_whatever_failed_before(tmp_path: Path) -> 
             open_image(tmp_path / name)
 
 
-def test_a_picture_may_be_called_like_a_page(tmp_path: Path) -> None:
+def test_an_image_may_be_called_like_a_page(tmp_path: Path) -> None:
     path = tmp_path / "odd.pdf#page=1"
     Image.new("RGB", (7, 5)).save(path, format="PNG")
     assert image_size(path) == (7, 5)

@@ -14,10 +14,10 @@ from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tiles import open_image
 
 
-def test_a_batch_holds_every_picture_in_reading_order(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+def test_a_batch_holds_every_image_in_reading_order(
+    tiny_vlm: smolstack.VLM, images: list[Image.Image]
 ) -> None:
-    batch = tiny_vlm.processor([(pictures[:2], "Compare."), "Hello", (pictures[2], "And this?")])
+    batch = tiny_vlm.processor([(images[:2], "Compare."), "Hello", (images[2], "And this?")])
     # 100x40 becomes 128x51 and 4x2 tiles, 90x90 4x4 tiles, 30x120 1x4 tiles; one whole each.
     assert batch.tiles_per_image == (9, 17, 5)
     assert batch.images_per_sequence == (2, 0, 1)
@@ -43,10 +43,8 @@ def test_one_chat_may_be_given_as_its_messages(tiny_vlm: smolstack.VLM) -> None:
     )
 
 
-def test_splitting_can_be_switched_off(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
-) -> None:
-    assert tiny_vlm.processor([(pictures[0], "?")], split=False).tiles_per_image == (1,)
+def test_splitting_can_be_switched_off(tiny_vlm: smolstack.VLM, images: list[Image.Image]) -> None:
+    assert tiny_vlm.processor([(images[0], "?")], split=False).tiles_per_image == (1,)
 
 
 @pytest.mark.parametrize(
@@ -54,14 +52,14 @@ def test_splitting_can_be_switched_off(
     [
         ([], "expected a list of prompts"),
         ("Hi", "expected a list of prompts"),
-        ([("a.png",)], r"expected \(pictures, text\)"),
-        ([[{"role": "user", "content": [{"type": "image"}]}]], "1 image parts without a picture"),
+        ([("a.png",)], r"expected \(images, text\)"),
+        ([[{"role": "user", "content": [{"type": "image"}]}]], "1 image parts without an image"),
         (
             [("a.png", [{"role": "user", "content": "Hi"}])],
-            "0 image parts .* 1 pictures were given",
+            "0 image parts .* 1 images were given",
         ),
-        ([7], r"expected \(pictures, text\) or a chat"),
-        (["Where is <image>?"], "the prompt has 1 <image> placeholders for 0 pictures"),
+        ([7], r"expected \(images, text\) or a chat"),
+        (["Where is <image>?"], "the prompt has 1 <image> placeholders for 0 images"),
     ],
 )
 def test_prompts_of_another_form_are_refused(
@@ -77,10 +75,10 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny_vlm: smolstack.VLM) ->
 
 
 def test_a_plan_counts_the_tokens_of_the_whole_prompt(
-    tiny_vlm: smolstack.VLM, pictures: list[Image.Image]
+    tiny_vlm: smolstack.VLM, images: list[Image.Image]
 ) -> None:
-    plan = tiny_vlm.plan(pictures[0], "What does it say?")
-    batch = tiny_vlm.processor([(pictures[0], "What does it say?")])
+    plan = tiny_vlm.plan(images[0], "What does it say?")
+    batch = tiny_vlm.processor([(images[0], "What does it say?")])
     assert plan.prompt_tokens == batch.token_ids.shape[1]
     assert plan.visual_tokens == 36
     assert plan == tiny_vlm.plan((100, 40), "What does it say?")
@@ -112,7 +110,7 @@ def test_preprocessing_that_cannot_be_followed_is_refused(
         ("DATA:,x", "found a data URL of 7 characters"),
         ("iVBOR" * 1000, r"a text of 5,000 characters ('iVBORiVB"),
         ("a/" + "b" * 300 + ".png", "is longer than a file's name can be"),
-        ("HTTPS://example.org/a.png", "is an address; pictures are read from files"),
+        ("HTTPS://example.org/a.png", "is an address; images are read from files"),
     ],
     ids=lambda value: value[:20],
 )

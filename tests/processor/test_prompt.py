@@ -41,26 +41,26 @@ def test_a_grid_is_announced_row_by_row_and_the_whole_follows() -> None:
     )
 
 
-def test_adjacent_pictures_keep_their_order() -> None:
+def test_adjacent_images_keep_their_order() -> None:
     text = expand_placeholders("a<i><i>b", [plan(0, 0, 1), plan(0, 0, 2)], MARKERS)
     assert text == "a<f><g><i><f><f><g><i><i><f>b"
 
 
 @pytest.mark.parametrize(("prompt", "plans"), [("a", 1), ("<i><i>", 1), ("<i>", 0)])
-def test_placeholders_and_pictures_must_match(prompt: str, plans: int) -> None:
+def test_placeholders_and_images_must_match(prompt: str, plans: int) -> None:
     with pytest.raises(
         PromptError, match=rf"has {prompt.count('<i>')} <i> placeholders for {plans}"
     ):
         expand_placeholders(prompt, [plan(0, 0)] * plans, MARKERS)
 
 
-def test_a_question_puts_its_pictures_first() -> None:
+def test_a_question_puts_its_images_first() -> None:
     assert ChatTemplate(TEMPLATE, {}).render([user_message(2, "Why?")]) == (
         "User:<i><i>Why?|Assistant:"
     )
 
 
-def test_a_chat_keeps_pictures_in_any_turn() -> None:
+def test_a_chat_keeps_images_in_any_turn() -> None:
     chat: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image", "path": "a.png"}]},
@@ -73,8 +73,8 @@ def test_a_chat_keeps_pictures_in_any_turn() -> None:
             ],
         },
     ]
-    messages, pictures = split_messages(chat)
-    assert pictures == ["a.png", b"bytes"]
+    messages, images = split_messages(chat)
+    assert images == ["a.png", b"bytes"]
     assert ChatTemplate(TEMPLATE, {}).render(messages) == (
         "System:Be brief.|User:<i>|Assistant:A cat.|User:And this?<i>|Assistant:"
     )

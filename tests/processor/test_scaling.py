@@ -1,4 +1,4 @@
-"""Pictures are scaled to Pillow's numbers, whichever way they are scaled."""
+"""Images are scaled to Pillow's numbers, whichever way they are scaled."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
 
 def by_pillow(planes: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
-    picture = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
-    return np.asarray(picture.resize(size, Image.Resampling(resample))).transpose(2, 0, 1)
+    image = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+    return np.asarray(image.resize(size, Image.Resampling(resample))).transpose(2, 0, 1)
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,4 +1,4 @@
-"""Opening pictures: what is accepted, what is refused and in which words."""
+"""Opening images: what is accepted, what is refused and in which words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from smolstack.errors import ImageError
 from smolstack.processor.geometry import plan_tiles
 from smolstack.processor.settings import ImageSettings
-from smolstack.processor.tiles import cut_tiles, image_size, normalise, open_image
+from smolstack.processor.tiles import cut_tiles, image_size, normalize, open_image
 
 SETTINGS = ImageSettings(longest_edge=64, tile_edge=32)
 
@@ -39,10 +39,10 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0"))
 
 
-def test_a_path_bytes_a_picture_and_an_array_are_the_same_picture(tmp_path: Path) -> None:
+def test_a_path_bytes_an_image_and_an_array_are_the_same_image(tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     image = Image.fromarray(array)
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(file_bytes(image))
     for source in (path, str(path), path.read_bytes(), image, array):
         opened = open_image(source)
@@ -81,13 +81,13 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"gone\.png: found no file, expected a picture"):
+    with pytest.raises(ImageError, match=r"gone\.png: found no file, expected an image"):
         open_image(tmp_path / "gone.png")
-    with pytest.raises(ImageError, match="found a folder, expected a picture"):
+    with pytest.raises(ImageError, match="found a folder, expected an image"):
         open_image(tmp_path)
 
 
-def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "note.png").write_text("hello")
     (tmp_path / "empty.png").write_bytes(b"")
     with pytest.raises(
@@ -96,9 +96,9 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
         open_image(tmp_path / "note.png")
     with pytest.raises(ImageError, match=r"empty\.png is empty \(0 bytes\)"):
         open_image(tmp_path / "empty.png")
-    with pytest.raises(ImageError, match="picture of 0 bytes is empty"):
+    with pytest.raises(ImageError, match="image of 0 bytes is empty"):
         open_image(b"")
-    with pytest.raises(ImageError, match="is an address; pictures are read from files"):
+    with pytest.raises(ImageError, match="is an address; images are read from files"):
         open_image("https://example.org/cat.png")
     with pytest.raises(ImageError, match="found a int, expected a path"):
         open_image(7)  # type: ignore[arg-type]
@@ -150,15 +150,15 @@ def test_tiles_are_cut_row_by_row_and_the_whole_comes_last() -> None:
     assert tiles[4, :, 31, 31].tolist() == [255, 255, 0]
 
 
-def test_a_plan_for_another_picture_is_refused() -> None:
+def test_a_plan_for_another_image_is_refused() -> None:
     plan = plan_tiles((10, 10), SETTINGS, 4)
     with pytest.raises(ImageError, match="a plan for"):
         cut_tiles(Image.new("RGB", (11, 10)), plan, SETTINGS)
 
 
-def test_pixels_are_normalised_to_minus_one_and_one() -> None:
+def test_pixels_are_normalized_to_minus_one_and_one() -> None:
     tiles = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    values = normalise(tiles, SETTINGS).flatten()
+    values = normalize(tiles, SETTINGS).flatten()
     assert values.dtype == torch.float32
     assert values[0] == -1
     assert values[2] == 1
@@ -168,4 +168,4 @@ def test_pixels_are_normalised_to_minus_one_and_one() -> None:
 def test_each_channel_has_its_own_mean_and_std() -> None:
     settings = ImageSettings(64, 32, rescale=1.0, mean=(0, 10, 20), std=(1, 2, 4))
     tiles = torch.full((1, 3, 1, 1), 30, dtype=torch.uint8)
-    assert normalise(tiles, settings).flatten().tolist() == [30, 10, 2.5]
+    assert normalize(tiles, settings).flatten().tolist() == [30, 10, 2.5]

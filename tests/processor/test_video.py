@@ -157,8 +157,8 @@ def test_it_is_told_in_the_words_of_transformers(smolvlm_folder: Path) -> None:
 
 def test_the_words_are_these(tiny_vlm: smolstack.VLM) -> None:
     prompt = tiny_vlm.processor.prepare((Video([GREY] * 2, [0.0, 3.9], 3725.2), "What?"))
-    picture = "<fake_token_around_image><global-img><image><image><image><image>"
-    frame = f"{picture}<fake_token_around_image>"
+    image = "<fake_token_around_image><global-img><image><image><image><image>"
+    frame = f"{image}<fake_token_around_image>"
     assert prompt.text.partition("User: ")[2].partition("What?")[0] == (
         "You are provided the following series of two frames from a 1:02:05 [H:MM:SS] video.\n\n"
         f"Frame from 00:00:{frame}\nFrame from 00:03:{frame}\n\n"

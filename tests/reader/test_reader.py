@@ -1,6 +1,6 @@
 """The bundled checkpoint reads, here and in transformers.
 
-The pictures are drawn on the spot in fonts that training never saw: DejaVu, where it is installed,
+The images are drawn on the spot in fonts that training never saw: DejaVu, where it is installed,
 and the font that comes with Pillow.
 """
 
@@ -32,7 +32,7 @@ def reader() -> VLM:
 
 
 def draw_number(seed: int) -> tuple[Image.Image, str]:
-    """A number of one to six digits, dark on light, somewhere in a picture."""
+    """A number of one to six digits, dark on light, somewhere in an image."""
     rng = random.Random(seed)
     width, height = rng.choice(SIZES)
     text = str(rng.randrange(10 ** rng.randint(0, 5), 10**6))[: rng.randint(1, 6)]
@@ -90,7 +90,7 @@ def test_it_reads_words_and_lines_and_counts_them(reader: VLM) -> None:
     assert len(wrong) <= 4, wrong  # of 28
 
 
-def test_it_says_nothing_on_an_empty_picture(reader: VLM) -> None:
+def test_it_says_nothing_on_an_empty_image(reader: VLM) -> None:
     for color in ("white", "black", "lightblue"):
         answer = reader.ask(Image.new("RGB", (300, 150), color), QUESTION, max_new_tokens=40)
         assert answer.text.strip() == "nothing"

@@ -26,12 +26,13 @@ from training.reader.batches import (
     Room,
     labelled,
     make_batch,
-    normalised,
+    normalized,
     prompt_ids,
     wanted,
 )
 from training.reader.drawn import DrawnBatches
 from training.reader.files import build_tokenizer
+from training.reader.images import draw_crowd, draw_image
 from training.reader.labels import (
     BACKGROUND,
     CLASS_OF,
@@ -55,7 +56,6 @@ from training.reader.losses import (
 )
 from training.reader.muon import orthogonal
 from training.reader.paths import PATH_COLOR, draw_path
-from training.reader.pictures import draw_crowd, draw_picture
 from training.reader.places import (
     NEXT,
     PLACE,
@@ -97,23 +97,23 @@ def only_pillows_font(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
-def test_the_same_seed_draws_the_same_picture() -> None:
-    first, second = draw_picture(7), draw_picture(7)
+def test_the_same_seed_draws_the_same_image() -> None:
+    first, second = draw_image(7), draw_image(7)
     assert first.lines == second.lines
     assert first.image.tobytes() == second.image.tobytes()
-    assert draw_picture(8).image.tobytes() != first.image.tobytes()
+    assert draw_image(8).image.tobytes() != first.image.tobytes()
 
 
-def test_a_picture_says_what_its_layout_says() -> None:
+def test_an_image_says_what_its_layout_says() -> None:
     for seed in range(10):
         layout, _ = lay_out(seed)
-        picture = draw_picture(seed)
-        assert picture.lines == tuple(line.text for line in layout.lines)
-        assert picture.corners == layout.corners
+        image = draw_image(seed)
+        assert image.lines == tuple(line.text for line in layout.lines)
+        assert image.corners == layout.corners
 
 
 def test_lines_grow_from_one_short_one_to_four_of_24_characters() -> None:
-    easy = [draw_picture(seed, level=0.0).lines for seed in range(40)]
+    easy = [draw_image(seed, level=0.0).lines for seed in range(40)]
     hard = [lay_out(seed)[0].lines for seed in range(200)]
     assert max(map(len, easy)) == 1
     assert max(len(line) for lines in easy for line in lines) <= 8
@@ -144,16 +144,16 @@ def test_lines_hold_known_characters_and_no_idle_spaces() -> None:
         assert line not in {"c", "C", "O", "o", "l", "I", ".", "-"}
 
 
-def test_labels_name_the_characters_that_a_picture_shows() -> None:
+def test_labels_name_the_characters_that_an_image_shows() -> None:
     checked = 0
     for seed in range(60):
-        picture = draw_picture(seed)
-        if picture.width < 2 * shape.PATCH:
+        image = draw_image(seed)
+        if image.width < 2 * shape.PATCH:
             continue
-        _, classes, *_ = labelled(picture)
+        _, classes, *_ = labelled(image)
         shown = set(classes[:-1].flatten().tolist()) - {BACKGROUND}
-        assert shown <= {CLASS_OF[character] for character in picture.characters}
-        letters = {CLASS_OF[c] for c in picture.characters if c.isalnum() and c not in "Iijl1"}
+        assert shown <= {CLASS_OF[character] for character in image.characters}
+        letters = {CLASS_OF[c] for c in image.characters if c.isalnum() and c not in "Iijl1"}
         assert letters <= shown
         checked += 1
     assert checked > 10
@@ -166,7 +166,7 @@ def test_places_run_from_left_to_right_and_from_top_to_bottom_of_a_character() -
         for seed, one in layouts
         if len(one.characters) == 1 and not one.angle and one.characters in "HMNOQWX0"
     )
-    _, classes, places, _ = labelled(draw_picture(seed))
+    _, classes, places, _ = labelled(draw_image(seed))
     rows, cols = shape.GRID, shape.GRID
     tile = int((classes[:-1] > BACKGROUND).sum(dim=1).argmax())
     grid, where = classes[tile].view(rows, cols), places[tile].view(rows, cols, WHERE)
@@ -186,7 +186,7 @@ def test_the_first_and_the_last_character_of_each_line_are_marked() -> None:
         for seed, one in layouts
         if len(one.lines) == 3 and min(one.lengths) > 2 and not one.angle
     )
-    _, classes, places, _ = labelled(draw_picture(seed))
+    _, classes, places, _ = labelled(draw_image(seed))
     for which, at in ((FIRST, 0), (LAST, -1)):
         marked = places[..., which] > 0
         assert bool((classes[marked] != BACKGROUND).all())
@@ -199,7 +199,7 @@ def test_the_last_character_of_all_and_those_before_a_space_are_marked() -> None
     seed, layout = next(
         (seed, one) for seed, one in layouts if len(one.lines) == 2 and sum(one.gaps) == 2
     )
-    _, classes, places, _ = labelled(draw_picture(seed))
+    _, classes, places, _ = labelled(draw_image(seed))
     final = places[..., FINAL] > 0
     assert set(classes[:-1][final[:-1]].tolist()) == {CLASS_OF[layout.characters[-1]]}
     spaced = places[:-1][..., GAP] > 0
@@ -216,7 +216,7 @@ def test_each_patch_says_which_cells_show_the_lines_next_character() -> None:
         if len(one.lines) == 1 and len(set(one.characters)) == len(one.characters) > 8
     )
     follows = dict(itertools.pairwise(layout.characters))
-    _, classes, places, following = labelled(draw_picture(seed))
+    _, classes, places, following = labelled(draw_image(seed))
     side = shape.GRID
     checked = off = 0
     for tile, patch in (classes[:-1] > BACKGROUND).nonzero().tolist():
@@ -257,11 +257,11 @@ def test_what_is_left_of_a_batch_is_full_of_text() -> None:
 
 
 def one_group(size: int = 8, seed: int = 0, *, full: float = 0.0) -> ReaderBatch:
-    """Pictures with a question, whose answers point."""
+    """Images with a question, whose answers point."""
     drawn = DrawnBatches(1, size, 1, full=full)
     groups = (drawn._group(10_000 * number, 1.0) for number in itertools.count(seed))
     group = next(one for one in groups if one.points)
-    return make_batch([group], [labelled(picture) for picture in group.pictures])
+    return make_batch([group], [labelled(image) for image in group.images])
 
 
 def test_questions_ask_for_everything_for_the_count_or_for_one_line() -> None:
@@ -333,7 +333,7 @@ def test_where_no_answer_points_no_share_of_cells_is_told() -> None:
     drawn = DrawnBatches(1, 4, 1)
     groups = (drawn._group(10_000 * number, 1.0) for number in itertools.count())
     group = next(one for one in groups if not one.points)
-    batch = make_batch([group], [labelled(picture) for picture in group.pictures])
+    batch = make_batch([group], [labelled(image) for image in group.images])
     logits = torch.zeros(len(batch.at), shape.VOCABULARY).scatter(1, batch.goals[:, :1], 20.0)
     loss, right = answering_loss(logits, batch)
     assert loss.item() == pytest.approx(0.0, abs=1e-4)
@@ -457,10 +457,10 @@ def test_a_cell_of_the_whole_is_drawn_as_large_as_what_it_shows() -> None:
 def test_a_reader_of_answers_does_not_see_where_they_point() -> None:
     tokenizer = build_tokenizer()
     for seed in range(20):
-        picture = draw_picture(seed, full=0.5)
-        ids = wanted(Question("What does it say?"), picture).ids
-        assert max(ids) >= shape.FIRST_CELL or not picture.lines
-        assert tokenizer.decode(list(ids)) == f" {picture.text or shape.NOTHING}"
+        image = draw_image(seed, full=0.5)
+        ids = wanted(Question("What does it say?"), image).ids
+        assert max(ids) >= shape.FIRST_CELL or not image.lines
+        assert tokenizer.decode(list(ids)) == f" {image.text or shape.NOTHING}"
 
 
 def box(left: float, top: float, right: float, bottom: float) -> Corners:
@@ -519,7 +519,7 @@ def test_batches_predict_the_answer_after_the_prompt() -> None:
     assert bool((batch.token_ids.flatten()[batch.images] == shape.IDS[shape.IMAGE]).all())
     for row, tokens in enumerate(batch.token_ids):
         images = int((tokens == shape.IDS[shape.IMAGE]).sum()) // shape.TOKENS_PER_TILE
-        assert images in {4, 7, 10}  # 1x3, 2x3 or 3x3 tiles, and the whole picture
+        assert images in {4, 7, 10}  # 1x3, 2x3 or 3x3 tiles, and the whole image
         of_row = batch.at // length == row
         at, goals = batch.at[of_row] % length, batch.goals[of_row]
         assert tokens[at[0]] == ord(":")  # of "Assistant:"
@@ -527,18 +527,18 @@ def test_batches_predict_the_answer_after_the_prompt() -> None:
         assert goals[-1, 0] == shape.IDS[shape.END]
 
 
-def test_pictures_of_unlike_shapes_are_asked_together_as_each_would_be_alone() -> None:
+def test_images_of_unlike_shapes_are_asked_together_as_each_would_be_alone() -> None:
     drawn = DrawnBatches(1, 8, 1)
     groups = [drawn._group(10_000 * number, 1.0) for number in range(3)]
-    assert len({picture.size for group in groups for picture in group.pictures}) > 1
+    assert len({image.size for group in groups for image in group.images}) > 1
     model = fresh_model(0).eval()
 
     def logits(*together: int) -> Tensor:
         chosen = [groups[which] for which in together]
-        pictures = [labelled(picture) for group in chosen for picture in group.pictures]
-        batch = make_batch(chosen, pictures)
+        images = [labelled(image) for group in chosen for image in group.images]
+        batch = make_batch(chosen, images)
         with torch.no_grad():
-            return answer_logits(model, model.vision(normalised(batch.tiles)), batch)
+            return answer_logits(model, model.vision(normalized(batch.tiles)), batch)
 
     alone = torch.cat([logits(which) for which in range(3)])
     assert torch.allclose(logits(0, 1, 2), alone, atol=1e-3)
@@ -547,19 +547,19 @@ def test_pictures_of_unlike_shapes_are_asked_together_as_each_would_be_alone() -
 def test_in_a_room_of_its_size_a_batch_says_the_same_and_what_does_not_fit_is_not_asked() -> None:
     drawn = DrawnBatches(1, 12, 1)
     groups = [drawn._group(10_000 * number, 1.0) for number in range(2)]
-    pictures = [labelled(picture) for group in groups for picture in group.pictures]
-    free, narrow = make_batch(groups, pictures), make_batch(groups[:1], pictures)
-    chats = len(groups[0].pictures)
+    images = [labelled(image) for group in groups for image in group.images]
+    free, narrow = make_batch(groups, images), make_batch(groups[:1], images)
+    chats = len(groups[0].images)
     model = fresh_model(0).eval()
     with torch.no_grad():
-        states = model.vision(normalised(free.tiles))
+        states = model.vision(normalized(free.tiles))
 
     def loss(batch: ReaderBatch) -> float:
         with torch.no_grad():
             return answering_loss(answer_logits(model, states, batch), batch)[0].item()
 
-    large = make_batch(groups, pictures, Room(20, 1000, 600, 40))
-    small = make_batch(groups, pictures, Room(chats + 1, 1000, 600, 40))
+    large = make_batch(groups, images, Room(20, 1000, 600, 40))
+    small = make_batch(groups, images, Room(chats + 1, 1000, 600, 40))
     assert large.token_ids.shape == (20, 1000)
     assert large.goals.shape == (600, 40)
     assert loss(large) == pytest.approx(loss(free), rel=1e-4)
@@ -760,10 +760,10 @@ def test_the_decoder_first_learns_apart_from_the_tower_and_then_teaches_it(tmp_p
 
 
 def test_scores_count_wrong_characters_over_all_characters() -> None:
-    image = draw_picture(0).image
+    image = draw_image(0).image
     results = [
         Result(image, "What does it say?", truth="abcd", answer="abcd"),
         Result(image, "What does it say?", truth="efgh", answer="efg"),
     ]
-    assert figures(results) == {"exact": 0.5, "cer": 0.125, "pictures": 2}
+    assert figures(results) == {"exact": 0.5, "cer": 0.125, "images": 2}
     assert tidy(" one  two \n\n three\n") == "one two\nthree"

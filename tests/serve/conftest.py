@@ -101,7 +101,7 @@ def tight(tiny_folder: Path) -> Iterator[Process]:
         "--model",
         str(tiny_folder),
         *("--running", "1", "--queued", "1", "--max-body-bytes", "300000"),
-        *("--max-pixels", "1000000", "--max-pictures", "2", "--max-prompt-tokens", "300"),
+        *("--max-pixels", "1000000", "--max-images", "2", "--max-prompt-tokens", "300"),
         *("--max-new-tokens", "300", "--max-answers", "2", "--name", "tiny"),
         environment={"SMOLSTACK_API_KEY": "secret"},
     ) as process:
@@ -114,8 +114,8 @@ def client(server: Process) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def data_url(picture: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+def data_url(image: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 @pytest.fixture(scope="session")
@@ -125,11 +125,11 @@ def reader() -> smolstack.VLM:
 
 @pytest.fixture(scope="session")
 def says(reader: smolstack.VLM) -> str:
-    """What the model reads in the example picture: a number of four digits."""
+    """What the model reads in the example image: a number of four digits."""
     return reader.ask(EXAMPLES / "number.png", "What does it say?").text
 
 
 @pytest.fixture(scope="session")
 def number() -> str:
-    """The example picture as a data URL."""
+    """The example image as a data URL."""
     return data_url((EXAMPLES / "number.png").read_bytes())

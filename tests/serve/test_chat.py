@@ -15,12 +15,12 @@ MODEL = "smolstack-reader"
 QUESTION = "What does it say?"
 
 
-def asking(*pictures: str, text: str = QUESTION) -> list[Any]:
-    parts: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+def asking(*images: str, text: str = QUESTION) -> list[Any]:
+    parts: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def test_a_picture_is_read(client: openai.OpenAI, reader: smolstack.VLM, number: str) -> None:
+def test_an_image_is_read(client: openai.OpenAI, reader: smolstack.VLM, number: str) -> None:
     made = client.chat.completions.create(model=MODEL, messages=asking(number))
     expected = reader.ask(EXAMPLES / "number.png", QUESTION)
     assert made.choices[0].message.content == expected.text
@@ -51,7 +51,7 @@ def test_an_answer_streams_and_ends_with_its_usage(
     assert chunks[-1].usage.total_tokens > chunks[-1].usage.completion_tokens
 
 
-def test_several_pictures_and_turns(
+def test_several_images_and_turns(
     client: openai.OpenAI, reader: smolstack.VLM, number: str
 ) -> None:
     chat = [
@@ -167,14 +167,14 @@ def test_choices_come_with_their_probabilities(
     assert max(found, key=found.get) == says
 
 
-def test_a_picture_is_encoded_once_for_many_requests(
+def test_an_image_is_encoded_once_for_many_requests(
     server: Process, client: openai.OpenAI, number: str
 ) -> None:
     client.chat.completions.create(model=MODEL, messages=asking(number))
-    before = server.metric("pictures_total")
+    before = server.metric("images_total")
     for text in ("One?", "Two?", "Three?"):
         client.chat.completions.create(model=MODEL, messages=asking(number, text=text))
-    assert server.metric("pictures_total") == before
+    assert server.metric("images_total") == before
 
 
 def test_the_model_has_a_name_and_a_context(client: openai.OpenAI) -> None:

@@ -13,9 +13,9 @@ from tests.serve.test_chat import QUESTION, asking
 from tests.serve.test_refusals import message, post
 
 from smolstack.errors import SmolstackError
-from smolstack.serve.failures import RefusedError
-from smolstack.serve.names import understood
-from smolstack.serve.reading import _from_data_url, _is_sum
+from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.request_fields import understood
+from smolstack.serve.request_reader import _from_data_url, _is_sum
 from smolstack.serve.schemas import ChatRequest
 
 USER = [{"role": "user", "content": "?"}]
@@ -126,7 +126,7 @@ def test_an_assistant_s_turn_as_clients_send_it_back() -> None:
     assert read(messages=[*USER, {**turn, "content": "yes"}]).messages[1].content == "yes"
 
 
-def test_a_picture_may_be_a_string() -> None:
+def test_an_image_may_be_a_string() -> None:
     part = {"type": "image_url", "image_url": "data:image/png;base64,AAAA", "uuid": "x"}
     request = read(messages=[{"role": "user", "content": [part]}])
     content: Any = request.messages[0].content
@@ -277,7 +277,7 @@ def test_visual_tokens_have_their_usual_name_too(server: Process, number: str) -
 
 
 def test_the_page_lists_every_name(request: pytest.FixtureRequest) -> None:
-    from smolstack.serve.names import ALIASES, HARMLESS, NEUTRAL
+    from smolstack.serve.request_fields import ALIASES, HARMLESS, NEUTRAL
 
     page = (Path(request.config.rootpath) / "docs" / "serving.md").read_text()
     missing = [name for name in (*ALIASES, *HARMLESS, *NEUTRAL) if f"`{name}`" not in page]

@@ -51,7 +51,7 @@ def opened(browser: Any, server: Process, scheme: str = "light") -> tuple[Any, l
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_picture_is_dropped_and_the_answer_streams(
+def test_an_image_is_dropped_and_the_answer_streams(
     browser: Any, server: Process, says: str, scheme: str
 ) -> None:
     page, problems = opened(browser, server, scheme)
@@ -83,7 +83,7 @@ def test_what_is_wrong_is_said_on_the_page(browser: Any, server: Process, tmp_pa
     broken.write_bytes((EXAMPLES / "number.png").read_bytes()[:100])
     page.set_input_files("#file", broken)
     page.wait_for_selector("#problem:not([hidden])")
-    assert "cannot be read as a picture" in page.text_content("#problem")
+    assert "cannot be read as an image" in page.text_content("#problem")
     page.close()
 
 
@@ -99,7 +99,7 @@ def test_the_page_asks_for_a_key_where_one_is_needed(browser: Any, tight: Proces
     page.fill("#key", "secret")
     page.press("#key", "Tab")
     page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
-    page.wait_for_selector("#tiles rect")  # of the picture that was chosen before
+    page.wait_for_selector("#tiles rect")  # of the image that was chosen before
     assert not page.is_visible("#problem")
     page.close()
 

@@ -1,4 +1,4 @@
-"""Which addresses pictures may be fetched from, and what may come from there."""
+"""Which addresses images may be fetched from, and what may come from there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from smolstack.serve import remote
-from smolstack.serve.failures import RefusedError
+from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.remote import fetch, is_public
 
 INSIDE = (
@@ -47,8 +47,8 @@ class Host(BaseHTTPRequestHandler):
         self.end_headers()
         if kind == "large":
             self.wfile.write(b"x" * 5000)
-        if kind == "picture":
-            self.wfile.write(b"a picture")
+        if kind == "image":
+            self.wfile.write(b"an image")
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -68,8 +68,8 @@ def get(url: str) -> bytes:
     return asyncio.run(fetch(url, max_bytes=1000, seconds=5))
 
 
-def test_a_picture_is_fetched(host: str) -> None:
-    assert get(f"{host}/picture") == b"a picture"
+def test_an_image_is_fetched(host: str) -> None:
+    assert get(f"{host}/image") == b"an image"
 
 
 @pytest.mark.parametrize(

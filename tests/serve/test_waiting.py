@@ -1,4 +1,4 @@
-"""What the server waits for, and for how long: bodies, pictures from elsewhere, clients."""
+"""What the server waits for, and for how long: bodies, images from elsewhere, clients."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from tests.serve.test_chat import asking
 
 import smolstack
-from smolstack.cli.listening import listen
-from smolstack.serve import reading
-from smolstack.serve.answering import EventStream
+from smolstack.cli.serve_address import listen
+from smolstack.serve import request_reader
+from smolstack.serve.answers import EventStream
 from smolstack.serve.app import Server
-from smolstack.serve.guard import Guard
+from smolstack.serve.middleware import Guard
 from smolstack.serve.settings import ServerSettings
 
 
@@ -40,10 +40,10 @@ def test_a_body_that_does_not_arrive_is_not_waited_for() -> None:
     assert b"did not arrive within 0.01 s" in sent[1]["body"]
 
 
-def test_a_deadline_ends_the_wait_for_pictures_too(
+def test_a_deadline_ends_the_wait_for_images_too(
     tiny_vlm: smolstack.VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "fetch", lambda url, **limits: never())
+    monkeypatch.setattr(request_reader, "fetch", lambda url, **limits: never())
     server = Server(tiny_vlm, ServerSettings(allow_remote_images=True))
 
     async def ask() -> httpx.Response:

@@ -1,4 +1,4 @@
-"""Small training runs: a tiny model and pictures drawn on the spot."""
+"""Small training runs: a tiny model and images drawn on the spot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANSWERS = ("12", "7 and 8", "none", "345", "9", "a b", "66", "one two", "4", "31
 
 
 def draw(text: str, seed: int) -> Image.Image:
-    """A small picture of a text."""
+    """A small image of a text."""
     rng = random.Random(seed)
     image = Image.new("RGB", (64, 40), rng.choice(["white", "lightyellow", "lightblue"]))
     font = ImageFont.load_default(rng.randint(12, 18))
@@ -26,9 +26,9 @@ def draw(text: str, seed: int) -> Image.Image:
     return image
 
 
-def chat(picture: Any, answer: str, question: str = "What does it say?") -> dict[str, Any]:
+def chat(image: Any, answer: str, question: str = "What does it say?") -> dict[str, Any]:
     """One line of a JSONL file, as TRL and transformers have it."""
-    asked = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    asked = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     return {
         "messages": [
             {"role": "user", "content": asked},
@@ -39,22 +39,22 @@ def chat(picture: Any, answer: str, question: str = "What does it say?") -> dict
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``train.jsonl`` and ``pictures/``, ten examples each; not to be written to."""
+    """A folder with ``train.jsonl`` and ``images/``, ten examples each; not to be written to."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     lines = []
     for number, answer in enumerate(ANSWERS):
-        path = folder / "pictures" / f"{number}.png"
+        path = folder / "images" / f"{number}.png"
         draw(answer, number).save(path)
         path.with_suffix(".txt").write_text(answer + "\n", encoding="utf-8")
-        lines.append(json.dumps(chat(f"pictures/{path.name}", answer)) + "\n")
+        lines.append(json.dumps(chat(f"images/{path.name}", answer)) + "\n")
     (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
 
 
 @pytest.fixture
 def make_recipe(tiny_folder: Path, data: Path, tmp_path: Path) -> MakeRecipe:
-    """``make_recipe(stage={…}, …)``: one stage on the tiny model, one tile per picture."""
+    """``make_recipe(stage={…}, …)``: one stage on the tiny model, one tile per image."""
 
     def make(stage: dict[str, Any] | None = None, **values: Any) -> Recipe:
         chosen = {"train": "connector", "steps": 3, "batch": 4, "micro_batch": 2, "warmup": 0}

@@ -19,7 +19,7 @@ from smolstack.train import bridge_towers, train
 def test_both_towers_are_kept_and_the_connector_fits_between_them(
     tiny_folder: Path, tiny_preset: Preset, make_recipe: MakeRecipe, tmp_path: Path, tied: bool
 ) -> None:
-    """The text comes from a model of other widths, whose own pictures were cut otherwise."""
+    """The text comes from a model of other widths, whose own images were cut otherwise."""
     config = tiny_preset.config
     other = replace(
         tiny_preset,
@@ -39,13 +39,13 @@ def test_both_towers_are_kept_and_the_connector_fits_between_them(
         if not name.startswith("connector."):
             source = eyes if name.startswith("vision.") else words
             assert torch.equal(weight, source.model.state_dict()[name]), name
-    picture = draw("7", 1)
-    assert both.plan(picture).tiles == eyes.plan(picture).tiles
-    visual = both.encode(picture).tokens
+    image = draw("7", 1)
+    assert both.plan(image).tiles == eyes.plan(image).tiles
+    visual = both.encode(image).tokens
     embeddings = both.model.decoder.embedding.weight.detach()
     assert 0.2 < float(visual.std() / embeddings.std()) < 5
     trained = train(make_recipe({"steps": 1}, model=str(bridged)), quiet=True)
-    assert smolstack.load(trained.model).ask(picture, "Hi", max_new_tokens=2).token_ids
+    assert smolstack.load(trained.model).ask(image, "Hi", max_new_tokens=2).token_ids
     again = bridge_towers(tiny_folder, text, tmp_path / "again", seed=1)
     weights = (folder / "model.safetensors" for folder in (bridged, again))
     assert len({path.read_bytes() for path in weights}) == 1

@@ -20,26 +20,26 @@ QUESTION = "What does it say?"
 
 
 def shape(example: Example) -> tuple[list[str], list[Any]]:
-    """Texts by message and the pictures, as the processor would read the chat."""
-    messages, pictures = split_messages(example.messages)
-    return ["".join(p.get("text", "") for p in m["content"]) for m in messages], pictures
+    """Texts by message and the images, as the processor would read the chat."""
+    messages, images = split_messages(example.messages)
+    return ["".join(p.get("text", "") for p in m["content"]) for m in messages], images
 
 
 def test_the_same_examples_in_every_form(data: Path, tmp_path: Path) -> None:
-    folder = open_source(data / "pictures", QUESTION)
+    folder = open_source(data / "images", QUESTION)
     lines = open_source(data / "train.jsonl", QUESTION)
     rows = [{"file_name": f"{i}.png", "text": answer} for i, answer in enumerate(ANSWERS)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     metadata = open_source(tmp_path, QUESTION)
     assert len(folder) == len(lines) == len(metadata) == len(ANSWERS)
     for index, answer in enumerate(ANSWERS):
-        picture = data / "pictures" / f"{index}.png"
-        assert shape(folder[index]) == ([QUESTION, answer], [picture])
-        assert shape(lines[index]) == ([QUESTION, answer], [picture])
+        image = data / "images" / f"{index}.png"
+        assert shape(folder[index]) == ([QUESTION, answer], [image])
+        assert shape(lines[index]) == ([QUESTION, answer], [image])
         assert shape(metadata[index]) == ([QUESTION, answer], [tmp_path / f"{index}.png"])
 
 
-def test_pictures_may_stand_beside_the_messages(tmp_path: Path) -> None:
+def test_images_may_stand_beside_the_messages(tmp_path: Path) -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "And now?"}, {"type": "image"}]
     answer = {"role": "assistant", "content": "two"}
     rows = [
@@ -72,10 +72,10 @@ def test_a_dataset_that_datasets_saved(tmp_path: Path) -> None:
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     source = open_source(tmp_path / "saved", QUESTION)
     assert len(source) == 3
-    texts, pictures = shape(source[1])
+    texts, images = shape(source[1])
     assert texts == [QUESTION, ANSWERS[1]]
-    assert isinstance(pictures[0], Image.Image)
-    assert pictures[0].tobytes() == draw(ANSWERS[1], 1).tobytes()
+    assert isinstance(images[0], Image.Image)
+    assert images[0].tobytes() == draw(ANSWERS[1], 1).tobytes()
 
 
 def test_rows_in_memory_train_like_a_file(
@@ -83,10 +83,10 @@ def test_rows_in_memory_train_like_a_file(
 ) -> None:
     """A ``datasets.Dataset``, or a list of dictionaries, handed over in Python."""
     datasets = pytest.importorskip("datasets")
-    lines = (data / "train.jsonl").read_text().replace("pictures/", f"{data}/pictures/")
+    lines = (data / "train.jsonl").read_text().replace("images/", f"{data}/images/")
     rows = [json.loads(line) for line in lines.splitlines()]
     table = {
-        "image": [str(data / "pictures" / f"{i}.png") for i in range(len(ANSWERS))],
+        "image": [str(data / "images" / f"{i}.png") for i in range(len(ANSWERS))],
         "text": list(ANSWERS),
     }
     drawn = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
@@ -119,7 +119,7 @@ def test_rows_that_are_none_are_named(rows: Any, words: str) -> None:
     [
         ("{", "example 1 is not valid JSON"),
         ("[]", "expected an object"),
-        ('{"a": 1}', r"has the keys \['a'\], expected messages, or a picture"),
+        ('{"a": 1}', r"has the keys \['a'\], expected messages, or an image"),
         ('{"file_name": "a.png", "text": ""}', "empty answer"),
         ('{"messages": "hi"}', "expected a list"),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "more image parts"),

@@ -1,4 +1,4 @@
-"""A frozen tower runs once per picture, and nothing depends on whether it did."""
+"""A frozen tower runs once per image, and nothing depends on whether it did."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.train.conftest import draw
 
 import smolstack
 from smolstack.processor.geometry import TilePlan
-from smolstack.train import measure
-from smolstack.train.frozen import FrozenTower
+from smolstack.train import epoch_timing
+from smolstack.train.frozen_tower import FrozenTower
 from smolstack.vlm import VLM
 
 
@@ -22,8 +22,8 @@ def vlm(tiny_folder: Path) -> VLM:
     return smolstack.load(tiny_folder)
 
 
-def planned(vlm: VLM, *pictures: Image.Image) -> list[tuple[Image.Image, TilePlan]]:
-    return [(picture, vlm.processor.plan(picture)) for picture in pictures]
+def planned(vlm: VLM, *images: Image.Image) -> list[tuple[Image.Image, TilePlan]]:
+    return [(image, vlm.processor.plan(image)) for image in images]
 
 
 def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -35,25 +35,25 @@ def tower(vlm: VLM, cache: Path | None, *, projected: bool = False) -> FrozenTow
 
 
 def test_the_second_time_the_tower_does_not_run(vlm: VLM, tmp_path: Path) -> None:
-    pictures = planned(vlm, draw("1", 1), draw("2", 2), draw("1", 1))
+    images = planned(vlm, draw("1", 1), draw("2", 2), draw("1", 1))
     first, again, none = (tower(vlm, cache) for cache in (tmp_path, tmp_path, None))
-    states = first(pictures)
+    states = first(images)
     assert (first.computed, first.read) == (2, 1)
-    assert same(again(pictures), states)
+    assert same(again(images), states)
     assert (again.computed, again.read) == (0, 3)
-    assert same(none(pictures), states)
+    assert same(none(images), states)
 
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_visual_tokens_are_those_of_the_model(vlm: VLM, tmp_path: Path, projected: bool) -> None:
-    picture = draw("12", 3)
-    (pair,) = planned(vlm, picture)
+    image = draw("12", 3)
+    (pair,) = planned(vlm, image)
     states = tower(vlm, tmp_path, projected=projected).states(*pair)
     visual = states if projected else vlm.model.connector.proj(states)
-    torch.testing.assert_close(visual, vlm.encode(picture).tokens, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(visual, vlm.encode(image).tokens, atol=1e-6, rtol=1e-6)
 
 
-def test_other_weights_pictures_or_settings_are_other_entries(vlm: VLM, tmp_path: Path) -> None:
+def test_other_weights_images_or_settings_are_other_entries(vlm: VLM, tmp_path: Path) -> None:
     one, other = planned(vlm, draw("1", 1), draw("1", 5))
     tower(vlm, tmp_path)([one])
     with torch.no_grad():
@@ -71,18 +71,18 @@ def test_other_weights_pictures_or_settings_are_other_entries(vlm: VLM, tmp_path
 
 
 def test_a_damaged_entry_is_made_again(vlm: VLM, tmp_path: Path) -> None:
-    pictures = planned(vlm, draw("1", 1))
-    states = tower(vlm, tmp_path)(pictures)
+    images = planned(vlm, draw("1", 1))
+    states = tower(vlm, tmp_path)(images)
     (entry,) = tmp_path.rglob("*.safetensors")
     entry.write_bytes(entry.read_bytes()[:100])
     again = tower(vlm, tmp_path)
-    assert same(again(pictures), states)
+    assert same(again(images), states)
     assert again.computed == 1
 
 
 def test_seconds_per_epoch_can_be_measured(tiny_folder: Path, capsys: Any) -> None:
-    arguments = [str(tiny_folder), "--pictures", "3", "--batch", "2", "--rounds", "1"]
-    measure.main([*arguments, "--no-split", "--train", "connector", "lora"])
+    arguments = [str(tiny_folder), "--images", "3", "--batch", "2", "--rounds", "1"]
+    epoch_timing.main([*arguments, "--no-split", "--train", "connector", "lora"])
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["stage", "connector", "lora"]
     assert all(line.count(" s") == 3 and line.endswith(" MiB") for line in printed[1:])

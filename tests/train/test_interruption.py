@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_recipe: MakeRecipe, data: Pa
     recipe = make_recipe(
         stages=STAGES,
         checkpoint_every=3,
-        data={"evaluation": str(data / "pictures")},
+        data={"evaluation": str(data / "images")},
         evaluation={"answers": 2, "every": 3, "max_new_tokens": 4},
     )
     whole = placed(recipe, "whole")
@@ -183,7 +183,7 @@ def test_a_run_goes_on_only_from_what_it_began_with(make_recipe: MakeRecipe, dat
     train(recipe, quiet=True)
     source = Path(recipe.data.train)
     shorter = Path(recipe.output).parent / "train.jsonl"
-    lines = source.read_text(encoding="utf-8").replace("pictures/", f"{data}/pictures/")
+    lines = source.read_text(encoding="utf-8").replace("images/", f"{data}/images/")
     shorter.write_text(lines, encoding="utf-8")
     run = placed(make_recipe({"steps": 2}, data={"train": str(shorter)}), "other")
     train(run, quiet=True)

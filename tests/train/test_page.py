@@ -13,7 +13,7 @@ from tests.train.conftest import ANSWERS, draw
 from smolstack.family import PRESETS
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.train import Recipe
-from smolstack.train.parts import adapted_layers
+from smolstack.train.trainable import adapted_layers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,12 +40,12 @@ def test_the_recipes_of_the_page_are_recipes() -> None:
 
 def test_the_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("pictures", "test"):
+    for name in ("images", "test"):
         (tmp_path / name).mkdir()
         for number, answer in enumerate(ANSWERS[:2]):
-            picture = tmp_path / name / f"{number}.png"
-            draw(answer, number).save(picture)
-            picture.with_suffix(".txt").write_text(answer, encoding="utf-8")
+            image = tmp_path / name / f"{number}.png"
+            draw(answer, number).save(image)
+            image.with_suffix(".txt").write_text(answer, encoding="utf-8")
     text = "\n".join(blocks("python"))
     assert "steps=500, batch=16" in text
     names: dict[str, object] = {"__name__": "page"}

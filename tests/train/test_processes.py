@@ -61,7 +61,7 @@ def test_two_processes_train_as_one_does(
             {"train": "full", **common},
         ],
         "checkpoint_every": 2,
-        "data": {"evaluation": str(data / "pictures")},
+        "data": {"evaluation": str(data / "images")},
     }
     one, ddp, fsdp = (
         make_recipe(**options, output=str(tmp_path / name), parallel=parallel)
@@ -91,7 +91,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from smolstack.train import processes, trainer
-    from smolstack.train.display import Display
+    from smolstack.train.progress import Display
 
     recipe = make_recipe({"batch": 5})
     with pytest.raises(ConfigError, match="batch is 5, expected a multiple of the 2 processes"):

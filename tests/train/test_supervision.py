@@ -13,8 +13,8 @@ from smolstack.errors import DataError
 from smolstack.processor.processor import Processor
 from smolstack.processor.prompt import ChatTemplate
 from smolstack.train.data import Example
+from smolstack.train.loss_mask import IGNORED, Supervisor, TokenizedExample
 from smolstack.train.preview import mask_shown
-from smolstack.train.supervision import IGNORED, Lesson, Supervisor
 from smolstack.vlm import VLM
 
 CHATML = (
@@ -23,7 +23,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-PICTURED = {"role": "assistant", "content": [{"type": "image", "image": draw("8", 0)}]}
+IMAGED = {"role": "assistant", "content": [{"type": "image", "image": draw("8", 0)}]}
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def vlm(tiny_folder: Path) -> VLM:
     return smolstack.load(tiny_folder)
 
 
-def supervise(vlm: VLM, messages: Any, template: str | None = None, **options: Any) -> Lesson:
+def supervise(
+    vlm: VLM, messages: Any, template: str | None = None, **options: Any
+) -> TokenizedExample:
     if template is not None:
         special = vlm.processor.tokenizer.special_tokens
         vlm.processor.template = ChatTemplate(template, special)
@@ -39,7 +41,7 @@ def supervise(vlm: VLM, messages: Any, template: str | None = None, **options: A
     return supervisor(Example("the example", tuple(messages)))
 
 
-def spans(lesson: Lesson, processor: Processor) -> list[str]:
+def spans(lesson: TokenizedExample, processor: Processor) -> list[str]:
     """The texts that carry loss, span by span."""
     texts, span = [], []
     for label in [*lesson.labels, IGNORED]:
@@ -105,12 +107,12 @@ def test_an_example_that_would_be_cut_is_refused_by_name(vlm: VLM) -> None:
     [
         ([{"role": "user", "content": "Hi"}], "no message of the assistant"),
         ([{"role": "assistant", "content": "Hi"}], "begins with the assistant"),
-        (chat(None, "x")["messages"], "image part without a picture"),
+        (chat(None, "x")["messages"], "image part without an image"),
         (chat("/no/such.png", "x")["messages"], "found no file"),
         (conversation("an <image> in words"), "<image> in its text"),
         (conversation("<end_of_utterance> too soon"), "<end_of_utterance> in its text"),
         ([*conversation("a"), {"role": "judge", "content": "b"}], "expected a role"),
-        ([*conversation("a"), PICTURED], "picture in the assistant"),
+        ([*conversation("a"), IMAGED], "image in the assistant"),
     ],
 )  # fmt: skip
 def test_chats_that_teach_nothing_are_refused_by_name(vlm: VLM, messages: Any, words: str) -> None:

@@ -15,12 +15,12 @@ from tests.train.conftest import ANSWERS, MakeRecipe
 import smolstack
 from smolstack.checkpoint.diff import diff_checkpoints
 from smolstack.errors import ConfigError, DataError, TrainingError
-from smolstack.model.cache import KVCache
+from smolstack.model.kv_cache import KVCache
+from smolstack.output_files import only_writer
 from smolstack.train import Lora, Recipe, train
 from smolstack.train.adapters import add_adapters
 from smolstack.train.metrics import read_metrics
-from smolstack.train.parts import adapted_layers
-from smolstack.writing import only_writer
+from smolstack.train.trainable import adapted_layers
 
 
 def losses(recipe: Recipe) -> list[float]:
@@ -103,7 +103,7 @@ def test_bfloat16_autocast_learns_too(make_recipe: MakeRecipe) -> None:
 def test_it_learns_answers_by_heart_and_says_so(make_recipe: MakeRecipe, data: Path) -> None:
     recipe = make_recipe(
         {"train": "full", "steps": 80, "batch": 10, "micro_batch": 10, "learning_rate": 4e-3},
-        data={"evaluation": str(data / "pictures")},
+        data={"evaluation": str(data / "images")},
         evaluation={"answers": 10, "every": 40, "max_new_tokens": 12},
         tensorboard=True,
     )
@@ -114,8 +114,8 @@ def test_it_learns_answers_by_heart_and_says_so(make_recipe: MakeRecipe, data: P
     assert found.character_error_rate == 0.0
     vlm = smolstack.load(trained.model)
     for number, answer in enumerate(ANSWERS[:3]):
-        picture = data / "pictures" / f"{number}.png"
-        assert vlm.ask(picture, "What does it say?", split=False).text == answer
+        path_of_image = data / "images" / f"{number}.png"
+        assert vlm.ask(path_of_image, "What does it say?", split=False).text == answer
     folder = Path(recipe.output)
     evaluated = [x for x in read_metrics(folder / "metrics.jsonl") if "exact" in x]
     assert [line["step"] for line in evaluated] == [40, 80]
@@ -125,11 +125,11 @@ def test_it_learns_answers_by_heart_and_says_so(make_recipe: MakeRecipe, data: P
     assert list((folder / "tensorboard").iterdir())
 
 
-def test_text_without_pictures_trains_beside_pictures(
+def test_text_without_images_trains_beside_images(
     make_recipe: MakeRecipe, data: Path, tmp_path: Path
 ) -> None:
     plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    lines = (data / "train.jsonl").read_text().replace("pictures/", f"{data}/pictures/")
+    lines = (data / "train.jsonl").read_text().replace("images/", f"{data}/images/")
     path = tmp_path / "mixed.jsonl"
     path.write_text(json.dumps({"messages": plain}) + "\n" + lines, encoding="utf-8")
     stage = {"train": "full", "batch": 11, "micro_batch": 1}
@@ -151,7 +151,7 @@ def test_bad_examples_are_named_before_the_first_step(
     make_recipe: MakeRecipe, data: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "bad.jsonl"
-    good = (data / "train.jsonl").read_text().replace("pictures/", f"{data}/pictures/")
+    good = (data / "train.jsonl").read_text().replace("images/", f"{data}/images/")
     path.write_text(good + '{"file_name": "no.png", "text": "x"}\n')
     recipe = make_recipe(data={"train": str(path)})
     with pytest.raises(DataError, match=r"bad\.jsonl, example 11: .*no\.png: found no file"):
@@ -178,7 +178,7 @@ def test_what_an_extra_lacks_is_said_before_the_first_step(
 ) -> None:
     monkeypatch.setitem(sys.modules, "jiwer", None)
     monkeypatch.setitem(sys.modules, "peft", None)
-    evaluated = make_recipe(data={"evaluation": str(data / "pictures")}, evaluation={"answers": 2})
+    evaluated = make_recipe(data={"evaluation": str(data / "images")}, evaluation={"answers": 2})
     with pytest.raises(ConfigError, match="the package jiwer"):
         run(evaluated)
     with pytest.raises(ConfigError, match="the package peft"):
@@ -230,11 +230,11 @@ def test_transformers_gives_the_fine_tunes_answers(
     lora = {"modules": ["decoder", "vision.layers.*"], "rank": 4, "connector": connector}
     recipe = make_recipe({"train": "lora", "lora": lora, "steps": 8, "learning_rate": 1e-2})
     merged = run(recipe)
-    picture = data / "pictures" / "3.png"
+    path_of_image = data / "images" / "3.png"
     vlm = smolstack.load(merged)
-    answer = vlm.ask(picture, "What does it say?", split=False, max_new_tokens=12)
+    answer = vlm.ask(path_of_image, "What does it say?", split=False, max_new_tokens=12)
     untrained = smolstack.load(tiny_folder).ask(
-        picture, "What does it say?", split=False, max_new_tokens=12
+        path_of_image, "What does it say?", split=False, max_new_tokens=12
     )
     assert answer.token_ids != untrained.token_ids
 
@@ -243,7 +243,7 @@ def test_transformers_gives_the_fine_tunes_answers(
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    with Image.open(picture) as image:
+    with Image.open(path_of_image) as image:
         inputs = processor(
             text=prompt, images=[image], return_tensors="pt", do_image_splitting=False
         )
@@ -258,7 +258,7 @@ def test_transformers_gives_the_fine_tunes_answers(
     adapter = Path(recipe.output) / "adapter"
     assert answered(peft.PeftModel.from_pretrained(load(tiny_folder), adapter)) == answer.token_ids
     ours = smolstack.load(adapter)
-    again = ours.ask(picture, "What does it say?", split=False, max_new_tokens=12)
+    again = ours.ask(path_of_image, "What does it say?", split=False, max_new_tokens=12)
     assert again.token_ids == answer.token_ids
 
 

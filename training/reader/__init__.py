@@ -1,1 +1,1 @@
-"""The bundled reader: fonts, drawn pictures, training, evaluation."""
+"""The bundled reader: fonts, drawn images, training, evaluation."""

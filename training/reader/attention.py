@@ -31,7 +31,7 @@ def plain_attention(
         ValueError: a mask was given.
     """
     if attn_mask is not None:
-        raise ValueError("training pictures are never padded, but a mask was given")
+        raise ValueError("training images are never padded, but a mask was given")
     with torch.autocast("cpu", enabled=False):
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
         if enable_gqa:

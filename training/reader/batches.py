@@ -1,4 +1,4 @@
-"""Training batches: pictures as tiles, a label for each patch, and the tokens of one chat each."""
+"""Training batches: images as tiles, a label for each patch, and the tokens of one chat each."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from smolstack.processor.prompt import ChatTemplate, Markers, expand_placeholder
 from smolstack.processor.tiles import cut_tiles
 from training.reader import shape
 from training.reader.files import build_tokenizer
+from training.reader.images import DrawnImage
 from training.reader.labels import IGNORED, Shown, patch_labels
 from training.reader.layout import plan_of
-from training.reader.pictures import Picture
 from training.reader.pointing import Answer, Question, plain_answer, pointing_answer
 from training.reader.targets import spots_of
 
 
 @dataclass(frozen=True)
 class ReaderBatch:
-    """B pictures with a question each, of n tiles in all, and X tiles full of text without one.
+    """B images with a question each, of n tiles in all, and X tiles full of text without one.
 
     Attributes:
         tiles: (n + X, 3, P, P) uint8.
@@ -50,7 +50,7 @@ class ReaderBatch:
 
     @property
     def asked_tiles(self) -> int:
-        """How many tiles belong to pictures with a question; the crowded ones follow."""
+        """How many tiles belong to images with a question; the crowded ones follow."""
         return len(self.images) // shape.TOKENS_PER_TILE
 
     def to(self, device: torch.device) -> ReaderBatch:
@@ -67,9 +67,9 @@ class ReaderBatch:
 
 @dataclass(frozen=True)
 class Asked:
-    """Pictures that are cut alike and asked the same question; ``points``: so do the answers."""
+    """Images that are cut alike and asked the same question; ``points``: so do the answers."""
 
-    pictures: list[Picture]
+    images: list[DrawnImage]
     question: Question
     points: bool = True
 
@@ -98,23 +98,23 @@ class Room:
 Labelled = tuple[Tensor, Tensor, Tensor, Tensor]  # tiles; classes, places, next cells of patches
 
 
-def labelled(picture: Picture) -> Labelled:
-    """Tiles of a picture and the labels of their patches."""
-    size = picture.image.size
+def labelled(image: DrawnImage) -> Labelled:
+    """Tiles of an image and the labels of their patches."""
+    size = image.image.size
     plan = plan_of(size)
-    shown = Shown(picture.characters, picture.lengths, picture.gaps, picture.corners, picture.width)
+    shown = Shown(image.characters, image.lengths, image.gaps, image.corners, image.width)
     labels = patch_labels(size, (plan.rows, plan.cols), shown)
     classes, places, following = (torch.from_numpy(part) for part in labels)
-    return to_tiles(picture.image), classes, places, following
+    return to_tiles(image.image), classes, places, following
 
 
 def make_batch(groups: list[Asked], parts: list[Labelled], room: Room | None = None) -> ReaderBatch:
-    """Tokens of groups of pictures, and the tiles: first of these, then without a question."""
+    """Tokens of groups of images, and the tiles: first of these, then without a question."""
     tiles, *labels = (torch.cat(part) for part in zip(*parts, strict=True))
     chats = [
-        (prompt_ids(group.question.words, _grid(picture)), _answer(group, picture))
+        (prompt_ids(group.question.words, _grid(image)), _answer(group, image))
         for group in groups
-        for picture in group.pictures
+        for image in group.images
     ]
     if room is None:
         lengths = [len(prompt) + len(answer.ids) for prompt, answer in chats]
@@ -156,43 +156,43 @@ def make_batch(groups: list[Asked], parts: list[Labelled], room: Room | None = N
     )
 
 
-def _answer(group: Asked, picture: Picture) -> Answer:
+def _answer(group: Asked, image: DrawnImage) -> Answer:
     if not group.points:
-        return plain_answer(group.question.answer(picture.lines))
-    return wanted(group.question, picture, random.Random(f"answer {picture.size} {picture.lines}"))
+        return plain_answer(group.question.answer(image.lines))
+    return wanted(group.question, image, random.Random(f"answer {image.size} {image.lines}"))
 
 
-def wanted(question: Question, picture: Picture, rng: random.Random | None = None) -> Answer:
-    """The answer about a picture, pointing at what is read."""
-    lines, following = picture.lines, iter(picture.corners)
+def wanted(question: Question, image: DrawnImage, rng: random.Random | None = None) -> Answer:
+    """The answer about an image, pointing at what is read."""
+    lines, following = image.lines, iter(image.corners)
     corners = [[next(following) for _ in line.replace(" ", "")] for line in lines]
-    spots = spots_of(picture.size, _grid(picture), corners)
+    spots = spots_of(image.size, _grid(image), corners)
     return pointing_answer(question, lines, spots, rng)
 
 
-def _grid(picture: Picture) -> tuple[int, int]:
-    plan = plan_of(picture.size)
+def _grid(image: DrawnImage) -> tuple[int, int]:
+    plan = plan_of(image.size)
     return plan.rows, plan.cols
 
 
 def to_tiles(image: Image.Image) -> Tensor:
-    """The tiles that the processor makes of a picture: (n, 3, P, P) uint8."""
+    """The tiles that the processor makes of an image: (n, 3, P, P) uint8."""
     return cut_tiles(image, plan_of(image.size), shape.SETTINGS)
 
 
-def normalised(tiles: Tensor) -> Tensor:
+def normalized(tiles: Tensor) -> Tensor:
     """(N, 3, P, P) uint8 → float32 from -1 to 1."""
     return tiles.float() / 127.5 - 1
 
 
 @cache
 def prompt_ids(question: str, grid: tuple[int, int]) -> tuple[int, ...]:
-    """Tokens of the prompt that asks ``question`` about one picture of (rows, cols) tiles."""
+    """Tokens of the prompt that asks ``question`` about one image of (rows, cols) tiles."""
     text = ChatTemplate(shape.CHAT_TEMPLATE, {}).render([user_message(1, question)])
     rows, cols = grid
     plan = plan_of((cols * shape.TILE, rows * shape.TILE))
     if (plan.rows, plan.cols) != grid:
-        raise ValueError(f"no picture is cut into {rows} rows and {cols} columns")
+        raise ValueError(f"no image is cut into {rows} rows and {cols} columns")
     return tuple(_tokenizer().encode(expand_placeholders(text, [plan], Markers())).ids)
 
 

@@ -1,4 +1,4 @@
-"""Batches drawn on the spot: groups of pictures that are asked, and tiles full of text."""
+"""Batches drawn on the spot: groups of images that are asked, and tiles full of text."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch.utils.data import Dataset
 
 from training.reader import shape
 from training.reader.batches import Asked, Labelled, ReaderBatch, Room, labelled, make_batch
+from training.reader.images import draw_crowd, draw_image
 from training.reader.layout import grid_of, lay_out
-from training.reader.pictures import draw_crowd, draw_picture
 from training.reader.pointing import Question
 
 SEEDS_PER_BATCH = 10_000
 COUNTING, ONE_LINE = 0.12, 0.25  # shares of batches that ask for the count, and for one line
 PLAIN = 0.15  # the share of batches whose answers do not point, as constrained ones cannot
-UNFIT = 0.15  # the share kept of pictures that have no line of the number asked for
+UNFIT = 0.15  # the share kept of images that have no line of the number asked for
 
 
 class DrawnBatches(Dataset[ReaderBatch]):
     """Batch ``i`` is drawn from seeds of its own: nothing is stored or repeated.
 
     Args:
-        groups: of pictures that are cut into the same rows and columns and asked the same.
+        groups: of images that are cut into the same rows and columns and asked the same.
         size: tiles of a group, about.
         count: batches; over the first ``growing`` of them, lines grow longer and more, crowds
             harder.
         tiles: n + X, in all: as many of them as are left over are full of text.
-        full: the share of pictures with as many and as long lines as the level allows.
+        full: the share of images with as many and as long lines as the level allows.
         split: whose fonts and strings.
         room: for token tensors that are all alike.
     """
@@ -64,7 +64,7 @@ class DrawnBatches(Dataset[ReaderBatch]):
         level = self.level_at(index)
         room = SEEDS_PER_BATCH // (self.groups + 1)
         groups = [self._group(first + (1 + g) * room, level) for g in range(self.groups)]
-        parts = [labelled(picture) for group in groups for picture in group.pictures]
+        parts = [labelled(image) for group in groups for image in group.images]
         left = self.tiles - sum(len(tiles) for tiles, *_ in parts)
         if left > 0:
             parts.append(_crowded(first, left, self.split, level))
@@ -79,8 +79,8 @@ class DrawnBatches(Dataset[ReaderBatch]):
         wanted = max(1, round(self.size / (rows * cols + 1)))
         alike = (s for s in itertools.count(first) if grid_of(s, self.split) == (rows, cols))
         seeds = itertools.islice(self._fitting(rng, alike, question, (level, full)), wanted)
-        pictures = [draw_picture(seed, self.split, level, full) for seed in seeds]
-        return Asked(pictures, question, points)
+        images = [draw_image(seed, self.split, level, full) for seed in seeds]
+        return Asked(images, question, points)
 
     def _fitting(
         self,
@@ -89,7 +89,7 @@ class DrawnBatches(Dataset[ReaderBatch]):
         question: Question,
         levels: tuple[float, float],
     ) -> Iterator[int]:
-        """Those of the seeds whose pictures, mostly, have the line that is asked for."""
+        """Those of the seeds whose images, mostly, have the line that is asked for."""
         for seed in seeds:
             if question.line:
                 lines = len(lay_out(seed, self.split, *levels)[0].lines)

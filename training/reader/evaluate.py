@@ -1,8 +1,8 @@
-"""Measure the reader on pictures whose fonts and strings training never saw.
+"""Measure the reader on images whose fonts and strings training never saw.
 
-Goes through the public API, as a user would, and asks tesseract about the same pictures. Prints and
+Goes through the public API, as a user would, and asks tesseract about the same images. Prints and
 writes (JSON) exact answers and character error rates, in all and by length, line count, size and
-font family, for each question; draws a sheet of pictures with their answers, wrong ones first.
+font family, for each question; draws a sheet of images with their answers, wrong ones first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import smolstack
 from smolstack.vlm import VLM
 from training.reader import shape
-from training.reader.pictures import Picture, draw_picture
+from training.reader.images import DrawnImage, draw_image
 from training.reader.pointing import Question
 from training.reader.scores import (
     Result,
@@ -44,42 +44,42 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Read(Result):
-    """A result and the picture that it belongs to."""
+    """A result and the image that it belongs to."""
 
-    picture: Picture | None = None
+    drawn: DrawnImage | None = None
 
     @property
     def lines(self) -> int:
-        return 0 if self.picture is None else len(self.picture.lines)
+        return 0 if self.drawn is None else len(self.drawn.lines)
 
     @property
     def family(self) -> str:
-        return "" if self.picture is None else self.picture.family
+        return "" if self.drawn is None else self.drawn.family
 
 
-def read_pictures(vlm: VLM, count: int, split: str) -> tuple[list[Read], list[Read]]:
-    """Answers about the first ``count`` pictures of a split.
+def read_images(vlm: VLM, count: int, split: str) -> tuple[list[Read], list[Read]]:
+    """Answers about the first ``count`` images of a split.
 
     Each is asked for all of its text. Every third is also asked how many lines there are, or for
     one of them.
     """
     read, asked = [], []
     for seed in range(FIRST_SEED, FIRST_SEED + count):
-        picture = draw_picture(seed, split)
-        read.append(_ask(vlm, picture, Question(shape.QUESTION), tesseract=True))
+        image = draw_image(seed, split)
+        read.append(_ask(vlm, image, Question(shape.QUESTION), tesseract=True))
         if seed % 3 == 0:
             rng = random.Random(f"question {seed}")
-            line = rng.choice((-1, rng.randint(1, max(1, len(picture.lines)))))
+            line = rng.choice((-1, rng.randint(1, max(1, len(image.lines)))))
             words = "How many lines?" if line < 0 else f"Read line {line}"
-            asked.append(_ask(vlm, picture, Question(words, line)))
+            asked.append(_ask(vlm, image, Question(words, line)))
     return read, asked
 
 
-def _ask(vlm: VLM, picture: Picture, question: Question, tesseract: bool = False) -> Read:
-    answer = vlm.ask(picture.image, question.words, max_new_tokens=NEW_TOKENS).text
-    other = ask_tesseract(picture.image) if tesseract else None
-    truth = question.answer(picture.lines)
-    return Read(picture.image, question.words, truth, tidy(answer), other, picture)
+def _ask(vlm: VLM, image: DrawnImage, question: Question, tesseract: bool = False) -> Read:
+    answer = vlm.ask(image.image, question.words, max_new_tokens=NEW_TOKENS).text
+    other = ask_tesseract(image.image) if tesseract else None
+    truth = question.answer(image.lines)
+    return Read(image.image, question.words, truth, tidy(answer), other, image)
 
 
 def report(read: list[Read], asked: list[Read]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def report(read: list[Read], asked: list[Read]) -> dict[str, Any]:
 
 
 def _width(result: Read) -> str | None:
-    return None if result.picture is None else _class(result.picture.width, WIDTHS, "px")
+    return None if result.drawn is None else _class(result.drawn.width, WIDTHS, "px")
 
 
 def _class(value: float, bounds: tuple[int, ...], unit: str, *, whole: bool = False) -> str:
@@ -142,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     vlm = smolstack.load() if options.model is None else smolstack.load(options.model)
     started = time.monotonic()
-    read, asked = read_pictures(vlm, options.count, options.split)
+    read, asked = read_images(vlm, options.count, options.split)
     found = report(read, asked)
     found["seconds"] = round(time.monotonic() - started, 1)
     options.out.mkdir(parents=True, exist_ok=True)

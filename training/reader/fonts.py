@@ -1,4 +1,4 @@
-"""Font files for drawn pictures, by family, split into those trained on and those held out.
+"""Font files for drawn images, by family, split into those trained on and those held out.
 
 A family stands on one side only, with everything that was derived from it: DejaVu is held out, so
 its descendants (Hack, Verana) are not used at all.

@@ -32,13 +32,13 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Shown:
-    """The visible characters of a picture.
+    """The visible characters of an image.
 
     Attributes:
         characters: all of them, in reading order.
         lengths: how many of them are in each line.
         gaps: whether a space follows each.
-        corners: of each one's box, in picture pixels.
+        corners: of each one's box, in image pixels.
         width: the mean width of one on the tiles, in their pixels.
     """
 
@@ -52,10 +52,10 @@ class Shown:
 def patch_labels(
     size: tuple[int, int], grid: tuple[int, int], shown: Shown
 ) -> tuple[Ints, Floats, Ints]:
-    """Labels of every patch of a picture's tiles, the whole picture's tile last.
+    """Labels of every patch of an image's tiles, the whole image's tile last.
 
     Args:
-        size: (width, height) of the picture.
+        size: (width, height) of the image.
         grid: (rows, cols) of its tiles.
         shown: its characters. On the tile of the whole, where they are narrower, those too narrow
             to be read are IGNORED.
@@ -94,7 +94,7 @@ def patch_labels(
 def _of_grid(
     size: tuple[int, int], rows: int, cols: int, shown: Shown
 ) -> tuple[Ints, Floats, Ints]:
-    """Labels of the whole picture, laid over rows by cols tiles."""
+    """Labels of the whole image, laid over rows by cols tiles."""
     high, wide = rows * shape.GRID, cols * shape.GRID
     classes = np.zeros(high * wide, dtype=np.int64)
     places = np.zeros((high * wide, WHERE), dtype=np.float32)
@@ -148,7 +148,7 @@ def _of_grid(
 def _next_cells(size: tuple[int, int], grid: tuple[int, int], shown: Shown) -> Ints:
     """The cells that show each character's next one, as in :func:`patch_labels`: (n, 4).
 
-    In a picture of (rows, cols) tiles; where a line is over, -1.
+    In an image of (rows, cols) tiles; where a line is over, -1.
     """
     cells = cells_in(View.TILES, grid)
     found: list[tuple[int, ...]] = []
@@ -162,7 +162,7 @@ def _next_cells(size: tuple[int, int], grid: tuple[int, int], shown: Shown) -> I
 
 
 def _within(cells: Ints, tiles: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Cells of the picture as those of a tile, or of the one on its right; and which these are.
+    """Cells of the image as those of a tile, or of the one on its right; and which these are.
 
     Args:
         cells: (n, 4), -1 for none.

@@ -1,4 +1,4 @@
-"""Lay out a picture before it is drawn: its size, its words, where and how large lines stand."""
+"""Lay out an image before it is drawn: its size, its words, where and how large lines stand."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COMMON_SIZES = (
     (512, 128),
     (320, 64),
 )
-EMPTY = 0.04  # the share of pictures without text
-LARGE, LARGEST = 0.3, 260.0  # the share of pictures of a few large characters; their width there
+EMPTY = 0.04  # the share of images without text
+LARGE, LARGEST = 0.3, 260.0  # the share of images of a few large characters; their width there
 NARROWEST = 9.0  # mean width of a character on the tiles, in their pixels
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A picture before it is drawn: its size and its lines, set and placed."""
+    """An image before it is drawn: its size and its lines, set and placed."""
 
     size: tuple[int, int]
     lines: tuple[Line, ...]
@@ -58,28 +58,28 @@ class Layout:
 
     @property
     def corners(self) -> tuple[Corners, ...]:
-        """Corners of every visible character, in picture pixels."""
+        """Corners of every visible character, in image pixels."""
         corners = tuple(box for line in self.lines for box in line.corners)
         return moved(turned(corners, self.block, self.angle), self.place)
 
 
 def plan_of(size: tuple[int, int]) -> TilePlan:
-    """The tiles that the reader cuts a picture of ``size`` (width, height) into."""
+    """The tiles that the reader cuts an image of ``size`` (width, height) into."""
     return plan_tiles(size, shape.SETTINGS, shape.TOKENS_PER_TILE)
 
 
 def grid_of(seed: int, split: str = "train") -> tuple[int, int]:
-    """(rows, cols) of the picture that ``seed`` draws, without drawing it."""
-    plan = plan_of(picture_size(random.Random(f"{split} {seed}")))
+    """(rows, cols) of the image that ``seed`` draws, without drawing it."""
+    plan = plan_of(image_size(random.Random(f"{split} {seed}")))
     return plan.rows, plan.cols
 
 
 def lay_out(
     seed: int, split: str = "train", level: float = 1.0, full: float = 0.0
 ) -> tuple[Layout, random.Random]:
-    """Size, text and places of the picture that ``seed`` draws, and what goes on drawing it."""
+    """Size, text and places of the image that ``seed`` draws, and what goes on drawing it."""
     rng = random.Random(f"{split} {seed}")
-    size = picture_size(rng)
+    size = image_size(rng)
     family, path = pick_font(rng, split)
     if rng.random() < EMPTY:
         return Layout(size, (), (0, 0), (0, 0), 0.0, ""), rng
@@ -165,7 +165,7 @@ def pick_font(rng: random.Random, split: str) -> tuple[str, str]:
     return family, rng.choice(families[family])
 
 
-def picture_size(rng: random.Random) -> tuple[int, int]:
+def image_size(rng: random.Random) -> tuple[int, int]:
     """(width, height): a common size, or any whose longer side has 80 to 700 pixels.
 
     Strips, three times as wide as high and more, are half of all: they cost the fewest tiles.

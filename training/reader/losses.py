@@ -188,7 +188,7 @@ def random_states(
     """What a tower that names patches would say of a batch, without a tower: (N, H·W, C).
 
     Each patch's class as a direction of its own, where it stands and where the next character does
-    as some more, noise on all, and the patch's place in the last channels, normalised as the
+    as some more, noise on all, and the patch's place in the last channels, normalized as the
     tower's output is, and the constant that every state holds. At the edges of a tile the ends of
     lines are doubtful.
 

@@ -1,8 +1,8 @@
-"""Measure the reader on pictures that its own generator did not draw.
+"""Measure the reader on images that its own generator did not draw.
 
-A second, much plainer way of drawing, which shares no code with ``pictures.py`` but the rule for
+A second, much plainer way of drawing, which shares no code with ``images.py`` but the rule for
 what is held out and the dictionary: one number, or one to four lines of words and numbers, anywhere
-in a picture of a usual size, filling from a fifth of its width to nearly all of it, small
+in an image of a usual size, filling from a fifth of its width to nearly all of it, small
 characters included. So it shows what the generator's own choice of sizes hides.
 """
 
@@ -46,7 +46,7 @@ Drawn = tuple[Image.Image, str, dict[str, str]]
 
 
 def draw_number(rng: random.Random) -> Drawn:
-    """A picture, its number, and the classes that it counts in."""
+    """An image, its number, and the classes that it counts in."""
     width, height = rng.choice(SIZES)
     text = _number(rng)
     fill = rng.choice(list(FILLS))
@@ -76,7 +76,7 @@ def draw_number(rng: random.Random) -> Drawn:
 
 
 def draw_text(rng: random.Random) -> Drawn:
-    """A picture of one to four lines, what they say, and the classes that it counts in."""
+    """An image of one to four lines, what they say, and the classes that it counts in."""
     width, height = rng.choice((*SIZES, *STRIPS))
     count = rng.choice((1, 1, 1, 2, 3, 4)) if height >= width / 3 else 1
     lines = [_line(rng, rng.choice((8, 16, 24))) for _ in range(count)]

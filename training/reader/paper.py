@@ -1,4 +1,4 @@
-"""What drawn pictures are drawn on, and what happens to them: colors, backgrounds, damage."""
+"""What drawn images are drawn on, and what happens to them: colors, backgrounds, damage."""
 
 from __future__ import annotations
 
@@ -118,14 +118,14 @@ def draw_plate(
 
 @cache
 def _noise_bank() -> npt.NDArray[np.float32]:
-    """(1400, 1400) standard normal numbers, of which pictures take windows."""
+    """(1400, 1400) standard normal numbers, of which images take windows."""
     return np.random.default_rng(1).standard_normal((1400, 1400), dtype=np.float32)
 
 
 def damage(rng: random.Random, image: Image.Image, glyph: float) -> Image.Image:
     """Blur, noise, uneven light, JPEG, low resolution: each now and then, weaker on small glyphs.
 
-    ``glyph`` is a character's width in picture pixels.
+    ``glyph`` is a character's width in image pixels.
     """
     if rng.random() < 0.2:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, min(3.0, 0.07 * glyph + 0.2))))

@@ -1,6 +1,6 @@
-"""Draw where the reader points while it reads: its cells as a path over pictures held out.
+"""Draw where the reader points while it reads: its cells as a path over images held out.
 
-Each picture is shown at the size of its tiles, with the tiles' edges, a frame around each cell that
+Each image is shown at the size of its tiles, with the tiles' edges, a frame around each cell that
 the answer names, in order, and the answer under it.
 """
 
@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 import smolstack
 from training.reader import shape
 from training.reader.evaluate import FIRST_SEED, NEW_TOKENS
+from training.reader.images import draw_image
 from training.reader.layout import plan_of
-from training.reader.pictures import draw_picture
 from training.reader.pointing import Cell, cell_of
 from training.reader.scores import tidy
 from training.reader.targets import View
@@ -27,7 +27,7 @@ EDGE_COLOR, PATH_COLOR = (150, 150, 150), (214, 39, 40)
 
 
 def draw_path(image: Image.Image, ids: Sequence[int], said: str) -> Image.Image:
-    """A picture with the path of an answer's tokens over it, and what they say below."""
+    """An image with the path of an answer's tokens over it, and what they say below."""
     canvas = plan_of(image.size).canvas
     shown = Image.new("RGB", (canvas[0], canvas[1] + FOOT), "white")
     shown.paste(image.convert("RGB").resize(canvas), (0, 0))
@@ -47,7 +47,7 @@ def draw_path(image: Image.Image, ids: Sequence[int], said: str) -> Image.Image:
 
 
 def _frame(cell: Cell, canvas: tuple[int, int]) -> tuple[int, int, int, int]:
-    """What a cell shows: left, top, right, bottom, on a picture of the size of its tiles."""
+    """What a cell shows: left, top, right, bottom, on an image of the size of its tiles."""
     if cell.view is View.WHOLE:
         wide, high = canvas[0] // shape.CELLS // shape.HALVES, canvas[1] // shape.CELLS
     else:
@@ -55,17 +55,17 @@ def _frame(cell: Cell, canvas: tuple[int, int]) -> tuple[int, int, int, int]:
     return cell.col * wide, cell.row * high, (cell.col + 1) * wide, (cell.row + 1) * high
 
 
-def arrange(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures in columns, each under the lowest of the shortest column."""
+def arrange(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images in columns, each under the lowest of the shortest column."""
     heights = [0] * columns
     places = []
-    for picture in pictures:
+    for image in images:
         column = heights.index(min(heights))
         places.append((column * (shape.EDGE + 8), heights[column]))
-        heights[column] += picture.height
+        heights[column] += image.height
     sheet = Image.new("RGB", (columns * (shape.EDGE + 8) - 8, max(heights)), "white")
-    for picture, place in zip(pictures, places, strict=True):
-        sheet.paste(picture, place)
+    for image, place in zip(images, places, strict=True):
+        sheet.paste(image, place)
     return sheet
 
 
@@ -73,16 +73,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a checkpoint folder; the bundled reader if left out")
     parser.add_argument("--count", type=int, default=12)
-    parser.add_argument("--first", type=int, default=FIRST_SEED, help="the first picture's seed")
+    parser.add_argument("--first", type=int, default=FIRST_SEED, help="the first image's seed")
     parser.add_argument("--question", default=shape.QUESTION)
     parser.add_argument("--out", type=Path, default=Path(".cache/reader/paths.png"))
     options = parser.parse_args()
     vlm = smolstack.load() if options.model is None else smolstack.load(options.model)
     drawn = []
     for seed in range(options.first, options.first + options.count):
-        picture = draw_picture(seed, "held-out")
-        answer = vlm.ask(picture.image, options.question, max_new_tokens=NEW_TOKENS)
-        drawn.append(draw_path(picture.image, answer.token_ids, tidy(answer.text)))
+        image = draw_image(seed, "held-out")
+        answer = vlm.ask(image.image, options.question, max_new_tokens=NEW_TOKENS)
+        drawn.append(draw_path(image.image, answer.token_ids, tidy(answer.text)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     arrange(drawn, columns=3).quantize(128).save(options.out, optimize=True)
     print(options.out)

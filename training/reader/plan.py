@@ -15,9 +15,9 @@ class Plan:
     Attributes:
         steps: of one batch each.
         groups, size, tiles: what a batch of one process holds (``batches.py``).
-        full: the share of pictures with as many and as long lines as the level allows.
+        full: the share of images with as many and as long lines as the level allows.
         rate: of both optimizers, at most.
-        growing: the share of the batches over which pictures become as varied as they will be.
+        growing: the share of the batches over which images become as varied as they will be.
         apart: the share of the steps in which the decoder does not see what the tower says, but
             what a good tower would say.
     """

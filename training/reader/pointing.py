@@ -8,7 +8,7 @@ These are special tokens, which decoding leaves out. (In the same way SmolDoclin
 element stands, Nassar et al. 2025.)
 
 Small characters are pointed at on the tiles. Large ones, of which a tile's edge cuts many, are on
-the tile of the whole picture. ``targets.py`` says which cells show a character well enough.
+the tile of the whole image. ``targets.py`` says which cells show a character well enough.
 
 Such an answer begins with a token that says so. Without it, the first character of an answer that
 does not point would seem likelier than any of the many cells.
@@ -100,7 +100,7 @@ def pointing_answer(
     """The answer that points at each character that it reads.
 
     Args:
-        lines: what the picture says.
+        lines: what the image says.
         spots: of each line's visible characters.
         rng: chooses which of the cells that show a character is named, mostly that of its middle;
             without one, always that.

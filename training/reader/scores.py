@@ -14,7 +14,7 @@ from typing import TypeVar
 import jiwer
 from PIL import Image, ImageDraw, ImageFont
 
-ENLARGED = 1000  # pixels: tesseract wants capitals of 30 pixels, so smaller pictures are enlarged
+ENLARGED = 1000  # pixels: tesseract wants capitals of 30 pixels, so smaller images are enlarged
 CELL = (220, 150)
 
 Figures = dict[str, float | int]
@@ -22,7 +22,7 @@ Figures = dict[str, float | int]
 
 @dataclass(frozen=True)
 class Result:
-    """A picture, the question, the truth, and the answers of the reader and of tesseract."""
+    """An image, the question, the truth, and the answers of the reader and of tesseract."""
 
     image: Image.Image
     question: str
@@ -39,19 +39,19 @@ AnyResult = TypeVar("AnyResult", bound=Result)
 
 
 def figures(results: Iterable[Result]) -> Figures:
-    """Exact answers as a share, character error rate, the number of pictures; tesseract's too.
+    """Exact answers as a share, character error rate, the number of images; tesseract's too.
 
     The character error rate counts insertions, deletions and exchanges over all characters of the
     truth; line ends are characters.
     """
     results = list(results)
     if not results:
-        return {"pictures": 0}
+        return {"images": 0}
     truths = [result.truth for result in results]
     found: Figures = {
         "exact": round(sum(result.exact for result in results) / len(results), 4),
         "cer": error_rate(truths, [result.answer for result in results]),
-        "pictures": len(results),
+        "images": len(results),
     }
     others = [result.other for result in results if result.other is not None]
     if len(others) == len(results):
@@ -62,7 +62,7 @@ def figures(results: Iterable[Result]) -> Figures:
 
 
 def error_rate(truths: Sequence[str], answers: Sequence[str]) -> float:
-    """Edits over characters of the truth, all pictures taken together."""
+    """Edits over characters of the truth, all images taken together."""
     return round(float(jiwer.cer(list(truths), list(answers))), 4)
 
 
@@ -87,7 +87,7 @@ def tesseract_version() -> str | None:
 
 
 def ask_tesseract(image: Image.Image) -> str | None:
-    """What tesseract reads in a picture, as a block of text (--psm 6); None where there is none."""
+    """What tesseract reads in an image, as a block of text (--psm 6); None where there is none."""
     if tesseract_version() is None:
         return None
     longest = max(image.size)
@@ -115,7 +115,7 @@ def tidy(text: str) -> str:
 def draw_sheet(
     results: Sequence[Result], path: Path, columns: int = 5, rows: int = 8, wrong: float = 0.6
 ) -> None:
-    """Pictures with truth and answer; wrong answers first and in red, ``wrong`` of the sheet."""
+    """Images with truth and answer; wrong answers first and in red, ``wrong`` of the sheet."""
     failed = [r for r in results if not r.exact][: round(columns * rows * wrong)]
     right = [r for r in results if r.exact][: columns * rows - len(failed)]
     shown = [*failed, *right]

@@ -6,11 +6,11 @@ from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from smolstack.processor.settings import ImageSettings
 
 TILE, PATCH, SCALE = 128, 8, 2
-EDGE = 3 * TILE  # a picture's longer side: three tiles, and one of the whole
+EDGE = 3 * TILE  # an image's longer side: three tiles, and one of the whole
 GRID = TILE // PATCH
 CELLS = GRID // SCALE  # visual tokens along a tile's side
 TOKENS_PER_TILE = CELLS**2
-SIDE = EDGE // TILE * CELLS  # of them, along the longer side of a picture
+SIDE = EDGE // TILE * CELLS  # of them, along the longer side of an image
 HALVES = GRID // CELLS  # a cell that is pointed at is one of this many parts, side by side
 
 START, IMAGE, AROUND = "<|im_start|>", "<image>", "<fake_token_around_image>"
@@ -44,7 +44,7 @@ QUESTION = "What does it say?"
 QUESTIONS = (
     QUESTION,
     "What is written here?",
-    "What does this picture say?",
+    "What does this image say?",
     "Read it.",
     "Read the text.",
     "What is the text?",

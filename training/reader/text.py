@@ -1,4 +1,4 @@
-"""What drawn pictures say: words, numbers, prices, dates, codes, addresses, and plain nonsense.
+"""What drawn images say: words, numbers, prices, dates, codes, addresses, and plain nonsense.
 
 Real words and numbers are learned quickly; random strings keep the reader honest. One in ten of
 all words and of all other strings is kept for the test and never trained on.

@@ -4,7 +4,7 @@ Tower and decoder are trained side by side, by two losses: the tower learns to n
 under each patch and to say where the line's next one is, the decoder to answer, by next tokens.
 Next-token loss alone stays long on the plateau where only the length of an answer is learned. So
 the decoder at first does not see what the tower says, but what a good tower would say of the same
-pictures (``random_states``), and learns what to do with it: to point at the cell of each character
+images (``random_states``), and learns what to do with it: to point at the cell of each character
 and to say what that shows (``pointing.py``). Then the two are joined.
 
 It needs a GPU and some cores that draw. On processors alone it is the same, but takes days: there
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from smolstack.checkpoint.load import load_checkpoint
 from training.reader import attention, fonts, shape, together
-from training.reader.batches import ReaderBatch, Room, normalised
+from training.reader.batches import ReaderBatch, Room, normalized
 from training.reader.drawn import DrawnBatches
 from training.reader.losses import answer_logits, answering_loss, naming_loss, on, random_states
 from training.reader.muon import Muon
@@ -205,7 +205,7 @@ class Trainer:
         plain = self.halves and self.device.type == "cpu"
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.halves)
         with half, attention.plain() if plain else nullcontext():
-            states = shown = self.model.vision(normalised(batch.tiles))
+            states = shown = self.model.vision(normalized(batch.tiles))
             if self.step < self.plan.apart * self.plan.steps:
                 generator = torch.Generator(self.device)
                 generator.manual_seed(self.step * self.processes + self.rank)
@@ -247,7 +247,7 @@ def main() -> None:
         "--workers",
         type=int,
         default=max(1, (os.cpu_count() or 1) - 2) if on_gpu else 1,
-        help="processes that draw pictures",
+        help="processes that draw images",
     )
     for name in ("steps", "groups", "tiles", "rate"):
         default = getattr(Plan, name)

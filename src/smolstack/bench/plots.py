@@ -133,7 +133,7 @@ def growth(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def budget(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Exact answers and seconds per picture over the budget of visual tokens."""
+    """Exact answers and seconds per image over the budget of visual tokens."""
     figure = _figure(9, 4)
     exact, seconds = figure.subplots(1, 2)
     for dtype in dict.fromkeys(row["precision"] for row in rows):
@@ -141,9 +141,9 @@ def budget(rows: Sequence[Mapping[str, Any]]) -> Any:
         budgets = [row["max_image_tokens"] for row in own]
         colour = _COLOURS.get(dtype, "black")
         exact.plot(budgets, [100 * r["exact"] for r in own], "o-", color=colour, label=dtype)
-        seconds.plot(budgets, [1e3 * r["seconds per picture"] for r in own], "o-", color=colour)
+        seconds.plot(budgets, [1e3 * r["seconds per image"] for r in own], "o-", color=colour)
     exact.set(xlabel="max_image_tokens", ylabel="exact answers, %", ylim=(0, 100))
-    seconds.set(xlabel="max_image_tokens", ylabel="ms per picture", ylim=(0, None))
+    seconds.set(xlabel="max_image_tokens", ylabel="ms per image", ylim=(0, None))
     for axes in (exact, seconds):
         axes.grid(alpha=0.2)
     exact.legend(fontsize=8)

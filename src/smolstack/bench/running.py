@@ -12,9 +12,9 @@ from typing import Any
 from smolstack.bench import machine, report
 from smolstack.bench.cases import PARTS
 from smolstack.bench.peers import absent, sides
-from smolstack.bench.setting import setting
 from smolstack.bench.studies import STUDIES
 from smolstack.bench.timing import Case, Result, measure
+from smolstack.bench.workload import setting
 from smolstack.errors import ConfigError
 from smolstack.family import Preset
 

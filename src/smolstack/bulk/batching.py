@@ -9,7 +9,7 @@ from smolstack.bulk.rows import Row
 from smolstack.errors import BulkError
 
 DEFAULT_BATCH_TOKENS, DEFAULT_BATCH_ROWS = 4096, 16
-_HELD_BYTES = 64 * 2**20  # picture files that are held while they are sorted
+_HELD_BYTES = 64 * 2**20  # image files that are held while they are sorted
 _PADDED = 4  # a row is padded by less than one in so many of its batch's longest
 
 
@@ -18,8 +18,8 @@ class Limits:
     """How large a batch may become.
 
     Attributes:
-        tokens: prompt tokens, padding included; a picture that needs more goes alone.
-        rows: pictures.
+        tokens: prompt tokens, padding included; an image that needs more goes alone.
+        rows: images.
     """
 
     tokens: int = DEFAULT_BATCH_TOKENS
@@ -33,14 +33,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Planned:
-    """A row and the tokens that asking about its picture takes."""
+    """A row and the tokens that asking about its image takes."""
 
     row: Row
     tokens: int
 
 
 def chunks(rows: Iterable[Row], held_bytes: int = _HELD_BYTES) -> Iterator[list[Row]]:
-    """Rows in pieces that hold no more than so many bytes of pictures (and at least one row)."""
+    """Rows in pieces that hold no more than so many bytes of images (and at least one row)."""
     some: list[Row] = []
     held = 0
     for row in rows:

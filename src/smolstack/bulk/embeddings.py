@@ -1,4 +1,4 @@
-"""Embeddings of pictures: visual tokens, their mean, or a retrieval model's vectors."""
+"""Embeddings of images: visual tokens, their mean, or a retrieval model's vectors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smolstack.bulk.rows import Row, plain
-from smolstack.bulk.tasks import ABOUT, Loaded, Pictures
+from smolstack.bulk.tasks import ABOUT, ImageTask, Loaded
 from smolstack.errors import BulkError
 from smolstack.generation.request import Request
 from smolstack.processor.geometry import Tiling
@@ -26,8 +26,8 @@ EMBED = "smolstack.embed"  # in the metadata of a table of pages: that it is one
 SHAPE = "smolstack.shape"  # and the shape of the model that made it
 
 
-class _Kept(Pictures):
-    """One row of numbers for each picture: what both kinds of embeddings share."""
+class _Kept(ImageTask):
+    """One row of numbers for each image: what both kinds of embeddings share."""
 
     records = 1
 
@@ -53,7 +53,7 @@ class _Kept(Pictures):
         raise NotImplementedError
 
     def plan(self, row: Row) -> int:
-        return self.processor.plan(row.picture, **self.tiling).visual_tokens
+        return self.processor.plan(row.image, **self.tiling).visual_tokens
 
     def work(self, loaded: Loaded) -> pa.RecordBatch:
         records = [{**self.about(row), "error": plain(error)} for row, error in loaded.errors]
@@ -77,10 +77,10 @@ class _Kept(Pictures):
 
 
 class Embeddings(_Kept):
-    """Visual tokens of every picture, or their mean: what the decoder would read.
+    """Visual tokens of every image, or their mean: what the decoder would read.
 
     ``embedding`` is a list of n·S lists of D numbers (its tiles in reading order, the whole
-    picture last), or with kind "mean" one list of D numbers.
+    image last), or with kind "mean" one list of D numbers.
     """
 
     kind = "visual tokens"
@@ -95,8 +95,8 @@ class Embeddings(_Kept):
         return vector if self.kind_of == "mean" else pa.list_(vector)
 
     def prepare(self, row: Row) -> list[Prompt]:
-        picture = row.picture
-        return [Prompt("", (), (picture,), (self.processor.plan(picture, **self.tiling),))]
+        image = row.image
+        return [Prompt("", (), (image,), (self.processor.plan(image, **self.tiling),))]
 
     def embedding(self, request: Request) -> Tensor:
         tokens = request.visual[0].tokens.flatten(0, 1).float()
@@ -120,7 +120,7 @@ class Pages(_Kept):
         return pa.list_(pa.list_(number, check_head(vlm.model, vlm.folder)))
 
     def prepare(self, row: Row) -> list[Prompt]:
-        return page_prompts(self.processor, [row.picture], self.words.page, self.tiling)
+        return page_prompts(self.processor, [row.image], self.words.page, self.tiling)
 
     def embedding(self, request: Request) -> Tensor:
         assert request.vectors is not None

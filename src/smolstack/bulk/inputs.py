@@ -1,4 +1,4 @@
-"""PICTURES: a folder, a glob, a table or a list, as a stream of rows that is never held whole."""
+"""IMAGES: a folder, a glob, a table or a list, as a stream of rows that is never held whole."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from smolstack.processor import formats
 from smolstack.processor.folders import PassedOver, search
 from smolstack.processor.pages import SUFFIXES, TIFF_SUFFIXES, count_pages, page_of
 
-Pictures: TypeAlias = "str | Path | Sequence[str | Path | bytes]"
+ImageInputs: TypeAlias = "str | Path | Sequence[str | Path | bytes]"
 # What a folder is searched for; a glob or a table takes whatever it names.
-PICTURE_SUFFIXES = frozenset([*formats.SUFFIXES, *SUFFIXES])
+IMAGE_SUFFIXES = frozenset([*formats.SUFFIXES, *SUFFIXES])
 _MAGIC = "*?["
 _log = logging.getLogger("smolstack")
 
@@ -59,57 +59,57 @@ class Input:
 
 
 def open_input(
-    pictures: Pictures,
-    picture_column: str | None = None,
+    images: ImageInputs,
+    image_column: str | None = None,
     id_column: str | None = None,
     password: str | None = None,
 ) -> Input:
-    """Look at PICTURES far enough to refuse what cannot be read; nothing is listed yet.
+    """Look at IMAGES far enough to refuse what cannot be read; nothing is listed yet.
 
     Args:
         password: of locked PDF files, whose pages are counted.
 
     Raises:
-        BulkError: nothing is there, or a table has no column of pictures.
+        BulkError: nothing is there, or a table has no column of images.
     """
-    if not isinstance(pictures, (str, Path)):
-        return _from_list(pictures, password)
-    path = Path(pictures)
+    if not isinstance(images, (str, Path)):
+        return _from_list(images, password)
+    path = Path(images)
     if path.is_dir():
-        _no_columns(picture_column, id_column, f"{path} is a folder")
-        return Input({"pictures": str(path.absolute())}, lambda: walk(path, password))
+        _no_columns(image_column, id_column, f"{path} is a folder")
+        return Input({"images": str(path.absolute())}, lambda: walk(path, password))
     if path.is_file():
         files = [path]
-    elif any(sign in str(pictures) for sign in _MAGIC):
-        files = sorted(Path(name) for name in glob.iglob(str(pictures), recursive=True))
+    elif any(sign in str(images) for sign in _MAGIC):
+        files = sorted(Path(name) for name in glob.iglob(str(images), recursive=True))
         files = [file for file in files if file.is_file()]
         if not files:
-            raise BulkError(f"{pictures}: no file matches, expected pictures or tables of them")
+            raise BulkError(f"{images}: no file matches, expected images or tables of them")
     else:
         raise BulkError(
-            f"{pictures}: found nothing, expected a folder, a glob, a picture, or a table of "
-            f"pictures ({', '.join(TABLE_SUFFIXES)})"
+            f"{images}: found nothing, expected a folder, a glob, an image, or a table of "
+            f"images ({', '.join(TABLE_SUFFIXES)})"
         )
     kinds = {file.suffix.lower() if file.suffix.lower() in TABLE_SUFFIXES else "" for file in files}
     if kinds == {""}:
-        _no_columns(picture_column, id_column, f"{pictures} names pictures")
-        return Input({"pictures": str(Path(pictures).absolute())}, lambda: _named(files, password))
+        _no_columns(image_column, id_column, f"{images} names images")
+        return Input({"images": str(Path(images).absolute())}, lambda: _named(files, password))
     if len(kinds) > 1:
         raise BulkError(
-            f"{pictures} matches files of several kinds ({', '.join(sorted(kinds - {''}))} among "
-            "them), expected tables of one kind or pictures"
+            f"{images} matches files of several kinds ({', '.join(sorted(kinds - {''}))} among "
+            "them), expected tables of one kind or images"
         )
-    return _from_tables(files, kinds.pop(), picture_column, id_column)
+    return _from_tables(files, kinds.pop(), image_column, id_column)
 
 
 def walk(folder: Path, password: str | None = None) -> Iterator[Row]:
-    """The pictures of a folder and its sub-folders in the order of their names.
+    """The images of a folder and its sub-folders in the order of their names.
 
     Hidden files and folders are no part of it. What else is passed over (files of other kinds,
     links to nothing and to folders) is counted, and said at the end by a warning.
     """
     root, over = folder.absolute(), PassedOver()
-    found = search(root, PICTURE_SUFFIXES, over)
+    found = search(root, IMAGE_SUFFIXES, over)
     names = ((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in found)
     yield from _rows(names, password)
     if over:
@@ -117,7 +117,7 @@ def walk(folder: Path, password: str | None = None) -> Iterator[Row]:
 
 
 def _rows(files: Iterable[tuple[str, str]], password: str | None) -> Iterator[Row]:
-    """A row for each picture of some (names, paths), and for each page of a file with pages."""
+    """A row for each image of some (names, paths), and for each page of a file with pages."""
     index = 0
     for name, path in files:
         for row in _pages(index, name, path, password):
@@ -146,42 +146,42 @@ def _named(files: Sequence[Path], password: str | None) -> Iterator[Row]:
     yield from _rows(((str(file), str(file.absolute())) for file in files), password)
 
 
-def _from_list(pictures: Sequence[str | Path | bytes], password: str | None) -> Input:
+def _from_list(images: Sequence[str | Path | bytes], password: str | None) -> Input:
     digest = hashlib.sha256()
-    for picture in pictures:
-        if not isinstance(picture, (str, Path, bytes)):
+    for image in images:
+        if not isinstance(image, (str, Path, bytes)):
             raise BulkError(
-                f"the list of pictures holds a {type(picture).__name__}, expected paths or bytes"
+                f"the list of images holds a {type(image).__name__}, expected paths or bytes"
             )
-        content = picture if isinstance(picture, bytes) else str(Path(picture).absolute()).encode()
+        content = image if isinstance(image, bytes) else str(Path(image).absolute()).encode()
         digest.update(str(len(content)).encode() + b":" + content)
 
     def rows() -> Iterator[Row]:
         index = 0
-        for picture in pictures:
-            value = picture if isinstance(picture, bytes) else str(picture)
+        for image in images:
+            value = image if isinstance(image, bytes) else str(image)
             row = as_row(index, value, None, Path())
             some = [row] if row.path is None else list(_pages(index, row.id, row.path, password))
             yield from some
             index += len(some)
 
-    identity = f"a list of {len(pictures)}, sha256 {digest.hexdigest()[:16]}"
-    return Input({"pictures": identity}, rows)
+    identity = f"a list of {len(images)}, sha256 {digest.hexdigest()[:16]}"
+    return Input({"images": identity}, rows)
 
 
 def _from_tables(
-    files: list[Path], kind: str, picture_column: str | None, id_column: str | None
+    files: list[Path], kind: str, image_column: str | None, id_column: str | None
 ) -> Input:
     where = str(files[0])
     names = _schema(files).names if kind == ".parquet" else column_names(files[0])
     plain = kind in (".jsonl", ".ndjson") and not names  # lines of plain paths
     if plain:
-        _no_columns(picture_column, id_column, f"{where} has no JSON object")
-    columns = None if plain else choose_columns(where, names, picture_column, id_column)
+        _no_columns(image_column, id_column, f"{where} has no JSON object")
+    columns = None if plain else choose_columns(where, names, image_column, id_column)
     identity = {
-        "pictures": [str(file.absolute()) for file in files],
+        "images": [str(file.absolute()) for file in files],
         "state of the tables": [[(s := file.stat()).st_size, s.st_mtime_ns] for file in files],
-        "columns": None if columns is None else [columns.picture, columns.id],
+        "columns": None if columns is None else [columns.image, columns.id],
     }
     if kind == ".parquet":
         assert columns is not None
@@ -208,7 +208,7 @@ def _schema(files: list[Path]) -> pa.Schema:
     return schemas[0]
 
 
-def _no_columns(picture: str | None, id_column: str | None, found: str) -> None:
-    for value, option in ((picture, "--picture-column"), (id_column, "--id-column")):
+def _no_columns(image: str | None, id_column: str | None, found: str) -> None:
+    for value, option in ((image, "--image-column"), (id_column, "--id-column")):
         if value is not None:
             raise BulkError(f"{option} {value!r} is for tables, and {found}")

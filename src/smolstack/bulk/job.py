@@ -1,4 +1,4 @@
-"""map_pictures: a bulk job from its arguments to its output file."""
+"""map_images: a bulk job from its arguments to its output file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pyarrow.compute as pc
 
 from smolstack.bulk.batching import DEFAULT_BATCH_ROWS, DEFAULT_BATCH_TOKENS, Limits
 from smolstack.bulk.embeddings import check_embedding
-from smolstack.bulk.inputs import Input, ParquetFiles, Pictures, open_input
-from smolstack.bulk.listing import RowReader, listed, write_listing
+from smolstack.bulk.input_listing import RowReader, listed, write_listing
+from smolstack.bulk.inputs import ImageInputs, Input, ParquetFiles, open_input
+from smolstack.bulk.local_engine import work_through
 from smolstack.bulk.outputs import check_output, write_output
-from smolstack.bulk.parts import Parts
+from smolstack.bulk.partial_results import Parts
 from smolstack.bulk.rows import Window, windows
 from smolstack.bulk.settings import Work, check_same, settings_of
 from smolstack.bulk.tasks import Task
-from smolstack.bulk.working import work_through
 from smolstack.checkpoint.hub import locate
 from smolstack.errors import BulkError
 from smolstack.generation.options import AnswerOptions, read_options
@@ -38,9 +38,9 @@ class Progress:
     """Where a job stands.
 
     Attributes:
-        done: pictures whose results are kept, those of earlier runs included.
+        done: images whose results are kept, those of earlier runs included.
         kept: those of earlier runs.
-        total: pictures of the input.
+        total: images of the input.
     """
 
     done: int
@@ -54,21 +54,21 @@ class Summary:
 
     Attributes:
         out: the output file.
-        pictures: rows of the input.
-        rows: rows of the output: one per picture and question.
-        bad_pictures: those whose rows hold an error.
-        kept: pictures that an earlier run had done.
+        images: rows of the input.
+        rows: rows of the output: one per image and question.
+        bad_images: those whose rows hold an error.
+        kept: images that an earlier run had done.
     """
 
     out: Path
-    pictures: int
+    images: int
     rows: int
-    bad_pictures: int
+    bad_images: int
     kept: int
 
 
-def map_pictures(
-    pictures: Pictures,
+def map_images(
+    images: ImageInputs,
     questions: str | Sequence[str] = (),
     *,
     out: str | Path,
@@ -80,7 +80,7 @@ def map_pictures(
     device: str = "auto",
     embed: str | None = None,
     embed_dtype: str = "float32",
-    picture_column: str | None = None,
+    image_column: str | None = None,
     id_column: str | None = None,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     batch_rows: int = DEFAULT_BATCH_ROWS,
@@ -91,28 +91,28 @@ def map_pictures(
     on_progress: Callable[[Progress], None] | None = None,
     **options: Unpack[AnswerOptions],
 ) -> Summary:
-    """Ask questions about many pictures, or embed them; the results become one file.
+    """Ask questions about many images, or embed them; the results become one file.
 
     A job that was cut off goes on where it was when it is called again in the same way: what is
     done stands in the folder ``OUT.parts`` until the output is complete. Rows stand in the order
-    of the input; a picture that cannot be read is a row with its error. Answers are those of
+    of the input; an image that cannot be read is a row with its error. Answers are those of
     :meth:`smolstack.VLM.ask`, however they are batched.
 
     Args:
-        pictures: a folder (with its sub-folders), a glob, a picture, a JSONL, CSV or Parquet file
+        images: a folder (with its sub-folders), a glob, an image, a JSONL, CSV or Parquet file
             (or a glob of them) of paths or bytes, or a list of paths and bytes.
-        questions: a question or several; each picture is encoded once for all of them.
+        questions: a question or several; each image is encoded once for all of them.
         out: the output, .parquet, .jsonl or .csv.
         model, revision, base, mmproj, dtype, device: as for :func:`smolstack.load`; or a loaded
             VLM.
-        embed: instead of questions, "tokens" for all visual tokens of a picture, "mean" for
+        embed: instead of questions, "tokens" for all visual tokens of an image, "mean" for
             their mean, or "retrieval" for the vectors of a retrieval model (ColSmol), which
             :func:`smolstack.bulk.search_pages` searches.
         embed_dtype: "float32" or "float16".
-        picture_column, id_column: columns of a table, where their names do not say it.
+        image_column, id_column: columns of a table, where their names do not say it.
         batch_tokens: prompt tokens of a batch at most, padding included.
-        batch_rows: pictures of a batch at most.
-        window: pictures that are sorted into batches and stored together.
+        batch_rows: images of a batch at most.
+        window: images that are sorted into batches and stored together.
         engine: "embedded" (this process) or "ray" (Ray Data; its workers must see the same files).
         workers: processes of engine "ray"; one unless given.
         restart: forget what an earlier run did, and replace the output.
@@ -130,7 +130,7 @@ def map_pictures(
     _check_how(engine, workers, window)
     check_output(out, lists=embed is not None)
     read_options(options, ())
-    source = open_input(pictures, picture_column, id_column, options.get("password"))
+    source = open_input(images, image_column, id_column, options.get("password"))
     vlm = model if isinstance(model, VLM) else None
     if isinstance(model, VLM):
         where = model.where
@@ -206,7 +206,7 @@ class _Job:
         self._tell(0)
         try:
             if engine == "ray":
-                from smolstack.bulk.on_ray import work_on_ray
+                from smolstack.bulk.ray_engine import work_on_ray
 
                 work_on_ray(
                     self.pending(),
@@ -231,7 +231,7 @@ class _Job:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise BulkError(
                 f"{error.filename or self.parts.folder}: {reason}; "
-                f"{self.done:,} of {len(self.reader):,} pictures are done and kept, and the same "
+                f"{self.done:,} of {len(self.reader):,} images are done and kept, and the same "
                 "call goes on from there"
             ) from error
 
@@ -257,13 +257,13 @@ class _Job:
 
 
 def _begin(parts: Parts, source: Input, settings: Mapping[str, Any], window: int) -> None:
-    """List the pictures and say what the job is."""
+    """List the images and say what the job is."""
     if source.rows is not None:
         count = write_listing(parts.listing, source.rows(), window)
     else:
         count = len(RowReader(_parquet(parts, source)))
     if not count:
-        raise BulkError(f"{settings['pictures']}: found no pictures")
+        raise BulkError(f"{settings['images']}: found no images")
     parts.begin(settings)
 
 

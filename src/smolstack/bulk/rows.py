@@ -10,14 +10,14 @@ from smolstack.errors import ImageError
 
 @dataclass(frozen=True)
 class Row:
-    """One picture of the input.
+    """One image of the input.
 
     Attributes:
         index: its place in the input, from 0.
         id: what the user calls it: the id column's value, else its path as written, else its place.
-        path: an absolute path, or None for a picture given as bytes.
-        content: the picture file's bytes, or None for a path.
-        error: why the input holds no picture here, or None.
+        path: an absolute path, or None for an image given as bytes.
+        content: the image file's bytes, or None for a path.
+        error: why the input holds no image here, or None.
     """
 
     index: int
@@ -27,8 +27,8 @@ class Row:
     error: str | None = None
 
     @property
-    def picture(self) -> str | bytes:
-        """The picture as the processor takes it.
+    def image(self) -> str | bytes:
+        """The image as the processor takes it.
 
         Raises:
             ImageError: the input holds none here.
@@ -37,7 +37,7 @@ class Row:
             raise ImageError(self.error)
         source = self.path if self.content is None else self.content
         if source is None:
-            raise ImageError("neither a path nor bytes stand here, expected a picture")
+            raise ImageError("neither a path nor bytes stand here, expected an image")
         return source
 
 

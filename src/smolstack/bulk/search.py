@@ -1,6 +1,6 @@
 """Search in a table of pages: every page is compared with every query, none is left out.
 
-The table is what ``map_pictures(…, embed="retrieval")`` writes. It is read piece by piece, so that
+The table is what ``map_images(…, embed="retrieval")`` writes. It is read piece by piece, so that
 it may be larger than memory.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from smolstack.bulk.batching import Limits
 from smolstack.bulk.embeddings import RETRIEVAL, Embeddings, Pages
-from smolstack.bulk.parts import Parts
+from smolstack.bulk.partial_results import Parts
 from smolstack.bulk.tasks import Questions, Task
 from smolstack.checkpoint.adapter import find_adapter
 from smolstack.checkpoint.hub import ModelPath
@@ -25,7 +25,7 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Work:
-    """What to do with pictures and how: everything that a worker elsewhere has to be told."""
+    """What to do with images and how: everything that a worker elsewhere has to be told."""
 
     where: ModelPath
     dtype: str
@@ -47,7 +47,7 @@ class Work:
         return Embeddings(vlm, self.embed, self.embed_dtype, tiling)
 
 
-def settings_of(work: Work, pictures: Mapping[str, Any], window: int) -> dict[str, Any]:
+def settings_of(work: Work, images: Mapping[str, Any], window: int) -> dict[str, Any]:
     """What must be the same for a job to go on, as plain data."""
     what: dict[str, Any] = {"questions": list(work.questions)}
     if work.embed is not None:
@@ -55,7 +55,7 @@ def settings_of(work: Work, pictures: Mapping[str, Any], window: int) -> dict[st
     kept = {name: value for name, value in work.options.items() if not _is_default(name, value)}
     data = {
         "format": _FORMAT,
-        **pictures,
+        **images,
         **what,
         **kept,
         "model": fingerprint(work.where),

@@ -1,4 +1,4 @@
-"""Tables of pictures: which column holds them, and what its values may be."""
+"""Tables of images: which column holds them, and what its values may be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smolstack.errors import BulkError, ImageError
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
 # Column names that are understood without being told, likeliest first.
-PICTURE_COLUMNS = (
+IMAGE_COLUMNS = (
     "image",
     "picture",
     "path",
@@ -31,7 +31,7 @@ PICTURE_COLUMNS = (
     "base64",
 )
 ID_COLUMNS = ("id", "image_id", "picture_id", "key", "uid")
-_ENCODED = ("bytes", "image_bytes", "base64")  # columns of text that hold a picture in base64
+_ENCODED = ("bytes", "image_bytes", "base64")  # columns of text that hold an image in base64
 _MAX_FIELD = 2**31 - 1
 
 
@@ -40,18 +40,18 @@ class Columns:
     """The columns of a table that matter.
 
     Attributes:
-        picture: a path, bytes, base64, or a struct of bytes and path.
-        id: what the picture is called, or None.
-        error: why a row has no picture, or None; only a job's own listing has this column.
+        image: a path, bytes, base64, or a struct of bytes and path.
+        id: what the image is called, or None.
+        error: why a row has no image, or None; only a job's own listing has this column.
     """
 
-    picture: str
+    image: str
     id: str | None
     error: str | None = None
 
 
 def choose_columns(
-    where: str, names: Sequence[str], picture: str | None, id_column: str | None
+    where: str, names: Sequence[str], image: str | None, id_column: str | None
 ) -> Columns:
     """The columns that were asked for, or those whose names say it.
 
@@ -59,21 +59,21 @@ def choose_columns(
         BulkError: naming the file, its columns and what was looked for.
     """
     found = ", ".join(repr(name) for name in names[:20]) or "none"
-    for asked, option in ((picture, "--picture-column"), (id_column, "--id-column")):
+    for asked, option in ((image, "--image-column"), (id_column, "--id-column")):
         if asked is not None and asked not in names:
             raise BulkError(f"{where} has no column {asked!r} ({option}); its columns are {found}")
-    if picture is None:
-        picture = next((name for name in PICTURE_COLUMNS if name in names), None)
-    if picture is None and len(names) == 1:
-        picture = names[0]
-    if picture is None:
+    if image is None:
+        image = next((name for name in IMAGE_COLUMNS if name in names), None)
+    if image is None and len(names) == 1:
+        image = names[0]
+    if image is None:
         raise BulkError(
-            f"{where}: which column holds the pictures? Name it with --picture-column; the columns "
+            f"{where}: which column holds the images? Name it with --image-column; the columns "
             f"are {found}"
         )
     if id_column is None:
-        id_column = next((name for name in ID_COLUMNS if name in names and name != picture), None)
-    return Columns(picture, id_column)
+        id_column = next((name for name in ID_COLUMNS if name in names and name != image), None)
+    return Columns(image, id_column)
 
 
 def read_table(path: Path, columns: Columns | None, first: int = 0) -> Iterator[Row]:
@@ -132,16 +132,16 @@ def from_record(index: int, record: Mapping[str, Any], columns: Columns, folder:
     """A row of a table as a Row; what is wrong with it becomes its error."""
     given = None if columns.id is None else record.get(columns.id)
     name = None if given is None or given == "" else str(given)
-    value = record.get(columns.picture)
+    value = record.get(columns.image)
     if columns.error is not None and record.get(columns.error):
         return Row(index, name or str(index), error=record[columns.error])
-    if isinstance(value, str) and columns.picture in _ENCODED:
+    if isinstance(value, str) and columns.image in _ENCODED:
         value = {"bytes": value}
     return as_row(index, value, name, folder)
 
 
 def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
-    """A picture's value as a Row: a path (relative to ``folder``), bytes, base64 or a struct of
+    """An image's value as a Row: a path (relative to ``folder``), bytes, base64 or a struct of
     ``bytes`` and ``path`` as Hugging Face datasets write it."""
     path, content = value, None
     if isinstance(value, Mapping):
@@ -164,9 +164,9 @@ def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
         return Row(index, name, content=bytes(content))
     if not isinstance(path, str) or not path:
         found = "nothing" if path is None or path == "" else f"a {type(path).__name__}"
-        return Row(index, name, error=f"found {found} in place of a picture's path or bytes")
+        return Row(index, name, error=f"found {found} in place of an image's path or bytes")
     if "://" in path:
-        return Row(index, name, error=f"{path[:200]} is an address; pictures are not fetched")
+        return Row(index, name, error=f"{path[:200]} is an address; images are not fetched")
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -178,4 +178,4 @@ def _decode(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError("the picture's text is not valid base64") from None
+        raise ImageError("the image's text is not valid base64") from None

@@ -1,8 +1,8 @@
-"""What is done with each picture: questions answered (here), or embeddings kept (embeddings.py).
+"""What is done with each image: questions answered (here), or embeddings kept (embeddings.py).
 
-A task plans a row from its picture's header alone, loads some rows (in a thread, ahead of the
-model), and turns what was loaded into results: one record per picture and question, whatever
-happened to the picture.
+A task plans a row from its image's header alone, loads some rows (in a thread, ahead of the
+model), and turns what was loaded into results: one record per image and question, whatever
+happened to the image.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from smolstack.bulk.parts import ROW
+from smolstack.bulk.partial_results import ROW
 from smolstack.bulk.rows import Row, plain
 from smolstack.errors import BulkError, SmolstackError
 from smolstack.generation.answer import Answer
 from smolstack.generation.core import EngineCore
+from smolstack.generation.grammar import Choices
 from smolstack.generation.image_cache import ImageCache
 from smolstack.generation.inline import INLINE, InlineEngine
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
 from smolstack.generation.request import Kind, Request
-from smolstack.generation.structured import Choices
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
 
@@ -38,7 +38,7 @@ class Loaded:
     """Rows on their way to the model.
 
     Attributes:
-        rows: those whose pictures could be opened.
+        rows: those whose images could be opened.
         requests: per row, its requests (one per question), their images cut into tiles; in the
             place of one that cannot be answered, what is wrong with it.
         errors: the other rows, and what was wrong.
@@ -50,7 +50,7 @@ class Loaded:
 
 
 class Task(Protocol):
-    """Work on pictures. ``records`` is how many results a picture has."""
+    """Work on images. ``records`` is how many results an image has."""
 
     schema: pa.Schema
     records: int
@@ -60,7 +60,7 @@ class Task(Protocol):
         ...
 
     def load(self, rows: Sequence[Row]) -> Loaded:
-        """Open and cut the pictures of some rows; never raises for a bad one."""
+        """Open and cut the images of some rows; never raises for a bad one."""
         ...
 
     def work(self, loaded: Loaded) -> pa.RecordBatch:
@@ -68,7 +68,7 @@ class Task(Protocol):
         ...
 
 
-class Pictures:
+class ImageTask:
     """What both tasks share: planning, loading, and results of rows that failed."""
 
     schema: pa.Schema
@@ -76,7 +76,7 @@ class Pictures:
 
     def __init__(self, vlm: VLM, tiling: Tiling, prefix_bytes: int = 0) -> None:
         self.model, self.processor, self.tiling = vlm.model, vlm.processor, tiling
-        # A core of its own: a picture does not come twice in a row, so none is kept.
+        # A core of its own: an image does not come twice in a row, so none is kept.
         limits = replace(INLINE, prefix_bytes=prefix_bytes)
         images = ImageCache(vlm.model, max_bytes=0)
         self.engine = InlineEngine(EngineCore(vlm.model, vlm.processor, limits, images=images))
@@ -115,8 +115,8 @@ class Pictures:
         return pa.RecordBatch.from_pylist(records, schema=self.schema)
 
 
-class Questions(Pictures):
-    """Every question about every picture, which is encoded once for all of them."""
+class Questions(ImageTask):
+    """Every question about every image, which is encoded once for all of them."""
 
     kind = "answer"
 
@@ -149,7 +149,7 @@ class Questions(Pictures):
         self._tokens: dict[tuple[int, int], int] = {}
 
     def plan(self, row: Row) -> int:
-        plan = self.processor.plan(row.picture, **self.tiling)
+        plan = self.processor.plan(row.image, **self.tiling)
         grid = plan.rows, plan.cols
         if grid not in self._tokens:
             counts = [self.processor.count_tokens([plan], text) for text in self.questions]
@@ -157,7 +157,7 @@ class Questions(Pictures):
         return self._tokens[grid]
 
     def prepare(self, row: Row) -> list[Prompt]:
-        return [self.processor.prepare((row.picture, q), **self.tiling) for q in self.questions]
+        return [self.processor.prepare((row.image, q), **self.tiling) for q in self.questions]
 
     def request(self, prompt: Prompt) -> Request | str:
         try:
@@ -199,4 +199,4 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
-    return f"the picture cannot be read ({type(error).__name__}: {error})"
+    return f"the image cannot be read ({type(error).__name__}: {error})"

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smolstack.checkpoint.adapter_targets import words_nowhere
 from smolstack.checkpoint.files import ADAPTER_CONFIG, read_json
 from smolstack.checkpoint.hub import BUNDLED, find
-from smolstack.checkpoint.targets import words_nowhere
 from smolstack.checkpoint.weights import INDEX, SINGLE, Entry, open_weights
 from smolstack.errors import CheckpointError
 

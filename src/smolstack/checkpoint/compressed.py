@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from smolstack.checkpoint import keys
+from smolstack.checkpoint.entries import Stored
+from smolstack.checkpoint.quantized_layer import PACKED, SCALE, SHAPE, ZERO, StoredLayer
 from smolstack.checkpoint.schemes import PACKED_FORM, Scheme, Schemes, read_schemes
-from smolstack.checkpoint.stored import Stored
-from smolstack.checkpoint.stored_layer import PACKED, SCALE, SHAPE, ZERO, StoredLayer
 from smolstack.checkpoint.weights import FLOAT_TYPES, Entry
 from smolstack.config import ModelConfig
 from smolstack.config.quantization import Format, Quantization, format_of, name_of
@@ -31,7 +31,7 @@ _OWN_GROUPS = range(16, 1025, 16)
 def open_compressed(
     weights: Stored, raw: Mapping[str, Any], config: ModelConfig | None, *, floats: bool = False
 ) -> Stored:
-    """The same weights, layers of integers as quantised layers or as floats.
+    """The same weights, layers of integers as quantized layers or as floats.
 
     Args:
         weights: as they are in the files.

@@ -1,4 +1,4 @@
-"""Quantised layers in compressed-tensors' "pack-quantized" form, for others and for us.
+"""Quantized layers in compressed-tensors' "pack-quantized" form, for others and for us.
 
 That form wants groups that divide a layer's input channels, and vLLM's kernels know none of more
 than 128. So larger groups, and rows that end in a shorter one, are written in smaller groups whose
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from smolstack.checkpoint import keys
+from smolstack.checkpoint.quantized_layer import SCALE, SHAPE, ZERO
 from smolstack.checkpoint.schemes import METHOD, OWN, PACKED_FORM
-from smolstack.checkpoint.stored_layer import SCALE, SHAPE, ZERO
 from smolstack.config.quantization import Format
-from smolstack.model.quantised import QuantisedLinear, unpack_words
+from smolstack.model.quantized import QuantizedLinear, unpack_words
 from smolstack.model.vlm import VisionLanguageModel
 
 MOST = 128  # channels of a group as it is written
@@ -43,7 +43,7 @@ def stored_state(model: VisionLanguageModel) -> dict[str, Tensor]:
     """
     state = dict(model.state_dict())
     for name, layer in model.named_modules():
-        if not isinstance(layer, QuantisedLinear):
+        if not isinstance(layer, QuantizedLinear):
             continue
         inputs, outputs, form = layer.in_features, layer.out_features, layer.format
         state[f"{name}.{SHAPE}"] = torch.tensor([outputs, inputs])
@@ -74,7 +74,7 @@ def to_config(model: VisionLanguageModel, state: Mapping[str, Tensor]) -> dict[s
     for name, form in quantization:
         own = keys.to_hf(f"{name}.weight", embedding_head=embedding).removesuffix(".weight")
         layer = model.get_submodule(name)
-        assert isinstance(layer, QuantisedLinear)
+        assert isinstance(layer, QuantizedLinear)
         written = stored_group(form, layer.in_features) or -1
         kind = form.bits, form.group, form.activation_bits, written, f"{name}.{ZERO}" not in state
         groups.setdefault(kind, []).append(own)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.inspect import part_name
-from smolstack.checkpoint.meaning import meaning
+from smolstack.checkpoint.side_files import meaning
 from smolstack.checkpoint.source import Source, open_source
 
 LONG = 80  # characters of a setting that is shown by its length

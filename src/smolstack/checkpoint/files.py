@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smolstack.checkpoint.derived import derive_config, derive_image
-from smolstack.checkpoint.kinds import refuse_other_kinds
+from smolstack.checkpoint.defaults import derive_config, derive_image
+from smolstack.checkpoint.unsupported import refuse_other_kinds
 from smolstack.errors import CheckpointError, ConfigError
 
 # Small files that describe the processor; kept as they are when a checkpoint is saved again.

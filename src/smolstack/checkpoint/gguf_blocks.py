@@ -80,7 +80,7 @@ def kind_of(code: int, who: str) -> Kind:
 def to_floats(rows: npt.NDArray[np.uint8], kind: Kind) -> Tensor:
     """Rows of blocks as floats: (rows, bytes of a row) → (rows, numbers of a row).
 
-    Floats stay mapped and in their own format; quantised blocks are float32.
+    Floats stay mapped and in their own format; quantized blocks are float32.
     """
     if kind.name == "F32":
         return torch.from_numpy(rows.view(np.float32))

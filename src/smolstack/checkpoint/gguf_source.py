@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from smolstack.checkpoint.entries import Stored
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.gguf_blocks import to_floats
 from smolstack.checkpoint.gguf_config import files_of
 from smolstack.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from smolstack.checkpoint.hub import GGUF, ModelPath
-from smolstack.checkpoint.stored import Stored
 from smolstack.checkpoint.weights import Entry
 from smolstack.errors import CheckpointError
 

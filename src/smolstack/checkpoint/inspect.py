@@ -22,7 +22,7 @@ PARTS = ("vision tower", "connector", "token embedding", "decoder layers", "deco
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of a weight in large matrices; int4 keeps to the decoder and its head, with a scale of two
 # bytes per 32 weights. The rest is float32, keys and values are float16 (model/precision.py).
-_QUANTISED = {"int8": (1.0, 1.0), "int4": (1.0, 0.5625)}
+_QUANTIzED = {"int8": (1.0, 1.0), "int4": (1.0, 0.5625)}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PREFIXES = (
     ("vision.", "vision tower"),
@@ -53,7 +53,7 @@ class Inspection:
     Attributes:
         folder: where it is.
         config: sizes of both towers and the bridge, the head as the weights have it.
-        settings: preprocessing of pictures.
+        settings: preprocessing of images.
         parameters: by part (see PARTS), each weight counted once.
         stored: parameters by the number format they are stored in.
         weight_files: bytes on disk by file.
@@ -101,7 +101,7 @@ class Inspection:
         parts = self.parameters
         embedding = parts["token embedding"]
         head = parts["head"] or embedding  # a tied head becomes a matrix of its own
-        for name, (tower, decoder) in _QUANTISED.items():
+        for name, (tower, decoder) in _QUANTIzED.items():
             whole = tower * (parts["vision tower"] + parts["connector"])
             found[name] = round(whole + decoder * (parts["decoder layers"] + head) + 4 * embedding)
         return found
@@ -202,7 +202,7 @@ def _count_formats(entries: Mapping[str, Entry]) -> dict[str, int]:
 
 
 def _bytes_in_memory(entries: Mapping[str, Entry]) -> int:
-    """Of a quantised model: its integers and their scales, its token table as it is stored, and
+    """Of a quantized model: its integers and their scales, its token table as it is stored, and
     float32 for all else."""
     table = keys.to_hf("decoder.embedding.weight")
     return sum(

@@ -13,8 +13,8 @@ from smolstack.checkpoint import keys
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.panel_file import adopt_panels
+from smolstack.checkpoint.quantized_layer import SCALE
 from smolstack.checkpoint.source import Source, open_source
-from smolstack.checkpoint.stored_layer import SCALE
 from smolstack.checkpoint.verify import compare, settle_head
 from smolstack.checkpoint.weights import Entry
 from smolstack.config import ModelConfig, as_ids
@@ -25,11 +25,11 @@ from smolstack.processor.processor import Processor
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tokenizer import TextTokenizer
 from smolstack.processor.video import VideoSettings
-from smolstack.quantization.quantise import Progress, quantise
+from smolstack.quantization.quantize import Progress, quantize_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-QUANTISED = SCHEMES
+QUANTIzED = SCHEMES
 logger = logging.getLogger(__name__)
 _TABLE = "decoder.embedding.weight"
 
@@ -60,11 +60,11 @@ def load_checkpoint(
     Args:
         where: a Hugging Face checkpoint folder, an adapter's (then its base's weights are read,
             and changed), an MLX conversion's, or a GGUF file and its vision tower's.
-        dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantised while loading, unless
+        dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantized while loading, unless
             they are stored so), or "auto": the weights' own, except on a CPU without arithmetic in
             it, where float32 is faster and loses nothing.
         device: "cpu", "cuda", "mps", … or "auto": the first of cuda, mps, cpu that is there.
-        progress: is told what was done and how much of how much, while weights are quantised or
+        progress: is told what was done and how much of how much, while weights are quantized or
             laid out for the kernels.
 
     Raises:
@@ -86,8 +86,8 @@ def load_checkpoint(
         )
     floats = _floats(dtype, config, entries, target)
     model = load_weights(source, config, floats, target)
-    if dtype in QUANTISED and stored is None:
-        quantise(model, dtype, progress=progress)
+    if dtype in QUANTIzED and stored is None:
+        quantize_model(model, dtype, progress=progress)
     elif stored is not None:
         adopt_panels(model, source, progress=progress)
     ends = end_tokens(files, config, processor)
@@ -143,11 +143,11 @@ def choose_device(device: str) -> torch.device:
 def _floats(
     dtype: str, config: ModelConfig, entries: Mapping[str, Entry], device: torch.device
 ) -> torch.dtype:
-    """What float weights are loaded in. Those that will be quantised stay as they are stored, so
+    """What float weights are loaded in. Those that will be quantized stay as they are stored, so
     that no whole copy of the model is ever made; beside stored integers they are float32."""
     if config.quantization is not None:
         return torch.float32
-    return _stored_dtype(entries) if dtype in QUANTISED else choose_dtype(dtype, entries, device)
+    return _stored_dtype(entries) if dtype in QUANTIzED else choose_dtype(dtype, entries, device)
 
 
 def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device) -> torch.dtype:
@@ -155,7 +155,7 @@ def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device)
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(
-                f"dtype is {dtype!r}, expected auto or one of {[*DTYPES, *QUANTISED]}"
+                f"dtype is {dtype!r}, expected auto or one of {[*DTYPES, *QUANTIzED]}"
             )
         return DTYPES[dtype]
     own = _stored_dtype(entries)
@@ -185,7 +185,7 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
 
 
 def pointing_tokens(files: CheckpointFiles, config: ModelConfig) -> range:
-    """Tokens that say where in a picture an answer is read, and are no part of its text.
+    """Tokens that say where in an image an answer is read, and are no part of its text.
 
     generation_config.json's ``pointing_token_ids``: the first and the last one. No published
     checkpoint has any; the bundled reader has.

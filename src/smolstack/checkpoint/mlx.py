@@ -1,7 +1,7 @@
-"""Conversions for MLX: other names, and weights quantised affinely in groups.
+"""Conversions for MLX: other names, and weights quantized affinely in groups.
 
 ``mlx_vlm.convert`` writes a folder like any other, but its weights are called as MLX's model calls
-them, its convolution has its channels last, and a quantised layer is three tensors: ``weight``
+them, its convolution has its channels last, and a quantized layer is three tensors: ``weight``
 (packed in uint32), ``scales`` and ``biases``, one of each per group of a row. They are turned into
 floats while they are read: w = scale · q + bias, as ``mx.dequantize`` computes it.
 """
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from smolstack.checkpoint.stored import Stored
+from smolstack.checkpoint.entries import Stored
 from smolstack.checkpoint.weights import Entry, open_weights, read_entries
 from smolstack.errors import CheckpointError
 
@@ -107,7 +107,7 @@ def hf_name(name: str) -> str:
 
 
 def to_floats(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tensor:
-    """A quantised layer's weight in float32.
+    """A quantized layer's weight in float32.
 
     Args:
         packed: (out, in · bits / 32) uint32, read as one stream of bits, the lowest first.
@@ -137,7 +137,7 @@ def _unpack(rows: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
 
 
 class _Layer:
-    """One quantised layer: its bits, its width, and its scales' dtype and names."""
+    """One quantized layer: its bits, its width, and its scales' dtype and names."""
 
     def __init__(self, bits: int, columns: int, dtype: str, companions: tuple[str, str]) -> None:
         self.bits, self.columns, self.dtype, self.companions = bits, columns, dtype, companions

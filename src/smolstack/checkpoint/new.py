@@ -1,4 +1,4 @@
-"""Randomly initialised checkpoints of published shapes, with a tokenizer trained on the spot.
+"""Randomly initialized checkpoints of published shapes, with a tokenizer trained on the spot.
 
 Their answers mean nothing; their files, shapes, token counts and speed are the real ones.
 """
@@ -37,8 +37,8 @@ CHAT_TEMPLATE = (
 # Enough text for a few hundred merges, so that prompts tokenize into words and not bytes.
 _CORPUS = """What does it say? What is written in this picture? Describe the image in detail.
 Can you read the text on the sign? How many lines are there? Read line two of the document.
-User: Assistant: The picture shows a page with a table, a title and three paragraphs of text.
-Convert this page to docling. Compare the two pictures. Which one is larger, and why?
+User: Assistant: The image shows a page with a table, a title and three paragraphs of text.
+Convert this page to docling. Compare the two images. Which one is larger, and why?
 There is nothing written here. The answer is 42. A quick brown fox jumps over the lazy dog."""
 
 _NAMED_TOKENS = {

@@ -1,4 +1,4 @@
-"""Panels kept on disk: the second start of a large quantised checkpoint maps them.
+"""Panels kept on disk: the second start of a large quantized checkpoint maps them.
 
 A saved folder holds integers in the form that other programs read too; the kernels read them as
 panels (model/panels.py), which takes seconds to make for a few billion weights. So they are made
@@ -20,11 +20,11 @@ import torch
 
 from smolstack.checkpoint.source import Source
 from smolstack.model.panels import Arena, Panels, panel_size
-from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.quantized import QuantizedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
 from smolstack.native.compiling import cache_folders, is_own_file
-from smolstack.quantization.quantise import Progress
+from smolstack.quantization.quantize import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def adopt_panels(
     least: int = LEAST,
     progress: Progress | None = None,
 ) -> Path | None:
-    """Give a quantised model its panels: mapped from a kept file, or made and kept.
+    """Give a quantized model its panels: mapped from a kept file, or made and kept.
 
     Models with fewer than ``least`` bytes of them have theirs in memory of their own. So does one
     whose file cannot be written, which costs time and nothing else.
@@ -53,7 +53,7 @@ def adopt_panels(
     kernels = native.library() if model.device.type == "cpu" else None
     if kernels is None:
         return None
-    layers = [part for part in model.modules() if isinstance(part, QuantisedLinear)]
+    layers = [part for part in model.modules() if isinstance(part, QuantizedLinear)]
     sizes = [panel_size(kernels, one.format, one.in_features, one.out_features) for one in layers]
     if not layers or any(layer.is_packed for layer in layers):
         return None
@@ -80,7 +80,7 @@ def adopt_panels(
     return None
 
 
-def _key(source: Source, kernels: native.Library, layers: list[QuantisedLinear]) -> str:
+def _key(source: Source, kernels: native.Library, layers: list[QuantizedLinear]) -> str:
     """A name for the panels of certain files: of their places, sizes and times of change."""
     digest = hashlib.sha256(f"{_VERSION} {kernels.weight_offset}".encode())
     for file in sorted({entry.file for entry in source.entries.values()}):
@@ -118,7 +118,7 @@ def _is_whole(path: Path, sizes: list[int]) -> bool:
 
 
 def _map(
-    kernels: native.Library, layers: list[QuantisedLinear], sizes: list[int], path: Path
+    kernels: native.Library, layers: list[QuantizedLinear], sizes: list[int], path: Path
 ) -> None:
     memory = torch.from_file(str(path), shared=False, size=sum(sizes), dtype=torch.uint8)
     for layer, part in zip(layers, torch.split(memory, sizes), strict=True):
@@ -127,7 +127,7 @@ def _map(
 
 def _make(
     kernels: native.Library,
-    layers: list[QuantisedLinear],
+    layers: list[QuantizedLinear],
     sizes: list[int],
     path: Path,
     progress: Progress | None,
@@ -153,7 +153,7 @@ def _make(
 
 def _lay_out(
     kernels: native.Library,
-    layers: list[QuantisedLinear],
+    layers: list[QuantizedLinear],
     arena: Arena,
     progress: Progress | None,
 ) -> None:

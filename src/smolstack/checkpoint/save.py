@@ -22,8 +22,8 @@ from smolstack.checkpoint.weights import INDEX, SINGLE
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
 from smolstack.model.vlm import VisionLanguageModel
+from smolstack.output_files import naming, only_writer
 from smolstack.processor.settings import ImageSettings
-from smolstack.writing import naming, only_writer
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -38,7 +38,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a Hugging Face folder, for transformers, vLLM, llama.cpp's converter and smolstack.
 
-    A quantised model is written in compressed-tensors' form (compressing.py).
+    A quantized model is written in compressed-tensors' form (compressing.py).
 
     Args:
         folder: must not exist, or be empty, unless ``overwrite``.

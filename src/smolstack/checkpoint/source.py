@@ -15,11 +15,11 @@ from torch import Tensor
 from smolstack.checkpoint import mlx
 from smolstack.checkpoint.adapter import Adapter, Changes, find_adapter, read_changes
 from smolstack.checkpoint.compressed import open_compressed
+from smolstack.checkpoint.entries import Stored
 from smolstack.checkpoint.files import CheckpointFiles, read_files
 from smolstack.checkpoint.gguf_source import open_gguf
 from smolstack.checkpoint.hub import GGUF, ModelPath
-from smolstack.checkpoint.kinds import is_mlx, peek, refuse_other_kinds
-from smolstack.checkpoint.stored import Stored
+from smolstack.checkpoint.unsupported import is_mlx, peek, refuse_other_kinds
 from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
 from smolstack.errors import CheckpointError, ConfigError
 
@@ -78,7 +78,7 @@ def open_source(where: Path | ModelPath, *, floats: bool = False) -> Source:
 
     Args:
         where: whatever is loaded.
-        floats: read integers as the floats that they stand for, not as quantised layers.
+        floats: read integers as the floats that they stand for, not as quantized layers.
 
     Raises:
         CheckpointError, ConfigError: naming file, key, what was found and what was expected.
@@ -143,7 +143,7 @@ def _refuse_integers(adapter: Adapter | None, weights: Stored) -> None:
     if adapter is not None and held:
         raise ConfigError(
             f"{adapter.folder} changes {weights.folder}, which holds {held[0]} weights, expected "
-            "float weights; merge it into those, and quantise then"
+            "float weights; merge it into those, and quantize then"
         )
 
 

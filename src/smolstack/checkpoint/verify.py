@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smolstack.checkpoint import keys
 from smolstack.checkpoint.compressed import with_quantization
-from smolstack.checkpoint.stored_layer import PACKED
+from smolstack.checkpoint.quantized_layer import PACKED
 from smolstack.checkpoint.weights import FLOAT_TYPES, Entry
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
@@ -52,7 +52,7 @@ class Comparison:
 
 
 def settle_head(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfig:
-    """The config with its head and its quantised layers as the weights have them; the file's tie
+    """The config with its head and its quantized layers as the weights have them; the file's tie
     flag is not trusted."""
     retrieval = (f"{keys.EMBEDDING_HEAD}.{end}" for end in ("weight", PACKED))
     embedding = next((entries[name] for name in retrieval if name in entries), None)

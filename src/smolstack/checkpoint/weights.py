@@ -16,7 +16,7 @@ from smolstack.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_TYPES = ("F32", "BF16", "F16")
-INTEGER_TYPES = ("I8", "I32", "I64")  # quantised weights, and their shapes
+INTEGER_TYPES = ("I8", "I32", "I64")  # quantized weights, and their shapes
 _BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "I32": 4, "I64": 8}
 
 
@@ -29,7 +29,7 @@ class Entry:
         shape: of the tensor as it is read.
         dtype: as safetensors names it, of the tensor as it is read.
         stored: the number format in the file, where it is another one: "Q4_1", "MLX 4 bits".
-        form: of a quantised layer's integers, what they are.
+        form: of a quantized layer's integers, what they are.
         parameters: how many weights it stands for; None: one for each of its numbers.
     """
 
@@ -61,7 +61,7 @@ def read_entries(folder: Path, also: tuple[str, ...] = ()) -> dict[str, Entry]:
     """Every tensor's name, shape and dtype, from the headers alone.
 
     Args:
-        also: number formats that are expected besides floats and quantised integers.
+        also: number formats that are expected besides floats and quantized integers.
 
     Raises:
         CheckpointError: no safetensors file, a truncated or malformed one, an index that names a

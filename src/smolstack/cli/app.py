@@ -33,7 +33,7 @@ from smolstack.cli import (
     train,
     verify,
 )
-from smolstack.cli.once import Once
+from smolstack.cli.single_options import Once
 from smolstack.errors import SmolstackError
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -107,7 +107,7 @@ def smolstack(
         ),
     ] = False,
 ) -> None:
-    """Ask Idefics3 / SmolVLM vision-language models about pictures."""
+    """Ask Idefics3 / SmolVLM vision-language models about images."""
     if debug:
         os.environ["SMOLSTACK_DEBUG"] = "1"
 

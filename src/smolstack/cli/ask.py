@@ -1,4 +1,4 @@
-"""``smolstack ask``: one question about pictures, its answer as it is read."""
+"""``smolstack ask``: one question about images, its answer as it is read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import opening, options, parts
+from smolstack.cli import file_options, model_options, options
 from smolstack.cli.console import (
     note,
     plural,
@@ -51,7 +51,7 @@ def ask(
         list[str] | None,
         typer.Argument(
             metavar="IMAGE...",
-            help="Picture and video files in order; - reads a picture from stdin.",
+            help="Image and video files in order; - reads an image from stdin.",
         ),
     ] = None,
     question: Annotated[
@@ -59,16 +59,16 @@ def ask(
     ],
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
-    picture_cache: options.PictureFolder = None,
+    image_cache: options.ImageCacheFolder = None,
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
-    password: opening.Password = None,
+    password: file_options.Password = None,
     fps: options.Fps = None,
     max_frames: options.MaxFrames = None,
     max_new_tokens: options.MaxNewTokens = 512,
@@ -87,10 +87,10 @@ def ask(
     json: options.JsonOption = False,
     verbose: options.VerboseOption = False,
 ) -> None:
-    """Ask a question about one or several pictures; the answer streams to stdout."""
+    """Ask a question about one or several images; the answer streams to stdout."""
     names = images or []
     check_question(names, question)
-    pictures = [read_picture(name) for name in names]
+    sources = [read_image(name) for name in names]
     chosen = options.generation_options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -116,15 +116,15 @@ def ask(
         threads,
         base=base,
         mmproj=mmproj,
-        pictures=picture_cache,
+        images=image_cache,
     )
     tiling = options.tiling_of(chosen)
-    shown = [_opened(vlm, picture, fps, max_frames) for picture in pictures]
-    plans = [_plans(vlm, picture, tiling) for picture in shown]
+    shown = [_opened(vlm, image, fps, max_frames) for image in sources]
+    plans = [_plans(vlm, image, tiling) for image in shown]
     if verbose:
         note(vlm.precision)
-        for name, picture, planned in zip(names, shown, plans, strict=True):
-            note(_line(name, picture, planned))
+        for name, image, planned in zip(names, shown, plans, strict=True):
+            note(_line(name, image, planned))
     with progress(_reading(plans)):
         stream = vlm.stream(shown, question, **chosen)
         first = next(stream, "")
@@ -143,30 +143,30 @@ def ask(
 
 
 def check_question(images: list[str], text: str) -> None:
-    """Refuse a question that is really a picture: the question was forgotten."""
+    """Refuse a question that is really an image: the question was forgotten."""
     if text == STDIN or (text and _is_file(text)):
         raise PromptError(
-            f"there is no question: the last argument, {text}, is a picture; put the question "
+            f"there is no question: the last argument, {text}, is an image; put the question "
             "after it"
         )
     if images.count(STDIN) > 1:
-        raise ImageError(f"- stands {images.count(STDIN)} times, but stdin holds one picture")
+        raise ImageError(f"- stands {images.count(STDIN)} times, but stdin holds one image")
 
 
-def read_picture(image: str) -> str | bytes:
-    """A picture as the library takes it: a path, or the bytes that came by stdin."""
+def read_image(image: str) -> str | bytes:
+    """An image as the library takes it: a path, or the bytes that came by stdin."""
     if image != STDIN:
         return image
     if sys.stdin.isatty():
-        raise ImageError("- reads a picture from stdin, and stdin is the keyboard; pipe one in")
+        raise ImageError("- reads an image from stdin, and stdin is the keyboard; pipe one in")
     content = sys.stdin.buffer.read()
     if not content:
-        raise ImageError("stdin is empty (0 bytes), expected a picture")
+        raise ImageError("stdin is empty (0 bytes), expected an image")
     return content
 
 
 def answer_json(answer: Answer, images: list[dict[str, Any]]) -> dict[str, Any]:
-    """An answer as plain data, with what was planned for its pictures and videos."""
+    """An answer as plain data, with what was planned for its images and videos."""
     data = answer.to_dict()
     return {
         "text": data["text"],
@@ -257,7 +257,7 @@ def timings_line(answer: Answer) -> str:
     """What an answer took, in one line."""
     took, usage = answer.timings, answer.usage
     return (
-        f"{took.total:.2f} s: pictures {took.pictures:.2f}, vision {took.vision:.2f}, "
+        f"{took.total:.2f} s: images {took.images:.2f}, vision {took.vision:.2f}, "
         f"{plural(usage.prompt_tokens, 'prompt token')} {took.prefill:.2f}, "
         f"answer {took.decode:.2f} ({took.tokens_per_second:.0f} tokens/s)"
     )
@@ -273,16 +273,16 @@ def grid(plan: TilePlan) -> str:
     return f"{plan.rows}x{plan.cols} grid"
 
 
-def _opened(vlm: VLM, picture: str | bytes, fps: float | None, most: int | None) -> Shown:
+def _opened(vlm: VLM, image: str | bytes, fps: float | None, most: int | None) -> Shown:
     from smolstack.processor.animation import is_animation
     from smolstack.processor.video import is_video
 
     # An animation is an image, unless what is asked for holds for videos alone.
-    moving = is_animation(picture) and (fps is not None or most is not None)
-    if isinstance(picture, bytes) or not (is_video(picture) or moving):
-        return picture
-    with progress(f"Opening {picture} …"):
-        return vlm.open_video(picture, fps=fps, max_frames=most)
+    moving = is_animation(image) and (fps is not None or most is not None)
+    if isinstance(image, bytes) or not (is_video(image) or moving):
+        return image
+    with progress(f"Opening {image} …"):
+        return vlm.open_video(image, fps=fps, max_frames=most)
 
 
 def _plans(vlm: VLM, shown: Shown, tiling: Tiling) -> list[TilePlan]:
@@ -305,8 +305,8 @@ def _reading(plans: list[list[TilePlan]]) -> str:
     tiles = sum(plan.tiles for planned in plans for plan in planned)
     if not plans:
         return "Reading the question …"
-    pictures = sum(map(len, plans))
-    return f"Reading {plural(pictures, 'picture')} ({plural(tiles, 'tile')}) …"
+    images = sum(map(len, plans))
+    return f"Reading {plural(images, 'image')} ({plural(tiles, 'tile')}) …"
 
 
 def _is_file(text: str) -> bool:

@@ -102,7 +102,7 @@ def bench(
         list[Path] | None,
         typer.Option(
             metavar="FOLDER",
-            help="The same model as it was saved quantised; several add up.",
+            help="The same model as it was saved quantized; several add up.",
             rich_help_panel=_QUALITY,
         ),
     ] = None,
@@ -159,12 +159,12 @@ def bench(
 
     from smolstack.bench import plots
     from smolstack.bench.running import Choice, absences, run
-    from smolstack.checkpoint.load import DTYPES, QUANTISED
+    from smolstack.checkpoint.load import DTYPES, QUANTIzED
     from smolstack.errors import ConfigError
     from smolstack.family import preset as find_preset
 
     found = find_preset(preset)
-    dtypes = _read_dtypes(dtype, [*DTYPES, *QUANTISED])
+    dtypes = _read_dtypes(dtype, [*DTYPES, *QUANTIzED])
     if not what and not add:
         raise ConfigError(f"nothing to measure, expected some of {[w.value for w in What]}")
     if threads is not None:

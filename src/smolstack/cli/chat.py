@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import opening, options, parts
+from smolstack.cli import file_options, model_options, options
 from smolstack.cli.ask import plan_line, tell_ending, video_line
 from smolstack.cli.console import error, note, progress, write_piece
 from smolstack.errors import PromptError, SmolstackError
@@ -30,26 +30,26 @@ EXAMPLES = """
 
 `printf 'What is this?\\nAnd what colour is it?\\n' | smolstack chat thing.png`
 
-In a conversation, `/image FILE…` adds pictures to your next question, `/reset` starts again and
+In a conversation, `/image FILE…` adds images to your next question, `/reset` starts again and
 `/quit` or the end of input ends it.
 """
-HELP = """/image FILE…  add pictures to your next question
-/reset        forget the conversation and its pictures
+HELP = """/image FILE…  add images to your next question
+/reset        forget the conversation and its images
 /help         show this
 /quit         end; so does Ctrl-D
 Ctrl-C        cut an answer short, or end"""
 
 
 class Conversation:
-    """The turns so far; every picture is encoded once and reused in each later turn."""
+    """The turns so far; every image is encoded once and reused in each later turn."""
 
     def __init__(self, vlm: VLM, chosen: AnswerOptions, *, verbose: bool = False) -> None:
         self.vlm, self.chosen, self.verbose = vlm, chosen, verbose
         self.messages: list[dict[str, Any]] = []
         self.waiting: list[dict[str, Any]] = []  # parts of the next message
 
-    def add_picture(self, path: str) -> None:
-        """Encode a picture, or a video, for the next question."""
+    def add_image(self, path: str) -> None:
+        """Encode an image, or a video, for the next question."""
         from smolstack.processor.video import is_video
 
         if is_video(path):
@@ -74,7 +74,7 @@ class Conversation:
         self.waiting.append({"type": "video", "video": seen})
 
     def reset(self) -> None:
-        """Forget every turn and picture."""
+        """Forget every turn and image."""
         self.messages, self.waiting = [], []
 
     def ask(self, text: str, *, interruptible: bool) -> None:
@@ -109,21 +109,21 @@ class Conversation:
 def chat(
     images: Annotated[
         list[str] | None,
-        typer.Argument(metavar="IMAGE...", help="Picture files for the first question."),
+        typer.Argument(metavar="IMAGE...", help="Image files for the first question."),
     ] = None,
     *,
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
-    picture_cache: options.PictureFolder = None,
+    image_cache: options.ImageCacheFolder = None,
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
-    password: opening.Password = None,
+    password: file_options.Password = None,
     max_new_tokens: options.MaxNewTokens = 512,
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
@@ -136,7 +136,7 @@ def chat(
     seed: options.Seed = None,
     verbose: options.VerboseOption = False,
 ) -> None:
-    """Talk about pictures in several turns. From a pipe, each line is one question."""
+    """Talk about images in several turns. From a pipe, each line is one question."""
     chosen = options.generation_options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -161,11 +161,11 @@ def chat(
         threads,
         base=base,
         mmproj=mmproj,
-        pictures=picture_cache,
+        images=image_cache,
     )
     conversation = Conversation(vlm, chosen, verbose=verbose)
     for image in images or []:
-        conversation.add_picture(image)
+        conversation.add_image(image)
     interactive = sys.stdin.isatty()
     if interactive:
         note("Ask away; /help lists the commands, Ctrl-D ends.")
@@ -174,7 +174,7 @@ def chat(
             if not _turn(conversation, line.strip(), interactive=interactive):
                 return
         except (SmolstackError, OSError) as problem:
-            # At a keyboard the conversation goes on; a script must not go on without its picture.
+            # At a keyboard the conversation goes on; a script must not go on without its image.
             if not interactive or isinstance(problem, BrokenPipeError):
                 raise
             error(str(problem))
@@ -197,15 +197,15 @@ def _turn(conversation: Conversation, line: str, *, interactive: bool) -> bool:
         if interactive:
             note("The conversation starts again.")
     elif command == "/image":
-        _add_pictures(conversation, rest.strip(), interactive=interactive)
+        _add_images(conversation, rest.strip(), interactive=interactive)
     else:
         raise PromptError(f"{command} is no command; /help lists them")
     return True
 
 
-def _add_pictures(conversation: Conversation, rest: str, *, interactive: bool) -> None:
+def _add_images(conversation: Conversation, rest: str, *, interactive: bool) -> None:
     for path in _paths(rest):
-        conversation.add_picture(path)
+        conversation.add_image(path)
         if interactive:
             note(f"{path} goes with your next question ({len(conversation.waiting)} so far).")
 

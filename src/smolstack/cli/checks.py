@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from smolstack.checkpoint.compressed import open_compressed
+from smolstack.checkpoint.entries import Read, Stored
 from smolstack.checkpoint.files import SIDE_FILES, CheckpointFiles, read_files, read_json
 from smolstack.checkpoint.hub import ModelPath
-from smolstack.checkpoint.kinds import refuse_other_kinds
 from smolstack.checkpoint.source import BARE, kind_of_files, open_folder, open_source
-from smolstack.checkpoint.stored import Read, Stored
+from smolstack.checkpoint.unsupported import refuse_other_kinds
 from smolstack.checkpoint.verify import settle_head
 from smolstack.checkpoint.weights import read_tensors
 from smolstack.cli.checks_of_tokens import check_prompt, check_tokenizer
@@ -256,7 +256,7 @@ def _check_config(check: Check, raw: Mapping[str, Any]) -> ModelConfig | None:
 def _check_preprocessing(
     check: Check, files: CheckpointFiles | None, config: ModelConfig | None
 ) -> ImageSettings | None:
-    """How pictures are prepared, against the vision tower and the connector."""
+    """How images are prepared, against the vision tower and the connector."""
     if files is None:
         _skip(check)
         return None
@@ -271,7 +271,7 @@ def _check_preprocessing(
         if settings.longest_edge % edge:
             check.remarks.append(
                 f"the longest edge, {settings.longest_edge}, is not a whole number of tiles of "
-                f"{edge}; pictures are resized twice"
+                f"{edge}; images are resized twice"
             )
     if settings is not None and config is not None:
         _check_grid(check, files, settings, config)

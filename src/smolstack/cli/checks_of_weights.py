@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolstack.checkpoint import keys
+from smolstack.checkpoint.entries import Stored
 from smolstack.checkpoint.files import read_json
-from smolstack.checkpoint.stored import Stored
-from smolstack.checkpoint.stored_layer import PACKED, SCALE
+from smolstack.checkpoint.quantized_layer import PACKED, SCALE
 from smolstack.checkpoint.verify import expected_weights, unlike
 from smolstack.checkpoint.weights import (
     FLOAT_TYPES,

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from smolstack.cli import opening, options, parts
+from smolstack.cli import file_options, model_options, options
 from smolstack.cli.console import note, plural, show, show_json
-from smolstack.cli.rate import progress
+from smolstack.cli.map_progress import progress
 
 EXAMPLES = """
 **Examples**
@@ -30,7 +30,7 @@ def convert(
         str,
         typer.Argument(
             metavar="PAGES",
-            help="A PDF file, or a folder, glob or table of pictures; or the .parquet file that "
+            help="A PDF file, or a folder, glob or table of images; or the .parquet file that "
             "`smolstack map` wrote about pages.",
         ),
     ],
@@ -43,8 +43,8 @@ def convert(
     ],
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -52,7 +52,7 @@ def convert(
         str, typer.Option(help="What the model is asked about each page.")
     ] = "Convert this page to docling.",
     max_image_tokens: options.MaxImageTokens = None,
-    password: opening.Password = None,
+    password: file_options.Password = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a page, at most.")] = 8192,
     restart: Annotated[
         bool,

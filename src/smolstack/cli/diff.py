@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smolstack.cli import options, parts
+from smolstack.cli import model_options, options
 from smolstack.cli.console import count, millions, plural, progress, show, show_json
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint folder or a hub id.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     *,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     top: Annotated[int, typer.Option(min=0, help="Tensors to show, most changed first.")] = 8,
     exit_code: Annotated[
         bool, typer.Option("--exit-code", help="End with code 1 when anything differs.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smolstack.cli import options, parts
+from smolstack.cli import model_options, options
 from smolstack.cli.console import progress, show, show_json, size_in_bytes
 from smolstack.errors import CheckpointError
 
@@ -53,8 +53,8 @@ def export(
         ),
     ] = [ExportDtype.fp32],  # noqa: B006 - typer's way to give a list a default
     revision: options.RevisionOption = None,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that exists.")
     ] = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from smolstack.cli import options, parts
+from smolstack.cli import model_options, options
 from smolstack.cli.console import (
     count,
     millions,
@@ -33,8 +33,8 @@ def inspect(
     model: options.OptionalModelArgument = None,
     *,
     revision: options.RevisionOption = None,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     json: options.JsonOption = False,
 ) -> None:
     """Show a checkpoint's sizes, shapes, memory and tokens. Loads no weights."""
@@ -53,7 +53,7 @@ def inspect(
         ("Connector", _connector(found)),
         ("Decoder", _decoder(found.config.text)),
         ("Memory", _memory(found)),
-        ("Pictures", _pictures(found)),
+        ("Images", _images(found)),
         ("Tokens", _tokens(found)),
     )
     for number, (title, rows) in enumerate(sections):
@@ -143,7 +143,7 @@ def _memory(found: Inspection) -> list[tuple[str, str]]:
     ]
 
 
-def _pictures(found: Inspection) -> list[tuple[str, str]]:
+def _images(found: Inspection) -> list[tuple[str, str]]:
     settings = found.settings
     largest = f"longer side to {count(settings.longest_edge)} pixels"
     tile = f"{settings.tile_edge}x{settings.tile_edge}"

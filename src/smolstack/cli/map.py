@@ -1,4 +1,4 @@
-"""``smolstack map``: questions about a million pictures, or their embeddings, into one file."""
+"""``smolstack map``: questions about a million images, or their embeddings, into one file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import opening, options, parts
+from smolstack.cli import file_options, model_options, options
 from smolstack.cli.console import plural, show, show_json
-from smolstack.cli.rate import progress
+from smolstack.cli.map_progress import progress
 from smolstack.errors import BulkError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ EXAMPLES = """
 
 `smolstack map "scans/**/*.png" -q "What is the total?" -q "Who sent it?" --out answers.jsonl`
 
-`smolstack map pictures.csv --picture-column file -q "Is it a cat?" --out answers.csv`
+`smolstack map images.csv --image-column file -q "Is it a cat?" --out answers.csv`
 
 `smolstack map train.parquet --embed mean --embed-dtype float16 --out embeddings.parquet`
 
@@ -34,7 +34,7 @@ _INPUT, _BATCHES = "Input", "How the work is done"
 
 
 class Embed(str, Enum):
-    """What is kept of a picture."""
+    """What is kept of an image."""
 
     tokens = "tokens"
     mean = "mean"
@@ -56,10 +56,10 @@ class Engine(str, Enum):
 
 
 def map_(
-    pictures: Annotated[
+    images: Annotated[
         str,
         typer.Argument(
-            metavar="PICTURES",
+            metavar="IMAGES",
             help="A folder (with its sub-folders), a glob, or a JSONL, CSV or Parquet file of "
             "paths or bytes.",
         ),
@@ -75,13 +75,13 @@ def map_(
             "--question",
             "-q",
             metavar="TEXT",
-            help="What to ask of each picture; may be given several times.",
+            help="What to ask of each image; may be given several times.",
         ),
     ] = None,
     embed: Annotated[
         Embed | None,
         typer.Option(
-            help="Instead of asking, keep each picture's visual tokens, their mean, or a retrieval "
+            help="Instead of asking, keep each image's visual tokens, their mean, or a retrieval "
             "model's vectors, for smolstack search."
         ),
     ] = None,
@@ -92,7 +92,7 @@ def map_(
         bool,
         typer.Option("--restart", help="Forget what an earlier run did, and replace the output."),
     ] = False,
-    picture_column: Annotated[
+    image_column: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
@@ -104,7 +104,7 @@ def map_(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The table's column of what pictures are called; without it, by its name.",
+            help="The table's column of what images are called; without it, by its name.",
             rich_help_panel=_INPUT,
         ),
     ] = None,
@@ -125,13 +125,13 @@ def map_(
         ),
     ] = 4096,
     batch_rows: Annotated[
-        int, typer.Option(min=1, help="Pictures of a batch at most.", rich_help_panel=_BATCHES)
+        int, typer.Option(min=1, help="Images of a batch at most.", rich_help_panel=_BATCHES)
     ] = 16,
     window: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Pictures that are sorted into batches and stored together.",
+            help="Images that are sorted into batches and stored together.",
             rich_help_panel=_BATCHES,
         ),
     ] = 256,
@@ -140,15 +140,15 @@ def map_(
     choice: options.ChoiceOption = None,
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
-    password: opening.Password = None,
+    password: file_options.Password = None,
     max_new_tokens: options.MaxNewTokens = 512,
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
@@ -161,9 +161,9 @@ def map_(
     seed: options.Seed = None,
     json: options.JsonOption = False,
 ) -> None:
-    """Ask the same of many pictures, or embed them; rows in the order of the input.
+    """Ask the same of many images, or embed them; rows in the order of the input.
 
-    A picture that cannot be read is a row with its error. Whatever ends the command, the same
+    An image that cannot be read is a row with its error. Whatever ends the command, the same
     command goes on where it was: nothing is lost, nothing is asked twice.
     """
     chosen = options.generation_options(
@@ -183,10 +183,10 @@ def map_(
         password=password,
     )
     chosen.update(options.form_options(schema, regex, choice))
-    map_pictures = _library(threads)
+    map_images = _library(threads)
     with progress(out) as tell:
-        summary = map_pictures(
-            pictures,
+        summary = map_images(
+            images,
             question or [],
             out=out,
             model=model,
@@ -197,7 +197,7 @@ def map_(
             device=device,
             embed=None if embed is None else embed.value,
             embed_dtype=embed_dtype.value,
-            picture_column=picture_column,
+            image_column=image_column,
             id_column=id_column,
             batch_tokens=batch_tokens,
             batch_rows=batch_rows,
@@ -215,23 +215,23 @@ def map_(
 
 
 def _library(threads: int | None) -> Any:
-    """map_pictures, once torch has its threads."""
+    """map_images, once torch has its threads."""
     try:
-        from smolstack.bulk import map_pictures
+        from smolstack.bulk import map_images
     except ImportError as error:
         raise BulkError(str(error)) from None
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    return map_pictures
+    return map_images
 
 
 def _line(summary: Summary) -> str:
-    bad = summary.bad_pictures
+    bad = summary.bad_images
     errors = f", {bad:,} of them with an error" if bad else ""
     earlier = f" ({summary.kept:,} by an earlier run)" if summary.kept else ""
     return (
         f"{summary.out}: {plural(summary.rows, 'row')} about "
-        f"{plural(summary.pictures, 'picture')}{earlier}{errors}"
+        f"{plural(summary.images, 'image')}{earlier}{errors}"
     )

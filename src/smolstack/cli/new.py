@@ -1,4 +1,4 @@
-"""``smolstack new``: a randomly initialised checkpoint of a published shape."""
+"""``smolstack new``: a randomly initialized checkpoint of a published shape."""
 
 from __future__ import annotations
 

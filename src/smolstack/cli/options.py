@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smolstack.errors import ConfigError, PromptError
-from smolstack.writing import check_folder
+from smolstack.output_files import check_folder
 
 if TYPE_CHECKING:
     from smolstack.generation.options import AnswerOptions
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from smolstack.vlm import VLM
 
 _SAMPLING, _STOPPING = "Sampling", "Ending the answer"
-_MODEL, _PICTURES, _FORM = "Model", "Pictures", "Form of the answer"
+_MODEL, _IMAGES, _FORM = "Model", "Images", "Form of the answer"
 
 
 class Dtype(str, Enum):
@@ -61,12 +61,12 @@ DtypeOption = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
-PictureFolder = Annotated[
+ImageCacheFolder = Annotated[
     Path | None,
     typer.Option(
-        "--picture-cache",
+        "--image-cache",
         metavar="FOLDER",
-        help="Keep encoded pictures there: asking about one again, later too, skips the tower.",
+        help="Keep encoded images there: asking about one again, later too, skips the tower.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -90,18 +90,18 @@ SplitOption = Annotated[
     bool | None,
     typer.Option(
         "--split/--no-split",
-        help="Cut pictures into tiles, or let the model see each one as a single tile; without "
+        help="Cut images into tiles, or let the model see each one as a single tile; without "
         "it, as the checkpoint says.",
         show_default=False,
-        rich_help_panel=_PICTURES,
+        rich_help_panel=_IMAGES,
     ),
 ]
 MaxImageTokens = Annotated[
     int | None,
     typer.Option(
-        help="Visual tokens that one picture may cost at most; the largest grid of tiles within "
+        help="Visual tokens that one image may cost at most; the largest grid of tiles within "
         "them is taken.",
-        rich_help_panel=_PICTURES,
+        rich_help_panel=_IMAGES,
     ),
 ]
 Fps = Annotated[
@@ -109,7 +109,7 @@ Fps = Annotated[
     typer.Option(
         min=0.001,
         help="Frames of a video per second, at most; the checkpoint's (1) if left out.",
-        rich_help_panel=_PICTURES,
+        rich_help_panel=_IMAGES,
     ),
 ]
 MaxFrames = Annotated[
@@ -117,16 +117,16 @@ MaxFrames = Annotated[
     typer.Option(
         min=1,
         help="Frames of a video, at most; the checkpoint's (64) if left out.",
-        rich_help_panel=_PICTURES,
+        rich_help_panel=_IMAGES,
     ),
 ]
 Upscale = Annotated[
     bool,
     typer.Option(
         "--upscale/--no-upscale",
-        help="Enlarge small pictures, as the published models were trained, or keep them small: "
+        help="Enlarge small images, as the published models were trained, or keep them small: "
         "fewer tiles and tokens.",
-        rich_help_panel=_PICTURES,
+        rich_help_panel=_IMAGES,
     ),
 ]
 KeepSpecialTokens = Annotated[
@@ -282,7 +282,7 @@ def generation_options(
 
 
 def tiling_of(chosen: AnswerOptions) -> Tiling:
-    """Those of the options that say how pictures are opened and become tiles."""
+    """Those of the options that say how images are opened and become tiles."""
     names = ("split", "max_image_tokens", "upscale", "password")
     return {name: chosen.get(name) for name in names}  # type: ignore[return-value]
 
@@ -296,13 +296,13 @@ def load_model(
     *,
     base: str | None = None,
     mmproj: Path | None = None,
-    pictures: Path | None = None,
+    images: Path | None = None,
 ) -> VLM:
     """Load a checkpoint as the options say, with a spinner while it takes its time."""
     from smolstack.cli.console import progress
 
-    if pictures is not None:
-        check_folder(pictures, "--picture-cache", ConfigError)
+    if images is not None:
+        check_folder(images, "--image-cache", ConfigError)
     with progress(f"Loading {model or 'the bundled reader'} …") as told:
         import torch
 
@@ -319,5 +319,5 @@ def load_model(
             mmproj=mmproj,
             progress=told,
         )
-    vlm.picture_cache.folder = pictures
+    vlm.image_cache.folder = images
     return vlm

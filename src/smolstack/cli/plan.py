@@ -1,4 +1,4 @@
-"""``smolstack plan``: what a picture costs before any weight is loaded."""
+"""``smolstack plan``: what an image costs before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import opening, options, parts
-from smolstack.cli.ask import STDIN, plan_json, read_picture, size
+from smolstack.cli import file_options, model_options, options
+from smolstack.cli.ask import STDIN, plan_json, read_image, size
 from smolstack.cli.console import (
     count,
     millions,
@@ -45,10 +45,10 @@ _SIZE = re.compile(r"(\d+)[x×X](\d+)")
 
 @dataclass(frozen=True)
 class Planned:
-    """A picture, or only its size, with its plan and the plan's prompt tokens."""
+    """An image, or only its size, with its plan and the plan's prompt tokens."""
 
     name: str
-    picture: ImageSource | tuple[int, int]
+    image: ImageSource | tuple[int, int]
     plan: TilePlan
 
     @property
@@ -60,32 +60,32 @@ def plan(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGE...", help="Picture files, - for stdin, or sizes such as 1920x1080."
+            metavar="IMAGE...", help="Image files, - for stdin, or sizes such as 1920x1080."
         ),
     ],
     *,
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     question: Annotated[
         str, typer.Option("--question", "-q", help="Count the prompt of asking this.")
     ] = "",
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
-    password: opening.Password = None,
+    password: file_options.Password = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Draw the tiles over the picture here."),
+        typer.Option("--out", "-o", metavar="FILE", help="Draw the tiles over the image here."),
     ] = None,
     json: options.JsonOption = False,
 ) -> None:
-    """Show how pictures become tiles and tokens. Loads no weights."""
+    """Show how images become tiles and tokens. Loads no weights."""
     if out is not None and len(images) != 1:
-        raise ImageError(f"--out draws one picture, found {len(images)}")
+        raise ImageError(f"--out draws one image, found {len(images)}")
     if images.count(STDIN) > 1:
-        raise ImageError(f"- stands {images.count(STDIN)} times, but stdin holds one picture")
+        raise ImageError(f"- stands {images.count(STDIN)} times, but stdin holds one image")
     with progress("Planning …"):
         from smolstack.checkpoint.hub import locate
 
@@ -100,9 +100,9 @@ def plan(
         planned = [_planned(processor, image, question, tiling) for image in images]
         together = processor.count_tokens([entry.plan for entry in planned], question)
         if out is not None:
-            from smolstack.cli.drawing import draw_plan, save_picture
+            from smolstack.cli.plan_drawing import draw_plan, save_image
 
-            save_picture(draw_plan(planned[0].picture, planned[0].plan, planned[0].name), out)
+            save_image(draw_plan(planned[0].image, planned[0].plan, planned[0].name), out)
     if json:
         show_json(_as_json(planned, context, together))
     elif len(planned) == 1:
@@ -133,11 +133,11 @@ def _planned(processor: Processor, image: str, question: str, tiling: Tiling) ->
     from smolstack.processor.inputs import unlocked
 
     given = None if Path(image).exists() else read_size(image)
-    picture: ImageSource | tuple[int, int]
-    picture = given if given else unlocked(read_picture(image), tiling.get("password"))
-    made = processor.plan(picture, **tiling)
+    source: ImageSource | tuple[int, int]
+    source = given if given else unlocked(read_image(image), tiling.get("password"))
+    made = processor.plan(source, **tiling)
     made = made.with_prompt_tokens(processor.count_tokens([made], question))
-    return Planned("stdin" if image == STDIN else image, picture, made)
+    return Planned("stdin" if image == STDIN else image, source, made)
 
 
 def _as_json(planned: list[Planned], context: int, together: int) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _one(entry: Planned, context: int) -> list[tuple[str, str]]:
     made = entry.plan
     edge = made.tile_edge
     return [
-        ("picture", f"{entry.name}, {size(made.source)}"),
+        ("image", f"{entry.name}, {size(made.source)}"),
         ("resized", size(made.resized)),
         ("canvas", f"{size(made.canvas)}{_stretch(made)}"),
         ("grid", _grid(made)),
@@ -169,7 +169,7 @@ def _one(entry: Planned, context: int) -> list[tuple[str, str]]:
         ("visual tokens", f"{count(made.visual_tokens)} ({made.tokens_per_tile} per tile)"),
         ("prompt tokens", count(entry.prompt_tokens)),
         ("context", _share(entry.prompt_tokens, context)),
-        ("pixels read", f"{count(made.pixels_read)} of {count(_pixels(made))} in the picture"),
+        ("pixels read", f"{count(made.pixels_read)} of {count(_pixels(made))} in the image"),
     ]
 
 
@@ -179,7 +179,7 @@ def _show_several(planned: list[Planned], context: int, together: int) -> None:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("Picture", style="cyan", overflow="fold")
+    table.add_column("Image", style="cyan", overflow="fold")
     for header in ("Size", "Resized", "Canvas", "Grid", "Tiles"):
         table.add_column(header, justify="right", no_wrap=True)
     for header in ("Visual tokens", "Prompt tokens", "Context", "Pixels read"):
@@ -211,16 +211,16 @@ def _share(tokens: int, context: int) -> str:
 
 def _grid(made: TilePlan) -> str:
     if not made.rows:
-        return "none: the picture is read as one tile"
+        return "none: the image is read as one tile"
     return f"{plural(made.rows, 'row')}, {plural(made.cols, 'column')}"
 
 
 def _whole(made: TilePlan) -> str:
-    return f" ({made.rows * made.cols} cut and the whole picture)" if made.rows else ""
+    return f" ({made.rows * made.cols} cut and the whole image)" if made.rows else ""
 
 
 def _stretch(made: TilePlan) -> str:
-    """How much the canvas is stretched against the picture's proportions, where that shows."""
+    """How much the canvas is stretched against the image's proportions, where that shows."""
     (width, height), (wide, high) = made.source, made.canvas
     ratio = (high / height) / (wide / width)
     if 0.995 < ratio < 1.005:

@@ -16,7 +16,7 @@ from smolstack.cli.console import pairs, show, show_json, size_in_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from smolstack.quantizing.results import Block, Quantized
+    from smolstack.quantization_job.results import Block, Quantized
 
 EXAMPLES = """
 **Examples**
@@ -71,7 +71,7 @@ def quantize(
     ] = False,
     json: options.JsonOption = False,
 ) -> None:
-    """Quantise a checkpoint, fitted to data, and measure what it costs.
+    """Quantize a checkpoint, fitted to data, and measure what it costs.
 
     The vision tower and the connector get 8 bits, the text tower what is asked for.
     """
@@ -79,7 +79,7 @@ def quantize(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    from smolstack.quantizing.job import quantize as run
+    from smolstack.quantization_job.job import quantize as run
 
     with _progress() as tell:
         done = run(
@@ -106,20 +106,20 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr, one stage after the other; nothing unless that is a terminal."""
     import sys
 
-    from smolstack.train.display import Display
+    from smolstack.train.progress import Display
 
     stage = ""
     with Display(sys.stderr.isatty()) as display:
 
         def tell(what: str, done: int, count: int) -> None:
             nonlocal stage
-            kind, _, block = what.partition("quantising ")
-            name = "quantising" if block and not kind else what
+            kind, _, block = what.partition("quantizing ")
+            name = "quantizing" if block and not kind else what
             if name != stage:
                 stage = name
                 display.begin(name, count, done - 1 if done else 0)
             if done:
-                display.advance(block if name == "quantising" else "")
+                display.advance(block if name == "quantizing" else "")
 
         yield tell
 

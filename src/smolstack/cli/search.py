@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smolstack.cli import options, parts
+from smolstack.cli import model_options, options
 from smolstack.cli.console import progress, show, show_json
 from smolstack.errors import BulkError
 
@@ -41,8 +41,8 @@ def search(
     ],
     top: Annotated[int, typer.Option(min=1, help="Pages for each query, at most.")] = 10,
     revision: options.RevisionOption = None,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,

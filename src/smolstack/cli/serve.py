@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smolstack.cli import listening, options, parts
+from smolstack.cli import model_options, options, serve_address
 from smolstack.cli.console import note
 from smolstack.errors import ConfigError, GenerationError
 
@@ -24,7 +24,7 @@ EXAMPLES = """
 
 Then open http://127.0.0.1:8000, or point any OpenAI client at http://127.0.0.1:8000/v1.
 """
-_LIMITS, _WORK, _REMOTE = "Limits", "How much is done at a time", "Remote pictures"
+_LIMITS, _WORK, _REMOTE = "Limits", "How much is done at a time", "Remote images"
 _ACCESS = "Access"
 
 
@@ -32,12 +32,12 @@ def serve(
     *,
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
-    picture_cache: options.PictureFolder = None,
+    image_cache: options.ImageCacheFolder = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     uds: Annotated[
@@ -52,7 +52,7 @@ def serve(
         typer.Option(
             metavar="KEY",
             help="A key of which clients must send one; may be given several times. Other users "
-            f"of the machine see it here; the variable {listening.KEY} hides it from them.",
+            f"of the machine see it here; the variable {serve_address.KEY} hides it from them.",
             rich_help_panel=_ACCESS,
         ),
     ] = None,
@@ -95,18 +95,18 @@ def serve(
         float, typer.Option(help="Longest wait for a request's body.", rich_help_panel=_LIMITS)
     ] = 60.0,
     max_pixels: Annotated[
-        int, typer.Option(min=1, help="Largest picture, in pixels.", rich_help_panel=_LIMITS)
+        int, typer.Option(min=1, help="Largest image, in pixels.", rich_help_panel=_LIMITS)
     ] = 40_000_000,
     max_decode_bytes: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Memory that pictures may take together while they are decoded.",
+            help="Memory that images may take together while they are decoded.",
             rich_help_panel=_LIMITS,
         ),
     ] = 2**30,
-    max_pictures: Annotated[
-        int, typer.Option(min=1, help="Most pictures of a request.", rich_help_panel=_LIMITS)
+    max_images: Annotated[
+        int, typer.Option(min=1, help="Most images of a request.", rich_help_panel=_LIMITS)
     ] = 16,
     max_prompt_tokens: Annotated[
         int | None,
@@ -148,11 +148,11 @@ def serve(
     prefill_tokens: Annotated[
         int, typer.Option(min=1, help="Prompt tokens read in one piece.", rich_help_panel=_WORK)
     ] = 512,
-    picture_cache_bytes: Annotated[
+    image_cache_bytes: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Visual tokens of past pictures, for those that come again.",
+            help="Visual tokens of past images, for those that come again.",
             rich_help_panel=_WORK,
         ),
     ] = 128 * 2**20,
@@ -176,12 +176,12 @@ def serve(
         bool,
         typer.Option(
             "--allow-remote-images",
-            help="Fetch pictures from public addresses; private ones are always refused.",
+            help="Fetch images from public addresses; private ones are always refused.",
             rich_help_panel=_REMOTE,
         ),
     ] = False,
     max_remote_bytes: Annotated[
-        int, typer.Option(min=1, help="Largest picture fetched.", rich_help_panel=_REMOTE)
+        int, typer.Option(min=1, help="Largest image fetched.", rich_help_panel=_REMOTE)
     ] = 16 * 2**20,
     remote_seconds: Annotated[
         float, typer.Option(help="Longest fetch, in seconds.", rich_help_panel=_REMOTE)
@@ -204,21 +204,21 @@ def serve(
             f"smolstack serve needs {missing.name}: pip install 'smolstack[serve]'"
         ) from None
     from smolstack.generation.scheduler import SchedulerLimits
-    from smolstack.serve.running import run
+    from smolstack.serve.server import run
     from smolstack.serve.settings import ServerSettings
 
-    certificate = listening.certificate(ssl_certfile, ssl_keyfile)
-    keys = listening.keys(api_key or [])
+    certificate = serve_address.certificate(ssl_certfile, ssl_keyfile)
+    keys = serve_address.keys(api_key or [])
     settings = ServerSettings(
         name=name or (Path(model).name if model else "smolstack-reader"),
         api_keys=keys,
-        hosts=listening.hosts(host, uds, keys, allowed_hosts or []),
+        hosts=serve_address.hosts(host, uds, keys, allowed_hosts or []),
         origins=tuple(allow_origin or ()),
         body_bytes=max_body_bytes,
         body_seconds=body_seconds,
-        picture_pixels=max_pixels,
+        image_pixels=max_pixels,
         decode_bytes=max_decode_bytes,
-        pictures=max_pictures,
+        images=max_images,
         prompt_tokens=max_prompt_tokens,
         new_tokens=max_new_tokens,
         answers=max_answers,
@@ -227,7 +227,7 @@ def serve(
         allow_remote_images=allow_remote_images,
         remote_bytes=max_remote_bytes,
         remote_seconds=remote_seconds,
-        picture_cache_bytes=picture_cache_bytes,
+        image_cache_bytes=image_cache_bytes,
         scheduler=SchedulerLimits(
             running=running,
             queued=queued,
@@ -237,7 +237,7 @@ def serve(
             kv_cache_bytes=kv_cache_bytes,
         ),
     )
-    listener = listening.listen(host, port) if uds is None else listening.listen_at(uds)
+    listener = serve_address.listen(host, port) if uds is None else serve_address.listen_at(uds)
     with listener:
         vlm = options.load_model(
             model,
@@ -247,7 +247,7 @@ def serve(
             threads,
             base=base,
             mmproj=mmproj,
-            pictures=picture_cache,
+            images=image_cache,
         )
         if vlm.config.embedding_dim is not None:
             raise ConfigError(

@@ -24,7 +24,7 @@ A short recipe:
 
 `[data]`
 
-`train = "pictures"`
+`train = "images"`
 
 `[[stages]]`
 

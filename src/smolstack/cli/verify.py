@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smolstack.cli import options, parts
+from smolstack.cli import model_options, options
 from smolstack.cli.console import plural, progress, show, show_json
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def verify(
     model: options.OptionalModelArgument = None,
     *,
     revision: options.RevisionOption = None,
-    base: parts.BaseOption = None,
-    mmproj: parts.MmprojOption = None,
+    base: model_options.BaseOption = None,
+    mmproj: model_options.MmprojOption = None,
     values: Annotated[
         bool,
         typer.Option("--values", help="Read every weight and look for NaN and infinity as well."),

@@ -1,8 +1,8 @@
-"""What a quantised linear layer is, and which layers of a model are quantised how.
+"""What a quantized linear layer is, and which layers of a model are quantized how.
 
 A format is one object: the bits of its weights, the input channels that share a scale, and the bits
 of the activations that its weights are multiplied with. Everything that stores, loads, computes or
-exports a quantised layer asks this object, and nothing else.
+exports a quantized layer asks this object, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from smolstack.errors import ConfigError
 
 SCHEMES = ("int8", "int4")
-# What is quantised: everything that multiplies large matrices. Norms, positions, the patch
+# What is quantized: everything that multiplies large matrices. Norms, positions, the patch
 # embedding and the token embedding (a table, read one row per token) keep their floats.
-QUANTISED = ("vision.layers.", "connector.", "decoder.layers.", "head")
+QUANTIzED = ("vision.layers.", "connector.", "decoder.layers.", "head")
 _FOUR_BITS = ("decoder.layers.",)
 
 
@@ -81,7 +81,7 @@ def format_of(name: str, in_features: int, scheme: str) -> Format | None:
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"the scheme is {scheme!r}, expected one of {list(SCHEMES)}")
-    if not name.startswith(QUANTISED):
+    if not name.startswith(QUANTIzED):
         return None
     if name == "head":
         return INT8_FINE
@@ -93,7 +93,7 @@ def format_of(name: str, in_features: int, scheme: str) -> Format | None:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The formats of a model's quantised layers, by the layer's name.
+    """The formats of a model's quantized layers, by the layer's name.
 
     ``name`` is what people call it: "int8", "int4", or "mixed" where a budget chose.
     """

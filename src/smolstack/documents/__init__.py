@@ -1,6 +1,6 @@
 """Pages become documents: Markdown, HTML, docling's JSON, or DocTags as they were written."""
 
-from smolstack.documents.converting import (
+from smolstack.documents.convert import (
     FORMATS,
     LONGEST,
     QUESTION,

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from smolstack.documents.vocabulary import (
+from smolstack.documents.doctags import (
     CELLS,
     CLASSES,
     CONTAINERS,
@@ -46,7 +46,7 @@ class Element:
         name: of its tag.
         corners: what its ``<loc_…>`` tags say: left, top, right, bottom in 500ths of the page.
         children: text, cells of a table as (kind, text), and other elements.
-        kind: the language of code, or what a picture shows, as it stands in its tag.
+        kind: the language of code, or what an image shows, as it stands in its tag.
     """
 
     name: str
@@ -240,7 +240,7 @@ class _Reader:
         return words and inner and name != top and self._closes_later(top)
 
     def _stray(self, name: str) -> None:
-        """An element in a list, table or picture that is not of its kind: its words stay."""
+        """An element in a list, table or image that is not of its kind: its words stay."""
         if self.top.name in LISTS:
             self._push("list_item")
 

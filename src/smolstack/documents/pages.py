@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smolstack.documents.mending import FROM_PRIVATE, GREATER, LESS, Mended, mend, plain
+from smolstack.documents.repair import FROM_PRIVATE, GREATER, LESS, Mended, mend, plain
 from smolstack.errors import BulkError, ImageError
 from smolstack.processor.inputs import unlocked
 from smolstack.processor.tiles import open_image
@@ -29,7 +29,7 @@ class Page:
 
     Attributes:
         name: what it is called.
-        path: where its picture is; None for bytes.
+        path: where its image is; None for bytes.
         tags: DocTags; empty where it could not be read.
         finish_reason: of the answer: "stop", or why it is not complete.
         error: why there is no answer, or None.

@@ -15,9 +15,9 @@ class Usage:
 
     Attributes:
         prompt_tokens: the whole prompt, visual tokens included.
-        visual_tokens: those of them that stand for pictures.
+        visual_tokens: those of them that stand for images.
         completion_tokens: tokens generated, the end token included.
-        tiles: tiles of all pictures of the prompt.
+        tiles: tiles of all images of the prompt.
     """
 
     prompt_tokens: int
@@ -30,7 +30,7 @@ class Usage:
 class Timings:
     """Seconds of each stage of one request; passes that it shared with others count in full."""
 
-    pictures: float
+    images: float
     vision: float
     prefill: float
     decode: float
@@ -38,7 +38,7 @@ class Timings:
 
     @property
     def total(self) -> float:
-        return self.pictures + self.vision + self.prefill + self.decode
+        return self.images + self.vision + self.prefill + self.decode
 
     @property
     def tokens_per_second(self) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smolstack.errors import ContextLengthError, GenerationError
 from smolstack.generation.sampling import Sampling
-from smolstack.model.cache import KVCache
+from smolstack.model.kv_cache import KVCache
 from smolstack.processor.processor import Processor, Prompt
 
 _COPIED_BYTES = 256 * 2**20  # of the prompt's cache, for the choices read side by side

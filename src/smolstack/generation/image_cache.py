@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from smolstack.batch import VisualTokens
 from smolstack.model.digest import WeightsVersion, weights_digest
 from smolstack.model.vlm import VisionLanguageModel
-from smolstack.processor.content import content_digest
 from smolstack.processor.geometry import TilePlan
+from smolstack.processor.image_hash import content_digest
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tiles import ImageSource
 
@@ -145,7 +145,7 @@ def _read(path: Path) -> VisualTokens | None:
     """A kept entry, or None when there is no whole one."""
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            about = json.loads((file.metadata() or {})["picture"])
+            about = json.loads((file.metadata() or {})["image"])
             tokens = file.get_tensor("tokens").clone()
         os.utime(path)  # used last
         return VisualTokens(tokens, about["rows"], about["cols"], tuple(about["source"]))
@@ -161,7 +161,7 @@ def _write(path: Path, visual: VisualTokens) -> None:
     os.close(handle)
     try:
         tokens = visual.tokens.detach().cpu().contiguous()
-        save_file({"tokens": tokens}, name, metadata={"picture": json.dumps(about)})
+        save_file({"tokens": tokens}, name, metadata={"image": json.dumps(about)})
         os.replace(name, path)
     except SafetensorError as error:  # a full disk, among others
         raise OSError(str(error)) from error

@@ -36,7 +36,7 @@ class ImageStage:
         if request.images is not None:
             return
         request.images = []
-        for image, plan in zip(request.prompt.pictures, request.prompt.plans, strict=True):
+        for image, plan in zip(request.prompt.images, request.prompt.plans, strict=True):
             if isinstance(image, VisualTokens):
                 request.images.append(image)
                 continue

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolstack.errors import GenerationError
+from smolstack.generation.grammar import Structure, read_structure
 from smolstack.generation.sampling import Sampling
 from smolstack.generation.stopping import RepetitionRule, Stopping
-from smolstack.generation.structured import Structure, read_structure
 from smolstack.processor.geometry import Tiling
 
 DEFAULT_MAX_NEW_TOKENS = 512

@@ -11,11 +11,11 @@ import torch
 from smolstack.errors import ContextLengthError
 from smolstack.generation.answer import Answer, Timings, TokenLogprob, Usage
 from smolstack.generation.choices import probabilities
+from smolstack.generation.detokenizer import TextStream
+from smolstack.generation.grammar import Choices, Constraint, Schema
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.sampling import Sampler
 from smolstack.generation.stopping import FinishReason, Stopping
-from smolstack.generation.stream import TextStream
-from smolstack.generation.structured import Choices, Constraint, Schema
 from smolstack.processor.processor import Prompt
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from smolstack.batch import VisualTokens
-from smolstack.model.cache import KVCache
 from smolstack.model.digest import weights_digest
+from smolstack.model.kv_cache import KVCache
 
 DEFAULT_PREFIX_BYTES = 256 * 2**20
 _MOST = 64  # finished requests looked through for every newcomer

@@ -16,7 +16,7 @@ from smolstack.generation.image_queue import PreparedImage
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.output import Output
 from smolstack.generation.prefix_cache import TokenKey, token_keys
-from smolstack.model.cache import KVCache
+from smolstack.model.kv_cache import KVCache
 from smolstack.processor.processor import Prompt
 
 Stage: TypeAlias = Literal["waiting", "images", "prefill", "decode", "finished"]
@@ -143,11 +143,11 @@ class Request:
     @property
     def encoded_prompt(self) -> Prompt:
         """The prompt with visual tokens for images."""
-        return replace(self.prompt, pictures=tuple(self.visual))
+        return replace(self.prompt, images=tuple(self.visual))
 
     def images_ready(self) -> bool:
         """Whether all images are visual tokens."""
-        return len(self.visual) == len(self.prompt.pictures)
+        return len(self.visual) == len(self.prompt.images)
 
     def make_keys(self, image_token_id: int) -> None:
         """What the prefix cache compares, once the images are ready."""

@@ -9,11 +9,11 @@ from time import perf_counter
 from smolstack.batch import VisualTokens
 from smolstack.errors import ConfigError
 from smolstack.generation.choices import continuations
+from smolstack.generation.grammar import Choices, Grammars, Regex, Schema
 from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.output import new_output
 from smolstack.generation.request import ImageState, Request
-from smolstack.generation.structured import Choices, Grammars, Regex, Schema
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor, Prompt
 
@@ -122,7 +122,7 @@ class RequestMaker:
         for request in requests:
             began = perf_counter()
             request.images = []
-            for image, plan in zip(request.prompt.pictures, request.prompt.plans, strict=True):
+            for image, plan in zip(request.prompt.images, request.prompt.plans, strict=True):
                 if isinstance(image, VisualTokens):
                     request.images.append(image)
                     continue

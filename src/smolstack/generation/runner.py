@@ -15,10 +15,10 @@ from smolstack.generation.image_queue import PendingTile
 from smolstack.generation.prefix_cache import PrefixCache
 from smolstack.generation.request import Request
 from smolstack.generation.scheduler import PrefillChunk, StepPlan
-from smolstack.model.cache import KVCache, RaggedKVCache
+from smolstack.model.kv_cache import KVCache, RaggedKVCache
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor
-from smolstack.processor.tiles import normalise
+from smolstack.processor.tiles import normalize
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class ModelRunner:
 
     def _encode(self, tiles: list[PendingTile]) -> Tensor:
         pixels = torch.stack([tile.pixels for tile in tiles])
-        return self.model.encode_tiles(normalise(pixels, self.processor.settings), distinct=True)
+        return self.model.encode_tiles(normalize(pixels, self.processor.settings), distinct=True)
 
     def _chunks(self, chunks: list[PrefillChunk]) -> list[Outcome[Tensor]]:
         """All chunks in one pass; where that fails, each alone, to find out whose fault it is."""

@@ -59,7 +59,7 @@ class Sampler:
         logits = logits.float()
         if self.seen is not None:
             self.seen = self.seen.to(logits.device)
-            logits = penalise(logits, self.seen, self.sampling.repetition_penalty)
+            logits = penalize(logits, self.seen, self.sampling.repetition_penalty)
         if allowed is not None:
             logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         if self.sampling.temperature == 0:
@@ -80,7 +80,7 @@ def likeliest(logits: Tensor) -> int:
     return int(logits.argmax())
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens seen before less likely: (V,) → (V,)."""
     scores = logits[seen]
     scores = torch.where(scores < 0, scores * penalty, scores / penalty)

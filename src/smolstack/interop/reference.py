@@ -104,7 +104,7 @@ def image_processor(settings: ImageSettings, model_type: str = "idefics3") -> An
 def load_processor(folder: str | Path, model_type: str = "idefics3", **options: Any) -> Any:
     """transformers' processor of a checkpoint folder, without what it needs for films.
 
-    ``AutoProcessor`` asks for torchvision in SmolVLM folders, even for pictures alone; here the
+    ``AutoProcessor`` asks for torchvision in SmolVLM folders, even for images alone; here the
     parts are loaded one by one.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -117,7 +117,7 @@ def load_processor(folder: str | Path, model_type: str = "idefics3", **options: 
     module: Any = processing_smolvlm
     if module.num2words is None:
         module.num2words = str  # it spells the number of a film's frames, nothing else
-    return _PicturesOnly(
+    return _ImagesOnly(
         images,
         tokenizer,
         _NoFilms(),
@@ -134,7 +134,7 @@ class _NoFilms:
     model_input_names = ("pixel_values",)
 
 
-class _PicturesOnly(SmolVLMProcessor):
+class _ImagesOnly(SmolVLMProcessor):
     """SmolVLM's processor without its check that the video processor is one."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -166,7 +166,7 @@ def model_inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def pixel_mask(grids: list[tuple[int, int]], size: int, patch: int) -> Tensor:
-    """Which pixels of tiles hold picture, (N, size, size) bool, for (rows, columns) of patches."""
+    """Which pixels of tiles hold image, (N, size, size) bool, for (rows, columns) of patches."""
     mask = torch.zeros(len(grids), size, size, dtype=torch.bool)
     for index, (rows, columns) in enumerate(grids):
         mask[index, : rows * patch, : columns * patch] = True

@@ -29,7 +29,7 @@ class Trace:
 
     Attributes:
         positions: ids into the position table, (N, H·W); tower: (N, H·W, C); connector: (N, S, D).
-            All three None where there are no pictures.
+            All three None where there are no images.
         merged: embeddings with visual tokens in their places, (B, T, D).
         states: the decoder's output, (B, T, D).
         head: weight and bias that make logits, or embeddings, of states.
@@ -43,7 +43,7 @@ class Trace:
     head: tuple[Tensor, Tensor | None]
 
     def outputs(self, rows: Tensor) -> Tensor:
-        """Logits (or embeddings before normalisation) of some states: (R, D) → (R, V)."""
+        """Logits (or embeddings before normalization) of some states: (R, D) → (R, V)."""
         return functional.linear(rows, *self.head)
 
 

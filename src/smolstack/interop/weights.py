@@ -15,7 +15,7 @@ def sharp_model(config: ModelConfig, *, seed: int = 0) -> VisionLanguageModel:
     """A random model whose decoder attends sharply, so that answers depend on the whole prompt.
 
     With plain random weights attention averages over hundreds of visual tokens, and greedy answers
-    hardly depend on the picture: agreeing on them would prove little.
+    hardly depend on the image: agreeing on them would prove little.
     """
     model = random_model(config, seed=seed)
     with torch.no_grad():

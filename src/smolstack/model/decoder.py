@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from smolstack.config import RopeConfig, TextConfig
-from smolstack.model.cache import KVCache, RaggedKVCache
+from smolstack.model.kv_cache import KVCache, RaggedKVCache
 from smolstack.model.layers import (
     ACTIVATION,
     RMSNorm,
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         padding: Tensor | None = None,
         cache: KVCache | RaggedKVCache | None = None,
     ) -> Tensor:
-        """States of the new tokens, normalised: (B, T, D) → (B, T, D).
+        """States of the new tokens, normalized: (B, T, D) → (B, T, D).
 
         Args:
             embeddings: (B, T, D), text embeddings with visual tokens in their places.

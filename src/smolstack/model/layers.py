@@ -34,7 +34,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019), no bias."""
+    """Root-mean-square normalization over the last axis (Zhang & Sennrich 2019), no bias."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps=eps)

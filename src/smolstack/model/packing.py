@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smolstack.model.panels import Arena, panel_size, whole_lines
-from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.quantized import QuantizedLinear
 from smolstack.native import library as native
 
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
@@ -20,7 +20,7 @@ class Packed:
 
     Args:
         layers: the linear layers that :meth:`linear` will be asked for; those that are bfloat16 or
-            quantised are laid out anew here.
+            quantized are laid out anew here.
         whole: what they are part of.
     """
 
@@ -52,7 +52,7 @@ class Packed:
         """A linear layer, its weights as panels unless they are float32."""
         bias = getattr(layer, "bias", None)
         bias_at = None if bias is None else self.floats(bias)
-        if isinstance(layer, QuantisedLinear):
+        if isinstance(layer, QuantizedLinear):
             panels = layer.panels(self.kernels, self._arena)
             self._kept.append(panels.memory)
             self._note(layer)
@@ -88,7 +88,7 @@ class Packed:
         return native.Norm(native.LAYER_NORM, norm.eps, self.norm(norm), self.floats(norm.bias))
 
     def _note(self, module: Any) -> None:
-        name = "weight_packed" if isinstance(module, QuantisedLinear) else "weight"
+        name = "weight_packed" if isinstance(module, QuantizedLinear) else "weight"
         weight = getattr(module, name)
         table = module._parameters if name in module._parameters else module._buffers
         version = -1 if weight.is_inference() else weight._version  # which inference does not count
@@ -101,7 +101,7 @@ class Packed:
 
 def packs(layer: Any) -> bool:
     """Whether the kernels can read a layer's weights at all."""
-    if isinstance(layer, QuantisedLinear):
+    if isinstance(layer, QuantizedLinear):
         return True
     if not isinstance(layer, (nn.Linear, nn.Embedding)):  # an adapter around one, say
         return False
@@ -110,25 +110,25 @@ def packs(layer: Any) -> bool:
 
 def floats_alone(layer: Any) -> bool:
     """Whether a layer's weights are float32, which are multiplied for single tokens only."""
-    return not isinstance(layer, QuantisedLinear) and layer.weight.dtype == torch.float32
+    return not isinstance(layer, QuantizedLinear) and layer.weight.dtype == torch.float32
 
 
 def device_of(layer: Any) -> torch.device:
     """Where a layer's weights are."""
     found: torch.device = (
-        layer.device if isinstance(layer, QuantisedLinear) else layer.weight.device
+        layer.device if isinstance(layer, QuantizedLinear) else layer.weight.device
     )
     return found
 
 
 def outputs_of(layer: Any) -> int:
     """Output channels of a linear layer, or of a token embedding that is used as one."""
-    return int(layer.out_features if isinstance(layer, QuantisedLinear) else layer.weight.shape[0])
+    return int(layer.out_features if isinstance(layer, QuantizedLinear) else layer.weight.shape[0])
 
 
 def _size(kernels: native.Library, layer: Any) -> int:
     """Bytes of memory that a layer still needs, in whole lines."""
-    if isinstance(layer, QuantisedLinear):
+    if isinstance(layer, QuantizedLinear):
         if layer.is_packed:
             return 0
         return panel_size(kernels, layer.format, layer.in_features, layer.out_features)

@@ -1,4 +1,4 @@
-"""Quantised weights as the compiled kernels multiply them, and the memory that they lie in.
+"""Quantized weights as the compiled kernels multiply them, and the memory that they lie in.
 
 Shapes: O output channels, I input channels, G groups of input channels.
 """

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from smolstack.model.cache import KVCache, RaggedKVCache
 from smolstack.model.decoder import Decoder, TextLayer, rope_frequencies
+from smolstack.model.kv_cache import KVCache, RaggedKVCache
 from smolstack.model.packing import Packed, device_of, outputs_of, packs
 from smolstack.native import library as native
 

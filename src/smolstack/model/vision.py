@@ -16,7 +16,7 @@ from smolstack.config import VisionConfig
 from smolstack.errors import GridError
 from smolstack.model.encoder import NativeEncoder, native_encoder
 from smolstack.model.layers import ACTIVATION, Embedding, merge_heads, split_heads
-from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.quantized import QuantizedLinear
 
 
 def position_ids(rows: int, columns: int, side: int) -> Tensor:
@@ -24,7 +24,7 @@ def position_ids(rows: int, columns: int, side: int) -> Tensor:
 
     A grid smaller than the table is spread over it: patch i of n takes row i·side // n, in
     integers, so a full grid is the identity (NaViT's fractional positions, Dehghani et al. 2023,
-    as Idefics2 quantised them).
+    as Idefics2 quantized them).
     """
     row = torch.arange(rows) * side // rows
     column = torch.arange(columns) * side // columns
@@ -93,14 +93,14 @@ class VisionTower(nn.Module):
         """Patch states.
 
         Args:
-            tiles: (N, 3, P, P) normalised pixels. Tiles smaller than the config's image_size, and
+            tiles: (N, 3, P, P) normalized pixels. Tiles smaller than the config's image_size, and
                 oblong ones, work too: their positions are spread over the table.
             filled: for each tile the (rows, columns) of patches, from the top left, that hold
-                picture; the others are padding, seen by nobody. None, the fast path: every tile
+                image; the others are padding, seen by nobody. None, the fast path: every tile
                 is full, so there is no mask and positions are constant.
 
         Returns:
-            (N, H·W, C). States of padding patches are defined but hold no picture.
+            (N, H·W, C). States of padding patches are defined but hold no image.
 
         Raises:
             GridError: wrong number of channels, or a grid that does not fit.
@@ -125,12 +125,12 @@ class VisionTower(nn.Module):
         return out
 
     def _kernels(self) -> NativeEncoder | None:
-        """The compiled layers, where full tiles can be left to them: in bfloat16 and quantised."""
+        """The compiled layers, where full tiles can be left to them: in bfloat16 and quantized."""
         if torch.compiler.is_compiling():
             return None
         weight = self.patch_embedding.weight
         first: Any = self.layers[0]
-        if weight.dtype != torch.bfloat16 and not isinstance(first.up, QuantisedLinear):
+        if weight.dtype != torch.bfloat16 and not isinstance(first.up, QuantizedLinear):
             return None
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.layers.parameters()):
             return None
@@ -188,7 +188,7 @@ class VisionTower(nn.Module):
 def _partial_positions(
     rows: int, columns: int, side: int, filled: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """Position ids (N, H·W) and which patches hold picture (N, H·W); padding has id 0."""
+    """Position ids (N, H·W) and which patches hold image (N, H·W); padding has id 0."""
     ids = torch.zeros(len(filled), rows, columns, dtype=torch.long)
     seen = torch.zeros(len(filled), rows, columns, dtype=torch.bool)
     for index, (high, wide) in enumerate(filled):

@@ -1,4 +1,4 @@
-"""The whole network: pictures and text in, logits out."""
+"""The whole network: images and text in, logits out."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from smolstack.batch import Batch
 from smolstack.config import ModelConfig
 from smolstack.errors import AlignmentError, ConfigError
 from smolstack.model import packer
-from smolstack.model.cache import KVCache, RaggedKVCache
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.decoder import Decoder
-from smolstack.model.quantised import QuantisedLinear, lay_out
+from smolstack.model.kv_cache import KVCache, RaggedKVCache
+from smolstack.model.quantized import QuantizedLinear, lay_out
 from smolstack.model.step import NativeDecoder, native_decoder, suits
 from smolstack.model.vision import VisionTower, distinct_tiles
 from smolstack.native import library as native
 
 # Keys and values beside integers: half the bytes of float32, eight times finer than bfloat16.
 CACHE_DTYPE = torch.float16
-TILES_AT_ONCE = 4  # tiles per pass of the tower: bounds its memory whatever the picture's size
+TILES_AT_ONCE = 4  # tiles per pass of the tower: bounds its memory whatever the image's size
 
 
 class VisionLanguageModel(nn.Module):
@@ -40,7 +40,7 @@ class VisionLanguageModel(nn.Module):
         self.connector = Idefics3Connector.from_config(config)
         self.decoder = Decoder(config.text)
         width = config.text.hidden_size
-        self.head: nn.Linear | QuantisedLinear | None = None
+        self.head: nn.Linear | QuantizedLinear | None = None
         self._native: NativeDecoder | None = None
         self._tower_is_compiled = False
         if config.embedding_dim is not None:
@@ -55,7 +55,7 @@ class VisionLanguageModel(nn.Module):
         """What ``to``, ``half`` and the like do; what stands beside integers stays float32.
 
         Raises:
-            ConfigError: another dtype for a quantised model.
+            ConfigError: another dtype for a quantized model.
         """
         if self.scheme is not None and (dtype := fn(torch.empty(0)).dtype) != torch.float32:
             raise ConfigError(
@@ -140,7 +140,7 @@ class VisionLanguageModel(nn.Module):
         """Let torch.compile have the vision tower and the connector, as one graph each.
 
         They are compiled when they first run, once for one tile and once for any other number,
-        whatever the pictures' sizes. Prompts and tokens stay as they are.
+        whatever the images' sizes. Prompts and tokens stay as they are.
 
         Raises:
             ConfigError: the weights are integers, which only smolstack's kernels multiply quickly.
@@ -273,7 +273,7 @@ class VisionLanguageModel(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """Late-interaction embeddings (ColSmol), unit length, zero on padding: (B, T, E).
 
-        ColPali's head (Faysse et al. 2024): a linear layer, then L2 normalisation per token.
+        ColPali's head (Faysse et al. 2024): a linear layer, then L2 normalization per token.
         """
         if self.head is None or self.config.embedding_dim is None:
             raise ConfigError("this checkpoint has no embedding head")
@@ -299,6 +299,6 @@ def _check_counts(batch: Batch) -> None:
     if sum(batch.images_per_sequence) != len(batch.tiles_per_image):
         raise AlignmentError(
             f"images_per_sequence {list(batch.images_per_sequence)} counts "
-            f"{sum(batch.images_per_sequence)} pictures, the batch holds "
+            f"{sum(batch.images_per_sequence)} images, the batch holds "
             f"{len(batch.tiles_per_image)}"
         )

@@ -2,7 +2,7 @@
 // does, layer by layer, in one parallel region.
 //
 // Threads share the output channels of each linear layer and the positions of attention. What is
-// cheap (norms, quantising, rotating the queries) every thread does for itself, so that a layer
+// cheap (norms, quantizing, rotating the queries) every thread does for itself, so that a layer
 // needs five barriers. Neither the threads nor the other sequences change a sequence's result.
 #include "smolstack.h"
 

@@ -187,7 +187,7 @@ int reads_alike(const Linear *a, const Linear *b) {
 }
 
 // Mean and standard deviation taken out, or the root mean square; then the weights.
-static const float *normalised(const Norm *norm, const float *x, int64_t in, float *out) {
+static const float *normalized(const Norm *norm, const float *x, int64_t in, float *out) {
     Floats sum = splat(0), squares = splat(0);
     float mean = 0;
     if (norm->kind == NO_NORM) return x;
@@ -215,7 +215,7 @@ static const float *normalised(const Norm *norm, const float *x, int64_t in, flo
 
 // A group of a row: rint(x · most / max|x|), its scale, and the sums that zero points are taken out
 // with. `count` channels are real, `padded` are written.
-static void quantise_group(const Linear *linear, const float *x, int64_t count, int64_t padded,
+static void quantize_group(const Linear *linear, const float *x, int64_t count, int64_t padded,
                            int8_t *q, int64_t plane, float *scale, float *weighed,
                            int32_t *offset) {
     const float most = linear->fine ? 127 * RADIX + 126 : 127;
@@ -242,7 +242,7 @@ static void quantise_group(const Linear *linear, const float *x, int64_t count, 
     *offset = -WEIGHT_OFFSET * sum;
 }
 
-// Rows of x, `stride` floats apart, normalised and in the numbers that `linear` multiplies.
+// Rows of x, `stride` floats apart, normalized and in the numbers that `linear` multiplies.
 void prepare_block(Block *block, const Linear *linear, const Norm *norm, const float *x,
                    int64_t stride) {
     int64_t in = linear->in, integers = linear->kind == INT8 || linear->kind == INT4;
@@ -250,13 +250,13 @@ void prepare_block(Block *block, const Linear *linear, const Norm *norm, const f
     block->stride = integers ? block->plane * (linear->fine ? 2 : 1) : rounded_up(in * 2, 64);
     block->groups = integers ? groups_of(linear) : 0;
     for (int64_t row = 0; row < block->rows; row++) {
-        const float *from = normalised(norm, x + row * stride, in, block->normed);
+        const float *from = normalized(norm, x + row * stride, in, block->normed);
         char *to = block->numbers + row * block->stride;
         for (int64_t g = 0; g < block->groups; g++) {
             int64_t begin = g * linear->group, count = least(linear->group, in - begin);
             int64_t padded = g + 1 < block->groups ? count : block->plane - begin;
             int64_t at = g * block->padded + row;
-            quantise_group(linear, from + begin, count, padded, (int8_t *)to + begin, block->plane,
+            quantize_group(linear, from + begin, count, padded, (int8_t *)to + begin, block->plane,
                            block->scale + at, block->weighed + at, block->offset + at);
         }
         for (int64_t i = 0; !integers && i < block->stride / 2; i += LANES)

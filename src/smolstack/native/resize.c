@@ -1,4 +1,4 @@
-// Scaling pictures with Pillow's numbers, to the last bit: its filters, its coefficients in fixed
+// Scaling images with Pillow's numbers, to the last bit: its filters, its coefficients in fixed
 // point (22 bits after the point), rounded to bytes between the two passes.
 //
 // A plane is one channel, row by row. Each pass scales columns, whose neighbours lie side by side in

@@ -137,7 +137,7 @@ INLINE float load_bfloat(const uint16_t *p) {
     return out;
 }
 
-// e^x to about one part in 10⁷, in a form that compilers vectorise (Cephes' polynomial).
+// e^x to about one part in 10⁷, in a form that compilers vectorize (Cephes' polynomial).
 INLINE float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float n = rintf(x * 1.44269504f);

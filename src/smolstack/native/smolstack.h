@@ -3,7 +3,7 @@
 // Compiled once for each instruction set of sets.txt (CMakeLists.txt), or at first use for the
 // processor at hand (compiling.py); called by ctypes (library.py). A weight of float32 is (out, in) as safetensors files hold it; those of the other
 // kinds are laid out anew as panels of 16 channels (panels.c). The arithmetic of integers is that of
-// smolstack/model/quantised.py: whole sums per group, the same on every processor.
+// smolstack/model/quantized.py: whole sums per group, the same on every processor.
 #ifndef SMOLSTACK_H
 #define SMOLSTACK_H
 

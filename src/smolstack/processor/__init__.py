@@ -1,1 +1,1 @@
-"""From pictures and prompts to a Batch: geometry, tiles, chat template, tokens."""
+"""From images and prompts to a Batch: geometry, tiles, chat template, tokens."""

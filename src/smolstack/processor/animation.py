@@ -47,9 +47,9 @@ def read_animation(
             raise VideoError(f"{path} has one frame, expected a video")
         wanted = choose(len(starts), len(starts) / now)
         frames = []
-        for picture, _ in animation(path, max_pixels, FORMATS, frozenset(wanted)):
-            if picture is not None:
-                pixels = np.asarray(picture)
+        for image, _ in animation(path, max_pixels, FORMATS, frozenset(wanted)):
+            if image is not None:
+                pixels = np.asarray(image)
                 frames.append(pixels.copy() if shrink is None else shrink(pixels))
     except ImageError as error:
         raise VideoError(str(error)) from None

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from smolstack.errors import ImageError
-from smolstack.processor.costs import check_icon, decoding_bytes
-from smolstack.processor.depth import is_deep, to_grey
+from smolstack.processor.bit_depth import is_deep, to_grey
+from smolstack.processor.decoder_costs import check_icon, decoding_bytes
+from smolstack.processor.decoding_memory import MEMORY
 from smolstack.processor.formats import FORMATS, accepted, can_read_heif, is_heif
-from smolstack.processor.memory import MEMORY
 from smolstack.processor.pages import TiffPage, frame_of_page
 from smolstack.processor.sources import named
 
@@ -160,7 +160,7 @@ def _open(
 ) -> Image.Image:
     """A file whose header was read, at the page that is asked for."""
     number = source.number if isinstance(source, TiffPage) else None
-    image = _guarded(name, lambda: _read_header(file, formats), "cannot be read as a picture")
+    image = _guarded(name, lambda: _read_header(file, formats), "cannot be read as an image")
     if image is None:
         raise ImageError(_no_image(name, file, formats))
     if image.format == "TIFF":

@@ -1,6 +1,6 @@
-"""The planner: how a picture of given size becomes tiles and tokens. Integers only.
+"""The planner: how an image of given size becomes tiles and tokens. Integers only.
 
-Everything that asks how many tiles or tokens a picture costs (prompt, tiles, command line,
+Everything that asks how many tiles or tokens an image costs (prompt, tiles, command line,
 limits, benchmarks) asks here. Sizes are (width, height) in pixels, grids (rows, columns).
 """
 
@@ -17,16 +17,16 @@ MAX_EDGE = 4096  # the family's image processor never resizes to more than this
 
 @dataclass(frozen=True)
 class TilePlan:
-    """What becomes of one picture.
+    """What becomes of one image.
 
     Attributes:
         source: (width, height) as given.
         resized: (width, height) after the first resize.
         canvas: (width, height) that tiles are cut from: whole tiles.
-        rows, cols: grid of tiles cut from the canvas; both 0 when the picture is not split.
+        rows, cols: grid of tiles cut from the canvas; both 0 when the image is not split.
         tile_edge: pixels of a tile's side.
         tokens_per_tile: S.
-        prompt_tokens: tokens of the whole prompt with this picture; None where no prompt is known.
+        prompt_tokens: tokens of the whole prompt with this image; None where no prompt is known.
     """
 
     source: tuple[int, int]
@@ -40,12 +40,12 @@ class TilePlan:
 
     @property
     def tiles(self) -> int:
-        """Tiles that the vision tower sees: rows · cols and one of the whole picture."""
+        """Tiles that the vision tower sees: rows · cols and one of the whole image."""
         return self.rows * self.cols + 1
 
     @property
     def visual_tokens(self) -> int:
-        """Tokens that the pictures' tiles become: tiles · S."""
+        """Tokens that the images' tiles become: tiles · S."""
         return self.tiles * self.tokens_per_tile
 
     @property
@@ -63,7 +63,7 @@ class TilePlan:
         ]
 
     def source_boxes(self) -> list[tuple[int, int, int, int]]:
-        """The same boxes in pixels of the source picture, rounded down."""
+        """The same boxes in pixels of the source image, rounded down."""
         width, height = self.source
         wide, high = self.canvas
         return [
@@ -81,13 +81,13 @@ class TilePlan:
 
 
 class Tiling(TypedDict, total=False):
-    """Choices about pictures that a caller may make; each left out is as the checkpoint says.
+    """Choices about images that a caller may make; each left out is as the checkpoint says.
 
     Attributes:
-        split: whether pictures are split into tiles.
-        max_image_tokens: visual tokens that one picture may cost at most; the largest tile grid
+        split: whether images are split into tiles.
+        max_image_tokens: visual tokens that one image may cost at most; the largest tile grid
             that keeps within them is taken.
-        upscale: False keeps small pictures small: none is resized beyond its own size, except to
+        upscale: False keeps small images small: none is resized beyond its own size, except to
             fill its last tiles. Published models were trained with True.
         password: opens locked PDF files; it says nothing about tiles.
     """
@@ -108,18 +108,18 @@ def plan_tiles(
     upscale: bool = True,
     password: str | None = None,
 ) -> TilePlan:
-    """Plan a picture of ``size`` (width, height). For the choices see :class:`Tiling`.
+    """Plan an image of ``size`` (width, height). For the choices see :class:`Tiling`.
 
-    With splitting, the picture is resized so that its longer side is ``longest_edge``, then
+    With splitting, the image is resized so that its longer side is ``longest_edge``, then
     stretched to whole tiles; a canvas of more than one tile is cut into rows × cols tiles and the
-    whole picture follows as one more. Without, it is stretched to a single tile.
+    whole image follows as one more. Without, it is stretched to a single tile.
 
     Raises:
         ImageError: a side is not positive, or a single tile is beyond ``max_image_tokens``.
     """
     width, height = size
     if width < 1 or height < 1:
-        raise ImageError(f"a picture of {width}x{height} pixels; both sides must be positive")
+        raise ImageError(f"an image of {width}x{height} pixels; both sides must be positive")
     longest = settings.longest_edge if settings.resize else max(size)
     if not upscale:
         longest = min(longest, max(size))

@@ -1,4 +1,4 @@
-"""What a sequence may be given as: a text or a chat, with pictures and videos."""
+"""What a sequence may be given as: a text or a chat, with images and videos."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video, is_video
 
 T = TypeVar("T")
-Picture: TypeAlias = "ImageSource | VisualTokens"
-Shown: TypeAlias = "Picture | Video"  # a path may be a video's
-# What one sequence may be given as: a text, the messages of a chat, or either with its pictures.
+ImageInput: TypeAlias = "ImageSource | VisualTokens"
+Shown: TypeAlias = "ImageInput | Video"  # a path may be a video's
+# What one sequence may be given as: a text, the messages of a chat, or either with its images.
 PromptLike: TypeAlias = "str | Sequence[Message] | tuple[Any, str | Sequence[Message]]"
 
 
-def as_pictures(images: Any) -> list[Any]:
-    """A picture or a video, or a list of them, as a list; None is no picture."""
+def as_images(images: Any) -> list[Any]:
+    """An image or a video, or a list of them, as a list; None is no image."""
     if images is None:
         return []
     single = (
@@ -35,27 +35,27 @@ def as_pictures(images: Any) -> list[Any]:
     if isinstance(images, single):
         return [images]
     if not isinstance(images, Sequence):
-        raise ImageError(f"found a {type(images).__name__}, expected a picture or a list of them")
+        raise ImageError(f"found a {type(images).__name__}, expected an image or a list of them")
     return list(images)
 
 
-def unlocked(picture: T, password: str | None) -> T | PdfPage:
-    """The same picture; of a PDF file with the password that opens it."""
-    if password is None or not isinstance(picture, (str, Path)):
-        return picture
-    page = page_of(picture, password)
-    return page if isinstance(page, PdfPage) else picture
+def unlocked(image: T, password: str | None) -> T | PdfPage:
+    """The same image; of a PDF file with the password that opens it."""
+    if password is None or not isinstance(image, (str, Path)):
+        return image
+    page = page_of(image, password)
+    return page if isinstance(page, PdfPage) else image
 
 
 def as_messages(
     entry: PromptLike, read_video: Callable[[Any], Video]
-) -> tuple[list[dict[str, Any]], list[Picture | Frame]]:
-    """A sequence as messages and the pictures of their image parts, in order."""
-    pictures: Any = None
+) -> tuple[list[dict[str, Any]], list[ImageInput | Frame]]:
+    """A sequence as messages and the images of their image parts, in order."""
+    images: Any = None
     asked: Any = entry
     if isinstance(entry, tuple) and len(entry) == 2:
-        pictures, asked = entry
-    given = as_pictures(pictures)
+        images, asked = entry
+    given = as_images(images)
     if isinstance(asked, str):
         if not any(map(is_video, given)):
             return [prompts.user_message(len(given), asked)], given
@@ -64,13 +64,13 @@ def as_messages(
         content = [*parts, {"type": "text", "text": asked}]
         return prompts.split_messages([{"role": "user", "content": content}], read_video)
     if isinstance(asked, tuple) or not isinstance(asked, Sequence):
-        raise PromptError(f"a prompt {entry!r:.80}, expected (pictures, text) or a chat")
+        raise PromptError(f"a prompt {entry!r:.80}, expected (images, text) or a chat")
     messages, shown = prompts.split_messages(asked, read_video)
     empty = sum(part is None for part in shown)
     if empty != len(given):
         raise PromptError(
-            f"the chat has {empty} image parts without a picture (under one of "
-            f"{list(prompts.IMAGE_KEYS)}) and {len(given)} pictures were given beside it"
+            f"the chat has {empty} image parts without an image (under one of "
+            f"{list(prompts.IMAGE_KEYS)}) and {len(given)} images were given beside it"
         )
     rest = iter(given)
     return messages, [next(rest) if part is None else part for part in shown]

@@ -1,4 +1,4 @@
-"""Pages of PDF files as pictures: ``report.pdf#page=3`` is the third page of report.pdf.
+"""Pages of PDF files as images: ``report.pdf#page=3`` is the third page of report.pdf.
 
 Pages are rendered by PDFium (package pypdfium2) at DPI, twice the size that PDF counts in, as
 docling does for the document models of this family; the fields of forms are drawn. PDFium works on
@@ -23,7 +23,7 @@ SUFFIX = ".pdf"
 DPI = 144
 MAX_PIXELS = 40_000_000  # of a page; one that would have more is rendered smaller
 _SCALE = DPI / 72  # PDF counts in 72nds of an inch
-_RENDERING = 2  # counts up when the same page is rendered to another picture
+_RENDERING = 2  # counts up when the same page is rendered to another image
 _LOCKED = 4  # PDFium's code
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -57,18 +57,18 @@ class PdfPage:
         return math.ceil(width * scale), math.ceil(height * scale)
 
     def render(self) -> Image.Image:
-        """The page as an RGB picture, with the fields of a form.
+        """The page as an RGB image, with the fields of a form.
 
         Raises:
             ImageError: pypdfium2 is not installed; the file is no PDF, locked or damaged; it has no
                 such page, or several of which none was named.
         """
         with self._opened() as page:
-            picture: Image.Image = page.render(scale=_scale(*page.get_size())).to_pil()
-            return picture.convert("RGB")
+            image: Image.Image = page.render(scale=_scale(*page.get_size())).to_pil()
+            return image.convert("RGB")
 
     def content(self) -> bytes:
-        """What the picture depends on."""
+        """What the image depends on."""
         return self.path.read_bytes() + f"#page={self.number}, rendering {_RENDERING}".encode()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The processor: prompts and pictures in, one Batch out."""
+"""The processor: prompts and images in, one Batch out."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from smolstack.errors import (
 )
 from smolstack.processor import prompt as prompts
 from smolstack.processor.geometry import TilePlan, Tiling, plan_tiles
-from smolstack.processor.inputs import Picture, PromptLike, as_messages, unlocked
+from smolstack.processor.inputs import ImageInput, PromptLike, as_messages, unlocked
 from smolstack.processor.prompt import ChatTemplate, Markers, Message
 from smolstack.processor.scaling import resize
 from smolstack.processor.settings import ImageSettings
-from smolstack.processor.tiles import ImageSource, image_size, normalise, read_tiles
+from smolstack.processor.tiles import ImageSource, image_size, normalize, read_tiles
 from smolstack.processor.tokenizer import TextTokenizer
 from smolstack.processor.video import Frame, Video, VideoSettings, read_video
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sequence before batching: its text, token ids, pictures and their plans."""
+    """One sequence before batching: its text, token ids, images and their plans."""
 
     text: str
     token_ids: tuple[int, ...]
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageInput, ...]
     plans: tuple[TilePlan, ...]
 
 
@@ -83,10 +83,10 @@ class Processor:
             )
 
     def __call__(self, inputs: Sequence[PromptLike | Message], **tiling: Unpack[Tiling]) -> Batch:
-        """Prompts and pictures as one left-padded batch.
+        """Prompts and images as one left-padded batch.
 
         Args:
-            inputs: one entry per sequence: a text, the messages of a chat, or a tuple of a picture
+            inputs: one entry per sequence: a text, the messages of a chat, or a tuple of an image
                 (or several) and either; beside a chat they fill its image parts that hold none.
                 One chat alone may be given as its messages.
             **tiling: split, max_image_tokens, upscale, password; see Tiling.
@@ -108,23 +108,23 @@ class Processor:
         """One sequence: render, plan, expand, tokenize. No pixel is decoded, but of videos.
 
         Raises:
-            PromptError: a malformed chat, or placeholders and pictures that differ in number.
-            ImageError: a picture that cannot be opened.
+            PromptError: a malformed chat, or placeholders and images that differ in number.
+            ImageError: an image that cannot be opened.
             ContextLengthError: more tokens than the model has positions.
         """
-        messages, pictures = as_messages(entry, self.open_video)
-        return self.prepare_text(self.render(messages), pictures, **tiling)
+        messages, images = as_messages(entry, self.open_video)
+        return self.prepare_text(self.render(messages), images, **tiling)
 
     def prepare_text(
-        self, rendered: str, pictures: Sequence[Picture | Frame], **tiling: Unpack[Tiling]
+        self, rendered: str, images: Sequence[ImageInput | Frame], **tiling: Unpack[Tiling]
     ) -> Prompt:
-        """As :meth:`prepare`, of a prompt that is written out already, one placeholder per picture.
+        """As :meth:`prepare`, of a prompt that is written out already, one placeholder per image.
 
         Raises: as :meth:`prepare` does.
         """
         password = tiling.get("password")
-        pictures = [unlocked(picture, password) for picture in pictures]
-        plans = tuple(self.plan(picture, **tiling) for picture in pictures)
+        images = [unlocked(image, password) for image in images]
+        plans = tuple(self.plan(image, **tiling) for image in images)
         text = prompts.expand_placeholders(rendered, plans, self.markers)
         ids = tuple(self.tokenizer.encode(text))
         self._check_ids(ids)
@@ -135,7 +135,7 @@ class Processor:
                 f"({sum(plan.visual_tokens for plan in plans)} of them visual), the model's "
                 f"context holds {limit}"
             )
-        whole = (shown.image if isinstance(shown, Frame) else shown for shown in pictures)
+        whole = (shown.image if isinstance(shown, Frame) else shown for shown in images)
         return Prompt(text, ids, tuple(whole), plans)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
@@ -148,7 +148,7 @@ class Processor:
             )
 
     def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
-        """A chat as text, one placeholder per picture."""
+        """A chat as text, one placeholder per image."""
         if self.template is None:
             raise CheckpointError(
                 "the checkpoint has no chat template (chat_template.jinja, chat_template.json or "
@@ -198,59 +198,59 @@ class Processor:
         )
 
     def plan(
-        self, picture: Picture | Frame | tuple[int, int], **tiling: Unpack[Tiling]
+        self, image: ImageInput | Frame | tuple[int, int], **tiling: Unpack[Tiling]
     ) -> TilePlan:
-        """The tile plan of a picture, of visual tokens, or of a size (width, height).
+        """The tile plan of an image, of visual tokens, or of a size (width, height).
 
         A frame of a video is one tile, whatever ``tiling`` says.
         """
         size = self.tokens_per_tile
-        if isinstance(picture, Frame) and isinstance(picture.image, VisualTokens):
-            picture = picture.image
-        if isinstance(picture, Frame):
-            assert not isinstance(picture.image, VisualTokens)
+        if isinstance(image, Frame) and isinstance(image.image, VisualTokens):
+            image = image.image
+        if isinstance(image, Frame):
+            assert not isinstance(image.image, VisualTokens)
             edge = self.videos.longest_edge or self.settings.tile_edge
             settings = replace(self.settings, longest_edge=edge)
-            return plan_tiles(image_size(picture.image), settings, size, split=False)
-        if isinstance(picture, VisualTokens):
+            return plan_tiles(image_size(image.image), settings, size, split=False)
+        if isinstance(image, VisualTokens):
             edge = self.settings.tile_edge
-            rows, cols = picture.rows, picture.cols
+            rows, cols = image.rows, image.cols
             canvas = (max(cols, 1) * edge, max(rows, 1) * edge)
-            return TilePlan(picture.source, canvas, canvas, rows, cols, edge, size)
-        if isinstance(picture, tuple):
-            return plan_tiles(picture, self.settings, size, **tiling)
-        picture = unlocked(picture, tiling.get("password"))
-        return plan_tiles(image_size(picture), self.settings, size, **tiling)
+            return TilePlan(image.source, canvas, canvas, rows, cols, edge, size)
+        if isinstance(image, tuple):
+            return plan_tiles(image, self.settings, size, **tiling)
+        image = unlocked(image, tiling.get("password"))
+        return plan_tiles(image_size(image), self.settings, size, **tiling)
 
     def count_tokens(self, plans: Sequence[TilePlan], text: str) -> int:
-        """Tokens of the whole prompt that asks ``text`` about pictures of these plans."""
+        """Tokens of the whole prompt that asks ``text`` about images of these plans."""
         rendered = self.render([prompts.user_message(len(plans), text)])
         return len(
             self.tokenizer.encode(prompts.expand_placeholders(rendered, plans, self.markers))
         )
 
-    def pixels(self, picture: ImageSource, plan: TilePlan) -> Tensor:
-        """The tiles of one picture, normalised: (plan.tiles, 3, P, P) float32."""
-        return normalise(read_tiles(picture, plan, self.settings), self.settings)
+    def pixels(self, image: ImageSource, plan: TilePlan) -> Tensor:
+        """The tiles of one image, normalized: (plan.tiles, 3, P, P) float32."""
+        return normalize(read_tiles(image, plan, self.settings), self.settings)
 
     def batch(self, sequences: Sequence[Prompt]) -> Batch:
-        """Pad prepared sequences on the left and cut their pictures.
+        """Pad prepared sequences on the left and cut their images.
 
         Raises:
-            PromptError: some pictures are given as visual tokens and others as pixels.
+            PromptError: some images are given as visual tokens and others as pixels.
         """
-        pictures = [picture for prompt in sequences for picture in prompt.pictures]
+        images = [image for prompt in sequences for image in prompt.images]
         plans = [plan for prompt in sequences for plan in prompt.plans]
-        encoded = [picture for picture in pictures if isinstance(picture, VisualTokens)]
-        if encoded and len(encoded) != len(pictures):
+        encoded = [image for image in images if isinstance(image, VisualTokens)]
+        if encoded and len(encoded) != len(images):
             raise PromptError(
-                f"{len(encoded)} of {len(pictures)} pictures are visual tokens; a batch holds "
-                "either pictures or visual tokens"
+                f"{len(encoded)} of {len(images)} images are visual tokens; a batch holds "
+                "either images or visual tokens"
             )
         edge = self.settings.tile_edge
         tiles = [torch.empty(0, 3, edge, edge)]
         if not encoded:
-            tiles += [self.pixels(p, plan) for p, plan in zip(pictures, plans, strict=True)]  # type: ignore[arg-type]
+            tiles += [self.pixels(p, plan) for p, plan in zip(images, plans, strict=True)]  # type: ignore[arg-type]
         longest = max(len(prompt.token_ids) for prompt in sequences)
         token_ids = np.full((len(sequences), longest), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(sequences), longest), dtype=bool)
@@ -263,7 +263,7 @@ class Processor:
             attention_mask=torch.from_numpy(mask),
             tiles=torch.cat(tiles),
             tiles_per_image=tuple(plan.tiles for plan in plans),
-            images_per_sequence=tuple(len(prompt.pictures) for prompt in sequences),
+            images_per_sequence=tuple(len(prompt.images) for prompt in sequences),
             visual_tokens=torch.cat([v.tokens for v in encoded]) if encoded else None,
         )
 

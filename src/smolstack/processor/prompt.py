@@ -39,7 +39,7 @@ class Markers:
         """The text that one placeholder becomes.
 
         Each tile of the grid is announced by its row and column, each row ends in a newline, and
-        the whole picture follows after a blank line; an unsplit picture is the whole alone.
+        the whole image follows after a blank line; an unsplit image is the whole alone.
         """
         tokens = self.image * plan.tokens_per_tile
         grid = "".join(
@@ -56,13 +56,12 @@ def expand_placeholders(prompt: str, plans: Sequence[TilePlan], markers: Markers
     """Write out every placeholder of a rendered prompt, in order.
 
     Raises:
-        PromptError: the prompt has more or fewer placeholders than there are pictures.
+        PromptError: the prompt has more or fewer placeholders than there are images.
     """
     pieces = prompt.split(markers.image)
     if len(pieces) - 1 != len(plans):
         raise PromptError(
-            f"the prompt has {len(pieces) - 1} {markers.image} placeholders for "
-            f"{len(plans)} pictures"
+            f"the prompt has {len(pieces) - 1} {markers.image} placeholders for {len(plans)} images"
         )
     expanded = [pieces[0]]
     for plan, text in zip(plans, pieces[1:], strict=True):
@@ -71,7 +70,7 @@ def expand_placeholders(prompt: str, plans: Sequence[TilePlan], markers: Markers
 
 
 def user_message(images: int, text: str) -> dict[str, Any]:
-    """One user message: its pictures first and its text after them."""
+    """One user message: its images first and its text after them."""
     return {
         "role": "user",
         "content": [{"type": "image"}] * images + [{"type": "text", "text": text}],
@@ -81,7 +80,7 @@ def user_message(images: int, text: str) -> dict[str, Any]:
 def split_messages(
     messages: Sequence[Message], read_video: Callable[[Any], Video] | None = None
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """A chat in the form that templates read, and its pictures in order.
+    """A chat in the form that templates read, and its images in order.
 
     Content may be a string or a list of parts; a part is ``{"type": "text", "text": …}`` or
     ``{"type": "image", "image": …}`` (also under "path", "url" or "bytes").

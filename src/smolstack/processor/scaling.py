@@ -1,4 +1,4 @@
-"""Scaling the channels of a picture: Pillow's numbers, by the compiled kernels where they agree.
+"""Scaling the channels of an image: Pillow's numbers, by the compiled kernels where they agree.
 
 Shapes: planes (3, height, width) uint8.
 """
@@ -77,7 +77,7 @@ def _by_kernels(planes: Planes, size: tuple[int, int], resample: int, rows_first
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError(f"no memory to scale a picture to {size[0]}x{size[1]} pixels")
+        raise MemoryError(f"no memory to scale an image to {size[0]}x{size[1]} pixels")
     return out
 
 

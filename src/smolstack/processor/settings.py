@@ -1,4 +1,4 @@
-"""How a checkpoint wants its pictures: the image processor's settings, read strictly."""
+"""How a checkpoint wants its images: the image processor's settings, read strictly."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ RESAMPLE_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Preprocessing of pictures.
+    """Preprocessing of images.
 
     Attributes:
-        longest_edge: pixels that a picture's longer side is resized to before tiling.
+        longest_edge: pixels that an image's longer side is resized to before tiling.
         tile_edge: pixels of a tile's side.
-        split: whether pictures are split into tiles (with one more of the whole picture).
+        split: whether images are split into tiles (with one more of the whole image).
         resize: whether the first resize, to ``longest_edge``, takes place.
         resample: Pillow's filter number (1 is Lanczos).
         rescale: factor on the 0–255 values, None for none.
-        mean, std: per channel, applied after rescaling; None for no normalisation.
+        mean, std: per channel, applied after rescaling; None for no normalization.
     """
 
     longest_edge: int

@@ -18,7 +18,7 @@ def named(source: str | Path | bytes | TiffPage) -> tuple[str, str | Path | byte
         ImageError: there is no such file, or it is empty.
     """
     if isinstance(source, bytes):
-        name, size = f"picture of {len(source)} bytes", len(source)
+        name, size = f"image of {len(source)} bytes", len(source)
     else:
         path = source.path if isinstance(source, TiffPage) else Path(source)
         name = str(path if isinstance(source, TiffPage) else source)
@@ -26,13 +26,13 @@ def named(source: str | Path | bytes | TiffPage) -> tuple[str, str | Path | byte
         try:
             if not path.is_file():
                 found = "a folder" if path.is_dir() else "no file"
-                raise ImageError(f"{name}: found {found}, expected a picture")
+                raise ImageError(f"{name}: found {found}, expected an image")
             size = path.stat().st_size
         except OSError as error:  # a folder that may not be looked into, say
-            raise ImageError(f"{name}: {error.strerror or error}, expected a picture") from None
+            raise ImageError(f"{name}: {error.strerror or error}, expected an image") from None
         source = path
     if size == 0:
-        raise ImageError(f"{name} is empty (0 bytes), expected a picture")
+        raise ImageError(f"{name} is empty (0 bytes), expected an image")
     return name, source
 
 
@@ -48,7 +48,7 @@ def refuse_texts(name: str) -> None:
             "that its base64 stands for"
         )
     if name[:8].lower().startswith(("http://", "https://")):
-        raise ImageError(f"{name[:200]} is an address; pictures are read from files, not fetched")
+        raise ImageError(f"{name[:200]} is an address; images are read from files, not fetched")
     if len(os.fsencode(name)) > _LONGEST or any(
         len(os.fsencode(part)) > _LONGEST_PART for part in Path(name).parts
     ):

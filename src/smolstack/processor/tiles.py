@@ -1,4 +1,4 @@
-"""Pictures: opening them safely, cutting tiles, normalising pixels."""
+"""Images: opening them safely, cutting tiles, normalizing pixels."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from smolstack.errors import ImageError
 from smolstack.native import library as native
 from smolstack.processor.decoding import check_size, decoded, size_of, to_rgb
+from smolstack.processor.decoding_memory import MEMORY
 from smolstack.processor.formats import FORMATS
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.memory import MEMORY
 from smolstack.processor.pages import TiffPage, page_of
 from smolstack.processor.pdf import PdfPage
 from smolstack.processor.scaling import resize
@@ -27,36 +27,36 @@ from smolstack.processor.settings import ImageSettings
 ImageSource: TypeAlias = (
     "str | Path | bytes | PdfPage | TiffPage | Image.Image | npt.NDArray[np.uint8]"
 )
-MAX_PIXELS = 178_956_970  # a picture of more pixels is refused before it is decoded
+MAX_PIXELS = 178_956_970  # an image of more pixels is refused before it is decoded
 _PAGE_BYTES = 12  # per pixel of a page while it is rendered and cut
 
 
 def open_image(
     source: ImageSource, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> Image.Image:
-    """Decode a picture to RGB, upright.
+    """Decode an image to RGB, upright.
 
-    A file (path or bytes) is turned as its EXIF orientation says; a Pillow picture or an array is
+    A file (path or bytes) is turned as its EXIF orientation says; a PIL image or an array is
     taken as it is. Transparency is laid over white; greys of more than 8 bits are scaled by their
     range. Of an animation this is the first frame.
 
     Args:
-        source: a path (also of a page, ``report.pdf#page=3``), a file's bytes, a Pillow picture, or
+        source: a path (also of a page, ``report.pdf#page=3``), a file's bytes, a PIL image, or
             a uint8 array (H, W, 3).
-        max_pixels: larger pictures are refused before they are decoded.
+        max_pixels: larger images are refused before they are decoded.
         formats: which formats of files are tried, by Pillow's names.
 
     Raises:
-        ImageError: naming the picture, what was found and what was expected.
+        ImageError: naming the image, what was found and what was expected.
     """
     with _decoded(source, max_pixels, formats) as image:
         return image
 
 
 def read_tiles(source: ImageSource, plan: TilePlan, settings: ImageSettings) -> Tensor:
-    """The tiles of a picture that was planned, as pixels: (plan.tiles, 3, P, P) uint8.
+    """The tiles of an image that was planned, as pixels: (plan.tiles, 3, P, P) uint8.
 
-    As :func:`open_image` and :func:`cut_tiles`; the whole picture counts as memory in use until it
+    As :func:`open_image` and :func:`cut_tiles`; the whole image counts as memory in use until it
     is cut.
     """
     with _decoded(source) as image:
@@ -66,7 +66,7 @@ def read_tiles(source: ImageSource, plan: TilePlan, settings: ImageSettings) -> 
 def image_size(
     source: ImageSource, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> tuple[int, int]:
-    """(width, height) of a picture, upright, from its header alone."""
+    """(width, height) of an image, upright, from its header alone."""
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels).size
     if isinstance(source, Image.Image):
@@ -85,7 +85,7 @@ def _decoded(
         yield _from_array(source, max_pixels)
         return
     if isinstance(source, Image.Image):
-        check_size("the picture", source.size, max_pixels)
+        check_size("the image", source.size, max_pixels)
         yield _from_pillow(source)
         return
     page = page_of(source)
@@ -99,12 +99,12 @@ def _decoded(
 
 
 def cut_tiles(image: Image.Image, plan: TilePlan, settings: ImageSettings) -> Tensor:
-    """The tiles of an RGB picture as pixels: (plan.tiles, 3, P, P) uint8.
+    """The tiles of an RGB image as pixels: (plan.tiles, 3, P, P) uint8.
 
-    Tiles of the grid come first, row by row, the whole picture last.
+    Tiles of the grid come first, row by row, the whole image last.
     """
     if image.size != plan.source:
-        raise ImageError(f"a plan for {plan.source} pixels was given a picture of {image.size}")
+        raise ImageError(f"a plan for {plan.source} pixels was given an image of {image.size}")
     edge, resample = plan.tile_edge, settings.resample
     tiles = np.empty((plan.tiles, 3, edge, edge), dtype=np.uint8)
     planes = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -115,7 +115,7 @@ def cut_tiles(image: Image.Image, plan: TilePlan, settings: ImageSettings) -> Te
     return torch.from_numpy(tiles)
 
 
-def normalise(tiles: Tensor, settings: ImageSettings) -> Tensor:
+def normalize(tiles: Tensor, settings: ImageSettings) -> Tensor:
     """Pixel values as the model wants them: (N, 3, P, P) uint8 → float32.
 
     (value · rescale − mean) / std has only 256 results per channel, so they are looked up. The
@@ -139,7 +139,7 @@ def normalise(tiles: Tensor, settings: ImageSettings) -> Tensor:
 
 
 def _table(settings: ImageSettings) -> npt.NDArray[np.float32]:
-    """The normalised value of each byte, per channel: (3, 256)."""
+    """The normalized value of each byte, per channel: (3, 256)."""
     values = np.arange(256, dtype=np.float64)
     if settings.rescale is not None:
         values = values * settings.rescale
@@ -155,19 +155,19 @@ def _file(source: object) -> str | Path | bytes:
     if isinstance(source, (str, Path, bytes)):
         return source
     raise ImageError(
-        f"found a {type(source).__name__}, expected a path, bytes, a Pillow picture or a uint8 "
+        f"found a {type(source).__name__}, expected a path, bytes, a PIL image or a uint8 "
         "array (H, W, 3)"
     )
 
 
 def _from_pillow(image: Image.Image) -> Image.Image:
-    """A Pillow picture, which may be an opened file that was not decoded yet."""
+    """A PIL image, which may be an opened file that was not decoded yet."""
     try:
         return to_rgb(image)
     except ImageError as error:
-        reason = f"the picture: {error}"
+        reason = f"the image: {error}"
     except Exception as error:  # a decoder may raise anything about a damaged file
-        reason = f"the picture is damaged or truncated: {error}"
+        reason = f"the image is damaged or truncated: {error}"
     raise ImageError(reason)
 
 

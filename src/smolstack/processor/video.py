@@ -1,6 +1,6 @@
 """Videos: some frames of one, and the words that say when each was seen.
 
-A video is text and pictures: how many frames of how long a video, then each frame as one tile after
+A video is text and images: how many frames of how long a video, then each frame as one tile after
 its time, in the words of transformers' processor of SmolVLM2.
 """
 
@@ -19,8 +19,8 @@ import numpy.typing as npt
 from smolstack.batch import VisualTokens
 from smolstack.errors import ConfigError, ImageError, VideoError
 from smolstack.processor.animation import is_animation, read_animation
-from smolstack.processor.measuring import counted_measures, told_measures
 from smolstack.processor.tiles import MAX_PIXELS, ImageSource
+from smolstack.processor.video_length import counted_measures, told_measures
 
 # Of files that are videos wherever a path is taken; docs/videos.md lists them.
 SUFFIXES = (
@@ -97,7 +97,7 @@ class Video:
     """Frames of a video, in order.
 
     Attributes:
-        frames: pictures, or their visual tokens.
+        frames: images, or their visual tokens.
         seconds: when each of them was seen.
         duration: of the whole video, in seconds.
     """
@@ -116,7 +116,7 @@ class Video:
             raise VideoError("a video has times before its beginning, expected seconds from it")
 
     def parts(self) -> list[dict[str, str]]:
-        """What stands for it in a message: text, and a picture for each frame."""
+        """What stands for it in a message: text, and an image for each frame."""
         count, whole = spelled(len(self.frames)), timedelta(seconds=int(self.duration))
         text = (
             f"You are provided the following series of {count} frames from a {whole} "
@@ -133,7 +133,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture of a video: one tile, whatever its size."""
+    """An image of a video: one tile, whatever its size."""
 
     image: ImageSource | VisualTokens
 

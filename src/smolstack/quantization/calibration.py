@@ -1,7 +1,7 @@
-"""What flows through a model's layers: the inputs that quantisation is fitted to.
+"""What flows through a model's layers: the inputs that quantization is fitted to.
 
 A tower is walked layer by layer: the states that enter a layer go through its float weights, what
-each of its linear parts reads is measured, and only then is the layer quantised. So no more than
+each of its linear parts reads is measured, and only then is the layer quantized. So no more than
 one layer is ever held as floats.
 
 Without data a model calibrates itself, on tokens drawn at random and a small tile of shapes and

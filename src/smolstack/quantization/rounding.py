@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from smolstack.config.quantization import Format
 from smolstack.model.panels import Arena, Panels, panel_size
-from smolstack.model.quantised import pack_words
+from smolstack.model.quantized import pack_words
 from smolstack.native import library as native
 
 # Candidates for a group's scale, as shares of the one that spans all its weights: with 16 levels it

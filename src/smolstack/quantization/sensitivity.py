@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from smolstack.config.quantization import INT4, Format
-from smolstack.model.quantised import QuantisedLinear
+from smolstack.model.quantized import QuantizedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.quantization.calibration import Inputs, observed
 from smolstack.quantization.rounding import rounded_words
@@ -155,8 +155,8 @@ def _costs(
         for some, matters in zip(torch.split(weight, 4096), torch.split(fisher, 4096), strict=True):
             rows = some.float()
             rounded = rounded_words(rows, form, importance)
-            made = QuantisedLinear.of_words(form, rows.shape[1], rounded, None)
-            error = (made.dequantised() - rows).square() @ square
+            made = QuantizedLinear.of_words(form, rows.shape[1], rounded, None)
+            error = (made.dequantized() - rows).square() @ square
             total += float(error @ matters.to(error.device)) / 2
         found[form] = total
     return found

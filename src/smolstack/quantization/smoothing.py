@@ -37,7 +37,7 @@ def smooth_layer(
     Args:
         layer: its norms, in float32, are changed in place; its weights stay as they are.
         inputs: what its linear parts read, by name; divided as their channels are.
-        formats: of those parts that will be quantised, by name.
+        formats: of those parts that will be quantized, by name.
         heads, kv_heads: of its attention.
 
     Returns:

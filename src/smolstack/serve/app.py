@@ -19,13 +19,13 @@ from fastapi.responses import JSONResponse
 from smolstack import __version__
 from smolstack.errors import DeadlineError
 from smolstack.generation.engine import Engine
-from smolstack.processor.memory import MEMORY
-from smolstack.serve import invalid, reading, tokens
-from smolstack.serve.answering import Asking, EventStream, in_thread, unless_gone
+from smolstack.processor.decoding_memory import MEMORY
+from smolstack.serve import request_reader, tokens, validation_errors
+from smolstack.serve.answers import Asking, EventStream, in_thread, unless_gone
 from smolstack.serve.completions import Completion
-from smolstack.serve.failures import RefusedError, add_handlers, as_refusal
-from smolstack.serve.guard import Guard
+from smolstack.serve.error_responses import RefusedError, add_handlers, as_refusal
 from smolstack.serve.metrics import Metrics
+from smolstack.serve.middleware import Guard
 from smolstack.serve.schemas import ChatRequest, PlanRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
@@ -60,8 +60,8 @@ class Server:
     def __init__(self, vlm: VLM, settings: ServerSettings) -> None:
         self.vlm, self.settings = vlm, settings
         MEMORY.limit = settings.decode_bytes
-        images = vlm.picture_cache
-        images.max_bytes = settings.picture_cache_bytes
+        images = vlm.image_cache
+        images.max_bytes = settings.image_cache_bytes
         self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, images=images)
         self.metrics = Metrics(self.engine)
         self.readers = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="reading")
@@ -74,7 +74,7 @@ class Server:
             redoc_url=None,
         )
         add_handlers(self.app)
-        invalid.add_handlers(self.app)
+        validation_errors.add_handlers(self.app)
         self.app.add_middleware(Guard, settings=settings, count=self.metrics.count_response)
         if settings.origins:
             # Outermost, so that refusals can be read by the pages that are let in, too.
@@ -139,14 +139,14 @@ class Server:
         return _gone() if whole is None else JSONResponse(whole)
 
     async def _made(self, body: ChatRequest, seconds: float) -> Asking:
-        """The answers to a request, once its pictures are here and everything was checked."""
+        """The answers to a request, once its images are here and everything was checked."""
         deadline = time.monotonic() + seconds
         asking = Asking(self.engine, self.metrics)
 
         async def reading_it() -> None:
-            urls = reading.picture_urls(body, self.settings)
-            pictures = [await reading.read_picture(url, self.settings) for url in urls]
-            await in_thread(self.readers, self._prepare, body, pictures, asking, deadline)
+            urls = request_reader.image_urls(body, self.settings)
+            images = [await request_reader.read_image(url, self.settings) for url in urls]
+            await in_thread(self.readers, self._prepare, body, images, asking, deadline)
 
         try:
             await asyncio.wait_for(reading_it(), seconds)
@@ -155,9 +155,9 @@ class Server:
         return asking
 
     def _prepare(
-        self, body: ChatRequest, pictures: list[bytes], asking: Asking, deadline: float
+        self, body: ChatRequest, images: list[bytes], asking: Asking, deadline: float
     ) -> None:
-        prompt, options = reading.prepare(self.vlm, body, pictures, self.settings)
+        prompt, options = request_reader.prepare(self.vlm, body, images, self.settings)
         asking.make(prompt, options, deadline)
 
     async def _stream(
@@ -223,11 +223,13 @@ class Server:
         }
 
     async def plan(self, body: PlanRequest) -> dict[str, Any]:
-        """How a picture becomes tiles and tokens, before any network runs."""
+        """How an image becomes tiles and tokens, before any network runs."""
         try:
             if body.image_url is not None:
-                picture = await reading.read_picture(body.image_url.url, self.settings)
-                size = await in_thread(self.readers, reading.check_picture, picture, self.settings)
+                image = await request_reader.read_image(body.image_url.url, self.settings)
+                size = await in_thread(
+                    self.readers, request_reader.check_image, image, self.settings
+                )
             elif body.width and body.height:
                 size = (body.width, body.height)
             else:
@@ -249,7 +251,7 @@ class Server:
         }
 
     def _planned(self, size: tuple[int, int], body: PlanRequest) -> Any:
-        return self.vlm.plan(size, body.text, **reading.tiling(body))
+        return self.vlm.plan(size, body.text, **request_reader.tiling(body))
 
     async def health(self) -> Response:
         """Whether answers can be asked for."""

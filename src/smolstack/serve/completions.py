@@ -128,7 +128,7 @@ def timings(answer: Answer) -> dict[str, Any]:
     """Seconds of work, shared steps counted in full."""
     took = answer.timings
     return {
-        "pictures": round(took.pictures, 4),
+        "images": round(took.images, 4),
         "vision": round(took.vision, 4),
         "prefill": round(took.prefill, 4),
         "decode": round(took.decode, 4),

@@ -80,7 +80,7 @@ class _Work(Collector):
         gauges = {
             "queued": ("Answers that wait.", engine.queued),
             "running": ("Answers at work.", engine.running),
-            "picture_cache_bytes": ("Visual tokens kept.", core.images.cache.held_bytes),
+            "image_cache_bytes": ("Visual tokens kept.", core.images.cache.held_bytes),
             "prefix_cache_bytes": ("KV caches kept.", core.prefixes.held_bytes),
             "kv_cache_bytes": ("KV caches of answers at work.", core.scheduler.reserved_bytes),
             "kv_cache_budget_bytes": ("KV caches at most.", core.scheduler.kv_budget),
@@ -91,7 +91,7 @@ class _Work(Collector):
             "prefill_tokens": ("Prompt tokens read.", core.prefill_tokens),
             "reused_tokens": ("Prompt tokens not read again.", core.prefixes.reused_tokens),
             "tiles": ("Tiles encoded.", core.images.tiles_done),
-            "pictures": ("Pictures encoded.", core.images.images_done),
+            "images": ("Images encoded.", core.images.images_done),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"smolstack_{name}", text, value)

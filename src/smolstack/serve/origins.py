@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
-from smolstack.serve.failures import RefusedError
+from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 
 ANY = "*"

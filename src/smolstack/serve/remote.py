@@ -1,4 +1,4 @@
-"""Fetching pictures from public addresses, and from nowhere else."""
+"""Fetching images from public addresses, and from nowhere else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from smolstack.serve.failures import RefusedError
+from smolstack.serve.error_responses import RefusedError
 
 _REDIRECTS = 3
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -46,9 +46,9 @@ async def fetch(url: str, *, max_bytes: int, seconds: float) -> bytes:
     try:
         return await asyncio.wait_for(_follow(url, max_bytes), seconds)
     except asyncio.TimeoutError:
-        raise RefusedError(400, f"the picture did not arrive within {seconds:g} s") from None
+        raise RefusedError(400, f"the image did not arrive within {seconds:g} s") from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
-        raise RefusedError(400, f"the picture cannot be fetched: {type(error).__name__}") from None
+        raise RefusedError(400, f"the image cannot be fetched: {type(error).__name__}") from None
 
 
 async def _follow(url: str, max_bytes: int) -> bytes:
@@ -56,16 +56,16 @@ async def _follow(url: str, max_bytes: int) -> bytes:
         content, url = await _get(url, max_bytes)
         if content is not None:
             return content
-    raise RefusedError(400, f"the picture's address redirects more than {_REDIRECTS} times")
+    raise RefusedError(400, f"the image's address redirects more than {_REDIRECTS} times")
 
 
 async def _get(url: str, max_bytes: int) -> tuple[bytes | None, str]:
     """The content, or None and the address that it redirects to."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise RefusedError(400, "the picture's address is no http or https URL")
+        raise RefusedError(400, "the image's address is no http or https URL")
     if parts.username is not None or parts.password is not None:
-        raise RefusedError(400, "the picture's address holds a user name or password")
+        raise RefusedError(400, "the image's address holds a user name or password")
     port = parts.port or (443 if parts.scheme == "https" else 80)
     address = await _resolve(parts.hostname, port)
     literal = f"[{address}]" if ":" in address else address
@@ -89,12 +89,12 @@ async def _get(url: str, max_bytes: int) -> tuple[bytes | None, str]:
         if response.is_redirect and "location" in response.headers:
             return None, urljoin(url, response.headers["location"])
         if response.status_code != 200:
-            raise RefusedError(400, f"the picture's address answered with {response.status_code}")
+            raise RefusedError(400, f"the image's address answered with {response.status_code}")
         content = bytearray()
         async for chunk in response.aiter_raw():
             content += chunk
             if len(content) > max_bytes:
-                raise RefusedError(400, f"the fetched picture is larger than {max_bytes:,} bytes")
+                raise RefusedError(400, f"the fetched image is larger than {max_bytes:,} bytes")
         return bytes(content), url
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from smolstack.serve.names import understood, without_nulls
+from smolstack.serve.request_fields import understood, without_nulls
 
 _Text = Annotated[str, Field(max_length=2_000_000)]
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
@@ -18,7 +18,7 @@ class _Body(BaseModel):
 
 
 class ImageURL(_Body):
-    """A picture: a data URL, or the address of one where that is allowed."""
+    """An image: a data URL, or the address of one where that is allowed."""
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
@@ -105,7 +105,7 @@ class ChatRequest(_Body):
 
 
 class PlanRequest(_Body):
-    """A picture, or its size, whose tiles and tokens are asked for."""
+    """An image, or its size, whose tiles and tokens are asked for."""
 
     image_url: ImageURL | None = None
     width: int | None = Field(default=None, ge=1, le=10**6)

@@ -24,19 +24,19 @@ class ServerSettings:
         origins: of pages elsewhere that may ask ("https://example.org"); ("*",) is any.
         body_bytes: largest request body, counted while it arrives.
         body_seconds: how long a request body may take to arrive.
-        picture_pixels: largest picture, checked before it is decoded.
-        decode_bytes: memory that pictures may take together while they are decoded; one that takes
+        image_pixels: largest image, checked before it is decoded.
+        decode_bytes: memory that images may take together while they are decoded; one that takes
             more by itself is refused, others wait. It is the whole process's.
-        pictures: most pictures of one request.
+        images: most images of one request.
         prompt_tokens: longest prompt, visual tokens included; None is the model's context.
         new_tokens: longest answer, whatever a request asks for.
         answers: most answers of one request (``n``).
-        deadline: seconds that a request may take once its body is here, fetching its pictures
+        deadline: seconds that a request may take once its body is here, fetching its images
             and waiting included.
         drain: seconds that requests at work get to finish when the server is told to stop.
-        allow_remote_images: whether pictures are fetched from public addresses.
-        remote_bytes, remote_seconds: limits of one fetched picture.
-        picture_cache_bytes: visual tokens of pictures kept for later requests.
+        allow_remote_images: whether images are fetched from public addresses.
+        remote_bytes, remote_seconds: limits of one fetched image.
+        image_cache_bytes: visual tokens of images kept for later requests.
         scheduler: how much is done at a time.
     """
 
@@ -46,9 +46,9 @@ class ServerSettings:
     origins: tuple[str, ...] = ()
     body_bytes: int = 32 * 2**20
     body_seconds: float = 60.0
-    picture_pixels: int = 40_000_000
+    image_pixels: int = 40_000_000
     decode_bytes: int = 2**30
-    pictures: int = 16
+    images: int = 16
     prompt_tokens: int | None = None
     new_tokens: int = 2048
     answers: int = 8
@@ -57,7 +57,7 @@ class ServerSettings:
     allow_remote_images: bool = False
     remote_bytes: int = 16 * 2**20
     remote_seconds: float = 10.0
-    picture_cache_bytes: int = DEFAULT_IMAGE_BYTES
+    image_cache_bytes: int = DEFAULT_IMAGE_BYTES
     scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class ServerSettings:
                 raise GenerationError(
                     f"the origin {origin!r} is none, expected one like https://example.org or *"
                 )
-        counts = "body_bytes picture_pixels decode_bytes pictures new_tokens answers"
+        counts = "body_bytes image_pixels decode_bytes images new_tokens answers"
         for name in counts.split():
             if getattr(self, name) < 1:
                 raise GenerationError(f"{name} is {getattr(self, name)}, expected 1 or more")

@@ -9,9 +9,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from smolstack.serve import reading
-from smolstack.serve.answering import in_thread
-from smolstack.serve.failures import RefusedError, as_refusal
+from smolstack.serve import request_reader
+from smolstack.serve.answers import in_thread
+from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
@@ -26,9 +26,9 @@ def add_routes(
 ) -> None:
     """Add ``/tokenize`` and ``/detokenize`` as vLLM and llama.cpp have them."""
 
-    def chat(body: TokenizeRequest, pictures: list[bytes]) -> list[int]:
+    def chat(body: TokenizeRequest, images: list[bytes]) -> list[int]:
         request = ChatRequest.model_construct(messages=body.messages)
-        prompt, _ = reading.prepare(vlm, request, pictures, settings)
+        prompt, _ = request_reader.prepare(vlm, request, images, settings)
         return [int(token) for token in prompt.token_ids]
 
     def text(body: TokenizeRequest) -> list[int]:
@@ -47,9 +47,9 @@ def add_routes(
                 found = await in_thread(executor, text, body)
             else:
                 request = ChatRequest.model_construct(messages=body.messages)
-                urls = reading.picture_urls(request, settings)
-                pictures = [await reading.read_picture(url, settings) for url in urls]
-                found = await in_thread(executor, chat, body, pictures)
+                urls = request_reader.image_urls(request, settings)
+                images = [await request_reader.read_image(url, settings) for url in urls]
+                found = await in_thread(executor, chat, body, images)
         except Exception as error:
             raise as_refusal(error) from None
         limit = vlm.config.text.max_positions

@@ -13,8 +13,8 @@ from smolstack.checkpoint import keys
 from smolstack.checkpoint.save import atomic_folder
 from smolstack.errors import ConfigError
 from smolstack.model.vlm import VisionLanguageModel
-from smolstack.train.parts import adapted_layers
 from smolstack.train.recipe import Lora
+from smolstack.train.trainable import adapted_layers
 
 NAME = "default"
 

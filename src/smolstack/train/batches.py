@@ -11,11 +11,11 @@ from torch import Tensor
 from smolstack.batch import VisualTokens
 from smolstack.errors import DataError
 from smolstack.processor.geometry import TilePlan
-from smolstack.processor.inputs import Picture
+from smolstack.processor.inputs import ImageInput
 from smolstack.processor.processor import Processor
 from smolstack.processor.tiles import ImageSource
 from smolstack.train.data import Source
-from smolstack.train.supervision import IGNORED, Lesson, Supervisor
+from smolstack.train.loss_mask import IGNORED, Supervisor, TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class MicroBatch:
         token_ids: (B, T) int64.
         labels: (B, T) int64, the token's own id where it carries loss, IGNORED elsewhere.
         tiles_per_sequence: tiles of each row, length B.
-        pictures: every picture with its plan, in order.
-        pixels: (N, 3, P, P) normalised tiles of all pictures, when a tower is trained on them.
+        images: every image with its plan, in order.
+        pixels: (N, 3, P, P) normalized tiles of all images, when a tower is trained on them.
         states: (N, S, X), what a frozen tower made of them (see FrozenTower).
     """
 
     token_ids: Tensor
     labels: Tensor
     tiles_per_sequence: tuple[int, ...]
-    pictures: tuple[tuple[Picture, TilePlan], ...] = ()
+    images: tuple[tuple[ImageInput, TilePlan], ...] = ()
     pixels: Tensor | None = None
     states: Tensor | None = None
 
@@ -58,34 +58,36 @@ class MicroBatch:
         )
 
 
-def collate(lessons: Sequence[Lesson], pad_id: int, processor: Processor | None) -> MicroBatch:
-    """Lessons as one micro-batch, their pictures cut into tiles if a processor is given."""
+def collate(
+    lessons: Sequence[TokenizedExample], pad_id: int, processor: Processor | None
+) -> MicroBatch:
+    """TokenizedExamples as one micro-batch, their images cut into tiles if a processor is given."""
     longest = max(len(lesson.token_ids) for lesson in lessons)
     token_ids = torch.full((len(lessons), longest), pad_id, dtype=torch.long)
     labels = torch.full_like(token_ids, IGNORED)
     for row, lesson in enumerate(lessons):
         token_ids[row, : len(lesson.token_ids)] = torch.tensor(lesson.token_ids)
         labels[row, : len(lesson.labels)] = torch.tensor(lesson.labels)
-    pictures = tuple(
-        pair for lesson in lessons for pair in zip(lesson.pictures, lesson.plans, strict=True)
+    images = tuple(
+        pair for lesson in lessons for pair in zip(lesson.images, lesson.plans, strict=True)
     )
     pixels = None
-    if processor is not None and pictures:
-        pixels = torch.cat([processor.pixels(as_source(p), plan) for p, plan in pictures])
+    if processor is not None and images:
+        pixels = torch.cat([processor.pixels(as_source(p), plan) for p, plan in images])
     return MicroBatch(
         token_ids,
         labels,
         tuple(sum(plan.tiles for plan in lesson.plans) for lesson in lessons),
-        pictures,
+        images,
         pixels,
     )
 
 
-def as_source(picture: Picture) -> ImageSource:
-    """A picture of training data, which never is visual tokens."""
-    if isinstance(picture, VisualTokens):
-        raise DataError("a training example holds visual tokens, expected a picture")
-    return picture
+def as_source(image: ImageInput) -> ImageSource:
+    """An image of training data, which never is visual tokens."""
+    if isinstance(image, VisualTokens):
+        raise DataError("a training example holds visual tokens, expected an image")
+    return image
 
 
 class Order:
@@ -118,7 +120,7 @@ class StepBatches(torch.utils.data.Dataset[list[MicroBatch]]):
         seed: of the order.
         batch: examples per step over all processes.
         micro_batch: examples per forward pass.
-        cut: cut pictures into tiles here, for a tower that is trained.
+        cut: cut images into tiles here, for a tower that is trained.
         rank, processes: which process this is, of how many.
     """
 
@@ -147,9 +149,9 @@ class StepBatches(torch.utils.data.Dataset[list[MicroBatch]]):
 
 
 def batches_of(
-    lessons: Sequence[Lesson], size: int, processor: Processor, *, cut: bool
+    lessons: Sequence[TokenizedExample], size: int, processor: Processor, *, cut: bool
 ) -> list[MicroBatch]:
-    """Lessons in micro-batches of ``size``, in order."""
+    """TokenizedExamples in micro-batches of ``size``, in order."""
     return [
         collate(lessons[start : start + size], processor.pad_id, processor if cut else None)
         for start in range(0, len(lessons), size)

@@ -27,7 +27,7 @@ class Example:
 
     Attributes:
         name: what it is called in messages: its file, or its file and line.
-        messages: the chat; its image parts hold their pictures.
+        messages: the chat; its image parts hold their images.
     """
 
     name: str
@@ -50,7 +50,7 @@ def open_source(
     """The examples at ``path``: a folder, a .jsonl file, or a dataset saved by ``datasets``.
 
     Args:
-        question: asked about pictures that come with an answer alone.
+        question: asked about images that come with an answer alone.
         rows: the examples themselves, e.g. a ``datasets.Dataset``; ``path`` is then their name.
 
     Raises:
@@ -72,11 +72,11 @@ def open_source(
     if (path / "dataset_dict.json").is_file():
         inside = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise DataError(f"{path} holds several datasets; name one of them: {inside}")
-    return PictureFolder(path, question)
+    return ImageCacheFolder(path, question)
 
 
-class PictureFolder(Source):
-    """Pictures, each with a .txt file of the same name that holds its answer."""
+class ImageCacheFolder(Source):
+    """Images, each with a .txt file of the same name that holds its answer."""
 
     def __init__(self, folder: Path, question: str) -> None:
         self.folder, self.question = folder, question
@@ -90,7 +90,7 @@ class PictureFolder(Source):
         bare = [path for path in self.files if not path.with_suffix(".txt").is_file()]
         if bare:
             raise DataError(
-                f"{len(bare)} of {len(self.files)} pictures have no .txt file beside them, "
+                f"{len(bare)} of {len(self.files)} images have no .txt file beside them, "
                 f"the first is {bare[0]}"
             )
 
@@ -105,7 +105,7 @@ class PictureFolder(Source):
 
 
 class JsonLines(Source):
-    """A JSONL file: chats under "messages", or pictures under "file_name" with their answers."""
+    """A JSONL file: chats under "messages", or images under "file_name" with their answers."""
 
     def __init__(self, path: Path, question: str) -> None:
         self.path, self.question = path, question
@@ -142,7 +142,7 @@ class JsonLines(Source):
 class Rows(Source):
     """Rows by number: a list of dictionaries, or a ``datasets.Dataset``, read one at a time.
 
-    Relative paths of pictures start at the working folder.
+    Relative paths of images start at the working folder.
     """
 
     def __init__(self, name: str, rows: Sequence[Mapping[str, Any]], question: str) -> None:
@@ -184,18 +184,18 @@ class SavedDataset(Rows):
 
 
 def read_row(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[str, Any], ...]:
-    """The chat of one row: its "messages" (with "images" beside them or inside), or a picture
+    """The chat of one row: its "messages" (with "images" beside them or inside), or an image
     with its question and answer."""
     if not isinstance(row, Mapping):
         raise DataError(f"{name} is {row!r:.60}, expected an object")
-    images = [_picture(name, image, folder) for image in _images_of(row)]
+    images = [_image(name, image, folder) for image in _images_of(row)]
     messages = row.get("messages")
     if messages is not None:
         return _chat(name, messages, images, folder)
     answer = next((row[key] for key in ANSWER_KEYS if isinstance(row.get(key), str)), None)
     if not images or answer is None:
         raise DataError(
-            f"{name} has the keys {sorted(row)}, expected messages, or a picture under one of "
+            f"{name} has the keys {sorted(row)}, expected messages, or an image under one of "
             f"{list(FILE_KEYS)} and its answer under one of {list(ANSWER_KEYS)}"
         )
     asked = row.get("question") or question
@@ -203,12 +203,12 @@ def read_row(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[
 
 
 def question_of(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[str, Any], ...]:
-    """As :func:`read_row`, also of a row that has pictures and no answer: then it ends with the
+    """As :func:`read_row`, also of a row that has images and no answer: then it ends with the
     question."""
     answered = isinstance(row, Mapping) and any(isinstance(row.get(k), str) for k in ANSWER_KEYS)
     if answered or not isinstance(row, Mapping) or row.get("messages") is not None:
         return read_row(name, row, question, folder)
-    images = [_picture(name, image, folder) for image in _images_of(row)]
+    images = [_image(name, image, folder) for image in _images_of(row)]
     if not images:
         return read_row(name, row, question, folder)  # which says what is missing
     asked = row.get("question") or question
@@ -216,12 +216,12 @@ def question_of(name: str, row: Any, question: str, folder: Path) -> tuple[Mappi
 
 
 def question_and_answer(
-    name: str, pictures: Sequence[Any], question: str, answer: str
+    name: str, images: Sequence[Any], question: str, answer: str
 ) -> tuple[Mapping[str, Any], ...]:
-    """The chat of one question about pictures and its answer."""
+    """The chat of one question about images and its answer."""
     if not answer:
         raise DataError(f"{name} has an empty answer; there is nothing to learn from it")
-    asked: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    asked: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     asked.append({"type": "text", "text": question})
     return (
         {"role": "user", "content": asked},
@@ -239,7 +239,7 @@ def _images_of(row: Mapping[str, Any]) -> list[Any]:
 def _chat(
     name: str, messages: Any, images: Sequence[Any], folder: Path
 ) -> tuple[Mapping[str, Any], ...]:
-    """Messages with their pictures put into their image parts, in order."""
+    """Messages with their images put into their image parts, in order."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise DataError(f"{name} has messages {messages!r:.60}, expected a list")
     rest = iter(images)
@@ -257,7 +257,7 @@ def _chat(
                 own = next(
                     (filled[k] for k in ("image", "path", "url", "bytes") if k in filled), None
                 )
-                own = next(rest, None) if own is None else _picture(name, own, folder)
+                own = next(rest, None) if own is None else _image(name, own, folder)
                 if own is None:
                     raise DataError(f"{name} has more image parts than the {len(images)} images")
                 filled = {"type": "image", "image": own}
@@ -266,11 +266,11 @@ def _chat(
     if (left := sum(1 for _ in rest)) and left != len(images):
         raise DataError(f"{name} has {len(images)} images, {left} of them without an image part")
     if left:  # TRL's plain form: images beside a chat of strings belong to its first question
-        chat = _with_pictures_first(name, chat, images)
+        chat = _with_images_first(name, chat, images)
     return tuple(chat)
 
 
-def _with_pictures_first(name: str, chat: list[Any], images: Sequence[Any]) -> list[Any]:
+def _with_images_first(name: str, chat: list[Any], images: Sequence[Any]) -> list[Any]:
     for place, message in enumerate(chat):
         if isinstance(message, Mapping) and message.get("role") == "user":
             content = message.get("content")
@@ -282,14 +282,14 @@ def _with_pictures_first(name: str, chat: list[Any], images: Sequence[Any]) -> l
     raise DataError(f"{name} has {len(images)} images and no image part for them")
 
 
-def _picture(name: str, value: Any, folder: Path) -> Any:
-    """A path made whole; bytes and Pillow pictures as they are."""
+def _image(name: str, value: Any, folder: Path) -> Any:
+    """A path made whole; bytes and PIL images as they are."""
     if isinstance(value, Mapping):  # datasets' undecoded form
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
         if value.startswith(("http://", "https://")):
-            raise DataError(f"{name} names {value}; pictures are read from files, not fetched")
+            raise DataError(f"{name} names {value}; images are read from files, not fetched")
         return folder / value.removeprefix("file://")
     if value is None:
-        raise DataError(f"{name} has an empty picture")
+        raise DataError(f"{name} has an empty image")
     return value

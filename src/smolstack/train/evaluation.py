@@ -15,10 +15,10 @@ from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource, open_image
 from smolstack.train.batches import MicroBatch, as_source, batches_of
 from smolstack.train.data import Source
-from smolstack.train.frozen import FrozenTower
+from smolstack.train.frozen_tower import FrozenTower
+from smolstack.train.loss_mask import Supervisor, TokenizedExample
 from smolstack.train.objective import AnswerLoss
 from smolstack.train.recipe import Evaluation
-from smolstack.train.supervision import Lesson, Supervisor
 from smolstack.vlm import VLM
 
 AT_ONCE = 8  # answers generated as one batch
@@ -26,13 +26,13 @@ AT_ONCE = 8  # answers generated as one batch
 
 @dataclass(frozen=True)
 class Answered:
-    """One evaluation example as it was answered. ``picture`` is its first one, small."""
+    """One evaluation example as it was answered. ``image`` is its first one, small."""
 
     name: str
     question: str
     truth: str
     answer: str
-    picture: Image.Image | None
+    image: Image.Image | None
 
     @property
     def right(self) -> bool:
@@ -98,7 +98,7 @@ class Evaluator:
         self.settings, self.micro_batch, self.autocast = settings, micro_batch, autocast
 
     def __call__(self, loss: AnswerLoss, tower: FrozenTower | None) -> Evaluated:
-        """Evaluate the model as it stands; ``tower`` spares pictures a frozen one has seen."""
+        """Evaluate the model as it stands; ``tower`` spares images a frozen one has seen."""
         model = self.vlm.model
         was_training = model.training
         model.eval()
@@ -148,32 +148,35 @@ class Evaluator:
         return answered
 
     def _asked(
-        self, messages: Sequence[Mapping[str, Any]], lesson: Lesson, tower: FrozenTower | None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        lesson: TokenizedExample,
+        tower: FrozenTower | None,
     ) -> list[Mapping[str, Any]]:
-        """The chat up to its last answer, its pictures as visual tokens if a tower is frozen."""
+        """The chat up to its last answer, its images as visual tokens if a tower is frozen."""
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         asked = list(messages[:last])
-        if tower is None or not lesson.pictures:
+        if tower is None or not lesson.images:
             return asked
         visual = iter(
-            self._projected(tower, as_source(picture), plan)
-            for picture, plan in zip(lesson.pictures, lesson.plans, strict=True)
+            self._projected(tower, as_source(image), plan)
+            for image, plan in zip(lesson.images, lesson.plans, strict=True)
         )
-        return [_with_pictures(message, visual) for message in asked]
+        return [_with_images(message, visual) for message in asked]
 
     @torch.no_grad()
-    def _projected(self, tower: FrozenTower, picture: ImageSource, plan: TilePlan) -> VisualTokens:
-        states = tower.states(picture, plan).to(self.vlm.dtype)
+    def _projected(self, tower: FrozenTower, image: ImageSource, plan: TilePlan) -> VisualTokens:
+        states = tower.states(image, plan).to(self.vlm.dtype)
         tokens = states if tower.projected else self.vlm.model.connector.proj(states)
         return VisualTokens(tokens, plan.rows, plan.cols, plan.source)
 
 
 def with_states(batch: MicroBatch, tower: FrozenTower | None) -> MicroBatch:
-    """A micro-batch with what a frozen tower makes of its pictures."""
-    return batch if tower is None else replace(batch, states=tower(batch.pictures))
+    """A micro-batch with what a frozen tower makes of its images."""
+    return batch if tower is None else replace(batch, states=tower(batch.images))
 
 
-def _with_pictures(message: Mapping[str, Any], visual: Any) -> Mapping[str, Any]:
+def _with_images(message: Mapping[str, Any], visual: Any) -> Mapping[str, Any]:
     content = message["content"]
     if isinstance(content, str):
         return message
@@ -185,15 +188,15 @@ def _with_pictures(message: Mapping[str, Any], visual: Any) -> Mapping[str, Any]
 
 
 def _compared(
-    name: str, messages: Sequence[Mapping[str, Any]], lesson: Lesson, answer: str
+    name: str, messages: Sequence[Mapping[str, Any]], lesson: TokenizedExample, answer: str
 ) -> Answered:
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    picture = None
-    if lesson.pictures:
-        picture = open_image(as_source(lesson.pictures[0]))
-        picture.thumbnail((320, 240))
+    image = None
+    if lesson.images:
+        image = open_image(as_source(lesson.images[0]))
+        image.thumbnail((320, 240))
     question = _text(messages[last - 1]) if last else ""
-    return Answered(name, question, _text(messages[last]).strip(), answer.strip(), picture)
+    return Answered(name, question, _text(messages[last]).strip(), answer.strip(), image)
 
 
 def _text(message: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from smolstack.model import packer
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.train.batches import MicroBatch
-from smolstack.train.supervision import IGNORED
+from smolstack.train.loss_mask import IGNORED
 
 
 class AnswerLoss(nn.Module):
@@ -36,7 +36,7 @@ class AnswerLoss(nn.Module):
         embeddings: Tensor = model.decoder.embedding(batch.token_ids)
         visual = self._visual_tokens(batch)
         unused = None
-        if visual is not None and not batch.pictures:
+        if visual is not None and not batch.images:
             unused, visual = visual, None
         if visual is not None:
             places = packer.locate(
@@ -54,14 +54,14 @@ class AnswerLoss(nn.Module):
         return loss if unused is None else loss + 0 * unused.float().sum()
 
     def _visual_tokens(self, batch: MicroBatch) -> Tensor | None:
-        """(N, S, D), or None where nothing about pictures is trained and there are none.
+        """(N, S, D), or None where nothing about images is trained and there are none.
 
-        A batch without pictures sends one blank tile through what is trained, for a gradient of
+        A batch without images sends one blank tile through what is trained, for a gradient of
         zero: processes agree on the weights that take part, whatever their examples hold.
         """
         model = self.model
         towers = [*model.vision.parameters(), *model.connector.parameters()]
-        if not batch.pictures and not any(parameter.requires_grad for parameter in towers):
+        if not batch.images and not any(parameter.requires_grad for parameter in towers):
             return None
         trained = any(parameter.requires_grad for parameter in model.vision.parameters())
         if trained or batch.pixels is not None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolstack.train.parts import part_of
 from smolstack.train.recipe import Stage
+from smolstack.train.trainable import part_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

@@ -11,8 +11,8 @@ from rich.text import Text
 from smolstack.errors import DataError
 from smolstack.processor.processor import Processor
 from smolstack.train.data import Source
-from smolstack.train.display import Display
-from smolstack.train.supervision import IGNORED, Lesson, Supervisor
+from smolstack.train.loss_mask import IGNORED, Supervisor, TokenizedExample
+from smolstack.train.progress import Display
 
 COUNTED = 200  # examples that are counted where not all are checked
 
@@ -27,7 +27,7 @@ class Counts:
     supervised: int = 0
     longest: int = 0
 
-    def add(self, lesson: Lesson) -> None:
+    def add(self, lesson: TokenizedExample) -> None:
         self.examples += 1
         self.tokens += len(lesson.token_ids)
         self.visual += sum(plan.visual_tokens for plan in lesson.plans)
@@ -74,12 +74,12 @@ def show_examples(
 
 def _lessons_to_check(
     source: Source, supervisor: Supervisor, *, everything: bool
-) -> Iterator[Lesson]:
+) -> Iterator[TokenizedExample]:
     for index in range(len(source) if everything else min(len(source), COUNTED)):
         yield supervisor(source[index])
 
 
-def mask_shown(lesson: Lesson, processor: Processor) -> Text:
+def mask_shown(lesson: TokenizedExample, processor: Processor) -> Text:
     """The lesson's text; what carries loss stands in ⟦ ⟧ (and bold green on a terminal)."""
     shown = Text()
     pairs = list(zip(lesson.token_ids, lesson.labels, strict=True))

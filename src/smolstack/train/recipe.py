@@ -74,16 +74,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Data:
-    """Where examples come from, and how their pictures become tiles.
+    """Where examples come from, and how their images become tiles.
 
     Attributes:
-        train, evaluation: a folder of pictures with .txt files or metadata.jsonl, a .jsonl file of
+        train, evaluation: a folder of images with .txt files or metadata.jsonl, a .jsonl file of
             chats, or a dataset saved by ``datasets``; relative paths start at the recipe's folder.
-        question: asked about every picture of a folder that gives answers alone.
+        question: asked about every image of a folder that gives answers alone.
         max_tokens: the longest example; longer ones are refused by name. 0: the model's context.
         split, max_image_tokens, upscale: see smolstack.processor.geometry.Tiling.
-        check: read every example's text and picture sizes before the first step.
-        workers: processes that read and cut pictures ahead; 0: none.
+        check: read every example's text and image sizes before the first step.
+        workers: processes that read and cut images ahead; 0: none.
     """
 
     train: str = ""
@@ -126,7 +126,7 @@ class Recipe:
         stages: one after the other, each on the weights of the last.
         autocast: "bfloat16" computes matrix products in it; weights stay float32.
         gradient_checkpointing: layers are computed again in the backward pass, to save memory.
-        cache: keep a frozen tower's outputs on disk, so that it runs once per picture.
+        cache: keep a frozen tower's outputs on disk, so that it runs once per image.
         cache_folder: where; empty is the run's folder ``cache``.
         checkpoint_every: steps between checkpoints (there is one at the end of each stage too).
         keep_checkpoints: older ones are removed.

@@ -17,12 +17,12 @@ from smolstack.train.adapters import Adapters, add_adapters
 from smolstack.train.batches import MicroBatch, StepBatches
 from smolstack.train.evaluation import with_states
 from smolstack.train.folder import last_good
-from smolstack.train.frozen import FrozenTower
+from smolstack.train.frozen_tower import FrozenTower
 from smolstack.train.objective import AnswerLoss, recomputed
 from smolstack.train.optimizer import make_optimizer, moments, restore_moments, set_rates
-from smolstack.train.parts import freeze
 from smolstack.train.processes import Spread, whole
 from smolstack.train.state import Place, Saved
+from smolstack.train.trainable import freeze
 
 if TYPE_CHECKING:
     from smolstack.train.trainer import Trainer

@@ -18,12 +18,13 @@ from smolstack.checkpoint.load import choose_device, load_checkpoint
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import ConfigError, TrainingError
 from smolstack.model.digest import weights_digest
+from smolstack.output_files import only_writer
 from smolstack.processor.geometry import Tiling
 from smolstack.train import preview
 from smolstack.train.adapters import check_adapters, save_adapters
 from smolstack.train.data import Source, open_source
-from smolstack.train.display import Display
 from smolstack.train.evaluation import Evaluated, Evaluator, check_evaluation
+from smolstack.train.evaluation_sheet import draw_sheet
 from smolstack.train.folder import (
     CACHE,
     CHECKPOINTS,
@@ -33,16 +34,15 @@ from smolstack.train.folder import (
     prepare_folder,
     stored_dtype,
 )
+from smolstack.train.loss_mask import Supervisor
 from smolstack.train.metrics import Metrics, plot
-from smolstack.train.parts import changed_weights, plain_name
 from smolstack.train.processes import Processes, connected
+from smolstack.train.progress import Display
 from smolstack.train.recipe import Recipe
-from smolstack.train.sheet import draw_sheet
 from smolstack.train.stage import RunningStage, steps_of
 from smolstack.train.state import Place, Saved, save_state
-from smolstack.train.supervision import Supervisor
+from smolstack.train.trainable import changed_weights, plain_name
 from smolstack.vlm import VLM
-from smolstack.writing import only_writer
 
 SHEET = "evaluation.png"
 Rows: TypeAlias = Sequence[Mapping[str, Any]]

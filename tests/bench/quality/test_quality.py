@@ -53,8 +53,8 @@ def labels(rows: list[dict[str, Any]]) -> list[str]:
 def test_every_precision_and_peer_is_held_against_float32(
     tiny_folder: Path, text: Path, tmp_path: Path
 ) -> None:
-    quantised = smolstack.load(tiny_folder, dtype="int8").save(tmp_path / "saved-int8")
-    choice = Choice(tiny_folder, also=[quantised], text=text, parts=(TEXT,), rounds=1)
+    quantized = smolstack.load(tiny_folder, dtype="int8").save(tmp_path / "saved-int8")
+    choice = Choice(tiny_folder, also=[quantized], text=text, parts=(TEXT,), rounds=1)
     record = run_quality(choice)
     rows = record.studies[TEXT]
     assert labels(rows) == [*OWN, "smolstack saved-int8", *PEERS]
@@ -62,7 +62,7 @@ def test_every_precision_and_peer_is_held_against_float32(
     assert own["float32"]["KL to float32"] == 0
     assert own["float32"]["same likeliest token"] == 1
     assert 0 < own["int8"]["KL to float32"] < 0.05
-    # What is quantised while loading and what was saved so are the same model.
+    # What is quantized while loading and what was saved so are the same model.
     for name in ("KL to float32", "perplexity", "text tower, MB"):
         assert own["saved-int8"][name] == own["int8"][name]
     assert own["bfloat16"]["text tower, MB"] == own["float32"]["text tower, MB"] / 2
@@ -193,11 +193,11 @@ def test_bad_options_are_one_sentence(arguments: tuple[str, ...], sentence: str)
 def test_what_cannot_be_compared_is_refused(
     tiny_folder: Path, retrieval_folder: Path, tmp_path: Path
 ) -> None:
-    quantised = smolstack.load(tiny_folder, dtype="int8").save(tmp_path / "int8")
+    quantized = smolstack.load(tiny_folder, dtype="int8").save(tmp_path / "int8")
     with pytest.raises(ConfigError, match="holds int8 weights, which do not become float32"):
-        run_quality(Choice(quantised))
+        run_quality(Choice(quantized))
     with pytest.raises(ConfigError, match="would be shown as 'int8', expected another name"):
-        run_quality(Choice(tiny_folder, also=[quantised]))
+        run_quality(Choice(tiny_folder, also=[quantized]))
     with pytest.raises(ConfigError, match=r"nobody takes part whose name contains .*'gpt'"):
         run_quality(Choice(tiny_folder, only=["gpt"]))
     with pytest.raises(ConfigError, match="is a retrieval model, which gives no logits"):

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
-from smolstack.bench.cases import answers, parts, reuse, whole
+from smolstack.bench.cases import answers, caches, components, end_to_end
 from smolstack.bench.peers.side import Side
-from smolstack.bench.setting import Setting
 from smolstack.bench.timing import Case
+from smolstack.bench.workload import Setting
 
 Part: TypeAlias = Callable[[Setting, Sequence[Side]], Iterator[Case]]
 
 PARTS: dict[str, Part] = {
-    "connector": parts.connector,
-    "vision": parts.vision,
-    "prefill": parts.prefill,
-    "decode": parts.decode,
-    "images": whole.images,
-    "ask": whole.ask,
-    "load": whole.load,
-    "memory": whole.memory,
-    "import": whole.imports,
+    "connector": components.connector,
+    "vision": components.vision,
+    "prefill": components.prefill,
+    "decode": components.decode,
+    "images": end_to_end.images,
+    "ask": end_to_end.ask,
+    "load": end_to_end.load,
+    "memory": end_to_end.memory,
+    "import": end_to_end.imports,
     "structured": answers.structured,
     "questions": answers.questions,
-    "reuse": reuse.reuse,
+    "reuse": caches.reuse,
 }

@@ -1,4 +1,4 @@
-"""What a form costs per token, and what is saved when one picture is asked about several times."""
+"""What a form costs per token, and what is saved when one image is asked about several times."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import partial
 from PIL import Image
 
 from smolstack.bench.peers.side import Side
-from smolstack.bench.setting import Setting, noise_picture
 from smolstack.bench.timing import OURS, Case, Contender
+from smolstack.bench.workload import Setting, noise_image
 from smolstack.generation.options import AnswerOptions
 from smolstack.vlm import VLM, load
 
@@ -35,22 +35,18 @@ def structured(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
 
 
 def questions(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """Four questions about one picture: read once, or anew each time."""
-    picture = noise_picture(WIDE)
+    """Four questions about one image: read once, or anew each time."""
+    image = noise_image(WIDE)
     for dtype in setting.dtypes:
         vlm = endless(setting, dtype)
-        tiles = vlm.plan(picture).tiles
+        tiles = vlm.plan(image).tiles
         yield Case(
-            f"{len(QUESTIONS)} questions, one picture of {tiles} tiles, {dtype}",
+            f"{len(QUESTIONS)} questions, one image of {tiles} tiles, {dtype}",
             [
-                Contender(
-                    OURS, partial(_question, vlm, picture, pictures=True, prefix=True), dtype
-                ),
-                Contender("asked together", partial(_together, vlm, picture), dtype),
-                Contender(
-                    "picture kept alone", partial(_question, vlm, picture, pictures=True), dtype
-                ),
-                Contender("nothing kept", partial(_question, vlm, picture), dtype),
+                Contender(OURS, partial(_question, vlm, image, images=True, prefix=True), dtype),
+                Contender("asked together", partial(_together, vlm, image), dtype),
+                Contender("image kept alone", partial(_question, vlm, image, images=True), dtype),
+                Contender("nothing kept", partial(_question, vlm, image), dtype),
             ],
         )
 
@@ -69,18 +65,16 @@ def _write(vlm: VLM, form: AnswerOptions) -> None:
     assert answer.usage.completion_tokens == TOKENS
 
 
-def _together(vlm: VLM, picture: Image.Image) -> None:
+def _together(vlm: VLM, image: Image.Image) -> None:
     vlm.forget()
-    vlm.ask_many([(picture, question) for question in QUESTIONS], max_new_tokens=4)
+    vlm.ask_many([(image, question) for question in QUESTIONS], max_new_tokens=4)
 
 
-def _question(
-    vlm: VLM, picture: Image.Image, *, pictures: bool = False, prefix: bool = False
-) -> None:
+def _question(vlm: VLM, image: Image.Image, *, images: bool = False, prefix: bool = False) -> None:
     vlm.forget()
     for question in QUESTIONS:
-        vlm.ask(picture, question, max_new_tokens=4)
-        if not pictures:
-            vlm.picture_cache.clear()
+        vlm.ask(image, question, max_new_tokens=4)
+        if not images:
+            vlm.image_cache.clear()
         if not prefix:
             vlm.forget_conversation()

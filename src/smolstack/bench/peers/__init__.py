@@ -8,7 +8,7 @@ from smolstack.bench.peers.openvino import OpenVino
 from smolstack.bench.peers.ours import Ours
 from smolstack.bench.peers.side import Side
 from smolstack.bench.peers.transformers import Transformers
-from smolstack.bench.setting import Setting
+from smolstack.bench.workload import Setting
 
 PEERS: tuple[type[Side], ...] = (Transformers, OnnxRuntime, OpenVino, LlamaCpp)
 

@@ -1,6 +1,6 @@
 """The decoder of a checkpoint as a GGUF file, in llama.cpp's number formats.
 
-Matrices are quantised by the package ``gguf`` itself, head and token table included; a vocabulary
+Matrices are quantized by the package ``gguf`` itself, head and token table included; a vocabulary
 is not written, since token ids are given.
 """
 
@@ -45,7 +45,7 @@ def write_decoder(folder: Path, path: Path, precision: str) -> Path:
         if array.ndim == 1:
             writer.add_tensor(known, array.astype(np.float32))
         else:
-            # Rows that no block divides stay in 16 bits, as llama.cpp's own quantiser leaves them.
+            # Rows that no block divides stay in 16 bits, as llama.cpp's own quantizer leaves them.
             fits = array.shape[1] % block == 0
             kind = wanted if fits else gguf.GGMLQuantizationType.F16
             writer.add_tensor(known, gguf.quants.quantize(array, kind), raw_dtype=kind)

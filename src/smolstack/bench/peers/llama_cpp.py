@@ -13,9 +13,9 @@ from torch import Tensor
 
 from smolstack.bench import sizes
 from smolstack.bench.peers.side import Side
-from smolstack.bench.setting import BITS, Setting, made_once
 from smolstack.bench.timing import Contender, Reading
 from smolstack.bench.worker import Worker
+from smolstack.bench.workload import BITS, Setting, made_once
 
 # Of Q8_0: a scale of 16 bits for 32 weights.
 _BITS = {**BITS, "int8": 8.5}

@@ -1,4 +1,4 @@
-"""onnxruntime for the vision tower: float32, and its dynamic quantisation to int8."""
+"""onnxruntime for the vision tower: float32, and its dynamic quantization to int8."""
 
 from __future__ import annotations
 

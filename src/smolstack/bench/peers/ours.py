@@ -13,11 +13,11 @@ from torch import Tensor
 from smolstack.bench import sizes
 from smolstack.bench.peers.fresh import import_seconds
 from smolstack.bench.peers.side import Side
-from smolstack.bench.setting import BITS, QUESTION, Scene, Setting, text_batch
 from smolstack.bench.timing import OURS, Contender, Reading, later
 from smolstack.bench.worker import Worker
-from smolstack.checkpoint.load import QUANTISED
-from smolstack.processor.tiles import cut_tiles, normalise
+from smolstack.bench.workload import BITS, QUESTION, Scene, Setting, text_batch
+from smolstack.checkpoint.load import QUANTIzED
+from smolstack.processor.tiles import cut_tiles, normalize
 from smolstack.vlm import VLM, load
 
 SAVED = "saved so"
@@ -71,7 +71,7 @@ class Ours(Side):
         settings = self.setting.preset.settings
         image = Image.open(scene.path).convert("RGB")
         return [
-            Contender(OURS, lambda: normalise(cut_tiles(image, scene.plan, settings), settings))
+            Contender(OURS, lambda: normalize(cut_tiles(image, scene.plan, settings), settings))
         ]
 
     def ask(self, scene: Scene) -> Sequence[Contender]:
@@ -98,7 +98,7 @@ class Ours(Side):
             *(
                 Contender(OURS, later(partial(self._loading_saved, dtype)), dtype, SAVED)
                 for dtype in self.setting.dtypes
-                if dtype in QUANTISED
+                if dtype in QUANTIzED
             ),
         ]
 
@@ -106,7 +106,7 @@ class Ours(Side):
         return [
             Contender(OURS, partial(self._peak, dtype, form, scene), dtype, form)
             for dtype in self.setting.dtypes
-            for form in (("", SAVED) if dtype in QUANTISED else ("",))
+            for form in (("", SAVED) if dtype in QUANTIzED else ("",))
         ]
 
     def _loading_saved(self, dtype: str) -> Callable[[], object]:
@@ -159,7 +159,7 @@ def ask_once(vlm: VLM, path: Any, split: bool, tokens: int) -> None:
 
 
 def asking(folder: str, dtype: str, threads: int) -> Callable[..., None]:
-    """A worker's work: answers from picture files."""
+    """A worker's work: answers from image files."""
     vlm = _load(folder, dtype)
     torch.set_num_threads(threads)
     return partial(_ask_by_worker, vlm)

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 
 from torch import Tensor
 
-from smolstack.bench.setting import Scene, Setting
 from smolstack.bench.timing import Contender
+from smolstack.bench.workload import Scene, Setting
 
 
 class Side:
@@ -47,11 +47,11 @@ class Side:
         return ()
 
     def images(self, scene: Scene) -> Sequence[Contender]:
-        """A decoded picture to normalised tiles."""
+        """A decoded image to normalized tiles."""
         return ()
 
     def ask(self, scene: Scene) -> Sequence[Contender]:
-        """A picture file and a question to ``setting.new_tokens`` tokens."""
+        """An image file and a question to ``setting.new_tokens`` tokens."""
         return ()
 
     def load(self) -> Sequence[Contender]:

@@ -34,7 +34,7 @@ def write_tower(path: Path, vision: VisionConfig, model: nn.Module, *, int8: boo
 
     Args:
         model: the whole float model; its tower's weights are written.
-        int8: matrices as onnxruntime's dynamic quantisation has them, else float32.
+        int8: matrices as onnxruntime's dynamic quantization has them, else float32.
     """
     graph = _Graph("vision_tower", Precision.int8 if int8 else Precision.fp32)
     weights = Weights(model.state_dict()).under("vision")

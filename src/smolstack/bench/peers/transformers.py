@@ -14,9 +14,9 @@ from torch import Tensor
 from smolstack.bench import sizes
 from smolstack.bench.peers.fresh import import_seconds
 from smolstack.bench.peers.side import Side
-from smolstack.bench.setting import BITS, QUESTION, Scene, Setting, torch_dtype
 from smolstack.bench.timing import Contender, Reading, later
 from smolstack.bench.worker import Worker
+from smolstack.bench.workload import BITS, QUESTION, Scene, Setting, torch_dtype
 from smolstack.checkpoint.files import read_files
 from smolstack.checkpoint.load import build_processor
 from smolstack.config import ModelConfig
@@ -162,7 +162,7 @@ class _Decoding:
 
 
 class _Prompts:
-    """Pictures through transformers' image processor; the prompt's token ids are given."""
+    """Images through transformers' image processor; the prompt's token ids are given."""
 
     def __init__(self, folder: Any) -> None:
         from smolstack.interop.reference import image_processor
@@ -172,7 +172,7 @@ class _Prompts:
         self.images = image_processor(self.processor.settings)
 
     def generate(self, model: Any, path: str, split: bool, tokens: int) -> None:
-        """A picture file and a question to so many tokens, greedily."""
+        """An image file and a question to so many tokens, greedily."""
         with Image.open(path) as image:
             pixels = self.images(images=[image], do_image_splitting=split, return_tensors="pt")
             prompt = self.processor.prepare((image, QUESTION), split=split)
@@ -190,7 +190,7 @@ class _Prompts:
 
 
 def asking(folder: str, dtype: str, threads: int) -> Callable[..., None]:
-    """A worker's work: answers from picture files."""
+    """A worker's work: answers from image files."""
     torch.set_num_threads(threads)
     model, prompts = _load(folder, dtype), _Prompts(folder)
     return lambda path, split, tokens: prompts.generate(model, path, split, tokens)

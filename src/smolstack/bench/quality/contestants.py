@@ -23,7 +23,7 @@ def reference_of(model: Path) -> Own:
     """The model in float32.
 
     Raises:
-        ConfigError: its weights are quantised, or it gives no logits.
+        ConfigError: its weights are quantized, or it gives no logits.
     """
     reference = Own(REFERENCE, model, REFERENCE)
     if reference.vlm.config.embedding_dim is not None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from smolstack.batch import Batch
 from smolstack.bench.quality.divergence import Divergence
 from smolstack.bench.quality.own import Own
-from smolstack.bench.setting import made_once
 from smolstack.bench.studies.drawn import drawn_numbers
+from smolstack.bench.workload import made_once
 from smolstack.errors import DataError
 from smolstack.processor import formats
 from smolstack.vlm import VLM

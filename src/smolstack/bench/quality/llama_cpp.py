@@ -1,4 +1,4 @@
-"""llama.cpp's contestants: the same decoder in its types, made by its own quantiser."""
+"""llama.cpp's contestants: the same decoder in its types, made by its own quantizer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from smolstack.batch import Batch
 from smolstack.bench.peers.llama_cpp import LlamaCpp
-from smolstack.bench.setting import made_once
 from smolstack.bench.timing import Reading
 from smolstack.bench.worker import Worker
+from smolstack.bench.workload import made_once
 
 NAME = LlamaCpp.name
 TYPES = ("F32", "BF16", "Q8_0", "Q4_K_M", "Q4_0")
@@ -92,7 +92,7 @@ class Peer:
         if path != source:
             with (
                 made_once(path) as partial_file,
-                Worker(f"{__name__}:quantiser", self.threads) as worker,
+                Worker(f"{__name__}:quantizer", self.threads) as worker,
             ):
                 worker.tell(source=str(source), target=str(partial_file), kind=self.precision)
         return path
@@ -109,10 +109,10 @@ class Peer:
         return self._readers[work]
 
 
-def quantiser(threads: int) -> Callable[..., None]:
+def quantizer(threads: int) -> Callable[..., None]:
     """A worker's work: one GGUF file into another of a type."""
 
-    def quantise(source: str, target: str, kind: str) -> None:
+    def quantize(source: str, target: str, kind: str) -> None:
         import llama_cpp
 
         parameters = llama_cpp.llama_model_quantize_default_params()
@@ -122,7 +122,7 @@ def quantiser(threads: int) -> Callable[..., None]:
         if failed:
             raise RuntimeError(f"llama_model_quantize ended with {failed}")
 
-    return quantise
+    return quantize
 
 
 def scorer(file: str, context: int, threads: int) -> Callable[..., None]:

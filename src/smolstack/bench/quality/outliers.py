@@ -59,7 +59,7 @@ def outlier_folder(
         towers, seed: as :func:`plant_outliers` takes them.
 
     Raises:
-        ConfigError: the weights are quantised, or a tower is none of TOWERS.
+        ConfigError: the weights are quantized, or a tower is none of TOWERS.
         CheckpointError: a folder cannot be read or written.
     """
     vlm = load(folder, dtype="float32", device="cpu")

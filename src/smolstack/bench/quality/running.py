@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smolstack.batch import Batch
 from smolstack.bench import machine
-from smolstack.bench.kept import kept_folder
+from smolstack.bench.cache import kept_folder
 from smolstack.bench.quality import llama_cpp, passages
 from smolstack.bench.quality.contestants import (
     REFERENCE,
@@ -37,9 +37,9 @@ from smolstack.bench.quality.outliers import outlier_folder
 from smolstack.bench.quality.own import Own
 from smolstack.bench.quality.state import Row, State, digest, environment, files
 from smolstack.bench.running import Record
-from smolstack.bench.setting import made_once
 from smolstack.bench.timing import Case, Contender, later, measure
 from smolstack.bench.worker import WorkerError
+from smolstack.bench.workload import made_once
 from smolstack.errors import ConfigError
 
 KEPT_WINDOWS = 16  # whose logits stay in files: 151 MB each with 49,280 tokens
@@ -62,7 +62,7 @@ class Choice:
     Attributes:
         model: a checkpoint folder with float weights.
         dtypes: smolstack's own precisions.
-        also: folders that smolstack.load opens, of the same model, quantised or changed.
+        also: folders that smolstack.load opens, of the same model, quantized or changed.
         text: a file, None for the text that comes with the package.
         images: a folder, None for images that are drawn.
         parts: some of TEXT, IMAGES, OUTLIERS.
@@ -93,7 +93,7 @@ def run_quality(
         note: told of peers that fail, which then take no part.
 
     Raises:
-        ConfigError: the model's weights are quantised, contestants share a name, or ``only`` leaves
+        ConfigError: the model's weights are quantized, contestants share a name, or ``only`` leaves
             none of them.
         CheckpointError: a folder cannot be loaded, or is not of the same model.
         DataError: the text or the images cannot be read.

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from smolstack.bench import machine
-from smolstack.bench.setting import made_once
+from smolstack.bench.workload import made_once
 
 Row: TypeAlias = dict[str, Any]
 

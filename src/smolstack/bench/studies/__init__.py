@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from smolstack.bench.setting import Setting
 from smolstack.bench.studies import budget, growth, quality
+from smolstack.bench.workload import Setting
 
 Row: TypeAlias = dict[str, Any]
 

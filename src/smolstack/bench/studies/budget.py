@@ -5,41 +5,41 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
-from smolstack.bench.setting import Setting
 from smolstack.bench.studies.drawn import character_error_rate, drawn_numbers, exact_share
 from smolstack.bench.studies.quality import read_all
+from smolstack.bench.workload import Setting
 from smolstack.vlm import load
 
-PICTURES = 200
+IMAGES = 200
 
 
 def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
     """The reader at every budget that changes a plan, per precision."""
-    pictures = drawn_numbers(PICTURES, seed=1)
-    truths = [picture.text for picture in pictures]
+    images = drawn_numbers(IMAGES, seed=1)
+    truths = [image.text for image in images]
     rows = []
     for dtype in setting.dtypes:
         vlm = load(dtype=dtype)
         per_tile = vlm.config.tokens_per_tile
-        most = max(vlm.plan(picture.image).tiles for picture in pictures)
+        most = max(vlm.plan(image.image).tiles for image in images)
         seen = None
         for budget in range(per_tile, most * per_tile + 1, per_tile):
-            plans = [vlm.plan(p.image, max_image_tokens=budget) for p in pictures]
+            plans = [vlm.plan(p.image, max_image_tokens=budget) for p in images]
             if plans == seen:
                 continue
             seen = plans
             vlm.forget()
             began = perf_counter()
-            answers = read_all(vlm, pictures, max_image_tokens=budget)
+            answers = read_all(vlm, images, max_image_tokens=budget)
             rows.append(
                 {
                     "precision": dtype,
                     "max_image_tokens": budget,
                     "visual tokens, mean": sum(p.visual_tokens for p in plans) / len(plans),
-                    "pictures": len(truths),
+                    "images": len(truths),
                     "exact": exact_share(answers, truths),
                     "character error rate": character_error_rate(answers, truths),
-                    "seconds per picture": (perf_counter() - began) / len(plans),
+                    "seconds per image": (perf_counter() - began) / len(plans),
                 }
             )
     return {"budget of the bundled reader": rows}

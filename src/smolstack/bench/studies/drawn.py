@@ -1,4 +1,4 @@
-"""A fixed set of pictures of printed numbers, and how far answers are from what stands in them.
+"""A fixed set of images of printed numbers, and how far answers are from what stands in them.
 
 They are drawn with Pillow's own font, so that they are the same wherever the same Pillow runs; the
 bundled reader's training shares no code with them.
@@ -17,7 +17,7 @@ SIZES = ((640, 400), (480, 480), (400, 300), (800, 500), (300, 200))
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture and the number that stands in it."""
+    """An image and the number that stands in it."""
 
     image: Image.Image
     text: str
@@ -25,7 +25,7 @@ class Drawn:
 
 def drawn_numbers(count: int, seed: int = 0) -> list[Drawn]:
     """Numbers of one to six digits: dark on light or light on dark, filling 30 to 85 % of the
-    width, anywhere in the picture."""
+    width, anywhere in the image."""
     chance = random.Random(seed)
     return [_draw(chance) for _ in range(count)]
 

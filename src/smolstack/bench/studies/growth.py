@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from smolstack.bench import sizes
-from smolstack.bench.setting import Setting, text_batch
 from smolstack.bench.worker import Worker
+from smolstack.bench.workload import Setting, text_batch
 from smolstack.config import ModelConfig
 from smolstack.vlm import VLM, load
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolstack.bench.setting import QUESTION, Setting
 from smolstack.bench.studies.drawn import character_error_rate, drawn_numbers, exact_share
+from smolstack.bench.workload import QUESTION, Setting
 from smolstack.vlm import VLM, load
 
-PICTURES = 400
+IMAGES = 400
 AT_ONCE = 16
 FORCED = 256  # tokens that a model is made to read one at a time
 REFERENCE = "float32"
@@ -24,13 +24,13 @@ def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
 
 def reader(setting: Setting) -> list[dict[str, Any]]:
     """Exact match and character error rate on drawn numbers."""
-    pictures = drawn_numbers(PICTURES)
-    truths = [picture.text for picture in pictures]
-    said = {dtype: _read(dtype, pictures) for dtype in _with_reference(setting)}
+    images = drawn_numbers(IMAGES)
+    truths = [image.text for image in images]
+    said = {dtype: _read(dtype, images) for dtype in _with_reference(setting)}
     return [
         {
             "precision": dtype,
-            "pictures": len(truths),
+            "images": len(truths),
             "exact": exact_share(answers, truths),
             "points lost": 100
             * (exact_share(said[REFERENCE], truths) - exact_share(answers, truths)),
@@ -42,7 +42,7 @@ def reader(setting: Setting) -> list[dict[str, Any]]:
 
 
 def logits(setting: Setting) -> list[dict[str, Any]]:
-    """Differences of logits on a picture and forced tokens, read as answers are made: the prompt
+    """Differences of logits on an image and forced tokens, read as answers are made: the prompt
     in one go, then one token at a time."""
     found = {dtype: _forced_logits(setting, dtype) for dtype in _with_reference(setting)}
     expected = found[REFERENCE]
@@ -69,24 +69,24 @@ def _with_reference(setting: Setting) -> list[str]:
     return list(dict.fromkeys((REFERENCE, *setting.dtypes)))
 
 
-def _read(dtype: str, pictures: list[Any]) -> list[str]:
+def _read(dtype: str, images: list[Any]) -> list[str]:
     """The bundled reader's answers."""
     vlm = load(dtype=dtype)
-    return read_all(vlm, pictures)
+    return read_all(vlm, images)
 
 
-def read_all(vlm: VLM, pictures: list[Any], **tiling: Any) -> list[str]:
-    """Answers to "What does it say?" about each picture, some at a time."""
+def read_all(vlm: VLM, images: list[Any], **tiling: Any) -> list[str]:
+    """Answers to "What does it say?" about each image, some at a time."""
     answers: list[str] = []
-    for start in range(0, len(pictures), AT_ONCE):
-        prompts = [(p.image, QUESTION) for p in pictures[start : start + AT_ONCE]]
+    for start in range(0, len(images), AT_ONCE):
+        prompts = [(p.image, QUESTION) for p in images[start : start + AT_ONCE]]
         found = vlm.ask_many(prompts, max_new_tokens=40, **tiling)
         answers += [answer.text for answer in found]
     return answers
 
 
 def _forced_logits(setting: Setting, dtype: str) -> Tensor:
-    """Logits (tokens, V) while a prompt with a picture is followed by the same random tokens."""
+    """Logits (tokens, V) while a prompt with an image is followed by the same random tokens."""
     vlm = load(setting.folder, dtype=dtype)
     model, scene = vlm.model, setting.scenes[0]
     prompt = vlm.processor.prepare((str(scene.path), QUESTION), split=scene.split)

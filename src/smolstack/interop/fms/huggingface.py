@@ -131,7 +131,7 @@ class HFAdaptedIdefics3ForConditionalGeneration(HFModelArchitecture, GenerationM
     ) -> Any:
         """As transformers' Idefics3ForConditionalGeneration; attentions and states are not kept.
 
-        Pictures are read with the prompt: together with tokens that follow it they are ignored.
+        Images are read with the prompt: together with tokens that follow it they are ignored.
         """
         cache = past_key_values if cache is None else cache
         past = 0 if cache is None else int(cache.get_seq_length())

@@ -1,4 +1,4 @@
-"""What a call says about its pictures, read for the packer; and a Batch for FMS's ``generate``."""
+"""What a call says about its images, read for the packer; and a Batch for FMS's ``generate``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from smolstack.batch import Batch
 from smolstack.errors import AlignmentError, GridError
 
-# Keywords about pictures; everything else of a call belongs to FMS's attention.
-PICTURE_KEYS = (
+# Keywords about images; everything else of a call belongs to FMS's attention.
+IMAGE_KEYS = (
     "pixel_values",
     "pixel_attention_mask",
     "tile_grids",
@@ -28,7 +28,7 @@ class Tiles:
 
     Attributes:
         pixels: (N, 3, P, P); per_sequence: tiles of each row; filled: (rows, columns) of patches
-            that hold picture, per tile, None when all are full.
+            that hold image, per tile, None when all are full.
     """
 
     pixels: Tensor
@@ -36,13 +36,13 @@ class Tiles:
     filled: tuple[tuple[int, int], ...] | None
 
 
-def split_pictures(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keywords about pictures, and the others; None and empty pixels count as absent."""
-    pictures = {k: v for k, v in kwargs.items() if k in PICTURE_KEYS and v is not None}
-    pixels = pictures.get("pixel_values")
+def split_images(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords about images, and the others; None and empty pixels count as absent."""
+    images = {k: v for k, v in kwargs.items() if k in IMAGE_KEYS and v is not None}
+    pixels = images.get("pixel_values")
     if isinstance(pixels, Tensor) and pixels.numel() == 0:
-        pictures = {}
-    return pictures, {k: v for k, v in kwargs.items() if k not in PICTURE_KEYS}
+        images = {}
+    return images, {k: v for k, v in kwargs.items() if k not in IMAGE_KEYS}
 
 
 def read_tiles(
@@ -63,8 +63,8 @@ def read_tiles(
         places: image tokens of each row.
         tokens_per_tile: S.
         patch: pixels of a patch's side.
-        pixel_attention_mask: as pixel_values without the channels; true where there is picture.
-        tile_grids: patches that hold picture per tile, instead of a mask.
+        pixel_attention_mask: as pixel_values without the channels; true where there is image.
+        tile_grids: patches that hold image per tile, instead of a mask.
         tiles_per_sequence: tiles of each row; otherwise the mask says so, or the image tokens do.
 
     Raises:
@@ -163,7 +163,7 @@ def _slots(pixels: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _filled(mask: Tensor, patch: int) -> tuple[tuple[int, int], ...] | None:
-    """Patches of each tile that hold picture, from pixels (N, P, P); None when all tiles are."""
+    """Patches of each tile that hold image, from pixels (N, P, P); None when all tiles are."""
     seen = mask.bool().unfold(1, patch, patch).unfold(2, patch, patch).flatten(3).any(dim=3)
     if bool(seen.all()):
         return None

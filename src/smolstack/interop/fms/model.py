@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from smolstack.errors import CheckpointError, ConfigError, ContextLengthError
 from smolstack.interop.fms.config import Idefics3Config
-from smolstack.interop.fms.inputs import Tiles, causal_again, read_tiles, split_pictures
+from smolstack.interop.fms.inputs import Tiles, causal_again, read_tiles, split_images
 from smolstack.interop.fms.tower import VisionTower
 from smolstack.interop.fms.tracing import merge_traced
 from smolstack.interop.fms.weights import weight_layout
@@ -85,7 +85,7 @@ class Idefics3(nn.Module):
 
     @classmethod
     def from_config(cls, config: Idefics3Config) -> Idefics3:
-        """A model of these sizes; weights are not initialised."""
+        """A model of these sizes; weights are not initialized."""
         return cls(config)
 
     def get_config(self) -> Idefics3Config:
@@ -146,7 +146,7 @@ class Idefics3(nn.Module):
             past_key_value_states: what an earlier call returned.
             use_cache: return keys and values.
             **kwargs: ``mask``, ``last_n_tokens`` and whatever FMS's attention takes; with ids and
-                no cache also the pictures, as :meth:`merge` takes them.
+                no cache also the images, as :meth:`merge` takes them.
 
         A retrieval model (ColSmol) returns embeddings of unit length (B, T, E) in place of logits.
         """
@@ -155,14 +155,14 @@ class Idefics3(nn.Module):
                 "a vision_only model has no decoder; prepare_inputs_for_generation makes the "
                 "embeddings for one"
             )
-        pictures, attention = split_pictures(kwargs)
+        images, attention = split_images(kwargs)
         attention.pop("prompt_length", None)
         x = input_ids_or_embeds
-        if pictures and not x.is_floating_point() and not past_key_value_states:
+        if images and not x.is_floating_point() and not past_key_value_states:
             if torch.compiler.is_compiling():
-                x = merge_traced(self, x, **pictures)
+                x = merge_traced(self, x, **images)
             else:
-                x = self.merge(x, **pictures)
+                x = self.merge(x, **images)
         outputs = self.language_model(
             x,
             position_ids=position_ids,
@@ -181,7 +181,7 @@ class Idefics3(nn.Module):
     ) -> tuple[Tensor, MutableMapping[str, Any]]:
         """What FMS's ``generate`` takes as its ``prepare_model_inputs_hook``.
 
-        Pictures are encoded once, at the prompt, and every row of the batch gets its own. Image
+        Images are encoded once, at the prompt, and every row of the batch gets its own. Image
         tokens that the model itself writes are ordinary tokens.
 
         Raises:
@@ -194,20 +194,20 @@ class Idefics3(nn.Module):
         mask = kwargs.get("mask")
         if iteration > 0 and not cached and mask is not None:
             kwargs = {**kwargs, "mask": causal_again(mask)}
-        pictures, rest = split_pictures(kwargs)
-        if not pictures or (iteration > 0 and cached):
+        images, rest = split_images(kwargs)
+        if not images or (iteration > 0 and cached):
             return self.embedding(input_ids), kwargs
         length = int(rest.pop("prompt_length", input_ids.shape[1]))
         if iteration > 0 and input_ids.shape[1] != length + iteration:
             raise ContextLengthError(
                 f"max_seq_len {input_ids.shape[1]} cuts off the beginning of a prompt of {length} "
-                "tokens, which holds pictures"
+                "tokens, which holds images"
             )
         prompt = input_ids[:, :length]
-        visual, counts = self._visual_tokens(prompt, pictures)
+        visual, counts = self._visual_tokens(prompt, images)
         merged = self._splice(prompt, visual, counts)
         merged = torch.cat((merged, self.embedding(input_ids[:, length:])), dim=1)
-        if not cached:  # the whole text is read again, its pictures are not
+        if not cached:  # the whole text is read again, its images are not
             rest |= {
                 "visual_tokens": visual,
                 "tiles_per_sequence": counts,
@@ -215,12 +215,12 @@ class Idefics3(nn.Module):
             }
         return merged, rest
 
-    def merge(self, input_ids: Tensor, **pictures: Any) -> Tensor:
+    def merge(self, input_ids: Tensor, **images: Any) -> Tensor:
         """Text embeddings with visual tokens in their places: (B, T) → (B, T, D).
 
         Args:
             input_ids: (B, T).
-            **pictures: ``pixel_values``, (N, 3, P, P) or (B, most, 3, P, P), and, where tiles are
+            **images: ``pixel_values``, (N, 3, P, P) or (B, most, 3, P, P), and, where tiles are
                 only partly filled, ``pixel_attention_mask`` or ``tile_grids``; or
                 ``visual_tokens`` (N, S, D). ``tiles_per_sequence`` is needed only where image
                 tokens alone do not say it.
@@ -228,7 +228,7 @@ class Idefics3(nn.Module):
         Raises:
             AlignmentError, GridError: naming the row, what was found and what was expected.
         """
-        return self._splice(input_ids, *self._visual_tokens(input_ids, pictures))
+        return self._splice(input_ids, *self._visual_tokens(input_ids, images))
 
     def encode_tiles(
         self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None
@@ -246,22 +246,22 @@ class Idefics3(nn.Module):
         return torch.cat(encoded)[copies]
 
     def _visual_tokens(
-        self, input_ids: Tensor, pictures: dict[str, Any]
+        self, input_ids: Tensor, images: dict[str, Any]
     ) -> tuple[Tensor, tuple[int, ...]]:
         """Visual tokens (N, S, D) and tiles per row; counted before anything is encoded."""
         places = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-        visual: Tensor | None = pictures.get("visual_tokens")
+        visual: Tensor | None = images.get("visual_tokens")
         if visual is not None:
-            given = pictures.get("tiles_per_sequence")
+            given = images.get("tiles_per_sequence")
             counts = [n // visual.shape[1] for n in places] if given is None else given
             return visual, tuple(int(n) for n in counts)
-        rows, columns = self.vision_tower.grid_of(pictures["pixel_values"])
+        rows, columns = self.vision_tower.grid_of(images["pixel_values"])
         per_tile = (rows // self.config.scale) * (columns // self.config.scale)
         tiles: Tiles = read_tiles(
             places=places,
             tokens_per_tile=per_tile,
             patch=self.config.vision_config.patch_size,
-            **pictures,
+            **images,
         )
         packer.locate(input_ids, self.config.image_token_id, tiles.per_sequence, per_tile)
         return self.encode_tiles(tiles.pixels, tiles.filled), tiles.per_sequence

@@ -29,8 +29,8 @@ class VisionTower(SiglipVisionHeadless):  # type: ignore[misc]
         """Patch states: (N, 3, P, P) → (N, H·W, C).
 
         Args:
-            tiles: normalised pixels, in any dtype.
-            filled: (rows, columns) of patches that hold picture, per tile; None when all do.
+            tiles: normalized pixels, in any dtype.
+            filled: (rows, columns) of patches that hold image, per tile; None when all do.
             seen: the same as booleans (N, H, W), a rectangle from the top left of each tile; it
                 can be traced.
 
@@ -79,7 +79,7 @@ def _spread(seen: Tensor, side: int) -> Tensor:
 def _partial(
     rows: int, columns: int, side: int, filled: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """Position ids (N, H·W) of partly filled tiles, and which patches hold picture (N, H·W)."""
+    """Position ids (N, H·W) of partly filled tiles, and which patches hold image (N, H·W)."""
     ids = torch.zeros(len(filled), rows, columns, dtype=torch.long)
     seen = torch.zeros(len(filled), rows, columns, dtype=torch.bool)
     for index, (high, wide) in enumerate(filled):

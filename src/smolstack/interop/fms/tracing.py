@@ -1,4 +1,4 @@
-"""Pictures in a graph: visual tokens in their places without looking at any value.
+"""Images in a graph: visual tokens in their places without looking at any value.
 
 The eager way counts image tokens and tiles as numbers and encodes equal tiles once. Under
 torch.compile that would break the graph, so here every tile is encoded, every token is looked up

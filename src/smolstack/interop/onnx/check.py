@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smolstack.errors import CheckpointError
 from smolstack.interop.onnx.graph import Precision
-from smolstack.model.cache import KVCache
+from smolstack.model.kv_cache import KVCache
 from smolstack.model.vlm import VisionLanguageModel
 
 Feeds: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -131,7 +131,7 @@ class Reference:
                     if part is None:
                         continue
                     high, wide = (max(1, round(share * side)) for share in part)
-                    # Of a tile that is not full, the last patches hold picture in one pixel.
+                    # Of a tile that is not full, the last patches hold image in one pixel.
                     bottom, right = (
                         edge if count == side else (count - 1) * patch + 1 for count in (high, wide)
                     )

@@ -3,7 +3,7 @@
 ::
 
     DIR/config.json, tokenizer.json, preprocessor_config.json, …
-    DIR/prompt.json                     one question about one picture, for loops without jinja2
+    DIR/prompt.json                     one question about one image, for loops without jinja2
     DIR/onnx/vision_encoder.onnx        _fp16.onnx, _int8.onnx
     DIR/onnx/embed_tokens.onnx          …
     DIR/onnx/decoder_model_merged.onnx  …
@@ -172,7 +172,7 @@ def _side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _prompt(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What stands before and after one question about one picture; None if it cannot be told."""
+    """What stands before and after one question about one image; None if it cannot be told."""
     processor = checkpoint.processor
     text = processor.render([user_message(1, _QUESTION)])
     before, _, after = text.partition(_QUESTION)

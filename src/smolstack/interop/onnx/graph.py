@@ -37,8 +37,8 @@ Dimensions: TypeAlias = Sequence[int | str]
 class Precision(str, Enum):
     """Number formats of an export, by the names that users of this family know.
 
-    int8 is onnxruntime's dynamic quantisation: matrices in 8 bits with a scale per output channel,
-    what they are multiplied with quantised on the spot, everything else in float32.
+    int8 is onnxruntime's dynamic quantization: matrices in 8 bits with a scale per output channel,
+    what they are multiplied with quantized on the spot, everything else in float32.
     """
 
     fp32 = "fp32"
@@ -71,7 +71,7 @@ class Graph:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
-        self._quantised: dict[Value, list[Value]] = {}
+        self._quantized: dict[Value, list[Value]] = {}
         self._scope: list[str] = []
         self._data_length = 0
 
@@ -187,10 +187,10 @@ class Graph:
         return out if bias is None else self.op("Add", out, self.weight(f"{name}.bias", bias))
 
     def _linear_in_8_bits(self, x: Value, name: str, weight: Array) -> Value:
-        """The nodes of onnxruntime's dynamic quantisation, which it computes as one."""
-        if x not in self._quantised:  # query, key and value read the same input
-            self._quantised[x] = self.ops("DynamicQuantizeLinear", x, outputs=3)
-        codes, step, zero = self._quantised[x]
+        """The nodes of onnxruntime's dynamic quantization, which it computes as one."""
+        if x not in self._quantized:  # query, key and value read the same input
+            self._quantized[x] = self.ops("DynamicQuantizeLinear", x, outputs=3)
+        codes, step, zero = self._quantized[x]
         scale, rows = rows_in_8_bits(weight, LARGEST_CODE)
         stored = self.weight(f"{name}.weight_quantized", rows.T, np.int8)
         product = self.op("MatMulInteger", codes, stored, zero)

@@ -17,7 +17,7 @@ from smolstack.interop.onnx.weights import Weights
 def vision_encoder(graph: Graph, config: ModelConfig, weights: Weights, edge: int) -> None:
     """pixel_values (B, I, 3, P, P), pixel_attention_mask (B, I, P, P) → image_features (N, S, D).
 
-    The mask is true on pixels that hold picture. A tile that holds none is padding of the batch and
+    The mask is true on pixels that hold image. A tile that holds none is padding of the batch and
     has no features; in one that is partly filled, the other patches are seen by nobody.
 
     Args:
@@ -54,7 +54,7 @@ def vision_encoder(graph: Graph, config: ModelConfig, weights: Weights, edge: in
 def _real_tiles(
     graph: Graph, vision: VisionConfig, pixels: Value, mask: Value, edge: int
 ) -> tuple[Value, Value]:
-    """Tiles that hold picture (N, 3, P', P') and their filled patches (N, H, W) bool.
+    """Tiles that hold image (N, 3, P', P') and their filled patches (N, H, W) bool.
 
     P' leaves out the pixels past the last whole patch, which are never seen.
     """

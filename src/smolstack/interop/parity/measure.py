@@ -18,7 +18,7 @@ from smolstack.checkpoint.load import Checkpoint, build_processor
 from smolstack.checkpoint.new import side_files
 from smolstack.config import ModelConfig
 from smolstack.family import Preset
-from smolstack.interop.parity.samples import PICTURES, chats, picture
+from smolstack.interop.parity.samples import IMAGES, chats, sample_image
 from smolstack.interop.reference import (
     image_processor,
     load_processor,
@@ -101,7 +101,7 @@ def measure(
         files = _write_files(preset, config, folder)
         ours, theirs = build_processor(files, config), load_processor(folder, config.model_type)
         found = {"pixels": 0.0, "token ids": float(_count_wrong_ids(ours, theirs))}
-        say("pictures")
+        say("images")
         found["pixels"] = _pixel_difference(ours, config.model_type)
         batch = ours.batch([ours.prepare(chat, split=split) for chat, split in chats()])
     say(f"weights, {vision_layers} + {text_layers} layers")
@@ -145,8 +145,8 @@ def _count_wrong_ids(ours: Processor, theirs: Any) -> int:
 def _pixel_difference(processor: Processor, model_type: str) -> float:
     theirs = image_processor(processor.settings, model_type)
     largest = 0.0
-    for seed, (size, mode, split) in enumerate(PICTURES):
-        image = picture(size, mode, seed)
+    for seed, (size, mode, split) in enumerate(IMAGES):
+        image = sample_image(size, mode, seed)
         plan = processor.plan(image, split=split)
         out = theirs(
             [image], do_image_splitting=split, return_row_col_info=True, return_tensors="pt"

@@ -1,4 +1,4 @@
-"""The pictures and prompts that ``make parity`` compares on; made by formulas, never fetched."""
+"""The images and prompts that ``make parity`` compares on; made by formulas, never fetched."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from PIL import Image
 
 from smolstack.processor.prompt import Message
 
-# (width, height), mode, split. Together: a grid, a single tile, each kind of transparency, a
-# picture one pixel wide, one larger than any resize.
-PICTURES: tuple[tuple[tuple[int, int], str, bool], ...] = (
+# (width, height), mode, split. Together: a grid, a single tile, each kind of transparency, an
+# image one pixel wide, one larger than any resize.
+IMAGES: tuple[tuple[tuple[int, int], str, bool], ...] = (
     ((640, 480), "RGB", True),
     ((640, 480), "RGB", False),
     ((301, 700), "RGBA", True),
@@ -24,7 +24,7 @@ PICTURES: tuple[tuple[tuple[int, int], str, bool], ...] = (
 )
 
 
-def picture(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Image:
+def sample_image(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Image:
     """Waves, an edge and noise in a mode of Pillow's; palettes have a transparent colour."""
     random = np.random.default_rng(seed)
     rows, cols = np.mgrid[0 : size[1], 0 : size[0]]
@@ -44,12 +44,14 @@ def picture(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Im
 
 
 def chats() -> list[tuple[list[Message], bool]]:
-    """Chats and whether their pictures are split; lengths differ, one has no picture."""
+    """Chats and whether their images are split; lengths differ, one has no image."""
     return [
-        ([_user(picture((640, 160), seed=1), "What does it say?")], True),
+        ([_user(sample_image((640, 160), seed=1), "What does it say?")], True),
         (
             [
-                _user(picture((60, 90), seed=2), "And this one:", picture((80, 20), seed=3)),
+                _user(
+                    sample_image((60, 90), seed=2), "And this one:", sample_image((80, 20), seed=3)
+                ),
                 {"role": "assistant", "content": [{"type": "text", "text": "A wide one.\n"}]},
                 _user("Why?"),
             ],

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache
 
-from smolstack.model.cache import KVCache
+from smolstack.model.kv_cache import KVCache
 
 _DynamicLayer: Any = cache_utils.DynamicLayer
 STEP = 256  # tokens of room that a full buffer grows by, at least

@@ -69,7 +69,7 @@ def _with_processor(network: VisionLanguageModel, model: Any, processor: Any) ->
     """A VLM whose side files are those that the transformers processor writes."""
     folder = tempfile.TemporaryDirectory(prefix="smolstack-")
     place = Path(folder.name)
-    # Part by part: SmolVLM's processor asks for a video processor, which pictures do not need.
+    # Part by part: SmolVLM's processor asks for a video processor, which images do not need.
     processor.tokenizer.save_pretrained(place)
     processor.image_processor.save_pretrained(place)
     _write_template(processor, place)

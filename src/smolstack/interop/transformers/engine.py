@@ -26,7 +26,7 @@ def build_engine(base: Any) -> VisionLanguageModel | None:
     Nothing is copied: gradients, moves between devices and changes of dtype are seen by both.
 
     Returns:
-        None when the model is not plainly what its config says: adapters, quantised layers,
+        None when the model is not plainly what its config says: adapters, quantized layers,
         modules that are spread over devices or have hooks.
     """
     try:

@@ -46,10 +46,10 @@ def same_positions(
 
 
 def filled_grids(masks: Tensor, patch: int) -> tuple[bool, list[tuple[int, int]] | None]:
-    """(rows, columns) of patches that hold picture, per tile, from a mask of pixels.
+    """(rows, columns) of patches that hold image, per tile, from a mask of pixels.
 
     Args:
-        masks: (N, height, width), true on pixels that hold picture.
+        masks: (N, height, width), true on pixels that hold image.
         patch: pixels of a patch's side.
 
     Returns:

@@ -22,8 +22,8 @@ from transformers.models.smolvlm import modeling_smolvlm
 
 from smolstack.interop.transformers.cache import new_cache
 from smolstack.interop.transformers.engine import EngineHolder
+from smolstack.interop.transformers.images import Pooled, embed, encode, image_outputs
 from smolstack.interop.transformers.inputs import filled_grids, left_padding, same_positions
-from smolstack.interop.transformers.pictures import Pooled, embed, encode, picture_outputs
 from smolstack.interop.transformers.steps import Steps, Task
 
 # Typed as Any: transformers' own annotations cover parts of it only.
@@ -34,7 +34,7 @@ _SmolVLMWithHead: Any = modeling_smolvlm.SmolVLMForConditionalGeneration
 
 
 class _ComputesWithSmolstack:
-    """The base model's forward pass and picture encoding, by smolstack wherever it can."""
+    """The base model's forward pass and image encoding, by smolstack wherever it can."""
 
     config: Any
     training: bool
@@ -83,7 +83,7 @@ class _ComputesWithSmolstack:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """States of every token, normalised; arguments and result are transformers' own."""
+        """States of every token, normalized; arguments and result are transformers' own."""
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -99,7 +99,7 @@ class _ComputesWithSmolstack:
         if task is None:
             return super().forward(**given, **kwargs)  # type: ignore[misc]
         return self._output(
-            last_hidden_state=task.states(), cache=task.cache, image_outputs=task.pictures
+            last_hidden_state=task.states(), cache=task.cache, image_outputs=task.images
         )
 
     def smolstack_task(self, given: dict[str, Any], kwargs: Mapping[str, Any]) -> Task | None:
@@ -119,12 +119,12 @@ class _ComputesWithSmolstack:
         alone = cache is None and not given["use_cache"]
         padding, plain = left_padding(given["attention_mask"], past, alone=alone)
         new = _length(input_ids, inputs_embeds)
-        pictures = pixel_values is not None or bool(given["mm_encoder_outputs"])
+        images = pixel_values is not None or bool(given["mm_encoder_outputs"])
         if (
             engine is None
             or not plain
             or new == 0
-            or (input_ids is None and pictures)
+            or (input_ids is None and images)
             or (input_ids is not None and inputs_embeds is not None)
             or (cache is not None and (cache.is_compileable or any(cache.is_sliding)))
             or not same_positions(given["position_ids"], padding, past, new)
@@ -134,7 +134,7 @@ class _ComputesWithSmolstack:
             return None
         if given["use_cache"] and cache is None:
             cache = new_cache(engine.config.text.num_layers)
-        outputs = picture_outputs(given["mm_encoder_outputs"])
+        outputs = image_outputs(given["mm_encoder_outputs"])
         if pixel_values is not None:
             outputs = self.get_image_features(pixel_values, given["pixel_attention_mask"])
         embeddings = embed(engine, input_ids, inputs_embeds, outputs)
@@ -205,7 +205,7 @@ class _GeneratesWithSmolstack:
             )
         steps: Steps = self.__dict__.setdefault("_smolstack_steps", Steps())
         logits = steps.next_logits(task, self.lm_head)
-        return self._output(logits=logits, cache=task.cache, image_outputs=task.pictures)
+        return self._output(logits=logits, cache=task.cache, image_outputs=task.images)
 
     def _output(self, **values: Any) -> Any:
         raise NotImplementedError

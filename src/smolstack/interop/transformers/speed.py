@@ -57,8 +57,8 @@ def compare(
     Args:
         folder: a checkpoint folder.
         dtype: "float32" or "bfloat16".
-        rows: prompts of one batch, a picture each.
-        split: whether pictures are split into tiles; None as the checkpoint says.
+        rows: prompts of one batch, an image each.
+        split: whether images are split into tiles; None as the checkpoint says.
         rounds: runs of each, in turn, after one that is not counted.
     """
     vlm = load(folder, dtype=dtype, device="cpu")
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--no-split", action="store_true", help="one tile per picture")
+    parser.add_argument("--no-split", action="store_true", help="one tile per image")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)

@@ -23,17 +23,17 @@ class Task:
         embeddings: (B, T, D), visual tokens in their places.
         padding: (B,) left-padding tokens per row, or None.
         cache: transformers' cache, appended to; None for none.
-        pictures: what the tower and the connector made, as transformers returns it.
+        images: what the tower and the connector made, as transformers returns it.
     """
 
     engine: VisionLanguageModel
     embeddings: Tensor
     padding: Tensor | None
     cache: Cache | None
-    pictures: Any
+    images: Any
 
     def states(self) -> Tensor:
-        """States of every new token, normalised: (B, T, D)."""
+        """States of every new token, normalized: (B, T, D)."""
         borrowed = None if self.cache is None else BorrowedCache(self.cache, self.padding)
         states: Tensor = self.engine.decoder(self.embeddings, padding=self.padding, cache=borrowed)
         return states

@@ -1,7 +1,7 @@
 "use strict";
 
 const at = (id) => document.getElementById(id);
-let picture = null; // a data URL
+let image = null; // a data URL
 let running = null; // the AbortController of the request at work
 
 at("base").textContent = new URL("v1", location.href).href;
@@ -51,11 +51,11 @@ async function showModel() {
   problem("");
 }
 
-/** The model's name, and the plan of a picture that was chosen before there was a key. */
+/** The model's name, and the plan of an image that was chosen before there was a key. */
 async function start() {
   try {
     await showModel();
-    if (picture) await showPlan();
+    if (image) await showPlan();
   } catch (error) {
     problem(sentence(error));
   }
@@ -69,8 +69,8 @@ function take(file) {
   }
   const reader = new FileReader();
   reader.onload = () => {
-    picture = reader.result;
-    at("shown").src = picture;
+    image = reader.result;
+    at("shown").src = image;
     at("frame").hidden = false;
     at("hint").hidden = true;
     showPlan().catch((error) => problem(sentence(error)));
@@ -86,7 +86,7 @@ async function showPlan() {
   const response = await fetch("plan", {
     method: "POST",
     headers: headers(),
-    body: JSON.stringify({ image_url: { url: picture }, text: at("question").value }),
+    body: JSON.stringify({ image_url: { url: image }, text: at("question").value }),
   });
   if (!response.ok) {
     problem(await reason(response));
@@ -136,7 +136,7 @@ async function ask() {
   let first = null;
   let reasonToEnd = null;
   const content = [{ type: "text", text: at("question").value }];
-  if (picture) content.unshift({ type: "image_url", image_url: { url: picture } });
+  if (image) content.unshift({ type: "image_url", image_url: { url: image } });
   try {
     const response = await fetch("v1/chat/completions", {
       method: "POST",

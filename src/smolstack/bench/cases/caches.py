@@ -1,0 +1,87 @@
+"""What is saved by work that is not done again: equal tiles, known images, known beginnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from smolstack.bench.cases.answers import endless
+from smolstack.bench.peers.side import Side
+from smolstack.bench.timing import OURS, Case, Contender
+from smolstack.bench.workload import QUESTION, Setting
+from smolstack.vlm import VLM
+
+PAGE = (1448, 2048)  # A4 upright
+TOKENS = 8
+_LINES = ("Invoice 4711", "Two chairs, one table", "Total 318.00")
+
+
+def reuse(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
+    """Each saving beside the same work without it."""
+    image = page()
+    for dtype in setting.dtypes:
+        folder = setting.folder / f"images-{dtype}"
+        vlm = endless(setting, dtype)
+        tiles = _tiles(vlm, image)
+        different = len({tile.numpy().tobytes() for tile in tiles})
+        yield Case(
+            f"a page of {len(tiles)} tiles, {different} different, {dtype}",
+            [
+                Contender(OURS, partial(vlm.model.encode_tiles, tiles), dtype),
+                Contender("every tile encoded", partial(_one_by_one, vlm, tiles), dtype),
+            ],
+        )
+        yield Case(
+            f"asking about the page again, {TOKENS} tokens, {dtype}",
+            [
+                Contender(OURS, partial(_again, vlm, image, image_kept=True), dtype),
+                Contender("image kept alone", partial(_image_alone, vlm, image), dtype),
+                Contender("image kept on disk", partial(_from_disk, vlm, image, folder), dtype),
+                Contender("nothing kept", partial(_again, vlm, image), dtype),
+            ],
+        )
+
+
+def page() -> Image.Image:
+    """A page whose text stands at its top; the rest is white."""
+    image = Image.new("RGB", PAGE, "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(48)
+    for row, line in enumerate(_LINES):
+        draw.text((96, 96 + 80 * row), line, "black", font)
+    return image
+
+
+def _tiles(vlm: VLM, image: Image.Image) -> Tensor:
+    return vlm.processor.pixels(image, vlm.processor.plan(image))
+
+
+def _one_by_one(vlm: VLM, tiles: Tensor) -> Tensor:
+    """Every tile by itself: nothing that could be seen to be equal."""
+    return torch.cat([vlm.model.encode_tiles(tile[None]) for tile in tiles])
+
+
+def _again(vlm: VLM, image: Image.Image, image_kept: bool = False) -> None:
+    """The question once more; the round before has left image and beginning, unless dropped."""
+    if not image_kept:
+        vlm.forget()
+    vlm.ask(image, QUESTION, max_new_tokens=TOKENS)
+
+
+def _from_disk(vlm: VLM, image: Image.Image, folder: Path) -> None:
+    """As a new process would: nothing in memory, the visual tokens in a folder."""
+    vlm.forget()
+    vlm.image_cache.folder = folder
+    try:
+        vlm.ask(image, QUESTION, max_new_tokens=TOKENS)
+    finally:
+        vlm.image_cache.folder = None
+
+
+def _image_alone(vlm: VLM, image: Image.Image) -> None:
+    vlm.forget_conversation()
+    vlm.ask(image, QUESTION, max_new_tokens=TOKENS)

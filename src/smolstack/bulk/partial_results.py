@@ -1,0 +1,210 @@
+"""What a job has done so far, on disk: nothing answered is lost, nothing is answered twice.
+
+Beside the output stands a folder ``OUT.parts``:
+
+    settings.json                 what the job is; written last when it begins
+    listing.parquet               its images in order (not for Parquet input, read where it is)
+    rows-000000000512.journal     a window's results as they come, one checked record per batch
+    rows-000000000512.parquet     a finished window, complete or not there
+
+A process that is killed leaves at most one torn record, which is cut off when the job goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from smolstack.bulk.rows import Window
+from smolstack.errors import BulkError
+from smolstack.output_files import naming, take_lock
+
+ROW = "row"  # the column of every result that says which row of the input it is about
+_HEADER = struct.Struct("<QI")  # bytes of a record, their CRC-32
+_SETTINGS, _LISTING, _LOCK = "settings.json", "listing.parquet", "lock"
+
+
+class Journal:
+    """The results of a window that is not finished yet, in the order they came.
+
+    Opening it cuts off a record that was torn when a process was killed.
+
+    Attributes:
+        done: rows of the input whose results it holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: set[int] = set()
+        if not path.exists():
+            return
+        end = 0
+        for place, batch in _records(path):
+            end = place
+            self.done.update(batch.column(ROW).to_pylist())
+        if end < path.stat().st_size:
+            os.truncate(path, end)
+
+    def append(self, results: pa.RecordBatch) -> None:
+        """Write the results of one batch; once this returns, a killed process has kept them."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, results.schema) as writer:
+            writer.write_batch(results)
+        content = memoryview(sink.getvalue())
+        with self.path.open("ab") as file:
+            file.write(_HEADER.pack(len(content), zlib.crc32(content)))
+            file.write(content)
+        self.done.update(results.column(ROW).to_pylist())
+
+    def read(self) -> list[pa.RecordBatch]:
+        """All results held."""
+        return [batch for _, batch in _records(self.path)] if self.path.exists() else []
+
+
+def _records(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The whole records of a journal, each with the place where it ends."""
+    end = 0
+    with path.open("rb") as file:
+        while len(header := file.read(_HEADER.size)) == _HEADER.size:
+            size, checksum = _HEADER.unpack(header)
+            if size > path.stat().st_size:
+                return
+            content = file.read(size)
+            if len(content) != size or zlib.crc32(content) != checksum:
+                return
+            end += _HEADER.size + size
+            for batch in pa.ipc.open_stream(content):
+                yield end, batch
+
+
+class Parts:
+    """The folder of a job's kept state. See the module's text for its files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def listing(self) -> Path:
+        """Where the job's images are listed."""
+        return self.folder / _LISTING
+
+    @property
+    def begun(self) -> bool:
+        """Whether a job was begun here that can go on."""
+        return (self.folder / _SETTINGS).exists()
+
+    def settings(self) -> dict[str, Any]:
+        """What the job that was begun here is."""
+        path = self.folder / _SETTINGS
+        try:
+            settings: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise BulkError(
+                f"{path} is damaged ({error}); start again with restart (--restart)"
+            ) from error
+        return settings
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Say what the job is: from here on it can be resumed."""
+        path = self.folder / _SETTINGS
+        write_atomically(path, json.dumps(settings, indent=2, ensure_ascii=False).encode())
+
+    def clear(self) -> None:
+        """Forget everything but the lock."""
+        for path in sorted(self.folder.iterdir(), key=lambda p: p.name != _SETTINGS):
+            if path.name != _LOCK:
+                path.unlink()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from doing the same job; a process that ends lets go of it.
+
+        Raises:
+            BulkError: another process holds it.
+        """
+        self.folder.mkdir(exist_ok=True)
+        with (self.folder / _LOCK).open("ab") as file:
+            if not take_lock(file.fileno()):
+                raise BulkError(
+                    f"another process is at work on {self.folder}, expected one at most"
+                )
+            yield
+
+    def journal(self, window: Window) -> Journal:
+        """The journal of a window."""
+        return Journal(self._path(window, "journal"))
+
+    def is_finished(self, window: Window) -> bool:
+        """Whether every row of a window has its results."""
+        return self._path(window, "parquet").exists()
+
+    def kept(self, windows: Iterator[Window]) -> int:
+        """Rows of the input that are done already."""
+        begun = {path.name for path in self.folder.iterdir()}
+        count = 0
+        for window in windows:
+            if self._path(window, "parquet").name in begun:
+                count += len(window)
+            elif self._path(window, "journal").name in begun:
+                count += len(self.journal(window).done)
+        return count
+
+    def finish(self, window: Window, schema: pa.Schema) -> None:
+        """Put a window's results in order and into their place.
+
+        Raises:
+            BulkError: a row has no result.
+        """
+        journal = self.journal(window)
+        if missing := set(range(window.start, window.stop)) - journal.done:
+            raise BulkError(
+                f"rows {sorted(missing)[:5]} have no result; this is a mistake in bulk/"
+            )
+        table = pa.Table.from_batches(journal.read(), schema)
+        # A stable sort: the answers about one image keep the order of the questions.
+        table = table.take(pc.sort_indices(table, [(ROW, "ascending")]))
+        path = self._path(window, "parquet")
+        beside = path.with_suffix(".parquet.new")
+        with naming(path):
+            pq.write_table(table, beside)
+            _into_place(beside, path)
+        journal.path.unlink(missing_ok=True)
+
+    def results(self, window: Window) -> pa.Table:
+        """The results of a finished window."""
+        return pq.read_table(self._path(window, "parquet"))
+
+    def remove(self) -> None:
+        """Remove the folder at once: what a killed process leaves of it is no job to go on with."""
+        away = self.folder.with_name(self.folder.name + "-done")
+        shutil.rmtree(away, ignore_errors=True)
+        self.folder.rename(away)
+        shutil.rmtree(away, ignore_errors=True)
+
+    def _path(self, window: Window, kind: str) -> Path:
+        return self.folder / f"rows-{window.start:012d}.{kind}"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file, complete or not at all."""
+    beside = path.with_name(path.name + ".new")
+    with naming(path):
+        beside.write_bytes(content)
+        _into_place(beside, path)
+
+
+def _into_place(beside: Path, path: Path) -> None:
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)

@@ -1,0 +1,239 @@
+"""Documents from pages: a document model reads each, docling-core makes one document of them.
+
+SmolDocling and granite-docling write DocTags (Nassar et al. 2025): what stands where on a page, in
+special tokens. Pages are read by a bulk job, so that nothing is read twice when it is cut off;
+docling-core makes Markdown, HTML and its own JSON of the tags.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolstack.documents.pages import TAGS, Page, Remark, made_document
+from smolstack.errors import BulkError
+from smolstack.output_files import naming, only_writer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from smolstack.bulk import Progress
+    from smolstack.bulk.inputs import ImageInputs
+    from smolstack.generation.options import AnswerOptions
+    from smolstack.vlm import VLM
+
+QUESTION = "Convert this page to docling."
+FORMATS = (".md", ".html", ".json", TAGS)
+LONGEST = 8192  # tokens of a page
+NAMED = 8  # pages of an error at most
+SHOWN = 60  # characters of an answer in an error
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of the pages.
+
+    Attributes:
+        out: the document.
+        pages: how many there are.
+        unread: those that could not be opened, with the reason.
+        cut: those whose answer was cut off or went round in circles; what was read is kept.
+        remarks: what was found wrong with the tags of a page, page by page; the text is kept.
+    """
+
+    out: Path
+    pages: int
+    unread: tuple[Page, ...]
+    cut: tuple[Page, ...]
+    remarks: tuple[Remark, ...] = ()
+
+
+def convert(
+    pages: ImageInputs,
+    out: str | Path,
+    *,
+    model: str | Path | VLM | None = None,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    mmproj: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    question: str = QUESTION,
+    restart: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[AnswerOptions],
+) -> Converted:
+    """Read pages and write them as one document.
+
+    A conversion that was cut off goes on where it was when it is called again in the same way.
+
+    Args:
+        pages: a PDF file, or whatever else :func:`smolstack.bulk.map_images` takes; or the
+            .parquet table of such a job about pages, whose answers are then used.
+        out: the document, .md, .html, .json (docling's) or .doctags (as the model wrote it).
+        model, revision, base, mmproj, dtype, device: as for :func:`smolstack.load`; a document
+            model, which a table of answers alone can do without.
+        question: what the model is asked about each page.
+        restart: forget what an earlier run did, and replace the document.
+        on_progress: called now and then.
+        **options: as for :meth:`smolstack.VLM.ask`; special tokens are kept, an answer that goes
+            round in circles is ended, and a page has at most LONGEST tokens, unless told otherwise.
+
+    Raises:
+        BulkError: naming what is wrong with the pages or the output, or a package that is missing;
+            where no page could be opened, or no answer holds an element of a document, the pages.
+            What was read stands in OUT.pages.parquet then.
+        SmolstackError: as :func:`smolstack.bulk.map_images` does.
+    """
+    out = Path(out)
+    _check_output(out, restart)
+    with only_writer(out, BulkError):
+        _check_output(out, restart)  # of a writer that ended in between
+        loading = {"revision": revision, "base": base, "mmproj": mmproj}
+        loading |= {"dtype": dtype, "device": device}
+        return _converted(
+            pages,
+            out,
+            options,
+            model=model,
+            question=question,
+            restart=restart,
+            on_progress=on_progress,
+            loading=loading,
+        )
+
+
+def _converted(
+    pages: ImageInputs,
+    out: Path,
+    options: AnswerOptions,
+    *,
+    model: str | Path | VLM | None,
+    question: str,
+    restart: bool,
+    on_progress: Callable[[Progress], None] | None,
+    loading: dict[str, Any],
+) -> Converted:
+    if _is_answered(pages):
+        read = _read_table(Path(pages))  # type: ignore[arg-type]
+        return _write(out, read, options.get("password"))
+    if model is None:
+        raise BulkError(
+            "pages are read by a document model (model, --model), such as "
+            "ibm-granite/granite-docling-258M; found none"
+        )
+    from smolstack.bulk import map_images
+
+    table = out.with_name(f"{out.name}.pages.parquet")
+    if table.exists() and not restart:
+        raise BulkError(
+            f"{table} is left of an earlier conversion; give it in place of the pages, or forget "
+            "it with restart (--restart)"
+        )
+    chosen: dict[str, Any] = {
+        "keep_special_tokens": True,
+        "stop_on_repetition": True,
+        "max_new_tokens": LONGEST,
+        **options,
+    }
+    map_images(
+        pages,
+        question,
+        out=table,
+        model=model,
+        restart=restart,
+        on_progress=on_progress,
+        **loading,
+        **chosen,
+    )
+    try:
+        converted = _write(out, _read_table(table), options.get("password"))
+    except BulkError as error:
+        raise BulkError(f"{error}; the answers stand in {table}") from None
+    table.unlink()
+    return converted
+
+
+def _check_output(out: Path, restart: bool) -> None:
+    """Refuse an output that cannot be written, before anything is read."""
+    if out.suffix not in FORMATS:
+        found = f"the suffix {out.suffix!r}" if out.suffix else "no suffix"
+        raise BulkError(f"{out} has {found}, expected one of {', '.join(FORMATS)}")
+    if not out.parent.is_dir():
+        raise BulkError(f"{out}: the folder {out.parent} does not exist")
+    if out.exists() and not restart:
+        raise BulkError(f"{out} exists already; choose another output, or replace it with restart "
+                        "(--restart)")  # fmt: skip
+    for needed in ("pyarrow",) if out.suffix == TAGS else ("pyarrow", "docling_core"):
+        try:
+            __import__(needed)
+        except ImportError:
+            package = needed.replace("_", "-")
+            raise BulkError(
+                f"documents need the package {package} (pip install 'smolstack[documents]')"
+            ) from None
+
+
+def _is_answered(pages: object) -> bool:
+    """Whether this is a table of answers, from a bulk job."""
+    if not isinstance(pages, (str, Path)) or not str(pages).endswith(".parquet"):
+        return False
+    import pyarrow.parquet as pq
+
+    try:
+        return {"question", "answer"} <= set(pq.read_schema(pages).names)
+    except (OSError, ValueError):
+        return False  # what is wrong with it, the bulk job says
+
+
+def _read_table(table: Path) -> list[Page]:
+    import pyarrow.parquet as pq
+
+    columns = ["id", "path", "question", "answer", "finish_reason", "error"]
+    rows = pq.read_table(table, columns=columns).to_pylist()
+    if len({row["question"] for row in rows}) > 1:
+        raise BulkError(f"{table} holds answers to several questions, expected one for each page")
+    return [
+        Page(row["id"], row["path"], row["answer"] or "", row["finish_reason"], row["error"])
+        for row in rows
+    ]
+
+
+def _write(out: Path, pages: Sequence[Page], password: str | None) -> Converted:
+    """The document, complete or not at all."""
+    if not pages:
+        raise BulkError("there are no pages, expected at least one")
+    unread = tuple(page for page in pages if page.error is not None)
+    if len(unread) == len(pages):
+        raise BulkError(f"no page could be read: {_listed(unread)}; the first: {pages[0].error}")
+    made = made_document(out.stem, pages, out.suffix, password)
+    if not made.elements:
+        asked = [page for page in pages if page.error is None]
+        raise BulkError(
+            f"no page gave any element of a document: {_listed(asked)}; expected DocTags, as "
+            f"document models write them, found {_shown(asked[0].tags)}"
+        )
+    beside = out.with_name(f".{out.name}.new")
+    with naming(out):
+        beside.write_text(made.text, encoding="utf-8", errors="replace")
+        os.replace(beside, out)
+    return Converted(
+        out,
+        len(pages),
+        unread,
+        tuple(page for page in pages if page.finish_reason in ("length", "repetition")),
+        made.remarks,
+    )
+
+
+def _listed(pages: Sequence[Page]) -> str:
+    names = [page.name for page in pages[:NAMED]]
+    rest = len(pages) - len(names)
+    return ", ".join(names) + (f" and {rest} more" if rest else "")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "…")

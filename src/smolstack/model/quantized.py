@@ -1,0 +1,358 @@
+"""Linear layers whose weights are integers, and the arithmetic that they stand for.
+
+Shapes: R rows (tokens), I input channels, O output channels, G groups of input channels.
+
+What a weight and an activation become is said by the layer's :class:`Format`. Products are summed
+as integers within a group, the same on every processor; scales are multiplied in as float32, group
+after group. A row's result does not depend on its neighbours.
+
+The tensors are those of compressed-tensors' "pack-quantized" form, so that a saved layer is read by
+others too: 32-bit words of eight or four weights, the lowest bits first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from smolstack.config.quantization import Format, Quantization
+from smolstack.errors import ConfigError
+from smolstack.model.layers import TokenEmbedding
+from smolstack.model.panels import Arena, Panels, panel_size
+from smolstack.native import library as native
+
+RADIX = 254  # activations of 16 bits are RADIX · first + second, both from -127 to 127
+_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
+_PACKING = threading.Lock()  # two first questions at once must not both lay a layer out
+_NO_NORM = ctypes.byref(native.Norm(native.NO_NORM, 0.0, None, None))
+
+
+def pack_words(values: Tensor, bits: int) -> Tensor:
+    """(O, N) integers from 0 to 2^bits - 1 → (O, ceil(N · bits / 32)) words, int32."""
+    each = 32 // bits
+    values = functional.pad(values.to(torch.uint8), (0, -values.shape[1] % each))
+    if bits == 4:
+        values = values[:, 0::2] | values[:, 1::2] << 4
+    rows = values.shape[0]
+    return values.flatten().contiguous().view(torch.int32).view(rows, -1)
+
+
+def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first ``count`` integers of each row that :func:`pack_words` packed, uint8."""
+    values = words.flatten().contiguous().view(torch.uint8).view(words.shape[0], -1)
+    if bits == 4:
+        values = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
+    return values[:, :count]
+
+
+def round_activations(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """(R, I) float → whole numbers (R, G, group), zeros behind the last channel, and scales (R, G);
+    both float32."""
+    most = 127 * RADIX + 126 if form.activation_bits == 16 else 127
+    padded = functional.pad(x.float(), (0, -x.shape[1] % form.group))
+    groups = padded.reshape(x.shape[0], -1, form.group)
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    inverse = torch.where(largest > 0, torch.full_like(largest, most).div(largest), 0)
+    scale = largest.div(torch.full_like(largest, most))
+    return (groups * inverse).round(), scale.squeeze(-1)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with weights of 8 or 4 bits; float32 in, float32 out. For inference only.
+
+    On a CPU the compiled kernels compute it (smolstack.native); without them, and on other
+    devices, torch does, from a float32 copy of the weights.
+
+    The weights are held once. When the kernels have them as panels, weight_packed, weight_scale
+    and weight_zero_point are left without memory (on the meta device); :meth:`tensors`, state_dict
+    and copies have them made again.
+
+    Attributes:
+        format: bits, groups and activations.
+        weight_packed: int32 (O, words): eight 4-bit or four 8-bit numbers a word, 8-bit ones 128
+            too large.
+        weight_scale: bfloat16 (O, G).
+        weight_zero_point: int32 (O/8 rounded up, G), the zero points of eight output channels a
+            word; None with 8 bits.
+        bias: float32 (O,) or None.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, form: Format, *, bias: bool) -> None:
+        super().__init__()
+        if form.bits == 4 and in_features % 8:
+            raise ConfigError(f"no 4-bit linear layer of {in_features} channels: 8 share a word")
+        self.in_features, self.out_features, self.format = in_features, out_features, form
+        groups, words = form.groups(in_features), -(-in_features * form.bits // 32)
+        packed = torch.empty(out_features, words, dtype=torch.int32)
+        self.register_buffer("weight_packed", packed)
+        scale = torch.empty(out_features, groups, dtype=torch.bfloat16)
+        self.register_buffer("weight_scale", scale)
+        zeros = None
+        if form.has_zero_points:
+            zeros = torch.empty(-(-out_features // 8), groups, dtype=torch.int32)
+        self.register_buffer("weight_zero_point", zeros)
+        self.register_buffer("bias", torch.empty(out_features) if bias else None)
+        self._panels: Panels | None = None
+        self._floats: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        form: Format,
+        numbers: Tensor,
+        scale: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+    ) -> QuantizedLinear:
+        """A layer of rounded weights.
+
+        Args:
+            form: what they are.
+            numbers: (O, I): from -127 to 127 with 8 bits, from 0 to 15 with 4.
+            scale: (O, G).
+            zeros: (O, G), from 0 to 15; None with 8 bits.
+            bias: (O,) or None.
+        """
+        words = pack_words(numbers + 128 if form.bits == 8 else numbers, form.bits)
+        return cls.of_words(form, numbers.shape[1], (words, scale, zeros), bias)
+
+    @classmethod
+    def of_words(
+        cls,
+        form: Format,
+        in_features: int,
+        rounded: tuple[Tensor, Tensor, Tensor | None],
+        bias: Tensor | None,
+    ) -> QuantizedLinear:
+        """The same of integers that are packed already, (O, words), with scale and zero points."""
+        words, scale, zeros = rounded
+        with torch.device("meta"):
+            made = cls(in_features, words.shape[0], form, bias=bias is not None)
+        made.weight_packed, made.weight_scale = words, scale.to(torch.bfloat16)
+        if zeros is not None:
+            made.weight_zero_point = pack_words(zeros.t(), 4).t().contiguous()
+        if bias is not None:
+            made.bias = bias.detach().float().clone()
+        return made
+
+    @classmethod
+    def of_panels(cls, panels: Panels, bias: Tensor | None) -> QuantizedLinear:
+        """The same of weights that were rounded into panels."""
+        with torch.device("meta"):
+            made = cls(panels.inputs, panels.outputs, panels.form, bias=bias is not None)
+        made._panels = panels
+        if bias is not None:
+            made.bias = bias.detach().float().clone()
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.is_packed else self.weight_packed.device
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the panels are all there is of the weights."""
+        return self._panels is not None and self.weight_packed.is_meta
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """weight_packed, weight_scale and weight_zero_point."""
+        if self.is_packed:
+            assert self._panels is not None
+            return self._panels.words()
+        return self.weight_packed, self.weight_scale, self.weight_zero_point
+
+    def panels(self, kernels: native.Library, arena: Arena | None = None) -> Panels:
+        """The weights as the kernels read them, from now on the only ones.
+
+        Args:
+            arena: gives the memory; None: the layer has its own.
+        """
+        with _PACKING:
+            if self.is_packed:
+                assert self._panels is not None
+                return self._panels
+            size = panel_size(kernels, self.format, self.in_features, self.out_features)
+            memory = (arena or Arena(kernels, size)).take(size)
+            kept = self.tensors()
+            made = Panels.of_words(kernels, self.format, self.in_features, kept, memory)
+            for tensor in kept:
+                if tensor is not None:  # a mapped file's pages
+                    kernels.put_aside(tensor.data_ptr(), tensor.nbytes)
+            self.use(made)
+            return made
+
+    def use(self, panels: Panels) -> None:
+        """Hold these panels in the place of all else."""
+        for name in _TENSORS:
+            tensor = self._buffers[name]
+            if tensor is not None:
+                self._buffers[name] = tensor.to("meta")
+        self._panels, self._floats = panels, None
+
+    def _restore(self) -> None:
+        """Hold the words again, for changes to them."""
+        if self.is_packed:
+            for name, tensor in zip(_TENSORS, self.tensors(), strict=True):
+                self._buffers[name] = tensor
+        self._panels = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in zip(_TENSORS, self.tensors(), strict=True):
+            if tensor is not None:
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        self._floats = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own panels."""
+        state = dict(self.__dict__)
+        if self.is_packed:
+            state["_buffers"] = {
+                **self._buffers,
+                **dict(zip(_TENSORS, self.tensors(), strict=True)),
+            }
+        state["_panels"] = None
+        return state
+
+    def numbers(self) -> Tensor:
+        """The weights' integers, (O, I): from -127 to 127, or from 0 to 15; int16."""
+        values = unpack_words(self.tensors()[0], self.format.bits, self.in_features).short()
+        return values - 128 if self.format.bits == 8 else values
+
+    def zero_points(self) -> Tensor | None:
+        """(O, G), from 0 to 15; None with 8 bits."""
+        zeros = self.tensors()[2] if self.format.has_zero_points else None
+        return None if zeros is None else unpack_words(zeros.t(), 4, self.out_features).t()
+
+    def dequantized(self) -> Tensor:
+        """The weights as float32, (O, I)."""
+        numbers, zeros = self.numbers().float(), self.zero_points()
+        group, scale = self.format.group, self.tensors()[1].float()
+        if zeros is not None:
+            numbers = numbers - _spread(zeros.float(), group, self.in_features)
+        return numbers * _spread(scale, group, self.in_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Move to another device; ``model.float()`` and the like change nothing here."""
+        if self.is_packed and fn(torch.empty(0)).device.type == "cpu":
+            return self
+        self._restore()
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer if buffer.is_meta else buffer[:0])
+                self._buffers[name] = moved if buffer.is_meta else buffer.to(moved.device)
+        self._floats = None
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, I) → (…, O), float32."""
+        rows = x.reshape(-1, self.in_features)
+        kernels = native.library() if self.device.type == "cpu" else None
+        if rows.shape[0] == 0:
+            out = rows.new_empty(0, self.out_features, dtype=torch.float32)
+        elif kernels is None:
+            out = self._by_torch(rows)
+        else:
+            out = self._by_kernels(kernels, rows)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _by_kernels(self, kernels: native.Library, rows: Tensor) -> Tensor:
+        rows = rows.detach().float().contiguous()
+        out = torch.empty(rows.shape[0], self.out_features)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        layer = self.panels(kernels).linear(bias)
+        failed = kernels.dense_rows(
+            ctypes.byref(layer),
+            _NO_NORM,
+            rows.data_ptr(),
+            rows.shape[0],
+            0,
+            None,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for {rows.shape[0]} rows of a linear layer")
+        return out
+
+    def _by_torch(self, rows: Tensor) -> Tensor:
+        """A group's products are whole numbers below 2²⁴, which float32 sums exactly in any order:
+        so a row does not depend on its neighbours here either."""
+        numbers, scale = round_activations(rows, self.format)
+        weight, factors = self._whole(), self.tensors()[1].float()
+        out = torch.zeros(rows.shape[0], self.out_features, device=rows.device)
+        for group in range(numbers.shape[1]):
+            some, own = numbers[:, group], weight[:, group].t()
+            if self.format.activation_bits == 16:
+                first = (some / RADIX).round()
+                sums = (first @ own) * RADIX + (some - first * RADIX) @ own
+            else:
+                sums = some @ own
+            out += sums * scale[:, group, None] * factors[:, group]
+        return out if self.bias is None else out + self.bias
+
+    def _whole(self) -> Tensor:
+        """The weights as whole numbers in float32, (O, G, group), kept."""
+        if self._floats is None or self._floats.device != self.device:
+            numbers, zeros = self.numbers().float(), self.zero_points()
+            group = self.format.group
+            if zeros is not None:
+                numbers = numbers - _spread(zeros.float(), group, self.in_features)
+            padded = functional.pad(numbers, (0, -self.in_features % group))
+            self._floats = padded.view(self.out_features, -1, group)
+        return self._floats
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.format}"
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """All that stays float beside integers, as float32; a token table keeps the numbers that it is
+    stored in, and gives out float32."""
+    for module in model.modules():
+        if isinstance(module, TokenEmbedding):
+            module.gives = torch.float32
+            continue
+        for name, tensor in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ):
+            if tensor.is_floating_point() and not isinstance(module, QuantizedLinear):
+                wide = tensor.detach().float()
+                if isinstance(tensor, nn.Parameter):
+                    setattr(module, name, nn.Parameter(wide, requires_grad=tensor.requires_grad))
+                else:
+                    module._buffers[name] = wide
+
+
+def _spread(of_groups: Tensor, group: int, width: int) -> Tensor:
+    """(O, G) → (O, I): every group's value for each of its channels."""
+    return of_groups.repeat_interleave(group, dim=1)[:, :width]
+
+
+def lay_out(model: nn.Module, quantization: Quantization) -> None:
+    """Put quantized layers without values into the places of a model's own."""
+    for name, form in quantization:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        with layer.weight.device:
+            made = QuantizedLinear(
+                layer.in_features, layer.out_features, form, bias=layer.bias is not None
+            )
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, made)

@@ -1,0 +1,78 @@
+"""How far the quantized model is from the float one, on samples that it was not fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smolstack.bench.quality.divergence import Divergence
+from smolstack.generation.inline import InlineEngine
+from smolstack.quantization_job.samples import Sample
+from smolstack.retrieval import encode
+from smolstack.vlm import VLM
+
+_MOST = 2048  # positions that are compared: their logits are held
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Before and after.
+
+    Attributes:
+        perplexity: of the float model.
+        after: of the quantized one, with its divergence from the float one; None for a model that
+            gives no answers.
+        samples: measured on.
+    """
+
+    perplexity: float | None
+    after: Divergence | None
+    samples: int
+
+
+class Reference:
+    """The float model's logits where a token of text follows."""
+
+    def __init__(self, logits: Sequence[Tensor], perplexity: float | None) -> None:
+        self._logits, self.perplexity = logits, perplexity
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, vlm: VLM, engine: InlineEngine, samples: Sequence[Sample]) -> Reference:
+        """Ask a model."""
+        if vlm.model.config.embedding_dim is not None:
+            return cls([], None)
+        found, own, held = [], Divergence(), 0
+        for sample in samples:
+            logits, targets = _logits(vlm, engine, sample)
+            logits, targets = logits[: _MOST - held], targets[: _MOST - held]
+            held += len(targets)
+            found.append(logits)
+            own.add(logits, logits, targets)
+        return cls(found, own.perplexity if own.tokens else None)
+
+    @torch.no_grad()
+    def compare(
+        self, vlm: VLM, engine: InlineEngine, samples: Sequence[Sample]
+    ) -> Divergence | None:
+        """Another model on the same samples."""
+        if self.perplexity is None:
+            return None
+        total = Divergence()
+        for sample, expected in zip(samples, self._logits, strict=True):
+            logits, targets = _logits(vlm, engine, sample)
+            total.add(expected, logits[: len(expected)], targets[: len(expected)])
+        return total
+
+
+def _logits(vlm: VLM, engine: InlineEngine, sample: Sample) -> tuple[Tensor, Tensor]:
+    """(T, V) logits before each token of text, and (T,) those tokens."""
+    prompts = [encode(engine, [sample.prompt])[0].encoded_prompt]
+    model = vlm.model
+    states = model.decoder(model.merge(vlm.processor.batch(prompts)))[0, :-1]
+    targets = torch.tensor(sample.prompt.token_ids)[1:]
+    text = targets != model.config.image_token_id
+    return model.logits(states[text.to(states.device)][None])[0].float(), targets[text]

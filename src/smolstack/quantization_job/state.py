@@ -1,0 +1,123 @@
+"""What is kept beside the folder that is being made, so that a stop loses no more than a layer.
+
+A hidden folder, ``.OUT.quantizing``: what the job is, the samples that the model wrote itself, the
+embeddings and the formats that were chosen, and one file of tensors for each block. Every file is
+written beside its place and renamed into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smolstack.errors import ConfigError
+from smolstack.output_files import only_writer
+
+_JOB = "job.json"
+
+
+class State:
+    """The folder of one job.
+
+    Args:
+        out: the folder that is being made.
+        job: what must be the same when the job goes on, as plain data.
+        restart: forget what an earlier run kept.
+
+    Raises:
+        ConfigError: another job's state is there, or another process is at work on it.
+    """
+
+    def __init__(self, out: Path, job: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.folder = out.parent / f".{out.name}.quantizing"
+        self._writer = ExitStack()
+        self._writer.enter_context(only_writer(self.folder, ConfigError))
+        if restart:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        found = self._json(_JOB)
+        if found is not None and found != dict(job):
+            self.close()
+            other = [key for key in job if found.get(key) != job[key]]
+            raise ConfigError(
+                f"{self.folder} holds an unfinished job that differs in {', '.join(other)} "
+                f"({other[0]}: {found.get(other[0])!r}, now {job[other[0]]!r}); --restart forgets "
+                "it, other options or another folder go beside it"
+            )
+        self._job = dict(job)
+        self.errors: dict[str, float] = {}
+
+    def close(self) -> None:
+        """Let another process work on the job."""
+        self._writer.close()
+
+    def get(self, block: str) -> Mapping[str, Tensor] | None:
+        """A block's tensors, as :class:`smolstack.quantization.quantize.Keeper` says."""
+        found = self.tensors(block)
+        error = self._json(f"{block}.json")
+        if found is None or error is None:
+            return None
+        self.errors[block] = error["error"]
+        return found
+
+    def put(self, block: str, tensors: Mapping[str, Tensor], error: float) -> None:
+        """Keep a block."""
+        self.put_tensors(block, tensors)
+        self.put_json(block, {"error": error})
+        self.errors[block] = error
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors that were kept under a name."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            return None
+
+    def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._begin()
+        path = self.folder / f"{name}.safetensors"
+        part = path.with_suffix(".part")
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, str(part))
+        os.replace(part, path)
+
+    def json(self, name: str) -> Any:
+        """Data that was kept under a name; None: none."""
+        return self._json(f"{name}.json")
+
+    def put_json(self, name: str, data: Any) -> None:
+        self._begin()
+        self._write(f"{name}.json", data)
+
+    def remove(self) -> None:
+        """Take the folder away: the job is done, or forgotten."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._writer.close()
+
+    def _begin(self) -> None:
+        """Make the folder when there is something to keep: a job that is refused leaves none."""
+        if not (self.folder / _JOB).is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(_JOB, self._job)
+
+    def _write(self, name: str, data: Any) -> None:
+        part = self.folder / f"{name}.part"
+        part.write_text(json.dumps(data), encoding="utf-8")
+        os.replace(part, self.folder / name)
+
+    def _json(self, name: str) -> Any:
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            return None

@@ -1,1 +1,0 @@
-"""Quantising a checkpoint with data: what ``smolstack quantize`` does."""

@@ -1,0 +1,133 @@
+"""What stands before every request: whose it is, and a body counted and timed as it arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from smolstack.serve import origins
+from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.settings import ServerSettings
+
+OPEN = ("/", "/page.js", "/page.css", "/health")  # answered without a key
+
+
+class Guard:
+    """ASGI middleware that refuses requests without a key, of pages of other sites, to names that
+    are not the server's, with bodies that are no JSON, and too large or too slow ones.
+
+    Args:
+        count: told the route and the status of every response.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, count: Callable[[str, int], None]
+    ) -> None:
+        self.app, self.settings, self.count = app, settings, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers, limit = Headers(scope=scope), self.settings.body_bytes
+        if scope.get("method") == "HEAD":  # whoever writes the response leaves its body out
+            scope = {**scope, "method": "GET"}
+        received = 0
+        until, complete = time.monotonic() + self.settings.body_seconds, False
+        answered = False
+
+        async def sending(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.start":
+                answered = True
+                path = getattr(scope.get("route"), "path", "other")
+                self.count(path, message["status"])
+            await send(message)
+
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await refusal.response()(scope, receive, sending)
+            return
+        if "content-type" not in headers:
+            named = (b"content-type", b"application/json")
+            scope = {**scope, "headers": [*scope["headers"], named]}
+
+        async def counted() -> Message:
+            nonlocal received, complete
+            if complete:  # what comes now is the client's going away, whenever it does
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise _BodyError(self._too_slow()) from None
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+                if received > limit:
+                    raise _BodyError(self._too_large())
+            return message
+
+        try:
+            await self.app(scope, counted, sending)
+        except _BodyError as error:
+            if not answered:
+                await error.refusal.response()(scope, receive, sending)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> RefusedError | None:
+        stranger = origins.refusal(headers, self.settings)
+        if stranger is not None:
+            return stranger
+        if self.settings.api_keys and scope["path"] not in OPEN and not self._has_key(headers):
+            return RefusedError(
+                401,
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if (
+            scope.get("method") == "POST"
+            and kind != "application/json"
+            and not kind.endswith("+json")
+        ):
+            return RefusedError(
+                415, f"Content-Type is {kind[:100]}, expected application/json",
+                headers={"Connection": "close"},
+            )  # fmt: skip
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self.settings.body_bytes:
+            return self._too_large()
+        return None
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        sent = given.strip().encode()
+        # Every key is compared, in constant time, whichever fits.
+        fitting = [hmac.compare_digest(sent, key.encode()) for key in self.settings.api_keys]
+        return scheme.lower() == "bearer" and any(fitting)
+
+    def _too_large(self) -> RefusedError:
+        return RefusedError(
+            413,
+            f"the body is larger than the {self.settings.body_bytes:,} bytes that are accepted",
+            headers={"Connection": "close"},
+        )
+
+    def _too_slow(self) -> RefusedError:
+        return RefusedError(
+            408,
+            f"the body did not arrive within {self.settings.body_seconds:g} s",
+            headers={"Connection": "close"},
+        )
+
+
+class _BodyError(BaseException):
+    """Passes every handler of ordinary errors on its way out of the app."""
+
+    def __init__(self, refusal: RefusedError) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal

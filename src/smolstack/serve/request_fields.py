@@ -1,0 +1,247 @@
+"""Fields of a chat request under all the names that clients give them, and none in silence.
+
+OpenAI's API, vLLM's and llama.cpp's servers have fields of their own. Those that mean something
+that there is here are read; those that say nothing about the answer are let through; those that
+have a value which asks for nothing are too. What is left changes an answer in a way that is not
+known here, and is refused with its name, and the nearest known one beside.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from smolstack.serve.error_responses import RefusedError
+
+# Who asks, for whom, how it is accounted for or cached: nothing about the answer.
+HARMLESS = frozenset(
+    {
+        "cache_prompt",
+        "cache_salt",
+        "guided_decoding_backend",
+        "id_slot",
+        "metadata",
+        "parallel_tool_calls",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "request_id",
+        "return_progress",
+        "return_token_ids",
+        "safety_identifier",
+        "service_tier",
+        "slot_id",
+        "store",
+        "timings_per_token",
+        "user",
+        "verbosity",
+    }
+)
+# Field → values that ask for nothing. An empty list, object or string does so everywhere.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": (),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": (),
+    "continue_final_message": (False,),
+    "documents": (),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": (),
+    "ignore_eos": (False,),
+    "include_reasoning": (True, False),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": (),
+    "min_keep": (0,),
+    "min_tokens": (0,),
+    "mirostat": (0,),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "n_keep": (0,),
+    "n_probs": (0,),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_logprobs": (0, False),
+    "repeat_last_n": (-1,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": (),
+    "tool_choice": ("none", "auto"),
+    "tools": (),
+    "top_n_sigma": (-1,),
+    "truncate_prompt_tokens": (-1,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+    "xtc_probability": (0,),
+}
+# Other servers' names, and what they are called here.
+ALIASES: Mapping[str, str] = {
+    "guided_choice": "choices",
+    "guided_regex": "regex",
+    "guided_json": "json_schema",
+    "n_predict": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+}
+_STRUCTURED = {"choice": "choices", "regex": "regex", "json": "json_schema"}
+# Where a null is a value: JSON Schemas.
+_WHOLE = frozenset({"schema", "json_schema", "guided_json", "json", "parameters"})
+_MESSAGE_HARMLESS = frozenset({"name", "annotations", "reasoning_content", "reasoning", "id"})
+_PART_HARMLESS = frozenset({"cache_control", "annotations", "uuid"})
+
+
+def understood(data: Any) -> Any:
+    """A chat request's body under smolstack's own names; what is no object stays as it is.
+
+    Raises:
+        RefusedError: a field that another one contradicts, or whose value is of no known form.
+    """
+    if not isinstance(data, Mapping):
+        return data
+    found = without_nulls(data)
+    for name in HARMLESS & set(found):
+        del found[name]
+    for name in set(NEUTRAL) & set(found):
+        if found[name] in ([], {}, "") or _is_one_of(found[name], NEUTRAL[name]):
+            del found[name]
+    _read_structured(found)
+    for theirs, ours in ALIASES.items():
+        if theirs in found:
+            _put(found, ours, found.pop(theirs), theirs)
+    _read_values(found)
+    messages = found.get("messages")
+    if isinstance(messages, list):
+        found["messages"] = [_message(message) for message in messages]
+    return found
+
+
+def without_nulls(data: Any) -> Any:
+    """A body without the nulls of its objects: clients write them for what they leave out.
+
+    Raises:
+        RefusedError: it is nested too deeply, or holds half a surrogate pair, which no text and no
+            answer can hold.
+    """
+    try:
+        return _without_nulls(data)
+    except RecursionError:
+        raise RefusedError(400, "the body is nested too deeply") from None
+
+
+def _without_nulls(data: Any, key: str = "", *, whole: bool = False) -> Any:
+    """The same of one value, under its key; ``whole`` leaves nulls in, in a JSON Schema."""
+    if isinstance(data, Mapping):
+        named = key == "json_schema" and "schema" in data  # OpenAI's frame around a schema
+        whole = whole or (key in _WHOLE and not named)
+        return {
+            _without_nulls(name): _without_nulls(value, name, whole=whole)
+            for name, value in data.items()
+            if whole or value is not None
+        }
+    if isinstance(data, list):
+        return [_without_nulls(value, whole=whole) for value in data]
+    if isinstance(data, str):
+        try:
+            data.encode()
+        except UnicodeEncodeError:
+            raise RefusedError(
+                400, f"{key or 'a text'} is not valid unicode: it holds half a surrogate pair"
+            ) from None
+    return data
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """ ", the nearest known field is …", or nothing where none is near."""
+    close = difflib.get_close_matches(name[:100], sorted(known), 1)
+    return f"; the nearest known field is {close[0]}" if close else ""
+
+
+def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether a value is one of those; True is no 1 here."""
+    return any(
+        value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral
+    )
+
+
+def _put(found: dict[str, Any], name: str, value: Any, origin: str) -> None:
+    if name in found and found[name] != value:
+        raise RefusedError(400, f"{origin} and {name} ask for different things", param=origin)
+    found[name] = value
+
+
+def _read_structured(found: dict[str, Any]) -> None:
+    """vLLM's ``structured_outputs``: one form by its kind."""
+    wanted = found.get("structured_outputs")
+    if not isinstance(wanted, Mapping):
+        return
+    del found["structured_outputs"]
+    for kind, value in wanted.items():
+        place = f"structured_outputs.{kind}"
+        if kind in _STRUCTURED:
+            _put(found, _STRUCTURED[kind], value, place)
+        elif kind == "json_object" and value is True:
+            _put(found, "response_format", {"type": "json_object"}, place)
+        elif value not in (False, "", [], {}):
+            raise RefusedError(
+                400,
+                f"{place} is not supported, expected one of choice, regex, json and json_object",
+                param=place,
+            )
+
+
+def _read_values(found: dict[str, Any]) -> None:
+    """Values that other servers write in another way."""
+    skip = found.pop("skip_special_tokens", None)
+    if isinstance(skip, bool):
+        _put(found, "keep_special_tokens", not skip, "skip_special_tokens")
+    elif skip is not None:
+        raise RefusedError(
+            400, f"skip_special_tokens is {skip!r:.50}, expected true or false",
+            param="skip_special_tokens",
+        )  # fmt: skip
+    if found.get("top_k") == -1:
+        found["top_k"] = 0
+    for name in ("max_tokens", "min_p", "seed"):
+        if found.get(name) == -1:  # llama.cpp: as long as it may be, none, any
+            del found[name]
+    if isinstance(schema := found.get("json_schema"), str):
+        try:
+            found["json_schema"] = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(
+                400, f"json_schema is no JSON: {error}", param="json_schema"
+            ) from None
+
+
+def _message(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    found = {key: value for key, value in message.items() if key not in _MESSAGE_HARMLESS}
+    for name in ("tool_calls", "refusal", "audio", "function_call"):
+        if found.get(name) in ([], {}, ""):
+            del found[name]
+    if found.get("role") == "assistant":
+        found.setdefault("content", "")  # null where the turn was a call, or nothing was said
+    if isinstance(found.get("content"), list):
+        found["content"] = [_part(part) for part in found["content"]]
+    return found
+
+
+def _part(part: Any) -> Any:
+    if not isinstance(part, Mapping):
+        return part
+    found = {key: value for key, value in part.items() if key not in _PART_HARMLESS}
+    if isinstance(found.get("image_url"), str):
+        found["image_url"] = {"url": found["image_url"]}
+    return found

@@ -1,0 +1,257 @@
+"""From a request's body to a prompt and options: images decoded from URLs, limits checked."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from smolstack.errors import ContextLengthError
+from smolstack.generation.grammar import closed
+from smolstack.generation.options import (
+    DEFAULT_MAX_NEW_TOKENS,
+    AnswerOptions,
+    ReadOptions,
+    read_options,
+)
+from smolstack.processor.formats import SERVED
+from smolstack.processor.geometry import Tiling
+from smolstack.processor.processor import Prompt
+from smolstack.processor.tiles import image_size
+from smolstack.serve.answers import in_thread
+from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.remote import fetch
+from smolstack.serve.schemas import ChatRequest, ImagePart, PlanRequest, ResponseFormat
+from smolstack.serve.settings import ServerSettings
+from smolstack.vlm import VLM
+
+_DATA = re.compile(
+    r"\s*data:\s*[\w.+-]*/?[\w.+-]*((?:\s*;\s*[\w=.+-]+)*)\s*,", re.ASCII | re.IGNORECASE
+)
+_BLANKS = b" \t\r\n\f\v"
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+# Words of a schema that add up several schemas: one that forbids the others' properties would
+# leave nothing.
+_SUMS = ("allOf", "if", "then", "else", "dependentSchemas", "unevaluatedProperties")
+_AS_ROLE = {"developer": "system"}
+
+
+async def read_image(url: str, settings: ServerSettings) -> bytes:
+    """The bytes of an image that a request names.
+
+    Raises:
+        RefusedError: it is no data URL, and fetching is not allowed or fails.
+    """
+    if url[:64].lstrip()[:5].lower() == "data:":
+        return await in_thread(None, _from_data_url, url)
+    url = url.strip()
+    if not url[:8].lower().startswith(("http://", "https://")):
+        raise RefusedError(400, "image_url.url is neither a data URL nor an http or https address")
+    if not settings.allow_remote_images:
+        raise RefusedError(
+            400,
+            "this server fetches no images; send them as data URLs (the flag "
+            "--allow-remote-images allows it)",
+        )
+    return await fetch(url, max_bytes=settings.remote_bytes, seconds=settings.remote_seconds)
+
+
+def _from_data_url(url: str) -> bytes:
+    head = _DATA.match(url[:200])
+    if head is None or "base64" not in (head[1] or "").lower():
+        raise RefusedError(400, "image_url.url is no data URL of the form data:image/…;base64,…")
+    try:
+        content = url[head.end() :].encode("ascii")
+        if b"%" in content:
+            content = unquote_to_bytes(content)
+        # As browsers read it: blanks are passed over, and padding may be missing.
+        content = content.translate(_URL_SAFE, _BLANKS).rstrip(b"=")
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise RefusedError(400, "the image's data URL holds no valid base64") from None
+
+
+def image_urls(request: ChatRequest, settings: ServerSettings) -> list[str]:
+    """The images of a chat, in order, counted."""
+    urls = [part.image_url.url for part in _images(request)]
+    if len(urls) > settings.images:
+        raise RefusedError(
+            400, f"the request has {len(urls)} images, at most {settings.images} are accepted"
+        )
+    return urls
+
+
+def _images(request: ChatRequest) -> list[ImagePart]:
+    return [
+        part
+        for message in request.messages
+        if not isinstance(message.content, str)
+        for part in message.content
+        if isinstance(part, ImagePart)
+    ]
+
+
+def prepare(
+    vlm: VLM, request: ChatRequest, images: list[bytes], settings: ServerSettings
+) -> tuple[Prompt, list[ReadOptions]]:
+    """The prompt and, for each of ``n`` answers, its options. Slow: call it in a thread.
+
+    Raises:
+        RefusedError, SmolstackError: what is wrong with the request.
+    """
+    _check_supported(request)
+    count = request.n or 1
+    if count > settings.answers:
+        raise RefusedError(
+            400, f"n is {count}, at most {settings.answers} answers are given", param="n"
+        )
+    options = [
+        read_options(_options(request, settings, i), vlm.eos_token_ids) for i in range(count)
+    ]
+    for image in images:
+        check_image(image, settings)
+    _check_length(vlm, request, settings)
+    rest = iter(images)
+    messages = [
+        {
+            "role": _AS_ROLE.get(message.role, message.role),
+            "content": message.content
+            if isinstance(message.content, str)
+            else [
+                {"type": "image", "image": next(rest)}
+                if isinstance(part, ImagePart)
+                else {"type": "text", "text": part.text}
+                for part in message.content
+            ],
+        }
+        for message in request.messages
+    ]
+    _check_markers(vlm, request)
+    prompt = vlm.processor.prepare(messages, **options[0].tiling)
+    limit = settings.prompt_tokens
+    if limit is not None and len(prompt.token_ids) > limit:
+        raise ContextLengthError(
+            f"the prompt has {len(prompt.token_ids)} tokens, at most {limit} are accepted"
+        )
+    return prompt, options
+
+
+def check_image(image: bytes, settings: ServerSettings) -> tuple[int, int]:
+    """(width, height) of an image; it is refused before it is decoded when it has too many
+    pixels, takes too much memory, or has a format whose decoder is not for strangers' files."""
+    return image_size(image, settings.image_pixels, SERVED)
+
+
+def tiling(request: ChatRequest | PlanRequest) -> Tiling:
+    """How a request wants its images cut; "detail": "low" throughout is one tile each."""
+    split = request.split
+    if split is None and isinstance(request, ChatRequest):
+        details = {part.image_url.detail for part in _images(request)}
+        split = False if details == {"low"} else None
+    elif split is None and request.image_url is not None:  # type: ignore[union-attr]
+        split = False if request.image_url.detail == "low" else None  # type: ignore[union-attr]
+    return {
+        "split": split,
+        "max_image_tokens": request.max_image_tokens,
+        "upscale": request.upscale,
+    }
+
+
+def _options(request: ChatRequest, settings: ServerSettings, answer: int) -> AnswerOptions:
+    asked = request.max_completion_tokens or request.max_tokens or DEFAULT_MAX_NEW_TOKENS
+    chosen: dict[str, Any] = {
+        "max_new_tokens": min(asked, settings.new_tokens),
+        "stop": request.stop or [],
+        "stop_on_repetition": request.stop_on_repetition,
+        "keep_special_tokens": request.keep_special_tokens,
+        "regex": request.regex,
+        "choices": request.choices,
+        "schema": _schema(request.response_format)
+        if request.json_schema is None
+        else _closed_where_it_can(request.json_schema),
+        "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
+        **tiling(request),
+    }
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        if getattr(request, name) is not None:
+            chosen[name] = getattr(request, name)
+    if request.seed is not None:
+        # Each of several answers draws differently, and the same again next time.
+        chosen["seed"] = (request.seed + answer) % 2**63
+    return chosen  # type: ignore[return-value]
+
+
+def _schema(wanted: ResponseFormat | None) -> Mapping[str, Any] | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return _closed_where_it_can(wanted.schema_) if wanted.schema_ else {"type": "object"}
+    if wanted.json_schema is None and wanted.schema_ is not None:
+        return _closed_where_it_can(wanted.schema_)
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        raise RefusedError(
+            400, "response_format json_schema holds no json_schema.schema", param="response_format"
+        )
+    schema = wanted.json_schema.schema_
+    return closed(schema) if wanted.json_schema.strict else _closed_where_it_can(schema)
+
+
+def _closed_where_it_can(schema: Any) -> Mapping[str, Any]:
+    """Objects that name properties have no others, unless the schema says so: a small model goes
+    on inventing them. A schema that is a sum of others stays as it is."""
+    try:
+        found: Mapping[str, Any] = schema if _is_sum(schema) else closed(schema)
+        return found
+    except RecursionError:
+        raise RefusedError(400, "the schema is nested too deeply") from None
+
+
+def _is_sum(schema: Any) -> bool:
+    if isinstance(schema, list):
+        return any(_is_sum(item) for item in schema)
+    if not isinstance(schema, Mapping):
+        return False
+    if any(word in schema for word in _SUMS):
+        return True
+    if "properties" in schema and any(word in schema for word in ("anyOf", "oneOf", "$ref")):
+        return True
+    return any(_is_sum(value) for value in schema.values())
+
+
+def _check_supported(request: ChatRequest) -> None:
+    """Options that mean nothing by themselves are refused, not ignored."""
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+
+
+def _check_length(vlm: VLM, request: ChatRequest, settings: ServerSettings) -> None:
+    """A text that cannot fit is refused before it is tokenized, which takes its time."""
+    tokenizer, limit = vlm.processor.tokenizer, vlm.config.text.max_positions
+    limit = min(limit, settings.prompt_tokens or limit)
+    count = sum(
+        len(part if isinstance(part, str) else getattr(part, "text", ""))
+        for message in request.messages
+        for part in ([message.content] if isinstance(message.content, str) else message.content)
+    )
+    if count > limit * tokenizer.longest:
+        raise ContextLengthError(
+            f"the messages hold {count:,} characters, at most {limit:,} tokens are accepted"
+        )
+
+
+def _check_markers(vlm: VLM, request: ChatRequest) -> None:
+    """A text that spells the image placeholder would ask for an image that is not there."""
+    mark = vlm.processor.markers.image
+    for number, message in enumerate(request.messages):
+        parts = [message.content] if isinstance(message.content, str) else message.content
+        for part in parts:
+            text = part if isinstance(part, str) else getattr(part, "text", "")
+            if mark in text:
+                raise RefusedError(
+                    400,
+                    f"message {number} holds the text {mark}, which marks an image; send "
+                    "images as image_url parts",
+                )

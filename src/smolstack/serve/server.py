@@ -1,0 +1,81 @@
+"""Running the server: a socket, signals, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from smolstack.serve.app import Server
+from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.settings import ServerSettings
+from smolstack.vlm import VLM
+
+_BACKSTOP = 5  # seconds after the drain's end, for clients that do not read their answer
+
+
+def run(
+    vlm: VLM,
+    settings: ServerSettings,
+    listener: socket.socket,
+    *,
+    log_level: str,
+    certificate: tuple[Path, Path | None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is at work for ``settings.drain`` seconds.
+
+    Args:
+        certificate: files of a TLS certificate and its key, in PEM; without it, plain HTTP.
+    """
+    files = {} if certificate is None else {
+        "ssl_certfile": certificate[0],
+        "ssl_keyfile": certificate[1],
+    }  # fmt: skip
+    server = Server(vlm, settings)
+    config = uvicorn.Config(
+        server.app,
+        log_level=log_level,
+        access_log=log_level == "info",
+        timeout_graceful_shutdown=math.ceil(settings.drain) + _BACKSTOP,
+        # A client that sends its headers byte by byte holds no more than this; the other parser,
+        # which uvicorn takes where it is installed, has no such limit.
+        http="h11",
+        h11_max_incomplete_event_size=64 * 1024,
+        ws="none",
+        server_header=False,
+        **files,  # type: ignore[arg-type]
+    )
+    runner = _Runner(config, server)
+
+    def end(*_: object) -> None:
+        runner.should_exit = True
+
+    # uvicorn raises the signal again once it is done; to have ended as asked is no failure.
+    signal.signal(signal.SIGTERM, end)
+    try:
+        runner.run(sockets=[listener])
+    finally:
+        if server.engine.alive:
+            server.close()
+
+
+class _Runner(uvicorn.Server):
+    """uvicorn's server, which tells those whose answers take longer than the drain."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self.server = server
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        late = RefusedError(503, "the server is shutting down and the answer was not complete")
+        timer = asyncio.get_running_loop().call_later(
+            self.server.settings.drain, self.server.engine.give_up, late
+        )
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()

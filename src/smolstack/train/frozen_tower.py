@@ -1,0 +1,142 @@
+"""A frozen tower runs once per image: its outputs are kept on disk, by content.
+
+The connector folds s² patches into one visual token before it projects them. Folded or not, the
+tower's output has the same size; it is kept folded, in the number format that the projection reads
+it in (under bfloat16 autocast that is bfloat16, half the size and exact). When the connector is
+frozen too, its outputs are kept instead, which are smaller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from smolstack.model.connector import Idefics3Connector
+from smolstack.model.digest import weights_digest
+from smolstack.model.vision import distinct_tiles
+from smolstack.model.vlm import TILES_AT_ONCE, VisionLanguageModel
+from smolstack.processor.geometry import TilePlan
+from smolstack.processor.image_hash import content_digest
+from smolstack.processor.inputs import ImageInput
+from smolstack.processor.processor import Processor
+from smolstack.processor.tiles import ImageSource
+from smolstack.train.batches import as_source
+
+FORMAT = b"2"  # counts up when what is stored changes its meaning
+
+
+class FrozenTower:
+    """What a frozen vision tower (and connector) makes of images.
+
+    Every image is encoded by itself, so what is made of it does not depend on its neighbours:
+    with a cache and without one the numbers are the same.
+
+    Args:
+        model: its vision tower is frozen.
+        processor: cuts images.
+        projected: the connector is frozen as well and part of what is kept.
+        autocast: compute in bfloat16.
+        cache: the folder of the cache, or None to compute every time.
+
+    Attributes:
+        computed, read: images that the tower has seen, and those found in the cache.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        processor: Processor,
+        *,
+        projected: bool,
+        autocast: bool = False,
+        cache: Path | None = None,
+    ) -> None:
+        self.model, self.processor, self.cache = model, processor, cache
+        self.projected, self.autocast = projected, autocast
+        self.computed = self.read = 0
+        modules: list[nn.Module] = [model.vision, *([model.connector] if projected else [])]
+        self._constant = b"|".join(
+            (
+                FORMAT,
+                weights_digest(p for module in modules for p in module.parameters()),
+                repr((processor.settings, model.config.vision, model.config.scale)).encode(),
+                repr((projected, autocast, model.device.type)).encode(),
+            )
+        )
+
+    def __call__(self, images: Sequence[tuple[ImageInput, TilePlan]]) -> Tensor | None:
+        """Of all images' tiles, (N, S, s²·C), or (N, S, D) if projected; None of no images."""
+        if not images:
+            return None
+        return torch.cat([self.states(as_source(image), plan) for image, plan in images])
+
+    def states(self, image: ImageSource, plan: TilePlan) -> Tensor:
+        """Of one image's tiles, on the model's device."""
+        path = None if self.cache is None else self._path(self.cache, image, plan)
+        stored = None if path is None else _load(path)
+        if stored is None:
+            stored = self._compute(self.processor.pixels(image, plan))
+            self.computed += 1
+            if path is not None:
+                _store(path, stored)
+        else:
+            self.read += 1
+        states, copies = stored["states"], stored["copies"]
+        return states.to(self.model.device)[copies.long()]
+
+    @torch.no_grad()
+    def _compute(self, tiles: Tensor) -> dict[str, Tensor]:
+        """States of the distinct tiles, and which of them each tile is."""
+        model = self.model
+        grid = model.vision.grid_of(tiles)
+        firsts, copies = distinct_tiles(tiles)
+        made = []
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.autocast):
+            for start in range(0, len(firsts), TILES_AT_ONCE):
+                pixels = tiles[firsts[start : start + TILES_AT_ONCE]].to(model.device, model.dtype)
+                patches = model.vision(pixels)
+                if self.projected:
+                    made.append(model.connector(patches, grid))
+                    continue
+                folded = Idefics3Connector.pixel_unshuffle(patches, model.config.scale, grid)
+                made.append(folded.to(torch.bfloat16) if self.autocast else folded)
+        return {"states": torch.cat(made).contiguous(), "copies": torch.tensor(copies)}
+
+    def _path(self, cache: Path, image: ImageSource, plan: TilePlan) -> Path:
+        digest = hashlib.sha256(self._constant)
+        digest.update(content_digest(image))
+        digest.update(repr((plan.source, plan.resized, plan.canvas, plan.rows, plan.cols)).encode())
+        name = digest.hexdigest()
+        return cache / name[:2] / f"{name}.safetensors"
+
+
+def _load(path: Path) -> dict[str, Tensor] | None:
+    """A cache entry, or None when there is no whole one."""
+    if not path.is_file():
+        return None
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError):
+        return None  # a disk that lost power: it is made again
+
+
+def _store(path: Path, entry: dict[str, Tensor]) -> None:
+    """Write beside its place, then rename: processes may write the same entry at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        temporary.write_bytes(save({name: tensor.cpu() for name, tensor in entry.items()}))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # write() names no file
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

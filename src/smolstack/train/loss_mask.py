@@ -1,0 +1,164 @@
+"""Which tokens carry loss: the assistant's words and the token that ends its turn, no others.
+
+A chat template is a program that nobody knows beforehand. So the places are found by asking it:
+the chat up to an answer is rendered as a prompt, exactly as it will be when the model is asked, and
+the whole chat is rendered once. Where the prompt's tokens are how the whole begins, the answer's
+tokens follow it. Where they are not, the template is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from smolstack.errors import DataError, SmolstackError
+from smolstack.processor.geometry import TilePlan, Tiling
+from smolstack.processor.inputs import ImageInput
+from smolstack.processor.processor import Processor
+from smolstack.processor.prompt import Message, expand_placeholders, split_messages
+from smolstack.train.data import Example
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """One example as the model reads it.
+
+    Attributes:
+        name: the example's.
+        token_ids: of the whole chat, visual tokens' places included.
+        labels: the same ids where a token carries loss, IGNORED elsewhere.
+        images, plans: its images and how they are cut, in order.
+    """
+
+    name: str
+    token_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    images: tuple[ImageInput, ...]
+    plans: tuple[TilePlan, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry loss. (The first token of a chat never does: nothing precedes it.)"""
+        return sum(label != IGNORED for label in self.labels)
+
+
+class Supervisor:
+    """Turns examples into lessons.
+
+    Args:
+        processor: chat template, planner and tokenizer of the checkpoint.
+        end_ids: tokens that end the assistant's turn.
+        max_tokens: the longest lesson; 0 is the model's context.
+        tiling: how images become tiles.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        end_ids: Sequence[int],
+        max_tokens: int = 0,
+        tiling: Tiling | None = None,
+    ) -> None:
+        self.processor, self.end_ids = processor, frozenset(end_ids)
+        context = processor.config.text.max_positions
+        self.limit = min(max_tokens or context, context)
+        self.tiling: Tiling = tiling or {}
+
+    def __call__(self, example: Example) -> TokenizedExample:
+        """The lesson of an example.
+
+        Raises:
+            DataError: naming the example: a malformed chat, no answer in it, more tokens than the
+                limit, an image that cannot be opened, or a template that breaks the rule above.
+        """
+        try:
+            return self._lesson(example)
+        except DataError:
+            raise
+        except SmolstackError as error:
+            raise DataError(f"{example.name}: {error}") from error
+
+    def _lesson(self, example: Example) -> TokenizedExample:
+        messages, images = split_messages(example.messages)
+        self._check(example.name, messages, images)
+        plans = tuple(self.processor.plan(image, **self.tiling) for image in images)
+        whole = self._tokens(messages, plans, answer_next=False)
+        labels = [IGNORED] * len(whole)
+        for place, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = self._tokens(messages[:place], plans, answer_next=True)
+                start, end = self._span(example.name, place, prompt, whole)
+                labels[start:end] = whole[start:end]
+        if len(whole) > self.limit:
+            visual = sum(plan.visual_tokens for plan in plans)
+            raise DataError(
+                f"{example.name} has {len(whole)} tokens ({visual} of them visual), the limit is "
+                f"{self.limit}; it would have to be cut, inside an image or an answer"
+            )
+        return TokenizedExample(example.name, tuple(whole), tuple(labels), tuple(images), plans)
+
+    def _tokens(
+        self, messages: Sequence[Message], plans: Sequence[TilePlan], *, answer_next: bool
+    ) -> list[int]:
+        images = sum(part["type"] == "image" for m in messages for part in m["content"])
+        text = self.processor.render(messages, answer_next=answer_next)
+        text = expand_placeholders(text, plans[:images], self.processor.markers)
+        return self.processor.tokenizer.encode(text)
+
+    def _span(self, name: str, place: int, prompt: list[int], whole: list[int]) -> tuple[int, int]:
+        """Where the answer after ``prompt`` stands in ``whole``, its end token included."""
+        start = len(prompt)
+        if whole[:start] != prompt:
+            same = sum(1 for _ in _common(prompt, whole))
+            around = self.processor.tokenizer.decode(prompt[same : same + 8], skip_special=False)
+            raise DataError(
+                f"{name}: the chat template does not continue its own prompt: before the answer "
+                f"of message {place}, token {same} of the prompt ({around!r} …) differs from the "
+                "whole chat's, so the tokens that carry loss cannot be told"
+            )
+        ends = (i for i in range(start, len(whole)) if whole[i] in self.end_ids)
+        end = next(ends, None)
+        if end is None:
+            wanted = [self.processor.tokenizer.token(i) for i in sorted(self.end_ids)]
+            raise DataError(
+                f"{name}: the chat template writes no end token (one of {wanted}) after the "
+                f"answer of message {place}; the model would never learn to stop"
+            )
+        return start, end + 1
+
+    def _check(
+        self, name: str, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]
+    ) -> None:
+        answers = [m for m in messages if m["role"] == "assistant"]
+        if not answers:
+            raise DataError(f"{name} has no message of the assistant; nothing in it carries loss")
+        if messages[0]["role"] == "assistant":
+            raise DataError(f"{name} begins with the assistant's message, expected a question")
+        if any(image is None for image in images):
+            raise DataError(f"{name} has an image part without an image")
+        tokenizer = self.processor.tokenizer
+        forbidden = [self.processor.markers.image]
+        forbidden += [t for t in map(tokenizer.token, self.end_ids) if t is not None]
+        for message in messages:
+            text = "".join(part.get("text", "") for part in message["content"])
+            for token in forbidden:
+                if token in text:
+                    raise DataError(
+                        f"{name} has {token} in its text, which has a meaning of its own"
+                    )
+        for message in answers:
+            if any(part["type"] == "image" for part in message["content"]):
+                raise DataError(f"{name} has an image in the assistant's message")
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """The tokens that both begin with."""
+    shared = []
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        shared.append(one)
+    return shared
