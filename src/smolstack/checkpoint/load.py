@@ -29,7 +29,7 @@ from smolstack.quantization.quantize import Progress, quantize_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-QUANTIzED = SCHEMES
+QUANTIZED = SCHEMES
 logger = logging.getLogger(__name__)
 _TABLE = "decoder.embedding.weight"
 
@@ -86,7 +86,7 @@ def load_checkpoint(
         )
     floats = _floats(dtype, config, entries, target)
     model = load_weights(source, config, floats, target)
-    if dtype in QUANTIzED and stored is None:
+    if dtype in QUANTIZED and stored is None:
         quantize_model(model, dtype, progress=progress)
     elif stored is not None:
         adopt_panels(model, source, progress=progress)
@@ -147,7 +147,7 @@ def _floats(
     that no whole copy of the model is ever made; beside stored integers they are float32."""
     if config.quantization is not None:
         return torch.float32
-    return _stored_dtype(entries) if dtype in QUANTIzED else choose_dtype(dtype, entries, device)
+    return _stored_dtype(entries) if dtype in QUANTIZED else choose_dtype(dtype, entries, device)
 
 
 def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device) -> torch.dtype:
@@ -155,7 +155,7 @@ def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device)
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(
-                f"dtype is {dtype!r}, expected auto or one of {[*DTYPES, *QUANTIzED]}"
+                f"dtype is {dtype!r}, expected auto or one of {[*DTYPES, *QUANTIZED]}"
             )
         return DTYPES[dtype]
     own = _stored_dtype(entries)
