@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from smolstack.backends import accelerate
 from smolstack.checkpoint import keys
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.hub import ModelPath
-from smolstack.checkpoint.panel_file import adopt_panels
+from smolstack.checkpoint.packed_file import adopt_packed
 from smolstack.checkpoint.quantized_layer import SCALE
 from smolstack.checkpoint.source import Source, open_source
 from smolstack.checkpoint.verify import compare, settle_head
@@ -89,7 +90,7 @@ def load_checkpoint(
     if dtype in QUANTIZED and stored is None:
         quantize_model(model, dtype, progress=progress)
     elif stored is not None:
-        adopt_panels(model, source, progress=progress)
+        adopt_packed(model, source, progress=progress)
     ends = end_tokens(files, config, processor)
     return Checkpoint(files, model.config, model, processor, ends, source.where)
 
@@ -122,7 +123,7 @@ def load_weights(
             number = tensor.dtype  # looked up, never multiplied
         state[own] = tensor.to(device=device, dtype=number)
     model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
+    return accelerate(model.eval())
 
 
 def choose_device(device: str) -> torch.device:
