@@ -67,7 +67,7 @@ def test_imports_run_one_way(path: Path) -> None:
         assert {own, other} != {"processor", "model"}, "they meet in batch.py alone"
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize("path", sorted((SOURCE / "model").glob("*.py")), ids=lambda p: p.name)
     "path", sorted((SOURCE / "model").glob("*.py")), ids=lambda path: path.name
 )
 def test_the_model_is_plain_pytorch(path: Path) -> None:
