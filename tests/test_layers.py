@@ -18,6 +18,7 @@ ORDER = [
     ("native",),
     ("processor",),
     ("model",),
+    ("backends",),
     ("quantization",),
     ("family",),
     ("checkpoint",),
@@ -64,6 +65,15 @@ def test_imports_run_one_way(path: Path) -> None:
         if other in RANK:
             assert RANK[other] <= RANK[own], f"{own} imports {name}"
         assert {own, other} != {"processor", "model"}, "they meet in batch.py alone"
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "model").glob("*.py")), ids=lambda p: p.name)
+    "path", sorted((SOURCE / "model").glob("*.py")), ids=lambda path: path.name
+)
+def test_the_model_is_plain_pytorch(path: Path) -> None:
+    """What computes it faster stands behind model/backend.py."""
+    for name in imports(path):
+        assert not name.startswith(("ctypes", "smolstack.native", "smolstack.backends"))
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))

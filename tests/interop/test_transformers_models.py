@@ -31,8 +31,8 @@ def pair(folder: Folder) -> tuple[Any, Any]:
 @pytest.fixture
 def smolstack_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every run of smolstack's decoder, by torch or compiled kernels, by its new tokens."""
+    from smolstack.backends.cpu.decoder import NativeDecoder
     from smolstack.model.decoder import Decoder
-    from smolstack.model.step import NativeDecoder
 
     runs: list[int] = []
 

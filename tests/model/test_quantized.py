@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import smolstack
+from smolstack.backends.cpu.backend import CPU
 from smolstack.config.quantization import INT4, Format
 from smolstack.errors import CheckpointError, ConfigError
 from smolstack.model.kv_cache import KVCache
@@ -36,7 +37,9 @@ def weights(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def layer_of(form: Format, outputs: int = 96, inputs: int = 192) -> QuantizedLinear:
     weight, bias = weights(outputs, inputs)
-    return QuantizedLinear.of(form, *round_weight(weight, form), bias)
+    layer = QuantizedLinear.of(form, *round_weight(weight, form), bias)
+    layer.backend = CPU
+    return layer
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -76,6 +79,7 @@ def test_weights_come_back_from_words_as_they_were_rounded(form: Format) -> None
     weight, _ = weights(50, 200)
     numbers, scale, zeros = round_weight(weight, form)
     layer = QuantizedLinear.of(form, numbers, scale, zeros, None)
+    layer.backend = CPU
     assert torch.equal(layer.numbers(), numbers.short())
     found = layer.zero_points()
     assert (found is None) == (zeros is None)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from smolstack.backends import accelerate
 from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from smolstack.model.kv_cache import KVCache
 from smolstack.model.vlm import VisionLanguageModel
@@ -53,7 +54,8 @@ def model_of(
     )
     vision = VisionConfig(16, 16, 1, 2, image_size=16, patch_size=8)
     torch.manual_seed(hidden * 1000 + intermediate)
-    return VisionLanguageModel(ModelConfig(vision, text, scale=2, image_token_id=100)).eval()
+    config = ModelConfig(vision, text, scale=2, image_token_id=100)
+    return accelerate(VisionLanguageModel(config).eval())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from smolstack.batch import Batch
-from smolstack.checkpoint.load import DTYPES, QUANTIzED
+from smolstack.checkpoint.load import DTYPES, QUANTIZED
 from smolstack.checkpoint.new import new_checkpoint
 from smolstack.config import ModelConfig
 from smolstack.family import Preset
@@ -72,7 +72,7 @@ class Setting:
 
     def saved(self, dtype: str) -> Path:
         """The checkpoint as it is saved in a precision: quantized, or the one that all load."""
-        if dtype not in QUANTIzED:
+        if dtype not in QUANTIZED:
             return self.folder
         path = self.root / f"model-{dtype}"
         if not path.exists():

@@ -37,7 +37,7 @@ def stored_group(form: Format, inputs: int) -> int | None:
 
 def stored_state(model: VisionLanguageModel) -> dict[str, Tensor]:
     """The model's tensors as they are written, by their names here. Integers that the model holds
-    as panels are unpacked, all at once.
+    that a backend packed are unpacked, all at once.
 
     Layers whose zero points are all in the middle are written without.
     """

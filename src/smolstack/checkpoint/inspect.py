@@ -22,7 +22,7 @@ PARTS = ("vision tower", "connector", "token embedding", "decoder layers", "deco
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of a weight in large matrices; int4 keeps to the decoder and its head, with a scale of two
 # bytes per 32 weights. The rest is float32, keys and values are float16 (model/precision.py).
-_QUANTIzED = {"int8": (1.0, 1.0), "int4": (1.0, 0.5625)}
+_QUANTIZED = {"int8": (1.0, 1.0), "int4": (1.0, 0.5625)}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PREFIXES = (
     ("vision.", "vision tower"),
@@ -101,7 +101,7 @@ class Inspection:
         parts = self.parameters
         embedding = parts["token embedding"]
         head = parts["head"] or embedding  # a tied head becomes a matrix of its own
-        for name, (tower, decoder) in _QUANTIzED.items():
+        for name, (tower, decoder) in _QUANTIZED.items():
             whole = tower * (parts["vision tower"] + parts["connector"])
             found[name] = round(whole + decoder * (parts["decoder layers"] + head) + 4 * embedding)
         return found

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from smolstack.backends import accelerate
 from smolstack.checkpoint import keys
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.hub import ModelPath
-from smolstack.checkpoint.panel_file import adopt_panels
+from smolstack.checkpoint.packed_file import adopt_packed
 from smolstack.checkpoint.quantized_layer import SCALE
 from smolstack.checkpoint.source import Source, open_source
 from smolstack.checkpoint.verify import compare, settle_head
@@ -29,7 +30,7 @@ from smolstack.quantization.quantize import Progress, quantize_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-QUANTIzED = SCHEMES
+QUANTIZED = SCHEMES
 logger = logging.getLogger(__name__)
 _TABLE = "decoder.embedding.weight"
 
@@ -86,10 +87,10 @@ def load_checkpoint(
         )
     floats = _floats(dtype, config, entries, target)
     model = load_weights(source, config, floats, target)
-    if dtype in QUANTIzED and stored is None:
+    if dtype in QUANTIZED and stored is None:
         quantize_model(model, dtype, progress=progress)
     elif stored is not None:
-        adopt_panels(model, source, progress=progress)
+        adopt_packed(model, source, progress=progress)
     ends = end_tokens(files, config, processor)
     return Checkpoint(files, model.config, model, processor, ends, source.where)
 
@@ -122,7 +123,7 @@ def load_weights(
             number = tensor.dtype  # looked up, never multiplied
         state[own] = tensor.to(device=device, dtype=number)
     model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
+    return accelerate(model.eval())
 
 
 def choose_device(device: str) -> torch.device:
@@ -147,7 +148,7 @@ def _floats(
     that no whole copy of the model is ever made; beside stored integers they are float32."""
     if config.quantization is not None:
         return torch.float32
-    return _stored_dtype(entries) if dtype in QUANTIzED else choose_dtype(dtype, entries, device)
+    return _stored_dtype(entries) if dtype in QUANTIZED else choose_dtype(dtype, entries, device)
 
 
 def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device) -> torch.dtype:
@@ -155,7 +156,7 @@ def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device)
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(
-                f"dtype is {dtype!r}, expected auto or one of {[*DTYPES, *QUANTIzED]}"
+                f"dtype is {dtype!r}, expected auto or one of {[*DTYPES, *QUANTIZED]}"
             )
         return DTYPES[dtype]
     own = _stored_dtype(entries)

@@ -159,12 +159,12 @@ def bench(
 
     from smolstack.bench import plots
     from smolstack.bench.running import Choice, absences, run
-    from smolstack.checkpoint.load import DTYPES, QUANTIzED
+    from smolstack.checkpoint.load import DTYPES, QUANTIZED
     from smolstack.errors import ConfigError
     from smolstack.family import preset as find_preset
 
     found = find_preset(preset)
-    dtypes = _read_dtypes(dtype, [*DTYPES, *QUANTIzED])
+    dtypes = _read_dtypes(dtype, [*DTYPES, *QUANTIZED])
     if not what and not add:
         raise ConfigError(f"nothing to measure, expected some of {[w.value for w in What]}")
     if threads is not None:

@@ -15,7 +15,7 @@ from smolstack.errors import ConfigError
 SCHEMES = ("int8", "int4")
 # What is quantized: everything that multiplies large matrices. Norms, positions, the patch
 # embedding and the token embedding (a table, read one row per token) keep their floats.
-QUANTIzED = ("vision.layers.", "connector.", "decoder.layers.", "head")
+QUANTIZED = ("vision.layers.", "connector.", "decoder.layers.", "head")
 _FOUR_BITS = ("decoder.layers.",)
 
 
@@ -81,7 +81,7 @@ def format_of(name: str, in_features: int, scheme: str) -> Format | None:
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"the scheme is {scheme!r}, expected one of {list(SCHEMES)}")
-    if not name.startswith(QUANTIzED):
+    if not name.startswith(QUANTIZED):
         return None
     if name == "head":
         return INT8_FINE

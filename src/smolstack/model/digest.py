@@ -44,7 +44,7 @@ class WeightsVersion:
         return self.number
 
     def tensors(self) -> Iterator[Tensor]:
-        """Parameters and buffers as they are saved, in order: panels as what they were made of."""
+        """Parameters and buffers as they are saved, in order; packed weights unpacked."""
         for module in self.modules:
             yield from module.state_dict().values()
 

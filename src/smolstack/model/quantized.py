@@ -12,10 +12,8 @@ others too: 32-bit words of eight or four weights, the lowest bits first.
 
 from __future__ import annotations
 
-import ctypes
-import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +21,11 @@ from torch.nn import functional
 
 from smolstack.config.quantization import Format, Quantization
 from smolstack.errors import ConfigError
+from smolstack.model.backend import TORCH, Backend
 from smolstack.model.layers import TokenEmbedding
-from smolstack.model.panels import Arena, Panels, panel_size
-from smolstack.native import library as native
 
 RADIX = 254  # activations of 16 bits are RADIX · first + second, both from -127 to 127
 _TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
-_PACKING = threading.Lock()  # two first questions at once must not both lay a layer out
-_NO_NORM = ctypes.byref(native.Norm(native.NO_NORM, 0.0, None, None))
 
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
@@ -63,15 +58,27 @@ def round_activations(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     return (groups * inverse).round(), scale.squeeze(-1)
 
 
+class Packed(Protocol):
+    """A layer's weights in the order in which a backend multiplies them."""
+
+    form: Format
+    inputs: int
+    outputs: int
+
+    def words(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """weight_packed, weight_scale and weight_zero_point, made from them again."""
+        ...
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer with weights of 8 or 4 bits; float32 in, float32 out. For inference only.
 
-    On a CPU the compiled kernels compute it (smolstack.native); without them, and on other
-    devices, torch does, from a float32 copy of the weights.
+    The layer's backend computes it; what it leaves to torch is computed from a float32 copy of the
+    weights.
 
-    The weights are held once. When the kernels have them as panels, weight_packed, weight_scale
-    and weight_zero_point are left without memory (on the meta device); :meth:`tensors`, state_dict
-    and copies have them made again.
+    The weights are held once. When the backend has packed them, weight_packed, weight_scale and
+    weight_zero_point are left without memory (on the meta device); :meth:`tensors`, state_dict and
+    copies have them made again.
 
     Attributes:
         format: bits, groups and activations.
@@ -103,7 +110,8 @@ class QuantizedLinear(nn.Module):
             zeros = torch.empty(-(-out_features // 8), groups, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zeros)
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
-        self._panels: Panels | None = None
+        self.backend: Backend = TORCH
+        self.packed: Packed | None = None
         self._floats: Tensor | None = None
 
     @classmethod
@@ -147,11 +155,11 @@ class QuantizedLinear(nn.Module):
         return made
 
     @classmethod
-    def of_panels(cls, panels: Panels, bias: Tensor | None) -> QuantizedLinear:
-        """The same of weights that were rounded into panels."""
+    def of_packed(cls, packed: Packed, bias: Tensor | None) -> QuantizedLinear:
+        """The same of weights that were rounded into a backend's order."""
         with torch.device("meta"):
-            made = cls(panels.inputs, panels.outputs, panels.form, bias=bias is not None)
-        made._panels = panels
+            made = cls(packed.inputs, packed.outputs, packed.form, bias=bias is not None)
+        made.packed = packed
         if bias is not None:
             made.bias = bias.detach().float().clone()
         return made
@@ -162,50 +170,30 @@ class QuantizedLinear(nn.Module):
 
     @property
     def is_packed(self) -> bool:
-        """Whether the panels are all there is of the weights."""
-        return self._panels is not None and self.weight_packed.is_meta
+        """Whether the packed weights are all that there is."""
+        return self.packed is not None and self.weight_packed.is_meta
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """weight_packed, weight_scale and weight_zero_point."""
         if self.is_packed:
-            assert self._panels is not None
-            return self._panels.words()
+            assert self.packed is not None
+            return self.packed.words()
         return self.weight_packed, self.weight_scale, self.weight_zero_point
 
-    def panels(self, kernels: native.Library, arena: Arena | None = None) -> Panels:
-        """The weights as the kernels read them, from now on the only ones.
-
-        Args:
-            arena: gives the memory; None: the layer has its own.
-        """
-        with _PACKING:
-            if self.is_packed:
-                assert self._panels is not None
-                return self._panels
-            size = panel_size(kernels, self.format, self.in_features, self.out_features)
-            memory = (arena or Arena(kernels, size)).take(size)
-            kept = self.tensors()
-            made = Panels.of_words(kernels, self.format, self.in_features, kept, memory)
-            for tensor in kept:
-                if tensor is not None:  # a mapped file's pages
-                    kernels.put_aside(tensor.data_ptr(), tensor.nbytes)
-            self.use(made)
-            return made
-
-    def use(self, panels: Panels) -> None:
-        """Hold these panels in the place of all else."""
+    def hold(self, packed: Packed) -> None:
+        """Hold packed weights in the place of all else."""
         for name in _TENSORS:
             tensor = self._buffers[name]
             if tensor is not None:
                 self._buffers[name] = tensor.to("meta")
-        self._panels, self._floats = panels, None
+        self.packed, self._floats = packed, None
 
     def _restore(self) -> None:
         """Hold the words again, for changes to them."""
         if self.is_packed:
             for name, tensor in zip(_TENSORS, self.tensors(), strict=True):
                 self._buffers[name] = tensor
-        self._panels = None
+        self.packed = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -219,14 +207,14 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy makes its own panels."""
+        """A copy has its weights packed anew."""
         state = dict(self.__dict__)
         if self.is_packed:
             state["_buffers"] = {
                 **self._buffers,
                 **dict(zip(_TENSORS, self.tensors(), strict=True)),
             }
-        state["_panels"] = None
+        state["packed"] = None
         return state
 
     def numbers(self) -> Tensor:
@@ -262,33 +250,14 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) → (…, O), float32."""
         rows = x.reshape(-1, self.in_features)
-        kernels = native.library() if self.device.type == "cpu" else None
+        out: Tensor | None
         if rows.shape[0] == 0:
             out = rows.new_empty(0, self.out_features, dtype=torch.float32)
-        elif kernels is None:
-            out = self._by_torch(rows)
         else:
-            out = self._by_kernels(kernels, rows)
+            out = self.backend.linear(self, rows)
+        if out is None:
+            out = self._by_torch(rows)
         return out.view(*x.shape[:-1], self.out_features)
-
-    def _by_kernels(self, kernels: native.Library, rows: Tensor) -> Tensor:
-        rows = rows.detach().float().contiguous()
-        out = torch.empty(rows.shape[0], self.out_features)
-        bias = None if self.bias is None else self.bias.data_ptr()
-        layer = self.panels(kernels).linear(bias)
-        failed = kernels.dense_rows(
-            ctypes.byref(layer),
-            _NO_NORM,
-            rows.data_ptr(),
-            rows.shape[0],
-            0,
-            None,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-        if failed:
-            raise MemoryError(f"no memory for {rows.shape[0]} rows of a linear layer")
-        return out
 
     def _by_torch(self, rows: Tensor) -> Tensor:
         """A group's products are whole numbers below 2²⁴, which float32 sums exactly in any order:
@@ -345,7 +314,7 @@ def _spread(of_groups: Tensor, group: int, width: int) -> Tensor:
     return of_groups.repeat_interleave(group, dim=1)[:, :width]
 
 
-def lay_out(model: nn.Module, quantization: Quantization) -> None:
+def replace_linears(model: nn.Module, quantization: Quantization) -> None:
     """Put quantized layers without values into the places of a model's own."""
     for name, form in quantization:
         layer = model.get_submodule(name)

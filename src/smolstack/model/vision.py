@@ -6,7 +6,6 @@ Shapes: N tiles of P×P pixels, H×W patches of p×p pixels, C the hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,8 @@ from torch.nn import functional
 
 from smolstack.config import VisionConfig
 from smolstack.errors import GridError
-from smolstack.model.encoder import NativeEncoder, native_encoder
+from smolstack.model.backend import TORCH, Backend
 from smolstack.model.layers import ACTIVATION, Embedding, merge_heads, split_heads
-from smolstack.model.quantized import QuantizedLinear
 
 
 def position_ids(rows: int, columns: int, side: int) -> Tensor:
@@ -82,7 +80,7 @@ class VisionTower(nn.Module):
         self.position_embedding = Embedding(config.side**2, width)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self._native: NativeEncoder | None = None
+        self.backend: Backend = TORCH
 
     def grid_of(self, tiles: Tensor) -> tuple[int, int]:
         """(H, W), the patches that fit into tiles of this size; pixels left over are not seen."""
@@ -115,28 +113,15 @@ class VisionTower(nn.Module):
             ids, seen = _partial_positions(rows, columns, self.config.side, filled)
             x = x + self.position_embedding(ids.to(tiles.device))
             mask = seen[:, None, None, :].to(tiles.device)
-        kernels = self._kernels() if mask is None else None
-        if kernels is not None:
-            x = kernels(x)
-        else:
+        encoded = None
+        if mask is None and not torch.compiler.is_compiling():
+            encoded = self.backend.encode(self.layers, self.config, x)
+        if encoded is None:
             for layer in self.layers:
                 x = layer(x, mask)
-        out: Tensor = self.norm(x)
+            encoded = x
+        out: Tensor = self.norm(encoded)
         return out
-
-    def _kernels(self) -> NativeEncoder | None:
-        """The compiled layers, where full tiles can be left to them: in bfloat16 and quantized."""
-        if torch.compiler.is_compiling():
-            return None
-        weight = self.patch_embedding.weight
-        first: Any = self.layers[0]
-        if weight.dtype != torch.bfloat16 and not isinstance(first.up, QuantizedLinear):
-            return None
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.layers.parameters()):
-            return None
-        if self._native is None or not self._native.current():
-            self._native = native_encoder(self.config, self.layers)
-        return self._native
 
     def embed(self, tiles: Tensor) -> Tensor:
         """What the first layer reads of full tiles: (N, 3, P, P) → (N, H·W, C)."""

@@ -13,13 +13,12 @@ from smolstack.batch import Batch
 from smolstack.config import ModelConfig
 from smolstack.errors import AlignmentError, ConfigError
 from smolstack.model import packer
+from smolstack.model.backend import TORCH, Backend
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.decoder import Decoder
 from smolstack.model.kv_cache import KVCache, RaggedKVCache
-from smolstack.model.quantized import QuantizedLinear, lay_out
-from smolstack.model.step import NativeDecoder, native_decoder, suits
+from smolstack.model.quantized import QuantizedLinear, replace_linears
 from smolstack.model.vision import VisionTower, distinct_tiles
-from smolstack.native import library as native
 
 # Keys and values beside integers: half the bytes of float32, eight times finer than bfloat16.
 CACHE_DTYPE = torch.float16
@@ -41,14 +40,14 @@ class VisionLanguageModel(nn.Module):
         self.decoder = Decoder(config.text)
         width = config.text.hidden_size
         self.head: nn.Linear | QuantizedLinear | None = None
-        self._native: NativeDecoder | None = None
+        self.backend: Backend = TORCH
         self._tower_is_compiled = False
         if config.embedding_dim is not None:
             self.head = nn.Linear(width, config.embedding_dim)
         elif not config.tied:
             self.head = nn.Linear(width, config.text.vocab_size, bias=False)
         if config.quantization is not None:
-            lay_out(self, config.quantization)
+            replace_linears(self, config.quantization)
             self.decoder.embedding.gives = torch.float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionLanguageModel:
@@ -89,16 +88,15 @@ class VisionLanguageModel(nn.Module):
     def precision(self) -> str:
         """Numbers and what multiplies them, for people: "bfloat16, torch"."""
         name = self.scheme or str(self.dtype).removeprefix("torch.")
-        if self.device.type != "cpu":
-            return f"{name}, torch on {self.device.type}"
-        kernels = native.library()
-        if kernels is None:
-            return f"{name}, torch (no compiled kernels: {native.reason()})"
-        if self.dtype == torch.float16:
-            return f"{name}, torch"
-        if self.scheme is None and self.dtype == torch.float32:
-            return f"{name}, torch; one token at a time compiled kernels ({kernels.instructions})"
-        return f"{name}, compiled kernels ({kernels.instructions})"
+        quantized = self.scheme is not None
+        return f"{name}, {self.backend.describe(self.device, self.dtype, quantized=quantized)}"
+
+    def use(self, backend: Backend) -> VisionLanguageModel:
+        """Let a backend compute this model from now on."""
+        for module in self.modules():
+            if isinstance(module, (VisionLanguageModel, VisionTower, QuantizedLinear)):
+                module.backend = backend
+        return self
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of every position: (B, T, V). Rows of padding positions mean nothing."""
@@ -201,15 +199,18 @@ class VisionLanguageModel(nn.Module):
 
     def new_sequence_cache(self, capacity: int) -> KVCache:
         """An empty cache for one sequence, with room for ``capacity`` tokens."""
-        return KVCache(self.config.text, 1, capacity, dtype=self.cache_dtype, device=self.device)
+        return self._new_cache(1, capacity, None)
 
     def new_cache(self, batch: Batch, capacity: int) -> KVCache:
         """An empty cache for ``batch``, with room for ``capacity`` tokens per sequence."""
-        return KVCache(
+        return self._new_cache(len(batch), capacity, _padding(batch))
+
+    def _new_cache(self, rows: int, capacity: int, padding: Tensor | None) -> KVCache:
+        return self.backend.new_cache(
             self.config.text,
-            len(batch),
+            rows,
             capacity,
-            padding=_padding(batch),
+            padding=padding,
             dtype=self.cache_dtype,
             device=self.device,
         )
@@ -230,9 +231,10 @@ class VisionLanguageModel(nn.Module):
             Logits of the token after them, (B, V), of a ragged cache (R, V), a row for each of its
             sequences; with ``every``, after each of them, (B, T, V) or (1, ΣT, V).
         """
-        kernels = self._kernels(embeddings, cache)
-        if kernels is not None and kernels.reads_prompts:
-            return kernels.prefill(embeddings, cache, every=every)
+        if self._answers:
+            made = self.backend.prefill(self.decoder, self._head, embeddings, cache, every=every)
+            if made is not None:
+                return made
         states = self.decoder(embeddings, cache=cache)
         if every:
             return self.logits(states)
@@ -244,31 +246,23 @@ class VisionLanguageModel(nn.Module):
     def decode_one_token(self, token_ids: Tensor, cache: KVCache | RaggedKVCache) -> Tensor:
         """Append one token per sequence, (B,), to ``cache``; logits of the next one: (B, V)."""
         embeddings: Tensor = self.decoder.embedding(token_ids)
-        kernels = self._kernels(embeddings, cache)
-        if kernels is not None:
-            return kernels(embeddings, cache)
+        if self._answers:
+            made = self.backend.decode(self.decoder, self._head, embeddings, cache)
+            if made is not None:
+                return made
         if isinstance(cache, RaggedKVCache):
             return self.logits(self.decoder(embeddings[None], cache=cache)[0])
         states = self.decoder(embeddings[:, None], cache=cache)
         return self.logits(states[:, -1])
 
-    def _kernels(self, embeddings: Tensor, cache: KVCache | RaggedKVCache) -> NativeDecoder | None:
-        """The compiled decoder, where tokens can be left to it."""
-        if self.config.embedding_dim is not None or torch.compiler.is_compiling():
-            return None
-        dtype = self.cache_dtype
-        head = self.decoder.embedding if self.head is None else self.head
-        known = self._native
-        if (
-            known is None
-            or known.head is not head
-            or known.cache_dtype != dtype
-            or not known.current()
-        ):
-            self._native = native_decoder(self.decoder, head, dtype)
-        if self._native is None or not suits(embeddings, cache, dtype):
-            return None
-        return self._native
+    @property
+    def _head(self) -> nn.Module:
+        return self.decoder.embedding if self.head is None else self.head
+
+    @property
+    def _answers(self) -> bool:
+        """Whether its head gives logits; and no graph is being made of it."""
+        return self.config.embedding_dim is None and not torch.compiler.is_compiling()
 
     def embed(self, batch: Batch) -> Tensor:
         """Late-interaction embeddings (ColSmol), unit length, zero on padding: (B, T, E).

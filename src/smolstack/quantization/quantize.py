@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from smolstack.backends.cpu.linear import pack
+from smolstack.backends.cpu.packed_weights import Arena, packed_size
 from smolstack.config.quantization import Format, Quantization, format_of, name_of
 from smolstack.errors import ConfigError
-from smolstack.model.panels import Arena, panel_size
 from smolstack.model.quantized import QuantizedLinear, compute_in_float32, pack_words
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
@@ -28,7 +29,7 @@ from smolstack.quantization.rounding import (
     Factors,
     Rounding,
     kernels_for,
-    rounded_panels,
+    rounded_and_packed,
     rounded_words,
 )
 
@@ -154,7 +155,7 @@ class _Work:
                 if towers.get(name.partition(".")[0], "decoder") == tower:
                     one = self.model.get_submodule(name)
                     assert isinstance(one, (nn.Linear, QuantizedLinear))
-                    size += panel_size(kernels, form, one.in_features, one.out_features)
+                    size += packed_size(kernels, form, one.in_features, one.out_features)
             self._arenas[tower] = Arena(kernels, size)
         return self._arenas[tower]
 
@@ -284,9 +285,9 @@ class _Work:
             rounded = rounded_words(weight, form, importance, factors)
             return QuantizedLinear.of_words(form, layer.in_features, rounded, bias)
         work = Rounding(weight, form, importance, factors)
-        panels = rounded_panels(kernels, work, self._arena(kernels, name))
+        packed = rounded_and_packed(kernels, work, self._arena(kernels, name))
         kernels.put_aside(weight.data_ptr(), weight.nbytes)  # a mapped file's pages
-        return QuantizedLinear.of_panels(panels, bias)
+        return QuantizedLinear.of_packed(packed, bias)
 
     def _to_fit(
         self, name: str, layer: nn.Linear, form: Format, factors: Factors, products: Tensor
@@ -301,7 +302,7 @@ class _Work:
         bias = None if layer.bias is None else factors.bias(layer.bias.detach())
         made = QuantizedLinear.of_words(form, layer.in_features, (words, scale, zeros), bias)
         if self.kernels is not None:
-            made.panels(self.kernels, self._arena(self.kernels, name))
+            pack(self.kernels, made, self._arena(self.kernels, name))
         return made
 
     def _restored(self, block: str) -> bool:
@@ -349,6 +350,8 @@ def _norms_to_float(layer: nn.Module) -> None:
                 setattr(part, name, made)
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def _replace(model: VisionLanguageModel, name: str, layer: nn.Module) -> None:
     parent, _, own = name.rpartition(".")
+    if isinstance(layer, QuantizedLinear):
+        layer.backend = model.backend
     setattr(model.get_submodule(parent), own, layer)

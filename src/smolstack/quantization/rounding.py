@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from smolstack.backends.cpu.packed_weights import Arena, PackedWeights, packed_size
 from smolstack.config.quantization import Format
-from smolstack.model.panels import Arena, Panels, panel_size
 from smolstack.model.quantized import pack_words
 from smolstack.native import library as native
 
@@ -185,12 +185,12 @@ class Rounding:
     factors: Factors
 
 
-def rounded_panels(kernels: native.Library, work: Rounding, arena: Arena) -> Panels:
+def rounded_and_packed(kernels: native.Library, work: Rounding, arena: Arena) -> PackedWeights:
     """The same, straight into what the kernels multiply."""
     outputs, inputs = work.weight.shape
-    memory = arena.take(panel_size(kernels, work.form, inputs, outputs))
+    memory = arena.take(packed_size(kernels, work.form, inputs, outputs))
     _round(kernels, work, (memory.data_ptr(), None, 0, None, None))
-    return Panels(kernels, work.form, inputs, outputs, memory)
+    return PackedWeights(kernels, work.form, inputs, outputs, memory)
 
 
 def _round(kernels: native.Library, work: Rounding, into: tuple[int | None, ...]) -> None:

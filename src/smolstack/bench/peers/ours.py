@@ -16,7 +16,7 @@ from smolstack.bench.peers.side import Side
 from smolstack.bench.timing import OURS, Contender, Reading, later
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import BITS, QUESTION, Scene, Setting, text_batch
-from smolstack.checkpoint.load import QUANTIzED
+from smolstack.checkpoint.load import QUANTIZED
 from smolstack.processor.tiles import cut_tiles, normalize
 from smolstack.vlm import VLM, load
 
@@ -98,7 +98,7 @@ class Ours(Side):
             *(
                 Contender(OURS, later(partial(self._loading_saved, dtype)), dtype, SAVED)
                 for dtype in self.setting.dtypes
-                if dtype in QUANTIzED
+                if dtype in QUANTIZED
             ),
         ]
 
@@ -106,7 +106,7 @@ class Ours(Side):
         return [
             Contender(OURS, partial(self._peak, dtype, form, scene), dtype, form)
             for dtype in self.setting.dtypes
-            for form in (("", SAVED) if dtype in QUANTIzED else ("",))
+            for form in (("", SAVED) if dtype in QUANTIZED else ("",))
         ]
 
     def _loading_saved(self, dtype: str) -> Callable[[], object]:

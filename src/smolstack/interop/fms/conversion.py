@@ -9,6 +9,7 @@ from fms.distributed.strategy import TensorParallelStrategy
 from fms.utils import serialization
 from torch import Tensor
 
+from smolstack.backends import accelerate
 from smolstack.errors import CheckpointError
 from smolstack.interop.fms.config import to_fms_config, to_smolstack_config
 from smolstack.interop.fms.model import Idefics3
@@ -45,7 +46,7 @@ def to_smolstack(model: Idefics3) -> VisionLanguageModel:
     with torch.device("meta"):
         converted = VisionLanguageModel(to_smolstack_config(model.get_config()))
     converted.load_state_dict(_adapt(model, "fms_to_smolstack", _own(model)), assign=True)
-    return converted.eval()
+    return accelerate(converted.eval())
 
 
 def hf_state_dict(model: Idefics3) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from smolstack.backends import accelerate
 from smolstack.checkpoint import keys
 from smolstack.checkpoint.files import read_files
 from smolstack.checkpoint.load import Checkpoint, build_processor, end_tokens
@@ -61,7 +62,7 @@ def from_transformers(model: Any, processor: Any = None) -> Any:
     ours.load_state_dict(
         {expected[name]: value.detach() for name, value in found.items()}, assign=True
     )
-    ours.eval()
+    accelerate(ours.eval())
     return ours if processor is None else _with_processor(ours, model, processor)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from smolstack.backends import accelerate
 from smolstack.checkpoint import keys
 from smolstack.config import ModelConfig
 from smolstack.errors import ConfigError
@@ -49,7 +50,7 @@ def build_engine(base: Any) -> VisionLanguageModel | None:
         setattr(owner, kind, parameter)
     # transformers trains no padding token's embedding
     engine.decoder.embedding.padding_idx = base.get_input_embeddings().padding_idx
-    return engine.train(base.training)
+    return accelerate(engine.train(base.training))
 
 
 def _is_watched(part: nn.Module) -> bool:

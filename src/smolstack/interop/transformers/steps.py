@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from smolstack.backends.cpu.decoder import NativeDecoder, native_decoder, suits
 from smolstack.interop.transformers.cache import BorrowedCache, ReservedCache, grows
-from smolstack.model.step import NativeDecoder, native_decoder, suits
 from smolstack.model.vlm import VisionLanguageModel
 
 

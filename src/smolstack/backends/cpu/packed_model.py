@@ -1,4 +1,4 @@
-"""Weights laid out anew for the compiled kernels: all of a tower's in one piece of memory."""
+"""A tower's weights packed for the compiled kernels, all in one piece of memory."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolstack.model.panels import Arena, panel_size, whole_lines
+from smolstack.backends.cpu.linear import pack
+from smolstack.backends.cpu.packed_weights import Arena, packed_size, whole_lines
 from smolstack.model.quantized import QuantizedLinear
 from smolstack.native import library as native
 
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
-class Packed:
+class PackedModel:
     """Linear layers and norms of a model as the kernels read them.
 
     Args:
         layers: the linear layers that :meth:`linear` will be asked for; those that are bfloat16 or
-            quantized are laid out anew here.
+            quantized are packed here.
         whole: what they are part of.
     """
 
@@ -49,14 +50,14 @@ class Packed:
         )
 
     def linear(self, layer: Any) -> native.Linear:
-        """A linear layer, its weights as panels unless they are float32."""
+        """A linear layer, its weights packed unless they are float32."""
         bias = getattr(layer, "bias", None)
         bias_at = None if bias is None else self.floats(bias)
         if isinstance(layer, QuantizedLinear):
-            panels = layer.panels(self.kernels, self._arena)
-            self._kept.append(panels.memory)
+            packed = pack(self.kernels, layer, self._arena)
+            self._kept.append(packed.memory)
             self._note(layer)
-            return panels.linear(bias_at)
+            return packed.linear(bias_at)
         self._note(layer)
         weight = layer.weight.detach()
         linear = native.Linear(_KINDS[weight.dtype], weight.shape[1], weight.shape[0])
@@ -131,7 +132,7 @@ def _size(kernels: native.Library, layer: Any) -> int:
     if isinstance(layer, QuantizedLinear):
         if layer.is_packed:
             return 0
-        return panel_size(kernels, layer.format, layer.in_features, layer.out_features)
+        return packed_size(kernels, layer.format, layer.in_features, layer.out_features)
     if layer.weight.dtype == torch.float32:
         return 0
     outputs, inputs = layer.weight.shape

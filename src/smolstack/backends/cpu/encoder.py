@@ -1,6 +1,6 @@
 """The vision tower's layers by the compiled kernels: vision.py's results, faster.
 
-vision.py stays the description; :func:`native_encoder` says where this takes its place.
+model/vision.py is the description; :func:`native_encoder` says where this takes its place.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smolstack.backends.cpu.packed_model import PackedModel, device_of, floats_alone, packs
 from smolstack.config import VisionConfig
-from smolstack.model.packing import Packed, device_of, floats_alone, packs
 from smolstack.native import library as native
 
 _ATTENTION = ("query", "key", "value", "out")
@@ -30,7 +30,7 @@ class NativeEncoder:
     ) -> None:
         self.kernels, self.hidden = kernels, config.hidden_size
         linears = [part for layer in layers for part in _linears(layer)]
-        self._packed = Packed(kernels, linears, layers)
+        self._packed = PackedModel(kernels, linears, layers)
         made = [self._layer(layer) for layer in layers]
         self._layers = (native.EncoderLayer * len(made))(*made)
         self._struct = native.Encoder(

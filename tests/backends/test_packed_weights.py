@@ -12,14 +12,15 @@ from PIL import Image
 from torch import nn
 
 import smolstack
-from smolstack.checkpoint import panel_file
+from smolstack.backends.cpu.backend import CPU
+from smolstack.backends.cpu.packed_weights import Arena, packed_size
+from smolstack.checkpoint import packed_file
 from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.load import load_checkpoint, load_weights
-from smolstack.checkpoint.panel_file import adopt_panels
+from smolstack.checkpoint.packed_file import adopt_packed
 from smolstack.checkpoint.source import Source, open_source
 from smolstack.config.quantization import Format
 from smolstack.errors import ConfigError
-from smolstack.model.panels import Arena, panel_size
 from smolstack.model.quantized import QuantizedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
@@ -28,7 +29,7 @@ from smolstack.quantization.rounding import (
     Factors,
     Rounding,
     round_weight,
-    rounded_panels,
+    rounded_and_packed,
     rounded_words,
 )
 from smolstack.quantization.smoothing import channel_sizes
@@ -42,7 +43,9 @@ SIZES = ((96, 192), (17, 64), (50, 200), (1, 1000), (33, 24))
 def layer_of(form: Format, outputs: int, inputs: int) -> QuantizedLinear:
     generator = torch.Generator().manual_seed(outputs * inputs)
     weight = torch.randn(outputs, inputs, generator=generator)
-    return QuantizedLinear.of(form, *round_weight(weight, form), torch.randn(outputs))
+    layer = QuantizedLinear.of(form, *round_weight(weight, form), torch.randn(outputs))
+    layer.backend = CPU
+    return layer
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -55,7 +58,7 @@ def test_once_multiplied_a_layer_saves_what_it_was_made_of(
     floats = layer.dequantized()
     x = torch.randn(3, inputs)
     expected = layer(x)
-    assert layer.weight_packed.is_meta, "the words are let go, since the panels say the same"
+    assert layer.weight_packed.is_meta, "the words are let go: the packed weights say the same"
     after = layer.state_dict()
     assert list(after) == list(before)
     for name, tensor in before.items():
@@ -90,10 +93,11 @@ def test_weights_are_rounded_from_where_they_lie(
     assert library is not None
 
     found = rounded_words(weight, form, importance, factors)
-    panels = rounded_panels(
+    packed = rounded_and_packed(
         library, Rounding(weight, form, importance, factors), arena_of(form, weight)
     )
-    layer = QuantizedLinear.of_panels(panels, None)
+    layer = QuantizedLinear.of_packed(packed, None)
+    layer.backend = CPU
     assert torch.equal(found[0], expected[0])
     assert torch.equal(layer.state_dict()["weight_packed"], expected[0])
     assert torch.equal(layer.state_dict()["weight_scale"], expected[1])
@@ -107,7 +111,7 @@ def arena_of(form: Format, weight: torch.Tensor) -> Arena:
     library = native.library()
     assert library is not None
     outputs, inputs = weight.shape
-    return Arena(library, panel_size(library, form, inputs, outputs))
+    return Arena(library, packed_size(library, form, inputs, outputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -141,7 +145,7 @@ def saved(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def as_stored(folder: Path) -> tuple[VisionLanguageModel, Source]:
-    """A model before its panels are made."""
+    """A model before its weights are packed."""
     source = open_source(ModelPath(folder))
     config = load_checkpoint(folder).config
     return load_weights(source, config, torch.float32, torch.device("cpu")), source
@@ -152,7 +156,7 @@ def test_a_second_start_maps_what_the_first_one_made(saved: Path) -> None:
 
     def opened() -> tuple[torch.Tensor, Path | None]:
         model, source = as_stored(saved)
-        kept = adopt_panels(model, source, least=0, progress=lambda *a: steps.append(a))
+        kept = adopt_packed(model, source, least=0, progress=lambda *a: steps.append(a))
         layer = model.get_submodule("decoder.layers.0.down")
         layer(torch.ones(1, model.config.text.intermediate_size))
         return model.state_dict()["decoder.layers.0.down.weight_packed"], kept
@@ -174,22 +178,22 @@ def test_a_second_start_maps_what_the_first_one_made(saved: Path) -> None:
     status = (saved / "model.safetensors").stat()
     os.utime(saved / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
     _, other = opened()
-    assert other != made, "a folder that was written again has panels of its own"
+    assert other != made, "a folder that was written again has packed weights of its own"
 
 
 def test_what_cannot_be_kept_costs_nothing_but_time(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, source = as_stored(saved)
-    monkeypatch.setenv(panel_file.SWITCH, "0")
-    assert adopt_panels(model, source, least=0) is None
-    monkeypatch.delenv(panel_file.SWITCH)
+    monkeypatch.setenv(packed_file.SWITCH, "0")
+    assert adopt_packed(model, source, least=0) is None
+    monkeypatch.delenv(packed_file.SWITCH)
     model, source = as_stored(saved)
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     monkeypatch.setattr("tempfile.tempdir", str(blocked))
-    assert adopt_panels(model, source, least=0) is None
+    assert adopt_packed(model, source, least=0) is None
     assert torch.equal(
         model.state_dict()["head.weight_packed"],
         load_checkpoint(saved).model.state_dict()["head.weight_packed"],
@@ -239,13 +243,13 @@ def test_no_rows_need_no_weights() -> None:
 
 def test_files_that_another_user_could_have_written_are_not_mapped(saved: Path) -> None:
     model, source = as_stored(saved)
-    made = adopt_panels(model, source, least=0)
+    made = adopt_packed(model, source, least=0)
     assert made is not None
     made.write_bytes(bytes(made.stat().st_size))
     made.chmod(0o666)
     model, source = as_stored(saved)
     expected = model.state_dict()["head.weight_packed"].clone()
-    adopt_panels(model, source, least=0)
+    adopt_packed(model, source, least=0)
     assert torch.equal(model.state_dict()["head.weight_packed"], expected)
 
 
@@ -258,7 +262,7 @@ def test_a_disk_that_fails_after_all_was_written_costs_no_weights(
     model, source = as_stored(saved)
     expected = model.state_dict()["head.weight_packed"].clone()
     monkeypatch.setattr(os, "fsync", full)
-    assert adopt_panels(model, source, least=0) is None
+    assert adopt_packed(model, source, least=0) is None
     assert torch.equal(model.state_dict()["head.weight_packed"], expected)
 
 
@@ -282,13 +286,13 @@ def test_memory_that_is_given_back_loses_nothing(tmp_path: Path) -> None:
 def test_a_kept_file_that_was_damaged_is_made_anew(saved: Path) -> None:
     model, source = as_stored(saved)
     expected = model.state_dict()["head.weight_packed"].clone()
-    made = adopt_panels(model, source, least=0)
+    made = adopt_packed(model, source, least=0)
     assert made is not None
     held = bytearray(made.read_bytes())
     held[len(held) // 2 :] = bytes(byte ^ 0x55 for byte in held[len(held) // 2 :])
     made.write_bytes(held)
     model, source = as_stored(saved)
-    assert adopt_panels(model, source, least=0) == made
+    assert adopt_packed(model, source, least=0) == made
     assert torch.equal(model.state_dict()["head.weight_packed"], expected)
 
 

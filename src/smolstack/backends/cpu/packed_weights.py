@@ -71,8 +71,8 @@ def kind_of(form: Format) -> int:
     return native.INT8 if form.bits == 8 else native.INT4
 
 
-def panel_size(kernels: native.Library, form: Format, inputs: int, outputs: int) -> int:
-    """Bytes of a layer as panels, with scales and zero points; whole lines."""
+def packed_size(kernels: native.Library, form: Format, inputs: int, outputs: int) -> int:
+    """Bytes of a packed layer: panels, with scales and zero points; whole lines."""
     size = int(kernels.panel_bytes(kind_of(form), inputs, outputs))
     channels, groups = -(-outputs // _PANEL) * _PANEL, form.groups(inputs)
     size += channels * groups * 2
@@ -82,11 +82,11 @@ def panel_size(kernels: native.Library, form: Format, inputs: int, outputs: int)
 
 
 @dataclass
-class Panels:
+class PackedWeights:
     """A weight in panels of 16 output channels, behind them its scales and zero points.
 
     Attributes:
-        memory: :func:`panel_size` bytes, uint8.
+        memory: :func:`packed_size` bytes, uint8.
     """
 
     kernels: native.Library
@@ -103,8 +103,8 @@ class Panels:
         inputs: int,
         tensors: tuple[Tensor, Tensor, Tensor | None],
         memory: Tensor,
-    ) -> Panels:
-        """Panels of a layer's packed words (O, words), scales (O, G) and packed zero points."""
+    ) -> PackedWeights:
+        """From a layer's words (O, words), scales (O, G) and packed zero points."""
         words, scale, zeros = tensors[0].contiguous(), tensors[1].contiguous(), tensors[2]
         made = cls(kernels, form, inputs, words.shape[0], memory)
         into = made.linear(None)

@@ -1,9 +1,10 @@
-"""Panels kept on disk: the second start of a large quantized checkpoint maps them.
+"""Packed weights kept on disk: the second start of a large quantized checkpoint maps them.
 
-A saved folder holds integers in the form that other programs read too; the kernels read them as
-panels (model/panels.py), which takes seconds to make for a few billion weights. So they are made
-once for a folder and kept in the user's cache, one file for each of the two layouts that
-processors need. A start then neither computes nor copies anything, and processes share the memory.
+A saved folder holds integers in the form that other programs read too; the kernels read them in an
+order of their own (backends/cpu/packed_weights.py), which takes seconds to make for a few billion
+weights. So they are packed once for a folder and kept in the user's cache, one file for each of the
+two layouts that processors need. A start then neither computes nor copies anything, and processes
+share the memory.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import BinaryIO
 
 import torch
 
+from smolstack.backends.cpu.linear import pack
+from smolstack.backends.cpu.packed_weights import Arena, PackedWeights, packed_size
 from smolstack.checkpoint.source import Source
-from smolstack.model.panels import Arena, Panels, panel_size
 from smolstack.model.quantized import QuantizedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
@@ -28,21 +30,21 @@ from smolstack.quantization.quantize import Progress
 
 logger = logging.getLogger(__name__)
 
-SWITCH = "SMOLSTACK_PANELS"  # 0: nothing is kept on disk
-LEAST = 256 * 2**20  # bytes of panels: fewer are made in less time than a file takes
+SWITCH = "SMOLSTACK_PACKED_CACHE"  # 0: nothing is kept on disk
+LEAST = 256 * 2**20  # bytes: fewer are packed in less time than a file takes
 MOST = 32 * 2**30  # bytes of all kept files
 _VERSION = 2
 _SAMPLE = 4096  # bytes
 
 
-def adopt_panels(
+def adopt_packed(
     model: VisionLanguageModel,
     source: Source,
     *,
     least: int = LEAST,
     progress: Progress | None = None,
 ) -> Path | None:
-    """Give a quantized model its panels: mapped from a kept file, or made and kept.
+    """Pack a quantized model's weights: mapped from a kept file, or packed and kept.
 
     Models with fewer than ``least`` bytes of them have theirs in memory of their own. So does one
     whose file cannot be written, which costs time and nothing else.
@@ -54,13 +56,13 @@ def adopt_panels(
     if kernels is None:
         return None
     layers = [part for part in model.modules() if isinstance(part, QuantizedLinear)]
-    sizes = [panel_size(kernels, one.format, one.in_features, one.out_features) for one in layers]
+    sizes = [packed_size(kernels, one.format, one.in_features, one.out_features) for one in layers]
     if not layers or any(layer.is_packed for layer in layers):
         return None
     kept = sum(sizes) >= least and os.environ.get(SWITCH, "1") != "0"
-    name = f"{_key(source, kernels, layers)}.panels"
+    name = f"{_key(source, kernels, layers)}.packed"
     for folder in cache_folders() if kept else []:
-        path = folder / "panels" / name
+        path = folder / "packed" / name
         with contextlib.suppress(OSError):
             # Whoever could write it could choose the weights.
             if is_own_file(path) and _is_whole(path, sizes):
@@ -70,18 +72,18 @@ def adopt_panels(
         try:
             _make(kernels, layers, sizes, path, progress)
         except OSError as error:
-            logger.info("panels are not kept in %s: %s", path.parent, error)
+            logger.info("packed weights are not kept in %s: %s", path.parent, error)
             if any(layer.is_packed for layer in layers):  # in a file that has no name by now
                 return None
             continue
         _prune(path)
         return path
-    _lay_out(kernels, layers, Arena(kernels, sum(sizes)), progress)
+    _pack_all(kernels, layers, Arena(kernels, sum(sizes)), progress)
     return None
 
 
 def _key(source: Source, kernels: native.Library, layers: list[QuantizedLinear]) -> str:
-    """A name for the panels of certain files: of their places, sizes and times of change."""
+    """A name for certain files' packed weights: of their places, sizes and times of change."""
     digest = hashlib.sha256(f"{_VERSION} {kernels.weight_offset}".encode())
     for file in sorted({entry.file for entry in source.entries.values()}):
         path = (source.weights.folder / file).resolve()
@@ -122,7 +124,8 @@ def _map(
 ) -> None:
     memory = torch.from_file(str(path), shared=False, size=sum(sizes), dtype=torch.uint8)
     for layer, part in zip(layers, torch.split(memory, sizes), strict=True):
-        layer.use(Panels(kernels, layer.format, layer.in_features, layer.out_features, part))
+        sizes_of = layer.in_features, layer.out_features
+        layer.hold(PackedWeights(kernels, layer.format, *sizes_of, part))
 
 
 def _make(
@@ -138,7 +141,7 @@ def _make(
     handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
     os.close(handle)
     try:
-        _lay_out(kernels, layers, Arena(kernels, sum(sizes), Path(name)), progress)
+        _pack_all(kernels, layers, Arena(kernels, sum(sizes), Path(name)), progress)
         with open(name, "r+b") as written:
             samples = _samples(written, sizes)
             written.seek(0, os.SEEK_END)
@@ -151,22 +154,22 @@ def _make(
         Path(name).unlink(missing_ok=True)
 
 
-def _lay_out(
+def _pack_all(
     kernels: native.Library,
     layers: list[QuantizedLinear],
     arena: Arena,
     progress: Progress | None,
 ) -> None:
     for i, layer in enumerate(layers):
-        layer.panels(kernels, arena)
+        pack(kernels, layer, arena)
         if progress is not None:
-            progress("panels", i + 1, len(layers))
+            progress("packing", i + 1, len(layers))
 
 
 def _prune(kept: Path) -> None:
     """Drop the files unused for longest until the rest fits."""
     found = []
-    for path in kept.parent.glob("*.panels"):
+    for path in kept.parent.glob("*.packed"):
         with contextlib.suppress(OSError):  # another process may have dropped it
             found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     held = sum(size for _, size, _ in found)

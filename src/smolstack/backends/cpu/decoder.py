@@ -1,7 +1,7 @@
 """The whole decoder by the compiled kernels, a prompt or one token at a time: decoder.py's results,
 faster.
 
-decoder.py stays the description; :func:`native_decoder` says where this takes its place.
+model/decoder.py is the description; :func:`native_decoder` says where this takes its place.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from smolstack.backends.cpu.packed_model import PackedModel, device_of, outputs_of, packs
 from smolstack.model.decoder import Decoder, TextLayer, rope_frequencies
 from smolstack.model.kv_cache import KVCache, RaggedKVCache
-from smolstack.model.packing import Packed, device_of, outputs_of, packs
 from smolstack.native import library as native
 
 _CACHES = {
@@ -57,7 +57,7 @@ class NativeDecoder:
         layers = [layer for layer in decoder.layers if isinstance(layer, TextLayer)]
         self.head = head
         linears = [part for layer in layers for part in _linears(layer)]
-        self._packed = Packed(kernels, [*linears, head], decoder)
+        self._packed = PackedModel(kernels, [*linears, head], decoder)
         made = [self._layer(layer) for layer in layers]
         self._layers = (native.Layer * len(made))(*made)
         frequencies = rope_frequencies(config.rope, config.head_dim)

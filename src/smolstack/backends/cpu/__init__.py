@@ -1,0 +1,1 @@
+"""The CPU backend: a model's towers by the compiled kernels of native/."""

@@ -1,0 +1,117 @@
+"""The compiled kernels as a backend: which calls they take, and what they keep of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from smolstack.backends.cpu.decoder import NativeDecoder, native_decoder, suits
+from smolstack.backends.cpu.encoder import NativeEncoder, native_encoder
+from smolstack.backends.cpu.linear import multiply
+from smolstack.config import VisionConfig
+from smolstack.model.backend import Backend
+from smolstack.model.decoder import Decoder
+from smolstack.model.kv_cache import KVCache, RaggedKVCache
+from smolstack.model.quantized import QuantizedLinear
+from smolstack.native import library as native
+
+
+class CpuBackend(Backend):
+    """What lies on the CPU by the compiled kernels, where there are any; the rest by torch.
+
+    Packed weights are made when a model is first computed, and again when its weights or modules
+    were changed.
+    """
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._encoders: WeakKeyDictionary[nn.Module, NativeEncoder] = WeakKeyDictionary()
+        self._decoders: WeakKeyDictionary[nn.Module, NativeDecoder | None] = WeakKeyDictionary()
+
+    def encode(self, layers: nn.ModuleList, config: VisionConfig, patches: Tensor) -> Tensor | None:
+        """In bfloat16 and quantized, and where no gradients are asked for."""
+        first: Any = layers[0]
+        quantized = isinstance(first.up, QuantizedLinear)
+        if not quantized and getattr(first.up, "weight", patches).dtype != torch.bfloat16:
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in layers.parameters()):
+            return None
+        encoder = self._encoders.get(layers)
+        if encoder is None or not encoder.current():
+            encoder = native_encoder(config, layers)
+            if encoder is None:
+                return None
+            self._encoders[layers] = encoder
+        return encoder(patches)
+
+    def prefill(
+        self,
+        decoder: Decoder,
+        head: nn.Module,
+        embeddings: Tensor,
+        cache: KVCache | RaggedKVCache,
+        *,
+        every: bool,
+    ) -> Tensor | None:
+        """In bfloat16 and quantized."""
+        kernels = self._decoder(decoder, head, embeddings, cache)
+        if kernels is None or not kernels.reads_prompts:
+            return None
+        return kernels.prefill(embeddings, cache, every=every)
+
+    def decode(
+        self,
+        decoder: Decoder,
+        head: nn.Module,
+        embeddings: Tensor,
+        cache: KVCache | RaggedKVCache,
+    ) -> Tensor | None:
+        kernels = self._decoder(decoder, head, embeddings, cache)
+        return None if kernels is None else kernels(embeddings, cache)
+
+    def linear(self, layer: nn.Module, rows: Tensor) -> Tensor | None:
+        assert isinstance(layer, QuantizedLinear)
+        kernels = native.library() if layer.device.type == "cpu" else None
+        return None if kernels is None else multiply(kernels, layer, rows)
+
+    def describe(self, device: torch.device, dtype: torch.dtype, *, quantized: bool) -> str:
+        if device.type != "cpu":
+            return super().describe(device, dtype, quantized=quantized)
+        kernels = native.library()
+        if kernels is None:
+            return f"torch (no compiled kernels: {native.reason()})"
+        if dtype == torch.float16:
+            return "torch"
+        if not quantized and dtype == torch.float32:
+            return f"torch; one token at a time compiled kernels ({kernels.instructions})"
+        return f"compiled kernels ({kernels.instructions})"
+
+    def _decoder(
+        self,
+        decoder: Decoder,
+        head: nn.Module,
+        embeddings: Tensor,
+        cache: KVCache | RaggedKVCache,
+    ) -> NativeDecoder | None:
+        """The compiled decoder, where tokens can be left to it."""
+        held = cache.caches[0] if isinstance(cache, RaggedKVCache) else cache
+        dtype = held.keys[0].dtype
+        known = self._decoders.get(decoder)
+        if (
+            known is None
+            or known.head is not head
+            or known.cache_dtype != dtype
+            or not known.current()
+        ):
+            known = native_decoder(decoder, head, dtype)
+            self._decoders[decoder] = known
+        if known is None or not suits(embeddings, cache, dtype):
+            return None
+        return known
+
+
+CPU = CpuBackend()

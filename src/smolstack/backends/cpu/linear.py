@@ -1,0 +1,67 @@
+"""One quantized layer by the compiled kernels, and its weights packed for them.
+
+Shapes: R rows (tokens), I input channels, O output channels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import torch
+from torch import Tensor
+
+from smolstack.backends.cpu.packed_weights import Arena, PackedWeights, packed_size
+from smolstack.model.quantized import QuantizedLinear
+from smolstack.native import library as native
+
+_PACKING = threading.Lock()  # two first questions at once must not both pack a layer
+_NO_NORM = ctypes.byref(native.Norm(native.NO_NORM, 0.0, None, None))
+
+
+def pack(
+    kernels: native.Library, layer: QuantizedLinear, arena: Arena | None = None
+) -> PackedWeights:
+    """A layer's weights as the kernels read them, from now on the only ones.
+
+    Args:
+        arena: gives the memory; None: the layer has its own.
+    """
+    with _PACKING:
+        if layer.is_packed:
+            assert isinstance(layer.packed, PackedWeights)
+            return layer.packed
+        size = packed_size(kernels, layer.format, layer.in_features, layer.out_features)
+        memory = (arena or Arena(kernels, size)).take(size)
+        kept = layer.tensors()
+        made = PackedWeights.of_words(kernels, layer.format, layer.in_features, kept, memory)
+        for tensor in kept:
+            if tensor is not None:  # a mapped file's pages
+                kernels.put_aside(tensor.data_ptr(), tensor.nbytes)
+        layer.hold(made)
+        return made
+
+
+def multiply(kernels: native.Library, layer: QuantizedLinear, rows: Tensor) -> Tensor:
+    """(R, I) → (R, O), float32.
+
+    Raises:
+        MemoryError: there is no room for the rows' integers.
+    """
+    rows = rows.detach().float().contiguous()
+    out = torch.empty(rows.shape[0], layer.out_features)
+    bias = None if layer.bias is None else layer.bias.data_ptr()
+    packed = pack(kernels, layer).linear(bias)
+    failed = kernels.dense_rows(
+        ctypes.byref(packed),
+        _NO_NORM,
+        rows.data_ptr(),
+        rows.shape[0],
+        0,
+        None,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for {rows.shape[0]} rows of a linear layer")
+    return out
