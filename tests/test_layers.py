@@ -68,8 +68,6 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "model").glob("*.py")), ids=lambda p: p.name)
-    "path", sorted((SOURCE / "model").glob("*.py")), ids=lambda path: path.name
-)
 def test_the_model_is_plain_pytorch(path: Path) -> None:
     """What computes it faster stands behind model/backend.py."""
     for name in imports(path):
