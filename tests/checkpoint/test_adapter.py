@@ -177,7 +177,7 @@ def test_a_base_is_for_adapters_alone(tiny_folder: Path) -> None:
 def test_every_command_knows_adapters(adapter: Path, tiny_folder: Path, tmp_path: Path) -> None:
     from smolstack.checkpoint.diff import diff_checkpoints
     from smolstack.checkpoint.inspect import inspect_checkpoint
-    from smolstack.cli.checks import check_checkpoint
+    from smolstack.checkpoint.verification.checkpoint import check_checkpoint
 
     checks = {check.name: check for check in check_checkpoint(adapter, values=True)}
     assert not [problem for check in checks.values() for problem in check.problems]
@@ -194,7 +194,7 @@ def test_every_command_knows_adapters(adapter: Path, tiny_folder: Path, tmp_path
 def test_a_base_that_lacks_a_layer_fails_in_every_command_as_in_load(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    from smolstack.cli.checks import check_checkpoint
+    from smolstack.checkpoint.verification.checkpoint import check_checkpoint
 
     layer = "model.text_model.layers.7.mlp.down_proj"
     folder = write(tmp_path / "adapter", tiny_folder, pair(layer, 48, 4, 64))

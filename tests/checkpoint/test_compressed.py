@@ -26,7 +26,7 @@ from smolstack.checkpoint import keys
 from smolstack.checkpoint.diff import diff_checkpoints
 from smolstack.checkpoint.inspect import inspect_checkpoint
 from smolstack.checkpoint.new import new_checkpoint
-from smolstack.cli.checks import check_checkpoint
+from smolstack.checkpoint.verification.checkpoint import check_checkpoint
 from smolstack.config import ModelConfig
 from smolstack.config.quantization import INT8, Format
 from smolstack.errors import CheckpointError, ConfigError

@@ -22,7 +22,7 @@ from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.inspect import inspect_checkpoint
 from smolstack.checkpoint.new import side_files
 from smolstack.checkpoint.save import save_checkpoint
-from smolstack.cli.checks import check_checkpoint
+from smolstack.checkpoint.verification.checkpoint import check_checkpoint
 from smolstack.errors import CheckpointError
 from smolstack.family import Preset
 from smolstack.interop.reference import load_model

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import smolstack
 from smolstack.checkpoint.inspect import inspect_checkpoint
 from smolstack.checkpoint.mlx import to_floats
-from smolstack.cli.checks import check_checkpoint
+from smolstack.checkpoint.verification.checkpoint import check_checkpoint
 from smolstack.errors import CheckpointError
 
 # mx.quantize(mx.array([[k * 0.25 - 3 for k in range(32)]]), group_size=32, bits=4) of mlx 0.32.4,

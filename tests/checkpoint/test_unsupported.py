@@ -180,7 +180,7 @@ def smolstack_image() -> Any:
 
 
 def test_a_derived_key_is_said(idefics3: Path) -> None:
-    from smolstack.cli.checks import check_checkpoint
+    from smolstack.checkpoint.verification.checkpoint import check_checkpoint
 
     files, *rest = check_checkpoint(idefics3)
     assert files.remarks == [

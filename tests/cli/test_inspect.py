@@ -11,7 +11,7 @@ import pytest
 
 import smolstack
 from smolstack.checkpoint import source, weights
-from smolstack.cli import checks
+from smolstack.checkpoint.verification import checkpoint as checks
 
 Run = Callable[..., Any]
 

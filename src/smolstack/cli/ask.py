@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smolstack.cli import file_options, model_options, options
-from smolstack.cli.console import (
-    note,
-    plural,
-    progress,
-    show_json,
-    write_piece,
-)
+from smolstack.cli.console import note, progress, show_json, write_piece
 from smolstack.errors import ImageError, PromptError
+from smolstack.text import plural
 
 if TYPE_CHECKING:
     from smolstack.generation.answer import Answer

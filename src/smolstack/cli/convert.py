@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from smolstack.cli import file_options, model_options, options
-from smolstack.cli.console import note, plural, show, show_json
+from smolstack.cli.console import note, show, show_json
 from smolstack.cli.map_progress import progress
+from smolstack.text import plural
 
 EXAMPLES = """
 **Examples**

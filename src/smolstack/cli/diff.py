@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smolstack.cli import model_options, options
-from smolstack.cli.console import count, millions, plural, progress, show, show_json
+from smolstack.cli.console import count, progress, show, show_json
+from smolstack.text import millions, plural
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smolstack.cli import model_options, options
-from smolstack.cli.console import progress, show, show_json, size_in_bytes
+from smolstack.cli.console import progress, show, show_json
 from smolstack.errors import CheckpointError
+from smolstack.text import size_in_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,16 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from smolstack.cli import model_options, options
-from smolstack.cli.console import (
-    count,
-    millions,
-    note,
-    pairs,
-    progress,
-    show,
-    show_json,
-    size_in_bytes,
-)
+from smolstack.cli.console import count, note, pairs, progress, show, show_json
+from smolstack.text import millions, size_in_bytes
 
 if TYPE_CHECKING:
     from smolstack.checkpoint.inspect import Inspection

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smolstack.cli import file_options, model_options, options
-from smolstack.cli.console import plural, show, show_json
+from smolstack.cli.console import show, show_json
 from smolstack.cli.map_progress import progress
 from smolstack.errors import BulkError
+from smolstack.text import plural
 
 if TYPE_CHECKING:
     from smolstack.bulk import Summary

@@ -10,13 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smolstack.cli.console import (
-    millions,
-    progress,
-    show,
-    size_in_bytes,
-)
+from smolstack.cli.console import progress, show
 from smolstack.errors import CheckpointError, ConfigError
+from smolstack.text import millions, size_in_bytes
 
 if TYPE_CHECKING:
     from smolstack.config import ModelConfig

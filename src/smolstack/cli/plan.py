@@ -11,17 +11,9 @@ import typer
 
 from smolstack.cli import file_options, model_options, options
 from smolstack.cli.ask import STDIN, plan_json, read_image, size
-from smolstack.cli.console import (
-    count,
-    millions,
-    note,
-    pairs,
-    plural,
-    progress,
-    show,
-    show_json,
-)
+from smolstack.cli.console import count, note, pairs, progress, show, show_json
 from smolstack.errors import ImageError
+from smolstack.text import millions, plural
 
 if TYPE_CHECKING:
     from smolstack.checkpoint.hub import ModelPath

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from smolstack.cli.console import plural
 from smolstack.errors import ImageError
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource, open_image
+from smolstack.text import plural
 
 WIDEST = 1600  # pixels that the drawing aims to stay within
 CELL_SIDES = (150, 360)  # smallest and largest side of a tile in the drawing

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smolstack.cli import options
-from smolstack.cli.console import pairs, show, show_json, size_in_bytes
+from smolstack.cli.console import pairs, show, show_json
+from smolstack.text import size_in_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

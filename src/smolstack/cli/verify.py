@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smolstack.cli import model_options, options
-from smolstack.cli.console import plural, progress, show, show_json
+from smolstack.cli.console import progress, show, show_json
+from smolstack.text import plural
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from smolstack.cli.checks import Check
+    from smolstack.checkpoint.verification.check import Check
 
 EXAMPLES = """
 **Examples**
@@ -44,7 +45,7 @@ def verify(
     """
     with progress(f"Checking {model or 'the bundled reader'} …"):
         from smolstack.checkpoint.hub import locate
-        from smolstack.cli.checks import check_checkpoint
+        from smolstack.checkpoint.verification.checkpoint import check_checkpoint
 
         folder = locate(model, revision, base=base, mmproj=mmproj)
         checks = check_checkpoint(folder, values=values)

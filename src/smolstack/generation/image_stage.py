@@ -10,7 +10,8 @@ from time import perf_counter
 from torch import Tensor
 
 from smolstack.batch import VisualTokens
-from smolstack.generation.image_queue import ImageQueue, PendingTile, PreparedImage
+from smolstack.generation.image_queue import ImageQueue
+from smolstack.generation.prepared_image import PendingTile, PreparedImage
 from smolstack.generation.request import Request
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource

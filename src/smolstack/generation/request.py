@@ -12,10 +12,10 @@ from torch import Tensor
 from smolstack.batch import VisualTokens
 from smolstack.generation.answer import Answer, Timings, TokenLogprob
 from smolstack.generation.choices import Scoring
-from smolstack.generation.image_queue import PreparedImage
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.output import Output
 from smolstack.generation.prefix_cache import TokenKey, token_keys
+from smolstack.generation.prepared_image import PreparedImage
 from smolstack.model.kv_cache import KVCache
 from smolstack.processor.processor import Prompt
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from smolstack.generation.choices import Scoring
-from smolstack.generation.image_queue import PendingTile
 from smolstack.generation.prefix_cache import PrefixCache
+from smolstack.generation.prepared_image import PendingTile
 from smolstack.generation.request import Request
 from smolstack.generation.scheduler import PrefillChunk, StepPlan
 from smolstack.model.kv_cache import KVCache, RaggedKVCache

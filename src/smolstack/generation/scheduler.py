@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from smolstack.errors import GenerationError, KVCacheError, QueueFullError
-from smolstack.generation.image_queue import ImageQueue, PendingTile
+from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.prefix_cache import (
     DEFAULT_PREFIX_BYTES,
     Prefix,
     PrefixCache,
     common_prefix,
 )
+from smolstack.generation.prepared_image import PendingTile
 from smolstack.generation.request import Request
 
 # Beyond so many tokens a pass is bound by its arithmetic: to wait for each other gains nothing.

@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from smolstack.errors import ConfigError, TrainingError
 from smolstack.train.adapters import Adapters, add_adapters
 from smolstack.train.batches import MicroBatch, StepBatches
+from smolstack.train.data import Source
 from smolstack.train.evaluation import with_states
 from smolstack.train.folder import last_good
 from smolstack.train.frozen_tower import FrozenTower
+from smolstack.train.loss_mask import Supervisor
 from smolstack.train.objective import AnswerLoss, recomputed
 from smolstack.train.optimizer import make_optimizer, moments, restore_moments, set_rates
-from smolstack.train.processes import Spread, whole
+from smolstack.train.processes import Processes, Spread, whole
+from smolstack.train.progress import Display
+from smolstack.train.recipe import Recipe
 from smolstack.train.state import Place, Saved
 from smolstack.train.trainable import freeze
-
-if TYPE_CHECKING:
-    from smolstack.train.trainer import Trainer
+from smolstack.vlm import VLM
 
 _SEEDS = 2**31
+
+
+class Run(Protocol):
+    """What a stage knows of its run, a :class:`smolstack.train.trainer.Trainer`."""
+
+    recipe: Recipe
+    vlm: VLM
+    processes: Processes
+    display: Display
+    supervisor: Supervisor
+    train_source: Source
+    cache_folder: Path | None
+
+    def restore_weights(self, saved: Saved) -> None:
+        """Load a saved state's weights into the model."""
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the metrics."""
+
+    def evaluate(self, running: RunningStage) -> None:
+        """Measure the loss, and answers if asked for."""
+
+    def save(self, place: Place, optimizer: Mapping[str, Tensor]) -> None:
+        """Save a state that the run can go on from."""
 
 
 class RunningStage:
     """A stage of a run, set up and ready to go on from ``saved`` or from its beginning."""
 
-    def __init__(self, run: Trainer, number: int, saved: Saved | None) -> None:
+    def __init__(self, run: Run, number: int, saved: Saved | None) -> None:
         self.run, self.number = run, number
         self.stage = run.recipe.stages[number]
         self.steps = steps_of(run, number)
@@ -207,7 +234,7 @@ class RunningStage:
             self.run.save(self.place, memory)
 
 
-def steps_of(run: Trainer, number: int) -> int:
+def steps_of(run: Run, number: int) -> int:
     """Optimizer steps of a stage."""
     stage = run.recipe.stages[number]
     if stage.batch % run.processes.count:

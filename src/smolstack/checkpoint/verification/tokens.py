@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.load import end_tokens
-from smolstack.cli.console import plural
+from smolstack.checkpoint.verification.check import Check
 from smolstack.config import ModelConfig, as_ids
 from smolstack.errors import ConfigError
 from smolstack.processor.processor import Processor
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tokenizer import TextTokenizer
-
-if TYPE_CHECKING:
-    from smolstack.cli.checks import Check
+from smolstack.text import plural
 
 
 def check_tokenizer(

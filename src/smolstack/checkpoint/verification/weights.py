@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smolstack.checkpoint import keys
 from smolstack.checkpoint.entries import Stored
 from smolstack.checkpoint.files import read_json
 from smolstack.checkpoint.quantized_layer import PACKED, SCALE
+from smolstack.checkpoint.verification.check import Check
 from smolstack.checkpoint.verify import expected_weights, unlike
 from smolstack.checkpoint.weights import (
     FLOAT_TYPES,
@@ -19,12 +20,9 @@ from smolstack.checkpoint.weights import (
     Entry,
     open_weights,
 )
-from smolstack.cli.console import millions, plural, size_in_bytes
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from smolstack.cli.checks import Check
+from smolstack.text import millions, plural, size_in_bytes
 
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 

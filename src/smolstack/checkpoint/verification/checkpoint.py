@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,17 @@ from smolstack.checkpoint.files import SIDE_FILES, CheckpointFiles, read_files, 
 from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.source import BARE, kind_of_files, open_folder, open_source
 from smolstack.checkpoint.unsupported import refuse_other_kinds
-from smolstack.checkpoint.verify import settle_head
-from smolstack.checkpoint.weights import read_tensors
-from smolstack.cli.checks_of_tokens import check_prompt, check_tokenizer
-from smolstack.cli.checks_of_weights import (
+from smolstack.checkpoint.verification.check import Check
+from smolstack.checkpoint.verification.tokens import check_prompt, check_tokenizer
+from smolstack.checkpoint.verification.weights import (
     check_names,
     check_tie,
     check_values,
     describe,
     read_weight_files,
 )
+from smolstack.checkpoint.verify import settle_head
+from smolstack.checkpoint.weights import read_tensors
 from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from smolstack.errors import CheckpointError, SmolstackError
 from smolstack.processor.settings import ImageSettings
@@ -40,43 +39,6 @@ NAMES = (
     "tokenizer",
     "prompt",
 )
-
-
-@dataclass
-class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what was looked at.
-        found: what it was found to be, in one line.
-        problems: every difference, one sentence each.
-        remarks: what is unusual and not wrong.
-        skipped: whether an earlier difference made it impossible.
-    """
-
-    name: str
-    found: str = ""
-    problems: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    skipped: bool = False
-
-    @property
-    def state(self) -> str:
-        if self.skipped:
-            return "skipped"
-        return "wrong" if self.problems else "ok"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return {**asdict(self), "state": self.state}
-
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Note an error as a difference instead of ending at it."""
-        try:
-            yield
-        except (SmolstackError, OSError) as error:
-            self.problems.append(str(error))
 
 
 def check_checkpoint(where: Path | ModelPath, *, values: bool = False) -> list[Check]:
