@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,3 +142,18 @@ def test_an_adapter_s_images_are_planned_as_its_base_s_even_without_its_weights(
     refused = run("inspect", str(tmp_path))
     assert refused.exit_code == 2
     assert "has no adapter_model.safetensors" in refused.stderr
+
+
+def test_planning_needs_no_torch(tmp_path: Path) -> None:
+    """So that it starts in half a second."""
+    Image.new("RGB", (200, 100), "white").save(tmp_path / "page.png")
+    program = (
+        "import sys; from smolstack.cli.app import main\n"
+        f"sys.argv = ['smolstack', 'plan', {str(tmp_path / 'page.png')!r}]\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"

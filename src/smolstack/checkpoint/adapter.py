@@ -12,16 +12,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from smolstack.checkpoint.adapter_targets import words_nowhere
 from smolstack.checkpoint.files import ADAPTER_CONFIG, read_json
 from smolstack.checkpoint.hub import BUNDLED, find
 from smolstack.checkpoint.weights import INDEX, SINGLE, Entry, open_weights
 from smolstack.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's, before the name that the base checkpoint has
@@ -120,6 +120,8 @@ class Changes:
 
         A weight that is used in float32 should be given so: it is not rounded again then.
         """
+        import torch
+
         if not self.touch(name):
             return weight
         changed = weight.float().cpu()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from smolstack.checkpoint.weights import Entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Read: TypeAlias = "Callable[[Collection[str] | None], Iterator[tuple[str, Tensor]]]"
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from smolstack.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Formats that are floats already, by their names in safetensors.
 FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
@@ -82,6 +83,8 @@ def to_floats(rows: npt.NDArray[np.uint8], kind: Kind) -> Tensor:
 
     Floats stay mapped and in their own format; quantized blocks are float32.
     """
+    import torch
+
     if kind.name == "F32":
         return torch.from_numpy(rows.view(np.float32))
     if kind.name == "F16":

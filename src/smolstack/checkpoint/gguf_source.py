@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from smolstack.checkpoint.entries import Stored
 from smolstack.checkpoint.files import CheckpointFiles
@@ -22,6 +21,9 @@ from smolstack.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from smolstack.checkpoint.hub import GGUF, ModelPath
 from smolstack.checkpoint.weights import Entry
 from smolstack.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TEXT, _VISION = "model.text_model", "model.vision_model"
 _TABLE = (

@@ -9,7 +9,7 @@ from typing import Any
 
 from smolstack.checkpoint import keys
 from smolstack.checkpoint.hub import ModelPath
-from smolstack.checkpoint.load import build_processor, end_tokens
+from smolstack.checkpoint.processor_files import build_processor, end_tokens
 from smolstack.checkpoint.source import open_source
 from smolstack.checkpoint.verify import settle_head
 from smolstack.checkpoint.weights import FLOAT_TYPES, Entry

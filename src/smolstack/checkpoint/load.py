@@ -14,18 +14,16 @@ from smolstack.checkpoint import keys
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.hub import ModelPath
 from smolstack.checkpoint.packed_file import adopt_packed
+from smolstack.checkpoint.processor_files import build_processor, end_tokens
 from smolstack.checkpoint.quantized_layer import SCALE
 from smolstack.checkpoint.source import Source, open_source
 from smolstack.checkpoint.verify import compare, settle_head
 from smolstack.checkpoint.weights import Entry
-from smolstack.config import ModelConfig, as_ids
+from smolstack.config import ModelConfig
 from smolstack.config.quantization import SCHEMES
 from smolstack.errors import ConfigError
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor
-from smolstack.processor.settings import ImageSettings
-from smolstack.processor.tokenizer import TextTokenizer
-from smolstack.processor.video import VideoSettings
 from smolstack.quantization.quantize import Progress, quantize_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,19 +91,6 @@ def load_checkpoint(
         adopt_packed(model, source, progress=progress)
     ends = end_tokens(files, config, processor)
     return Checkpoint(files, model.config, model, processor, ends, source.where)
-
-
-def build_processor(files: CheckpointFiles, config: ModelConfig) -> Processor:
-    """The processor of a folder, checked against the model's config."""
-    return Processor(
-        config,
-        ImageSettings.from_hf(files.image),
-        TextTokenizer(files.side["tokenizer.json"], files.tokenizer_config),
-        files.chat_template,
-        image_seq_len=files.processor.get("image_seq_len"),
-        pointing=pointing_tokens(files, config),
-        videos=VideoSettings.from_hf(files.video, files.image),
-    )
 
 
 def load_weights(
@@ -183,36 +168,3 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
     }
     checks = (getattr(torch.cpu, name, None) for name in supported.get(dtype, ()))
     return any(check is not None and bool(check()) for check in checks)
-
-
-def pointing_tokens(files: CheckpointFiles, config: ModelConfig) -> range:
-    """Tokens that say where in an image an answer is read, and are no part of its text.
-
-    generation_config.json's ``pointing_token_ids``: the first and the last one. No published
-    checkpoint has any; the bundled reader has.
-    """
-    found = files.generation.get("pointing_token_ids")
-    if found is None:
-        return range(0)
-    whole = isinstance(found, list) and len(found) == 2 and all(type(id) is int for id in found)
-    if not whole or not 0 <= found[0] <= found[1] < config.text.vocab_size:
-        raise ConfigError(
-            f"generation_config.json has pointing_token_ids {found!r:.80}, expected the first and "
-            f"the last one, below vocab_size {config.text.vocab_size}"
-        )
-    return range(found[0], found[1] + 1)
-
-
-def end_tokens(
-    files: CheckpointFiles, config: ModelConfig, processor: Processor
-) -> tuple[int, ...]:
-    """Tokens that end an answer: generation_config.json's, else the config's, else the
-    tokenizer's."""
-    for place in (files.generation.get("eos_token_id"), files.config.get("eos_token_id")):
-        if ids := as_ids(place):
-            return ids
-    if config.text.eos_token_ids:
-        return config.text.eos_token_ids
-    eos = processor.tokenizer.special_tokens.get("eos_token")
-    found = None if eos is None else processor.tokenizer.token_id(eos)
-    return () if found is None else (found,)

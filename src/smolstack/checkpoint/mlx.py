@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from smolstack.checkpoint.entries import Stored
 from smolstack.checkpoint.weights import Entry, open_weights, read_entries
 from smolstack.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKED = "U32"
 BITS = (2, 3, 4, 5, 6, 8)
@@ -117,6 +118,8 @@ def to_floats(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tens
     Returns:
         (out, in): scale · q + bias, each group of a row with its own.
     """
+    import torch
+
     numbers = _unpack(packed.view(torch.uint8).numpy(), bits)
     groups = scales.shape[1]
     q = torch.from_numpy(numbers).view(packed.shape[0], groups, -1).float()

@@ -101,17 +101,6 @@ def open_source(where: Path | ModelPath, *, floats: bool = False) -> Source:
     return _with_weights(where, files, place, adapter, floats=floats)
 
 
-def files_alone(where: ModelPath) -> CheckpointFiles:
-    """A checkpoint's settings and side files; its weights may be missing."""
-    if where.path.is_dir():
-        adapter = find_adapter(where.path, where.base)
-        files = read_files(where.path, None if adapter is None else adapter.base)
-        if is_mlx(files.config):
-            files = replace(files, config=mlx.without_quantization(files.config))
-        return files
-    return open_source(where).files
-
-
 def _with_weights(
     where: ModelPath,
     files: CheckpointFiles,

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +26,8 @@ def show(*parts: RenderableType) -> None:
     with console.capture() as capture:
         for part in parts:
             line = Text(part) if isinstance(part, str) else part
+            if isinstance(line, Table) and line.show_header and not _fits(console, line):
+                line = _one_below_another(line)
             console.print(line, soft_wrap=isinstance(line, Text))
     # Tables are padded to their width, which means nothing in a file.
     lines = capture.get().split("\n")
@@ -89,6 +92,28 @@ def pairs(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
 def count(number: int) -> str:
     """A number with separated thousands."""
     return f"{number:,}"
+
+
+def _fits(console: Console, table: Table) -> bool:
+    """Whether every cell of a table fits into a line."""
+    options = console.options.update(width=10_000)
+    return Measurement.get(console, options, table).maximum <= console.width
+
+
+def _one_below_another(table: Table) -> Table:
+    """A table too wide for the terminal: each row as a list of its columns, nothing left out."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="dim")
+    grid.add_column(overflow="fold")
+    headers = [column.header for column in table.columns]
+    for row, cells in zip(
+        table.rows, zip(*(column.cells for column in table.columns), strict=True), strict=True
+    ):
+        if grid.row_count:
+            grid.add_row("", "")
+        for number, (header, cell) in enumerate(zip(headers, cells, strict=True)):
+            grid.add_row(header, cell, style=table.columns[0].style if number == 0 else row.style)
+    return grid
 
 
 def _console(file: Any) -> Console:

@@ -107,8 +107,7 @@ def plan(
 
 def load_processor(where: ModelPath) -> Processor:
     """The processor of a checkpoint; its weights stay unread."""
-    from smolstack.checkpoint.load import build_processor
-    from smolstack.checkpoint.source import files_alone
+    from smolstack.checkpoint.processor_files import build_processor, files_alone
     from smolstack.config import ModelConfig
 
     files = files_alone(where)

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from smolstack.batch import Batch, VisualTokens
 from smolstack.config import ModelConfig
@@ -32,6 +30,7 @@ from smolstack.processor.tokenizer import TextTokenizer
 from smolstack.processor.video import Frame, Video, VideoSettings, read_video
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Unpack
 
 
@@ -239,6 +238,8 @@ class Processor:
         Raises:
             PromptError: some images are given as visual tokens and others as pixels.
         """
+        import torch
+
         images = [image for prompt in sequences for image in prompt.images]
         plans = [plan for prompt in sequences for plan in prompt.plans]
         encoded = [image for image in images if isinstance(image, VisualTokens)]

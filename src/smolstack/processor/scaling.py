@@ -9,7 +9,6 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 
 from smolstack.native import library as native
@@ -62,6 +61,8 @@ def _order() -> bool | None:
 
 
 def _by_kernels(planes: Planes, size: tuple[int, int], resample: int, rows_first: bool) -> Planes:
+    import torch
+
     kernels = native.library()
     assert kernels is not None
     planes = np.ascontiguousarray(planes)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 
 from smolstack.errors import ImageError
 from smolstack.native import library as native
@@ -23,6 +21,9 @@ from smolstack.processor.pages import TiffPage, page_of
 from smolstack.processor.pdf import PdfPage
 from smolstack.processor.scaling import resize
 from smolstack.processor.settings import ImageSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ImageSource: TypeAlias = (
     "str | Path | bytes | PdfPage | TiffPage | Image.Image | npt.NDArray[np.uint8]"
@@ -105,6 +106,8 @@ def cut_tiles(image: Image.Image, plan: TilePlan, settings: ImageSettings) -> Te
     """
     if image.size != plan.source:
         raise ImageError(f"a plan for {plan.source} pixels was given an image of {image.size}")
+    import torch
+
     edge, resample = plan.tile_edge, settings.resample
     tiles = np.empty((plan.tiles, 3, edge, edge), dtype=np.uint8)
     planes = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -122,6 +125,8 @@ def normalize(tiles: Tensor, settings: ImageSettings) -> Tensor:
     table is computed in the order and precision of the family's image processor (the product in
     float64, then float32), so values agree to the last bit.
     """
+    import torch
+
     table = np.ascontiguousarray(_table(settings))
     pixels = tiles.contiguous().numpy()
     values = np.empty(pixels.shape, dtype=np.float32)

@@ -18,7 +18,7 @@ from smolstack.bench.timing import Contender, Reading, later
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import BITS, QUESTION, Scene, Setting, torch_dtype
 from smolstack.checkpoint.files import read_files
-from smolstack.checkpoint.load import build_processor
+from smolstack.checkpoint.processor_files import build_processor
 from smolstack.config import ModelConfig
 
 NAME = "transformers"

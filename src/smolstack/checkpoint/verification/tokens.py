@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smolstack.checkpoint.files import CheckpointFiles
-from smolstack.checkpoint.load import end_tokens
+from smolstack.checkpoint.processor_files import end_tokens
 from smolstack.checkpoint.verification.check import Check
 from smolstack.config import ModelConfig, as_ids
 from smolstack.errors import ConfigError

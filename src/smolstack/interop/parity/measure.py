@@ -14,8 +14,9 @@ import torch
 
 from smolstack.batch import Batch
 from smolstack.checkpoint.files import CheckpointFiles, read_files
-from smolstack.checkpoint.load import Checkpoint, build_processor
+from smolstack.checkpoint.load import Checkpoint
 from smolstack.checkpoint.new import side_files
+from smolstack.checkpoint.processor_files import build_processor
 from smolstack.config import ModelConfig
 from smolstack.family import Preset
 from smolstack.interop.parity.samples import IMAGES, chats, sample_image

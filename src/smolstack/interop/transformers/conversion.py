@@ -13,7 +13,8 @@ import torch
 from smolstack.backends import accelerate
 from smolstack.checkpoint import keys
 from smolstack.checkpoint.files import read_files
-from smolstack.checkpoint.load import Checkpoint, build_processor, end_tokens
+from smolstack.checkpoint.load import Checkpoint
+from smolstack.checkpoint.processor_files import build_processor, end_tokens
 from smolstack.checkpoint.save import to_json
 from smolstack.errors import ConfigError
 from smolstack.interop.reference import share_model
