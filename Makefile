@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types parity reader reader-eval clean help
+.PHONY: demo test lint types docs parity reader reader-eval clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -15,7 +15,7 @@ help:  ## show this list
 demo: $(VENV)/.runtime  ## ask the bundled reader about an image in examples/
 	$(BIN)/smolstack ask examples/number.png "What does it say?" --verbose
 
-test: lint types  ## style, types, and the whole test suite
+test: lint types docs  ## style, types, documentation, and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: $(VENV)/.dev  ## ruff: style and formatting
@@ -24,6 +24,9 @@ lint: $(VENV)/.dev  ## ruff: style and formatting
 
 types: $(VENV)/.dev  ## mypy, strict
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev  ## build the documentation in site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 parity: $(VENV)/.dev  ## compare every published shape with transformers, stage by stage
 	$(BIN)/python -m smolstack.interop.parity
