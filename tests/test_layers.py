@@ -27,7 +27,7 @@ ORDER = [
     ("vlm",),
     ("bulk",),
     ("documents",),
-    ("interop", "cli", "train", "serve", "bench", "quantization_job"),
+    ("interop", "cli", "train", "serve", "bench", "quantization_job", "notebook"),
     ("__main__",),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

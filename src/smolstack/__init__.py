@@ -9,6 +9,7 @@ Importing the package imports no torch: names are loaded when they are first use
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -71,3 +72,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if "IPython" in sys.modules:  # plans, answers and visual tokens show themselves
+    from smolstack.notebook import register
+
+    register()
+    del register

@@ -242,7 +242,8 @@ class VLM(PageEmbedder):
         ``prompt_tokens`` counts the whole prompt of asking ``text`` about this image.
         """
         plan = self.processor.plan(image, **tiling)
-        return plan.with_prompt_tokens(self.processor.count_tokens([plan], text))
+        plan = plan.with_prompt_tokens(self.processor.count_tokens([plan], text))
+        return plan if isinstance(image, (tuple, VisualTokens)) else replace(plan, image=image)
 
     def open_video(
         self, path: str | Path, *, fps: float | None = None, max_frames: int | None = None

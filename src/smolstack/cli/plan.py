@@ -92,7 +92,7 @@ def plan(
         planned = [_planned(processor, image, question, tiling) for image in images]
         together = processor.count_tokens([entry.plan for entry in planned], question)
         if out is not None:
-            from smolstack.cli.plan_drawing import draw_plan, save_image
+            from smolstack.processor.plan_drawing import draw_plan, save_image
 
             save_image(draw_plan(planned[0].image, planned[0].plan, planned[0].name), out)
     if json:

@@ -6,8 +6,8 @@ limits, benchmarks) asks here. Sizes are (width, height) in pixels, grids (rows,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TypedDict
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict
 
 from smolstack.errors import ImageError
 from smolstack.processor.settings import ImageSettings
@@ -27,6 +27,7 @@ class TilePlan:
         tile_edge: pixels of a tile's side.
         tokens_per_tile: S.
         prompt_tokens: tokens of the whole prompt with this image; None where no prompt is known.
+        image: what :meth:`smolstack.VLM.plan` was given, for a notebook to draw the tiles over.
     """
 
     source: tuple[int, int]
@@ -37,6 +38,7 @@ class TilePlan:
     tile_edge: int
     tokens_per_tile: int
     prompt_tokens: int | None = None
+    image: Any = field(default=None, repr=False, compare=False)
 
     @property
     def tiles(self) -> int:

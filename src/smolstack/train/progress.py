@@ -18,13 +18,14 @@ from rich.text import Text
 
 
 class Display:
-    """Lines always, a progress bar only on a terminal; nothing at all unless ``wanted``."""
+    """Lines always, a progress bar on a terminal and in a notebook; nothing unless ``wanted``."""
 
     def __init__(self, wanted: bool) -> None:
         terminal = sys.stderr.isatty()
         self.console = Console(
             file=sys.stderr, highlight=False, quiet=not wanted, width=None if terminal else 160
         )
+        terminal = terminal or self.console.is_jupyter
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -1,0 +1,44 @@
+"""In a notebook plans, answers, streams and visual tokens show themselves.
+
+Importing smolstack in IPython registers this; ``%load_ext smolstack.notebook`` does so later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Formatters are found by the names of types, so that nothing heavy is imported to register them.
+_SHOWN = (
+    ("image/png", "smolstack.processor.geometry", "TilePlan", "plan_png"),
+    ("image/png", "smolstack.batch", "VisualTokens", "visual_tokens_png"),
+    ("text/html", "smolstack.generation.answer", "Answer", "answer_html"),
+    ("ipython", "smolstack.generation.inline", "AnswerStream", "show_stream"),
+)
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Register what is shown with an IPython shell."""
+    formatter = shell.display_formatter
+    for kind, module, name, function in _SHOWN:
+        own = (
+            formatter.ipython_display_formatter if kind == "ipython" else formatter.formatters[kind]
+        )
+        own.for_type_by_name(module, name, _lazily(function))
+
+
+def register() -> None:
+    """The same with the shell that runs this, if one does."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is not None:
+        load_ipython_extension(shell)
+
+
+def _lazily(function: str) -> Any:
+    def shown(value: Any) -> Any:
+        from smolstack.notebook import display
+
+        return getattr(display, function)(value)
+
+    return shown
