@@ -1,14 +1,43 @@
-"""Writing: one writer of an output at a time, and errors that name what could not be written."""
+"""Writing: complete files or none, one writer at a time, errors that name what was not written."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from smolstack.errors import SmolstackError
+
+
+@contextmanager
+def whole_file(path: Path, *, private: bool = False, synced: bool = False) -> Iterator[Path]:
+    """A new file beside ``path``, to be written; renamed to it when the block ends well.
+
+    Readers see the old file or the new one, never half of one. The new file has the suffix of
+    ``path`` and a hidden name; it is removed when the block fails.
+
+    Args:
+        private: only this user may read it.
+        synced: it is on the disk before it is renamed, so that a power cut leaves no empty file.
+
+    Raises:
+        OSError: naming ``path``, not the file beside it.
+    """
+    beside = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
+    try:
+        with naming(path, beside):
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+            os.close(os.open(beside, flags, 0o600 if private else 0o666))
+            yield beside
+            if synced:
+                with beside.open("r+b") as file:
+                    os.fsync(file.fileno())
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -59,12 +88,15 @@ def take_lock(file: int) -> bool:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error of the operating system that names no file name this one: a full disk, say."""
+def naming(path: Path, beside: Path | None = None) -> Iterator[None]:
+    """Let an error of the operating system that names no file name this one: a full disk, say.
+
+    Errors that name ``beside``, which nobody knows of, name ``path`` too.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None and error.filename not in (beside, str(beside)):
             raise
         if error.strerror is None:  # pyarrow's and safetensors': one text for all of it
             raise OSError(f"{path}: {error}") from error

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from smolstack.bulk.rows import Window
 from smolstack.errors import BulkError
-from smolstack.output_files import naming, take_lock
+from smolstack.output_files import take_lock, whole_file
 
 ROW = "row"  # the column of every result that says which row of the input it is about
 _HEADER = struct.Struct("<QI")  # bytes of a record, their CRC-32
@@ -118,7 +118,8 @@ class Parts:
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Say what the job is: from here on it can be resumed."""
         path = self.folder / _SETTINGS
-        write_atomically(path, json.dumps(settings, indent=2, ensure_ascii=False).encode())
+        with whole_file(path, synced=True) as beside:
+            beside.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def clear(self) -> None:
         """Forget everything but the lock."""
@@ -175,10 +176,8 @@ class Parts:
         # A stable sort: the answers about one image keep the order of the questions.
         table = table.take(pc.sort_indices(table, [(ROW, "ascending")]))
         path = self._path(window, "parquet")
-        beside = path.with_suffix(".parquet.new")
-        with naming(path):
+        with whole_file(path, synced=True) as beside:
             pq.write_table(table, beside)
-            _into_place(beside, path)
         journal.path.unlink(missing_ok=True)
 
     def results(self, window: Window) -> pa.Table:
@@ -194,17 +193,3 @@ class Parts:
 
     def _path(self, window: Window, kind: str) -> Path:
         return self.folder / f"rows-{window.start:012d}.{kind}"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file, complete or not at all."""
-    beside = path.with_name(path.name + ".new")
-    with naming(path):
-        beside.write_bytes(content)
-        _into_place(beside, path)
-
-
-def _into_place(beside: Path, path: Path) -> None:
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +25,7 @@ from smolstack.model.quantized import QuantizedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
 from smolstack.native.compiling import cache_folders, is_own_file
+from smolstack.output_files import whole_file
 from smolstack.quantization.quantize import Progress
 
 logger = logging.getLogger(__name__)
@@ -138,20 +138,13 @@ def _make(
     """Write beside its place, then rename: never half a file, and after a power cut none of
     zeros. The model maps what is written, and cannot write to it any more."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-    os.close(handle)
-    try:
-        _pack_all(kernels, layers, Arena(kernels, sum(sizes), Path(name)), progress)
-        with open(name, "r+b") as written:
+    with whole_file(path, private=True, synced=True) as beside:
+        _pack_all(kernels, layers, Arena(kernels, sum(sizes), beside), progress)
+        with beside.open("r+b") as written:
             samples = _samples(written, sizes)
             written.seek(0, os.SEEK_END)
             written.write(samples)
-            written.flush()
-            os.fsync(written.fileno())
-        _map(kernels, layers, sizes, Path(name))
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        _map(kernels, layers, sizes, beside)
 
 
 def _pack_all(

@@ -7,7 +7,6 @@ docling-core makes Markdown, HTML and its own JSON of the tags.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolstack.documents.pages import TAGS, Page, Remark, made_document
 from smolstack.errors import BulkError
-from smolstack.output_files import naming, only_writer
+from smolstack.output_files import only_writer, whole_file
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -216,10 +215,8 @@ def _write(out: Path, pages: Sequence[Page], password: str | None) -> Converted:
             f"no page gave any element of a document: {_listed(asked)}; expected DocTags, as "
             f"document models write them, found {_shown(asked[0].tags)}"
         )
-    beside = out.with_name(f".{out.name}.new")
-    with naming(out):
+    with whole_file(out) as beside:
         beside.write_text(made.text, encoding="utf-8", errors="replace")
-        os.replace(beside, out)
     return Converted(
         out,
         len(pages),

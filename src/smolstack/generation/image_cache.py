@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from smolstack.batch import VisualTokens
 from smolstack.model.digest import WeightsVersion, weights_digest
 from smolstack.model.vlm import VisionLanguageModel
+from smolstack.output_files import whole_file
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.image_hash import content_digest
 from smolstack.processor.settings import ImageSettings
@@ -157,16 +157,12 @@ def _write(path: Path, visual: VisualTokens) -> None:
     """Write beside its place, then rename: never half an entry."""
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"rows": visual.rows, "cols": visual.cols, "source": list(visual.source)}
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-    os.close(handle)
-    try:
-        tokens = visual.tokens.detach().cpu().contiguous()
-        save_file({"tokens": tokens}, name, metadata={"image": json.dumps(about)})
-        os.replace(name, path)
-    except SafetensorError as error:  # a full disk, among others
-        raise OSError(str(error)) from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+    tokens = visual.tokens.detach().cpu().contiguous()
+    with whole_file(path, private=True) as beside:
+        try:
+            save_file({"tokens": tokens}, beside, metadata={"image": json.dumps(about)})
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(str(error)) from error
 
 
 def _prune(folder: Path, most: int) -> None:

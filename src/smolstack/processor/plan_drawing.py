@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from smolstack.errors import ImageError
+from smolstack.output_files import whole_file
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource, open_image
 from smolstack.text import plural
@@ -73,16 +72,11 @@ def save_image(drawing: Image.Image, path: Path) -> None:
         raise ImageError(f"{path} ends in {suffix or 'nothing'}, expected .png or .jpg")
     if not path.parent.is_dir():
         raise ImageError(f"{path}: there is no folder {path.parent}")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=suffix)
-    os.close(handle)
-    try:
-        drawing.save(temporary)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except (ValueError, KeyError) as error:
-        raise ImageError(f"{path} cannot be written as {suffix}: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with whole_file(path) as beside:
+        try:
+            drawing.save(beside)
+        except (ValueError, KeyError) as error:
+            raise ImageError(f"{path} cannot be written as {suffix}: {error}") from error
 
 
 def _cell_side(plan: TilePlan) -> int:

@@ -8,7 +8,6 @@ written beside its place and renamed into it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smolstack.errors import ConfigError
-from smolstack.output_files import only_writer
+from smolstack.output_files import only_writer, whole_file
 
 _JOB = "job.json"
 
@@ -88,9 +87,9 @@ class State:
     def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self._begin()
         path = self.folder / f"{name}.safetensors"
-        part = path.with_suffix(".part")
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, str(part))
-        os.replace(part, path)
+        kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        with whole_file(path) as beside:
+            save_file(kept, beside)
 
     def json(self, name: str) -> Any:
         """Data that was kept under a name; None: none."""
@@ -112,9 +111,8 @@ class State:
             self._write(_JOB, self._job)
 
     def _write(self, name: str, data: Any) -> None:
-        part = self.folder / f"{name}.part"
-        part.write_text(json.dumps(data), encoding="utf-8")
-        os.replace(part, self.folder / name)
+        with whole_file(self.folder / name) as beside:
+            beside.write_text(json.dumps(data), encoding="utf-8")
 
     def _json(self, name: str) -> Any:
         try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from smolstack.output_files import whole_file
 from smolstack.train.evaluation import Answered
 
 COLUMNS, SHOWN = 4, 24
@@ -34,9 +34,8 @@ def draw_sheet(answered: Sequence[Answered], path: Path) -> Path:
         for number, (text, color) in enumerate(lines):
             at = (left, top + IMAGE + number * LINE)
             draw.text(at, _fitted(text, font), fill=color, font=font)
-    temporary = path.with_name(f".{path.name}")
-    sheet.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with whole_file(path) as beside:
+        sheet.save(beside, format="PNG")
     return path
 
 

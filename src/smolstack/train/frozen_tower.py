@@ -9,7 +9,6 @@ frozen too, its outputs are kept instead, which are smaller.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from smolstack.model.connector import Idefics3Connector
 from smolstack.model.digest import weights_digest
 from smolstack.model.vision import distinct_tiles
 from smolstack.model.vlm import TILES_AT_ONCE, VisionLanguageModel
+from smolstack.output_files import whole_file
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.image_hash import content_digest
 from smolstack.processor.inputs import ImageInput
@@ -130,13 +130,6 @@ def _load(path: Path) -> dict[str, Tensor] | None:
 def _store(path: Path, entry: dict[str, Tensor]) -> None:
     """Write beside its place, then rename: processes may write the same entry at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    try:
-        temporary.write_bytes(save({name: tensor.cpu() for name, tensor in entry.items()}))
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # write() names no file
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    content = save({name: tensor.cpu() for name, tensor in entry.items()})
+    with whole_file(path) as beside:
+        beside.write_bytes(content)

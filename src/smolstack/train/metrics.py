@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from smolstack.errors import ConfigError
+from smolstack.output_files import whole_file
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 
@@ -29,8 +31,6 @@ class Metrics:
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
-            from smolstack.errors import ConfigError
-
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -71,10 +71,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside its place, then rename."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a text file, complete or not at all."""
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def plot(folder: Path) -> Path | None:
@@ -117,9 +116,8 @@ def plot(folder: Path) -> Path | None:
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
     axes.legend(handles, labels, loc="center right", fontsize=8, framealpha=0.9)
-    temporary = folder / f".{PLOT}"
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, folder / PLOT)
+    with whole_file(folder / PLOT) as beside:
+        figure.savefig(beside, format="png")
     return folder / PLOT
 
 
