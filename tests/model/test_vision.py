@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import smolstack
 from smolstack.config import VisionConfig
 from smolstack.errors import ConfigError, GridError
-from smolstack.model.vision import VisionTower, distinct_tiles, position_ids
+from smolstack.model.tile_passes import distinct_tiles
+from smolstack.model.vision import VisionTower, position_ids
 
 CONFIG = VisionConfig(16, 32, 2, 2, image_size=28, patch_size=8)  # 3x3 patches, 4 pixels unseen
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from smolstack.batch import Batch
 from smolstack.interop.reference import RetrievalReference, model_inputs
-from smolstack.model.vision import distinct_tiles
+from smolstack.model.tile_passes import distinct_tiles
 from smolstack.model.vlm import VisionLanguageModel
 
 ROWS_AT_ONCE = 64  # positions whose logits are compared at a time: bounds the memory of 128k words

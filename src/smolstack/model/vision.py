@@ -180,28 +180,3 @@ def _partial_positions(
         ids[index, :high, :wide] = position_ids(high, wide, side).view(high, wide)
         seen[index, :high, :wide] = True
     return ids.flatten(1), seen.flatten(1)
-
-
-def distinct_tiles(
-    tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None
-) -> tuple[list[int], list[int]]:
-    """Group tiles that are equal to the last bit (and equally filled).
-
-    Returns:
-        The index of the first tile of each group, and for each of the N tiles its group.
-    """
-    firsts: list[int] = []
-    groups: list[int] = []
-    by_sum: dict[tuple[float, tuple[int, int] | None], list[int]] = {}
-    # One tile at a time: summing in float64 makes a copy, eight bytes a number.
-    for index, total in enumerate(float(tile.sum(dtype=torch.float64)) for tile in tiles):
-        part = None if filled is None else filled[index]
-        alike = by_sum.setdefault((total, part), [])  # a sum finds candidates, torch.equal decides
-        same = (g for g in alike if torch.equal(tiles[firsts[g]], tiles[index]))
-        group = next(same, None)
-        if group is None:
-            group = len(firsts)
-            firsts.append(index)
-            alike.append(group)
-        groups.append(group)
-    return firsts, groups

@@ -18,11 +18,11 @@ from smolstack.model.connector import Idefics3Connector
 from smolstack.model.decoder import Decoder
 from smolstack.model.kv_cache import KVCache, RaggedKVCache
 from smolstack.model.quantized import QuantizedLinear, replace_linears
-from smolstack.model.vision import VisionTower, distinct_tiles
+from smolstack.model.tile_passes import in_passes
+from smolstack.model.vision import VisionTower
 
 # Keys and values beside integers: half the bytes of float32, eight times finer than bfloat16.
 CACHE_DTYPE = torch.float16
-TILES_AT_ONCE = 4  # tiles per pass of the tower: bounds its memory whatever the image's size
 
 
 class VisionLanguageModel(nn.Module):
@@ -117,22 +117,21 @@ class VisionLanguageModel(nn.Module):
         looked for.
         """
         grid = self.vision.grid_of(tiles)
-        each = list(range(tiles.shape[0]))
-        firsts, copies = (each, each) if distinct else distinct_tiles(tiles, filled)
-        encoded = []
-        for start in range(0, len(firsts), TILES_AT_ONCE):
-            some = firsts[start : start + TILES_AT_ONCE]
-            pixels = tiles[some].to(device=self.device, dtype=self.dtype)
+
+        def encode(some: Tensor, parts: Sequence[tuple[int, int]] | None) -> Tensor:
+            pixels = some.to(device=self.device, dtype=self.dtype)
             if self._tower_is_compiled:
                 torch._dynamo.maybe_mark_dynamic(pixels, 0)
-            states = self.vision(pixels, None if filled is None else [filled[i] for i in some])
-            encoded.append(self.connector(states, grid))
+            visual: Tensor = self.connector(self.vision(pixels, parts), grid)
+            return visual
+
+        encoded, copies = in_passes(tiles, encode, filled, distinct=distinct)
         if not encoded:
             tokens = (grid[0] // self.config.scale) * (grid[1] // self.config.scale)
             empty = (0, tokens, self.config.text.hidden_size)
             return torch.empty(empty, dtype=self.dtype, device=self.device)
         visual = encoded[0] if len(encoded) == 1 else torch.cat(encoded)
-        return visual if len(firsts) == tiles.shape[0] else visual[copies]
+        return visual if visual.shape[0] == tiles.shape[0] else visual[copies]
 
     def compile_tower(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Let torch.compile have the vision tower and the connector, as one graph each.

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.digest import weights_digest
-from smolstack.model.vision import distinct_tiles
-from smolstack.model.vlm import TILES_AT_ONCE, VisionLanguageModel
+from smolstack.model.tile_passes import in_passes
+from smolstack.model.vlm import VisionLanguageModel
 from smolstack.output_files import whole_file
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.image_hash import content_digest
@@ -96,17 +96,17 @@ class FrozenTower:
         """States of the distinct tiles, and which of them each tile is."""
         model = self.model
         grid = model.vision.grid_of(tiles)
-        firsts, copies = distinct_tiles(tiles)
-        made = []
+
+        def encode(some: Tensor, parts: Sequence[tuple[int, int]] | None) -> Tensor:
+            patches = model.vision(some.to(model.device, model.dtype), parts)
+            if self.projected:
+                visual: Tensor = model.connector(patches, grid)
+                return visual
+            folded = Idefics3Connector.pixel_unshuffle(patches, model.config.scale, grid)
+            return folded.to(torch.bfloat16) if self.autocast else folded
+
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.autocast):
-            for start in range(0, len(firsts), TILES_AT_ONCE):
-                pixels = tiles[firsts[start : start + TILES_AT_ONCE]].to(model.device, model.dtype)
-                patches = model.vision(pixels)
-                if self.projected:
-                    made.append(model.connector(patches, grid))
-                    continue
-                folded = Idefics3Connector.pixel_unshuffle(patches, model.config.scale, grid)
-                made.append(folded.to(torch.bfloat16) if self.autocast else folded)
+            made, copies = in_passes(tiles, encode)
         return {"states": torch.cat(made).contiguous(), "copies": torch.tensor(copies)}
 
     def _path(self, cache: Path, image: ImageSource, plan: TilePlan) -> Path:

@@ -25,8 +25,7 @@ from smolstack.interop.fms.tracing import merge_traced
 from smolstack.interop.fms.weights import weight_layout
 from smolstack.model import packer
 from smolstack.model.connector import Idefics3Connector
-from smolstack.model.vision import distinct_tiles
-from smolstack.model.vlm import TILES_AT_ONCE
+from smolstack.model.tile_passes import in_passes
 
 
 class TokenEmbedding(nn.Embedding):
@@ -235,15 +234,15 @@ class Idefics3(nn.Module):
     ) -> Tensor:
         """Visual tokens of tiles, a few at a time, equal ones once: (N, 3, P, P) → (N, S, D)."""
         grid = self.vision_tower.grid_of(tiles)
-        firsts, copies = distinct_tiles(tiles, filled)
         weight = self.connector.proj.weight
         tokens = (grid[0] // self.config.scale) * (grid[1] // self.config.scale)
-        encoded = [weight.new_empty(0, tokens, weight.shape[0])]
-        for start in range(0, len(firsts), TILES_AT_ONCE):
-            some = firsts[start : start + TILES_AT_ONCE]
-            parts = None if filled is None else [filled[i] for i in some]
-            encoded.append(self.connector(self.vision_tower(tiles[some], parts), grid))
-        return torch.cat(encoded)[copies]
+
+        def encode(some: Tensor, parts: Sequence[tuple[int, int]] | None) -> Tensor:
+            visual: Tensor = self.connector(self.vision_tower(some, parts), grid)
+            return visual
+
+        encoded, copies = in_passes(tiles, encode, filled)
+        return torch.cat([weight.new_empty(0, tokens, weight.shape[0]), *encoded])[copies]
 
     def _visual_tokens(
         self, input_ids: Tensor, images: dict[str, Any]

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from smolstack.model import packer
-from smolstack.model.vlm import TILES_AT_ONCE, VisionLanguageModel
+from smolstack.model.tile_passes import TILES_AT_ONCE
+from smolstack.model.vlm import VisionLanguageModel
 
 # Typed as Any: transformers' own annotations cover parts of it only.
 Pooled: Any = BaseModelOutputWithPooling
