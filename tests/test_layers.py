@@ -22,6 +22,7 @@ ORDER = [
     ("quantization",),
     ("family",),
     ("checkpoint",),
+    ("bridging",),
     ("generation",),
     ("retrieval",),
     ("vlm",),

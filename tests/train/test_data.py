@@ -120,7 +120,15 @@ def test_rows_that_are_none_are_named(rows: Any, words: str) -> None:
         ("{", "example 1 is not valid JSON"),
         ("[]", "expected an object"),
         ('{"a": 1}', r"has the keys \['a'\], expected messages, or an image"),
-        ('{"file_name": "a.png", "text": ""}', "empty answer"),
+        ('{"file_name": "a.png", "text": ""}', "an answer without words"),
+        (
+            '{"file_name": "a.png", "text": "  "}',
+            "leave the example out, or let it say what there is",
+        ),
+        (
+            '{"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}]}',
+            "has conversations, LLaVA's form, expected messages: role",
+        ),
         ('{"messages": "hi"}', "expected a list"),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "more image parts"),
         ('{"images": ["a.png"], "messages": []}', "no image part"),
@@ -159,3 +167,39 @@ def test_places_without_examples_are_named(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("a")
     with pytest.raises(DataError, match=r"expected \.jsonl"):
         open_source(tmp_path / "data.csv", QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer", "words"),
+    [
+        ("<image>\nWhat is it?", "a dog", r'<image> in the text of message 0.*"type": "image"'),
+        ("What is it?", " ", "an answer without words in message 1; leave the example out"),
+        ("What is it?", "it<end_of_utterance>", "ends a turn; leave it out"),
+    ],
+)
+def test_what_trainers_bring_from_elsewhere_gets_a_remedy(
+    make_recipe: MakeRecipe, tmp_path: Path, asked: str, answer: str, words: str
+) -> None:
+    draw("1", 1).save(tmp_path / "a.png")
+    row = {
+        "images": [str(tmp_path / "a.png")],
+        "messages": [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ],
+    }
+    with pytest.raises(DataError, match=words):
+        train(make_recipe(), rows=[row], quiet=True)
+
+
+def test_a_truncated_image_is_found_before_training(
+    make_recipe: MakeRecipe, data: Path, tmp_path: Path
+) -> None:
+    whole = (data / "images" / "3.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    lines = [chat(str(data / "images" / f"{i}.png"), ANSWERS[i]) for i in range(10)]
+    lines[7] = chat(str(tmp_path / "cut.png"), "345")
+    recipe = make_recipe(output=str(tmp_path / "run"))
+    with pytest.raises(DataError, match=r"row 7: .*cut\.png"):
+        train(recipe, rows=lines, quiet=True)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))

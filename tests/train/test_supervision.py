@@ -41,10 +41,10 @@ def supervise(
     return supervisor(Example("the example", tuple(messages)))
 
 
-def spans(lesson: TokenizedExample, processor: Processor) -> list[str]:
+def spans(tokenized: TokenizedExample, processor: Processor) -> list[str]:
     """The texts that carry loss, span by span."""
     texts, span = [], []
-    for label in [*lesson.labels, IGNORED]:
+    for label in [*tokenized.labels, IGNORED]:
         if label != IGNORED:
             span.append(label)
         elif span:
@@ -64,9 +64,9 @@ def conversation(*answers: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("template", [None, CHATML], ids=["of the family", "chatml"])
 def test_only_the_answers_and_their_ends_carry_loss(vlm: VLM, template: str | None) -> None:
     system = {"role": "system", "content": "You are brief."}
-    lesson = supervise(vlm, [system, *conversation("the answer", "no more")], template)
+    tokenized = supervise(vlm, [system, *conversation("the answer", "no more")], template)
     space = " " if template is None else ""
-    assert spans(lesson, vlm.processor) == [
+    assert spans(tokenized, vlm.processor) == [
         f"{space}the answer<end_of_utterance>",
         f"{space}no more<end_of_utterance>",
     ]
@@ -74,10 +74,10 @@ def test_only_the_answers_and_their_ends_carry_loss(vlm: VLM, template: str | No
 
 def test_the_tokens_before_an_answer_are_those_of_the_prompt_when_asked(vlm: VLM) -> None:
     messages = conversation("the answer")
-    lesson = supervise(vlm, messages)
-    start = next(i for i, label in enumerate(lesson.labels) if label != IGNORED)
+    tokenized = supervise(vlm, messages)
+    start = next(i for i, label in enumerate(tokenized.labels) if label != IGNORED)
     asked = vlm.processor.prepare(messages[:-1], split=False)
-    assert lesson.token_ids[:start] == asked.token_ids
+    assert tokenized.token_ids[:start] == asked.token_ids
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_an_example_that_would_be_cut_is_refused_by_name(vlm: VLM) -> None:
         ([{"role": "assistant", "content": "Hi"}], "begins with the assistant"),
         (chat(None, "x")["messages"], "image part without an image"),
         (chat("/no/such.png", "x")["messages"], "found no file"),
-        (conversation("an <image> in words"), "<image> in its text"),
+        (conversation("an <image> in words"), "<image> in the text of message 1"),
         (conversation("<end_of_utterance> too soon"), "<end_of_utterance> in its text"),
         ([*conversation("a"), {"role": "judge", "content": "b"}], "expected a role"),
         ([*conversation("a"), IMAGED], "image in the assistant"),
@@ -121,7 +121,7 @@ def test_chats_that_teach_nothing_are_refused_by_name(vlm: VLM, messages: Any, w
 
 
 def test_the_mask_can_be_seen(vlm: VLM) -> None:
-    lesson = supervise(vlm, conversation("the answer"))
-    shown = mask_shown(lesson, vlm.processor).plain
+    tokenized = supervise(vlm, conversation("the answer"))
+    shown = mask_shown(tokenized, vlm.processor).plain
     assert shown.endswith("\nAssistant:⟦ the answer<end_of_utterance>⟧\n")
     assert "<global-img><image>×4<fake_token_around_image>What does it say?" in shown

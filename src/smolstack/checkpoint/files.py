@@ -36,6 +36,12 @@ _TRAINED = (
     "; a Trainer saves the processor's files where it is given processing_class=processor, and "
     "AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER) adds them afterwards"
 )
+# Models that are a tower of this family's, and what makes a whole model of them.
+_TOWERS = {
+    "llama": ("a language model", "smolstack bridge VISION {} OUT"),
+    "siglip": ("a vision tower", "smolstack bridge {} TEXT OUT"),
+    "siglip_vision_model": ("a vision tower", "smolstack bridge {} TEXT OUT"),
+}
 MAX_JSON_BYTES = 256 * 2**20
 
 
@@ -96,6 +102,12 @@ def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
         return own if base is None or own.is_file() else base / name
 
     config = read_json((base or folder) / "config.json")
+    if config.get("model_type") in _TOWERS and "scale_factor" not in config:
+        kind, order = _TOWERS[config["model_type"]]
+        raise CheckpointError(
+            f"{folder} is {kind} alone (model_type {config['model_type']!r}); "
+            f"{order.format(folder)} makes a model of two towers"
+        )
     processor = _optional(place("processor_config.json"))
     image: Mapping[str, Any] = _optional(place("preprocessor_config.json"))
     nested = processor.get("image_processor")
@@ -122,7 +134,7 @@ def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
         processor=processor,
         generation=_optional(place("generation_config.json")),
         tokenizer_config=tokenizer_config,
-        chat_template=_chat_template(place, processor, tokenizer_config),
+        chat_template=chat_template_of(place, processor, tokenizer_config),
         side={n: place(n).read_bytes() for n in SIDE_FILES if place(n).is_file()},
         notes=(*told, *more, *_unlike_transformers(config)),
     )
@@ -161,7 +173,7 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _chat_template(
+def chat_template_of(
     place: Callable[[str], Path], processor: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
 ) -> str | None:
     """The chat template, newest place first; a list of named ones means its "default"."""

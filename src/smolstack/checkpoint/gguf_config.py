@@ -44,14 +44,14 @@ def files_of(where: ModelPath, text: GgufFile, vision: GgufFile) -> CheckpointFi
         "image_token_id": image_token,
         "scale_factor": vision.value("clip.vision.projector.scale_factor", int),
         "tie_word_embeddings": "output.weight" not in text.tensors,
-        "text_config": _text(text, vocabulary),
+        "text_config": text_config(text, vocabulary),
         "vision_config": _vision(vision),
     }
     _check_pair(text, vision, config)
     image, notes = _image(vision)
     tokens_per_tile = ModelConfig.from_hf(config).tokens_per_tile
     processor = {"processor_class": "Idefics3Processor", "image_seq_len": tokens_per_tile}
-    generation = {"eos_token_id": _ends(text, vocabulary)}
+    generation = {"eos_token_id": end_ids(text, vocabulary)}
     template = text.value("tokenizer.chat_template", str, None)
     side: dict[str, Any] = {
         "preprocessor_config.json": image,
@@ -75,7 +75,8 @@ def files_of(where: ModelPath, text: GgufFile, vision: GgufFile) -> CheckpointFi
     )
 
 
-def _text(file: GgufFile, vocabulary: Vocabulary) -> dict[str, Any]:
+def text_config(file: GgufFile, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The ``text_config`` of a language model's file."""
     hidden, heads = (
         file.value(f"llama.{key}", int) for key in ("embedding_length", "attention.head_count")
     )
@@ -224,7 +225,7 @@ def _check_pair(text: GgufFile, vision: GgufFile, config: dict[str, Any]) -> Non
         )
 
 
-def _ends(file: GgufFile, vocabulary: Vocabulary) -> list[int]:
+def end_ids(file: GgufFile, vocabulary: Vocabulary) -> list[int]:
     """Tokens that end an answer: those that the file names, and the family's end of a turn."""
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     named = [file.value(key, int, None) for key in keys]

@@ -6,8 +6,9 @@ Metadata becomes the files that a folder would have, tensors get their Hugging F
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import numpy.typing as npt
 from smolstack.checkpoint.entries import Stored
 from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.gguf_blocks import to_floats
-from smolstack.checkpoint.gguf_config import files_of
+from smolstack.checkpoint.gguf_config import files_of, text_config
 from smolstack.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
+from smolstack.checkpoint.gguf_tokenizer import Vocabulary, read_vocabulary
 from smolstack.checkpoint.hub import GGUF, ModelPath
 from smolstack.checkpoint.weights import Entry
 from smolstack.errors import CheckpointError
@@ -89,6 +91,10 @@ def open_gguf(where: ModelPath) -> tuple[CheckpointFiles, Stored]:
     _check_role(vision, "clip")
     files = files_of(where, text, vision)
     held = _held(text, files.config["text_config"]) | _held(vision, None)
+    return files, _stored(where.path.parent, held)
+
+
+def _stored(folder: Path, held: Mapping[str, _Held]) -> Stored:
     entries = {
         name: Entry(
             one.file.path.name,
@@ -103,7 +109,20 @@ def open_gguf(where: ModelPath) -> tuple[CheckpointFiles, Stored]:
         for name in held if names is None else names:
             yield name, held[name].read()
 
-    return files, Stored(where.path.parent, entries, read)
+    return Stored(folder, entries, read)
+
+
+def open_gguf_text(path: Path) -> tuple[GgufFile, Vocabulary, dict[str, Any], Stored]:
+    """A language model's GGUF file alone: header, tokenizer, ``text_config`` and weights.
+
+    Raises:
+        CheckpointError: as :func:`open_gguf`.
+    """
+    text = read_gguf(path)
+    _check_role(text, "llama")
+    vocabulary = read_vocabulary(text)
+    config = text_config(text, vocabulary)
+    return text, vocabulary, config, _stored(path.parent, _held(text, config))
 
 
 def _check_role(file: GgufFile, expected: str) -> None:

@@ -133,7 +133,7 @@ def _floats(
     that no whole copy of the model is ever made; beside stored integers they are float32."""
     if config.quantization is not None:
         return torch.float32
-    return _stored_dtype(entries) if dtype in QUANTIZED else choose_dtype(dtype, entries, device)
+    return stored_dtype(entries) if dtype in QUANTIZED else choose_dtype(dtype, entries, device)
 
 
 def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device) -> torch.dtype:
@@ -144,13 +144,13 @@ def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device)
                 f"dtype is {dtype!r}, expected auto or one of {[*DTYPES, *QUANTIZED]}"
             )
         return DTYPES[dtype]
-    own = _stored_dtype(entries)
+    own = stored_dtype(entries)
     if device.type == "cpu" and own != torch.float32 and not _cpu_computes_in(own):
         return torch.float32
     return own
 
 
-def _stored_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
+def stored_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
     """The number format that most of the float weights are stored in."""
     stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     sizes = dict.fromkeys(stored, 0)

@@ -92,7 +92,11 @@ def unlike(entry: Entry, expected: Tensor) -> str:
 
 def compare(config: ModelConfig, entries: Mapping[str, Entry]) -> Comparison:
     """Compare names and shapes; ``config`` must be settled (:func:`settle_head`)."""
-    expected = expected_weights(config)
+    return compare_weights(expected_weights(config), entries)
+
+
+def compare_weights(expected: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> Comparison:
+    """Compare the names and shapes of weights that are expected with those that are stored."""
     differences = {
         name: unlike(entries[name], weight)
         for name, weight in sorted(expected.items())

@@ -18,6 +18,7 @@ from smolstack import __version__
 from smolstack.cli import (
     ask,
     bench,
+    bridge,
     chat,
     console,
     convert,
@@ -123,6 +124,7 @@ app.command(cls=Once, epilog=_lines(inspect.EXAMPLES))(inspect.inspect)
 app.command(cls=Once, epilog=_lines(verify.EXAMPLES))(verify.verify)
 app.command(cls=Once, epilog=_lines(diff.EXAMPLES))(diff.diff)
 app.command(cls=Once, epilog=_lines(new.EXAMPLES))(new.new)
+app.command(cls=Once, epilog=_lines(bridge.EXAMPLES))(bridge.bridge)
 app.command(cls=Once, epilog=_lines(train.EXAMPLES))(train.train)
 app.command(cls=Once, epilog=_lines(quantize.EXAMPLES))(quantize.quantize)
 app.command(cls=Once, epilog=_lines(bench.EXAMPLES))(bench.bench)

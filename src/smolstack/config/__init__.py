@@ -12,6 +12,13 @@ from __future__ import annotations
 from smolstack.config.model import ModelConfig
 from smolstack.config.reading import as_ids
 from smolstack.config.text import RopeConfig, TextConfig
-from smolstack.config.vision import VisionConfig
+from smolstack.config.vision import SIGLIP_DEFAULTS, VisionConfig
 
-__all__ = ["ModelConfig", "RopeConfig", "TextConfig", "VisionConfig", "as_ids"]
+__all__ = [
+    "SIGLIP_DEFAULTS",
+    "ModelConfig",
+    "RopeConfig",
+    "TextConfig",
+    "VisionConfig",
+    "as_ids",
+]

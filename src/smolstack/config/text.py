@@ -57,9 +57,8 @@ class RopeConfig:
             raise ConfigError(f"text_config.rope_theta is {self.theta}, expected a positive number")
 
     @classmethod
-    def from_hf(cls, text: Mapping[str, Any]) -> RopeConfig:
+    def from_hf(cls, text: Mapping[str, Any], where: str = "config.json text_config") -> RopeConfig:
         """Read from a ``text_config``: old files keep rope_theta beside, new ones inside."""
-        where = "config.json text_config"
         inner = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(inner, Mapping):
             raise ConfigError(f"{where}.rope_parameters is {inner!r}, expected an object")
@@ -136,9 +135,12 @@ class TextConfig:
             )
 
     @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> TextConfig:
-        """Build from the ``text_config`` object of a config.json."""
-        where = "config.json text_config"
+    def from_hf(cls, data: Mapping[str, Any], where: str = "config.json text_config") -> TextConfig:
+        """Build from the ``text_config`` object of a config.json, or from a LlamaForCausalLM's.
+
+        Args:
+            where: what errors call the object.
+        """
         if data.get("model_type", "llama") != "llama":
             raise ConfigError(f"{where}.model_type is {data['model_type']!r}, expected 'llama'")
         refuse_other_values(where, data, _UNSUPPORTED)
@@ -149,7 +151,7 @@ class TextConfig:
         kv_heads = data.get("num_key_value_heads")
         eos = data.get("eos_token_id")
         return cls(
-            rope=RopeConfig.from_hf(data),
+            rope=RopeConfig.from_hf(data, where),
             vocab_size=get.integer("vocab_size"),
             hidden_size=hidden,
             intermediate_size=get.integer("intermediate_size"),

@@ -9,7 +9,7 @@ from typing import Any
 from smolstack.config.reading import ACTIVATIONS, Reader, activation_name, divides, one_of, positive
 from smolstack.errors import ConfigError
 
-# Class defaults of transformers 5.24's Idefics3VisionConfig.
+# Class defaults of transformers 5.24's Idefics3VisionConfig and SiglipVisionConfig.
 _VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 1152,
     "intermediate_size": 3072,
@@ -20,6 +20,12 @@ _VISION_DEFAULTS: dict[str, Any] = {
     "patch_size": 32,
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
+}
+SIGLIP_DEFAULTS: dict[str, Any] = {
+    **_VISION_DEFAULTS,
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "patch_size": 16,
 }
 
 
@@ -54,9 +60,19 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> VisionConfig:
-        """Build from the ``vision_config`` object of a config.json."""
-        get = Reader("config.json vision_config", data, _VISION_DEFAULTS)
+    def from_hf(
+        cls,
+        data: Mapping[str, Any],
+        where: str = "config.json vision_config",
+        defaults: Mapping[str, Any] | None = None,
+    ) -> VisionConfig:
+        """Build from the ``vision_config`` object of a config.json, or from a SigLIP's.
+
+        Args:
+            where: what errors call the object.
+            defaults: of keys that are left out; None: Idefics3VisionConfig's.
+        """
+        get = Reader(where, data, _VISION_DEFAULTS if defaults is None else defaults)
         return cls(
             hidden_size=get.integer("hidden_size"),
             intermediate_size=get.integer("intermediate_size"),

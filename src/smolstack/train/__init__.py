@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolstack.train.bridge import bridge_towers
+    from smolstack.bridging import bridge_towers
     from smolstack.train.recipe import Data, Evaluation, Lora, Recipe, Stage
     from smolstack.train.trainer import Trained, train
 
@@ -21,7 +21,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Stage": "recipe",
     "Trained": "trainer",
-    "bridge_towers": "bridge",
+    "bridge_towers": "smolstack.bridging",
     "train": "trainer",
 }
 __all__ = ["Data", "Evaluation", "Lora", "Recipe", "Stage", "Trained", "bridge_towers", "train"]
@@ -30,6 +30,7 @@ __all__ = ["Data", "Evaluation", "Lora", "Recipe", "Stage", "Trained", "bridge_t
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'smolstack.train' has no attribute {name!r}")
-    value = getattr(import_module(f"smolstack.train.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    value = getattr(import_module(home if "." in home else f"smolstack.train.{home}"), name)
     globals()[name] = value
     return value

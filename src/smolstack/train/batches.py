@@ -1,4 +1,4 @@
-"""From lessons to tensors: the order of examples, and micro-batches padded on the right."""
+"""From tokenized_examples to tensors: the order of examples, and micro-batches padded on the right."""
 
 from __future__ import annotations
 
@@ -59,17 +59,19 @@ class MicroBatch:
 
 
 def collate(
-    lessons: Sequence[TokenizedExample], pad_id: int, processor: Processor | None
+    tokenized_examples: Sequence[TokenizedExample], pad_id: int, processor: Processor | None
 ) -> MicroBatch:
     """TokenizedExamples as one micro-batch, their images cut into tiles if a processor is given."""
-    longest = max(len(lesson.token_ids) for lesson in lessons)
-    token_ids = torch.full((len(lessons), longest), pad_id, dtype=torch.long)
+    longest = max(len(tokenized.token_ids) for tokenized in tokenized_examples)
+    token_ids = torch.full((len(tokenized_examples), longest), pad_id, dtype=torch.long)
     labels = torch.full_like(token_ids, IGNORED)
-    for row, lesson in enumerate(lessons):
-        token_ids[row, : len(lesson.token_ids)] = torch.tensor(lesson.token_ids)
-        labels[row, : len(lesson.labels)] = torch.tensor(lesson.labels)
+    for row, tokenized in enumerate(tokenized_examples):
+        token_ids[row, : len(tokenized.token_ids)] = torch.tensor(tokenized.token_ids)
+        labels[row, : len(tokenized.labels)] = torch.tensor(tokenized.labels)
     images = tuple(
-        pair for lesson in lessons for pair in zip(lesson.images, lesson.plans, strict=True)
+        pair
+        for tokenized in tokenized_examples
+        for pair in zip(tokenized.images, tokenized.plans, strict=True)
     )
     pixels = None
     if processor is not None and images:
@@ -77,7 +79,7 @@ def collate(
     return MicroBatch(
         token_ids,
         labels,
-        tuple(sum(plan.tiles for plan in lesson.plans) for lesson in lessons),
+        tuple(sum(plan.tiles for plan in tokenized.plans) for tokenized in tokenized_examples),
         images,
         pixels,
     )
@@ -116,7 +118,7 @@ class StepBatches(torch.utils.data.Dataset[list[MicroBatch]]):
     (step + 1) · batch of the order, dealt out to the processes one by one.
 
     Args:
-        source, supervisor: where lessons come from.
+        source, supervisor: where tokenized_examples come from.
         seed: of the order.
         batch: examples per step over all processes.
         micro_batch: examples per forward pass.
@@ -144,15 +146,21 @@ class StepBatches(torch.utils.data.Dataset[list[MicroBatch]]):
     def __getitem__(self, step: int) -> list[MicroBatch]:
         first = step * self.batch
         mine = range(first + self.rank, first + self.batch, self.processes)
-        lessons = [self.supervisor(self.source[self.order[position]]) for position in mine]
-        return batches_of(lessons, self.micro_batch, self.supervisor.processor, cut=self.cut)
+        tokenized_examples = [
+            self.supervisor(self.source[self.order[position]]) for position in mine
+        ]
+        return batches_of(
+            tokenized_examples, self.micro_batch, self.supervisor.processor, cut=self.cut
+        )
 
 
 def batches_of(
-    lessons: Sequence[TokenizedExample], size: int, processor: Processor, *, cut: bool
+    tokenized_examples: Sequence[TokenizedExample], size: int, processor: Processor, *, cut: bool
 ) -> list[MicroBatch]:
     """TokenizedExamples in micro-batches of ``size``, in order."""
     return [
-        collate(lessons[start : start + size], processor.pad_id, processor if cut else None)
-        for start in range(0, len(lessons), size)
+        collate(
+            tokenized_examples[start : start + size], processor.pad_id, processor if cut else None
+        )
+        for start in range(0, len(tokenized_examples), size)
     ]

@@ -17,6 +17,8 @@ from smolstack.processor.folders import PassedOver, search
 
 SUFFIXES = frozenset([*formats.SUFFIXES, *pages.SUFFIXES])  # of images and PDF files, as ask's
 _log = logging.getLogger("smolstack")
+# The remedy for an answer that teaches a model to say nothing at all.
+NO_WORDS = "leave the example out, or let it say what there is (none, say)"
 METADATA = "metadata.jsonl"
 FILE_KEYS, ANSWER_KEYS = ("file_name", "image", "picture"), ("text", "answer", "caption")
 
@@ -193,6 +195,12 @@ def read_row(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[
     if messages is not None:
         return _chat(name, messages, images, folder)
     answer = next((row[key] for key in ANSWER_KEYS if isinstance(row.get(key), str)), None)
+    if isinstance(row.get("conversations"), Sequence):
+        raise DataError(
+            f"{name} has conversations, LLaVA's form, expected messages: role (user, assistant) "
+            "and content in the place of from and value, and an image part "
+            '{"type": "image"} in the place of each <image>'
+        )
     if not images or answer is None:
         raise DataError(
             f"{name} has the keys {sorted(row)}, expected messages, or an image under one of "
@@ -219,8 +227,8 @@ def question_and_answer(
     name: str, images: Sequence[Any], question: str, answer: str
 ) -> tuple[Mapping[str, Any], ...]:
     """The chat of one question about images and its answer."""
-    if not answer:
-        raise DataError(f"{name} has an empty answer; there is nothing to learn from it")
+    if not answer.strip():
+        raise DataError(f"{name} has an answer without words; {NO_WORDS}")
     asked: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     asked.append({"type": "text", "text": question})
     return (

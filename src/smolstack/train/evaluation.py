@@ -120,8 +120,10 @@ class Evaluator:
         device, processor = self.vlm.device, self.vlm.processor
         for start in range(0, len(self.source), self.micro_batch):
             some = range(start, min(start + self.micro_batch, len(self.source)))
-            lessons = [self.supervisor(self.source[index]) for index in some]
-            for batch in batches_of(lessons, self.micro_batch, processor, cut=tower is None):
+            tokenized_examples = [self.supervisor(self.source[index]) for index in some]
+            for batch in batches_of(
+                tokenized_examples, self.micro_batch, processor, cut=tower is None
+            ):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
                     total += float(loss(with_states(batch, tower).to(device)))
                 tokens += batch.supervised
@@ -132,10 +134,10 @@ class Evaluator:
         answered = []
         for start in range(0, count, AT_ONCE):
             examples = [self.source[i] for i in range(start, min(start + AT_ONCE, count))]
-            lessons = [self.supervisor(example) for example in examples]
+            tokenized_examples = [self.supervisor(example) for example in examples]
             chats = [
-                self._asked(example.messages, lesson, tower)
-                for example, lesson in zip(examples, lessons, strict=True)
+                self._asked(example.messages, tokenized, tower)
+                for example, tokenized in zip(examples, tokenized_examples, strict=True)
             ]
             answers = self.vlm.ask_many(
                 chats,
@@ -143,24 +145,26 @@ class Evaluator:
                 keep_special_tokens=self.settings.keep_special_tokens,
                 **self.supervisor.tiling,
             )
-            for example, lesson, answer in zip(examples, lessons, answers, strict=True):
-                answered.append(_compared(example.name, example.messages, lesson, answer.text))
+            for example, tokenized, answer in zip(
+                examples, tokenized_examples, answers, strict=True
+            ):
+                answered.append(_compared(example.name, example.messages, tokenized, answer.text))
         return answered
 
     def _asked(
         self,
         messages: Sequence[Mapping[str, Any]],
-        lesson: TokenizedExample,
+        tokenized: TokenizedExample,
         tower: FrozenTower | None,
     ) -> list[Mapping[str, Any]]:
         """The chat up to its last answer, its images as visual tokens if a tower is frozen."""
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         asked = list(messages[:last])
-        if tower is None or not lesson.images:
+        if tower is None or not tokenized.images:
             return asked
         visual = iter(
             self._projected(tower, as_source(image), plan)
-            for image, plan in zip(lesson.images, lesson.plans, strict=True)
+            for image, plan in zip(tokenized.images, tokenized.plans, strict=True)
         )
         return [_with_images(message, visual) for message in asked]
 
@@ -188,12 +192,12 @@ def _with_images(message: Mapping[str, Any], visual: Any) -> Mapping[str, Any]:
 
 
 def _compared(
-    name: str, messages: Sequence[Mapping[str, Any]], lesson: TokenizedExample, answer: str
+    name: str, messages: Sequence[Mapping[str, Any]], tokenized: TokenizedExample, answer: str
 ) -> Answered:
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     image = None
-    if lesson.images:
-        image = open_image(as_source(lesson.images[0]))
+    if tokenized.images:
+        image = open_image(as_source(tokenized.images[0]))
         image.thumbnail((320, 240))
     question = _text(messages[last - 1]) if last else ""
     return Answered(name, question, _text(messages[last]).strip(), answer.strip(), image)

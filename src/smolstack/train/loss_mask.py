@@ -17,7 +17,7 @@ from smolstack.processor.geometry import TilePlan, Tiling
 from smolstack.processor.inputs import ImageInput
 from smolstack.processor.processor import Processor
 from smolstack.processor.prompt import Message, expand_placeholders, split_messages
-from smolstack.train.data import Example
+from smolstack.train.data import NO_WORDS, Example
 
 IGNORED = -100
 
@@ -46,12 +46,12 @@ class TokenizedExample:
 
 
 class Supervisor:
-    """Turns examples into lessons.
+    """Turns examples into tokenized_examples.
 
     Args:
         processor: chat template, planner and tokenizer of the checkpoint.
         end_ids: tokens that end the assistant's turn.
-        max_tokens: the longest lesson; 0 is the model's context.
+        max_tokens: the longest tokenized; 0 is the model's context.
         tiling: how images become tiles.
     """
 
@@ -68,7 +68,7 @@ class Supervisor:
         self.tiling: Tiling = tiling or {}
 
     def __call__(self, example: Example) -> TokenizedExample:
-        """The lesson of an example.
+        """The tokenized of an example.
 
         Raises:
             DataError: naming the example: a malformed chat, no answer in it, more tokens than the
@@ -139,19 +139,29 @@ class Supervisor:
             raise DataError(f"{name} begins with the assistant's message, expected a question")
         if any(image is None for image in images):
             raise DataError(f"{name} has an image part without an image")
-        tokenizer = self.processor.tokenizer
-        forbidden = [self.processor.markers.image]
-        forbidden += [t for t in map(tokenizer.token, self.end_ids) if t is not None]
-        for message in messages:
-            text = "".join(part.get("text", "") for part in message["content"])
-            for token in forbidden:
-                if token in text:
-                    raise DataError(
-                        f"{name} has {token} in its text, which has a meaning of its own"
-                    )
         for message in answers:
             if any(part["type"] == "image" for part in message["content"]):
                 raise DataError(f"{name} has an image in the assistant's message")
+        tokenizer = self.processor.tokenizer
+        image = self.processor.markers.image
+        ends = [t for t in map(tokenizer.token, self.end_ids) if t is not None]
+        for place, message in enumerate(messages):
+            text = "".join(part.get("text", "") for part in message["content"])
+            if image in text:
+                raise DataError(
+                    f"{name} has {image} in the text of message {place}, expected a part of its "
+                    'own in its place: "content": [{"type": "image"}, {"type": "text", "text": …}]'
+                )
+            for token in ends:
+                if token in text:
+                    raise DataError(
+                        f"{name} has {token} in its text, which ends a turn; leave it out, the "
+                        "chat template writes it"
+                    )
+            if message["role"] == "assistant" and not text.strip():
+                raise DataError(
+                    f"{name} has an answer without words in message {place}; {NO_WORDS}"
+                )
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> list[int]:

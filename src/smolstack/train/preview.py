@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from rich.text import Text
 
-from smolstack.errors import DataError
+from smolstack.batch import VisualTokens
+from smolstack.errors import DataError, ImageError
+from smolstack.processor.inputs import ImageInput
 from smolstack.processor.processor import Processor
+from smolstack.processor.tiles import open_image
 from smolstack.train.data import Source
 from smolstack.train.loss_mask import IGNORED, Supervisor, TokenizedExample
 from smolstack.train.progress import Display
 
 COUNTED = 200  # examples that are counted where not all are checked
+DECODERS, AT_ONCE = 4, 32  # threads that decode images, examples that they are given together
 
 
 @dataclass
@@ -27,12 +34,12 @@ class Counts:
     supervised: int = 0
     longest: int = 0
 
-    def add(self, lesson: TokenizedExample) -> None:
+    def add(self, tokenized: TokenizedExample) -> None:
         self.examples += 1
-        self.tokens += len(lesson.token_ids)
-        self.visual += sum(plan.visual_tokens for plan in lesson.plans)
-        self.supervised += lesson.supervised
-        self.longest = max(self.longest, len(lesson.token_ids))
+        self.tokens += len(tokenized.token_ids)
+        self.visual += sum(plan.visual_tokens for plan in tokenized.plans)
+        self.supervised += tokenized.supervised
+        self.longest = max(self.longest, len(tokenized.token_ids))
 
     def sentence(self) -> str:
         """The counts in words."""
@@ -59,9 +66,9 @@ def show_examples(
     for number, (name, source) in enumerate(sources.items()):
         counts, shown = Counts(), None
         display.begin(f"checking {name} examples", len(source))
-        for lesson in _lessons_to_check(source, supervisor, everything=everything):
-            counts.add(lesson)
-            shown = shown or lesson
+        for tokenized in _examples_to_check(source, supervisor, everything=everything):
+            counts.add(tokenized)
+            shown = shown or tokenized
             display.advance()
         display.end()
         if shown is None:
@@ -72,17 +79,52 @@ def show_examples(
             display.say(mask_shown(shown, supervisor.processor))
 
 
-def _lessons_to_check(
+def _examples_to_check(
     source: Source, supervisor: Supervisor, *, everything: bool
 ) -> Iterator[TokenizedExample]:
-    for index in range(len(source) if everything else min(len(source), COUNTED)):
-        yield supervisor(source[index])
+    """Examples whose images can be decoded to the end; a truncated file is found here, and
+    not hours later."""
+    count = len(source) if everything else min(len(source), COUNTED)
+    seen: set[str] = set()
+    with ThreadPoolExecutor(max(1, min(DECODERS, os.cpu_count() or 1))) as pool:
+        for start in range(0, count, AT_ONCE):
+            some = range(start, min(start + AT_ONCE, count))
+            tokenized_examples = [supervisor(source[index]) for index in some]
+            checks = [
+                pool.submit(_decode, tokenized.name, p)
+                for tokenized, p in _new(tokenized_examples, seen)
+            ]
+            for check in checks:
+                check.result()
+            yield from tokenized_examples
 
 
-def mask_shown(lesson: TokenizedExample, processor: Processor) -> Text:
-    """The lesson's text; what carries loss stands in ⟦ ⟧ (and bold green on a terminal)."""
+def _new(
+    tokenized_examples: Sequence[TokenizedExample], seen: set[str]
+) -> Iterator[tuple[TokenizedExample, ImageInput]]:
+    """TokenizedExamples and their images, a file once for all the tokenized_examples that show it."""
+    for tokenized in tokenized_examples:
+        for image in tokenized.images:
+            if isinstance(image, (str, Path)):
+                if str(image) in seen:
+                    continue
+                seen.add(str(image))
+            yield tokenized, image
+
+
+def _decode(name: str, image: ImageInput) -> None:
+    if isinstance(image, VisualTokens):
+        return
+    try:
+        open_image(image)
+    except ImageError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
+def mask_shown(tokenized: TokenizedExample, processor: Processor) -> Text:
+    """The tokenized's text; what carries loss stands in ⟦ ⟧ (and bold green on a terminal)."""
     shown = Text()
-    pairs = list(zip(lesson.token_ids, lesson.labels, strict=True))
+    pairs = list(zip(tokenized.token_ids, tokenized.labels, strict=True))
     for carries, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
         ids = [token for token, _ in run]
         if carries:

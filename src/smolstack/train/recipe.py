@@ -82,7 +82,8 @@ class Data:
         question: asked about every image of a folder that gives answers alone.
         max_tokens: the longest example; longer ones are refused by name. 0: the model's context.
         split, max_image_tokens, upscale: see smolstack.processor.geometry.Tiling.
-        check: read every example's text and image sizes before the first step.
+        check: read every example's text and decode its images before the first step; False:
+            the first 200 examples'.
         workers: processes that read and cut images ahead; 0: none.
     """
 

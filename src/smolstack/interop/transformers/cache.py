@@ -74,8 +74,12 @@ class GrowingLayer(_DynamicLayer):  # type: ignore[misc]
 
 
 def new_cache(layers: int) -> Cache:
-    """An empty cache of growing layers, for smolstack's and for transformers' own models."""
-    return Cache(layers=[GrowingLayer() for _ in range(layers)])
+    """An empty DynamicCache of growing layers, for smolstack's and transformers' own models."""
+    dynamic: Any = cache_utils.DynamicCache
+    cache: Cache = dynamic()
+    cache.layers = [GrowingLayer() for _ in range(layers)]
+    cache.layer_class_to_replicate = None  # all layers are there
+    return cache
 
 
 class BorrowedCache(KVCache):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from smolstack.backends import accelerate
 from smolstack.checkpoint import keys
 from smolstack.config import ModelConfig
 from smolstack.errors import ConfigError
+from smolstack.interop.transformers.recognise import drops, identity, is_plain
 from smolstack.model.vlm import VisionLanguageModel
 
 
@@ -27,8 +29,8 @@ def build_engine(base: Any) -> VisionLanguageModel | None:
     Nothing is copied: gradients, moves between devices and changes of dtype are seen by both.
 
     Returns:
-        None when the model is not plainly what its config says: adapters, quantized layers,
-        modules that are spread over devices or have hooks.
+        None when the model is not plainly what its config says: adapters, layers of other classes,
+        modules that are spread over devices or have hooks (recognise.py).
     """
     try:
         config = replace(config_of(base), tied=True, embedding_dim=None)
@@ -38,7 +40,7 @@ def build_engine(base: Any) -> VisionLanguageModel | None:
         return None
     theirs = dict(base.named_parameters())
     names = {keys.to_hf(name).removeprefix("model."): name for name in engine.state_dict()}
-    if set(theirs) != set(names) or any(map(_is_watched, base.modules())):
+    if set(theirs) != set(names) or not is_plain(base):
         return None
     for name, parameter in theirs.items():
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
@@ -53,35 +55,27 @@ def build_engine(base: Any) -> VisionLanguageModel | None:
     return accelerate(engine.train(base.training))
 
 
-def _is_watched(part: nn.Module) -> bool:
-    """Whether somebody else's hook waits for this module to be called.
-
-    transformers' own hooks collect states and attentions for calls that ask for them; those calls
-    run on transformers' own modules anyway.
-    """
-    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-    owners = (str(getattr(hook, "__module__", "")) for hook in hooks)
-    return hasattr(part, "_hf_hook") or not all(o.startswith("transformers.") for o in owners)
-
-
 class EngineHolder:
     """Builds the engine when it is first needed, and again when parameters were exchanged."""
 
     def __init__(self) -> None:
         self._engine: VisionLanguageModel | None = None
-        self._built_from: tuple[int, ...] = ()
+        self._built_from: tuple[Hashable, ...] = ()
+        self._drops = False
         self._owner: weakref.ref[Any] | None = None
 
     def get(self, base: Any, *, check: bool) -> VisionLanguageModel | None:
-        """The engine of ``base``; ``check`` looks whether its parameters are still the same."""
+        """The engine of ``base``, None where it is not plainly transformers' own.
+
+        ``check`` looks whether its modules and parameters are still the same.
+        """
         mine = self._owner is not None and self._owner() is base
         if check or not mine:
-            watched = any(map(_is_watched, base.modules()))
-            found = (int(watched), *map(id, base.parameters()))
+            found, self._drops = identity(base), drops(base)
             if found != self._built_from or not mine:
                 self._engine, self._built_from = build_engine(base), found
                 self._owner = weakref.ref(base)
-        return self._engine
+        return None if self._drops else self._engine
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> EngineHolder:
         return EngineHolder()  # a copy of the model has parameters of its own

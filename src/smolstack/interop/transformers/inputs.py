@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
 import torch
 from torch import Tensor
+
+# Set while a call runs on transformers' own modules whatever else is asked.
+left_to_transformers: ContextVar[bool] = ContextVar("left_to_transformers", default=False)
+_MORE = ("output_attentions", "output_hidden_states")
+
+
+def asks_for_more(kwargs: Mapping[str, Any], config: Any) -> bool:
+    """Whether a call, or the config where the call says nothing, wants what only transformers' own
+    forward pass returns."""
+    parts = (config, config.text_config, config.vision_config)
+    if kwargs.get("block_sequence_ids"):
+        return True
+    for name in _MORE:
+        given = kwargs.get(name)
+        if given if given is not None else any(getattr(part, name, False) for part in parts):
+            return True
+    given = kwargs.get("return_dict")
+    return (getattr(config, "return_dict", True) if given is None else given) is False
+
+
+def trains_padding(labels: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether a label is predicted from a padding token, such as the first word's of a row that is
+    padded on the left. Both sides compute padding in their own way."""
+    if labels is None or mask is None or mask.dim() != 2 or mask.shape != labels.shape:
+        return False
+    return bool(((labels[:, 1:] != -100) & (mask[:, :-1] == 0)).any())
 
 
 def left_padding(mask: Tensor | None, past: int, *, alone: bool) -> tuple[Tensor | None, bool]:

@@ -23,7 +23,14 @@ from transformers.models.smolvlm import modeling_smolvlm
 from smolstack.interop.transformers.cache import new_cache
 from smolstack.interop.transformers.engine import EngineHolder
 from smolstack.interop.transformers.images import Pooled, embed, encode, image_outputs
-from smolstack.interop.transformers.inputs import filled_grids, left_padding, same_positions
+from smolstack.interop.transformers.inputs import (
+    asks_for_more,
+    filled_grids,
+    left_padding,
+    left_to_transformers,
+    same_positions,
+    trains_padding,
+)
 from smolstack.interop.transformers.steps import Steps, Task
 
 # Typed as Any: transformers' own annotations cover parts of it only.
@@ -53,8 +60,9 @@ class _ComputesWithSmolstack:
         ``last_hidden_state`` is the tower's (N, H·W, C). Tiles that are zero throughout are
         padding, as transformers has it.
         """
-        engine = None if _asks_for_more(kwargs) else self._holder.get(self, check=True)
-        if engine is None or kwargs.get("return_dict") is False:
+        more = asks_for_more(kwargs, self.config)
+        engine = None if more else self._holder.get(self, check=True)
+        if engine is None:
             return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)  # type: ignore[misc]
         rows, most = pixel_values.shape[:2]
         tiles = pixel_values.to(engine.dtype).flatten(0, 1)
@@ -128,15 +136,18 @@ class _ComputesWithSmolstack:
             or (input_ids is not None and inputs_embeds is not None)
             or (cache is not None and (cache.is_compileable or any(cache.is_sliding)))
             or not same_positions(given["position_ids"], padding, past, new)
-            or _asks_for_more(kwargs)
+            or asks_for_more(kwargs, self.config)
             or recomputes
+            or left_to_transformers.get()
         ):
             return None
         if given["use_cache"] and cache is None:
             cache = new_cache(engine.config.text.num_layers)
         outputs = image_outputs(given["mm_encoder_outputs"])
         if pixel_values is not None:
-            outputs = self.get_image_features(pixel_values, given["pixel_attention_mask"])
+            outputs = self.get_image_features(
+                pixel_values, given["pixel_attention_mask"], return_dict=True
+            )
         embeddings = embed(engine, input_ids, inputs_embeds, outputs)
         return Task(engine, embeddings, padding, cache, outputs)
 
@@ -200,9 +211,14 @@ class _GeneratesWithSmolstack:
         if last and labels is None and not torch.is_grad_enabled():
             task = self.model.smolstack_task(given, kwargs)
         if task is None:
-            return super().forward(  # type: ignore[misc]
-                **given, labels=labels, logits_to_keep=logits_to_keep, **kwargs
-            )
+            own = trains_padding(labels, attention_mask)
+            before = left_to_transformers.set(own or left_to_transformers.get())
+            try:
+                return super().forward(  # type: ignore[misc]
+                    **given, labels=labels, logits_to_keep=logits_to_keep, **kwargs
+                )
+            finally:
+                left_to_transformers.reset(before)
         steps: Steps = self.__dict__.setdefault("_smolstack_steps", Steps())
         logits = steps.next_logits(task, self.lm_head)
         return self._output(logits=logits, cache=task.cache, image_outputs=task.images)
@@ -270,12 +286,6 @@ def unregister() -> None:
     """Undo :func:`register`: transformers' auto classes build their own models again."""
     for auto, config, _ in _REGISTERED:
         auto._model_mapping._extra_content.pop(config, None)
-
-
-def _asks_for_more(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call wants what only transformers' own forward pass returns."""
-    wants = ("output_attentions", "output_hidden_states", "block_sequence_ids")
-    return any(kwargs.get(name) for name in wants) or kwargs.get("return_dict") is False
 
 
 def _length(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:

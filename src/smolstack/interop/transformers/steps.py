@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from smolstack.backends.cpu.decoder import NativeDecoder, native_decoder, suits
 from smolstack.interop.transformers.cache import BorrowedCache, ReservedCache, grows
+from smolstack.interop.transformers.recognise import is_watched
 from smolstack.model.vlm import VisionLanguageModel
 
 
@@ -65,6 +66,8 @@ class Steps:
         """The compiled decoder where it can take this task, otherwise None."""
         engine, cache = task.engine, task.cache
         if torch.compiler.is_compiling() or type(head) is not nn.Linear or head.bias is not None:
+            return None
+        if is_watched(head):
             return None
         if not grows(cache, engine.config.text.num_layers):
             return None

@@ -1,0 +1,107 @@
+"""One tower of a model, wherever it comes from: what a bridge is made of.
+
+A vision tower comes out of a checkpoint of the family or a plain SigLIP folder (siglip.py), a text
+tower out of a checkpoint of the family, a plain Llama folder or a GGUF file (llama.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from smolstack.checkpoint.entries import Stored
+from smolstack.checkpoint.files import CheckpointFiles
+from smolstack.checkpoint.load import stored_dtype
+from smolstack.checkpoint.verify import compare_weights
+from smolstack.config import TextConfig, VisionConfig
+from smolstack.processor.settings import ImageSettings
+
+ReadAll: TypeAlias = "Callable[[], Iterator[tuple[str, Tensor]]]"
+
+
+@dataclass(frozen=True)
+class VisionSource:
+    """A vision tower that is not yet read.
+
+    Attributes:
+        where: its folder.
+        config: its sizes.
+        settings: how it wants its images.
+        scale: the connector's factor that it was used with, None for a tower alone.
+        weights: (smolstack's name, tensor) pairs, memory-mapped.
+        dtype: what most of its weights are stored in.
+        notes: what is left out or was derived, a sentence each.
+    """
+
+    where: Path
+    config: VisionConfig
+    settings: ImageSettings
+    scale: int | None
+    weights: ReadAll
+    dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text tower that is not yet read: decoder, head and tokenizer.
+
+    Attributes:
+        where: its folder or file.
+        config: the decoder's sizes.
+        tied: whether the head is the token embedding.
+        weights: (smolstack's name, tensor) pairs, memory-mapped.
+        dtype: what most of its weights are stored in.
+        tokenizer_json: contents of tokenizer.json.
+        tokenizer_config: tokenizer_config.json.
+        chat_template: the Jinja source, or None.
+        generation: generation_config.json.
+        family: the files of a checkpoint of the family, None for a language model alone.
+        notes: what is left out or was derived, a sentence each.
+    """
+
+    where: Path
+    config: TextConfig
+    tied: bool
+    weights: ReadAll
+    dtype: torch.dtype
+    tokenizer_json: bytes
+    tokenizer_config: Mapping[str, Any]
+    chat_template: str | None
+    generation: Mapping[str, Any]
+    family: CheckpointFiles | None = None
+    notes: tuple[str, ...] = ()
+
+
+def matching(
+    where: Path, expected: Mapping[str, Tensor], stored: Stored, theirs: Callable[[str], str]
+) -> tuple[ReadAll, torch.dtype]:
+    """A way to read exactly the expected weights, and the format that most of them are stored in.
+
+    Args:
+        expected: smolstack's name → a tensor of the expected shape, without values.
+        theirs: the name that the files have for one of smolstack's.
+
+    Raises:
+        CheckpointError: weights that are missing, not expected or of another shape.
+    """
+    names = {theirs(name): name for name in expected}
+    wanted = {theirs(name): tensor for name, tensor in expected.items()}
+    compare_weights(wanted, stored.entries).raise_if_wrong(where)
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stored.read(None):
+            yield names[name], tensor
+
+    return read, stored_dtype(stored.entries)
+
+
+def without(stored: Stored, ignored: Callable[[str], bool]) -> Stored:
+    """Stored weights less those of some names."""
+    kept = {name: entry for name, entry in stored.entries.items() if not ignored(name)}
+    return replace(stored, entries=kept, read=lambda names: stored.read(names or list(kept)))
