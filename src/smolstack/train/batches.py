@@ -1,4 +1,4 @@
-"""From tokenized_examples to tensors: the order of examples, and micro-batches padded on the right."""
+"""From tokenized examples to tensors: their order, and micro-batches padded on the right."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class MicroBatch:
 def collate(
     tokenized_examples: Sequence[TokenizedExample], pad_id: int, processor: Processor | None
 ) -> MicroBatch:
-    """TokenizedExamples as one micro-batch, their images cut into tiles if a processor is given."""
+    """Tokenized examples as one micro-batch, their images cut into tiles if a processor is given."""
     longest = max(len(tokenized.token_ids) for tokenized in tokenized_examples)
     token_ids = torch.full((len(tokenized_examples), longest), pad_id, dtype=torch.long)
     labels = torch.full_like(token_ids, IGNORED)
@@ -157,7 +157,7 @@ class StepBatches(torch.utils.data.Dataset[list[MicroBatch]]):
 def batches_of(
     tokenized_examples: Sequence[TokenizedExample], size: int, processor: Processor, *, cut: bool
 ) -> list[MicroBatch]:
-    """TokenizedExamples in micro-batches of ``size``, in order."""
+    """Tokenized examples in micro-batches of ``size``, in order."""
     return [
         collate(
             tokenized_examples[start : start + size], processor.pad_id, processor if cut else None

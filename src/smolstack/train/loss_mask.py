@@ -46,7 +46,7 @@ class TokenizedExample:
 
 
 class Supervisor:
-    """Turns examples into tokenized_examples.
+    """Turns examples into tokenized examples.
 
     Args:
         processor: chat template, planner and tokenizer of the checkpoint.
@@ -68,20 +68,20 @@ class Supervisor:
         self.tiling: Tiling = tiling or {}
 
     def __call__(self, example: Example) -> TokenizedExample:
-        """The tokenized of an example.
+        """An example as tokens and labels.
 
         Raises:
             DataError: naming the example: a malformed chat, no answer in it, more tokens than the
                 limit, an image that cannot be opened, or a template that breaks the rule above.
         """
         try:
-            return self._lesson(example)
+            return self._tokenized(example)
         except DataError:
             raise
         except SmolstackError as error:
             raise DataError(f"{example.name}: {error}") from error
 
-    def _lesson(self, example: Example) -> TokenizedExample:
+    def _tokenized(self, example: Example) -> TokenizedExample:
         messages, images = split_messages(example.messages)
         self._check(example.name, messages, images)
         plans = tuple(self.processor.plan(image, **self.tiling) for image in images)

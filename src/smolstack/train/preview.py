@@ -102,7 +102,7 @@ def _examples_to_check(
 def _new(
     tokenized_examples: Sequence[TokenizedExample], seen: set[str]
 ) -> Iterator[tuple[TokenizedExample, ImageInput]]:
-    """TokenizedExamples and their images, a file once for all the tokenized_examples that show it."""
+    """Tokenized examples and their images, a file once for all the examples that show it."""
     for tokenized in tokenized_examples:
         for image in tokenized.images:
             if isinstance(image, (str, Path)):
@@ -122,7 +122,7 @@ def _decode(name: str, image: ImageInput) -> None:
 
 
 def mask_shown(tokenized: TokenizedExample, processor: Processor) -> Text:
-    """The tokenized's text; what carries loss stands in ⟦ ⟧ (and bold green on a terminal)."""
+    """The example's text; what carries loss stands in ⟦ ⟧ (and bold green on a terminal)."""
     shown = Text()
     pairs = list(zip(tokenized.token_ids, tokenized.labels, strict=True))
     for carries, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
