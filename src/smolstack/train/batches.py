@@ -61,7 +61,7 @@ class MicroBatch:
 def collate(
     tokenized_examples: Sequence[TokenizedExample], pad_id: int, processor: Processor | None
 ) -> MicroBatch:
-    """Tokenized examples as one micro-batch, their images cut into tiles if a processor is given."""
+    """Tokenized examples as one micro-batch, images cut into tiles if there is a processor."""
     longest = max(len(tokenized.token_ids) for tokenized in tokenized_examples)
     token_ids = torch.full((len(tokenized_examples), longest), pad_id, dtype=torch.long)
     labels = torch.full_like(token_ids, IGNORED)
