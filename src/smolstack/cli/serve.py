@@ -91,6 +91,26 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option(min=1, help="Largest request body.", rich_help_panel=_LIMITS)
     ] = 32 * 2**20,
+    max_body_bytes_in_flight: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Bodies of all requests together, from their arrival to the requests' end; "
+            "without it, 256 MiB, or twice the largest body.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Connections at a time; without it, 512, or what the limit of open files leaves.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    header_seconds: Annotated[
+        float, typer.Option(help="Longest wait for a request's headers.", rich_help_panel=_LIMITS)
+    ] = 10.0,
     body_seconds: Annotated[
         float, typer.Option(help="Longest wait for a request's body.", rich_help_panel=_LIMITS)
     ] = 60.0,
@@ -120,6 +140,14 @@ def serve(
         int,
         typer.Option(min=1, help="Longest answer, whatever is asked for.", rich_help_panel=_LIMITS),
     ] = 2048,
+    max_form_bytes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Characters of a request's schema, expression and choices together.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 64 * 2**10,
     max_answers: Annotated[
         int, typer.Option(min=1, help="Most answers of a request (n).", rich_help_panel=_LIMITS)
     ] = 8,
@@ -215,12 +243,16 @@ def serve(
         hosts=serve_address.hosts(host, uds, keys, allowed_hosts or []),
         origins=tuple(allow_origin or ()),
         body_bytes=max_body_bytes,
+        bodies_bytes=max_body_bytes_in_flight or max(256 * 2**20, 2 * max_body_bytes),
         body_seconds=body_seconds,
+        connections=max_connections,
+        header_seconds=header_seconds,
         image_pixels=max_pixels,
         decode_bytes=max_decode_bytes,
         images=max_images,
         prompt_tokens=max_prompt_tokens,
         new_tokens=max_new_tokens,
+        form_bytes=max_form_bytes,
         answers=max_answers,
         deadline=deadline,
         drain=drain,

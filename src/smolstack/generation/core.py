@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from time import perf_counter
 from typing import TypeVar
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from smolstack.errors import DeadlineError, GenerationError
 from smolstack.generation.answer import TokenLogprob
 from smolstack.generation.choices import Scoring, pick
+from smolstack.generation.costs import Costs, Shares
 from smolstack.generation.image_cache import ImageCache
 from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.image_stage import ImageStage
@@ -51,6 +53,7 @@ class EngineCore:
         scheduler: who waits and who is at work.
         images: the image queue, with the image cache.
         prefixes: the prefix cache.
+        costs, shares: what work takes, and who had how much of it.
         decode_steps, generated_tokens, prefill_tokens: counted so far.
     """
 
@@ -79,6 +82,7 @@ class EngineCore:
             kv_bytes=model.kv_bytes_per_token,
             kv_budget=limits.kv_cache_bytes or default_kv_bytes(model.device),
         )
+        self.costs, self.shares = Costs(), Shares()
         self.decode_steps = self.generated_tokens = self.prefill_tokens = 0
         self._weights, self._known_weights = WeightsVersion(model.decoder), 0
         self.maker = RequestMaker(model, processor, self.images, self.scheduler.check)
@@ -133,6 +137,7 @@ class EngineCore:
         """Do one step; False when there was nothing that could be done."""
         before = len(self.scheduler)
         self.clear_out()
+        self.shares.rank([*self.scheduler.waiting, *self.scheduler.running], self.clock())
         self._admit()
         self._collect()
         plan = self.scheduler.schedule()
@@ -189,7 +194,11 @@ class EngineCore:
     def update(self, plan: StepPlan, outputs: StepOutputs) -> None:
         """Give a step's outputs to its requests."""
         if plan.tiles:
+            self.costs.measured("tile", len(plan.tiles), outputs.tiles.seconds)
             self._take_tiles(plan, outputs.tiles)
+        if plan.prefill:
+            read = sum(chunk.tokens for chunk in plan.prefill)
+            self.costs.measured("token", read, outputs.prefill[0].seconds)
         for chunk, outcome in zip(plan.prefill, outputs.prefill, strict=True):
             chunk.request.taken.prefill += outcome.seconds
             chunk.request.read_tokens += chunk.tokens
@@ -259,6 +268,7 @@ class EngineCore:
         if not plan.decode:
             return
         self.decode_steps += 1
+        self.costs.measured("row", max(4, len(plan.decode)), outcome.seconds)
         rows = [None] * len(plan.decode) if outcome.value is None else outcome.value.unbind()
         for request, logits in zip(plan.decode, rows, strict=True):
             request.taken.decode += outcome.seconds
@@ -274,7 +284,10 @@ class EngineCore:
 
     def _take_token(self, request: Request, logits: Tensor) -> None:
         assert request.output is not None
+        began = perf_counter()
         _, piece = request.output.take(logits)
+        request.own_seconds += (perf_counter() - began - request.own_seconds) / 2
+        request.turn = self.decode_steps
         self._say(request, piece)
 
     def _say(self, request: Request, piece: str) -> None:

@@ -8,18 +8,20 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from smolstack.errors import GenerationError, QueueFullError
 from smolstack.generation.answer import Answer
 from smolstack.generation.core import EngineCore
+from smolstack.generation.costs import urgency
 from smolstack.generation.image_cache import ImageCache
+from smolstack.generation.pools import RankedPool
 from smolstack.generation.request import Request, Update
 from smolstack.generation.scheduler import SchedulerLimits
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor
 
-_IMAGE_THREADS = 2
+_IMAGE_THREADS, _LARGE_IMAGES = 3, 2  # so many at once, and large ones of them
 _LOOK = 0.1  # seconds between looks at deadlines while nothing can be done
 
 
@@ -43,7 +45,7 @@ class Engine:
         self._changed = threading.Condition()
         self._inbox: list[Request] = []
         self._news = self._closing = False
-        self._workers = ThreadPoolExecutor(_IMAGE_THREADS, thread_name_prefix="images")
+        self._workers = RankedPool(_IMAGE_THREADS, _LARGE_IMAGES, "images")
         self.core = EngineCore(
             model, processor, limits, images=images, workers=self._workers, wake=self._wake
         )
@@ -127,17 +129,39 @@ class Engine:
             request.listener = None  # it may be submitted again
             raise
 
-    def enter(self, requests: Sequence[Request]) -> None:
+    def enter(self, requests: Sequence[Request], *, client: str | None = None) -> None:
         """Let requests wait for their turn, each with its listener; all or none.
+
+        Args:
+            client: whose they are. Requests of clients have their turn by what they cost and by
+                what their clients had lately, and where too many wait, those of the highest rank
+                give way to them; others have their turn in the order of their arrival, at once.
 
         Raises:
             QueueFullError: too many wait already, or the engine is closing.
         """
         with self._changed:
+            if client is not None:
+                self._rank(requests, client)
+                elsewhere = len(self._inbox)
+                for request in self.core.scheduler.displaced(requests, elsewhere):
+                    request.given_up = QueueFullError(
+                        "the request gave way to cheaper ones; send it again later"
+                    )
             self._check_room(len(requests))
             self._inbox += requests
             self._news = True
             self._changed.notify()
+
+    def _rank(self, requests: Sequence[Request], client: str) -> None:
+        core, now = self.core, time.monotonic()
+        cost = core.costs.of(requests)
+        for request in requests:
+            request.client, request.cost = client, cost
+            request.urgency = request.rank = urgency(now, cost)
+        waiting = [*core.scheduler.waiting, *core.scheduler.running]
+        core.shares.rank([*waiting, *requests], now)
+        core.shares.charge(client, cost, now)
 
     def check_room(self, requests: int = 1) -> None:
         """Raises QueueFullError when so many more could not be submitted now."""

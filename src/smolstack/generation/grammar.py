@@ -235,6 +235,23 @@ class Constraint:
     ) -> None:
         self.matcher, self.vocab_size, self.lead = matcher, vocab_size, lead
         self.pointing, self.pointed = pointing, 0  # how many of them came last
+        self._first: bytes | None = None
+
+    def begin(self) -> Constraint:
+        """Find out what may come first, which takes longest; in any thread.
+
+        Raises:
+            GenerationError: the form is too complex to follow.
+        """
+        self._first = self.matcher.compute_logit_bias()
+        self._check()
+        return self
+
+    def copy(self) -> Constraint:
+        """The same for another answer; of one that was not told a token yet."""
+        made = Constraint(self.matcher.deep_copy(), self.vocab_size, self.lead, self.pointing)
+        made._first = self._first
+        return made
 
     def allowed(self) -> Tensor:
         """Tokens that may come next: (V,) bool.
@@ -242,8 +259,11 @@ class Constraint:
         Raises:
             GenerationError: the form became too complex to follow.
         """
-        bias = np.frombuffer(self.matcher.compute_logit_bias(), dtype=np.uint8)
-        self._check()
+        found, self._first = self._first, None
+        if found is None:
+            found = self.matcher.compute_logit_bias()
+            self._check()
+        bias = np.frombuffer(found, dtype=np.uint8)
         allowed = torch.from_numpy(bias[: self.vocab_size] != 0)
         if self.pointing and self.pointed < POINTS_IN_A_ROW and allowed.count_nonzero() > 1:
             allowed[self.pointing.start : self.pointing.stop] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,11 @@ class _Image:
     plan: TilePlan
     tiles: list[PendingTile]
     waiting: set[Request] = field(default_factory=set)
+
+    @property
+    def rank(self) -> float:
+        """Of the most urgent request that waits for it."""
+        return min((r.rank for r in self.waiting if not r.paused), default=math.inf)
 
     @property
     def complete(self) -> bool:
@@ -100,10 +106,15 @@ class ImageQueue:
             if not image.waiting:
                 del self._images[key]
 
+    @property
+    def rank(self) -> float | None:
+        """Of the most urgent request that waits for tiles; None where nobody does."""
+        return min((image.rank for image in self._images.values()), default=None)
+
     def next_tiles(self, most: int) -> list[PendingTile]:
         """The next micro-batch: up to ``most`` tiles of one or several images."""
         chosen: dict[PendingTile, None] = {}  # equal tiles are one object
-        for image in self._images.values():
+        for image in sorted(self._images.values(), key=lambda each: each.rank):
             if all(request.paused for request in image.waiting):
                 continue
             for tile in image.tiles:

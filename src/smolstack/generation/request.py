@@ -79,6 +79,11 @@ class Request:
         error: why it failed; answer, vectors: what it ended with.
         cache, embeddings: of the prompt, once it is being read.
         read_tokens: prompt tokens that were read, not copied.
+        client: whose it is, where clients share; cost: seconds of work expected of it and of those
+            that came with it; urgency, rank: whose turn it is, the lowest first (costs.py).
+        form_bytes: of the schema or expression that its answer keeps to.
+        own_seconds: what choosing a token takes beside the model: its grammar, say.
+        turn: number of the last step in which it got a token.
     """
 
     def __init__(
@@ -110,6 +115,9 @@ class Request:
         self.vectors: Tensor | None = None
         self.error: Exception | None = None
         self.told_logprobs = 0
+        self.client: str | None = None
+        self.cost = self.urgency = self.rank = self.own_seconds = 0.0
+        self.form_bytes = self.turn = 0
 
     @property
     def finished(self) -> bool:

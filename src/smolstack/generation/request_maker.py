@@ -9,7 +9,7 @@ from time import perf_counter
 from smolstack.batch import VisualTokens
 from smolstack.errors import ConfigError
 from smolstack.generation.choices import continuations
-from smolstack.generation.grammar import Choices, Grammars, Regex, Schema
+from smolstack.generation.grammar import Choices, Constraint, Grammars, Regex, Schema
 from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.output import new_output
@@ -60,23 +60,35 @@ class RequestMaker:
                 "this checkpoint ends in an embedding head and answers nothing; embed_pages and "
                 "embed_queries (smolstack map --embed retrieval, smolstack search) are for it"
             )
-        grammar = self.compile(each[0])
+        form, size = self._form(each[0])
         made = []
         for prompt, own in zip(prompts, each, strict=True):
-            request = self._request(prompt, own, grammar, deadline)
+            request = self._request(prompt, own, None if form is None else form.copy(), deadline)
+            request.form_bytes = size
             self.check(request)
             made.append(request)
         return made
 
+    def _form(self, options: ReadOptions) -> tuple[Constraint | None, int]:
+        """What all answers keep to, and the size of its grammar. What may come first takes
+        longest to find out, so it is done here and once."""
+        grammar = self.compile(options)
+        if grammar is None:
+            return None, 0
+        # Special tokens that are kept would be text, which the form would have to know.
+        pointing = not options.keep_special_tokens
+        grammars = self.grammars(options.stopping.eos_token_ids)
+        return grammars.constraint(grammar, pointing=pointing).begin(), len(grammar)
+
     def _request(
-        self, prompt: Prompt, options: ReadOptions, grammar: str | None, deadline: float | None
+        self,
+        prompt: Prompt,
+        options: ReadOptions,
+        constraint: Constraint | None,
+        deadline: float | None,
     ) -> Request:
-        tokenizer, constraint, choices = self.processor.tokenizer, None, None
+        tokenizer, choices = self.processor.tokenizer, None
         ends = options.stopping.eos_token_ids
-        if grammar is not None:
-            # Special tokens that are kept would be text, which the form would have to know.
-            pointing = not options.keep_special_tokens
-            constraint = self.grammars(ends).constraint(grammar, pointing=pointing)
         decode = partial(tokenizer.decode, skip_special=not options.keep_special_tokens)
         positions = self.model.config.text.max_positions
         output = new_output(prompt.token_ids, options, decode, positions, constraint)

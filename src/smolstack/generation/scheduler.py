@@ -8,7 +8,7 @@ or one over choices) and one token for everybody whose prompt is read.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from smolstack.errors import GenerationError, KVCacheError, QueueFullError
@@ -26,6 +26,11 @@ from smolstack.generation.request import Request
 _PASS = 256
 _WORTH = 16  # tokens that another request is about to read: then they are waited for
 _VECTORS = 4  # prompts of equal length that are embedded together
+_SPARE = 4  # of so many places there is one more for a request that is cheap beside those at work
+_CHEAP = 0.5  # of their mean cost
+_LEFT = 16  # a share of the KV caches' memory that is left for requests that take little of it
+_COSTLY = 0.005  # seconds of an answer's own for each token, from which it takes turns with others
+_OWN = 0.05  # seconds of these in one step
 
 
 @dataclass(frozen=True)
@@ -161,32 +166,62 @@ class Scheduler:
                 f"{self.kv_budget:,} are allowed"
             )
 
+    def displaced(self, requests: Sequence[Request], more: int = 0) -> list[Request]:
+        """Those of the waiting that give way to requests of lower rank, beside which ``more``
+        wait elsewhere; none where that makes no room."""
+        if self.limits.queued is None:
+            return []
+        room = self.limits.running + self.limits.queued
+        missing = len(self) + len(requests) + more - room
+        waiting = list(self.waiting)  # another thread's, which goes on
+        worse = [r for r in waiting if r.rank > requests[0].rank and r.given_up is None]
+        given = sum(r.given_up is not None for r in waiting)
+        if missing - given > len(worse):
+            return []
+        return sorted(worse, key=_rank, reverse=True)[: max(0, missing - given)]
+
     def check_room(self, requests: int) -> None:
         """Raises QueueFullError unless so many more may wait."""
         if self.limits.queued is None:
             return
         room = self.limits.running + self.limits.queued
-        if len(self.waiting) + len(self.running) + requests > room:
+        given = sum(request.given_up is not None for request in list(self.waiting))
+        if len(self.waiting) + len(self.running) - given + requests > room:
             raise QueueFullError(
                 f"{len(self.running)} answers are at work and {len(self.waiting)} wait, "
                 f"the limit is {room}"
             )
 
     def admit(self) -> list[Request]:
-        """Let requests begin, in order, while there are places and memory for them."""
+        """Let requests begin, by rank, while there are places and memory for them."""
         admitted: list[Request] = []
         places = self.limits.running - sum(not request.paused for request in self.running)
-        for request in [each for each in self.waiting if not each.paused]:
-            if len(admitted) >= places or not self._has_memory(request):
+        waiting = sorted((each for each in self.waiting if not each.paused), key=_rank)
+        for request in waiting:
+            taken = len(admitted) - places
+            if taken >= 0 and not (taken < self.limits.running // _SPARE and self._cheap(request)):
+                break
+            if not self._has_memory(request):
                 break
             self.waiting.remove(request)
             self.running.append(request)
             admitted.append(request)
         return admitted
 
+    def _cheap(self, request: Request) -> bool:
+        """Whether a request is cheap beside those at work."""
+        if request.client is None or not self.running:
+            return False
+        mean = sum(each.cost for each in self.running) / len(self.running)
+        return request.cost < _CHEAP * mean
+
     def _has_memory(self, request: Request) -> bool:
         """Whether a request's KV cache fits; kept caches give way to it."""
-        left = self.kv_budget - self.reserved_bytes - request.kv_tokens * self.kv_bytes
+        needed = request.kv_tokens * self.kv_bytes
+        left = self.kv_budget - self.reserved_bytes - needed
+        kept = self.kv_budget // _LEFT
+        if request.client is not None and self.running and needed > kept:
+            left -= kept
         if left < 0:
             return False
         if self.prefixes.held_bytes > left:
@@ -206,25 +241,46 @@ class Scheduler:
         """The next step; an empty plan where nothing can be done."""
         plan = StepPlan()
         newcomers = [self._read, self._tiles]
-        if not self.limits.interleave:
+        if not self.limits.interleave or self._tiles_first():
             newcomers.reverse()
         for part in newcomers:
             part(plan)
             if plan:
                 break
         if self.limits.interleave or not plan:
-            plan.decode = list(self._at("decode"))
+            plan.decode = self._decode()
         return plan
 
-    def _at(self, stage: str) -> Iterator[Request]:
-        return (r for r in self.running if r.stage == stage and not r.paused)
+    def _at(self, stage: str) -> list[Request]:
+        at = [r for r in self.running if r.stage == stage and not r.paused]
+        return sorted(at, key=_rank)
+
+    def _tiles_first(self) -> bool:
+        """Whether somebody's tiles are more urgent than everybody's prompts."""
+        urgent = self.images.rank
+        return urgent is not None and all(r.rank > urgent for r in self._at("prefill"))
+
+    def _decode(self) -> list[Request]:
+        """Who gets a token. Answers whose forms take long take turns, so that others need not wait
+        for all of them."""
+        rows = self._at("decode")
+        costly = [r for r in rows if r.own_seconds > _COSTLY]
+        if not self.limits.interleave or sum(r.own_seconds for r in costly) <= _OWN:
+            return rows
+        left, later = _OWN, set()
+        for request in sorted(costly, key=lambda r: (r.turn, r.rank)):
+            if left < _OWN and request.own_seconds > left:
+                later.add(request)
+            else:
+                left -= request.own_seconds
+        return [request for request in rows if request not in later]
 
     def _tiles(self, plan: StepPlan) -> None:
         plan.tiles = self.images.next_tiles(self.limits.tiles)
 
     def _read(self, plan: StepPlan) -> None:
         """A pass over prompts, choices, or prompts that become vectors: whoever is first."""
-        ready = list(self._at("prefill"))
+        ready = self._at("prefill")
         if not ready:
             return
         if ready[0].kind == "vectors":
@@ -273,3 +329,7 @@ class Scheduler:
             if common_prefix(other.request.keys, keys, limit) - chunk.start >= _WORTH:
                 return True
         return False
+
+
+def _rank(request: Request) -> float:
+    return request.rank

@@ -8,7 +8,6 @@ error is raised once the decoder's own is gone, whose traceback would keep the p
 from __future__ import annotations
 
 import logging
-import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from smolstack.processor.decoder_costs import check_icon, decoding_bytes
 from smolstack.processor.decoding_memory import MEMORY
 from smolstack.processor.formats import FORMATS, accepted, can_read_heif, is_heif
 from smolstack.processor.pages import TiffPage, frame_of_page
+from smolstack.processor.png import late_words
 from smolstack.processor.sources import named
 
 T = TypeVar("T")
@@ -40,7 +40,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PNG_CHUNKS = 100_000  # that are looked through for what stands behind the pixels
 _told: set[str] = set()  # animations that were spoken of
 
 
@@ -77,7 +76,7 @@ def size_of(
 ) -> tuple[int, int]:
     """(width, height) of a file's image, upright.
 
-    Nothing is decoded, but of a PNG file that says something behind its pixels.
+    Nothing is decoded.
 
     Raises:
         ImageError: naming the file.
@@ -87,9 +86,6 @@ def size_of(
     try:
         check_size(name, image.size, max_pixels)
         cost = _cost(image, file, name)
-        if image.format == "PNG" and _guarded(name, lambda: _goes_on(image)):
-            with MEMORY.hold(cost, name):
-                _guarded(name, image.load)
         if cost > MEMORY.limit:
             with MEMORY.hold(cost, name):
                 pass  # never comes here: it is refused
@@ -227,28 +223,13 @@ def _upright_size(image: Any) -> tuple[int, int]:
         width, height = image.tag_v2[256], image.tag_v2[257]
         turned = image.tag_v2.get(274, 1) in (5, 6, 7, 8)
     else:
-        # PNG's own getexif() decodes the file first, which was done where it matters.
+        # PNG's own getexif() decodes the file first.
+        said = late_words(image.fp) if image.format == "PNG" else None
         turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        if said is not None:
+            with Image.open(BytesIO(said), formats=("PNG",)) as small:
+                turned = small.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
-
-
-def _goes_on(image: Any) -> bool:
-    """Whether a PNG file says something behind its pixels, where its orientation may stand."""
-    file = image.fp
-    before, found, pixels = file.tell(), True, False
-    file.seek(8)
-    for _ in range(_PNG_CHUNKS):
-        head = file.read(8)
-        length, kind = struct.unpack(">I4s", head) if len(head) == 8 else (0, b"IEND")
-        pixels = pixels or kind == b"IDAT"
-        if kind == b"IEND":
-            found = False
-            break
-        if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-            break
-        file.seek(length + 4, 1)
-    file.seek(before)
-    return found
 
 
 def _tell_animated(image: Image.Image, name: str) -> None:

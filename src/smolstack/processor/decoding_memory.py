@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from smolstack.errors import ImageError
 
 DEFAULT_BYTES = 4 * 2**30
+_SMALL = 64  # an image is small that takes less than this part of all
+_KEPT = 8  # a part that is kept for them
 
 
 class DecodingMemory:
     """Bytes that decoding may take, over all threads.
 
-    Who asks for more than is left waits, in turn, until others are done.
+    Who asks for more than is left waits until others are done: large images in turn, so that small
+    ones do not overtake one for ever; small ones, for which a part is left, do not wait for those
+    that wait.
 
     Attributes:
         limit: bytes in flight at most; an image that takes more by itself is refused.
@@ -43,15 +47,24 @@ class DecodingMemory:
                 f"{name} takes {size:,} bytes to decode, more than the {self.limit:,} that are "
                 "allowed"
             )
-        with self._turn, self._changed:
-            self._changed.wait_for(lambda: self._held + size <= self.limit)
-            self._held += size
+        kept = self.limit // _KEPT
+        if size * _SMALL <= self.limit:
+            self._take(size, self.limit)
+        else:
+            with self._turn:
+                # Larger than all but what is kept for small ones: alone.
+                self._take(size, max(size, self.limit - kept))
         try:
             yield
         finally:
             with self._changed:
                 self._held -= size
                 self._changed.notify_all()
+
+    def _take(self, size: int, most: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held + size <= most)
+            self._held += size
 
 
 MEMORY = DecodingMemory()  # of this process: threads share its memory

@@ -46,13 +46,13 @@ class Asking:
         for index, request in enumerate(self._requests):
             request.listener = self._listener(index)
 
-    def begin(self) -> None:
-        """Let the answers wait for their turn.
+    def begin(self, client: str | None = None) -> None:
+        """Let the answers wait for their turn, by what they cost and by what their client had.
 
         Raises:
             QueueFullError: too many wait already.
         """
-        self._engine.enter(self._requests)
+        self._engine.enter(self._requests, client=client)
         self._open = len(self._requests)
         self.answers = [None] * self._open
 

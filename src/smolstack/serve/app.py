@@ -8,7 +8,6 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
 
@@ -19,18 +18,22 @@ from fastapi.responses import JSONResponse
 from smolstack import __version__
 from smolstack.errors import DeadlineError
 from smolstack.generation.engine import Engine
+from smolstack.generation.pools import RankedPool
 from smolstack.processor.decoding_memory import MEMORY
 from smolstack.serve import request_reader, tokens, validation_errors
 from smolstack.serve.answers import Asking, EventStream, in_thread, unless_gone
+from smolstack.serve.bodies import Bodies
 from smolstack.serve.completions import Completion
+from smolstack.serve.entrance import Entrance, client_of, in_pool, reading_seconds
 from smolstack.serve.error_responses import RefusedError, add_handlers, as_refusal
 from smolstack.serve.metrics import Metrics
 from smolstack.serve.middleware import Guard
+from smolstack.serve.parsing import JsonRequest, JsonRoute
 from smolstack.serve.schemas import ChatRequest, PlanRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
-_READING_THREADS = 2
+_READING_THREADS, _LONG_READING = 3, 1  # so many at once, and long ones of them
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -64,7 +67,10 @@ class Server:
         images.max_bytes = settings.image_cache_bytes
         self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, images=images)
         self.metrics = Metrics(self.engine)
-        self.readers = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="reading")
+        self.readers = RankedPool(_READING_THREADS, _LONG_READING, "reading")
+        waiting = settings.scheduler.queued
+        together = None if waiting is None else max(64, settings.scheduler.running + waiting)
+        self.entrance = Entrance(together)
         # FastAPI's own pages about the description load their scripts from elsewhere.
         self.app = FastAPI(
             title="smolstack",
@@ -75,7 +81,11 @@ class Server:
         )
         add_handlers(self.app)
         validation_errors.add_handlers(self.app)
-        self.app.add_middleware(Guard, settings=settings, count=self.metrics.count_response)
+        self.app.router.route_class = JsonRoute
+        self.bodies = Bodies(settings.bodies_bytes)
+        self.app.add_middleware(
+            Guard, settings=settings, count=self.metrics.count_response, bodies=self.bodies
+        )
         if settings.origins:
             # Outermost, so that refusals can be read by the pages that are let in, too.
             self.app.add_middleware(
@@ -119,12 +129,14 @@ class Server:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a chat, whole or as server-sent events."""
         seconds = min(body.deadline or math.inf, self.settings.deadline)
+        if isinstance(request, JsonRequest):
+            request.forget()
         try:
-            self.engine.check_room()
-            asking = await unless_gone(request.receive, self._made(body, seconds))
+            made = self.entrance.read(self._made(body, seconds))
+            asking = await unless_gone(request.receive, made)
             if asking is None:
                 return _gone()
-            asking.begin()
+            asking.begin(client_of(request, self.settings))
         except Exception as error:
             raise as_refusal(error, self._retry_after()) from None
         completion = Completion(body.model or self.settings.name, self.vlm.processor.tokenizer)
@@ -146,7 +158,10 @@ class Server:
         async def reading_it() -> None:
             urls = request_reader.image_urls(body, self.settings)
             images = [await request_reader.read_image(url, self.settings) for url in urls]
-            await in_thread(self.readers, self._prepare, body, images, asking, deadline)
+            urls.clear()
+            request_reader.forget_images(body)
+            took = reading_seconds(body)
+            await in_pool(self.readers, took, self._prepare, body, images, asking, deadline)
 
         try:
             await asyncio.wait_for(reading_it(), seconds)

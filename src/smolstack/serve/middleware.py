@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from smolstack.serve import origins
+from smolstack.serve.bodies import Arrival, Bodies
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 
@@ -23,12 +24,18 @@ class Guard:
 
     Args:
         count: told the route and the status of every response.
+        bodies: those of all requests.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: ServerSettings, count: Callable[[str, int], None]
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        count: Callable[[str, int], None],
+        bodies: Bodies | None = None,
     ) -> None:
         self.app, self.settings, self.count = app, settings, count
+        self.bodies = bodies or Bodies(settings.bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,19 +64,24 @@ class Guard:
             named = (b"content-type", b"application/json")
             scope = {**scope, "headers": [*scope["headers"], named]}
 
+        arrival = self.bodies.begin()
+
         async def counted() -> Message:
             nonlocal received, complete
             if complete:  # what comes now is the client's going away, whenever it does
                 return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
-            except asyncio.TimeoutError:
-                raise _BodyError(self._too_slow()) from None
+            message = await self._received(receive, arrival, until)
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
                 if received > limit:
                     raise _BodyError(self._too_large())
+                try:
+                    await arrival.take(len(message.get("body", b"")), until)
+                except RefusedError as error:
+                    raise _BodyError(error) from None
+                if complete:
+                    arrival.complete()
             return message
 
         try:
@@ -77,6 +89,25 @@ class Guard:
         except _BodyError as error:
             if not answered:
                 await error.refusal.response()(scope, receive, sending)
+        finally:
+            arrival.close()
+
+    async def _received(self, receive: Receive, arrival: Arrival, until: float) -> Message:
+        """The next part of a body, unless it takes too long or is not wanted any more."""
+        coming = asyncio.ensure_future(receive())
+        refused = asyncio.ensure_future(arrival.refused.wait())
+        try:
+            await asyncio.wait(
+                {coming, refused},
+                timeout=max(0.0, until - time.monotonic()),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if coming.done():
+                return coming.result()
+        finally:
+            coming.cancel()
+            refused.cancel()
+        raise _BodyError(arrival.refusal or self._too_slow())
 
     def _refusal(self, scope: Scope, headers: Headers) -> RefusedError | None:
         stranger = origins.refusal(headers, self.settings)

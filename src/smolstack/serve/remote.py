@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -12,6 +14,8 @@ import httpx
 from smolstack.serve.error_responses import RefusedError
 
 _REDIRECTS = 3
+# Slow names keep these threads and no others.
+_LOOK_UPS = ThreadPoolExecutor(8, thread_name_prefix="names")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -100,9 +104,9 @@ async def _get(url: str, max_bytes: int) -> tuple[bytes | None, str]:
 
 async def _resolve(host: str, port: int) -> str:
     """One address of a name, all of which are public."""
-    loop = asyncio.get_running_loop()
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(_LOOK_UPS, look_up)
     except (OSError, UnicodeError):
         raise RefusedError(400, f"the name {host[:100]} cannot be resolved") from None
     addresses = [str(entry[4][0]) for entry in found]

@@ -22,6 +22,7 @@ from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tiles import image_size
 from smolstack.serve.answers import in_thread
+from smolstack.serve.entrance import form_bytes
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.remote import fetch
 from smolstack.serve.schemas import ChatRequest, ImagePart, PlanRequest, ResponseFormat
@@ -84,6 +85,12 @@ def image_urls(request: ChatRequest, settings: ServerSettings) -> list[str]:
     return urls
 
 
+def forget_images(request: ChatRequest) -> None:
+    """Let go of the URLs of a request's images, which hold their bytes once more."""
+    for part in _images(request):
+        part.image_url.url = ""
+
+
 def _images(request: ChatRequest) -> list[ImagePart]:
     return [
         part
@@ -103,6 +110,12 @@ def prepare(
         RefusedError, SmolstackError: what is wrong with the request.
     """
     _check_supported(request)
+    if (size := form_bytes(request)) > settings.form_bytes:
+        raise RefusedError(
+            400,
+            f"the answer's form has {size:,} characters, at most {settings.form_bytes:,} are "
+            "accepted",
+        )
     count = request.n or 1
     if count > settings.answers:
         raise RefusedError(

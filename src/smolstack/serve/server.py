@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from smolstack.serve.app import Server
+from smolstack.serve.connections import Connection, Door, connection_limit
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
@@ -35,6 +36,7 @@ def run(
         "ssl_certfile": certificate[0],
         "ssl_keyfile": certificate[1],
     }  # fmt: skip
+    limit = connection_limit(settings.connections)
     server = Server(vlm, settings)
     config = uvicorn.Config(
         server.app,
@@ -49,7 +51,7 @@ def run(
         server_header=False,
         **files,  # type: ignore[arg-type]
     )
-    runner = _Runner(config, server)
+    runner = _Runner(config, server, Door(limit, settings.header_seconds, settings.body_seconds))
 
     def end(*_: object) -> None:
         runner.should_exit = True
@@ -64,18 +66,41 @@ def run(
 
 
 class _Runner(uvicorn.Server):
-    """uvicorn's server, which tells those whose answers take longer than the drain."""
+    """uvicorn's server, which has a door, and tells those whose answers take longer than the
+    drain."""
 
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+    def __init__(self, config: uvicorn.Config, server: Server, door: Door) -> None:
         super().__init__(config)
-        self.server = server
+        self.server, self.door = server, door
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])
+
+        def make() -> Connection:
+            return Connection(
+                config=self.config,
+                server_state=self.server_state,
+                app_state=self.lifespan.state,
+                door=self.door,
+            )
+
+        self.door.start(sockets or [], make, self.config.ssl)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        late = RefusedError(503, "the server is shutting down and the answer was not complete")
-        timer = asyncio.get_running_loop().call_later(
-            self.server.settings.drain, self.server.engine.give_up, late
-        )
+        await self.door.close()
+        timer = asyncio.get_running_loop().call_later(self.server.settings.drain, self._drained)
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+
+    def _drained(self) -> None:
+        late = RefusedError(503, "the server is shutting down and the answer was not complete")
+        self.server.engine.give_up(late)
+        self.server.bodies.end(
+            RefusedError(
+                503,
+                "the server is shutting down and the body was not complete",
+                headers={"Connection": "close"},
+            )
+        )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Executor
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 
+from smolstack.generation.pools import RankedPool
 from smolstack.serve import request_reader
 from smolstack.serve.answers import in_thread
+from smolstack.serve.entrance import in_pool, reading_seconds
 from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from smolstack.serve.settings import ServerSettings
@@ -21,7 +22,7 @@ def add_routes(
     app: FastAPI,
     vlm: VLM,
     settings: ServerSettings,
-    executor: Executor,
+    executor: RankedPool,
     errors: Mapping[str, Any],
 ) -> None:
     """Add ``/tokenize`` and ``/detokenize`` as vLLM and llama.cpp have them."""
@@ -44,12 +45,13 @@ def add_routes(
         """The tokens of a text, or of a chat's whole prompt with its visual tokens."""
         try:
             if body.messages is None:
-                found = await in_thread(executor, text, body)
+                took = len(body.prompt or body.content or "") * 1e-6
+                found = await in_pool(executor, took, text, body)
             else:
                 request = ChatRequest.model_construct(messages=body.messages)
                 urls = request_reader.image_urls(request, settings)
                 images = [await request_reader.read_image(url, settings) for url in urls]
-                found = await in_thread(executor, chat, body, images)
+                found = await in_pool(executor, reading_seconds(request), chat, body, images)
         except Exception as error:
             raise as_refusal(error) from None
         limit = vlm.config.text.max_positions

@@ -1,0 +1,97 @@
+"""What a request will cost, and whose turn it is: cheap requests go before expensive ones, and
+clients that had little before those that had much.
+
+A request's rank is the time of its arrival plus a multiple of the seconds that its work is
+expected to take. So an expensive one waits for cheap ones that come a little later, and nobody
+waits for ever. It orders work and changes nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from smolstack.batch import VisualTokens
+
+if TYPE_CHECKING:
+    from smolstack.generation.request import Request
+
+_PATIENCE = 4.0  # seconds that a request waits for cheaper ones, for each second of its work
+_MOST_DEBT = 60.0  # seconds that a client waits for others
+_HALF_LIFE = 30.0  # seconds after which half of what a client had is forgotten
+_CLIENTS = 4096  # that are remembered
+_PIXEL = 3e-8  # seconds to open a pixel of an image
+_FORM = 1e-5  # seconds for a byte of a schema or a regular expression
+_TOKENS = 256  # of an answer that are expected at most: a limit is often higher than what comes
+_NEW = 0.1  # share of a new measurement
+
+
+class Costs:
+    """Seconds that the parts of work take on this machine, as measured so far.
+
+    Attributes:
+        tile, token: seconds of a tile in the tower, of a prompt's token.
+        row: seconds of one answer in one decoding step that it shares with others.
+    """
+
+    def __init__(self) -> None:
+        self.tile, self.token, self.row = 0.02, 0.0005, 0.005
+
+    def measured(self, part: str, count: int, seconds: float) -> None:
+        """So many of a part took so long."""
+        if count > 0:
+            known = getattr(self, part)
+            setattr(self, part, known + _NEW * (seconds / count - known))
+
+    def of(self, requests: Sequence[Request]) -> float:
+        """Seconds of work that requests with one prompt will take together, roughly."""
+        prompt = requests[0].prompt
+        fresh = [
+            plan
+            for image, plan in zip(prompt.images, prompt.plans, strict=True)
+            if not isinstance(image, VisualTokens)
+        ]
+        seconds = len(prompt.token_ids) * self.token
+        seconds += sum(plan.source[0] * plan.source[1] * _PIXEL for plan in fresh)
+        seconds += sum(plan.tiles * self.tile for plan in fresh)
+        for request in requests:
+            if request.choices is not None:
+                seconds += sum(map(len, request.choices)) * self.token
+            elif request.output is not None:
+                form = _FORM * request.form_bytes
+                seconds += min(request.output.limit, _TOKENS) * self.row + form
+        return seconds
+
+
+class Shares:
+    """What each client had lately, in seconds of work; time is the caller's."""
+
+    def __init__(self) -> None:
+        self._had: dict[str, tuple[float, float]] = {}
+
+    def had(self, client: str, now: float) -> float:
+        seconds, then = self._had.get(client, (0.0, now))
+        return float(seconds * 0.5 ** ((now - then) / _HALF_LIFE))
+
+    def charge(self, client: str, seconds: float, now: float) -> None:
+        """A client gets so much."""
+        self._had[client] = (self.had(client, now) + seconds, now)
+        if len(self._had) > _CLIENTS:
+            least = min(self._had, key=lambda each: self.had(each, now))
+            del self._had[least]
+
+    def rank(self, requests: Iterable[Request], now: float) -> None:
+        """Set the ranks of all requests that wait or are at work. What counts is how much more a
+        client had than the one among them that had least."""
+        some = [request for request in requests if request.client is not None]
+        clients = {request.client for request in some if request.client is not None}
+        had = {client: self.had(client, now) for client in clients}
+        least = min(had.values(), default=0.0)
+        for request in some:
+            assert request.client is not None
+            request.rank = request.urgency + min(_MOST_DEBT, had[request.client] - least)
+
+
+def urgency(arrival: float, seconds: float) -> float:
+    """The rank, but for its client's share, of a request that arrives with so much work."""
+    return arrival + _PATIENCE * seconds

@@ -1,0 +1,256 @@
+"""The door: how many connections there are, and how long each may keep the server waiting.
+
+uvicorn counts none and times only idle ones. Here connections are accepted one by one while there
+is room; when there is none, whoever has kept the server waiting for longest gives way, and where
+nobody waits for a client, the listener pauses. So connections that say nothing cost strangers a
+second and nobody else anything, and there are always descriptors left for files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from smolstack.errors import GenerationError
+
+DEFAULT_CONNECTIONS = 512
+# Seconds for which a client may be waited for, however many others want its place: fewer where
+# there are few places, so that whoever comes through the listener's queue does not wait long.
+_GRACE, _GRACE_PLACES = (0.05, 0.5), 2000
+_RATE = 2**16  # bytes of a body that make it look younger by a second
+_LEAST = 4
+_AT_A_TIME = 16  # accepted before the loop does something else
+_LOOK = 0.25  # seconds between looks at who takes too long
+_NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_TOO_SLOW = (
+    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    b"connection: close\r\n\r\nThe headers did not arrive in time."
+)
+
+
+def connection_limit(wanted: int | None) -> int:
+    """Connections that may be open at a time: as many as wanted, and as the process's limit of
+    open files leaves beside its own.
+
+    Raises:
+        GenerationError: more are wanted than can be had, or too few are left.
+    """
+    left = _descriptors_left()
+    if left is not None and left < (wanted or _LEAST):
+        asked = _LEAST if wanted is None else wanted
+        raise GenerationError(
+            f"the limit of open files leaves {max(0, left)} for connections, expected {asked} or "
+            "more: raise it (ulimit -n), or lower --max-connections"
+        )
+    if wanted is not None:
+        return wanted
+    return DEFAULT_CONNECTIONS if left is None else min(DEFAULT_CONNECTIONS, left)
+
+
+def _descriptors_left() -> int | None:
+    """Descriptors for connections; None where there is no limit, or it is not known."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY:
+        return None
+    own = 32
+    with contextlib.suppress(OSError):
+        own = len(os.listdir("/proc/self/fd"))
+    # For images at other addresses, files of caches, and what libraries open as they go.
+    return soft - own - min(64, soft // 4)
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, which knows since when its client is waited for."""
+
+    def __init__(self, *args: Any, door: Door, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.door = door
+        self.since = time.monotonic()
+        self.begun = self.asked = False  # whether headers have begun to come, and came before
+        self.received = 0  # bytes since then
+        self.stuck: float | None = None  # since when the client reads nothing
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.door.open.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.door.leave(self)
+
+    def data_received(self, data: bytes) -> None:
+        before, now = self.cycle, time.monotonic()
+        if self.for_a_request and not self.begun:
+            self.begun, self.since = True, now
+        super().data_received(data)
+        self.received += len(data)
+        if self.cycle is not before:
+            self.since, self.begun, self.asked, self.received = now, False, True, 0
+
+    def on_response_complete(self) -> None:
+        self.since, self.begun = time.monotonic(), False
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        self.stuck = time.monotonic()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self.stuck = None
+        super().resume_writing()
+
+    @property
+    def for_a_request(self) -> bool:
+        """Whether a request's headers are waited for."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def idle(self) -> bool:
+        """Whether it was answered, and has not begun to ask again."""
+        return self.for_a_request and self.asked and not self.begun
+
+    def waited(self, now: float) -> float | None:
+        """Seconds for which the client is waited for; None where the client waits."""
+        if self.stuck is not None:
+            return now - self.stuck
+        if self.for_a_request or self.cycle.more_body:
+            return now - self.since
+        return None
+
+    def is_late(self, now: float) -> bool:
+        """Whether its headers take too long, or it reads its answer too slowly."""
+        if self.stuck is not None:
+            return now - self.stuck > self.door.read_seconds
+        return self.for_a_request and now - self.since > self.door.header_seconds
+
+    def hang_up(self) -> None:
+        """End it; whoever began to ask is told why."""
+        if self.for_a_request and self.begun and self.stuck is None:
+            self.transport.write(_TOO_SLOW)
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+
+class Door:
+    """Accepts connections at listeners while there is room.
+
+    Args:
+        limit: connections at a time.
+        header_seconds: for a request's headers.
+        read_seconds: for which a client may read nothing of its answer.
+    """
+
+    def __init__(self, limit: int, header_seconds: float, read_seconds: float) -> None:
+        self.limit, self.header_seconds, self.read_seconds = limit, header_seconds, read_seconds
+        self.open: set[Connection] = set()
+        self._entering: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._left = asyncio.Event()
+
+    def start(
+        self,
+        listeners: list[socket.socket],
+        make: Callable[[], Connection],
+        context: ssl.SSLContext | None,
+    ) -> None:
+        """Begin to accept, in the running loop."""
+        for listener in listeners:
+            listener.setblocking(False)
+            self._tasks.append(asyncio.create_task(self._accept(listener, make, context)))
+        self._tasks.append(asyncio.create_task(self._look()))
+
+    async def close(self) -> None:
+        """Accept nobody any more; those who are in stay."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    def leave(self, connection: Connection) -> None:
+        """A connection has ended."""
+        self.open.discard(connection)
+        self._left.set()
+
+    async def _accept(
+        self,
+        listener: socket.socket,
+        make: Callable[[], Connection],
+        context: ssl.SSLContext | None,
+    ) -> None:
+        loop, count = asyncio.get_running_loop(), 0
+        while True:
+            await self._room()
+            count += 1
+            if count % _AT_A_TIME == 0:
+                await asyncio.sleep(0)
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                if error.errno in _NO_MORE:
+                    self._make_room()
+                    await asyncio.sleep(_LOOK)
+                continue  # it was gone before it was accepted
+            task = asyncio.create_task(self._enter(accepted, make, context))
+            self._entering.add(task)
+            task.add_done_callback(self._entered)
+
+    async def _enter(
+        self,
+        accepted: socket.socket,
+        make: Callable[[], Connection],
+        context: ssl.SSLContext | None,
+    ) -> None:
+        seconds = None if context is None else self.header_seconds
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                make, accepted, ssl=context, ssl_handshake_timeout=seconds
+            )
+        except (OSError, ssl.SSLError):  # no TLS, or gone
+            accepted.close()
+
+    def _entered(self, task: asyncio.Task[None]) -> None:
+        self._entering.discard(task)
+        self._left.set()
+
+    async def _room(self) -> None:
+        """Wait until there is room for one more."""
+        while len(self.open) + len(self._entering) >= self.limit:
+            self._left.clear()
+            if not self._make_room():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._left.wait(), _LOOK)
+                continue
+            await self._left.wait()
+
+    def _make_room(self) -> bool:
+        """End the connection whose client has been waited for for longest: first of those that
+        are idle, then of all but the newest."""
+        now = time.monotonic()
+        waits = {c: c.waited(now) or 0.0 for c in self.open if not c.transport.is_closing()}
+        idle = {c: seconds for c, seconds in waits.items() if c.idle}
+        grace = min(max(self.limit / _GRACE_PLACES, _GRACE[0]), _GRACE[1])
+        late = idle or {c: seconds for c, seconds in waits.items() if seconds > grace}
+        if late:
+            max(late, key=lambda c: late[c] / (1 + c.received / _RATE)).hang_up()
+        return bool(late)
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK)
+            now = time.monotonic()
+            for connection in [each for each in self.open if each.is_late(now)]:
+                connection.hang_up()

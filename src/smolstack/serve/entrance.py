@@ -1,0 +1,116 @@
+"""What happens before a request waits for its turn: whose it is, and how much is read at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from smolstack.errors import QueueFullError
+from smolstack.generation.pools import RankedPool
+from smolstack.serve.schemas import ChatRequest
+from smolstack.serve.settings import ServerSettings
+
+T = TypeVar("T")
+_GRACE = 2.0  # seconds that a request may take to be read, however many others want to be
+_PATIENCE = 4.0  # seconds that work waits for lighter work, for each second of its own
+_HEAVY = 0.05  # seconds of work that takes long
+_CHARACTER, _FORM = 1e-6, 1e-5  # seconds to tokenize one, and to compile a byte of a form
+
+
+def client_of(request: Request, settings: ServerSettings) -> str:
+    """Whose request it is: of an API key, where there are any, or of an address."""
+    if settings.api_keys:
+        sent = request.headers.get("authorization", "").encode()
+        return hashlib.sha256(sent).hexdigest()
+    return request.client.host if request.client else ""
+
+
+def reading_seconds(body: ChatRequest) -> float:
+    """Roughly how long it takes to tokenize a request's texts and to compile its form."""
+    texts = [
+        part if isinstance(part, str) else getattr(part, "text", "")
+        for message in body.messages
+        for part in ([message.content] if isinstance(message.content, str) else message.content)
+    ]
+    characters = sum(map(len, texts))
+    choices = body.choices or []
+    seconds = (characters * (1 + len(choices)) + sum(map(len, choices))) * _CHARACTER
+    return seconds + form_bytes(body) * _FORM
+
+
+def form_bytes(body: ChatRequest) -> int:
+    """Characters of a regular expression, of choices, and of a schema as it was sent, roughly."""
+    wanted = body.response_format
+    schemas: list[Any] = [body.json_schema]
+    if wanted is not None:
+        schemas += [wanted.schema_, wanted.json_schema and wanted.json_schema.schema_]
+    size = len(body.regex or "") + sum(map(len, body.choices or []))
+    return size + sum(_characters(schema) for schema in schemas)
+
+
+def _characters(value: Any) -> int:
+    total, left = 0, [value]
+    while left:
+        each = left.pop()
+        total += len(each) if isinstance(each, str) else 2
+        if isinstance(each, dict):
+            left += [*each.keys(), *each.values()]
+        elif isinstance(each, list):
+            left += each
+    return total
+
+
+async def in_pool(pool: RankedPool, seconds: float, work: Callable[..., T], *args: Any) -> T:
+    """Await work that is expected to take so long: lighter work goes first."""
+    rank = time.monotonic() + _PATIENCE * seconds
+    future = pool.rank(partial(work, *args), rank, heavy=seconds > _HEAVY)
+    return await asyncio.wrap_future(future)
+
+
+class Entrance:
+    """Requests that are being read. Where there are too many, the one that takes longest gives
+    way, unless all of them have just begun.
+
+    Args:
+        limit: requests at a time; None is any number.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self._reading: dict[asyncio.Task[Any], float] = {}
+        self._gone: set[asyncio.Task[Any]] = set()
+
+    async def read(self, work: Coroutine[Any, Any, T]) -> T:
+        """What reading a request gives.
+
+        Raises:
+            QueueFullError: too many others are being read.
+        """
+        if self.limit is not None and len(self._reading) >= self.limit:
+            oldest = next(iter(self._reading), None)
+            if oldest is None or time.monotonic() - self._reading[oldest] < _GRACE:
+                work.close()
+                raise QueueFullError(f"{len(self._reading)} requests are being read already")
+            del self._reading[oldest]
+            self._gone.add(oldest)
+            oldest.cancel()
+        task = asyncio.ensure_future(work)
+        self._reading[task] = time.monotonic()
+        try:
+            return await task
+        except asyncio.CancelledError:
+            task.cancel()
+            if task in self._gone:
+                raise QueueFullError(
+                    "the request took long to be read and gave way to others"
+                ) from None
+            raise
+        finally:
+            self._reading.pop(task, None)
+            self._gone.discard(task)

@@ -1,0 +1,183 @@
+"""Attacks on smolstack serve, with an honest client beside each.
+
+The honest client asks once a second about an image that the server has not seen, and its waits for
+the first word are recorded; so is the server's memory before, during and after. Attackers run in a
+process of their own at the lowest priority, as if they were other machines.
+
+    python tools/attack.py                        # all attacks, 20 s each
+    python tools/attack.py regexes idle --seconds 60 --json waits.json
+    python tools/attack.py idle --descriptors 64  # as under ulimit -n 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parent))
+import attacks
+from load import image
+from soak import resident
+
+TARGET = 2.0  # seconds that an honest client waits at most for its first word
+
+
+@dataclass
+class Waits:
+    """What the honest client saw; seconds."""
+
+    first: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+
+    def row(self, name: str) -> dict[str, Any]:
+        first = sorted(self.first) or [float("nan")]
+        return {
+            "attack": name,
+            "asked": len(self.first) + len(self.failures),
+            "median": round(statistics.median(first), 2),
+            "worst": round(first[-1], 2),
+            "late": sum(wait > TARGET for wait in first),
+            "failures": self.failures,
+            "before": round(self.memory[0]),
+            "peak": round(max(self.memory)),
+            "after": round(self.memory[-1]),
+        }
+
+
+async def first_word(client: httpx.AsyncClient, number: int, patience: float) -> float:
+    """Seconds to the first word of a streamed answer; who is told to come back does."""
+    began = time.perf_counter()
+    content = [
+        {"type": "image_url", "image_url": {"url": image(number)}},
+        {"type": "text", "text": "What does it say?"},
+    ]
+    body = {
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 16,
+        "stream": True,
+    }
+    while True:
+        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code in (429, 503) and time.perf_counter() - began < patience:
+                await asyncio.sleep(float(response.headers.get("Retry-After", 1)))
+                continue
+            if response.status_code != 200:
+                text = (await response.aread()).decode()
+                raise RuntimeError(f"{response.status_code} {text[:150]}")
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    choices = json.loads(line[6:]).get("choices") or [{}]
+                    if choices[0].get("delta", {}).get("content"):
+                        return time.perf_counter() - began
+        raise RuntimeError("the stream ended without a word")
+
+
+async def honest(  # noqa: PLR0917
+    url: str, pid: int, seconds: float, numbers: Any, waits: Waits, patience: float = 60
+) -> None:
+    """Ask once a second, each time over a connection of its own."""
+
+    async def ask() -> None:
+        try:
+            async with httpx.AsyncClient(base_url=url, timeout=patience, trust_env=False) as client:
+                waits.first.append(await first_word(client, next(numbers), patience))
+        except (httpx.HTTPError, OSError, RuntimeError) as error:
+            waits.failures.append(f"{type(error).__name__} {error}"[:200])
+
+    tasks, began = [], time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        tasks.append(asyncio.create_task(ask()))
+        waits.memory.append(resident(pid))
+        await asyncio.sleep(1)
+    await asyncio.gather(*tasks)
+
+
+def measured(name: str, url: str, pid: int, options: argparse.Namespace, numbers: Any) -> Any:
+    waits = Waits(memory=[resident(pid)])
+    command = [sys.executable, str(Path(attacks.__file__)), name, url, str(options.seconds)]
+    attacker = None
+    if name != "none":
+        attacker = subprocess.Popen(command, preexec_fn=lambda: os.nice(19), stdout=subprocess.PIPE)  # noqa: PLW1509
+        assert attacker.stdout is not None
+        attacker.stdout.readline()  # its bodies are made
+    asyncio.run(honest(url, pid, options.seconds, numbers, waits))
+    if attacker is not None:
+        with suppress(subprocess.TimeoutExpired):
+            attacker.wait(60)
+        attacker.kill()
+        attacker.wait()
+    time.sleep(options.after)
+    waits.memory.append(resident(pid))
+    return waits.row(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("attacks", nargs="*", help=f"of {', '.join(['none', *attacks.ATTACKS])}")
+    parser.add_argument("--seconds", type=float, default=20, help="of each attack")
+    parser.add_argument("--after", type=float, default=3, help="seconds until memory is read again")
+    parser.add_argument("--model", default=None, help="a checkpoint folder")
+    parser.add_argument("--descriptors", type=int, help="the server's limit of open files")
+    parser.add_argument("--serve", default="", help="further options of smolstack serve")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
+    command = [sys.executable, "-m", "smolstack.cli", "serve", "--port", "0"]
+    command += ["--model", options.model] if options.model else []
+    command += ["--allow-remote-images", *options.serve.split()]
+    descriptors = options.descriptors or min(soft, 1024)
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
+    log = Path(f"/tmp/attack-{os.getpid()}.log")
+    rows, numbers = [], iter(range(1000, 10**9))
+    with log.open("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(command, stderr=said, preexec_fn=limited)  # noqa: PLW1509
+        try:
+            found = None
+            while found is None and process.poll() is None:
+                time.sleep(0.2)
+                found = re.search(r"at (http://\S+)", log.read_text(encoding="utf-8"))
+            assert found, "the server did not start"
+            time.sleep(1)
+            for name in options.attacks or ["none", *attacks.ATTACKS]:
+                rows.append(measured(name, found[1], process.pid, options, numbers))
+                row = rows[-1]
+                print(
+                    f"{name:12} first word {row['median']:6.2f} median {row['worst']:6.2f} worst "
+                    f"({row['asked']} asked, {row['late']} late, {len(row['failures'])} failed)  "
+                    f"MiB {row['before']} before {row['peak']} peak {row['after']} after  "
+                    f"log {log.stat().st_size // 1024} KiB  {' '.join(row['failures'][:1])}",
+                    flush=True,
+                )
+                if process.poll() is not None:
+                    print(f"the server ended with {process.returncode}")
+                    break
+        finally:
+            process.terminate()
+            process.wait()
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    late = [row["attack"] for row in rows if row["late"] or row["failures"]]
+    sys.exit(f"later than {TARGET:g} s or failed: {', '.join(late)}" if late else 0)
+
+
+if __name__ == "__main__":
+    main()

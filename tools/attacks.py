@@ -1,0 +1,340 @@
+"""What the attackers of attack.py send: python tools/attacks.py NAME URL SECONDS."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import random
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.bombs import icon, tiff
+
+CHAT = "/v1/chat/completions"
+Attack = Callable[[str, float], Awaitable[None]]
+ATTACKS: dict[str, Attack] = {}
+
+
+def attack(work: Attack) -> Attack:
+    ATTACKS[work.__name__.removesuffix("_")] = work
+    return work
+
+
+def data_url(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def chat(images: list[str], text: str = "What does it say?", **more: Any) -> bytes:
+    parts: list[Any] = [
+        {"type": "image_url", "image_url": {"url": url, "detail": "low"}} for url in images
+    ]
+    parts.append({"type": "text", "text": text})
+    return json.dumps({"messages": [{"role": "user", "content": parts}], **more}).encode()
+
+
+def photograph(number: int, form: str = "JPEG", size: tuple[int, int] = (8000, 5000)) -> bytes:
+    """Forty megapixels of smooth colours, unlike any other number's."""
+    small = np.random.default_rng(number).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize(size, Image.Resampling.BILINEAR).save(buffer, form, quality=20)
+    return buffer.getvalue()
+
+
+def ready() -> None:
+    print("ready", flush=True)
+
+
+async def keep_asking(
+    url: str, seconds: float, workers: int, body: Callable[[int], bytes], path: str = CHAT
+) -> None:
+    """So many clients ask again and again. ``body(n)`` is called before the clock runs."""
+    bodies = [body(number) for number in range(workers)]
+    ready()
+    began, statuses = time.monotonic(), dict[Any, int]()
+    limits = httpx.Limits(max_connections=None)
+    headers = {"Content-Type": "application/json"}
+    async with httpx.AsyncClient(
+        base_url=url, timeout=120, limits=limits, trust_env=False, headers=headers
+    ) as client:
+
+        async def work(content: bytes) -> None:
+            while time.monotonic() - began < seconds:
+                try:
+                    left = max(0.1, seconds - (time.monotonic() - began))
+                    response = await asyncio.wait_for(client.post(path, content=content), left)
+                    status: Any = response.status_code
+                except asyncio.TimeoutError:
+                    return
+                except httpx.HTTPError as error:
+                    status = type(error).__name__
+                    await asyncio.sleep(0.05)
+                if status not in statuses:
+                    shown = response.text[:200] if isinstance(status, int) else ""
+                    print(status, shown, file=sys.stderr, flush=True)
+                statuses[status] = statuses.get(status, 0) + 1
+                if status == 429:
+                    await asyncio.sleep(0.1)
+
+        await asyncio.gather(*(work(content) for content in bodies))
+    print(statuses, file=sys.stderr)
+
+
+async def hold(  # noqa: PLR0917
+    url: str, seconds: float, count: int, first: bytes, more: bytes = b"", every: float = 1.0
+) -> None:
+    """So many connections, each of which says a little and then a little more now and then."""
+    ready()
+    parts, began = urlsplit(url), time.monotonic()
+
+    async def one() -> None:
+        while time.monotonic() - began < seconds:
+            try:
+                _, writer = await asyncio.wait_for(
+                    asyncio.open_connection(parts.hostname, parts.port), 10
+                )
+            except (OSError, asyncio.TimeoutError):
+                await asyncio.sleep(0.2)
+                continue
+            try:
+                writer.write(first)
+                while time.monotonic() - began < seconds and not writer.is_closing():
+                    await asyncio.sleep(every * random.uniform(0.5, 1.5))
+                    writer.write(more)
+                    await writer.drain()
+            except OSError:
+                pass
+            finally:
+                writer.close()
+
+    await asyncio.gather(*(one() for _ in range(count)))
+
+
+def head(length: int, path: str = CHAT) -> bytes:
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {length}\r\n\r\n"
+    ).encode()
+
+
+@attack
+async def idle(url: str, seconds: float) -> None:
+    """More connections than a process may have files, which say nothing."""
+    await hold(url, seconds, 1200, b"")
+
+
+@attack
+async def headers(url: str, seconds: float) -> None:
+    """Headers that go on for ever, a byte at a time."""
+    await hold(url, seconds, 1200, b"POST / HTTP/1.1\r\nX: ", b"x")
+
+
+@attack
+async def slow_bodies(url: str, seconds: float) -> None:
+    """Bodies that go on for ever, a byte at a time."""
+    await hold(url, seconds, 1200, head(10**6) + b'{"messages": "', b"x")
+
+
+@attack
+async def held_bodies(url: str, seconds: float) -> None:
+    """Large bodies, all but their ends sent."""
+    size = 30 * 2**20
+    await hold(url, seconds, 40, head(size) + b'{"messages": "' + b"x" * (size - 100), b"x", 5)
+
+
+@attack
+async def unread(url: str, seconds: float) -> None:
+    """Clients that ask for large answers and never read one."""
+    body = json.dumps({"prompt": "hello world " * 40_000}).encode()
+    await hold(url, seconds, 100, head(len(body), "/tokenize") + body)
+
+
+@attack
+async def lists(url: str, seconds: float) -> None:
+    """JSON of millions of empty lists."""
+    body = b'{"messages": [' + b"[]," * 5_000_000 + b"[]]}"
+    await keep_asking(url, seconds, 4, lambda _: body)
+
+
+@attack
+async def keys(url: str, seconds: float) -> None:
+    """JSON objects of very many keys, where any are allowed."""
+    inside = b",".join(b'"k%d":%d' % (i, i) for i in range(1_500_000))
+    body = chat([])[:-1] + b', "metadata": {' + inside + b"}}"
+    await keep_asking(url, seconds, 4, lambda _: body)
+
+
+@attack
+async def tiffs(url: str, seconds: float) -> None:
+    body = chat([data_url(tiff(16, 30_000), "tiff")] * 4)
+    await keep_asking(url, seconds, 8, lambda _: body)
+
+
+@attack
+async def icons(url: str, seconds: float) -> None:
+    body = chat([data_url(icon(13_000), "x-icon")] * 4)
+    await keep_asking(url, seconds, 8, lambda _: body)
+
+
+@attack
+async def halves(url: str, seconds: float) -> None:
+    """Images of forty megapixels that end in their middle."""
+    whole = photograph(0)
+    body = chat([data_url(whole[: len(whole) // 2], "jpeg")])
+    await keep_asking(url, seconds, 24, lambda _: body)
+
+
+@cache
+def _many(form: str) -> bytes:
+    kind, images = form.lower(), [photograph(number, form) for number in range(4)]
+    # What follows a file's end makes it another file.
+    urls = [data_url(images[i % 4] + bytes([i]), kind) for i in range(16)]
+    return chat(urls, max_tokens=4)
+
+
+@attack
+async def images(url: str, seconds: float) -> None:
+    """Sixteen images of forty megapixels, in three requests at a time."""
+    await keep_asking(url, seconds, 3, lambda n: _many("JPEG")[:-1] + b" " * n + b"}")
+
+
+@attack
+async def webps(url: str, seconds: float) -> None:
+    """The same in WebP, whose decoder is slow."""
+    await keep_asking(url, seconds, 3, lambda n: _many("WEBP")[:-1] + b" " * n + b"}")
+
+
+@attack
+async def late_pngs(url: str, seconds: float) -> None:
+    """PNG files whose orientation may stand behind their pixels."""
+    from PIL.PngImagePlugin import PngInfo
+
+    image, info, buffer = Image.new("RGB", (8000, 5000)), PngInfo(), io.BytesIO()
+    info.add_text("late", "x", zip=False)
+    image.save(buffer, "PNG", compress_level=1)
+    content = buffer.getvalue()
+    text = b"tEXtlate\0x"
+    chunk = len(text[4:]).to_bytes(4, "big") + text
+    import zlib
+
+    chunk += zlib.crc32(text).to_bytes(4, "big")
+    content = content[:-12] + chunk + content[-12:]
+    body = chat([data_url(content)] * 16)
+    await keep_asking(url, seconds, 3, lambda _: body)
+
+
+@attack
+async def regexes(url: str, seconds: float) -> None:
+    """Eight answers at a time to six requests, each held to a long regular expression."""
+    pattern = "(" + "|".join(f"[a-z{i % 10}]{{{i},{i + 900}}}x" for i in range(1, 90)) + ")"
+    body = chat([], regex=pattern[:1990].rpartition("|")[0] + ")", n=8, max_tokens=2000)
+    await keep_asking(url, seconds, 6, lambda _: body)
+
+
+@attack
+async def compiling(url: str, seconds: float) -> None:
+    """Sixteen regular expressions that are large once they are compiled."""
+
+    def body(n: int) -> bytes:
+        pattern = f"(([a-z{n}é]{{1,100}}[0-9]?){{1,90}}|(.{{0,500}}a){{1,9}}.{{{n + 300}}})"
+        return chat([], regex=pattern, max_tokens=50)
+
+    await keep_asking(url, seconds, 16, body)
+
+
+@attack
+async def choices(url: str, seconds: float) -> None:
+    """A hundred long choices."""
+
+    def body(n: int) -> bytes:
+        texts = [f"{n} {i} " + " ".join(str(i * j) for j in range(200)) for i in range(100)]
+        return chat([], choices=[text[:1000] for text in texts])
+
+    await keep_asking(url, seconds, 2, body)
+
+
+def schema(value: Any, **more: Any) -> bytes:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
+    return chat([], response_format=wanted, **more)
+
+
+@attack
+async def constants(url: str, seconds: float) -> None:
+    """Schemas with constants of 500 kB."""
+    body = schema({"const": "x y" * 170_000}, max_tokens=500)
+    await keep_asking(url, seconds, 6, lambda _: body)
+
+
+@attack
+async def enums(url: str, seconds: float) -> None:
+    """Schemas with as many values as are let in."""
+    body = schema({"enum": [f"value {i * i} of many" for i in range(2500)]}, max_tokens=500, n=8)
+    await keep_asking(url, seconds, 6, lambda _: body)
+
+
+@attack
+async def properties(url: str, seconds: float) -> None:
+    """Schemas whose objects refer to each other."""
+    one: dict[str, Any] = {"type": "object", "properties": {}}
+    for i in range(200):
+        one["properties"][f"property_{i}"] = {"$ref": f"#/$defs/d{(i * 7 + 1) % 40}"}
+    definitions = {f"d{i}": {"anyOf": [one, {"type": "string", "pattern": "(a|b|cd)*e{3,90}"}]}
+                   for i in range(20)}  # fmt: skip
+    definitions |= {f"d{i}": {"type": "string", "maxLength": 5000} for i in range(20, 40)}
+    body = schema({"$defs": definitions, **one}, max_tokens=500, n=4)
+    await keep_asking(url, seconds, 6, lambda _: body)
+
+
+@attack
+async def names(url: str, seconds: float) -> None:
+    """Images at addresses whose names take long to be looked up."""
+    some = [f"http://host{i}.{'label.' * 9}example.invalid/a.png" for i in range(16)]
+    await keep_asking(url, seconds, 64, lambda _: chat(some))
+
+
+@attack
+async def prompts(url: str, seconds: float) -> None:
+    """Prompts that fill the context, each unlike the others."""
+
+    def body(n: int) -> bytes:
+        rng = random.Random(n)
+        return chat([], "".join(rng.choices("abcdefgh ", k=1900)), max_tokens=2000)
+
+    await keep_asking(url, seconds, 80, body)
+
+
+@attack
+async def answers(url: str, seconds: float) -> None:
+    """The longest answers, eight at a time, with all that can be noted of them."""
+    body = chat(
+        [], "x", n=8, max_tokens=2048, temperature=50, logprobs=True, top_logprobs=20, min_p=0
+    )
+    await keep_asking(url, seconds, 20, lambda _: body)
+
+
+@attack
+async def texts(url: str, seconds: float) -> None:
+    """Texts of millions of characters to be tokenized."""
+    body = json.dumps({"prompt": "hello wörld <" * 150_000}).encode()
+    await keep_asking(url, seconds, 8, lambda _: body, "/tokenize")
+
+
+@attack
+async def refused(url: str, seconds: float) -> None:
+    """Requests that are refused at once, as quickly as they can be sent."""
+    await keep_asking(url, seconds, 50, lambda _: b'{"messages": []}')
+
+
+if __name__ == "__main__":
+    asyncio.run(ATTACKS[sys.argv[1]](sys.argv[2], float(sys.argv[3])))
