@@ -1,5 +1,6 @@
 // Rounds, packs, unpacks and multiplies weights of odd shapes, for the sanitizers to watch, and
-// compares with sums in double precision. Ends with 0 when all is near.
+// compares with sums in double precision. Prints a digest of what must be the same in every set of
+// instructions: the integers, and the products of them. Ends with 0 when all is near.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,6 +24,12 @@ static float drawn(void) {
 static uint16_t high_half(float x) {
     union { float number; uint32_t bits; } both = {x};
     return (uint16_t)(both.bits >> 16);
+}
+
+static uint64_t digest = 1469598103934665603u;  // FNV-1a
+static void add(const void *data, size_t bytes) {
+    const uint8_t *from = data;
+    for (size_t i = 0; i < bytes; i++) digest = (digest ^ from[i]) * 1099511628211u;
 }
 
 // The largest distance of `found` from x · weightᵀ, relative to the largest sum of magnitudes.
@@ -74,6 +81,9 @@ static int check(int64_t rows, int64_t in, int64_t out, int64_t bits, int64_t gr
     linear.zeros = (const uint8_t *)(linear.scale + channels * groups);
     failed |= dense_rows(&linear, &none, x, rows, NONE, NULL, y, threads);
     double rounded = distance(x, floats, rows, in, out, y);
+    add(words, (size_t)(out * row_bytes)), add(scales, (size_t)(out * groups * 2));
+    if (bits == 4) add(zeros, (size_t)(out * groups));
+    add(y, (size_t)(rows * out * 4));
     failed |= exact > 1e-5 || rounded > (bits == 8 ? 0.02 : 0.1);
     if (failed)
         printf("%lld bits, %lld x %lld x %lld: %g, %g\n", (long long)bits, (long long)rows,
@@ -94,5 +104,6 @@ int main(void) {
             failed |= check(shape[0], shape[1], shape[2], 8, 256, 1, threads);
             failed |= check(shape[0], shape[1], shape[2], 4, 32, 0, threads);
         }
+    printf("digest %016llx\n", (unsigned long long)digest);
     return failed;
 }
