@@ -146,14 +146,20 @@ class Processor:
                 f"config.json's vocabulary has {self.config.text.vocab_size} tokens"
             )
 
-    def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        answer_next: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """A chat as text, one placeholder per image."""
         if self.template is None:
             raise CheckpointError(
                 "the checkpoint has no chat template (chat_template.jinja, chat_template.json or "
                 "tokenizer_config.json)"
             )
-        return self.template.render(messages, answer_next=answer_next)
+        return self.template.render(messages, answer_next=answer_next, tools=tools)
 
     @cached_property
     def answer_lead(self) -> str:
