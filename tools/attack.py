@@ -87,10 +87,9 @@ async def first_word(client: httpx.AsyncClient, number: int, patience: float) ->
         raise RuntimeError("the stream ended without a word")
 
 
-async def honest(  # noqa: PLR0917
-    url: str, pid: int, seconds: float, numbers: Any, waits: Waits, patience: float = 60
-) -> None:
+async def honest(url: str, pid: int, seconds: float, numbers: Any, waits: Waits) -> None:
     """Ask once a second, each time over a connection of its own."""
+    patience = 60.0
 
     async def ask() -> None:
         try:
@@ -112,7 +111,7 @@ def measured(name: str, url: str, pid: int, options: argparse.Namespace, numbers
     command = [sys.executable, str(Path(attacks.__file__)), name, url, str(options.seconds)]
     attacker = None
     if name != "none":
-        attacker = subprocess.Popen(command, preexec_fn=lambda: os.nice(19), stdout=subprocess.PIPE)  # noqa: PLW1509
+        attacker = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert attacker.stdout is not None
         attacker.stdout.readline()  # its bodies are made
     asyncio.run(honest(url, pid, options.seconds, numbers, waits))
@@ -143,13 +142,12 @@ def main() -> None:
     command += ["--allow-remote-images", *options.serve.split()]
     descriptors = options.descriptors or min(soft, 1024)
 
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-
     log = Path(f"/tmp/attack-{os.getpid()}.log")
     rows, numbers = [], iter(range(1000, 10**9))
     with log.open("w+", encoding="utf-8") as said:
-        process = subprocess.Popen(command, stderr=said, preexec_fn=limited)  # noqa: PLW1509
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
+        process = subprocess.Popen(command, stderr=said)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
         try:
             found = None
             while found is None and process.poll() is None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import random
 import sys
 import time
@@ -91,8 +92,8 @@ async def keep_asking(
     print(statuses, file=sys.stderr)
 
 
-async def hold(  # noqa: PLR0917
-    url: str, seconds: float, count: int, first: bytes, more: bytes = b"", every: float = 1.0
+async def hold(
+    url: str, seconds: float, count: int, first: bytes, *, more: bytes = b"", every: float = 1.0
 ) -> None:
     """So many connections, each of which says a little and then a little more now and then."""
     ready()
@@ -137,20 +138,22 @@ async def idle(url: str, seconds: float) -> None:
 @attack
 async def headers(url: str, seconds: float) -> None:
     """Headers that go on for ever, a byte at a time."""
-    await hold(url, seconds, 1200, b"POST / HTTP/1.1\r\nX: ", b"x")
+    await hold(url, seconds, 1200, b"POST / HTTP/1.1\r\nX: ", more=b"x")
 
 
 @attack
 async def slow_bodies(url: str, seconds: float) -> None:
     """Bodies that go on for ever, a byte at a time."""
-    await hold(url, seconds, 1200, head(10**6) + b'{"messages": "', b"x")
+    await hold(url, seconds, 1200, head(10**6) + b'{"messages": "', more=b"x")
 
 
 @attack
 async def held_bodies(url: str, seconds: float) -> None:
     """Large bodies, all but their ends sent."""
     size = 30 * 2**20
-    await hold(url, seconds, 40, head(size) + b'{"messages": "' + b"x" * (size - 100), b"x", 5)
+    await hold(
+        url, seconds, 40, head(size) + b'{"messages": "' + b"x" * (size - 100), more=b"x", every=5
+    )
 
 
 @attack
@@ -337,4 +340,5 @@ async def refused(url: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    os.nice(19)
     asyncio.run(ATTACKS[sys.argv[1]](sys.argv[2], float(sys.argv[3])))

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,11 +165,11 @@ def main() -> None:
     theirs += ["--port", str(ports[1]), "--dtype", "float32", "--log-level", "error"]
     rows = []
     numbers = iter(range(1000, 10**9))
-    with (
-        serving("smolstack", [*ours, "--dtype", "float32"], ports[0]) as first,
-        serving("transformers", theirs if not options.alone else ["true"], ports[1]) as second,
-    ):
-        servers = [first] if options.alone else [first, second]
+    with ExitStack() as stack:
+        ours += ["--dtype", "float32"]
+        servers = [stack.enter_context(serving("smolstack", ours, ports[0]))]
+        if not options.alone:
+            servers.append(stack.enter_context(serving("transformers", theirs, ports[1])))
         for name, url in servers:  # both have loaded and answered before anything is timed
             warm = argparse.Namespace(**vars(options) | {"seconds": 0.1})
             asyncio.run(load(Run(name, 1), url, warm, [image_url(next(numbers)) for _ in range(9)]))

@@ -139,7 +139,7 @@ def test_stdin_holds_one_image(refuses: Run, tiny_folder: Path, sign: Path) -> N
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
-        ("--temperature", "-1", "temperature is -1.0, expected 0 or more"),
+        ("--temperature", "-1", "temperature is -1.0, expected 0, or 0.0001 or more"),
         ("--top-p", "0", "top_p is 0.0, expected above 0 and at most 1"),
         ("--max-new-tokens", "0", "max_new_tokens is 0, expected 1 or more"),
         ("--device", "abacus", "device 'abacus' cannot be used"),

@@ -148,6 +148,15 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = 64 * 2**10,
+    special_tokens_in_text: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens-in-text",
+            help="Control tokens that a message's text spells become these tokens, as in "
+            "transformers; whoever writes the text can forge turns then.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = False,
     max_answers: Annotated[
         int, typer.Option(min=1, help="Most answers of a request (n).", rich_help_panel=_LIMITS)
     ] = 8,
@@ -253,6 +262,7 @@ def serve(
         prompt_tokens=max_prompt_tokens,
         new_tokens=max_new_tokens,
         form_bytes=max_form_bytes,
+        special_tokens_in_text=special_tokens_in_text,
         answers=max_answers,
         deadline=deadline,
         drain=drain,

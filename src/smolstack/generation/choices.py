@@ -44,7 +44,7 @@ def continuations(
     room = processor.config.text.max_positions - len(prompt.token_ids)
     found = []
     for text in texts:
-        whole = tuple(processor.tokenizer.encode(prompt.text + lead + text))
+        whole = tuple(processor.encode_after(prompt, lead + text))
         if whole[: len(prompt.token_ids)] == prompt.token_ids:
             ids = whole[len(prompt.token_ids) :]
         else:

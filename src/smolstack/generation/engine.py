@@ -143,8 +143,7 @@ class Engine:
         with self._changed:
             if client is not None:
                 self._rank(requests, client)
-                elsewhere = len(self._inbox)
-                for request in self.core.scheduler.displaced(requests, elsewhere):
+                for request in self.core.scheduler.displaced(requests, self._inbox):
                     request.given_up = QueueFullError(
                         "the request gave way to cheaper ones; send it again later"
                     )
@@ -171,7 +170,7 @@ class Engine:
     def _check_room(self, requests: int) -> None:
         if self._closing:
             raise QueueFullError("the engine is shutting down")
-        self.core.scheduler.check_room(requests + len(self._inbox))
+        self.core.scheduler.check_room(requests, self._inbox)
 
     def cancel(self, request: Request) -> None:
         """Stop the work on a request; nothing more is told about it."""

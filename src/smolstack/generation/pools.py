@@ -18,7 +18,7 @@ class RankedPool(Executor):
     """An executor whose work has ranks: the lowest is done first, of equal ones the earliest.
 
     Args:
-        threads: started when they are first needed.
+        threads: started as work comes.
         heavy: of these, how many may do heavy work at a time; the others are left for light work.
         name: of the threads.
     """
@@ -30,7 +30,7 @@ class RankedPool(Executor):
         self._waiting: dict[bool, list[tuple[float, int, Future[Any], Callable[[], Any]]]]
         self._waiting = {False: [], True: []}
         self._number = itertools.count()
-        self._busy = self._heavy = 0
+        self._heavy = 0
         self._closed = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **named: Any) -> Future[T]:
@@ -44,7 +44,7 @@ class RankedPool(Executor):
             if self._closed:
                 raise RuntimeError("the threads have ended")
             heapq.heappush(self._waiting[heavy], (rank, next(self._number), future, work))
-            if self._busy == len(self._threads) < self._most:
+            if len(self._threads) < self._most:
                 name = f"{self._name}-{len(self._threads)}"
                 self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
                 self._threads[-1].start()
@@ -78,13 +78,11 @@ class RankedPool(Executor):
                         return
                     self._changed.wait()
                 _, _, future, work = heapq.heappop(self._waiting[heavy])
-                self._busy += 1
                 self._heavy += heavy
             try:
                 _do(future, work)
             finally:
                 with self._changed:
-                    self._busy -= 1
                     self._heavy -= heavy
                     self._changed.notify_all()
             del future, work  # and what they hold, while there is nothing to do

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from smolstack.errors import GenerationError
 
+_LEAST = 0.0001  # that logits are divided by: by less, they are no numbers any more
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,12 +36,13 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, self.temperature >= 0, "0 or more")
+        heat = self.temperature
+        _check("temperature", heat, heat == 0 or heat >= _LEAST, f"0, or {_LEAST} or more")
         _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, penalty > 0, "above 0")
+        _check("repetition_penalty", penalty, penalty >= _LEAST, f"{_LEAST} or more")
 
 
 class Sampler:

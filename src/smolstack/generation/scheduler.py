@@ -166,30 +166,37 @@ class Scheduler:
                 f"{self.kv_budget:,} are allowed"
             )
 
-    def displaced(self, requests: Sequence[Request], more: int = 0) -> list[Request]:
-        """Those of the waiting that give way to requests of lower rank, beside which ``more``
-        wait elsewhere; none where that makes no room."""
+    def displaced(self, requests: Sequence[Request], coming: Sequence[Request]) -> list[Request]:
+        """Those that give way to requests of lower rank, of the waiting and of those that are on
+        their way here; none where that makes no room. Safe in any thread."""
         if self.limits.queued is None:
             return []
+        waiting = [*self.waiting, *coming]
+        given = sum(each.given_up is not None for each in waiting)
         room = self.limits.running + self.limits.queued
-        missing = len(self) + len(requests) + more - room
-        waiting = list(self.waiting)  # another thread's, which goes on
-        worse = [r for r in waiting if r.rank > requests[0].rank and r.given_up is None]
-        given = sum(r.given_up is not None for r in waiting)
-        if missing - given > len(worse):
+        missing = len(self.running) + len(waiting) - given + len(requests) - room
+        new = requests[0]
+        worse = [
+            r
+            for r in waiting
+            if r.rank > new.rank
+            and r.given_up is None
+            and (r.client != new.client or new.cost < _CHEAP * r.cost)
+        ]
+        if missing > len(worse):
             return []
-        return sorted(worse, key=_rank, reverse=True)[: max(0, missing - given)]
+        return sorted(worse, key=_rank, reverse=True)[: max(0, missing)]
 
-    def check_room(self, requests: int) -> None:
-        """Raises QueueFullError unless so many more may wait."""
+    def check_room(self, requests: int, coming: Sequence[Request] = ()) -> None:
+        """Raises QueueFullError unless so many more may wait, beside those on their way here.
+        Safe in any thread."""
         if self.limits.queued is None:
             return
         room = self.limits.running + self.limits.queued
-        given = sum(request.given_up is not None for request in list(self.waiting))
-        if len(self.waiting) + len(self.running) - given + requests > room:
+        waiting = sum(each.given_up is None for each in [*self.waiting, *coming])
+        if waiting + len(self.running) + requests > room:
             raise QueueFullError(
-                f"{len(self.running)} answers are at work and {len(self.waiting)} wait, "
-                f"the limit is {room}"
+                f"{len(self.running)} answers are at work and {waiting} wait, the limit is {room}"
             )
 
     def admit(self) -> list[Request]:

@@ -22,6 +22,7 @@ from smolstack.errors import (
 from smolstack.processor import prompt as prompts
 from smolstack.processor.geometry import TilePlan, Tiling, plan_tiles
 from smolstack.processor.inputs import ImageInput, PromptLike, as_messages, unlocked
+from smolstack.processor.plain import PlainText
 from smolstack.processor.prompt import ChatTemplate, Markers, Message
 from smolstack.processor.scaling import resize
 from smolstack.processor.settings import ImageSettings
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sequence before batching: its text, token ids, images and their plans."""
+    """One sequence before batching: its text, token ids, images and their plans; ``marked`` is
+    the text where control tokens in messages are text (see :mod:`.plain`)."""
 
     text: str
     token_ids: tuple[int, ...]
     images: tuple[ImageInput, ...]
     plans: tuple[TilePlan, ...]
+    marked: str | None = None
 
 
 class Processor:
@@ -52,6 +55,9 @@ class Processor:
     Attributes:
         pointing: ids of tokens that point at what an answer reads, and are no part of its text.
         videos: how many frames of a video are looked at.
+        special_tokens_in_text: whether control tokens that a message's text spells
+            (``<|im_start|>``, ``<image>``) become these tokens, as in transformers, which lets
+            whoever writes the text forge turns; False takes them for the characters they are.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Processor:
         self.pointing, self.videos = pointing, videos or VideoSettings()
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.markers = _markers(config, tokenizer)
+        self.special_tokens_in_text = True
         self.template = (
             None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
         )
@@ -125,7 +132,9 @@ class Processor:
         images = [unlocked(image, password) for image in images]
         plans = tuple(self.plan(image, **tiling) for image in images)
         text = prompts.expand_placeholders(rendered, plans, self.markers)
-        ids = tuple(self.tokenizer.encode(text))
+        marked = None if self.special_tokens_in_text else text
+        text = text if marked is None else self.plain.shown(text)
+        ids = tuple(self.tokenizer.encode(text) if marked is None else self.plain.encode(marked))
         self._check_ids(ids)
         limit = self.config.text.max_positions
         if len(ids) > limit:
@@ -135,7 +144,19 @@ class Processor:
                 f"context holds {limit}"
             )
         whole = (shown.image if isinstance(shown, Frame) else shown for shown in images)
-        return Prompt(text, ids, tuple(whole), plans)
+        return Prompt(text, ids, tuple(whole), plans, marked)
+
+    def encode_after(self, prompt: Prompt, text: str) -> list[int]:
+        """Token ids of a prompt and of a text that follows it."""
+        if prompt.marked is None:
+            return self.tokenizer.encode(prompt.text + text)
+        return self.plain.encode(prompt.marked + text)
+
+    @cached_property
+    def plain(self) -> PlainText:
+        """What takes control tokens in messages for text."""
+        marks = self.markers
+        return PlainText(self.tokenizer, (marks.image, marks.around, marks.whole))
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         """Every id must have an embedding; a tokenizer may know more tokens than its model."""
@@ -159,6 +180,8 @@ class Processor:
                 "the checkpoint has no chat template (chat_template.jinja, chat_template.json or "
                 "tokenizer_config.json)"
             )
+        if not self.special_tokens_in_text:
+            messages = self.plain.mark(messages)
         return self.template.render(messages, answer_next=answer_next, tools=tools)
 
     @cached_property
@@ -230,9 +253,9 @@ class Processor:
     def count_tokens(self, plans: Sequence[TilePlan], text: str) -> int:
         """Tokens of the whole prompt that asks ``text`` about images of these plans."""
         rendered = self.render([prompts.user_message(len(plans), text)])
-        return len(
-            self.tokenizer.encode(prompts.expand_placeholders(rendered, plans, self.markers))
-        )
+        expanded = prompts.expand_placeholders(rendered, plans, self.markers)
+        encode = self.tokenizer.encode if self.special_tokens_in_text else self.plain.encode
+        return len(encode(expanded))
 
     def pixels(self, image: ImageSource, plan: TilePlan) -> Tensor:
         """The tiles of one image, normalized: (plan.tiles, 3, P, P) float32."""

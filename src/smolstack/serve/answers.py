@@ -28,10 +28,13 @@ class Asking:
 
     Iterating gives (answer's index, update) until all are complete. :meth:`close` must be called:
     it stops the work of answers that nobody waits for any more.
+
+    Args:
+        pieces: whether every update is of interest, or the first and the last of each answer.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics) -> None:
-        self._engine, self._metrics = engine, metrics
+    def __init__(self, engine: Engine, metrics: Metrics, *, pieces: bool = True) -> None:
+        self._engine, self._metrics, self._pieces = engine, metrics, pieces
         self._loop = asyncio.get_running_loop()
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         self._requests: list[Request] = []
@@ -57,7 +60,13 @@ class Asking:
         self.answers = [None] * self._open
 
     def _listener(self, index: int) -> Callable[[Update], None]:
+        begun = False
+
         def listen(update: Update) -> None:
+            nonlocal begun
+            if begun and not self._pieces and update.answer is None and update.error is None:
+                return  # the loop has other things to do
+            begun = True
             with contextlib.suppress(RuntimeError):  # the loop ended before the answer
                 self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
 

@@ -63,6 +63,8 @@ class Server:
     def __init__(self, vlm: VLM, settings: ServerSettings) -> None:
         self.vlm, self.settings = vlm, settings
         MEMORY.limit = settings.decode_bytes
+        self._before = vlm.processor.special_tokens_in_text
+        vlm.processor.special_tokens_in_text = settings.special_tokens_in_text
         images = vlm.image_cache
         images.max_bytes = settings.image_cache_bytes
         self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, images=images)
@@ -104,7 +106,8 @@ class Server:
         await in_thread(None, self.close)
 
     def close(self) -> None:
-        """End the engine's work."""
+        """End the engine's work, and leave the model as it was."""
+        self.vlm.processor.special_tokens_in_text = self._before
         self.engine.close(drain=False)
         self.readers.shutdown(cancel_futures=True)
 
@@ -157,7 +160,7 @@ class Server:
     async def _made(self, body: ChatRequest, seconds: float) -> Asking:
         """The answers to a request, once its images are here and everything was checked."""
         deadline = time.monotonic() + seconds
-        asking = Asking(self.engine, self.metrics)
+        asking = Asking(self.engine, self.metrics, pieces=bool(body.stream))
 
         async def reading_it() -> None:
             urls = request_reader.image_urls(body, self.settings)

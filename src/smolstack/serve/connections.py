@@ -25,7 +25,8 @@ from smolstack.errors import GenerationError
 DEFAULT_CONNECTIONS = 512
 # Seconds for which a client may be waited for, however many others want its place: fewer where
 # there are few places, so that whoever comes through the listener's queue does not wait long.
-_GRACE, _GRACE_PLACES = (0.05, 0.5), 2000
+_GRACE, _GRACE_PLACES = (0.05, 0.5), 1000
+_TOGETHER = 16  # a part of all places that is made free at once
 _RATE = 2**16  # bytes of a body that make it look younger by a second
 _LEAST = 4
 _AT_A_TIME = 16  # accepted before the loop does something else
@@ -237,15 +238,16 @@ class Door:
             await self._left.wait()
 
     def _make_room(self) -> bool:
-        """End the connection whose client has been waited for for longest: first of those that
-        are idle, then of all but the newest."""
+        """End connections whose clients have been waited for for longest: of those that are idle,
+        or else of all but the newest; False where there are none."""
         now = time.monotonic()
         waits = {c: c.waited(now) or 0.0 for c in self.open if not c.transport.is_closing()}
         idle = {c: seconds for c, seconds in waits.items() if c.idle}
         grace = min(max(self.limit / _GRACE_PLACES, _GRACE[0]), _GRACE[1])
         late = idle or {c: seconds for c, seconds in waits.items() if seconds > grace}
-        if late:
-            max(late, key=lambda c: late[c] / (1 + c.received / _RATE)).hang_up()
+        order = sorted(late, key=lambda c: late[c] / (1 + c.received / _RATE), reverse=True)
+        for connection in order[: max(1, self.limit // _TOGETHER)]:
+            connection.hang_up()
         return bool(late)
 
     async def _look(self) -> None:

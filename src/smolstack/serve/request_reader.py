@@ -134,7 +134,8 @@ def prepare(
     for image in images:
         check_image(image, settings)
     _check_length(vlm, request, settings)
-    _check_markers(vlm, request)
+    if settings.special_tokens_in_text:
+        _check_markers(vlm, request)
     prompt = _prompt(vlm, request, images, calls, options[0].tiling)
     limit = settings.prompt_tokens
     if limit is not None and len(prompt.token_ids) > limit:

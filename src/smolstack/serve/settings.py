@@ -35,6 +35,8 @@ class ServerSettings:
         prompt_tokens: longest prompt, visual tokens included; None is the model's context.
         new_tokens: longest answer, whatever a request asks for.
         form_bytes: of a request's schema, expression and choices together.
+        special_tokens_in_text: whether control tokens that a message's text spells become these
+            tokens, so that whoever writes a text can forge turns.
         answers: most answers of one request (``n``).
         deadline: seconds that a request may take once its body is here, fetching its images
             and waiting included.
@@ -60,6 +62,7 @@ class ServerSettings:
     prompt_tokens: int | None = None
     new_tokens: int = 2048
     form_bytes: int = 64 * 2**10
+    special_tokens_in_text: bool = False
     answers: int = 8
     deadline: float = 300.0
     drain: float = 30.0

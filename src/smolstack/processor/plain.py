@@ -1,0 +1,136 @@
+"""Text that is text: control tokens that somebody wrote are tokenized as the characters they are.
+
+A tokenizer takes ``<|im_start|>`` for the token of that name wherever it stands, so whoever writes
+it in a message forges a turn. Here the texts of messages are marked before the chat template stands
+around them, and a second tokenizer, whose control tokens have names that nobody can write, reads
+what the template wrote as tokens and the rest as characters.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from smolstack.errors import CheckpointError, PromptError
+from smolstack.processor.tokenizer import TextTokenizer
+
+# Noncharacters, which no text holds that is meant for others.
+_NAME, _BREAK = "\ufdd0", "\ufdd1"
+_STRUCTURE = ("role", "type")  # of a message and of its parts: not the writer's
+
+
+class PlainText:
+    """Marks texts, and tokenizes prompts that hold marked texts.
+
+    Args:
+        tokenizer: the checkpoint's.
+        markers: of images, beside the tokens that the tokenizer calls special.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, markers: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        known = {token.content for token in added}
+        controls = {token.content for token in added if token.special}
+        controls |= known.intersection(markers)
+        self.controls = sorted({*controls, *markers}, key=len, reverse=True)
+        names = "|".join(map(re.escape, self.controls))
+        self._begins, self._whole = re.compile(f"(?={names})"), re.compile(names)
+        self._known = controls
+        self._parts = {name[:end] for name in self.controls for end in range(1, len(name))}
+        self._longest = len(self.controls[0])
+        self._lock = threading.Lock()
+        self._renamed: tokenizers.Tokenizer | None = None
+
+    def mark(self, value: Any) -> Any:
+        """A text, or messages and all that is in them, with its control tokens marked as text.
+
+        Raises:
+            PromptError: a text holds a character that marks.
+        """
+        if isinstance(value, str):
+            return self._marked(value)
+        if isinstance(value, Mapping):
+            return {
+                self.mark(key): each if key in _STRUCTURE else self.mark(each)
+                for key, each in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            return [self.mark(each) for each in value]
+        return value
+
+    def _marked(self, text: str) -> str:
+        for mark in (_NAME, _BREAK):
+            if mark in text:
+                raise PromptError(
+                    f"a text holds the noncharacter U+{ord(mark):04X}, expected characters"
+                )
+        # Each is broken behind its first character; so is what becomes one with what follows.
+        places = {found.start() + 1 for found in self._begins.finditer(text)}
+        for length in range(1, min(self._longest, len(text)) + 1):
+            if text[-length:] in self._parts:
+                places.add(len(text) - length + 1)
+        pieces, begin = [], 0
+        for place in sorted(places):
+            pieces.append(text[begin:place])
+            begin = place
+        return _BREAK.join([*pieces, text[begin:]])
+
+    def shown(self, text: str) -> str:
+        """A text without its marks."""
+        return text.replace(_BREAK, "")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt that holds marked texts."""
+        if _BREAK not in text and self.tokenizer.backend.normalizer is None:
+            return self.tokenizer.encode(text)  # nothing in it looks like a control token
+        bos = self.tokenizer.special_tokens.get("bos_token")
+        special = not (bos and text.startswith(bos))
+        named = self._whole.sub(self._name, text).replace(_BREAK, "")
+        (found,) = self._backend().encode_batch([named], add_special_tokens=special)
+        ids: list[int] = found.ids
+        return ids
+
+    def _name(self, found: re.Match[str]) -> str:
+        return _NAME + found[0] if found[0] in self._known else found[0]
+
+    def _backend(self) -> tokenizers.Tokenizer:
+        with self._lock:
+            if self._renamed is None:
+                self._renamed = _renamed(self.tokenizer.backend, self._known)
+            return self._renamed
+
+
+def _renamed(backend: tokenizers.Tokenizer, names: set[str]) -> tokenizers.Tokenizer:
+    """The same tokenizer, whose control tokens have a mark before their names.
+
+    Raises:
+        CheckpointError: its control tokens cannot be renamed.
+    """
+    data = json.loads(backend.to_str())
+    model = data["model"]
+    for token in data["added_tokens"]:
+        if token["content"] in names:
+            token["content"] = _NAME + token["content"]
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        model["vocab"] = {_NAME + t if t in names else t: number for t, number in vocab.items()}
+    elif isinstance(vocab, list):
+        model["vocab"] = [[_NAME + t if t in names else t, score] for t, score in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = _NAME + model["unk_token"]
+    made = tokenizers.Tokenizer.from_str(json.dumps(data))
+    made.no_truncation()
+    made.no_padding()
+    for name in names:
+        if made.encode(_NAME + name, add_special_tokens=False).ids != [backend.token_to_id(name)]:
+            raise CheckpointError(
+                f"tokenizer.json has the token {name!r} in a way that lets no text be kept apart "
+                "from it; expected an added token (or special_tokens_in_text)"
+            )
+    return made

@@ -1,0 +1,142 @@
+"""Whose turn it is: cheap requests before expensive ones, clients that had little before others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import smolstack
+from smolstack.errors import QueueFullError
+from smolstack.generation.costs import Shares
+from smolstack.generation.engine import Engine
+from smolstack.generation.options import read_options
+from smolstack.generation.pools import RankedPool
+from smolstack.generation.request import Request
+from smolstack.generation.scheduler import SchedulerLimits
+
+
+def made(vlm: smolstack.VLM, engine: Engine, text: str, **options: Any) -> Request:
+    chosen = read_options(options, vlm.eos_token_ids)  # type: ignore[arg-type]
+    (request,) = engine.core.requests([vlm.processor.prepare(text)], chosen)
+    return request
+
+
+def still(vlm: smolstack.VLM, **limits: Any) -> Engine:
+    """An engine whose thread does not work, so that its queue can be looked at."""
+    engine = Engine(vlm.model, vlm.processor, SchedulerLimits(**limits))
+    engine.close()
+    engine._closing = False
+    return engine
+
+
+def test_a_cheap_request_goes_first_and_an_expensive_one_gives_way(
+    tiny_vlm: smolstack.VLM,
+) -> None:
+    engine = still(tiny_vlm, running=1, queued=1)
+    scheduler = engine.core.scheduler
+    long = [made(tiny_vlm, engine, "Tell all.", max_new_tokens=250) for _ in range(3)]
+    for request in long[:2]:
+        engine.enter([request], client="a")
+    with pytest.raises(QueueFullError, match="0 answers are at work and 2 wait, the limit is 2"):
+        engine.enter([long[2]], client="a")
+    short = made(tiny_vlm, engine, "Hi.", max_new_tokens=2)
+    engine.enter([short], client="a")
+    assert [request.given_up is None for request in long[:2]] == [True, False]
+    for request in engine._inbox:
+        engine.core.add(request)
+    engine.core.clear_out()
+    assert scheduler.admit() == [short]
+
+
+def test_a_client_that_had_much_waits_for_others(tiny_vlm: smolstack.VLM) -> None:
+    engine = still(tiny_vlm, running=8)
+    for _ in range(5):
+        engine.enter([made(tiny_vlm, engine, "Again.", max_new_tokens=20)], client="much")
+    engine.enter([made(tiny_vlm, engine, "Once.", max_new_tokens=20)], client="little")
+    for request in engine._inbox:
+        engine.core.add(request)
+    engine.core.shares.rank(engine.core.scheduler.waiting, time.monotonic())
+    assert engine.core.scheduler.admit()[0].client == "little"
+
+
+def test_what_a_client_had_is_forgotten() -> None:
+    shares = Shares()
+    shares.charge("a", 8.0, 0.0)
+    assert shares.had("a", 30.0) == pytest.approx(4.0)
+    for number in range(5000):
+        shares.charge(str(number), 10.0, 100.0)
+    assert shares.had("a", 100.0) == 0
+
+
+def test_without_clients_requests_have_their_turn_as_they_came(tiny_vlm: smolstack.VLM) -> None:
+    engine = still(tiny_vlm, running=8)
+    texts = ["A long one? " * 20, "Hi.", "And this?"]
+    requests = [made(tiny_vlm, engine, text, max_new_tokens=30) for text in texts]
+    engine.enter(requests)
+    for request in engine._inbox:
+        engine.core.add(request)
+    assert engine.core.scheduler.admit() == requests
+
+
+def test_answers_whose_forms_take_long_take_turns(tiny_vlm: smolstack.VLM) -> None:
+    engine = still(tiny_vlm, running=8)
+    requests = [made(tiny_vlm, engine, f"{n}?", max_new_tokens=30) for n in range(6)]
+    scheduler = engine.core.scheduler
+    for request in requests:
+        engine.core.add(request)
+    scheduler.admit()
+    for request in requests:
+        request.stage = "decode"
+    for request in requests[:5]:
+        request.own_seconds = 0.03
+    seen: list[set[Request]] = []
+    for turn in range(1, 6):
+        plan = scheduler.schedule()
+        assert requests[5] in plan.decode
+        for request in plan.decode:
+            request.turn = turn
+        seen.append(set(plan.decode) - {requests[5]})
+    assert all(len(each) == 1 for each in seen)
+    assert set.union(*seen) == set(requests[:5])
+
+
+def test_answers_do_not_depend_on_their_rank(tiny_vlm: smolstack.VLM) -> None:
+    images = [Image.new("RGB", (300, 200 + n), (n * 40, 90, 120)) for n in range(4)]
+    expected = [tiny_vlm.ask(image, "What?", max_new_tokens=12).token_ids for image in images]
+    with tiny_vlm.engine(running=2) as engine:
+        futures = []
+        for number, image in enumerate(images):
+            request = tiny_vlm.request(image, "What?", max_new_tokens=12)
+            done = threading.Event()
+            request.listener = lambda update, done=done: (
+                done.set() if update.answer or update.error else None
+            )
+            engine.enter([request], client=str(number % 2))
+            futures.append((request, done))
+        for _, done in futures:
+            assert done.wait(60)
+    assert [request.answered.token_ids for request, _ in futures] == expected
+
+
+def test_heavy_work_leaves_a_thread_for_light_work() -> None:
+    pool, gate, order = RankedPool(2, 1, "test"), threading.Event(), list[int]()
+    blocked = [pool.rank(lambda: gate.wait(60), 0.0, heavy=True) for _ in range(3)]
+    assert pool.rank(lambda: 5, 100.0).result(60) == 5
+    gate.set()
+    assert [each.result(60) for each in blocked] == [True] * 3
+    first, second = threading.Event(), threading.Event()
+    held = [pool.submit(each.wait, 60) for each in (first, second)]
+    later = [pool.rank(lambda n=n: order.append(n), float(n)) for n in (3, 1, 2)]  # type: ignore[misc]
+    first.set()
+    for each in later:
+        each.result(60)
+    assert order == [1, 2, 3]
+    second.set()
+    assert all(each.result(60) for each in held)
+    pool.shutdown()
+    with pytest.raises(RuntimeError):
+        pool.submit(int)
