@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types docs parity reader reader-eval clean help
+.PHONY: demo test lint types docs parity reader reader-eval real clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ reader: $(VENV)/.dev  ## train the bundled reader (on a GPU; goes on where it st
 
 reader-eval: $(VENV)/.dev  ## measure the bundled reader on fonts and numbers it never saw
 	$(BIN)/python -m training.reader.evaluate
+
+real: $(VENV)/.dev  ## bridge the reader's vision tower to SmolLM2 (goes on where it stopped)
+	$(BIN)/python examples/bridge_to_smollm2 --folder .cache/real
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

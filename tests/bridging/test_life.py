@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 from tests.bridging.conftest import MakeText, MakeVision
-from tests.checkpoint.gguf_files import _write_text
+from tests.checkpoint.gguf_files import _write_text, write_gguf
 from typer.testing import CliRunner
 
 import smolstack
@@ -71,6 +71,19 @@ def test_a_gguf_file_is_the_folder_that_it_was_made_of(
         for name, source in (("one", text), ("two", file))
     ]
     assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_a_familys_gguf_file_keeps_its_image_tokens(
+    make_vision: MakeVision, tied_folder: Path, tmp_path: Path
+) -> None:
+    """The language model of a published GGUF pair, without its own vision tower."""
+    text, _ = write_gguf(tied_folder, tmp_path / "gguf")
+    bridged = bridge_towers(make_vision(), text, tmp_path / "bridged")
+    vlm = smolstack.load(bridged, device="cpu")
+    assert vlm.config.text.vocab_size == 904
+    assert vlm.config.image_token_id == 861
+    answer = vlm.ask(IMAGE, "Which?", max_new_tokens=2, split=False)
+    assert answer.usage.visual_tokens == 36
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])

@@ -99,3 +99,35 @@ def test_the_vision_tower_is_the_siglip(
         expected = plain(pixel_values=tiles).last_hidden_state
         found = smolstack.load(bridged, device="cpu").model.vision(tiles)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens"),
+    [
+        ({"image_size": 52, "patch_size": 8}, 36),  # as SigLIP-so400m, 384 pixels by 14
+        ({"image_size": 56, "patch_size": 8, "hidden_act": "gelu"}, 49),
+        ({"image_size": 64, "patch_size": 4, "num_attention_heads": 4}, 64),
+    ],
+)
+def test_grids_of_other_sizes(
+    make_vision: MakeVision,
+    make_text: MakeText,
+    photo: Image.Image,
+    tmp_path: Path,
+    sizes: dict[str, Any],
+    tokens: int,
+) -> None:
+    bridged = bridge_towers(make_vision(**sizes), make_text(), tmp_path / "bridged")
+    theirs: Any = transformers.Idefics3ForConditionalGeneration.from_pretrained(bridged)
+    auto: Any = transformers.AutoProcessor
+    processor, vlm = auto.from_pretrained(bridged), smolstack.load(bridged, device="cpu")
+    assert vlm.config.tokens_per_tile == tokens
+    inputs = processor(text="<image>Which?", images=[photo], return_tensors="pt")
+    batch = vlm.processor([(photo, "Which?")])
+    torch.testing.assert_close(batch.tiles, inputs["pixel_values"][0], atol=1e-6, rtol=0)
+    with torch.no_grad():
+        pooled = theirs.model.get_image_features(
+            inputs["pixel_values"], inputs["pixel_attention_mask"]
+        ).pooler_output
+        found = vlm.model.encode_tiles(batch.tiles)
+    torch.testing.assert_close(found.flatten(0, 1), torch.cat(list(pooled)), atol=1e-4, rtol=0)

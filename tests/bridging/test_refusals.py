@@ -144,3 +144,25 @@ def test_a_tower_alone_is_told_what_makes_a_model_of_it(
         smolstack.load(make_text())
     with pytest.raises(CheckpointError, match=r"is a vision tower alone .* smolstack bridge /"):
         smolstack.load(make_vision(whole=True))
+
+
+def test_an_adapter_beside_a_plain_model_is_not_passed_over(
+    make_vision: MakeVision, make_text: MakeText
+) -> None:
+    text = make_text()
+    (text / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds an adapter .* merge it first"):
+        plan_bridge(make_vision(), text)
+
+
+def test_a_bare_llama_is_bridged_when_its_head_is_its_embedding(
+    make_vision: MakeVision, make_text: MakeText, tmp_path: Path
+) -> None:
+    """A LlamaModel's names have no prefix; without ties its head would be missing."""
+    text = make_text()
+    weights = load_file(text / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    save_file(bare, text / "model.safetensors")
+    bridged = plan_bridge(make_vision(), text).write(tmp_path / "bridged")
+    table = smolstack.load(bridged).model.decoder.embedding.weight
+    assert torch.equal(table[:330], bare["embed_tokens.weight"])

@@ -115,6 +115,33 @@ def test_a_begin_that_only_the_config_asks_for_is_told(
     assert any(said in note for note in notes) is flag
 
 
+def test_a_begin_that_the_template_does_not_write_is_told(
+    make_vision: MakeVision, make_text: MakeText, tmp_path: Path
+) -> None:
+    """transformers' tokenizers leave it out of chats, its processors do not."""
+    text = make_text(chat="{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
+    tokenizer = tokenizers.Tokenizer.from_file(str(text / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save(str(text / "tokenizer.json"))
+    planned = plan_bridge(make_vision(), text)
+    assert any(note.startswith("chats begin with <|endoftext|>") for note in planned.notes)
+    bridged = planned.write(tmp_path / "bridged")
+    auto: Any = transformers.AutoProcessor
+    content = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "Which?"}]
+    theirs = auto.from_pretrained(bridged).apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )["input_ids"]
+    ours = smolstack.load(bridged, device="cpu").processor([(IMAGE, "Which?")]).token_ids
+    assert ours.tolist() == theirs.tolist()
+    assert ours[0, 0] == 0
+
+
 def test_the_text_models_own_template_shows_images(
     make_vision: MakeVision, make_text: MakeText, tmp_path: Path
 ) -> None:

@@ -162,7 +162,7 @@ def plan_bridge(
         config = replace(whole, vision=eyes.config, scale=chosen)
         side = files_of_family(words, config, settings, chat_template)
         added, notes = {}, ()
-    check_files(config, settings, side)
+    unlike = check_files(config, settings, side)
     return Bridge(
         vision=eyes,
         text=words,
@@ -171,7 +171,7 @@ def plan_bridge(
         side=side,
         added=added,
         dtype=_dtype(dtype, eyes.dtype, words.dtype),
-        notes=(*eyes.notes, *words.notes, *notes),
+        notes=(*eyes.notes, *words.notes, *notes, *(unlike if whole is None else ())),
     )
 
 

@@ -106,8 +106,13 @@ def _template(
     return found
 
 
-def check_files(config: ModelConfig, settings: ImageSettings, side: Mapping[str, bytes]) -> None:
+def check_files(
+    config: ModelConfig, settings: ImageSettings, side: Mapping[str, bytes]
+) -> tuple[str, ...]:
     """Refuse files by which a prompt would have other image tokens than the tower gives.
+
+    Returns:
+        What is unlike the language model alone, a sentence each.
 
     Raises:
         CheckpointError, ConfigError, PromptError: before anything is written.
@@ -118,7 +123,7 @@ def check_files(config: ModelConfig, settings: ImageSettings, side: Mapping[str,
     source = None if template is None else template.decode()
     processor = Processor(config, settings, tokenizer, source)
     if source is None:
-        return
+        return ()
     plan = processor.plan((settings.longest_edge, settings.longest_edge))
     text = expand_placeholders(processor.render([user_message(1, "?")]), [plan], processor.markers)
     found = tokenizer.encode(text).count(config.image_token_id)
@@ -127,3 +132,13 @@ def check_files(config: ModelConfig, settings: ImageSettings, side: Mapping[str,
             f"the tokenizer makes {found} image tokens of a prompt with {plan.visual_tokens}; "
             "expected one for each"
         )
+    asked = processor.render([user_message(0, "?")])
+    ids, plain = tokenizer.encode(asked), tokenizer.encode(asked, special=False)
+    if ids[0] == plain[0]:
+        return ()
+    first = tokenizer.token(ids[0])
+    return (
+        f"chats begin with {first}, which the tokenizer puts before every text, as transformers' "
+        "processors have it; apply_chat_template of the language model's tokenizer alone, whose "
+        "template does not write it, leaves it out",
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smolstack.checkpoint import keys
-from smolstack.checkpoint.files import ADAPTER_CONFIG, CheckpointFiles
+from smolstack.checkpoint.files import CheckpointFiles
 from smolstack.checkpoint.hub import GGUF, find
 from smolstack.checkpoint.llama import MODEL_TYPE, open_llama, open_llama_gguf
 from smolstack.checkpoint.load import stored_dtype
@@ -116,10 +116,7 @@ def open_text(model: str | Path | None) -> tuple[TextSource, ModelConfig | None]
 
 
 def _model_type(where: Path) -> str:
-    config = peek(where / "config.json")
-    if not config and (where / ADAPTER_CONFIG).is_file():
-        return ""  # an adapter of the family, or one that its reader refuses
-    return str(config.get("model_type", ""))
+    return str(peek(where / "config.json").get("model_type", ""))
 
 
 def _open_family(where: Path, expected: str) -> _Family:

@@ -19,7 +19,7 @@ from smolstack.checkpoint.files import chat_template_of, read_json
 from smolstack.checkpoint.gguf_config import end_ids
 from smolstack.checkpoint.gguf_source import open_gguf_text
 from smolstack.checkpoint.source import chosen
-from smolstack.checkpoint.tower import TextSource, matching, without
+from smolstack.checkpoint.tower import TextSource, matching, refuse_other_weights, without
 from smolstack.checkpoint.unsupported import refuse_other_kinds
 from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
 from smolstack.config import TextConfig
@@ -43,10 +43,7 @@ def open_llama(folder: Path) -> TextSource:
     """
     refuse_other_kinds(folder)
     data = read_json(folder / "config.json")
-    if data.get("quantization") or data.get("quantization_config"):
-        raise CheckpointError(
-            f"{folder} holds quantized weights, expected float weights or a GGUF file"
-        )
+    refuse_other_weights(folder, data)
     data, notes = _with_implied(folder, data)
     config = TextConfig.from_hf(data, str(folder / "config.json"))
     entries = read_entries(folder)

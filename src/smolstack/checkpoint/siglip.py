@@ -16,11 +16,10 @@ from smolstack.checkpoint import keys
 from smolstack.checkpoint.entries import Stored
 from smolstack.checkpoint.files import read_json
 from smolstack.checkpoint.source import chosen
-from smolstack.checkpoint.tower import VisionSource, matching, without
+from smolstack.checkpoint.tower import VisionSource, matching, refuse_other_weights, without
 from smolstack.checkpoint.unsupported import refuse_other_kinds
 from smolstack.checkpoint.weights import read_entries, read_tensors
 from smolstack.config import SIGLIP_DEFAULTS, VisionConfig
-from smolstack.errors import CheckpointError
 from smolstack.model.vision import VisionTower
 from smolstack.processor.settings import ImageSettings
 
@@ -39,8 +38,7 @@ def open_siglip(folder: Path) -> VisionSource:
     """
     refuse_other_kinds(folder)
     data = read_json(folder / "config.json")
-    if data.get("quantization") or data.get("quantization_config"):
-        raise CheckpointError(f"{folder} holds quantized weights, expected float weights")
+    refuse_other_weights(folder, data)
     inner = data.get("vision_config")
     where = f"{folder / 'config.json'}{' vision_config' if isinstance(inner, Mapping) else ''}"
     own = inner if isinstance(inner, Mapping) else data

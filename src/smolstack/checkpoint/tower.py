@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from smolstack.checkpoint.entries import Stored
-from smolstack.checkpoint.files import CheckpointFiles
+from smolstack.checkpoint.files import ADAPTER_CONFIG, CheckpointFiles
 from smolstack.checkpoint.load import stored_dtype
 from smolstack.checkpoint.verify import compare_weights
 from smolstack.config import TextConfig, VisionConfig
+from smolstack.errors import CheckpointError
 from smolstack.processor.settings import ImageSettings
 
 ReadAll: TypeAlias = "Callable[[], Iterator[tuple[str, Tensor]]]"
@@ -99,6 +100,23 @@ def matching(
             yield names[name], tensor
 
     return read, stored_dtype(stored.entries)
+
+
+def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a plain model's folder whose weights are not all there is to it, or are no floats.
+
+    Raises:
+        CheckpointError: an adapter, or quantized weights.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}), expected a whole model: merge it first "
+            "(peft's merge_and_unload, then save_pretrained)"
+        )
+    if config.get("quantization") or config.get("quantization_config"):
+        raise CheckpointError(
+            f"{folder} holds quantized weights, expected float weights (or, of a Llama, GGUF)"
+        )
 
 
 def without(stored: Stored, ignored: Callable[[str], bool]) -> Stored:

