@@ -17,7 +17,7 @@ from smolstack.model.kv_cache import KVCache, RaggedKVCache
 
 
 class Backend:
-    """Computes parts of a model. This base class leaves everything to the PyTorch modules of model/.
+    """Computes parts of a model. This base class leaves everything to the modules of model/.
 
     A backend may take over individual calls: each method returns either the result, which must
     match the modules' up to rounding, or None to fall back to them. A backend keeps no state per

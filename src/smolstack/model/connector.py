@@ -100,7 +100,7 @@ class Idefics3Connector(nn.Module):
 
 
 def _check_integer(name: str, value: object) -> None:
-    """Reject values that are not integers: 4.0 would pass every comparison and fail in a reshape."""
+    """Reject non-integers: 4.0 would pass every comparison and fail in a reshape."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
         raise GridError(f"{name} is {value!r}, expected an integer")
 

@@ -92,7 +92,7 @@ class TextAttention(nn.Module):
         masks: list[Tensor | None],
         cache: RaggedKVCache,
     ) -> Tensor:
-        """Attend each sequence's new tokens, concatenated in (1, heads, ΣT, K), to its own cache."""
+        """Attend each sequence's new tokens, (1, heads, ΣT, K) together, to its own cache."""
         parts = zip(
             *(torch.split(x, cache.counts, dim=2) for x in (query, key, value)), strict=True
         )

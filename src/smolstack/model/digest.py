@@ -24,7 +24,7 @@ def weights_digest(weights: Iterable[Tensor]) -> bytes:
 class WeightsVersion:
     """Counts how often the weights of some modules were replaced or written to.
 
-    Results computed under an earlier version must not be reused. Tensors are held by weak reference.
+    Results computed under an earlier version must not be reused. Tensors are weakly referenced.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -44,7 +44,7 @@ class WeightsVersion:
         return self.number
 
     def tensors(self) -> Iterator[Tensor]:
-        """Return parameters and buffers as they are saved, in order, with packed weights unpacked."""
+        """Return parameters and buffers in saving order, with packed weights unpacked."""
         for module in self.modules:
             yield from module.state_dict().values()
 

@@ -63,7 +63,7 @@ def _check_runs(row: int, places: Tensor, tokens_per_tile: int) -> None:
 
 
 def splice(embeddings: Tensor, places: Tensor, visual_tokens: Tensor) -> Tensor:
-    """Return a new (B, T, D) tensor with visual tokens at their positions; the input is not modified.
+    """Return a new (B, T, D) tensor with visual tokens merged in; inputs are not modified.
 
     Args:
         embeddings: (B, T, D) of the text tokens.

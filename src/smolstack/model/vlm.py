@@ -74,7 +74,7 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Dtype of keys and values: float16 for a quantized model, otherwise that of the weights."""
+        """Dtype of keys and values: float16 for a quantized model, else that of the weights."""
         return self.dtype if self.scheme is None else CACHE_DTYPE
 
     @property
