@@ -169,8 +169,9 @@ def _plan(
 
 
 def _to_longest_edge(width: int, height: int, longest: int) -> tuple[int, int]:
-    """Scale the longer side to ``longest``, the shorter in proportion to an even number; both at most
-    MAX_EDGE.
+    """Scale the longer side to ``longest`` and the shorter in proportion to an even number.
+
+    Neither side exceeds MAX_EDGE.
     """
     ratio = width / height
     if width >= height:

@@ -86,8 +86,8 @@ class Processor:
 
         Args:
             inputs: one entry per sequence: a text, the messages of a chat, or a tuple of an image
-                (or several) and either. Images given with a chat fill its image parts that have none.
-                A single chat may be given directly as its messages.
+                (or several) and either. Images given with a chat fill its image parts that have
+                none. A single chat may be given directly as its messages.
             **tiling: split, max_image_tokens, upscale, password; see Tiling.
 
         Returns:

@@ -145,7 +145,7 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
-        """Render a chat; if ``answer_next``, the prompt ends where the assistant's answer begins."""
+        """Render a chat; with ``answer_next`` it ends where the assistant's answer begins."""
         try:
             return self.template.render(
                 messages=list(messages),

@@ -64,7 +64,7 @@ class TextTokenizer:
 
     @cached_property
     def longest(self) -> int:
-        """Characters of the longest token: a text of n characters has at least n / longest tokens."""
+        """Characters of the longest token; n characters need at least n / longest tokens."""
         return max(len(token) for token in self.backend.get_vocab(with_added_tokens=True))
 
     @property

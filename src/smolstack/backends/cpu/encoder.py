@@ -22,7 +22,7 @@ class NativeEncoder:
     """All layers between patch embedding and final norm, in the form the kernels read.
 
     Args:
-        layers: VisionLayers whose weights must not change; :meth:`current` reports whether they did.
+        layers: VisionLayers; :meth:`current` reports whether their weights have changed.
     """
 
     def __init__(

@@ -22,8 +22,8 @@ _PANEL = 16  # output channels per panel
 class Arena:
     """One block of memory for the weights of many layers, allocated in order.
 
-    Decoding reads all of a decoder's weights once per token. In one block, in the order in which they
-    are read, the system can back them with large pages.
+    Decoding reads all of a decoder's weights once per token. In one block, in the order in which
+    they are read, the system can back them with large pages.
 
     Args:
         size: bytes, for layers whose sizes are whole lines.
