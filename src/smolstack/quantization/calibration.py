@@ -30,7 +30,7 @@ _FEW = 512  # rows
 
 @dataclass
 class Inputs:
-    """Statistics of a linear layer's inputs: per input channel the maximum magnitude and sum of squares.
+    """Per-channel statistics of a linear layer's inputs: maximum magnitude and sum of squares.
 
     Attributes:
         sums: (I, I), the sum of x xᵀ over rows; None if not requested.
