@@ -1,4 +1,4 @@
-"""Batch: what the processor makes and the model reads. The one place where the two meet."""
+"""Batch: the interface between the processor and the model."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Batch:
     """B sequences of T tokens, padded on the left, and the N tiles of all their images.
 
     Attributes:
-        token_ids: (B, T) int64. Places of visual tokens hold the image token's id.
+        token_ids: (B, T) int64. Positions of visual tokens hold the image token's id.
         attention_mask: (B, T) bool, False on padding.
         tiles: (N, 3, P, P) normalized pixels, a flat list over the whole batch in reading order
-            (sequence by sequence, image by image, tile by tile). Padding tiles do not exist.
-        tiles_per_image: tiles of each image, in the same order; sums to N (when visual tokens
+            (sequence by sequence, image by image, tile by tile). There are no padding tiles.
+        tiles_per_image: tiles of each image, in the same order; sums to N (if visual tokens
             are given instead, to the tiles they came from).
         images_per_sequence: images of each sequence; has length B.
-        tile_grids: for tiles that are only partly filled, the (rows, columns) of patches that
-            hold image, one pair per tile; None when every tile is full.
-        visual_tokens: (N, S, D), the connector's output for ``tiles`` when it is known already
+        tile_grids: for partly filled tiles, the (rows, columns) of patches that contain image,
+            one pair per tile; None if every tile is full.
+        visual_tokens: (N, S, D), the connector's output for ``tiles`` if already computed
             (then ``tiles`` may be empty); None otherwise.
     """
 
@@ -49,7 +49,7 @@ class Batch:
         return tuple(counts)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """The same batch on ``device``, its pixels and visual tokens in ``dtype``."""
+        """Move the batch to ``device`` and convert its pixels and visual tokens to ``dtype``."""
         visual = self.visual_tokens
         return replace(
             self,
@@ -62,14 +62,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """One image after tower and connector: what :meth:`smolstack.VLM.encode` returns.
+    """One image after tower and connector, as returned by :meth:`smolstack.VLM.encode`.
 
     Attributes:
         tokens: (n, S, D) for its n tiles, the whole image last.
-        rows, cols: its grid of tiles, 0 and 0 when it was not split.
+        rows, cols: its grid of tiles, 0 and 0 if it was not split.
         source: (width, height) of the image.
-        key: a digest of what the tokens were computed from, where they come from an image; None
-            for tokens made otherwise. A copy with other tokens (``replace``) has none.
+        key: a digest of the input that the tokens were computed from; None for tokens created in
+            another way, and for copies with other tokens (``replace``).
     """
 
     tokens: Tensor
@@ -79,10 +79,10 @@ class VisualTokens:
     key: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     def keyed(self, key: bytes) -> VisualTokens:
-        """The same visual tokens, which know their key."""
+        """Return the same visual tokens with ``key`` set."""
         object.__setattr__(self, "key", key)
         return self
 
     def __len__(self) -> int:
-        """Visual tokens: n · S."""
+        """Number of visual tokens: n · S."""
         return self.tokens.shape[0] * self.tokens.shape[1]

@@ -1,7 +1,7 @@
-"""The errors that smolstack raises for bad input.
+"""Exceptions raised by smolstack for invalid input.
 
-Each is a ValueError whose message is one sentence: what was looked at, what was found, and what
-was expected. The command line prints that sentence and exits with code 2.
+Each is a ValueError whose message is one sentence: what was checked, what was found, and what was
+expected. The command line prints that sentence and exits with code 2.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ class SmolstackError(ValueError):
 
 
 class ConfigError(SmolstackError):
-    """A config file lacks a key, or holds a value that cannot be built."""
+    """A config file lacks a key, or has an unsupported value."""
 
 
 class CheckpointError(SmolstackError):
@@ -28,44 +28,44 @@ class VideoError(SmolstackError):
 
 
 class GridError(SmolstackError):
-    """Patches do not form the grid that was asked for, or scale does not divide it."""
+    """Patches do not form the requested grid, or scale does not divide it."""
 
 
 class PromptError(SmolstackError):
-    """A prompt or chat is malformed, or its placeholders and images differ in number."""
+    """A prompt or chat is malformed, or the numbers of placeholders and images differ."""
 
 
 class AlignmentError(SmolstackError):
-    """Visual tokens and their places in the token sequence differ in number."""
+    """The numbers of visual tokens and of their positions in the token sequence differ."""
 
 
 class ContextLengthError(SmolstackError):
-    """A prompt (with the answer asked for) does not fit into the model's context."""
+    """A prompt (plus the requested answer length) does not fit into the model's context."""
 
 
 class KVCacheError(SmolstackError):
-    """A prompt (with the answer asked for) takes more KV cache than there is memory for."""
+    """A prompt (plus the requested answer length) needs more KV cache than there is memory for."""
 
 
 class QueueFullError(SmolstackError):
-    """More answers are asked for than may wait."""
+    """More answers are requested than the queue may hold."""
 
 
 class DeadlineError(SmolstackError):
-    """An answer was not complete when its time was over."""
+    """An answer was not complete at its deadline."""
 
 
 class GenerationError(SmolstackError):
-    """A sampling or stopping option has a value that has no meaning."""
+    """A sampling or stopping option has an invalid value."""
 
 
 class BulkError(SmolstackError):
-    """The input, the output or the kept state of a bulk job cannot be used."""
+    """The input, output or saved state of a bulk job cannot be used."""
 
 
 class DataError(SmolstackError):
-    """A training example, or the place that examples are read from, cannot be used."""
+    """A training example, or the data source, cannot be used."""
 
 
 class TrainingError(SmolstackError):
-    """A training run cannot begin, go on or be resumed."""
+    """A training run cannot be started, continued or resumed."""

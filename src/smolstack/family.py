@@ -1,6 +1,6 @@
-"""The published checkpoints of the family, as data: the one place where their names stand.
+"""The published checkpoints of the family, as data.
 
-Nothing at run time looks here: a checkpoint is read from its own files. Presets serve randomly
+Not used when loading: a checkpoint is read from its own files. Presets are used for randomly
 initialized models of published shapes (``smolstack new``), tests and benchmarks.
 """
 
@@ -28,13 +28,13 @@ _LLAMA3_ROPE = RopeConfig(
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Where a vocabulary keeps the tokens that prompts need; other ids are ordinary text.
+    """Ids of the special tokens that prompts need; other ids are ordinary text.
 
     Attributes:
         ids: token text → id.
         bos, eos, pad: which of them begin a prompt, end an answer, pad a batch.
         add_bos: whether the tokenizer itself puts ``bos`` before every text.
-        ends: further tokens that end an answer, by generation_config.json.
+        ends: further tokens that end an answer, from generation_config.json.
     """
 
     ids: dict[str, int]
@@ -50,8 +50,8 @@ class Preset:
     """A published shape: hub id, sizes, preprocessing, special tokens.
 
     Attributes:
-        video_edge: ``video_sampling.video_size`` of models that were trained on videos.
-        leaves_out: files, and keys of preprocessor_config.json, that are published without.
+        video_edge: ``video_sampling.video_size`` of models trained on videos.
+        leaves_out: files, and keys of preprocessor_config.json, that the published model lacks.
     """
 
     name: str
@@ -266,7 +266,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The preset of a name. Raises ConfigError listing the names there are."""
+    """Look up a preset by name. Raises ConfigError listing the available names."""
     if name not in PRESETS:
         raise ConfigError(f"no preset {name!r}, expected one of {', '.join(PRESETS)}")
     return PRESETS[name]

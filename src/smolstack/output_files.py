@@ -1,4 +1,4 @@
-"""Writing: complete files or none, one writer at a time, errors that name what was not written."""
+"""File output: atomic writes, one writer at a time, and errors that name the output path."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from smolstack.errors import SmolstackError
 
 @contextmanager
 def whole_file(path: Path, *, private: bool = False, synced: bool = False) -> Iterator[Path]:
-    """A new file beside ``path``, to be written; renamed to it when the block ends well.
+    """Create a new file beside ``path`` and rename it to ``path`` when the block succeeds.
 
-    Readers see the old file or the new one, never half of one. The new file has the suffix of
-    ``path`` and a hidden name; it is removed when the block fails.
+    Readers see either the old file or the new one, never a partial file. The new file has the
+    suffix
+    of ``path`` and a hidden name; it is removed if the block fails.
 
     Args:
         private: only this user may read it.
-        synced: it is on the disk before it is renamed, so that a power cut leaves no empty file.
+        synced: flush it to disk before renaming, so that a power failure leaves no empty file.
 
     Raises:
-        OSError: naming ``path``, not the file beside it.
+        OSError: naming ``path``, not the temporary file.
     """
     beside = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
     try:
@@ -42,26 +43,27 @@ def whole_file(path: Path, *, private: bool = False, synced: bool = False) -> It
 
 @contextmanager
 def only_writer(path: Path, error: type[SmolstackError]) -> Iterator[None]:
-    """Keep other processes from writing ``path`` while the block runs; one that ends lets go of it.
+    """Keep other processes from writing ``path`` while the block runs.
 
-    The lock is a hidden file beside the path, gone when the block ends.
+    The lock is a hidden file beside the path, removed when the block ends. It is released if the
+    process dies.
 
     Raises:
-        error: another process writes there.
+        error: another process is writing there.
     """
     lock = path.with_name(f".{path.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
             file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
-        except OSError as reason:  # of the path, not of a file that nobody knows of
+        except OSError as reason:  # names the path, not the hidden lock file
             raise OSError(reason.errno, reason.strerror, str(path)) from None
         if not take_lock(file):
             os.close(file)
             raise error(f"another process is writing {path}, expected one at most")
         if _is_at(file, lock):
             break
-        os.close(file)  # its last holder removed it in between
+        os.close(file)  # its last holder removed it in the meantime
     try:
         yield
     finally:
@@ -70,9 +72,9 @@ def only_writer(path: Path, error: type[SmolstackError]) -> Iterator[None]:
 
 
 def take_lock(file: int) -> bool:
-    """Lock an open file for this process, until it is closed; False where another one has it.
+    """Lock an open file for this process, until it is closed; False if another process has it.
 
-    Where there are no locks, nothing keeps two processes apart.
+    Where locks are not supported, this always succeeds and gives no protection.
     """
     try:
         import fcntl
@@ -82,30 +84,30 @@ def take_lock(file: int) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except OSError:  # a file system without locking
         return True
     return True
 
 
 @contextmanager
 def naming(path: Path, beside: Path | None = None) -> Iterator[None]:
-    """Let an error of the operating system that names no file name this one: a full disk, say.
+    """Add this file's name to an OSError that names no file, such as a full disk.
 
-    Errors that name ``beside``, which nobody knows of, name ``path`` too.
+    Errors that name ``beside``, an internal temporary file, are changed to name ``path`` too.
     """
     try:
         yield
     except OSError as error:
         if error.filename is not None and error.filename not in (beside, str(beside)):
             raise
-        if error.strerror is None:  # pyarrow's and safetensors': one text for all of it
+        if error.strerror is None:  # pyarrow's and safetensors' errors hold only a text
             raise OSError(f"{path}: {error}") from error
         error.filename = str(path)
         raise
 
 
 def check_folder(folder: Path, what: str, error: type[SmolstackError]) -> None:
-    """Make a folder that is to be written to, and try it.
+    """Create an output folder and check that it is writable.
 
     Raises:
         error: it is a file, or nothing can be written there.

@@ -1,10 +1,10 @@
-"""Pages found by questions: late-interaction embeddings (ColSmol) and how they are compared.
+"""Document retrieval: late-interaction embeddings (ColSmol) and their comparison.
 
-A page and a query each become one vector of unit length per token (ColPali, Faysse et al. 2024).
-The words that stand around them are those of the checkpoint, where it ships a template of them
-(``additional_chat_templates/sentence_transformers.jinja``), else those of ColPali's own library,
-colpali-engine, since 0.3.13 (0.3.18 is the newest that was looked at); docs/retrieval.md has those
-of earlier ones.
+A page and a query each become one unit-length vector per token (ColPali, Faysse et al. 2024). The
+prompts come from the checkpoint's own template, if it ships one
+(``additional_chat_templates/sentence_transformers.jinja``), otherwise from ColPali's library
+colpali-engine, version 0.3.13 and later (checked up to 0.3.18); docs/retrieval.md lists the prompts
+of earlier versions.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 PAGE_PROMPT = "<|im_start|>User:<image>Describe the image.<end_of_utterance>\nAssistant:"
-QUERY_PROMPT = "{query}" + 10 * "<end_of_utterance>"  # tokens to be filled with what was not said
+QUERY_PROMPT = "{query}" + 10 * "<end_of_utterance>"  # extra tokens for query augmentation
 SLOT = "{query}"
-ROWS = 256  # pages that are compared at once
+ROWS = 256  # pages compared at once
 
 
 @dataclass(frozen=True)
 class Words:
-    """What a retrieval model reads around a page (at ``<image>``) and a query (``{query}``)."""
+    """Prompt texts of a retrieval model, for a page (at ``<image>``) and a query (``{query}``)."""
 
     page: str = PAGE_PROMPT
     query: str = QUERY_PROMPT
 
 
 def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Words:
-    """The words of a checkpoint's own template, or colpali-engine's.
+    """Return the prompt texts of a checkpoint's own template, or colpali-engine's.
 
     Args:
         side: the checkpoint's side files by name.
-        special_tokens: as templates may name them.
+        special_tokens: names of special tokens for the template.
 
     Raises:
         PromptError: the template cannot be rendered, or drops the page or the query.
@@ -76,15 +76,15 @@ def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Wo
 def page_prompts(
     processor: Processor, images: Sequence[ImageInput], prompt: str, tiling: Tiling
 ) -> list[Prompt]:
-    """A prompt for each page, without its pixels."""
+    """Build a prompt for each page, without pixels."""
     return [processor.prepare_text(prompt, [image], **tiling) for image in images]
 
 
 def query_prompts(processor: Processor, queries: Sequence[str], prompt: str) -> list[Prompt]:
-    """A prompt for each query.
+    """Build a prompt for each query.
 
     Raises:
-        PromptError: no query, an empty one, or a prompt with nowhere to put it.
+        PromptError: no query, an empty one, or a prompt without a place for it.
     """
     if isinstance(queries, str) or not queries:
         raise PromptError("expected a list of queries")
@@ -97,10 +97,10 @@ def query_prompts(processor: Processor, queries: Sequence[str], prompt: str) -> 
 
 
 def check_head(model: VisionLanguageModel, name: object) -> int:
-    """The length of the vectors that a model makes.
+    """Return the length of the embedding vectors.
 
     Raises:
-        ConfigError: it makes none.
+        ConfigError: the model has no embedding head.
     """
     if model.config.embedding_dim is None:
         raise ConfigError(
@@ -111,19 +111,19 @@ def check_head(model: VisionLanguageModel, name: object) -> int:
 
 
 def encode(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Request]:
-    """Requests whose images are visual tokens now.
+    """Return the requests with their images replaced by visual tokens.
 
     Raises:
-        ImageError: an image cannot be decoded; before any network runs.
+        ImageError: an image cannot be decoded; raised before any network runs.
     """
     return _worked(engine, [Request(prompt, "visual tokens") for prompt in prompts])
 
 
 def embed(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Each prompt's vectors, in float32: (T, E). They do not depend on the other prompts.
+    """Return each prompt's vectors, (T, E) float32, independent of the other prompts.
 
     Raises:
-        ImageError: an image cannot be decoded; before any network runs.
+        ImageError: an image cannot be decoded; raised before any network runs.
     """
     requests = _worked(engine, [Request(prompt, "vectors") for prompt in prompts])
     return [request.vectors for request in requests if request.vectors is not None]
@@ -139,7 +139,7 @@ def _worked(engine: InlineEngine, requests: list[Request]) -> list[Request]:
 
 
 class PageEmbedder:
-    """What a loaded retrieval model (ColSmol) does beside answering; the VLM's other half."""
+    """Mixin of VLM with the methods of retrieval models (ColSmol)."""
 
     model: VisionLanguageModel
     processor: Processor
@@ -154,20 +154,20 @@ class PageEmbedder:
         prompt: str | None = None,
         **tiling: Unpack[Tiling],
     ) -> list[Tensor]:
-        """Late-interaction vectors of pages, for a retrieval model (ColSmol).
+        """Compute late-interaction vectors of pages with a retrieval model (ColSmol).
 
         Args:
             images: an image or several, as for :meth:`ask`.
-            prompt: what the model reads, the page at ``<image>``; None for the checkpoint's own
-                words, or ColPali's.
+            prompt: the prompt, with the page at ``<image>``; None for the checkpoint's own, or
+                ColPali's.
             **tiling: split, max_image_tokens, upscale, password; see Tiling.
 
         Returns:
-            For each page (T, E) in float32, of unit length: its visual tokens and the words
-            around them. :func:`smolstack.maxsim` compares them with queries.
+            For each page (T, E) in float32, of unit length: its visual tokens and the surrounding
+            prompt tokens. :func:`smolstack.maxsim` compares them with queries.
 
         Raises:
-            ConfigError: this checkpoint is no retrieval model.
+            ConfigError: this checkpoint is not a retrieval model.
             ImageError, PromptError, ContextLengthError: before any work is done.
         """
         check_head(self.model, self.folder)
@@ -176,18 +176,18 @@ class PageEmbedder:
         return list(embed(self._inline, prompts))
 
     def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:
-        """Late-interaction vectors of queries, for a retrieval model (ColSmol).
+        """Compute late-interaction vectors of queries with a retrieval model (ColSmol).
 
         Args:
             queries: questions or keywords.
-            prompt: what the model reads, the query at ``{query}``; None as for a page.
+            prompt: the prompt, with the query at ``{query}``; None as for a page.
 
         Returns:
             For each query (T, E) in float32, of unit length.
 
         Raises:
-            ConfigError: this checkpoint is no retrieval model.
-            PromptError: a query that is empty, or a prompt without a place for it.
+            ConfigError: this checkpoint is not a retrieval model.
+            PromptError: an empty query, or a prompt without a place for it.
         """
         check_head(self.model, self.folder)
         prompt = self.retrieval_words.query if prompt is None else prompt
@@ -195,19 +195,19 @@ class PageEmbedder:
 
     @cached_property
     def retrieval_words(self) -> Words:
-        """What a retrieval model reads around pages and queries."""
+        """Prompt texts that the model reads around pages and queries."""
         return words_of(self._files.side, self.processor.tokenizer.special_tokens)
 
 
 def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor]) -> Tensor:
-    """How well each page fits each query: (Q, N), the higher the better.
+    """Score each page against each query: (Q, N), higher is better.
 
-    For every token of the query the most similar token of the page, summed over the query (MaxSim,
-    Khattab and Zaharia 2020): Σ_i max_j q_i · p_j.
+    For every query token the similarity of the most similar page token, summed over the query
+    (MaxSim, Khattab and Zaharia 2020): Σ_i max_j q_i · p_j.
 
     Args:
-        queries: Q tensors (T, E), as ``vlm.embed_queries`` gives.
-        pages: N tensors (T, E), as ``vlm.embed_pages`` gives; float16 is compared in float32.
+        queries: Q tensors (T, E), as returned by ``vlm.embed_queries``.
+        pages: N tensors (T, E), as returned by ``vlm.embed_pages``; float16 is compared in float32.
 
     Raises:
         PromptError: vectors of different lengths, or none.

@@ -1,4 +1,4 @@
-"""VLM: a loaded checkpoint and everything that can be asked of it. The public API."""
+"""The public API: ``load`` and the VLM class."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ def load(
     """Load a checkpoint.
 
     Args:
-        model: a Hugging Face checkpoint folder, an adapter's or an MLX conversion's, a GGUF file
-            (extra ``gguf``), or a hub id (extra ``hf``); None is the small reader that comes with
-            the package.
+        model: a Hugging Face checkpoint folder, an adapter or MLX folder, a GGUF file (extra
+            ``gguf``), or a hub id (extra ``hf``); None loads the small reader bundled with the
+            package.
         dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantized while loading, see
-            docs/precision.md; never chosen unasked), or "auto": the weights' own, except on a CPU
-            that cannot compute in it, where float32 is faster and loses nothing.
-        device: "cpu", "cuda", "mps", … or "auto", the fastest that is there.
+            docs/precision.md; never chosen automatically), or "auto": the dtype of the weights,
+            except on a CPU that cannot compute in it, where float32 is faster and lossless.
+        device: "cpu", "cuda", "mps", … or "auto", the fastest available.
         revision: branch, tag or commit of a hub id.
-        base: the checkpoint that an adapter changes, instead of the one that it names.
-        mmproj: the GGUF file of the vision tower, where ``model`` is one of a language model.
-        compile: let torch.compile have the vision tower, when it first runs. Off, because on a CPU
-            it gains little in float32 and loses to the kernels in bfloat16.
-        progress: called with what was done ("decoder.layers.3"), how many steps are done and how
-            many there are, while weights are quantized or laid out for the kernels.
+        base: the base checkpoint of an adapter, instead of the one that it names.
+        mmproj: the GGUF file of the vision tower, if ``model`` is that of a language model.
+        compile: compile the vision tower with torch.compile on first use. Off by default: on a
+            CPU it gains little in float32 and is slower than the kernels in bfloat16.
+        progress: called with the finished step ("decoder.layers.3"), the number of steps done and
+            the total, while weights are quantized or packed for the kernels.
 
     Raises:
-        ConfigError: a config file lacks a key or holds a value that cannot be built.
+        ConfigError: a config file lacks a key or has an unsupported value.
         CheckpointError: the folder, its weights or its tokenizer cannot be used.
     """
     where = locate(model, revision, base=base, mmproj=mmproj)
@@ -82,9 +82,9 @@ class VLM(PageEmbedder):
     Attributes:
         model: the network; ``vlm.model(batch)`` gives logits (B, T, V).
         processor: ``vlm.processor(prompts)`` gives a Batch.
-        config: sizes of both towers and the bridge.
+        config: sizes of both towers and the connector.
         folder: where the checkpoint was loaded from; for GGUF the language model's file.
-        where: the same with an adapter's base and a GGUF model's vision tower.
+        where: the same, with an adapter's base or a GGUF model's vision tower.
         eos_token_ids: tokens that end an answer.
     """
 
@@ -100,17 +100,17 @@ class VLM(PageEmbedder):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights in use."""
+        """Dtype of the weights."""
         return self.model.dtype
 
     @property
     def precision(self) -> str:
-        """What computes, and in which numbers: "int8, compiled kernels (AVX-512 VNNI)"."""
+        """Number format and backend: "int8, compiled kernels (AVX-512 VNNI)"."""
         return self.model.precision
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.device
 
     def ask(
@@ -152,10 +152,10 @@ class VLM(PageEmbedder):
         messages: Sequence[Message] | None = None,
         **options: Unpack[AnswerOptions],
     ) -> AnswerStream:
-        """As :meth:`ask`, in pieces as they are read: never half a character.
+        """Like :meth:`ask`, but yields the text as it is generated, in whole characters.
 
-        Bad input raises here, not at the first piece. ``stream.answer`` is the whole answer once
-        the pieces are exhausted.
+        Bad input raises here, not at the first piece. ``stream.answer`` is the complete answer
+        once the pieces are exhausted.
         """
         request = self.request(images, text, messages=messages, **options)
         self._inline.core.prepare([request])
@@ -169,9 +169,9 @@ class VLM(PageEmbedder):
         messages: Sequence[Message] | None = None,
         **options: Unpack[AnswerOptions],
     ) -> Request:
-        """What :meth:`ask` would answer, checked and not begun, for an engine's ``submit``.
+        """Validate the input of :meth:`ask` and return a request for an engine's ``submit``.
 
-        Raises: as :meth:`ask`; an image that turns out to be damaged is the answer's error.
+        Raises: as :meth:`ask`, but an image that proves damaged later is reported by the answer.
         """
         chosen = read_options(options, self.eos_token_ids)
         prompt = self.processor.prepare(_entry(images, text, messages), **chosen.tiling)
@@ -187,7 +187,7 @@ class VLM(PageEmbedder):
         tiles: int = 4,
         prefill_tokens: int | None = 512,
     ) -> Engine:
-        """An engine with a thread of its own, which works on many requests at once.
+        """Create an engine that serves many requests at once in its own thread.
 
         ::
 
@@ -197,12 +197,13 @@ class VLM(PageEmbedder):
                 print(answer.result().text)
 
         Args:
-            running: requests at work at the same time.
-            queued: requests that may wait beside them; None: any number.
-            kv_cache_bytes: KV caches altogether; None: half of the memory that is free.
-            prefix_cache_bytes: of them, kept for prompts that begin as earlier ones did.
-            tiles: tiles of one vision micro-batch.
-            prefill_tokens: prompt tokens read in one pass; more give the earlier words later.
+            running: maximum number of requests processed concurrently.
+            queued: maximum number of waiting requests; None: unlimited.
+            kv_cache_bytes: total size of the KV caches; None: half of the free memory.
+            prefix_cache_bytes: the part of it kept for prompts that share a prefix with earlier
+                ones.
+            tiles: tiles per vision micro-batch.
+            prefill_tokens: prompt tokens per pass; higher values delay tokens of running requests.
         """
         limits = SchedulerLimits(
             running=running,
@@ -217,7 +218,7 @@ class VLM(PageEmbedder):
     def ask_many(
         self, prompts: Sequence[PromptLike], **options: Unpack[AnswerOptions]
     ) -> list[Answer]:
-        """Answer several prompts as one batch: each as :meth:`ask` would alone.
+        """Answer several prompts as one batch; each answer equals that of :meth:`ask`.
 
         Args:
             prompts: per sequence a text, the messages of a chat, or ``(images, either)``.
@@ -237,7 +238,7 @@ class VLM(PageEmbedder):
         text: str = "",
         **tiling: Unpack[Tiling],
     ) -> TilePlan:
-        """How an image, or one of (width, height) pixels, becomes tiles and tokens.
+        """Return how an image, or a size (width, height) in pixels, becomes tiles and tokens.
 
         ``prompt_tokens`` counts the whole prompt of asking ``text`` about this image.
         """
@@ -248,12 +249,12 @@ class VLM(PageEmbedder):
     def open_video(
         self, path: str | Path, *, fps: float | None = None, max_frames: int | None = None
     ) -> Video:
-        """Frames of a video, for :meth:`ask`, which opens paths itself where the defaults will do.
+        """Read frames of a video for :meth:`ask`, which opens paths itself with the defaults.
 
         Args:
             path: of any format that FFmpeg reads; needs the extra ``video``.
-            fps: frames per second, at most; None for the checkpoint's (1 in SmolVLM2).
-            max_frames: at most; None for the checkpoint's (64 in SmolVLM2).
+            fps: maximum frames per second; None for the checkpoint's (1 in SmolVLM2).
+            max_frames: maximum number of frames; None for the checkpoint's (64 in SmolVLM2).
 
         Raises:
             VideoError: the file cannot be read.
@@ -261,9 +262,9 @@ class VLM(PageEmbedder):
         return self.processor.open_video(path, fps, max_frames)
 
     def encode_video(self, video: str | Path | Video) -> Video:
-        """The same video with its frames' visual tokens, reusable in any number of questions.
+        """Encode a video's frames to visual tokens, reusable in any number of questions.
 
-        The tower and the connector run once, here; frames that are equal are encoded once.
+        The tower and the connector run once, here; equal frames are encoded once.
 
         Raises:
             VideoError: the file cannot be read.
@@ -274,9 +275,9 @@ class VLM(PageEmbedder):
         return replace(video, frames=tuple(self._encoded(prompt)))
 
     def encode(self, image: ImageSource, **tiling: Unpack[Tiling]) -> VisualTokens:
-        """Visual tokens of one image, reusable in any number of questions.
+        """Encode one image to visual tokens, reusable in any number of questions.
 
-        The tower and the connector run once, here; ``ask(visual, …)`` goes on from there.
+        The tower and the connector run once, here; ``ask(visual, …)`` skips them.
         """
         image = unlocked(image, tiling.get("password"))
         plan = self.processor.plan(image, **tiling)
@@ -288,24 +289,24 @@ class VLM(PageEmbedder):
 
     @property
     def image_cache(self) -> ImageCache:
-        """Visual tokens of the images asked about last, by content.
+        """Visual tokens of recently used images, keyed by content.
 
-        ``image_cache.max_bytes`` limits it (0 keeps nothing), ``image_cache.clear()`` forgets,
-        ``image_cache.folder`` keeps them on disk for the next process.
+        ``image_cache.max_bytes`` limits it (0 disables it), ``image_cache.clear()`` empties it,
+        ``image_cache.folder`` stores entries on disk for later processes.
         """
         return self._images
 
     def forget_conversation(self) -> None:
-        """Drop the KV caches of past conversations; the images stay known."""
+        """Drop the KV caches of past conversations; the image cache is kept."""
         self._inline.core.prefixes.clear()
 
     def forget(self) -> None:
-        """Drop everything kept for reuse: images, and KV caches of past conversations."""
+        """Drop everything cached: images, and KV caches of past conversations."""
         self._images.clear()
         self.forget_conversation()
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the checkpoint as a Hugging Face folder; complete or not at all."""
+        """Write the checkpoint as a Hugging Face folder, atomically."""
         side = complete_side_files(self._files, self.config, self.processor.settings)
         return save_checkpoint(folder, self.model, side, overwrite=overwrite)
 

@@ -1,4 +1,4 @@
-"""Backends: faster ways to compute what model/ describes (model/backend.py is the seam)."""
+"""Backends: faster implementations of model/ (the interface is in model/backend.py)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from smolstack.model.vlm import VisionLanguageModel
 
 
 def best() -> Backend:
-    """The fastest backend there is. It leaves to torch what lies on other devices than the CPU."""
+    """Return the fastest available backend. It leaves devices other than the CPU to torch."""
     return CPU
 
 
 def accelerate(model: VisionLanguageModel) -> VisionLanguageModel:
-    """The same model, computed by the fastest backend from now on."""
+    """Set the fastest backend on the model and return the model."""
     return model.use(best())

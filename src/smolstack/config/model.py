@@ -1,4 +1,4 @@
-"""The whole model's config: both towers and the bridge between them."""
+"""The whole model's config: both towers and the connector."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from smolstack.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Both towers and the bridge between them.
+    """Both towers and the connector.
 
-    ``tied`` says that lm_head shares the token embedding; ``embedding_dim`` says that the model
-    ends in a Linear(text hidden → embedding_dim) for retrieval (ColSmol) and has no lm_head.
-    ``quantization`` says which layers are integers of which format; None: all are floats. All three
-    are decided by the checkpoint's weights, not by its config file.
+    ``tied``: lm_head shares the token embedding. ``embedding_dim``: the model ends in a
+    Linear(text hidden → embedding_dim) for retrieval (ColSmol) and has no lm_head.
+    ``quantization``: which layers are quantized, and in which format; None if none are. All three
+    are determined by the checkpoint's weights, not by its config file.
     """
 
     vision: VisionConfig
@@ -49,12 +49,12 @@ class ModelConfig:
 
     @property
     def tokens_per_tile(self) -> int:
-        """S: visual tokens that one full tile becomes, (side / scale)²."""
+        """S: visual tokens of one full tile, (side / scale)²."""
         return (self.vision.side // self.scale) ** 2
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Build from a whole config.json. Raises ConfigError naming the key at fault."""
+        """Build from a whole config.json. Raises ConfigError naming the invalid key."""
         where = "config.json"
         model_type = data.get("model_type", "idefics3")
         if not isinstance(model_type, str):
@@ -76,7 +76,7 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """A complete config.json, readable by transformers 4 and 5 and by other engines."""
+        """Return a complete config.json, readable by transformers 4 and 5 and by other engines."""
         head = "ForConditionalGeneration" if self.embedding_dim is None else "Model"
         family = "SmolVLM" if self.model_type.startswith("smol") else "Idefics3"
         return {
@@ -93,7 +93,7 @@ class ModelConfig:
         }
 
     def with_layers(self, vision: int | None = None, text: int | None = None) -> ModelConfig:
-        """The same widths with fewer (or more) layers; None keeps a tower's own."""
+        """Return the same widths with other numbers of layers; None keeps a tower's own."""
         return replace(
             self,
             vision=replace(self.vision, num_layers=vision or self.vision.num_layers),

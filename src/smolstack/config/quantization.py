@@ -1,8 +1,8 @@
-"""What a quantized linear layer is, and which layers of a model are quantized how.
+"""Quantization formats of linear layers, and which layers of a model use which.
 
-A format is one object: the bits of its weights, the input channels that share a scale, and the bits
-of the activations that its weights are multiplied with. Everything that stores, loads, computes or
-exports a quantized layer asks this object, and nothing else.
+A format is one object: the bits of the weights, the number of input channels that share a scale,
+and the bits of the activations. All code that stores, loads, computes or exports a quantized layer
+takes these from the format.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 from smolstack.errors import ConfigError
 
 SCHEMES = ("int8", "int4")
-# What is quantized: everything that multiplies large matrices. Norms, positions, the patch
-# embedding and the token embedding (a table, read one row per token) keep their floats.
+# Only the layers with large matrix products are quantized. Norms, positions, the patch embedding
+# and the token embedding (a table, read one row per token) stay floating-point.
 QUANTIZED = ("vision.layers.", "connector.", "decoder.layers.", "head")
 _FOUR_BITS = ("decoder.layers.",)
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a linear layer's weights and activations are rounded.
+    """Quantization format of a linear layer's weights and activations.
 
     Weights: ``bits`` 8: q · scale, q from -127 to 127; ``bits`` 4: (q - zero) · scale, q and zero
-    from 0 to 15. Scale (bfloat16) and zero point are shared by ``group`` neighbouring input
+    from 0 to 15. Scale (bfloat16) and zero point are shared by ``group`` neighboring input
     channels of an output channel; the last group may be shorter.
 
-    Activations: rounded row by row (token by token) in the same groups,
-    ``rint(x · most / max|x|)``, most being 127, or 32,384 with ``activation_bits`` 16.
+    Activations: quantized per row (token) in the same groups, ``rint(x · most / max|x|)``, where
+    most is 127, or 32,384 with ``activation_bits`` 16.
     """
 
     bits: int
@@ -38,14 +38,14 @@ class Format:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ConfigError(f"weights of {self.bits} bits, expected 4 or 8")
-        # torch sums a group in float32, exactly below 2²⁴: 127 · 127 · 1024 is.
+        # torch sums a group in float32, which is exact below 2²⁴: 127 · 127 · 1024 is.
         if not 16 <= self.group <= 1024 or self.group % 16:
             raise ConfigError(
                 f"groups of {self.group} channels, expected a multiple of 16 up to 1,024"
             )
         if self.activation_bits not in (8, 16):
             raise ConfigError(f"activations of {self.activation_bits} bits, expected 8 or 16")
-        # Sums of a group are 32-bit integers: 255 · 32,384 · 256 is the largest that fits.
+        # Group sums are 32-bit integers: 255 · 32,384 · 256 is the largest that fits.
         if self.activation_bits == 16 and self.group > 256:
             raise ConfigError(
                 f"groups of {self.group} channels with activations of 16 bits, expected at most 256"
@@ -53,31 +53,31 @@ class Format:
 
     @property
     def has_zero_points(self) -> bool:
-        """Whether weights are rounded asymmetrically: those of 4 bits are."""
+        """Whether weights are quantized asymmetrically: true for 4 bits."""
         return self.bits == 4
 
     def groups(self, in_features: int) -> int:
-        """Groups of a row of ``in_features`` channels."""
+        """Number of groups in a row of ``in_features`` channels."""
         return -(-in_features // self.group)
 
     def bits_per_weight(self, in_features: int) -> float:
-        """Bits of a weight with its share of scale (16 bits) and zero point (4 bits)."""
+        """Bits per weight, including its share of scale (16 bits) and zero point (4 bits)."""
         beside = 20 if self.has_zero_points else 16
         return self.bits + beside * self.groups(in_features) / in_features
 
 
 INT8 = Format(8, 64)
-# The vision tower is smoother: its groups may be larger, which is faster.
+# The vision tower tolerates larger groups, which are faster.
 INT8_TOWER = Format(8, 256)
 INT8_FINE = Format(8, 64, activation_bits=16)
 INT4 = Format(4, 32)
 
 
 def format_of(name: str, in_features: int, scheme: str) -> Format | None:
-    """A linear layer's format under a scheme; None: it keeps its floats.
+    """A linear layer's format under a scheme; None if it is not quantized.
 
-    The head reads activations of 16 bits. It runs once for a token that is generated, where the
-    memory that its weights come from sets the pace, and a third of what 8 bits lose was its share.
+    The head uses 16-bit activations. It runs once per generated token, where reading its weights
+    from memory limits speed, and it caused a third of the quality loss with 8-bit activations.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"the scheme is {scheme!r}, expected one of {list(SCHEMES)}")
@@ -93,9 +93,9 @@ def format_of(name: str, in_features: int, scheme: str) -> Format | None:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The formats of a model's quantized layers, by the layer's name.
+    """The formats of a model's quantized layers, by layer name.
 
-    ``name`` is what people call it: "int8", "int4", or "mixed" where a budget chose.
+    ``name`` is the human-readable scheme: "int8", "int4", or "mixed" if chosen for a bit budget.
     """
 
     name: str
@@ -109,8 +109,7 @@ class Quantization:
 
 
 def name_of(formats: Mapping[str, Format], widths: Mapping[str, int]) -> str:
-    """The scheme that gives these layers, of so many input channels, just as many bits, else
-    "mixed"."""
+    """The scheme that gives these layers (with their input widths) the same bits, else "mixed"."""
     for scheme in SCHEMES:
         meant = {name: format_of(name, widths[name], scheme) for name in formats}
         if all(one is not None and one.bits == formats[name].bits for name, one in meant.items()):

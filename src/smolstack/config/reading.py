@@ -1,4 +1,4 @@
-"""Typed, checked access to config values; every refusal names the file, the key and the value."""
+"""Typed, validated access to config values; every error names the file, the key and the value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
 
 
 class Reader:
-    """Typed access to one JSON object; every refusal names the file, the key and the value."""
+    """Typed access to one JSON object; every error names the file, the key and the value."""
 
     def __init__(self, where: str, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.where, self.data, self.defaults = where, data, defaults
@@ -69,7 +69,7 @@ def divides(where: str, name: str, total: int, parts: int) -> None:
 
 
 def refuse_other_values(where: str, data: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raise for a key whose value differs from the only one that is built."""
+    """Raise for a key whose value differs from the only supported one."""
     for key, value in known.items():
         found = data.get(key)
         if found is not None and found != value:

@@ -1,4 +1,4 @@
-"""The decoder's sizes and its rotary positions."""
+"""The decoder's sizes and rotary position settings."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
 }
 ROPE_TYPES = ("default", "linear", "llama3")
-# Variations of the architecture that exist in the library but in no checkpoint of this family;
-# a file that asks for one would be computed wrongly without any weight missing.
+# Variants that the library supports but no checkpoint of this family uses; a file that requests one
+# would be computed wrongly without any weight missing.
 _UNSUPPORTED = {"qk_layer_norms": False, "use_resampler": False, "partial_rotary_factor": 1.0}
 
 
@@ -58,7 +58,7 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, text: Mapping[str, Any], where: str = "config.json text_config") -> RopeConfig:
-        """Read from a ``text_config``: old files keep rope_theta beside, new ones inside."""
+        """Read from a ``text_config``: old files have a top-level rope_theta, new ones nest it."""
         inner = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(inner, Mapping):
             raise ConfigError(f"{where}.rope_parameters is {inner!r}, expected an object")
@@ -139,7 +139,7 @@ class TextConfig:
         """Build from the ``text_config`` object of a config.json, or from a LlamaForCausalLM's.
 
         Args:
-            where: what errors call the object.
+            where: name of the object in error messages.
         """
         if data.get("model_type", "llama") != "llama":
             raise ConfigError(f"{where}.model_type is {data['model_type']!r}, expected 'llama'")
@@ -174,7 +174,7 @@ class TextConfig:
         ids = list(self.eos_token_ids)
         eos = ids if len(ids) > 1 else next(iter(ids), None)
         return {
-            # llama.cpp's converter looks here for the decoder's class, and nowhere else.
+            # llama.cpp's converter reads the decoder's class only from here.
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": self.vocab_size,

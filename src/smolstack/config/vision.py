@@ -56,7 +56,7 @@ class VisionConfig:
 
     @property
     def side(self) -> int:
-        """Patches along one edge of a full tile; pixels past side · patch_size are never seen."""
+        """Patches along one edge of a full tile; pixels beyond side · patch_size are ignored."""
         return self.image_size // self.patch_size
 
     @classmethod
@@ -69,8 +69,8 @@ class VisionConfig:
         """Build from the ``vision_config`` object of a config.json, or from a SigLIP's.
 
         Args:
-            where: what errors call the object.
-            defaults: of keys that are left out; None: Idefics3VisionConfig's.
+            where: name of the object in error messages.
+            defaults: values of omitted keys; None: Idefics3VisionConfig's.
         """
         get = Reader(where, data, _VISION_DEFAULTS if defaults is None else defaults)
         return cls(

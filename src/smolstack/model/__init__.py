@@ -1,1 +1,1 @@
-"""The network: vision tower, connector, packer, decoder. Torch only; knows no file format."""
+"""The network: vision tower, connector, packer and decoder, in PyTorch only. No file formats."""

@@ -1,4 +1,4 @@
-"""The seam between the network as PyTorch describes it and faster ways to compute it.
+"""The interface between the PyTorch modules and faster implementations of them.
 
 Shapes: B sequences, T new tokens, N tiles of H·W patches, C the vision hidden size, D the text
 hidden size, V the vocabulary.
@@ -17,17 +17,17 @@ from smolstack.model.kv_cache import KVCache, RaggedKVCache
 
 
 class Backend:
-    """What computes a model. This one leaves everything to PyTorch and the modules of model/.
+    """Computes parts of a model. This base class leaves everything to the modules of model/.
 
-    A backend takes over one call at a time: each method returns the result, which must be the
-    modules' up to rounding, or None for what it leaves to them. It is stateless towards its users:
-    one object may serve many models, and a copy of a model shares it.
+    A backend may take over individual calls: each method returns either the result, which must
+    match the modules' up to rounding, or None to fall back to them. A backend keeps no state per
+    model: one object may serve many models, and a copy of a model shares it.
     """
 
     name = "torch"
 
     def encode(self, layers: nn.ModuleList, config: VisionConfig, patches: Tensor) -> Tensor | None:
-        """Patches of full tiles with their positions, (N, H·W, C), through a tower's layers."""
+        """Run a tower's layers on the embedded patches of full tiles, (N, H·W, C)."""
         return None
 
     def prefill(
@@ -39,7 +39,7 @@ class Backend:
         *,
         every: bool,
     ) -> Tensor | None:
-        """Append tokens to a cache: :meth:`VisionLanguageModel.read`."""
+        """Append tokens to a cache, as :meth:`VisionLanguageModel.read` does."""
         return None
 
     def decode(
@@ -49,11 +49,11 @@ class Backend:
         embeddings: Tensor,
         cache: KVCache | RaggedKVCache,
     ) -> Tensor | None:
-        """Append one token per sequence to a cache: (B, D) → logits of the next ones, (B, V)."""
+        """Append one token per sequence to a cache: (B, D) → logits of the next tokens, (B, V)."""
         return None
 
     def linear(self, layer: nn.Module, rows: Tensor) -> Tensor | None:
-        """The product of a quantized layer: (R, I) → (R, O), float32."""
+        """Apply a quantized linear layer: (R, I) → (R, O), float32."""
         return None
 
     def new_cache(
@@ -66,11 +66,13 @@ class Backend:
         dtype: torch.dtype,
         device: torch.device,
     ) -> KVCache:
-        """An empty KV cache of the kind that this backend fills fastest."""
+        """Return an empty KV cache in the layout that suits this backend best."""
         return KVCache(config, batch, capacity, padding=padding, dtype=dtype, device=device)
 
     def describe(self, device: torch.device, dtype: torch.dtype, *, quantized: bool) -> str:
-        """What multiplies weights of ``dtype`` on ``device``, for people: "torch"."""
+        """Return a human-readable name of what multiplies ``dtype`` weights on ``device``:
+        "torch".
+        """
         return "torch" if device.type == "cpu" else f"torch on {device.type}"
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Backend:

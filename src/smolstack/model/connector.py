@@ -1,4 +1,4 @@
-"""Idefics3Connector: the bridge from the vision tower's patch grid to the text width.
+"""Idefics3Connector: projects the vision tower's patch grid to the text hidden size.
 
 Shapes (docs/shapes.md): B tiles, H×W the patch grid, C the vision hidden size, s the scale, D the
 text hidden size, S = (H/s)·(W/s) visual tokens per tile.
@@ -43,7 +43,7 @@ class Idefics3Connector(nn.Module):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Idefics3Connector:
-        """The connector of a checkpoint, its scale read from the config."""
+        """Build the connector of a checkpoint, with the scale from its config."""
         return cls(config.vision.hidden_size, config.text.hidden_size, config.scale)
 
     @staticmethod
@@ -100,13 +100,13 @@ class Idefics3Connector(nn.Module):
 
 
 def _check_integer(name: str, value: object) -> None:
-    """Refuse what is no whole number: 4.0 would pass every comparison and fail in a reshape."""
+    """Reject non-integers: 4.0 would pass every comparison and fail in a reshape."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
         raise GridError(f"{name} is {value!r}, expected an integer")
 
 
 def _grid_of(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """(H, W) for ``count`` patches, checked."""
+    """Return the validated grid (H, W) for ``count`` patches."""
     if grid is not None:
         height, width = grid
         _check_integer("the grid's height", height)
@@ -121,10 +121,10 @@ def _grid_of(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _root_of(count: int) -> int:
-    """The square root, rounded down.
+    """Return the square root, rounded down.
 
-    Compilers know a count that changes as a symbol, which has powers and no integer root. Squares
-    below 2**52 have exact roots as floats.
+    When a graph is traced with dynamic shapes, ``count`` is a symbol, which supports powers but not
+    ``math.isqrt``. Square roots of perfect squares below 2**52 are exact in float64.
     """
     if torch.compiler.is_compiling() or isinstance(count, torch.SymInt):
         return int(count**0.5)

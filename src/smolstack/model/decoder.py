@@ -24,7 +24,7 @@ from smolstack.model.layers import (
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Turns per position of each pair of channels: (K/2,) float32.
+    """Rotary frequencies in radians per position, one per pair of channels: (K/2,) float32.
 
     theta^(-2i/K) (Su et al. 2021). "llama3" divides the frequencies whose wavelength exceeds
     original / low_freq_factor by ``factor``, keeps those shorter than original / high_freq_factor
@@ -46,13 +46,13 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + K/2) of (B, heads, T, K) by (B, 1, T, K) angles."""
+    """Rotate the channel pairs (i, i + K/2) of (B, heads, T, K) by angles of shape (B, 1, T, K)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class TextAttention(nn.Module):
-    """Causal self-attention; each key/value head serves a group of query heads."""
+    """Causal self-attention with grouped queries: several query heads share a key/value head."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -92,8 +92,7 @@ class TextAttention(nn.Module):
         masks: list[Tensor | None],
         cache: RaggedKVCache,
     ) -> Tensor:
-        """Every sequence's new tokens, which stand side by side in (1, heads, ΣT, K), with what its
-        own cache holds."""
+        """Attend each sequence's new tokens, (1, heads, ΣT, K) together, to its own cache."""
         parts = zip(
             *(torch.split(x, cache.counts, dim=2) for x in (query, key, value)), strict=True
         )
@@ -104,13 +103,18 @@ class TextAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         batch, heads, new, width = query.shape
-        key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may keep fewer bits
+        key, value = (
+            key.to(query.dtype),
+            value.to(query.dtype),
+        )  # the cache may use a narrower dtype
         if new == 1:
-            # One new token sees everything, so the queries of a group can stand side by side on
-            # the query axis: no key or value is repeated.
+            # A single new token attends to everything, so a group's query heads can be placed on
+            # the query axis, which avoids repeating keys and values.
             grouped = query.view(batch, self.num_kv_heads, -1, width)
             mixed = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
-            return mixed.reshape(batch, heads, 1, width)  # CUDA's float32 kernel gives it strided
+            return mixed.reshape(
+                batch, heads, 1, width
+            )  # CUDA's float32 kernel returns a non-contiguous tensor
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
@@ -145,7 +149,7 @@ class TextLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token embedding, layers, final norm. (The head stands in vlm.py, with its variants.)"""
+    """Token embedding, layers and final norm. The output head belongs to the model in vlm.py."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -160,11 +164,11 @@ class Decoder(nn.Module):
         padding: Tensor | None = None,
         cache: KVCache | RaggedKVCache | None = None,
     ) -> Tensor:
-        """States of the new tokens, normalized: (B, T, D) → (B, T, D).
+        """Compute the normalized hidden states of the new tokens: (B, T, D) → (B, T, D).
 
         Args:
-            embeddings: (B, T, D), text embeddings with visual tokens in their places.
-            padding: (B,) left-padding tokens per row, when there is no cache (a cache knows them).
+            embeddings: (B, T, D), text embeddings with visual tokens already merged.
+            padding: (B,) left-padding tokens per row, if there is no cache (a cache holds its own).
             cache: appended to; the new tokens follow the cached ones. With a RaggedKVCache the
                 embeddings are (1, ΣT, D): the new tokens of all its sequences.
         """
@@ -201,14 +205,16 @@ class Decoder(nn.Module):
     def angles(
         self, past: int, new: int, padding: Tensor | None, like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin for the new tokens: (B or 1, 1, T, K), in the dtype of ``like``."""
+        """Return cos and sin for the new tokens: (B or 1, 1, T, K), in the dtype of ``like``."""
         positions = torch.arange(past, past + new, device=like.device)[None]
         if padding is not None:
             positions = (positions - padding.to(like.device)[:, None]).clamp(min=0)
         return self.angles_at(positions, like)
 
     def angles_at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin at positions (B or 1, T): (B or 1, 1, T, K), in the dtype of ``like``."""
+        """Return cos and sin at positions (B or 1, T): (B or 1, 1, T, K), in the dtype of
+        ``like``.
+        """
         frequencies = rope_frequencies(self.config.rope, self.config.head_dim).to(like.device)
         angles = positions[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)[:, None]
@@ -218,9 +224,10 @@ class Decoder(nn.Module):
 def attention_mask(
     past: int, new: int, padding: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """What may be attended to, (B or 1, 1, T, L) bool; None where a causal kernel or nothing does.
+    """Boolean attention mask (B or 1, 1, T, L), True where attention is allowed.
 
-    A padding token may see itself: a row that sees nothing would be a division by zero.
+    Returns None if no mask or only the kernel's causal mask is needed. A padding token may attend
+    to itself, because a row with nothing to attend to would divide by zero.
     """
     if padding is None and (past == 0 or new == 1):
         return None

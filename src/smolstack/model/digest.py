@@ -1,4 +1,4 @@
-"""Which weights a model has: a digest of their values, and a number that counts their changes."""
+"""Identify a model's weights by a digest of their values, and count changes to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def weights_digest(weights: Iterable[Tensor]) -> bytes:
-    """A digest of weights: shapes, number formats and values, in order."""
+    """Hash the shapes, dtypes and values of weights, in order."""
     digest = hashlib.sha256()
     for weight in weights:
         values = weight.detach().cpu().contiguous()
@@ -22,29 +22,29 @@ def weights_digest(weights: Iterable[Tensor]) -> bytes:
 
 
 class WeightsVersion:
-    """Counts how often the weights of some modules have become others: replaced or written to.
+    """Counts how often the weights of some modules were replaced or written to.
 
-    What was computed under another number may not be reused. Tensors are held weakly.
+    Results computed under an earlier version must not be reused. Tensors are weakly referenced.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
         self.modules = modules
         self.number = 0
-        # Every table of submodules or tensors that was looked at, and how many entries it had;
-        # under each name what stood there. Asked before every request, so it has to be quick.
+        # Each table of submodules or tensors visited, with its number of entries, and the object
+        # that was found under each name. Checked before every request, so the check must be fast.
         self._tables: list[tuple[Mapping[str, Any], int]] = []
         self._parts: list[tuple[Mapping[str, Any], str, nn.Module]] = []
         self._tensors: list[tuple[Mapping[str, Any], str, weakref.ref[Tensor], int, int]] = []
 
     def current(self) -> int:
-        """The number of the weights that the modules have now."""
+        """Return the version number of the modules' current weights."""
         if not self._same():
             self._look()
             self.number += 1
         return self.number
 
     def tensors(self) -> Iterator[Tensor]:
-        """Parameters and buffers as they are saved, in order; packed weights unpacked."""
+        """Return parameters and buffers in saving order, with packed weights unpacked."""
         for module in self.modules:
             yield from module.state_dict().values()
 
@@ -63,7 +63,7 @@ class WeightsVersion:
         self._tables, self._parts, self._tensors = [], [], []
         for top in self.modules:
             for module in top.modules():
-                # Their public counterparts build every name anew and take several times as long.
+                # The public counterparts rebuild every name and are several times slower.
                 tables = (module._modules, module._parameters, module._buffers)
                 self._tables += [(table, len(table)) for table in tables]
                 for name, part in module._modules.items():
@@ -81,7 +81,7 @@ class WeightsVersion:
 def _is_as_seen(
     tensor: Tensor | None, ref: weakref.ref[Tensor], address: int, version: int
 ) -> bool:
-    # model.to(dtype) changes the address of a parameter and not its version.
+    # model.to(dtype) changes a parameter's address but not its version.
     return (
         tensor is not None
         and ref() is tensor

@@ -1,4 +1,4 @@
-"""KV caches: the keys and values of every layer, in buffers that are written in place."""
+"""KV caches: preallocated keys and values of every layer, written in place."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from smolstack.errors import ContextLengthError
 
 
 class KVCache:
-    """Keys and values of every layer, in buffers sized when it is made.
+    """Keys and values of every layer, in buffers allocated when the cache is created.
 
     Args:
         config: the decoder's sizes.
         batch: B.
-        capacity: most tokens (prompt and answer together) that it can hold.
-        padding: (B,) int64, left-padding tokens of each row, which nobody attends to; None when
-            there are none (then attention needs no mask).
+        capacity: maximum number of tokens (prompt and answer together).
+        padding: (B,) int64, left-padding tokens of each row, which are masked out; None if
+            there are none (attention then needs no mask).
     """
 
     def __init__(
@@ -42,7 +42,11 @@ class KVCache:
         self._addresses: tuple[Tensor, list[int], list[int]] | None = None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, kv heads, T, K) at the end of one layer; views of all that it now holds."""
+        """Write (B, kv heads, T, K) at the end of one layer and return views of all its tokens.
+
+        Raises:
+            ContextLengthError: the tokens do not fit in the capacity.
+        """
         end = self.length + keys.shape[2]
         if end > self.capacity:
             raise ContextLengthError(f"{end} tokens in a cache made for {self.capacity}")
@@ -51,11 +55,13 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def advance(self, tokens: int) -> None:
-        """Count ``tokens`` as written, once every layer has appended them."""
+        """Add ``tokens`` to the length, after every layer has appended them."""
         self.length += tokens
 
     def reserve(self, capacity: int) -> None:
-        """Make room for ``capacity`` tokens; what is held is copied if the buffers must grow."""
+        """Ensure room for ``capacity`` tokens. Growing allocates new buffers and copies the
+        contents.
+        """
         if capacity <= self.capacity:
             return
         self.keys = [_grown(keys, self.length, capacity) for keys in self.keys]
@@ -63,13 +69,14 @@ class KVCache:
         self.capacity = capacity
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens (a shared prefix is kept this way)."""
+        """Drop all but the first ``length`` tokens, such as a shared prefix."""
         self.length = min(self.length, length)
 
     @property
     def addresses(self) -> tuple[list[int], list[int]]:
-        """Where the buffers of keys and of values begin, layer by layer; asked before every
-        token."""
+        """Addresses of the key and value buffers, per layer. Cached: they are read before every
+        token.
+        """
         first = self.keys[0]
         if self._addresses is None or self._addresses[0] is not first:
             keys, values = ([part.data_ptr() for part in held] for held in (self.keys, self.values))
@@ -78,23 +85,25 @@ class KVCache:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the keys and values held, without the room that is left."""
+        """Bytes of the cached keys and values, without unused capacity."""
         return self.token_bytes * self.length
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of the buffers, with the room that is left."""
+        """Bytes of the buffers, including unused capacity."""
         return self.token_bytes * self.capacity
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that a token takes in every sequence together."""
+        """Bytes of one token position, summed over the sequences of the batch."""
         batch, heads, _, width = self.keys[0].shape
         return 2 * len(self.keys) * batch * heads * width * self.keys[0].element_size()
 
     def copied(self, rows: int, capacity: int, length: int | None = None) -> KVCache:
-        """The first ``length`` tokens (None: all) of the only sequence, ``rows`` times over, in a
-        new cache with room for ``capacity``."""
+        """Copy the first ``length`` tokens (None: all) of the only sequence to a new cache.
+
+        The new cache has ``rows`` rows with the same contents and room for ``capacity`` tokens.
+        """
         kept = self.length if length is None else length
         copy = object.__new__(KVCache)
         copy.keys = [_grown(keys.expand(rows, -1, -1, -1), kept, capacity) for keys in self.keys]
@@ -107,15 +116,15 @@ class KVCache:
 
 
 class RaggedKVCache:
-    """KV caches of R sequences that are of different lengths, for a pass over new tokens of each.
+    """KV caches of R sequences of different lengths, for one forward pass over new tokens of each.
 
-    The new tokens stand side by side, (1, ΣT, D), those of one sequence after those of another.
-    Sequences join and leave by being in the list or not: nothing is padded, moved or copied, and
-    the attention of one does not know of the others.
+    The new tokens are concatenated along the token axis, (1, ΣT, D), sequence by sequence. Adding
+    or removing a sequence changes only the list of caches. There is no padding, and each sequence
+    attends only to its own cache.
 
     Args:
         caches: one per sequence, each made for a batch of 1 without padding.
-        counts: new tokens of each; None is one of each.
+        counts: number of new tokens of each sequence; None means one each.
     """
 
     padding: None = None
@@ -125,12 +134,12 @@ class RaggedKVCache:
         self.counts = [1] * len(self.caches) if counts is None else list(counts)
 
     def advance(self) -> None:
-        """Count the new tokens as written in every sequence."""
+        """Add the new tokens to the length of every sequence."""
         for cache, count in zip(self.caches, self.counts, strict=True):
             cache.advance(count)
 
     def positions(self) -> Tensor:
-        """Of the new tokens, (ΣT,) int64."""
+        """Positions of the new tokens, (ΣT,) int64."""
         starts = [cache.length for cache in self.caches]
         if all(count == 1 for count in self.counts):
             return torch.tensor(starts)

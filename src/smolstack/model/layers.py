@@ -1,4 +1,4 @@
-"""The few building blocks that both towers use."""
+"""Building blocks shared by the vision tower and the decoder."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors, which draws none for weights that are to come (on the meta device): for
-    that torch would import its compiler, which takes seconds."""
+    """An embedding table that is not initialized on the meta device.
+
+    Random initialization there would make torch import its compiler, which takes seconds.
+    """
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
@@ -50,10 +52,10 @@ class Embedding(nn.Embedding):
 
 
 class TokenEmbedding(Embedding):
-    """Embeddings of tokens, (…) → (…, D).
+    """Token embeddings, (…) → (…, D).
 
     Attributes:
-        gives: the dtype of what is looked up; None: that of the table.
+        gives: dtype of the returned embeddings; None means the dtype of the table.
     """
 
     gives: torch.dtype | None = None

@@ -1,13 +1,13 @@
-"""Linear layers whose weights are integers, and the arithmetic that they stand for.
+"""Linear layers with integer weights, and their reference arithmetic.
 
 Shapes: R rows (tokens), I input channels, O output channels, G groups of input channels.
 
-What a weight and an activation become is said by the layer's :class:`Format`. Products are summed
-as integers within a group, the same on every processor; scales are multiplied in as float32, group
-after group. A row's result does not depend on its neighbours.
+A layer's :class:`Format` defines how weights and activations are quantized. Products within a group
+are summed as integers, which gives the same sum on every processor. The scales are applied in
+float32, group by group. A row's result does not depend on the other rows.
 
-The tensors are those of compressed-tensors' "pack-quantized" form, so that a saved layer is read by
-others too: 32-bit words of eight or four weights, the lowest bits first.
+The tensors follow compressed-tensors' "pack-quantized" format, so other software can read a saved
+layer: 32-bit words of eight 4-bit or four 8-bit weights, lowest bits first.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from smolstack.errors import ConfigError
 from smolstack.model.backend import TORCH, Backend
 from smolstack.model.layers import TokenEmbedding
 
-RADIX = 254  # activations of 16 bits are RADIX · first + second, both from -127 to 127
+RADIX = 254  # 16-bit activations are RADIX · first + second, both from -127 to 127
 _TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
-    """(O, N) integers from 0 to 2^bits - 1 → (O, ceil(N · bits / 32)) words, int32."""
+    """Pack (O, N) integers from 0 to 2^bits - 1 into (O, ceil(N · bits / 32)) int32 words."""
     each = 32 // bits
     values = functional.pad(values.to(torch.uint8), (0, -values.shape[1] % each))
     if bits == 4:
@@ -39,7 +39,7 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` integers of each row that :func:`pack_words` packed, uint8."""
+    """Unpack the first ``count`` integers of each row packed by :func:`pack_words`, as uint8."""
     values = words.flatten().contiguous().view(torch.uint8).view(words.shape[0], -1)
     if bits == 4:
         values = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
@@ -47,8 +47,10 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def round_activations(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """(R, I) float → whole numbers (R, G, group), zeros behind the last channel, and scales (R, G);
-    both float32."""
+    """Quantize (R, I) activations to integers (R, G, group) and scales (R, G), both float32.
+
+    The last group is padded with zeros.
+    """
     most = 127 * RADIX + 126 if form.activation_bits == 16 else 127
     padded = functional.pad(x.float(), (0, -x.shape[1] % form.group))
     groups = padded.reshape(x.shape[0], -1, form.group)
@@ -59,33 +61,33 @@ def round_activations(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 
 
 class Packed(Protocol):
-    """A layer's weights in the order in which a backend multiplies them."""
+    """A layer's weights in a backend's own layout."""
 
     form: Format
     inputs: int
     outputs: int
 
     def words(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """weight_packed, weight_scale and weight_zero_point, made from them again."""
+        """Convert back to weight_packed, weight_scale and weight_zero_point."""
         ...
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with weights of 8 or 4 bits; float32 in, float32 out. For inference only.
+    """A linear layer with 8-bit or 4-bit weights; float32 in, float32 out. For inference only.
 
-    The layer's backend computes it; what it leaves to torch is computed from a float32 copy of the
-    weights.
+    The layer's backend computes it. If the backend declines, torch computes it from a float32 copy
+    of the weights.
 
-    The weights are held once. When the backend has packed them, weight_packed, weight_scale and
-    weight_zero_point are left without memory (on the meta device); :meth:`tensors`, state_dict and
-    copies have them made again.
+    The weights are stored once. After a backend has packed them, weight_packed, weight_scale and
+    weight_zero_point hold no memory (they are on the meta device); :meth:`tensors`, state_dict and
+    copies recreate them.
 
     Attributes:
         format: bits, groups and activations.
-        weight_packed: int32 (O, words): eight 4-bit or four 8-bit numbers a word, 8-bit ones 128
-            too large.
+        weight_packed: int32 (O, words): eight 4-bit or four 8-bit integers per word; 8-bit ones
+            are stored with an offset of 128.
         weight_scale: bfloat16 (O, G).
-        weight_zero_point: int32 (O/8 rounded up, G), the zero points of eight output channels a
+        weight_zero_point: int32 (O/8 rounded up, G), the zero points of eight output channels per
             word; None with 8 bits.
         bias: float32 (O,) or None.
     """
@@ -123,10 +125,10 @@ class QuantizedLinear(nn.Module):
         zeros: Tensor | None,
         bias: Tensor | None,
     ) -> QuantizedLinear:
-        """A layer of rounded weights.
+        """Build a layer from quantized weights.
 
         Args:
-            form: what they are.
+            form: the quantization format.
             numbers: (O, I): from -127 to 127 with 8 bits, from 0 to 15 with 4.
             scale: (O, G).
             zeros: (O, G), from 0 to 15; None with 8 bits.
@@ -143,7 +145,7 @@ class QuantizedLinear(nn.Module):
         rounded: tuple[Tensor, Tensor, Tensor | None],
         bias: Tensor | None,
     ) -> QuantizedLinear:
-        """The same of integers that are packed already, (O, words), with scale and zero points."""
+        """Build a layer from packed integers, (O, words), with scales and zero points."""
         words, scale, zeros = rounded
         with torch.device("meta"):
             made = cls(in_features, words.shape[0], form, bias=bias is not None)
@@ -156,7 +158,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def of_packed(cls, packed: Packed, bias: Tensor | None) -> QuantizedLinear:
-        """The same of weights that were rounded into a backend's order."""
+        """Build a layer from weights that are already in a backend's layout."""
         with torch.device("meta"):
             made = cls(packed.inputs, packed.outputs, packed.form, bias=bias is not None)
         made.packed = packed
@@ -170,18 +172,18 @@ class QuantizedLinear(nn.Module):
 
     @property
     def is_packed(self) -> bool:
-        """Whether the packed weights are all that there is."""
+        """Whether the layer holds only the backend's packed weights."""
         return self.packed is not None and self.weight_packed.is_meta
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """weight_packed, weight_scale and weight_zero_point."""
+        """Return weight_packed, weight_scale and weight_zero_point."""
         if self.is_packed:
             assert self.packed is not None
             return self.packed.words()
         return self.weight_packed, self.weight_scale, self.weight_zero_point
 
     def hold(self, packed: Packed) -> None:
-        """Hold packed weights in the place of all else."""
+        """Store packed weights and release the word tensors."""
         for name in _TENSORS:
             tensor = self._buffers[name]
             if tensor is not None:
@@ -189,7 +191,7 @@ class QuantizedLinear(nn.Module):
         self.packed, self._floats = packed, None
 
     def _restore(self) -> None:
-        """Hold the words again, for changes to them."""
+        """Recreate the word tensors, so that they can be modified."""
         if self.is_packed:
             for name, tensor in zip(_TENSORS, self.tensors(), strict=True):
                 self._buffers[name] = tensor
@@ -207,7 +209,7 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has its weights packed anew."""
+        """Return the state without packed weights: a copy packs its own."""
         state = dict(self.__dict__)
         if self.is_packed:
             state["_buffers"] = {
@@ -218,12 +220,12 @@ class QuantizedLinear(nn.Module):
         return state
 
     def numbers(self) -> Tensor:
-        """The weights' integers, (O, I): from -127 to 127, or from 0 to 15; int16."""
+        """The integer weights, (O, I): from -127 to 127, or from 0 to 15; int16."""
         values = unpack_words(self.tensors()[0], self.format.bits, self.in_features).short()
         return values - 128 if self.format.bits == 8 else values
 
     def zero_points(self) -> Tensor | None:
-        """(O, G), from 0 to 15; None with 8 bits."""
+        """Zero points (O, G), from 0 to 15; None with 8 bits."""
         zeros = self.tensors()[2] if self.format.has_zero_points else None
         return None if zeros is None else unpack_words(zeros.t(), 4, self.out_features).t()
 
@@ -236,7 +238,7 @@ class QuantizedLinear(nn.Module):
         return numbers * _spread(scale, group, self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Move to another device; ``model.float()`` and the like change nothing here."""
+        """Move to another device. Dtype conversions such as ``model.float()`` have no effect."""
         if self.is_packed and fn(torch.empty(0)).device.type == "cpu":
             return self
         self._restore()
@@ -260,8 +262,11 @@ class QuantizedLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _by_torch(self, rows: Tensor) -> Tensor:
-        """A group's products are whole numbers below 2²⁴, which float32 sums exactly in any order:
-        so a row does not depend on its neighbours here either."""
+        """Compute the layer with torch.
+
+        A group's products are integers below 2²⁴, which float32 sums exactly in any order, so a row
+        does not depend on the other rows here either.
+        """
         numbers, scale = round_activations(rows, self.format)
         weight, factors = self._whole(), self.tensors()[1].float()
         out = torch.zeros(rows.shape[0], self.out_features, device=rows.device)
@@ -276,7 +281,7 @@ class QuantizedLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def _whole(self) -> Tensor:
-        """The weights as whole numbers in float32, (O, G, group), kept."""
+        """The integer weights as float32, (O, G, group), cached."""
         if self._floats is None or self._floats.device != self.device:
             numbers, zeros = self.numbers().float(), self.zero_points()
             group = self.format.group
@@ -291,8 +296,10 @@ class QuantizedLinear(nn.Module):
 
 
 def compute_in_float32(model: nn.Module) -> None:
-    """All that stays float beside integers, as float32; a token table keeps the numbers that it is
-    stored in, and gives out float32."""
+    """Convert the layers that remain floating-point in a quantized model to float32.
+
+    A token embedding table keeps its stored dtype and returns float32.
+    """
     for module in model.modules():
         if isinstance(module, TokenEmbedding):
             module.gives = torch.float32
@@ -310,12 +317,12 @@ def compute_in_float32(model: nn.Module) -> None:
 
 
 def _spread(of_groups: Tensor, group: int, width: int) -> Tensor:
-    """(O, G) → (O, I): every group's value for each of its channels."""
+    """Repeat each group's value for its channels: (O, G) → (O, I)."""
     return of_groups.repeat_interleave(group, dim=1)[:, :width]
 
 
 def replace_linears(model: nn.Module, quantization: Quantization) -> None:
-    """Put quantized layers without values into the places of a model's own."""
+    """Replace a model's linear layers by quantized layers without values."""
     for name, form in quantization:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)

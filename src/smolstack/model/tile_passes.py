@@ -1,4 +1,4 @@
-"""Tiles through a tower: a few at a time, and tiles that are equal once.
+"""Encode tiles in small passes, and identical tiles only once.
 
 Shapes: N tiles of P×P pixels.
 """
@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-TILES_AT_ONCE = 4  # tiles per pass of the tower: bounds its memory whatever the image's size
+TILES_AT_ONCE = 4  # tiles per pass of the tower; limits memory for images of any size
 
 Filled: TypeAlias = "Sequence[tuple[int, int]] | None"
 
@@ -27,12 +27,12 @@ def in_passes(
 
     Args:
         tiles: (N, 3, P, P).
-        encode: some tiles, with their part of ``filled``, to (n, …).
-        filled: for each tile the (rows, columns) of patches that hold image; None: all.
-        distinct: no two tiles are equal; they are not compared then.
+        encode: maps some tiles, with their part of ``filled``, to (n, …).
+        filled: for each tile the (rows, columns) of patches that contain image; None: all.
+        distinct: the caller guarantees that no two tiles are equal; they are not compared then.
 
     Returns:
-        The result of each pass, and for each of the N tiles its index in all of them together.
+        The result of each pass, and for each of the N tiles its index in their concatenation.
     """
     each = list(range(tiles.shape[0]))
     firsts, copies = (each, each) if distinct else distinct_tiles(tiles, filled)
@@ -46,7 +46,7 @@ def in_passes(
 def distinct_tiles(
     tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Group tiles that are equal to the last bit (and equally filled).
+    """Group tiles that are bitwise equal and have the same filled area.
 
     Returns:
         The index of the first tile of each group, and for each of the N tiles its group.
@@ -54,10 +54,12 @@ def distinct_tiles(
     firsts: list[int] = []
     groups: list[int] = []
     by_sum: dict[tuple[float, tuple[int, int] | None], list[int]] = {}
-    # One tile at a time: summing in float64 makes a copy, eight bytes a number.
+    # One tile at a time, because summing in float64 makes a copy of eight bytes per value.
     for index, total in enumerate(float(tile.sum(dtype=torch.float64)) for tile in tiles):
         part = None if filled is None else filled[index]
-        alike = by_sum.setdefault((total, part), [])  # a sum finds candidates, torch.equal decides
+        alike = by_sum.setdefault(
+            (total, part), []
+        )  # equal sums give candidates, torch.equal decides
         same = (g for g in alike if torch.equal(tiles[firsts[g]], tiles[index]))
         group = next(same, None)
         if group is None:

@@ -1,4 +1,4 @@
-"""The vision tower: a SigLIP encoder that turns one tile of pixels into a grid of patch states.
+"""The vision tower: a SigLIP encoder that maps a tile of pixels to a grid of patch states.
 
 Shapes: N tiles of P×P pixels, H×W patches of p×p pixels, C the hidden size.
 """
@@ -18,11 +18,11 @@ from smolstack.model.layers import ACTIVATION, Embedding, merge_heads, split_hea
 
 
 def position_ids(rows: int, columns: int, side: int) -> Tensor:
-    """Ids into the side×side table of learned positions for a rows×columns grid: (rows·columns,).
+    """Indices into the side×side position embedding table for a rows×columns grid: (rows·columns,).
 
-    A grid smaller than the table is spread over it: patch i of n takes row i·side // n, in
-    integers, so a full grid is the identity (NaViT's fractional positions, Dehghani et al. 2023,
-    as Idefics2 quantized them).
+    A grid smaller than the table is spread over it: patch i of n uses row i·side // n, in integer
+    arithmetic, so a full grid is the identity (NaViT's fractional positions, Dehghani et al. 2023,
+    as quantized by Idefics2).
     """
     row = torch.arange(rows) * side // rows
     column = torch.arange(columns) * side // columns
@@ -70,7 +70,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patch embedding, learned positions, layers, final norm: (N, 3, P, P) → (N, H·W, C)."""
+    """Patch embedding, position embedding, layers, final norm: (N, 3, P, P) → (N, H·W, C)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -83,22 +83,22 @@ class VisionTower(nn.Module):
         self.backend: Backend = TORCH
 
     def grid_of(self, tiles: Tensor) -> tuple[int, int]:
-        """(H, W), the patches that fit into tiles of this size; pixels left over are not seen."""
+        """Return the patch grid (H, W) for tiles of this size; leftover pixels are ignored."""
         patch = self.config.patch_size
         return tiles.shape[-2] // patch, tiles.shape[-1] // patch
 
     def forward(self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None) -> Tensor:
-        """Patch states.
+        """Compute patch states.
 
         Args:
-            tiles: (N, 3, P, P) normalized pixels. Tiles smaller than the config's image_size, and
-                oblong ones, work too: their positions are spread over the table.
-            filled: for each tile the (rows, columns) of patches, from the top left, that hold
-                image; the others are padding, seen by nobody. None, the fast path: every tile
+            tiles: (N, 3, P, P) normalized pixels. Tiles smaller than the config's image_size and
+                non-square tiles are supported: their positions are spread over the table.
+            filled: for each tile the (rows, columns) of patches, from the top left, that contain
+                image; the others are padding and masked out. None is the fast path: every tile
                 is full, so there is no mask and positions are constant.
 
         Returns:
-            (N, H·W, C). States of padding patches are defined but hold no image.
+            (N, H·W, C). States of padding patches are defined but carry no image content.
 
         Raises:
             GridError: wrong number of channels, or a grid that does not fit.
@@ -124,7 +124,7 @@ class VisionTower(nn.Module):
         return out
 
     def embed(self, tiles: Tensor) -> Tensor:
-        """What the first layer reads of full tiles: (N, 3, P, P) → (N, H·W, C)."""
+        """Compute the first layer's input for full tiles: (N, 3, P, P) → (N, H·W, C)."""
         rows, columns = self.grid_of(tiles)
         places = self._full_positions(rows, columns, tiles.device)
         out: Tensor = self.patches(tiles) + self.position_embedding(places)
@@ -133,7 +133,7 @@ class VisionTower(nn.Module):
     def patches(self, tiles: Tensor) -> Tensor:
         """Patch embedding without positions, as one matrix product: (N, 3, P, P) → (N, H·W, C).
 
-        The same sums as the strided convolution that the weights are stored for.
+        Equivalent to the strided convolution whose weights the checkpoint stores.
         """
         size = self.config.patch_size
         rows, columns = self.grid_of(tiles)
@@ -173,7 +173,7 @@ class VisionTower(nn.Module):
 def _partial_positions(
     rows: int, columns: int, side: int, filled: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """Position ids (N, H·W) and which patches hold image (N, H·W); padding has id 0."""
+    """Return position ids (N, H·W) and a mask of patches with image (N, H·W); padding has id 0."""
     ids = torch.zeros(len(filled), rows, columns, dtype=torch.long)
     seen = torch.zeros(len(filled), rows, columns, dtype=torch.bool)
     for index, (high, wide) in enumerate(filled):

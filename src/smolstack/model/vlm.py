@@ -1,4 +1,4 @@
-"""The whole network: images and text in, logits out."""
+"""The whole model: images and text in, logits out."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from smolstack.model.quantized import QuantizedLinear, replace_linears
 from smolstack.model.tile_passes import in_passes
 from smolstack.model.vision import VisionTower
 
-# Keys and values beside integers: half the bytes of float32, eight times finer than bfloat16.
+# KV cache dtype of quantized models: half the bytes of float32, eight times finer than bfloat16.
 CACHE_DTYPE = torch.float16
 
 
 class VisionLanguageModel(nn.Module):
     """Vision tower → connector → packer → decoder → head.
 
-    The head is a linear layer of its own, the token embedding again (``config.tied``), or a
+    The head is a separate linear layer, the tied token embedding (``config.tied``), or a
     projection to ``config.embedding_dim`` for retrieval.
     """
 
@@ -51,7 +51,7 @@ class VisionLanguageModel(nn.Module):
             self.decoder.embedding.gives = torch.float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionLanguageModel:
-        """What ``to``, ``half`` and the like do; what stands beside integers stays float32.
+        """Implements ``to``, ``half`` and the like; a quantized model's float layers stay float32.
 
         Raises:
             ConfigError: another dtype for a quantized model.
@@ -66,13 +66,15 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def scheme(self) -> str | None:
-        """ "int8", "int4" or "mixed" when large matrices are integers; None: all are floats."""
+        """ "int8", "int4" or "mixed" for a quantized model; None if all weights are floating-
+        point.
+        """
         quantization = self.config.quantization
         return None if quantization is None else quantization.name
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Of keys and values: half the bytes beside integers, else the weights' own."""
+        """Dtype of keys and values: float16 for a quantized model, else that of the weights."""
         return self.dtype if self.scheme is None else CACHE_DTYPE
 
     @property
@@ -86,20 +88,20 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def precision(self) -> str:
-        """Numbers and what multiplies them, for people: "bfloat16, torch"."""
+        """Human-readable number format and backend: "bfloat16, torch"."""
         name = self.scheme or str(self.dtype).removeprefix("torch.")
         quantized = self.scheme is not None
         return f"{name}, {self.backend.describe(self.device, self.dtype, quantized=quantized)}"
 
     def use(self, backend: Backend) -> VisionLanguageModel:
-        """Let a backend compute this model from now on."""
+        """Set the backend that computes this model."""
         for module in self.modules():
             if isinstance(module, (VisionLanguageModel, VisionTower, QuantizedLinear)):
                 module.backend = backend
         return self
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits of every position: (B, T, V). Rows of padding positions mean nothing."""
+        """Logits at every position: (B, T, V). Rows at padding positions are meaningless."""
         states = self.decoder(self.merge(batch), padding=_padding(batch))
         return self.logits(states)
 
@@ -110,11 +112,10 @@ class VisionLanguageModel(nn.Module):
         *,
         distinct: bool = False,
     ) -> Tensor:
-        """Visual tokens of tiles: (N, 3, P, P) → (N, S, D).
+        """Compute the visual tokens of tiles: (N, 3, P, P) → (N, S, D).
 
-        A few tiles go through the tower at a time, and tiles that are equal to the last bit (the
-        white of a page) go through it once. ``distinct`` says that no two are, which then is not
-        looked for.
+        Tiles pass through the tower a few at a time, and bitwise identical tiles (such as the blank
+        parts of a page) only once. ``distinct=True`` skips the search for identical tiles.
         """
         grid = self.vision.grid_of(tiles)
 
@@ -134,10 +135,10 @@ class VisionLanguageModel(nn.Module):
         return visual if visual.shape[0] == tiles.shape[0] else visual[copies]
 
     def compile_tower(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Let torch.compile have the vision tower and the connector, as one graph each.
+        """Compile the vision tower and the connector with torch.compile, as one graph each.
 
-        They are compiled when they first run, once for one tile and once for any other number,
-        whatever the images' sizes. Prompts and tokens stay as they are.
+        Compilation happens on first use: once for a single tile and once for any other number of
+        tiles, whatever the image sizes. Prompt and token processing are not compiled.
 
         Raises:
             ConfigError: the weights are integers, which only smolstack's kernels multiply quickly.
@@ -149,10 +150,11 @@ class VisionLanguageModel(nn.Module):
         self._tower_is_compiled = True
 
     def merge(self, batch: Batch) -> Tensor:
-        """Text embeddings with the visual tokens in their places: (B, T, D).
+        """Return text embeddings with the visual tokens merged in: (B, T, D).
 
         Raises:
-            AlignmentError: before any work, when places and visual tokens differ in number.
+            AlignmentError: the numbers of image tokens and visual tokens differ; raised before
+                any computation.
         """
         batch = batch.to(self.device)
         _check_counts(batch)
@@ -171,7 +173,7 @@ class VisionLanguageModel(nn.Module):
         return packer.splice(embeddings, places, visual)
 
     def _tokens_per_tile(self, batch: Batch) -> int:
-        """S, for the visual tokens or the tiles that the batch holds."""
+        """S, from the visual tokens or the tiles of the batch."""
         if batch.visual_tokens is not None:
             return batch.visual_tokens.shape[1]
         rows, columns = self.vision.grid_of(batch.tiles)
@@ -197,11 +199,11 @@ class VisionLanguageModel(nn.Module):
         return width * self.cache_dtype.itemsize
 
     def new_sequence_cache(self, capacity: int) -> KVCache:
-        """An empty cache for one sequence, with room for ``capacity`` tokens."""
+        """Return an empty cache for one sequence, with room for ``capacity`` tokens."""
         return self._new_cache(1, capacity, None)
 
     def new_cache(self, batch: Batch, capacity: int) -> KVCache:
-        """An empty cache for ``batch``, with room for ``capacity`` tokens per sequence."""
+        """Return an empty cache for ``batch``, with room for ``capacity`` tokens per sequence."""
         return self._new_cache(len(batch), capacity, _padding(batch))
 
     def _new_cache(self, rows: int, capacity: int, padding: Tensor | None) -> KVCache:
@@ -215,20 +217,20 @@ class VisionLanguageModel(nn.Module):
         )
 
     def prefill(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Read the prompts into ``cache``; logits of the token after each: (B, V).
+        """Read the prompts into ``cache`` and return the logits of each next token: (B, V).
 
-        Tokens that the cache holds already (a shared prefix) are not read again.
+        Tokens that are already in the cache (a shared prefix) are not processed again.
         """
         return self.read(self.merge(batch)[:, cache.length :], cache)
 
     def read(
         self, embeddings: Tensor, cache: KVCache | RaggedKVCache, *, every: bool = False
     ) -> Tensor:
-        """Append tokens, (B, T, D), to ``cache``; (1, ΣT, D) to a ragged one.
+        """Append tokens, (B, T, D), to ``cache``; (1, ΣT, D) for a ragged cache.
 
         Returns:
-            Logits of the token after them, (B, V), of a ragged cache (R, V), a row for each of its
-            sequences; with ``every``, after each of them, (B, T, V) or (1, ΣT, V).
+            Logits of the next token, (B, V), or (R, V) for a ragged cache, one row per sequence.
+            With ``every``, logits after each token: (B, T, V) or (1, ΣT, V).
         """
         if self._answers:
             made = self.backend.prefill(self.decoder, self._head, embeddings, cache, every=every)
@@ -243,7 +245,7 @@ class VisionLanguageModel(nn.Module):
         return self.logits(states[:, -1])
 
     def decode_one_token(self, token_ids: Tensor, cache: KVCache | RaggedKVCache) -> Tensor:
-        """Append one token per sequence, (B,), to ``cache``; logits of the next one: (B, V)."""
+        """Append one token per sequence, (B,), to ``cache`` and return the next logits: (B, V)."""
         embeddings: Tensor = self.decoder.embedding(token_ids)
         if self._answers:
             made = self.backend.decode(self.decoder, self._head, embeddings, cache)
@@ -260,7 +262,7 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def _answers(self) -> bool:
-        """Whether its head gives logits; and no graph is being made of it."""
+        """Whether the head gives logits and the model is not being traced."""
         return self.config.embedding_dim is None and not torch.compiler.is_compiling()
 
     def embed(self, batch: Batch) -> Tensor:
@@ -276,13 +278,13 @@ class VisionLanguageModel(nn.Module):
 
 
 def _padding(batch: Batch) -> Tensor | None:
-    """(B,) left-padding tokens per row, or None when no row has any."""
+    """Left-padding tokens per row, (B,), or None if no row has any."""
     padding = (~batch.attention_mask).sum(dim=1)
     return padding if bool(padding.any()) else None
 
 
 def _check_counts(batch: Batch) -> None:
-    """A batch's own bookkeeping must agree before its tokens are looked at."""
+    """Check that a batch's counts are consistent before its tokens are read."""
     tiles = batch.tiles.shape[0] if batch.visual_tokens is None else batch.visual_tokens.shape[0]
     if sum(batch.tiles_per_image) != tiles:
         raise AlignmentError(

@@ -1,1 +1,1 @@
-"""Kernels in C for the processor at hand, compiled on first use; optional in every respect."""
+"""Optional C kernels: prebuilt for several instruction sets, or compiled on first use."""

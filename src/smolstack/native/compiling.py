@@ -1,7 +1,7 @@
-"""From the C files beside this one to a library for this machine's processor, once per user.
+"""Compiles the C files in this folder for this machine's processor, once per user.
 
-The library is kept in the user's cache under a name that holds the sources, the compiler and the
-processor's features, so that another machine that shares the home directory compiles its own.
+The library is cached per user under a name derived from the sources, the compiler and the
+processor's features, so machines that share a home directory each compile their own.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pathlib import Path
 from smolstack.native.processor import features
 from smolstack.native.sets import KernelError, architecture, cap, usable
 
-# processor.c is no kernel: it asks which of them may run.
+# processor.c contains no kernels: it detects which of them can run.
 SOURCES = tuple(
     sorted(path.name for path in Path(__file__).parent.glob("*.c") if path.name != "processor.c")
 )
 HEADERS = tuple(sorted(path.name for path in Path(__file__).parent.glob("*.h")))
-# Not -ffast-math: it would change how the whole process treats small numbers.
+# Not -ffast-math: it would change denormal handling for the whole process.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 _EXACT = ("-ffp-contract=off",)
 _COMPILE_SECONDS = 300
 
 
 def compiled() -> Path:
-    """The library, compiled if it is not there yet.
+    """Return the library's path, compiling it if it is not cached.
 
     Raises:
-        KernelError: there is no compiler, it fails, or the cap on instructions is none.
+        KernelError: there is no compiler, it fails, or the cap on instructions is unknown.
     """
     if sys.platform == "win32":
         raise KernelError("kernels are not built on Windows")
@@ -63,7 +63,7 @@ def _build(compiler: str, name: str) -> Path:
 
 
 def _compile(compiler: str, target: Path) -> str:
-    """Compile with OpenMP, else without; the compiler's first complaint when both fail."""
+    """Compile with OpenMP, else without; if both fail, report the first error."""
     here = Path(__file__).parent
     complaint = ""
     for parallel in (("-fopenmp",), ()):
@@ -86,7 +86,7 @@ def _compile(compiler: str, target: Path) -> str:
 
 
 def _machine() -> tuple[str, ...]:
-    """The compiler's words for this processor, or for what the cap leaves of it."""
+    """Compiler flags for this processor, limited by the cap."""
     if cap():
         found = usable(features())
         if found:
@@ -104,7 +104,7 @@ def _compiler() -> str:
 
 
 def fingerprint_of_sources() -> str:
-    """SHA-256 of the sources' SHA-256s, in hexadecimal, as CMakeLists.txt makes it."""
+    """SHA-256 of the sources' SHA-256s, in hexadecimal, computed as in CMakeLists.txt."""
     here = Path(__file__).parent
     each = (hashlib.sha256((here / name).read_bytes()) for name in (*SOURCES, *HEADERS))
     return hashlib.sha256("".join(one.hexdigest() for one in each).encode()).hexdigest()
@@ -119,7 +119,7 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _features() -> str:
-    """The processor's model and instructions, which -march=native compiles for."""
+    """The processor's model and instruction set features, which -march=native depends on."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor()
@@ -129,13 +129,13 @@ def _features() -> str:
 
 
 def cache_folders() -> list[Path]:
-    """Where libraries are kept, the best place first; all of them the user's own."""
+    """Candidate cache folders, in order of preference; all belong to the user."""
     home = os.environ.get("XDG_CACHE_HOME")
     folders = []
     if home:
         folders.append(Path(home) / "smolstack")
     else:
-        with contextlib.suppress(RuntimeError):  # no home directory can be found
+        with contextlib.suppress(RuntimeError):  # the home directory cannot be determined
             folders.append(Path.home() / ".cache" / "smolstack")
     user = os.getuid() if hasattr(os, "getuid") else 0
     folders.append(Path(tempfile.gettempdir()) / f"smolstack-{user}")
@@ -143,7 +143,7 @@ def cache_folders() -> list[Path]:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a library is there that this user (or root) alone could have put there."""
+    """Whether a library exists that only this user (or root) could have written."""
     if not path.is_file():
         return False
     for place in (path, path.parent):

@@ -1,4 +1,4 @@
-"""The compiled kernels as Python calls them."""
+"""ctypes bindings of the compiled kernels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from smolstack.native.sets import KernelError, usable
 
 logger = logging.getLogger(__name__)
 
-SWITCH = "SMOLSTACK_NATIVE"  # 0: no kernels; jit: compiled here for this processor; else 1
+SWITCH = "SMOLSTACK_NATIVE"  # 0: no kernels; jit: compile for this processor; else 1
 _HERE = Path(__file__).parent
 _SUFFIX = ".dll" if sys.platform == "win32" else ".so"
-ABI_VERSION = 1  # smolstack.h has it too
+ABI_VERSION = 1  # must match smolstack.h
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 STORED_FLOAT32, STORED_BFLOAT16, STORED_FLOAT16 = range(3)
@@ -60,7 +60,7 @@ class Linear(ctypes.Structure):
 
 
 class Stored(ctypes.Structure):
-    """A weight as a checkpoint stores it, with factors of its outputs and inputs."""
+    """A weight as a checkpoint stores it, with factors for its outputs and inputs."""
 
     _fields_ = (
         ("kind", _integer),
@@ -73,7 +73,7 @@ class Stored(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    """What is done to rows before a layer multiplies them."""
+    """Normalization applied to rows before a layer multiplies them."""
 
     _fields_ = (("kind", _integer), ("eps", _number), ("weight", _pointer), ("bias", _pointer))
 
@@ -94,7 +94,7 @@ class EncoderLayer(ctypes.Structure):
 
 
 class Encoder(ctypes.Structure):
-    """The vision tower between patch embedding and last norm."""
+    """The vision tower between patch embedding and final norm."""
 
     _fields_ = (
         ("layers", _integer),
@@ -142,12 +142,12 @@ class Decoder(ctypes.Structure):
 
 
 class Place(ctypes.Structure):
-    """Where a sequence stands in its cache."""
+    """A sequence's position in its cache."""
 
     _fields_ = (("past", _integer), ("capacity", _integer), ("first", _integer))
 
 
-# The structures that C reads, in the order of about.c.
+# The structures shared with C, in the order of about.c.
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     Linear,
     Stored,
@@ -164,13 +164,13 @@ class Library:
     """The functions of a compiled library.
 
     Raises:
-        KernelError: the library is of another version than this module.
+        KernelError: the library's version does not match this module.
         OSError: it cannot be loaded.
 
     Attributes:
         instructions: what they were compiled for: "plain C", "AVX2", "AVX-512 VNNI" …
-        weight_offset: what is added to 8-bit weights in panels, 0 or 128; libraries that agree in
-            it read each other's panels.
+        weight_offset: what is added to 8-bit weights in panels, 0 or 128; libraries with the same
+            offset can read each other's panels.
     """
 
     def __init__(self, path: Path) -> None:
@@ -237,7 +237,7 @@ class Library:
 
 
 def _check(handle: ctypes.CDLL, path: Path) -> None:
-    """Refuse a library that reads its arguments otherwise than this module writes them."""
+    """Reject a library whose structures differ in layout from this module's."""
     try:
         handle.abi_version.restype = handle.struct_bytes.restype = _integer
         handle.struct_bytes.argtypes = [_integer]
@@ -258,10 +258,10 @@ def _check(handle: ctypes.CDLL, path: Path) -> None:
 
 
 def built(folder: Path = _HERE) -> list[Path]:
-    """The libraries in a folder that this processor has the instructions for, the best one first.
+    """The libraries in a folder that this processor supports, best first.
 
     Raises:
-        KernelError: the cap on instructions is none.
+        KernelError: the cap on instructions is unknown.
     """
     probe = folder / f"probe{_SUFFIX}"
     found = usable(features(probe if probe.is_file() else None))
@@ -270,7 +270,7 @@ def built(folder: Path = _HERE) -> list[Path]:
 
 
 def _fresh(path: Path) -> Library:
-    """A library that came built, unless the sources beside it have changed since."""
+    """A prebuilt library, unless its sources have changed since it was built."""
     opened = Library(path)
     if opened.sources != fingerprint_of_sources():
         raise KernelError(f"{path.name} was made of other sources than those beside it")
@@ -279,18 +279,18 @@ def _fresh(path: Path) -> Library:
 
 @lru_cache(maxsize=1)
 def library() -> Library | None:
-    """The kernels, compiled if need be; None where they cannot be had (see :func:`reason`)."""
+    """Return the kernels, compiling if needed; None if unavailable (see :func:`reason`)."""
     return _load()[0]
 
 
 def reason() -> str:
-    """Why there are no kernels; empty when there are."""
+    """Why the kernels are unavailable; empty if they are available."""
     return _load()[1]
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[Library | None, str]:
-    # torch's OpenMP must be in the process before the kernels ask for one: then both share it.
+    # torch's OpenMP must be loaded before the kernels request one, so that both share it.
     import torch  # noqa: F401
 
     switch = os.environ.get(SWITCH, "") or "1"

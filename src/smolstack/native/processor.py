@@ -1,4 +1,4 @@
-"""What this processor and its system can do, in the words of Linux's /proc/cpuinfo."""
+"""Features of this processor and operating system, named as in Linux's /proc/cpuinfo."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import platform
 import sys
 from pathlib import Path
 
-# What the oldest of Apple's own processors for the Mac has.
+# Features of the oldest Apple silicon Mac.
 _APPLE = {"asimd", "asimdhp", "asimddp", "asimdrdm", "atomics"}
 
 
 def features(probe: Path | None = None) -> set[str]:
-    """The features that sets.txt asks for, and others.
+    """Detect the features used in sets.txt, and others.
 
     Args:
-        probe: processor.c, compiled; without it Linux's /proc/cpuinfo is read, which leaves out
-            what the system does not support. Other systems tell little without it.
+        probe: compiled processor.c; without it Linux's /proc/cpuinfo is read, which omits what the
+            system does not support. Other systems report little without it.
     """
     if probe is not None:
         return set(_told(probe))

@@ -1,6 +1,6 @@
-"""The instruction sets that there are kernels for, and which of them a processor may use.
+"""The instruction sets that have kernels, and which of them a processor may use.
 
-The table is sets.txt, which CMakeLists.txt reads too.
+The table is sets.txt, which CMakeLists.txt also reads.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
-CAP = "SMOLSTACK_MAX_ISA"  # the most that may be used of a processor's instructions
-_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}  # by the names that systems give them
+CAP = "SMOLSTACK_MAX_ISA"  # limits the instruction sets in use
+_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}  # system names → names in sets.txt
 
 
 class KernelError(RuntimeError):
-    """The kernels cannot be had on this machine; the message says why."""
+    """The kernels are unavailable on this machine; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class InstructionSet:
 
     Attributes:
         architecture: x86_64 or aarch64.
-        cap: what ``SMOLSTACK_MAX_ISA`` calls it.
+        cap: its name in ``SMOLSTACK_MAX_ISA``.
         library: its library's name; two may share a cap.
-        needs: features that a processor must have, in the words of Linux's /proc/cpuinfo.
+        needs: required processor features, named as in Linux's /proc/cpuinfo.
         flags: for the compiler.
     """
 
@@ -51,18 +51,18 @@ SETS = _read()
 
 
 def architecture() -> str:
-    """This machine's, as sets.txt names it: x86_64, aarch64, or what the system says."""
+    """This machine's architecture as in sets.txt: x86_64, aarch64, or the system's own name."""
     found = platform.machine().lower()
     return _ARCHITECTURES.get(found, found)
 
 
 def own_sets() -> list[InstructionSet]:
-    """The sets of this machine's architecture, the plainest first."""
+    """The sets of this machine's architecture, most basic first."""
     return [one for one in SETS if one.architecture == architecture()]
 
 
 def cap() -> str:
-    """The cap that the environment sets; empty without one.
+    """The cap set in the environment; empty if not set.
 
     Raises:
         KernelError: this architecture has no such set.
@@ -75,12 +75,12 @@ def cap() -> str:
 
 
 def usable(features: Set[str]) -> list[InstructionSet]:
-    """The sets that a processor with these features has and the cap allows, the best one first.
+    """The sets that a processor with these features supports and the cap allows, best first.
 
-    A cap beyond what the processor has leaves it all that it has.
+    A cap beyond the processor's features has no effect.
 
     Raises:
-        KernelError: the cap is none.
+        KernelError: the cap is unknown.
     """
     most, own = cap(), own_sets()
     if most:

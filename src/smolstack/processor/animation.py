@@ -1,4 +1,4 @@
-"""Animations as videos: the frames of a GIF, WebP, AVIF or PNG file with their times."""
+"""Read animated GIF, WebP, AVIF and PNG files as videos: frames and their times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smolstack.processor.decoding import animation
 Frames = npt.NDArray[np.uint8]
 SUFFIXES = (".gif", ".webp", ".avif", ".png", ".apng")
 FORMATS = ("GIF", "WEBP", "AVIF", "PNG")
-_NOT_SAID = 0.1  # seconds of a frame that does not say how long it is shown, as in browsers
+_NOT_SAID = 0.1  # seconds of a frame without a duration, as in browsers
 
 
 def is_animation(source: object) -> bool:
@@ -28,15 +28,15 @@ def read_animation(
     choose: Callable[[int, float], list[int]],
     shrink: Callable[[Frames], Frames] | None,
 ) -> tuple[list[Frames], list[float], float]:
-    """(frames, their seconds, duration) of an animation.
+    """Return (frames, their seconds, duration) of an animation.
 
     Args:
-        max_pixels: of a frame.
-        choose: the numbers of the frames to look at, of so many at so many a second.
-        shrink: what to make of each frame (H, W, 3).
+        max_pixels: maximum pixels of a frame.
+        choose: picks frame indices, given the number of frames and the frame rate.
+        shrink: applied to each frame (H, W, 3).
 
     Raises:
-        VideoError: it cannot be read, or has one frame alone.
+        VideoError: it cannot be read, or has only one frame.
     """
     starts, now = [], 0.0
     try:

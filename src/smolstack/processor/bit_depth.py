@@ -1,7 +1,7 @@
-"""Greys of more than 8 bits become 8 bits by their range, where Pillow would cut them off.
+"""Scale grayscale of more than 8 bits to 8 bits by its range, where Pillow would clip it.
 
-A departure from transformers, which leaves it to ``convert("RGB")``: that turns every grey above
-255 white, and every float below 1 black.
+This differs from transformers, which uses ``convert("RGB")``: that turns every gray above 255
+white, and every float below 1 black.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ from smolstack.errors import ImageError
 MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _HIGHEST = 65535
 _BITS, _PHOTOMETRIC = 258, 262
-_ROWS = 1024  # that are scaled at once
+_ROWS = 1024  # rows scaled at once
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an image holds greys of more than 8 bits."""
+    """Whether an image is grayscale of more than 8 bits."""
     return image.mode in MODES
 
 
 def to_grey(image: Image.Image) -> Image.Image:
-    """A deep image in mode L: integers from 0 to 65535 (or as many bits as a TIFF file says), and
-    floats from 0 to 1, become 0 to 255. A transparent grey becomes white.
+    """Convert a deep image to mode L.
+
+    Integers from 0 to 65535 (or the bit depth given in a TIFF file) and floats from 0 to 1 become 0
+    to 255. A transparent gray becomes white.
 
     Raises:
-        ImageError: a value is outside of its range.
+        ImageError: a value is out of range.
     """
     values = np.asarray(image)
     highest, inverted = _meaning(image)
     lowest, largest = values.min(), values.max()
-    if not (lowest >= 0 and largest <= highest):  # written so that it holds for NaN too
+    if not (lowest >= 0 and largest <= highest):  # this form also rejects NaN
         kind = "floats from 0 to 1" if image.mode == "F" else f"integers from 0 to {highest}"
         raise ImageError(
             f"its greys (mode {image.mode}) go from {lowest:g} to {largest:g}, expected {kind}; "
@@ -52,7 +54,7 @@ def to_grey(image: Image.Image) -> Image.Image:
 
 
 def _meaning(image: Any) -> tuple[int, bool]:
-    """The value that is white, and whether it is black instead, as TIFF files may have it."""
+    """The value of white, and whether the scale is inverted, as TIFF files allow."""
     highest = 1 if image.mode == "F" else _HIGHEST
     tags: Any = getattr(image, "tag_v2", None)
     if tags is None:

@@ -1,7 +1,7 @@
-"""What a decoder will allocate, counted from a file's header before it runs.
+"""Estimate from a file's header how much memory its decoder will allocate.
 
-The figures per pixel were measured with Pillow 13 on images of 16 megapixels, as the growth of the
-process's largest resident size while one was decoded, and rounded up.
+The figures per pixel were measured with Pillow 13 on images of 16 megapixels, as the increase in
+peak resident memory of the process while decoding one, and rounded up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 from smolstack.errors import ImageError
 from smolstack.processor.isobmff import coded_pixels
 
-# Beside the decoded image: coefficients, planes, canvases, rows.
+# In addition to the decoded image: coefficients, planes, canvases, rows.
 _BESIDE = {
     "JPEG": 8,  # the coefficients of a progressive file: two bytes for each of four components
     "MPO": 8,
@@ -30,18 +30,18 @@ _BESIDE = {
 }
 _OTHERS = 4
 _LEAST = 12  # an RGB image (4 bytes in Pillow) and two copies while its tiles are cut
-_MASKED = 20  # RGBA, a white ground, what both make, and the RGB image of that
-_ICON_PIXELS = 2**20  # of an image in an icon, which says 256x256 at most
+_MASKED = 20  # RGBA, a white background, the composite, and its RGB image
+_ICON_PIXELS = 2**20  # of an image in an icon, at most 256x256 by the format
 _TILE_PIXELS = 2**22  # of a tile that is larger than its image
 _TILE_WIDTH, _TILE_LENGTH, _BITS, _SAMPLES, _ROWS_PER_STRIP = 322, 323, 258, 277, 278
 
 
 def decoding_bytes(image: Image.Image, file: str | Path | bytes) -> int:
-    """Bytes that decoding an opened file takes at its peak, until it is an RGB image.
+    """Peak bytes of decoding an opened file to an RGB image.
 
     Args:
-        image: opened, nothing decoded.
-        file: what it was opened from.
+        image: opened, not decoded.
+        file: the file it was opened from.
 
     Raises:
         ImageError: the file's tiles are much larger than its image.
@@ -55,7 +55,7 @@ def decoding_bytes(image: Image.Image, file: str | Path | bytes) -> int:
 
 
 def _inside(image: Image.Image, form: str, file: str | Path | bytes) -> int:
-    """What depends on more than the number of pixels."""
+    """Memory that depends on more than the number of pixels."""
     if form == "TIFF":
         return _tiff_block(image)
     if form in ("AVIF", "HEIF"):
@@ -64,7 +64,7 @@ def _inside(image: Image.Image, form: str, file: str | Path | bytes) -> int:
 
 
 def _tiff_block(image: Any) -> int:
-    """The largest tile or strip of a TIFF file: libtiff makes room for a whole one."""
+    """The largest tile or strip of a TIFF file: libtiff allocates a whole one."""
     tags = image.tag_v2
     bits = tags.get(_BITS, (1,))
     samples = max(1, int(tags.get(_SAMPLES, 1)))
@@ -83,7 +83,7 @@ def _tiff_block(image: Any) -> int:
 
 
 def check_icon(file: str | Path | bytes) -> None:
-    """Refuse an icon with a large image inside: Pillow decodes it while it opens the file.
+    """Reject an icon that contains a large image, because Pillow decodes it on opening.
 
     Raises:
         ImageError: naming the size.

@@ -1,8 +1,8 @@
-"""The one place where Pillow opens and decodes files.
+"""The only module that opens and decodes files with Pillow.
 
-What a decoder will allocate is counted before it runs, and held against a limit for the whole
-process. A decoder may raise anything about a damaged file: all of it becomes an ImageError. That
-error is raised once the decoder's own is gone, whose traceback would keep the pixels.
+The memory that a decoder will allocate is estimated in advance and counted against a limit for the
+whole process. A decoder may raise any exception on a damaged file: all become ImageError. It is
+raised after the decoder's own exception is released, whose traceback would keep the pixels alive.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_told: set[str] = set()  # animations that were spoken of
+_told: set[str] = set()  # animations already reported
 
 
 @contextmanager
@@ -97,10 +97,10 @@ def size_of(
 def animation(
     path: Path, max_pixels: int, formats: tuple[str, ...], wanted: frozenset[int] | None
 ) -> Iterator[tuple[Image.Image | None, float]]:
-    """(RGB image, seconds that it is shown) of each frame of an animation.
+    """Yield (RGB image, seconds shown) for each frame of an animation.
 
     Args:
-        wanted: the numbers of the frames whose images are made; None for none of them.
+        wanted: indices of the frames to convert; None for no frame.
 
     Raises:
         ImageError: naming the file.
@@ -122,7 +122,7 @@ def animation(
 
 
 def check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
-    """Refuse an image of too many pixels, or of none."""
+    """Reject an image with too many pixels, or none."""
     width, height = size
     if width * height > max_pixels:
         raise ImageError(
@@ -133,7 +133,7 @@ def check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
 
 
 def to_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
-    """Decode: RGB, transparency over white, deep greys scaled; turned as a file's EXIF says."""
+    """Decode to RGB: transparency over white, deep grays scaled, EXIF orientation applied."""
     image.load()
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1)) if upright else None
     made = image
@@ -154,7 +154,7 @@ def _open(
     source: str | Path | bytes | TiffPage,
     formats: tuple[str, ...],
 ) -> Image.Image:
-    """A file whose header was read, at the page that is asked for."""
+    """Open a file and read its header, at the requested page."""
     number = source.number if isinstance(source, TiffPage) else None
     image = _guarded(name, lambda: _read_header(file, formats), "cannot be read as an image")
     if image is None:
@@ -177,8 +177,8 @@ def _read_header(file: str | Path | bytes, formats: tuple[str, ...]) -> Image.Im
     tried = accepted(formats)
     check_icon(file)
     with warnings.catch_warnings():
-        # The pixel limit is ours, checked before decoding; Pillow's own is only a warning. What
-        # it says of damaged tags is seen when they matter.
+        # The pixel limit is checked here before decoding; Pillow's own is only a warning. Its
+        # warnings about damaged tags matter only if decoding fails.
         warnings.simplefilter("ignore")
         try:
             return _opened(file, tried)
@@ -219,7 +219,7 @@ def _cost(image: Image.Image, file: str | Path | bytes, name: str) -> int:
 def _upright_size(image: Any) -> tuple[int, int]:
     width, height = image.size
     if image.format == "TIFF":
-        # Some versions of Pillow tell the size as it will be turned, others as it is stored.
+        # Some versions of Pillow report the size after rotation, others as stored.
         width, height = image.tag_v2[256], image.tag_v2[257]
         turned = image.tag_v2.get(274, 1) in (5, 6, 7, 8)
     else:
@@ -233,7 +233,7 @@ def _upright_size(image: Any) -> tuple[int, int]:
 
 
 def _tell_animated(image: Image.Image, name: str) -> None:
-    """Say once of an animation that its first frame is read."""
+    """Log once per animation that only its first frame is read."""
     if image.format not in _ANIMATED or name in _told or len(_told) > 1000:
         return
     if _guarded(name, lambda: bool(getattr(image, "is_animated", False))):
@@ -242,7 +242,7 @@ def _tell_animated(image: Image.Image, name: str) -> None:
 
 
 def _guarded(name: str, act: Callable[[], T], trouble: str = "is damaged or truncated") -> T:
-    """What ``act`` returns; whatever it raises becomes an ImageError."""
+    """Return the result of ``act``; any exception becomes an ImageError."""
     try:
         return act()
     except ImageError as error:
@@ -253,7 +253,7 @@ def _guarded(name: str, act: Callable[[], T], trouble: str = "is damaged or trun
         reason = f"{name} takes more memory to decode than there is"
     except Exception as error:
         reason = f"{name} {trouble}: {_one_line(error)}"
-    # Here the decoder's error is gone, with its traceback and the pixels in its frames.
+    # The decoder's exception is released here, with its traceback and the pixels in its frames.
     raise ImageError(reason)
 
 

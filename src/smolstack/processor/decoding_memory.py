@@ -1,4 +1,4 @@
-"""A limit on what decoders hold in memory at the same time."""
+"""Limits the memory that decoders use concurrently."""
 
 from __future__ import annotations
 
@@ -9,38 +9,37 @@ from contextlib import contextmanager
 from smolstack.errors import ImageError
 
 DEFAULT_BYTES = 4 * 2**30
-_SMALL = 64  # an image is small that takes less than this part of all
-_KEPT = 8  # a part that is kept for them
+_SMALL = 64  # an image is small if it takes less than this fraction
+_KEPT = 8  # fraction reserved for small images
 
 
 class DecodingMemory:
-    """Bytes that decoding may take, over all threads.
+    """Memory budget of decoding, shared by all threads.
 
-    Who asks for more than is left waits until others are done: large images in turn, so that small
-    ones do not overtake one for ever; small ones, for which a part is left, do not wait for those
-    that wait.
+    A request for more than is left waits until others finish. Large images wait in order, so that
+    small ones cannot starve them; small ones, which have a reserve, do not wait behind large ones.
 
     Attributes:
-        limit: bytes in flight at most; an image that takes more by itself is refused.
+        limit: maximum bytes in use; an image that needs more by itself is rejected.
     """
 
     def __init__(self, limit: int = DEFAULT_BYTES) -> None:
         self.limit = limit
         self._held = 0
         self._changed = threading.Condition()
-        self._turn = threading.Lock()  # a large image is not overtaken by small ones for ever
+        self._turn = threading.Lock()  # keeps small images from starving a large one
 
     @property
     def held(self) -> int:
-        """Bytes in flight."""
+        """Bytes in use."""
         return self._held
 
     @contextmanager
     def hold(self, size: int, name: str) -> Iterator[None]:
-        """Count ``size`` bytes while the block runs. Not to be nested.
+        """Count ``size`` bytes as used while the block runs. Must not be nested.
 
         Raises:
-            ImageError: ``size`` is more than the limit.
+            ImageError: ``size`` exceeds the limit.
         """
         if size > self.limit:
             raise ImageError(
@@ -52,7 +51,7 @@ class DecodingMemory:
             self._take(size, self.limit)
         else:
             with self._turn:
-                # Larger than all but what is kept for small ones: alone.
+                # An image larger than everything but the reserve runs alone.
                 self._take(size, max(size, self.limit - kept))
         try:
             yield

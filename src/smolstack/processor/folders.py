@@ -1,4 +1,4 @@
-"""Folders of images: what is taken, and what is passed over, which is counted and said."""
+"""Search folders for images, and report the files that were skipped."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_NAMED = 3  # links and suffixes that are named at most
+_NAMED = 3  # maximum links and suffixes named in messages
 
 
 @dataclass
 class PassedOver:
-    """What a search of a folder left out.
+    """Files skipped by a folder search.
 
     Attributes:
-        suffixes: files of other kinds, by suffix.
-        dangling: links to nothing.
-        linked: links to folders, which are not followed: they may lead round in circles.
+        suffixes: files of other kinds, counted by suffix.
+        dangling: broken links.
+        linked: links to folders, which are not followed because they may form cycles.
     """
 
     suffixes: Counter[str] = field(default_factory=Counter)
@@ -29,7 +29,7 @@ class PassedOver:
         return bool(self.suffixes or self.dangling or self.linked)
 
     def sentence(self, folder: Path) -> str:
-        """What was passed over, in words."""
+        """Describe the skipped files in a sentence."""
         parts = []
         if self.suffixes:
             count = sum(self.suffixes.values())
@@ -48,15 +48,15 @@ class PassedOver:
 def search(
     folder: Path, suffixes: Collection[str], over: PassedOver, beside: Collection[str] = ()
 ) -> Iterator[str]:
-    """The files of a folder and its sub-folders with one of the suffixes, in the order of names.
+    """The files of a folder and its subfolders with one of the suffixes, ordered by name.
 
-    Hidden files and folders are no part of it.
+    Hidden files and folders are skipped.
 
     Args:
-        folder: to be searched.
-        suffixes: in small letters, with their dots.
-        over: told what is left out.
-        beside: suffixes of files that belong to images of the same name.
+        folder: the folder to search.
+        suffixes: lowercase, with their dots.
+        over: collects what is skipped.
+        beside: suffixes of files that accompany images of the same name.
     """
     root = str(folder)
     for path in _walk(root, suffixes, over, root):

@@ -1,15 +1,14 @@
-"""Which image files are opened, and with which suffixes they come.
+"""The accepted image file formats and their suffixes.
 
-Pillow is told which formats to try. Others that it knows are left out: some run other programs
-(EPS), some are of no use for what is asked here, and every decoder is one more that a damaged or a
-hostile file may get at.
+Pillow is told which formats to try. Some of its formats are excluded: they run other programs
+(EPS) or are not useful here, and every decoder adds attack surface for damaged or hostile files.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-# Pillow's names. Formats without a clear signature come last: they take what is none of the others.
+# Pillow's names. Formats without a clear signature come last: they match what no other does.
 FORMATS = (
     "PNG",
     "JPEG",
@@ -30,7 +29,7 @@ FORMATS = (
     "PCX",
     "TGA",
 )
-# Those whose decoders are let near files of strangers, by a server.
+# Formats that a server decodes for untrusted files.
 SERVED = (
     "PNG",
     "JPEG",
@@ -44,7 +43,7 @@ SERVED = (
     "PPM",
     "ICO",
 )
-# What a folder is searched for.
+# Suffixes that a folder is searched for.
 SUFFIXES = (
     ".apng",
     ".avif",
@@ -83,7 +82,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 @cache
 def can_read_heif() -> bool:
-    """Whether the package pillow-heif is there, which then reads HEIC and HEIF files."""
+    """Whether pillow-heif is installed, which reads HEIC and HEIF files."""
     try:
         import pillow_heif
     except ImportError:
@@ -93,10 +92,10 @@ def can_read_heif() -> bool:
 
 
 def accepted(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """The formats to try, HEIF among them where its package is installed."""
+    """The formats to try, with HEIF if its package is installed."""
     return (*formats, "HEIF") if can_read_heif() else formats
 
 
 def is_heif(beginning: bytes) -> bool:
-    """Whether a file that begins so is a HEIC or HEIF file."""
+    """Whether a file that starts with these bytes is a HEIC or HEIF file."""
     return beginning[4:8] == b"ftyp" and beginning[8:12] in _HEIF_BRANDS

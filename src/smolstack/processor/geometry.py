@@ -1,7 +1,7 @@
-"""The planner: how an image of given size becomes tiles and tokens. Integers only.
+"""The planner: how an image of a given size becomes tiles and tokens. Integers only.
 
-Everything that asks how many tiles or tokens an image costs (prompt, tiles, command line,
-limits, benchmarks) asks here. Sizes are (width, height) in pixels, grids (rows, columns).
+The only code that computes how many tiles or tokens an image takes; prompts, tiles, the command
+line, limits and benchmarks all use it. Sizes are (width, height) in pixels, grids (rows, columns).
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any, TypedDict
 from smolstack.errors import ImageError
 from smolstack.processor.settings import ImageSettings
 
-MAX_EDGE = 4096  # the family's image processor never resizes to more than this
+MAX_EDGE = 4096  # the family's image processor never resizes beyond this
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """What becomes of one image.
+    """How one image is resized and tiled.
 
     Attributes:
         source: (width, height) as given.
         resized: (width, height) after the first resize.
         canvas: (width, height) that tiles are cut from: whole tiles.
-        rows, cols: grid of tiles cut from the canvas; both 0 when the image is not split.
+        rows, cols: grid of tiles cut from the canvas; both 0 if the image is not split.
         tile_edge: pixels of a tile's side.
         tokens_per_tile: S.
-        prompt_tokens: tokens of the whole prompt with this image; None where no prompt is known.
-        image: what :meth:`smolstack.VLM.plan` was given, for a notebook to draw the tiles over.
+        prompt_tokens: tokens of the whole prompt with this image; None if no prompt is known.
+        image: the argument of :meth:`smolstack.VLM.plan`, for drawing the tiles in a notebook.
     """
 
     source: tuple[int, int]
@@ -42,21 +42,23 @@ class TilePlan:
 
     @property
     def tiles(self) -> int:
-        """Tiles that the vision tower sees: rows · cols and one of the whole image."""
+        """Number of tiles: rows · cols plus one of the whole image."""
         return self.rows * self.cols + 1
 
     @property
     def visual_tokens(self) -> int:
-        """Tokens that the images' tiles become: tiles · S."""
+        """Number of visual tokens: tiles · S."""
         return self.tiles * self.tokens_per_tile
 
     @property
     def pixels_read(self) -> int:
-        """Pixels that the vision tower reads: tiles · tile_edge²."""
+        """Pixels read by the vision tower: tiles · tile_edge²."""
         return self.tiles * self.tile_edge**2
 
     def boxes(self) -> list[tuple[int, int, int, int]]:
-        """(left, top, right, bottom) of each tile on the canvas, row by row, without the whole."""
+        """(left, top, right, bottom) of each tile on the canvas, row by row, without the whole
+        image.
+        """
         edge = self.tile_edge
         return [
             (col * edge, row * edge, (col + 1) * edge, (row + 1) * edge)
@@ -83,15 +85,15 @@ class TilePlan:
 
 
 class Tiling(TypedDict, total=False):
-    """Choices about images that a caller may make; each left out is as the checkpoint says.
+    """Tiling options; each that is omitted follows the checkpoint.
 
     Attributes:
         split: whether images are split into tiles.
-        max_image_tokens: visual tokens that one image may cost at most; the largest tile grid
-            that keeps within them is taken.
-        upscale: False keeps small images small: none is resized beyond its own size, except to
-            fill its last tiles. Published models were trained with True.
-        password: opens locked PDF files; it says nothing about tiles.
+        max_image_tokens: maximum visual tokens per image; the largest tile grid within the limit
+            is used.
+        upscale: False prevents enlarging an image beyond its own size, except to fill its last
+            tiles. Published models were trained with True.
+        password: opens locked PDF files; does not affect tiling.
     """
 
     split: bool | None
@@ -110,14 +112,14 @@ def plan_tiles(
     upscale: bool = True,
     password: str | None = None,
 ) -> TilePlan:
-    """Plan an image of ``size`` (width, height). For the choices see :class:`Tiling`.
+    """Plan an image of ``size`` (width, height). See :class:`Tiling` for the options.
 
-    With splitting, the image is resized so that its longer side is ``longest_edge``, then
-    stretched to whole tiles; a canvas of more than one tile is cut into rows × cols tiles and the
-    whole image follows as one more. Without, it is stretched to a single tile.
+    With splitting, the image is resized so that its longer side is ``longest_edge``, then stretched
+    to whole tiles. A canvas of more than one tile is cut into rows × cols tiles, followed by a tile
+    of the whole image. Without splitting, the image is stretched to a single tile.
 
     Raises:
-        ImageError: a side is not positive, or a single tile is beyond ``max_image_tokens``.
+        ImageError: a side is not positive, or a single tile exceeds ``max_image_tokens``.
     """
     width, height = size
     if width < 1 or height < 1:
@@ -128,7 +130,7 @@ def plan_tiles(
     plan = _plan(size, settings, tokens_per_tile, split, longest)
     if max_image_tokens is None or plan.visual_tokens <= max_image_tokens:
         return plan
-    # Fewer tiles along the longer side until it fits; what is left in the end is a single tile.
+    # Reduce the tiles along the longer side until the image fits; the minimum is a single tile.
     edge = settings.tile_edge
     for along in range((max(plan.canvas) - 1) // edge, 0, -1):
         plan = _plan(size, settings, tokens_per_tile, split, along * edge)
@@ -147,7 +149,7 @@ def _plan(
     split: bool | None,
     longest: int,
 ) -> TilePlan:
-    """The plan whose first resize goes to ``longest`` pixels."""
+    """Plan with a first resize to ``longest`` pixels."""
     edge = settings.tile_edge
     resized = size
     if settings.resize or longest < max(size):
@@ -161,13 +163,16 @@ def _plan(
     return TilePlan(size, resized, canvas, rows, cols, edge, tokens_per_tile)
 
 
-# The divisions below are written as the family's image processor writes them, by way of the
-# floating-point aspect ratio: exact integer arithmetic would differ by one pixel where the true
-# quotient is an integer and the rounded ratio lies above it.
+# The divisions below use the floating-point aspect ratio, as the family's image processor does:
+# exact integer arithmetic would differ by one pixel where the true quotient is an integer and the
+# rounded ratio lies above it.
 
 
 def _to_longest_edge(width: int, height: int, longest: int) -> tuple[int, int]:
-    """Longer side to ``longest``, shorter side even and in proportion, none above MAX_EDGE."""
+    """Scale the longer side to ``longest`` and the shorter in proportion to an even number.
+
+    Neither side exceeds MAX_EDGE.
+    """
     ratio = width / height
     if width >= height:
         width, height = longest, _even(int(longest / ratio))
@@ -183,7 +188,9 @@ def _to_longest_edge(width: int, height: int, longest: int) -> tuple[int, int]:
 
 
 def _to_whole_tiles(width: int, height: int, edge: int) -> tuple[int, int]:
-    """Longer side up to whole tiles, shorter side in proportion, then up to whole tiles."""
+    """Round the longer side up to whole tiles, scale the shorter in proportion and round it up
+    too.
+    """
     ratio = width / height
     if width >= height:
         width = _round_up(width, edge)

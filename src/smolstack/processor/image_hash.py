@@ -1,4 +1,4 @@
-"""What an image depends on, for caches that know images by their content."""
+"""Content hashes of images, for caches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smolstack.processor.tiles import ImageSource
 
 
 def content_digest(source: ImageSource) -> bytes:
-    """A digest of an image's file (and page), or of its pixels where it is none.
+    """Hash an image's file (and page), or its pixels if there is no file.
 
     Raises:
         ImageError: an opened Pillow image that cannot be decoded.
@@ -28,7 +28,7 @@ def content_digest(source: ImageSource) -> bytes:
         assert isinstance(source, (str, Path))
         return hashlib.sha256(b"file" + Path(source).read_bytes()).digest()
     if isinstance(source, Image.Image):
-        # The palette and a transparent colour stand beside the pixels.
+        # The palette and transparent color are not part of the pixels.
         pixels = _pixels(source)
         beside = (
             source.mode, source.size, source.getpalette(), source.info.get("transparency"),
@@ -40,6 +40,6 @@ def content_digest(source: ImageSource) -> bytes:
 def _pixels(image: Image.Image) -> bytes:
     try:
         return image.tobytes()
-    except Exception as error:  # it may be an opened file, whose decoder may raise anything
+    except Exception as error:  # an opened file's decoder may raise anything
         reason = f"the image is damaged or truncated: {error}"
     raise ImageError(reason)

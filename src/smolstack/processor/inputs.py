@@ -1,4 +1,4 @@
-"""What a sequence may be given as: a text or a chat, with images and videos."""
+"""Input types of a sequence: a text or a chat, with images and videos."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from smolstack.processor.video import Frame, Video, is_video
 T = TypeVar("T")
 ImageInput: TypeAlias = "ImageSource | VisualTokens"
 Shown: TypeAlias = "ImageInput | Video"  # a path may be a video's
-# What one sequence may be given as: a text, the messages of a chat, or either with its images.
+# Input of one sequence: a text, the messages of a chat, or either with its images.
 PromptLike: TypeAlias = "str | Sequence[Message] | tuple[Any, str | Sequence[Message]]"
 
 
 def as_images(images: Any) -> list[Any]:
-    """An image or a video, or a list of them, as a list; None is no image."""
+    """Normalize an image or video, or a list of them, to a list; None gives an empty list."""
     if images is None:
         return []
     single = (
@@ -40,7 +40,7 @@ def as_images(images: Any) -> list[Any]:
 
 
 def unlocked(image: T, password: str | None) -> T | PdfPage:
-    """The same image; of a PDF file with the password that opens it."""
+    """The same image; for a PDF file, with its password attached."""
     if password is None or not isinstance(image, (str, Path)):
         return image
     page = page_of(image, password)
@@ -50,7 +50,7 @@ def unlocked(image: T, password: str | None) -> T | PdfPage:
 def as_messages(
     entry: PromptLike, read_video: Callable[[Any], Video]
 ) -> tuple[list[dict[str, Any]], list[ImageInput | Frame]]:
-    """A sequence as messages and the images of their image parts, in order."""
+    """A sequence as messages, and the images of their image parts in order."""
     images: Any = None
     asked: Any = entry
     if isinstance(entry, tuple) and len(entry) == 2:

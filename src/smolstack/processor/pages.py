@@ -1,4 +1,4 @@
-"""Pages of TIFF files, and what PDF and TIFF files have in common: ``scan.tif#page=2``."""
+"""Pages of TIFF files, and code shared by PDF and TIFF: ``scan.tif#page=2``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIFF_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = (pdf.SUFFIX, *TIFF_SUFFIXES)  # of files that may have several pages
 _PAGE = re.compile(r"(.+)#page=(\d{1,6})", re.IGNORECASE | re.DOTALL)
 _SUBFILE, _REDUCED_OR_MASK = 254, 1 | 4  # a smaller copy of another image, or its mask
-_MOST = 100_000  # directories that are counted
+_MOST = 100_000  # maximum directories counted
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TiffPage:
         return f"{self.path}#page={self.number}"
 
     def content(self) -> bytes:
-        """What the image depends on."""
+        """The value that identifies the page's image in hashes."""
         return self.path.read_bytes() + f"#page={self.number}".encode()
 
 
@@ -60,7 +60,7 @@ def page_of(source: object, password: str | None = None) -> PdfPage | TiffPage |
 
 
 def count_pages(path: Path, password: str | None = None) -> int:
-    """How many pages a PDF or a TIFF file has.
+    """Count the pages of a PDF or TIFF file.
 
     Raises:
         ImageError: it cannot be read.
@@ -75,13 +75,13 @@ def count_pages(path: Path, password: str | None = None) -> int:
 
 
 def frame_of_page(source: str | Path | bytes, name: str, number: int | None) -> int:
-    """Which of a TIFF file's frames, counted from 0, is a page.
+    """Index (from 0) of a page among a TIFF file's frames.
 
     Args:
-        number: of the page, counted from 1; None where none was named, and there must be one.
+        number: of the page, from 1; None if not given, and then the file must have one page.
 
     Raises:
-        ImageError: naming how many pages there are.
+        ImageError: naming the number of pages.
     """
     if isinstance(source, bytes):
         frames = tiff_frames(BytesIO(source))
@@ -103,10 +103,11 @@ def frame_of_page(source: str | Path | bytes, name: str, number: int | None) -> 
 
 
 def tiff_frames(file: BinaryIO) -> list[int]:
-    """The frames of a TIFF file that are pages, by their places in it.
+    """Indices of the frames of a TIFF file that are pages.
 
-    Smaller copies of a page (thumbnails, the levels of a pyramid) and masks are none. What is no
-    TIFF file has no frames; of a damaged one those before the damage are counted.
+    Reduced copies of a page (thumbnails, pyramid levels) and masks are not pages. A file that is
+    not
+    TIFF has no frames; in a damaged one, frames before the damage are counted.
     """
     head = file.read(16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
@@ -136,7 +137,7 @@ def tiff_frames(file: BinaryIO) -> list[int]:
 
 @dataclass(frozen=True)
 class _Shape:
-    """How a directory is laid out: its count, an entry, the next directory's place."""
+    """Layout of a directory: its count, an entry, the offset of the next directory."""
 
     count: str
     entry: str
@@ -146,7 +147,7 @@ class _Shape:
 def _directory(
     seek: Callable[[int], int], read: Callable[[int], bytes], place: int, shape: _Shape
 ) -> tuple[int, int] | None:
-    """(kind of image, place of the next directory) of one directory; None where it is cut off."""
+    """(kind of image, offset of the next directory) of a directory; None if truncated."""
     try:
         seek(place)
         (count,) = struct.unpack(shape.count, read(struct.calcsize(shape.count)))

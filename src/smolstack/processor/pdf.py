@@ -1,8 +1,8 @@
 """Pages of PDF files as images: ``report.pdf#page=3`` is the third page of report.pdf.
 
-Pages are rendered by PDFium (package pypdfium2) at DPI, twice the size that PDF counts in, as
-docling does for the document models of this family; the fields of forms are drawn. PDFium works on
-one page at a time, whatever threads ask.
+PDFium (package pypdfium2) renders pages at DPI, twice PDF's unit resolution, as docling does for
+the document models of this family. Form fields are drawn. PDFium is not thread-safe, so only one
+page is rendered at a time.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from smolstack.errors import ImageError
 
 SUFFIX = ".pdf"
 DPI = 144
-MAX_PIXELS = 40_000_000  # of a page; one that would have more is rendered smaller
-_SCALE = DPI / 72  # PDF counts in 72nds of an inch
-_RENDERING = 2  # counts up when the same page is rendered to another image
-_LOCKED = 4  # PDFium's code
+MAX_PIXELS = 40_000_000  # of a page; larger ones are rendered at a lower resolution
+_SCALE = DPI / 72  # PDF units are 1/72 inch
+_RENDERING = 2  # increment when the rendering of a page changes
+_LOCKED = 4  # PDFium's error code
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -34,8 +34,8 @@ class PdfPage:
 
     Attributes:
         path: of the file.
-        number: 1 for the first, None where none was named and the file must have one.
-        password: that opens the file, where it is locked.
+        number: from 1; None if not given, and then the file must have one page.
+        password: opens a locked file.
     """
 
     path: Path
@@ -57,18 +57,18 @@ class PdfPage:
         return math.ceil(width * scale), math.ceil(height * scale)
 
     def render(self) -> Image.Image:
-        """The page as an RGB image, with the fields of a form.
+        """Render the page as an RGB image, including form fields.
 
         Raises:
-            ImageError: pypdfium2 is not installed; the file is no PDF, locked or damaged; it has no
-                such page, or several of which none was named.
+            ImageError: pypdfium2 is not installed; the file is not a PDF, is locked or damaged; the
+                page does not exist, or the file has several and none was named.
         """
         with self._opened() as page:
             image: Image.Image = page.render(scale=_scale(*page.get_size())).to_pil()
             return image.convert("RGB")
 
     def content(self) -> bytes:
-        """What the image depends on."""
+        """The value that identifies the page's image in hashes."""
         return self.path.read_bytes() + f"#page={self.number}, rendering {_RENDERING}".encode()
 
     @contextmanager
@@ -87,7 +87,7 @@ class PdfPage:
 
 
 def count_pages(path: Path, password: str | None = None) -> int:
-    """How many pages a PDF file has.
+    """Count the pages of a PDF file.
 
     Raises:
         ImageError: it cannot be read.
@@ -97,7 +97,7 @@ def count_pages(path: Path, password: str | None = None) -> int:
 
 
 def _scale(width: float, height: float) -> float:
-    """Pixels per 72nd of an inch: those of DPI, or as many as keep to MAX_PIXELS."""
+    """Pixels per 1/72 inch: at DPI, or less to stay within MAX_PIXELS."""
     pixels = width * height * _SCALE**2
     return _SCALE if pixels <= MAX_PIXELS else _SCALE * math.sqrt(MAX_PIXELS / pixels)
 
@@ -123,7 +123,7 @@ def _document(path: Path, password: str | None) -> Iterator[Any]:
             raise
         try:
             with _refused(path, password):
-                # Before any page is looked at: without it, PDFium draws no field of a form.
+                # Must be called before any page is loaded: otherwise PDFium draws no form fields.
                 document.init_forms()
             yield document
         finally:
@@ -152,8 +152,10 @@ def _refused(path: Path, password: str | None) -> Iterator[None]:
 
 
 def _is_empty(path: Path, password: str | None) -> bool:
-    """Whether a file that was refused can be opened and has no pages: PDFium calls that whatever
-    was wrong with the file before."""
+    """Whether a rejected file opens but has no pages.
+
+    PDFium reports that case with whatever error code was set before.
+    """
     from pypdfium2 import raw
 
     key = None if password is None else password.encode() + b"\0"

@@ -1,4 +1,4 @@
-"""A plan as an image: every tile as the model sees it, with its row and column."""
+"""Draws a tile plan: every tile as the model sees it, labeled with its row and column."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource, open_image
 from smolstack.text import plural
 
-WIDEST = 1600  # pixels that the drawing aims to stay within
+WIDEST = 1600  # maximum width that the drawing aims for, in pixels
 CELL_SIDES = (150, 360)  # smallest and largest side of a tile in the drawing
 GAP, MARGIN = 4, 24
 PAPER, INK, FAINT, ACCENT = (250, 250, 248), (28, 30, 34), (110, 114, 120), (0, 98, 204)
@@ -21,14 +21,15 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def draw_plan(image: ImageSource | tuple[int, int], plan: TilePlan, name: str) -> Image.Image:
-    """The canvas cut into its tiles and, beside it, the whole-image tile.
+    """Draw the canvas cut into its tiles and, beside it, the whole-image tile.
 
-    Tiles are square, as the model sees them: an image that the plan stretches is drawn stretched.
+    Tiles are drawn square, as the model sees them: an image that the plan stretches looks
+    stretched.
 
     Args:
-        image: a path, a file's bytes, or only a size, which is drawn as a checked pattern.
+        image: a path, a file's bytes, or only a size, which is drawn as a checkerboard.
         plan: of that image.
-        name: to put in the caption.
+        name: shown in the caption.
     """
     cell = _cell_side(plan)
     rows, cols = max(plan.rows, 1), max(plan.cols, 1)
@@ -66,7 +67,7 @@ def draw_plan(image: ImageSource | tuple[int, int], plan: TilePlan, name: str) -
 
 
 def save_image(drawing: Image.Image, path: Path) -> None:
-    """Write an image in the format of its suffix: complete or not at all."""
+    """Write an image in the format of its suffix, atomically."""
     suffix = path.suffix.lower()
     if suffix not in Image.registered_extensions():
         raise ImageError(f"{path} ends in {suffix or 'nothing'}, expected .png or .jpg")
@@ -80,7 +81,7 @@ def save_image(drawing: Image.Image, path: Path) -> None:
 
 
 def _cell_side(plan: TilePlan) -> int:
-    """Side of a drawn tile, so that large grids stay within reason and small ones are large."""
+    """Side of a drawn tile: smaller for large grids, larger for small ones."""
     longest = max(plan.cols, plan.rows, 1)
     smallest, largest = CELL_SIDES
     return min(max(WIDEST // (longest + 1), smallest), largest)
@@ -105,7 +106,7 @@ def _paste(
     label: str,
     colour: tuple[int, int, int],
 ) -> None:
-    """A tile with a thin frame and its label on a plate in the corner."""
+    """Paste a tile with a thin frame and a label in its corner."""
     drawing.paste(part, place)
     pen = ImageDraw.Draw(drawing)
     left, top = place
@@ -126,7 +127,7 @@ def _short(name: str, longest: int = 60) -> str:
 
 
 def _pattern(plan: TilePlan) -> Image.Image:
-    """A checked pattern in a size's proportions, where there is no image."""
+    """A checkerboard with a size's proportions, used if there is no image."""
     width, height = plan.source
     shrink = max(1.0, max(width, height) / 2048)
     size = (max(1, round(width / shrink)), max(1, round(height / shrink)))

@@ -1,4 +1,4 @@
-"""What a PNG file says behind its pixels, read without them."""
+"""Read PNG metadata that follows the pixel data, without decoding pixels."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import struct
 import zlib
 from typing import BinaryIO
 
-_CHUNKS = 100_000  # that are looked through
+_CHUNKS = 100_000  # maximum chunks examined
 _WORDS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
-_MOST = 2**24  # bytes of all of them
+_MOST = 2**24  # maximum bytes of all of them
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def late_words(file: BinaryIO) -> bytes | None:
-    """A PNG file of one pixel that says what a file says, where some of that stands behind its
-    pixels; None where nothing does.
+    """A one-pixel PNG with the file's metadata; None if no metadata follows the pixel data.
 
     Args:
         file: an opened PNG file; its position is kept.

@@ -1,4 +1,4 @@
-"""The processor: prompts and images in, one Batch out."""
+"""The processor: turns prompts and images into a Batch."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Prompt:
 
 
 class Processor:
-    """Chat template, tile planner, tokenizer and pixels of one checkpoint.
+    """Chat template, tile planner, tokenizer and image preprocessing of one checkpoint.
 
-    ``processor(prompts)`` makes a Batch; :meth:`prepare` makes one sequence without its pixels.
+    ``processor(prompts)`` makes a Batch; :meth:`prepare` prepares one sequence without its pixels.
 
     Attributes:
         pointing: ids of tokens that point at what an answer reads, and are no part of its text.
@@ -89,12 +89,12 @@ class Processor:
             )
 
     def __call__(self, inputs: Sequence[PromptLike | Message], **tiling: Unpack[Tiling]) -> Batch:
-        """Prompts and images as one left-padded batch.
+        """Turn prompts and images into one left-padded batch.
 
         Args:
             inputs: one entry per sequence: a text, the messages of a chat, or a tuple of an image
-                (or several) and either; beside a chat they fill its image parts that hold none.
-                One chat alone may be given as its messages.
+                (or several) and either. Images given with a chat fill its image parts that have
+                none. A single chat may be given directly as its messages.
             **tiling: split, max_image_tokens, upscale, password; see Tiling.
 
         Returns:
@@ -111,11 +111,11 @@ class Processor:
         return self.batch([self.prepare(entry, **tiling) for entry in entries])
 
     def prepare(self, entry: PromptLike, **tiling: Unpack[Tiling]) -> Prompt:
-        """One sequence: render, plan, expand, tokenize. No pixel is decoded, but of videos.
+        """Render, plan, expand and tokenize one sequence. Only videos are decoded.
 
         Raises:
-            PromptError: a malformed chat, or placeholders and images that differ in number.
-            ImageError: an image that cannot be opened.
+            PromptError: a malformed chat, or the numbers of placeholders and images differ.
+            ImageError: an image cannot be opened.
             ContextLengthError: more tokens than the model has positions.
         """
         messages, images = as_messages(entry, self.open_video)
@@ -124,9 +124,9 @@ class Processor:
     def prepare_text(
         self, rendered: str, images: Sequence[ImageInput | Frame], **tiling: Unpack[Tiling]
     ) -> Prompt:
-        """As :meth:`prepare`, of a prompt that is written out already, one placeholder per image.
+        """Like :meth:`prepare`, for a rendered prompt with one placeholder per image.
 
-        Raises: as :meth:`prepare` does.
+        Raises: as :meth:`prepare`.
         """
         password = tiling.get("password")
         images = [unlocked(image, password) for image in images]
@@ -159,7 +159,7 @@ class Processor:
         return PlainText(self.tokenizer, (marks.image, marks.around, marks.whole))
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        """Every id must have an embedding; a tokenizer may know more tokens than its model."""
+        """Check that every id has an embedding; a tokenizer may have more tokens than its model."""
         highest = max(ids, default=0)
         if highest >= self.config.text.vocab_size:
             raise CheckpointError(
@@ -186,7 +186,7 @@ class Processor:
 
     @cached_property
     def answer_lead(self) -> str:
-        """What the chat template writes between a prompt and the answer to it: a space, say."""
+        """Text that the chat template writes between a prompt and its answer, such as a space."""
         asked, mark = prompts.user_message(0, "?"), "\x00"
         said = {"role": "assistant", "content": [{"type": "text", "text": mark}]}
         before = self.render([asked])
@@ -198,12 +198,12 @@ class Processor:
     def open_video(
         self, source: str | Path | Video, fps: float | None = None, max_frames: int | None = None
     ) -> Video:
-        """Frames of a video file, as many as the checkpoint wants unless told otherwise.
+        """Read frames of a video file, with the checkpoint's defaults.
 
-        Frames are kept in the size that the checkpoint resizes them to first.
+        Frames are stored at the size that the checkpoint first resizes them to.
 
         Raises:
-            VideoError: it cannot be read.
+            VideoError: the file cannot be read.
         """
         if isinstance(source, Video):
             return source
@@ -228,9 +228,9 @@ class Processor:
     def plan(
         self, image: ImageInput | Frame | tuple[int, int], **tiling: Unpack[Tiling]
     ) -> TilePlan:
-        """The tile plan of an image, of visual tokens, or of a size (width, height).
+        """Return the tile plan of an image, of visual tokens, or of a size (width, height).
 
-        A frame of a video is one tile, whatever ``tiling`` says.
+        A frame of a video is one tile, regardless of ``tiling``.
         """
         size = self.tokens_per_tile
         if isinstance(image, Frame) and isinstance(image.image, VisualTokens):
@@ -251,18 +251,18 @@ class Processor:
         return plan_tiles(image_size(image), self.settings, size, **tiling)
 
     def count_tokens(self, plans: Sequence[TilePlan], text: str) -> int:
-        """Tokens of the whole prompt that asks ``text`` about images of these plans."""
+        """Count the tokens of the whole prompt of asking ``text`` about images with these plans."""
         rendered = self.render([prompts.user_message(len(plans), text)])
         expanded = prompts.expand_placeholders(rendered, plans, self.markers)
         encode = self.tokenizer.encode if self.special_tokens_in_text else self.plain.encode
         return len(encode(expanded))
 
     def pixels(self, image: ImageSource, plan: TilePlan) -> Tensor:
-        """The tiles of one image, normalized: (plan.tiles, 3, P, P) float32."""
+        """Return the normalized tiles of one image: (plan.tiles, 3, P, P) float32."""
         return normalize(read_tiles(image, plan, self.settings), self.settings)
 
     def batch(self, sequences: Sequence[Prompt]) -> Batch:
-        """Pad prepared sequences on the left and cut their images.
+        """Pad prepared sequences on the left and cut their images into tiles.
 
         Raises:
             PromptError: some images are given as visual tokens and others as pixels.
@@ -299,7 +299,7 @@ class Processor:
 
 
 def _tokens_per_tile(config: ModelConfig, settings: ImageSettings) -> int:
-    """S for tiles as the settings cut them, which may be smaller than the tower's largest."""
+    """S for tiles of the configured size, which may be smaller than the tower's maximum."""
     side, scale = settings.tile_edge // config.vision.patch_size, config.scale
     if side > config.vision.side or side == 0 or side % scale:
         raise CheckpointError(
@@ -311,7 +311,7 @@ def _tokens_per_tile(config: ModelConfig, settings: ImageSettings) -> int:
 
 
 def _markers(config: ModelConfig, tokenizer: TextTokenizer) -> Markers:
-    """The checkpoint's marker texts; the image token must be the id that the model looks for."""
+    """Read the checkpoint's marker texts; the image token must have the model's image token id."""
     named = tokenizer.special_tokens
     markers = Markers(
         image=named.get("image_token", Markers.image),

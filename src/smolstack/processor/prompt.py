@@ -1,7 +1,7 @@
-"""Prompts: the checkpoint's chat template, and placeholders written out as text.
+"""Prompts: the checkpoint's chat template, and placeholder expansion.
 
-A placeholder is expanded as text and then tokenized with its surroundings; ids are never spliced
-by hand, because some vocabularies have no tokens for the row and column markers.
+A placeholder is expanded as text and tokenized together with its surroundings. Ids are never
+inserted directly, because some vocabularies have no tokens for the row and column markers.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ VIDEO_KEYS = ("video", "path")
 
 @dataclass(frozen=True)
 class Markers:
-    """The texts that stand around and for visual tokens."""
+    """The marker texts for and around visual tokens."""
 
     image: str = "<image>"
     around: str = "<fake_token_around_image>"
     whole: str = "<global-img>"
 
     def expand(self, plan: TilePlan) -> str:
-        """The text that one placeholder becomes.
+        """Return the text that replaces one placeholder.
 
-        Each tile of the grid is announced by its row and column, each row ends in a newline, and
-        the whole image follows after a blank line; an unsplit image is the whole alone.
+        Each tile of the grid is preceded by its row and column marker, each row ends in a newline,
+        and the whole image follows after a blank line; an unsplit image is the whole image alone.
         """
         tokens = self.image * plan.tokens_per_tile
         grid = "".join(
@@ -55,10 +55,10 @@ class Markers:
 
 
 def expand_placeholders(prompt: str, plans: Sequence[TilePlan], markers: Markers) -> str:
-    """Write out every placeholder of a rendered prompt, in order.
+    """Expand every placeholder of a rendered prompt, in order.
 
     Raises:
-        PromptError: the prompt has more or fewer placeholders than there are images.
+        PromptError: the numbers of placeholders and images differ.
     """
     pieces = prompt.split(markers.image)
     if len(pieces) - 1 != len(plans):
@@ -72,7 +72,7 @@ def expand_placeholders(prompt: str, plans: Sequence[TilePlan], markers: Markers
 
 
 def user_message(images: int, text: str) -> dict[str, Any]:
-    """One user message: its images first and its text after them."""
+    """Build one user message: its images first, then its text."""
     return {
         "role": "user",
         "content": [{"type": "image"}] * images + [{"type": "text", "text": text}],
@@ -82,17 +82,17 @@ def user_message(images: int, text: str) -> dict[str, Any]:
 def split_messages(
     messages: Sequence[Message], read_video: Callable[[Any], Video] | None = None
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """A chat in the form that templates read, and its images in order.
+    """Return a chat in the form that templates read, and its images in order.
 
     Content may be a string or a list of parts; a part is ``{"type": "text", "text": …}`` or
     ``{"type": "image", "image": …}`` (also under "path", "url" or "bytes").
 
     Args:
-        read_video: what opens the ``video`` (or ``path``) of a part ``{"type": "video"}``, whose
-            frames then stand in its place; without it there are no such parts.
+        read_video: opens the ``video`` (or ``path``) of a part ``{"type": "video"}``, which is
+            replaced by its frames; None: video parts are not accepted.
 
     Raises:
-        PromptError: naming the message and part at fault.
+        PromptError: names the invalid message and part.
     """
     if not messages:
         raise PromptError("the chat has no messages, expected at least one")
@@ -172,7 +172,7 @@ class ChatTemplate:
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it passes through."""
+    """``{% generation %}`` marks assistant text for training; rendered here without effect."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's interface
 
@@ -182,7 +182,7 @@ class _GenerationTag(Extension):
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """JSON as it is: Jinja's own filter escapes for HTML."""
+    """Plain JSON: Jinja's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 

@@ -1,4 +1,4 @@
-"""Scaling the channels of an image: Pillow's numbers, by the compiled kernels where they agree.
+"""Resize image channels with Pillow's exact results, using the compiled kernels where they agree.
 
 Shapes: planes (3, height, width) uint8.
 """
@@ -15,17 +15,17 @@ from smolstack.native import library as native
 
 Planes = npt.NDArray[np.uint8]
 _KERNELS = (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
-# (width, height) before and after, on which the two orders of the passes give other numbers: newer
-# versions of Pillow scale rows first where that saves most.
+# Sizes (width, height) before and after, for which the order of the two passes changes the result:
+# newer versions of Pillow scale rows first where that saves the most work.
 _PROBES = (((7, 60), (15, 9)), ((31, 37), (50, 21)), ((40, 40), (64, 33)), ((29, 64), (11, 48)))
 
 
 def resize(planes: Planes, size: tuple[int, int], resample: int) -> Planes:
-    """All planes scaled to ``size`` (width, height), as ``Image.resize`` would.
+    """Resize all planes to ``size`` (width, height), as ``Image.resize`` would.
 
     Args:
         planes: (C, height, width).
-        resample: Pillow's number of the filter.
+        resample: Pillow's filter number.
     """
     before = (planes.shape[2], planes.shape[1])
     if before == size:
@@ -37,14 +37,16 @@ def resize(planes: Planes, size: tuple[int, int], resample: int) -> Planes:
 
 
 def _rows_first(before: tuple[int, int], after: tuple[int, int]) -> bool:
-    """Pillow's rule since it has one: the height shrinks by more than twice what the width does."""
+    """The rule of newer Pillow versions: the height shrinks by more than twice what the width
+    does.
+    """
     shrinks = before[1] - after[1]
     return shrinks > 0 and shrinks > 2 * (before[0] - after[0])
 
 
 @lru_cache(maxsize=1)
 def _order() -> bool | None:
-    """Whether this Pillow ever scales rows first; None where its numbers are not the kernels'."""
+    """Whether this Pillow ever scales rows first; None if its results differ from the kernels'."""
     if native.library() is None:
         return None
     noise = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""How a checkpoint wants its images: the image processor's settings, read strictly."""
+"""Image preprocessing settings of a checkpoint, strictly validated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from smolstack.errors import ConfigError
 
-# Class defaults of transformers' Idefics3ImageProcessor for the keys that files may leave out.
+# Class defaults of transformers' Idefics3ImageProcessor for keys that a file may omit.
 _DEFAULTS: dict[str, Any] = {
     "do_resize": True,
     "do_image_splitting": True,

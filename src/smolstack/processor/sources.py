@@ -1,4 +1,4 @@
-"""What an image is given as: a file's name, or its bytes; and what is neither."""
+"""Validate image sources: a file name or bytes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from smolstack.errors import ImageError
 from smolstack.processor.pages import TiffPage
 
-_LONGEST, _LONGEST_PART = 4096, 255  # bytes of a path, and of a name in it
+_LONGEST, _LONGEST_PART = 4096, 255  # maximum bytes of a path, and of one path component
 
 
 def named(source: str | Path | bytes | TiffPage) -> tuple[str, str | Path | bytes]:
-    """The name of a file for errors, and the file, once it is known to be there.
+    """Return the file's name for error messages and its path, after checking that it exists.
 
     Raises:
-        ImageError: there is no such file, or it is empty.
+        ImageError: the file does not exist or is empty.
     """
     if isinstance(source, bytes):
         name, size = f"image of {len(source)} bytes", len(source)
@@ -28,7 +28,7 @@ def named(source: str | Path | bytes | TiffPage) -> tuple[str, str | Path | byte
                 found = "a folder" if path.is_dir() else "no file"
                 raise ImageError(f"{name}: found {found}, expected an image")
             size = path.stat().st_size
-        except OSError as error:  # a folder that may not be looked into, say
+        except OSError as error:  # for example a folder without permission
             raise ImageError(f"{name}: {error.strerror or error}, expected an image") from None
         source = path
     if size == 0:
@@ -37,10 +37,10 @@ def named(source: str | Path | bytes | TiffPage) -> tuple[str, str | Path | byte
 
 
 def refuse_texts(name: str) -> None:
-    """Refuse what stands in the place of a file's name and is none, without repeating all of it.
+    """Reject strings that cannot be file names, without repeating all of the string.
 
     Raises:
-        ImageError: it is a data URL, an address, or longer than a name can be.
+        ImageError: it is a data URL, a URL, or longer than a file name can be.
     """
     if name[:5].lower() == "data:":
         raise ImageError(

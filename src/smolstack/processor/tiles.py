@@ -1,4 +1,4 @@
-"""Images: opening them safely, cutting tiles, normalizing pixels."""
+"""Open images safely, cut tiles, normalize pixels."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = (
     "str | Path | bytes | PdfPage | TiffPage | Image.Image | npt.NDArray[np.uint8]"
 )
-MAX_PIXELS = 178_956_970  # an image of more pixels is refused before it is decoded
-_PAGE_BYTES = 12  # per pixel of a page while it is rendered and cut
+MAX_PIXELS = 178_956_970  # images with more pixels are rejected before decoding
+_PAGE_BYTES = 12  # bytes per pixel of a page while it is rendered and cut
 
 
 def open_image(
     source: ImageSource, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> Image.Image:
-    """Decode an image to RGB, upright.
+    """Decode an image to RGB in upright orientation.
 
-    A file (path or bytes) is turned as its EXIF orientation says; a PIL image or an array is
-    taken as it is. Transparency is laid over white; greys of more than 8 bits are scaled by their
-    range. Of an animation this is the first frame.
+    A file (path or bytes) is rotated according to its EXIF orientation; a PIL image or an array is
+    used as it is. Transparency is composited over white; grayscale of more than 8 bits is scaled by
+    its range. Of an animation the first frame is used.
 
     Args:
         source: a path (also of a page, ``report.pdf#page=3``), a file's bytes, a PIL image, or
             a uint8 array (H, W, 3).
-        max_pixels: larger images are refused before they are decoded.
-        formats: which formats of files are tried, by Pillow's names.
+        max_pixels: larger images are rejected before they are decoded.
+        formats: file formats to try, by Pillow's names.
 
     Raises:
-        ImageError: naming the image, what was found and what was expected.
+        ImageError: names the image, what was found and what was expected.
     """
     with _decoded(source, max_pixels, formats) as image:
         return image
 
 
 def read_tiles(source: ImageSource, plan: TilePlan, settings: ImageSettings) -> Tensor:
-    """The tiles of an image that was planned, as pixels: (plan.tiles, 3, P, P) uint8.
+    """Read the tiles of a planned image as pixels: (plan.tiles, 3, P, P) uint8.
 
-    As :func:`open_image` and :func:`cut_tiles`; the whole image counts as memory in use until it
-    is cut.
+    Combines :func:`open_image` and :func:`cut_tiles`; the decoded image counts as memory in use
+    until it is cut.
     """
     with _decoded(source) as image:
         return cut_tiles(image, plan, settings)
@@ -67,7 +67,7 @@ def read_tiles(source: ImageSource, plan: TilePlan, settings: ImageSettings) -> 
 def image_size(
     source: ImageSource, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
 ) -> tuple[int, int]:
-    """(width, height) of an image, upright, from its header alone."""
+    """Return (width, height) of an upright image, from its header alone."""
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels).size
     if isinstance(source, Image.Image):
@@ -100,9 +100,9 @@ def _decoded(
 
 
 def cut_tiles(image: Image.Image, plan: TilePlan, settings: ImageSettings) -> Tensor:
-    """The tiles of an RGB image as pixels: (plan.tiles, 3, P, P) uint8.
+    """Cut an RGB image into tiles: (plan.tiles, 3, P, P) uint8.
 
-    Tiles of the grid come first, row by row, the whole image last.
+    Tiles of the grid come first, row by row; the whole image is last.
     """
     if image.size != plan.source:
         raise ImageError(f"a plan for {plan.source} pixels was given an image of {image.size}")
@@ -119,10 +119,10 @@ def cut_tiles(image: Image.Image, plan: TilePlan, settings: ImageSettings) -> Te
 
 
 def normalize(tiles: Tensor, settings: ImageSettings) -> Tensor:
-    """Pixel values as the model wants them: (N, 3, P, P) uint8 → float32.
+    """Normalize pixel values for the model: (N, 3, P, P) uint8 → float32.
 
-    (value · rescale − mean) / std has only 256 results per channel, so they are looked up. The
-    table is computed in the order and precision of the family's image processor (the product in
+    (value · rescale − mean) / std has only 256 results per channel, so they are looked up in a
+    table. It is computed in the order and precision of the family's image processor (the product in
     float64, then float32), so values agree to the last bit.
     """
     import torch
@@ -138,7 +138,7 @@ def normalize(tiles: Tensor, settings: ImageSettings) -> Tensor:
         )
         return torch.from_numpy(values)
     for channel in range(3):
-        # "clip" spares a check of every index; a byte is always within the 256 entries.
+        # "clip" avoids a bounds check per index; a byte is always within the 256 entries.
         np.take(table[channel], pixels[:, channel], out=values[:, channel], mode="clip")
     return torch.from_numpy(values)
 
@@ -166,12 +166,12 @@ def _file(source: object) -> str | Path | bytes:
 
 
 def _from_pillow(image: Image.Image) -> Image.Image:
-    """A PIL image, which may be an opened file that was not decoded yet."""
+    """Convert a PIL image, which may be a file that is opened but not decoded."""
     try:
         return to_rgb(image)
     except ImageError as error:
         reason = f"the image: {error}"
-    except Exception as error:  # a decoder may raise anything about a damaged file
+    except Exception as error:  # a decoder may raise any exception on a damaged file
         reason = f"the image is damaged or truncated: {error}"
     raise ImageError(reason)
 

@@ -1,7 +1,7 @@
-"""Videos: some frames of one, and the words that say when each was seen.
+"""Videos: sample frames and write the prompt text that gives their times.
 
-A video is text and images: how many frames of how long a video, then each frame as one tile after
-its time, in the words of transformers' processor of SmolVLM2.
+A video becomes text and images: the number of frames and the duration, then each frame as one tile
+after its timestamp, with the wording of transformers' SmolVLM2 processor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from smolstack.processor.animation import is_animation, read_animation
 from smolstack.processor.tiles import MAX_PIXELS, ImageSource
 from smolstack.processor.video_length import counted_measures, told_measures
 
-# Of files that are videos wherever a path is taken; docs/videos.md lists them.
+# Suffixes treated as videos wherever a path is accepted; listed in docs/videos.md.
 SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mj2", ".ismv"),
     *(".mkv", ".mk3d", ".webm", ".ogv", ".ogm", ".nut"),
@@ -30,22 +30,22 @@ SUFFIXES = (
     *(".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t"),
     *(".h264", ".264", ".h265", ".265", ".hevc", ".ivf", ".obu", ".mjpg", ".mjpeg", ".y4m"),
 )
-SKIPPED = 1.0  # seconds that are left out at both ends of a long video
-SEEK = 8.0  # seconds to the next frame that is wanted, beyond which those between are not decoded
+SKIPPED = 1.0  # seconds skipped at both ends of a long video
+SEEK = 8.0  # seconds to the next wanted frame beyond which the frames between are not decoded
 
 Frames = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class VideoSettings:
-    """How a checkpoint wants its videos.
+    """Video settings of a checkpoint.
 
     Attributes:
-        fps: frames per second, at most.
-        max_frames: of a video, at most; of a longer one they are further apart.
+        fps: maximum frames per second.
+        max_frames: maximum number of frames; frames of longer videos are further apart.
         longest_edge: pixels that a frame's longer side is resized to first.
-        image_edge: pixels that an image's longer side is resized to (``size``), where the same
-            file says both; see :meth:`by_way_of_size`.
+        image_edge: pixels that an image's longer side is resized to (``size``), if the same file
+            gives both; see :meth:`by_way_of_size`.
     """
 
     fps: float = 1.0
@@ -55,8 +55,11 @@ class VideoSettings:
 
     @classmethod
     def from_hf(cls, *places: Mapping[str, Any]) -> VideoSettings:
-        """From the objects where checkpoints say it, the first that does: ``video_sampling`` in
-        preprocessor_config.json, or the keys of video_preprocessor_config.json."""
+        """Read the settings from the first object that has them.
+
+        Either ``video_sampling`` in preprocessor_config.json, or the keys of
+        video_preprocessor_config.json.
+        """
         found: dict[str, Any] = {}
         for place in places:
             sampling = place.get("video_sampling") or {}
@@ -70,10 +73,10 @@ class VideoSettings:
         return cls(**found)
 
     def by_way_of_size(self) -> VideoSettings:
-        """The same with frames resized to ``size`` first, as images are, and then to a tile.
+        """Return settings that resize frames to ``size`` first, like images, and then to a tile.
 
         transformers 5 does so: it reads ``video_sampling.video_size`` and overwrites it by
-        ``size``. The checkpoints' own ``video_size``, which transformers 4.50 took, is the default.
+        ``size``. The default is the checkpoints' own ``video_size``, as in transformers 4.50.
         """
         return self if self.image_edge is None else replace(self, longest_edge=self.image_edge)
 
@@ -98,7 +101,7 @@ class Video:
 
     Attributes:
         frames: images, or their visual tokens.
-        seconds: when each of them was seen.
+        seconds: the time of each frame.
         duration: of the whole video, in seconds.
     """
 
@@ -116,7 +119,7 @@ class Video:
             raise VideoError("a video has times before its beginning, expected seconds from it")
 
     def parts(self) -> list[dict[str, str]]:
-        """What stands for it in a message: text, and an image for each frame."""
+        """Return the message parts of the video: text, and an image for each frame."""
         count, whole = spelled(len(self.frames)), timedelta(seconds=int(self.duration))
         text = (
             f"You are provided the following series of {count} frames from a {whole} "
@@ -133,20 +136,20 @@ class Video:
 
 @dataclass(frozen=True)
 class Frame:
-    """An image of a video: one tile, whatever its size."""
+    """A video frame: an image that is always one tile."""
 
     image: ImageSource | VisualTokens
 
 
 def is_video(source: object) -> bool:
-    """Whether this is a video: one, or a path with a video's suffix."""
+    """Whether the value is a Video or a path with a video suffix."""
     if isinstance(source, (str, Path)):
         return Path(source).suffix.lower() in SUFFIXES
     return isinstance(source, Video)
 
 
 def spelled(number: int) -> str:
-    """A number in English words."""
+    """Spell a number in English words."""
     try:
         from num2words import num2words
     except ImportError:
@@ -157,11 +160,11 @@ def spelled(number: int) -> str:
 
 
 def pick_frames(total: int, rate: float, fps: float, most: int) -> list[int]:
-    """Numbers of the frames to look at, of ``total`` at ``rate`` per second.
+    """Indices of the frames to sample, of ``total`` at ``rate`` per second.
 
-    About ``fps`` a second and ``most`` at most, evenly from the first to the last. As transformers'
-    processor of SmolVLM does, a second at both ends is left out where the video without them has
-    more seconds than ``most · fps``.
+    About ``fps`` per second and at most ``most``, evenly spaced from the first to the last. As in
+    transformers' SmolVLM processor, a second at both ends is skipped if the rest of the video is
+    longer than ``most · fps`` seconds.
     """
     duration = total / rate
     wanted = max(1, min(round(fps * duration), most))
@@ -180,17 +183,17 @@ def read_video(
     max_frames: int = 64,
     shrink: Callable[[Frames], Frames] | None = None,
 ) -> Video:
-    """Some frames of a video file, upright.
+    """Read sampled frames of a video file, upright.
 
     Args:
         path: of any format that FFmpeg reads.
-        fps: frames per second, at most.
-        max_frames: at most.
-        shrink: what to make of each frame (H, W, 3) at once, to keep less.
+        fps: maximum frames per second.
+        max_frames: maximum number of frames.
+        shrink: applied to each frame (H, W, 3) as it is decoded, to save memory.
 
     Raises:
-        VideoError: PyAV is not installed; the file is missing, damaged, no video, or has no frames.
-        ConfigError: fps or max_frames are no such numbers.
+        VideoError: PyAV is not installed; the file is missing, damaged, not a video, or empty.
+        ConfigError: fps or max_frames is invalid.
     """
     VideoSettings(fps, max_frames)
     try:
@@ -228,11 +231,11 @@ def _read(
     *,
     count: bool,
 ) -> Video | None:
-    """Some frames of a video; None where it does not say how many it has, or has fewer.
+    """Read sampled frames; None if the file gives no frame count, or has fewer frames than that.
 
     Args:
-        count: count the frames instead, by reading the file once more; what is found is then taken,
-            and None is that nothing was.
+        count: count the frames by reading the file once more; the frames found are then used,
+            and None means that there were none.
     """
     import av
 
@@ -248,7 +251,7 @@ def _read(
         rate = measures.rate
         places = pick_frames(measures.total, rate, fps, max_frames)
         times = [place / rate for place in places]
-        # One after another: sixty whole frames of a large video are hundreds of megabytes.
+        # One at a time: sixty full frames of a large video take hundreds of megabytes.
         found = [
             (seconds, pixels if shrink is None else shrink(pixels))
             for seconds, pixels in _decoded(container, times, 0.5 / rate, seeks=measures.seeks)
@@ -263,12 +266,12 @@ def _read(
 def _decoded(
     container: Any, wanted: Sequence[float], near: float, *, seeks: bool
 ) -> Iterator[tuple[float, Frames]]:
-    """(seconds, pixels) of the frames at some times, or the next after each.
+    """Return (seconds, pixels) of the frames at the given times, or the next frame after each.
 
     Args:
-        wanted: seconds from the first frame, rising.
-        near: how much too early a frame may be.
-        seeks: whether those between may be skipped.
+        wanted: seconds from the first frame, ascending.
+        near: tolerance in seconds for a frame that is too early.
+        seeks: whether frames between may be skipped by seeking.
     """
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
@@ -280,7 +283,7 @@ def _decoded(
         frame = next(frames, None)
         if frame is None:
             return
-        # Where a file does not say when a frame is shown, it follows the last one.
+        # A frame without a timestamp is assumed to follow the previous one.
         seconds = seconds + 2 * near if frame.time is None else float(frame.time) - start
         if seconds >= rest[0] - near:
             yield max(0.0, seconds), _upright(frame)
@@ -292,7 +295,7 @@ def _decoded(
 
 
 def _upright(frame: Any) -> Frames:
-    """Pixels (H, W, 3) of a frame, turned as its file says: telephones lie on their side."""
+    """Pixels (H, W, 3) of a frame, rotated as the file specifies (as phone videos do)."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ImageError(f"a frame has {frame.width}x{frame.height} pixels, more than {MAX_PIXELS}")
     pixels: Frames = frame.to_ndarray(format="rgb24")

@@ -1,25 +1,25 @@
-"""How long a video is, and how many frames it has: as its file says, or counted."""
+"""Duration and frame count of a video, from its metadata or by counting."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# FFmpeg's names of formats whose duration is the file's own; of others it is estimated from their
-# size, or from their first frames.
+# FFmpeg's names of formats that store their duration; for others it is estimated from the file size
+# or the first frames.
 _TELLS = ("matroska", "mov", "mpegts", "mpeg")
-_AGREES = 2  # frames that the mean rate may be wrong by
+_AGREES = 2  # tolerated error of the mean frame rate, in frames
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Of a video.
+    """Frame rate and length of a video.
 
     Attributes:
         rate: frames per second.
         total: frames.
-        seeks: whether frames can be looked for by their time.
-        again: whether the file was read to its end, and has to be opened again.
+        seeks: whether seeking to a time is possible.
+        again: whether the file was read to its end and has to be reopened.
     """
 
     rate: float
@@ -29,7 +29,7 @@ class Measures:
 
 
 def told_measures(container: Any) -> Measures | None:
-    """What a file says; None where it does not."""
+    """Measures from the file's metadata; None if it lacks them."""
     stream = container.streams.video[0]
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     seconds = 0.0
@@ -48,7 +48,7 @@ def told_measures(container: Any) -> Measures | None:
 
 
 def counted_measures(container: Any) -> Measures:
-    """The same from the packets of a file, which is read to its end and not decoded."""
+    """Measures from counting packets: the file is read to its end but not decoded."""
     stream = container.streams.video[0]
     told = float(stream.average_rate or stream.guessed_rate or 0)
     total, first, last = 0, None, None
@@ -67,15 +67,15 @@ def counted_measures(container: Any) -> Measures:
         seconds = float((last - first) * stream.time_base)
     rate = told or 24.0
     if seconds > 0 and abs(total - seconds * rate) > _AGREES:
-        rate = total / seconds  # frames that are not evenly spaced, or a rate that was guessed
-    # Where keyframes are stands in files of one family, and is known of the other's once read.
+        rate = total / seconds  # frames that are not evenly spaced, or an estimated rate
+    # Some formats store keyframe positions; for another family they are known after reading it.
     kind = container.format.name.split(",")[0]
     seeks = kind == "mov" or (kind == "matroska" and _rewound(container))
     return Measures(rate, max(1, total), seeks, again=kind != "matroska" or not seeks)
 
 
 def _rewound(container: Any) -> bool:
-    """Whether a file that was read to its end could be set to its beginning."""
+    """Whether a file that was read to its end could be rewound."""
     import av
 
     stream = container.streams.video[0]

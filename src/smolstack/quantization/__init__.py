@@ -1,2 +1,4 @@
-"""From float weights to integers: what is folded where, how a weight is rounded, on what it is
-calibrated. What a quantized layer is stands in config/quantization.py and model/quantized.py."""
+"""Quantization of float weights: calibration, smoothing and rounding.
+
+The format of a quantized layer is defined in config/quantization.py and model/quantized.py.
+"""

@@ -1,4 +1,4 @@
-"""Which layer gets how many bits, when all together may have so many."""
+"""Choose each layer's bits within an average bit budget."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from smolstack.errors import ConfigError
 
 
 def average_bits(formats: Mapping[str, Format], shapes: Mapping[str, tuple[int, int]]) -> float:
-    """Bits a weight of some layers, scales and zero points included.
+    """Average bits per weight of some layers, including scales and zero points.
 
     Args:
-        formats: by the layer's name.
+        formats: by layer name.
         shapes: (O, I) of at least these layers.
     """
     weights = sum(shapes[name][0] * shapes[name][1] for name in formats)
@@ -24,19 +24,20 @@ def choose_formats(
     shapes: Mapping[str, tuple[int, int]],
     bits: float,
 ) -> dict[str, Format]:
-    """The formats that cost least within a budget.
+    """Choose the formats with the lowest total cost within a budget.
 
-    A knapsack, solved greedily: every layer begins in its smallest format, and the step to a larger
-    one that saves most for its bits is taken next, as long as one fits. That is one step from the
-    best, so it is done once for each format of the largest layer, which is most of some models.
+    A knapsack, solved greedily: every layer starts in its smallest format, and the step to a larger
+    one that saves most per bit is taken next, as long as one fits. The result is at most one step
+    from the optimum; it is therefore computed once for each format of the largest layer, which is
+    most of some models.
 
     Args:
-        costs: what each format of a layer costs, by the layer's name.
-        shapes: (O, I), by the layer's name.
-        bits: a weight, on average, scales and zero points included.
+        costs: cost of each format of a layer, by layer name.
+        shapes: (O, I), by layer name.
+        bits: average bits per weight, including scales and zero points.
 
     Raises:
-        ConfigError: the smallest formats take more.
+        ConfigError: the smallest formats exceed the budget.
     """
     smallest = {name: min(of, key=lambda f: _bits(shapes[name], f)) for name, of in costs.items()}
     room = bits * sum(shapes[name][0] * shapes[name][1] for name in costs)
@@ -61,7 +62,7 @@ def _greedy(
     shapes: Mapping[str, tuple[int, int]],
     room: float,
 ) -> dict[str, Format] | None:
-    """The layers' formats, of so many bits together; None: even the first ones take more."""
+    """Choose formats within a total number of bits; None if even the smallest ones exceed it."""
     left = room - sum(_bits(shapes[name], form) for name, form in chosen.items())
     if left < -1e-6 * room:
         return None

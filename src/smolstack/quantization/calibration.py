@@ -1,12 +1,12 @@
-"""What flows through a model's layers: the inputs that quantization is fitted to.
+"""Calibration: measure the inputs of a model's linear layers.
 
-A tower is walked layer by layer: the states that enter a layer go through its float weights, what
-each of its linear parts reads is measured, and only then is the layer quantized. So no more than
-one layer is ever held as floats.
+A tower is processed layer by layer: the states that enter a layer pass through its float weights,
+the inputs of its linear parts are measured, and then the layer is quantized. So at most one layer
+is held as floats.
 
-Without data a model calibrates itself, on tokens drawn at random and a small tile of shapes and
-noise: which channels are large is a property of the weights far more than of what is read (on
-SmolLM2-135M random tokens did as well as English to a few parts in a hundred).
+Without data a model is calibrated on random tokens and a small tile of shapes and noise: which
+channels are large depends far more on the weights than on the input (on SmolLM2-135M random tokens
+did as well as English to within a few percent).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import Tensor, nn
 from smolstack.native import library as native
 from smolstack.quantization.rounding import Factors, StoredWeight, kernels_for
 
-TOKENS = 48  # that a model is calibrated on when it is given nothing
-_SIDE = 12  # patches on a side of the tile that it sees then
+TOKENS = 48  # calibration tokens if no data is given
+_SIDE = 12  # patches per side of the synthetic tile
 _SEED = 20
 _FEW = 512  # rows
 
 
 @dataclass
 class Inputs:
-    """What a linear layer read: of each input channel the largest magnitude and the sum of squares.
+    """Per-channel statistics of a linear layer's inputs: maximum magnitude and sum of squares.
 
     Attributes:
-        sums: (I, I), the sum of x xᵀ over rows; None where nobody asked for it.
-        rows: how many were read.
+        sums: (I, I), the sum of x xᵀ over rows; None if not requested.
+        rows: number of rows read.
     """
 
     largest: Tensor
@@ -56,7 +56,7 @@ class Inputs:
         self.rows += rows.shape[0]
 
     def divide(self, by: Tensor) -> None:
-        """What would have been read of inputs that were divided, channel by channel."""
+        """The statistics of the same inputs divided channel by channel."""
         self.largest, self.square = self.largest / by, self.square / by.square()
         if self.sums is not None:
             self.sums = self.sums / by[:, None] / by
@@ -75,7 +75,9 @@ class Inputs:
 def observed(
     layers: Mapping[str, nn.Linear], products: Collection[str] = ()
 ) -> Iterator[dict[str, Inputs]]:
-    """What the given linear layers read while the block runs; of some, the products too."""
+    """Record the inputs of the given linear layers while the block runs; for some, the
+    products too.
+    """
     found: dict[str, Inputs] = {}
     hooks = []
     for name, layer in layers.items():
@@ -90,9 +92,11 @@ def observed(
 
 @contextmanager
 def multiplied_where_stored(layers: Mapping[str, nn.Linear], rows: int) -> Iterator[None]:
-    """While the block runs, the given linear layers multiply float32 rows by their weights as they
-    are stored, so that no copy of a weight in float32 is made; where they will be given many rows,
-    such a copy pays, and the layers become float32."""
+    """Multiply float32 rows by weights in their stored dtype while the block runs.
+
+    This avoids float32 copies of the weights. If the layers will be given many rows, a copy is
+    faster, and the layers are converted to float32.
+    """
     few = rows <= _FEW
     made = [(layer, kernels_for(layer.weight) if few else None) for layer in layers.values()]
     try:
@@ -140,7 +144,7 @@ def _adding(inputs: Inputs) -> Callable[[nn.Module, Any], None]:
 def drawn_tokens(
     vocabulary: int, avoid: Sequence[int], first: int | None, count: int = TOKENS, seed: int = _SEED
 ) -> Tensor:
-    """Tokens at random, (1, count); the first one is what texts begin with."""
+    """Random tokens, (1, count); the first is the token that texts begin with."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocabulary, (1, count), generator=generator)
     for token in avoid:
@@ -151,7 +155,7 @@ def drawn_tokens(
 
 
 def drawn_tile(patch: int, side: int) -> Tensor:
-    """A tile of coloured shapes over a gradient with a little noise: (1, 3, P, P) from -1 to 1."""
+    """A tile of colored shapes over a gradient with a little noise: (1, 3, P, P) from -1 to 1."""
     generator = torch.Generator().manual_seed(_SEED)
     size = patch * min(side, _SIDE)
     ramp = torch.linspace(-1, 1, size)

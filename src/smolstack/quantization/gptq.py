@@ -1,9 +1,9 @@
-"""Weights to 4 bits so that what a layer puts out stays, not only its weights: GPTQ.
+"""GPTQ: 4-bit rounding that minimizes the error of a layer's output, not only of its weights.
 
-Channel by channel, the error of each rounded weight is made up for by the channels that are still
-to come, as far as they move together in what the layer reads (Frantar et al. 2022; the arithmetic
-is Optimal Brain Surgeon's, Hassibi & Stork 1993). Scales and zero points are chosen beforehand, so
-that channels may be taken in the order of their size, the largest first.
+Channel by channel, the rounding error of each weight is compensated by the channels not yet
+processed, as far as they are correlated in the layer's inputs (Frantar et al. 2022; the arithmetic
+is Optimal Brain Surgeon's, Hassibi & Stork 1993). Scales and zero points are fixed beforehand, so
+channels can be processed in order of magnitude, largest first.
 
 Shapes: O output channels, I input channels, G groups of input channels.
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 from smolstack.config.quantization import Format
 from smolstack.quantization.rounding import rounded_words
 
-# How far the products of different channels are drawn to zero (Ledoit & Wolf 2004): what a few
-# thousand tokens say of how channels move together is partly chance, and partly their topic.
+# How far products of different channels are shrunk towards zero (Ledoit & Wolf 2004): correlations
+# estimated from a few thousand tokens are partly chance, and partly due to their topic.
 SHRINKAGE = 0.3
-_DAMPING = 0.01  # of the mean of the diagonal, added to it
+_DAMPING = 0.01  # fraction of the diagonal's mean, added to it
 _BLOCK = 32  # channels whose errors reach the channels behind them in one product
 _MOST = 15
 
@@ -27,12 +27,12 @@ _MOST = 15
 def round_fitted(
     weight: Tensor, form: Format, products: Tensor, shrinkage: float = SHRINKAGE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers that stand for a weight, fitted to what its layer reads.
+    """Quantize a weight, fitted to the layer's inputs.
 
     Args:
         weight: (O, I), float32.
         form: of 4 bits.
-        products: (I, I), the mean of x xᵀ over what the layer reads.
+        products: (I, I), the mean of x xᵀ over the layer's inputs.
         shrinkage: from 0, the products as they are, to 1, only their diagonal, which is rounding
             to nearest.
 
@@ -46,7 +46,7 @@ def round_fitted(
     assert zeros is not None, form
     order = diagonal.argsort(descending=True, stable=True)
     factor = _inverse_factor(products, diagonal, shrinkage, order)
-    weight = weight[:, order].t().contiguous()  # a channel is a row, and consumed
+    weight = weight[:, order].t().contiguous()  # one row per channel, overwritten
     numbers = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight.device)
     step, zero = scale.t().float().contiguous(), zeros.t().float().contiguous()
     inverse = torch.where(step > 0, 1 / step, 0)
@@ -71,7 +71,7 @@ def round_fitted(
 def _inverse_factor(products: Tensor, diagonal: Tensor, shrinkage: float, order: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse, channels in the given order: (I, I).
 
-    It is taken of the correlations, whose shrunk form single precision is enough for, and scaled.
+    It is computed from the shrunk correlations, for which float32 is precise enough, and rescaled.
     """
     size = diagonal.sqrt()
     shrunk = products / size[:, None] / size * (1 - shrinkage)

@@ -1,4 +1,4 @@
-"""A float model to integers, layer by layer."""
+"""Quantize a float model layer by layer."""
 
 from __future__ import annotations
 
@@ -33,26 +33,31 @@ from smolstack.quantization.rounding import (
     rounded_words,
 )
 
-Progress = Callable[[str, int, int], None]  # what is done, of how many
+Progress = Callable[[str, int, int], None]  # step, steps done, total
 _ROWS_AT_ONCE = 4096
-_COMPARED = 512  # rows that a layer's error is measured on
-# Whose inputs are those of others too.
+_COMPARED = 512  # rows used to measure a layer's error
+# Parts that share the inputs of another part.
 _SHARED = {"attention.key": "attention.query", "attention.value": "attention.query", "up": "gate"}
 
 
 class Keeper(Protocol):
-    """Keeps what has become of each block, so that a stop loses no more than one of them.
+    """Stores each finished block, so that an interruption loses at most one.
 
     The blocks are every layer of both towers, "connector" and "head", each with the norms that
     change with it.
     """
 
     def get(self, block: str) -> Mapping[str, Tensor] | None:
-        """The tensors that an earlier run gave for a block, by their names in the model."""
+        """Return the tensors that an earlier run stored for a block, by their names in the
+        model.
+        """
 
     def put(self, block: str, tensors: Mapping[str, Tensor], error: float) -> None:
-        """Keep a block. The error is that of what it puts out, relative to what a layer adds to
-        the states (of the connector and the head: to all of it)."""
+        """Store a block with the error of its output.
+
+        The error is relative to what a layer adds to the states (for the connector and the head, to
+        the whole output).
+        """
 
 
 def formats_of(model: VisionLanguageModel, scheme: str) -> dict[str, Format]:
@@ -62,7 +67,7 @@ def formats_of(model: VisionLanguageModel, scheme: str) -> dict[str, Format]:
         if not isinstance(module, nn.Linear):
             continue
         if name == "head" and model.config.embedding_dim is not None:
-            continue  # a head for retrieval is small, and what it puts out is compared by angle
+            continue  # a retrieval head is small, and its outputs are compared by angle
         form = format_of(name, module.in_features, scheme)
         if form is not None:
             found[name] = form
@@ -82,19 +87,19 @@ def quantize_model(
 ) -> VisionLanguageModel:
     """Quantize a float model in place, and return it.
 
-    A tied head becomes a layer of its own (the table that it shared stays as it is), a head for
-    retrieval keeps its floats. What is not quantized computes in float32.
+    A tied head becomes a separate layer (the embedding table that it shared is unchanged); a
+    retrieval head is not quantized. Layers that are not quantized compute in float32.
 
     Args:
-        model: its float weights are let go layer by layer.
+        model: its float weights are released layer by layer.
         scheme: "int8", "int4", or the format of every layer.
-        tiles: to calibrate the vision tower on, each (N, 3, P, P); none: a drawn one.
-        embeddings: to calibrate the decoder on, each (1, T, D), text and visual tokens merged;
-            none: tokens at random.
-        fitted: let the 4-bit weights be chosen by GPTQ, for what the embeddings make layers read;
-            worth it for a few thousand tokens or more.
-        keeper: is given every block, and asked first whether it has it.
-        progress: is told of every layer.
+        tiles: calibration tiles for the vision tower, each (N, 3, P, P); none: a synthetic one.
+        embeddings: calibration input of the decoder, each (1, T, D), text and visual tokens merged;
+            none: random tokens.
+        fitted: choose the 4-bit weights by GPTQ, fitted to the embeddings; worthwhile for a few
+            thousand tokens or more.
+        keeper: stores every block; blocks that it already has are reused.
+        progress: called for every layer.
 
     Raises:
         ConfigError: the model is quantized already, or the scheme is unknown.
@@ -126,7 +131,7 @@ def _drawn_embeddings(model: VisionLanguageModel) -> Tensor:
 
 
 class _Work:
-    """One model on its way to integers."""
+    """State of one model's quantization."""
 
     def __init__(
         self,
@@ -145,7 +150,7 @@ class _Work:
         self._arenas: dict[str, Arena] = {}
 
     def _arena(self, kernels: native.Library, layer: str) -> Arena:
-        """The memory of a tower's quantized layers, one piece for each tower."""
+        """The memory of a tower's quantized layers, one block per tower."""
         part = layer.partition(".")[0]
         towers = {"connector": "connector", "vision": "vision"}
         tower = towers.get(part, "decoder")
@@ -160,7 +165,7 @@ class _Work:
         return self._arenas[tower]
 
     def vision(self, tiles: Sequence[Tensor]) -> None:
-        """The tower, and the connector, which reads what its last norm puts out."""
+        """Quantize the tower, and the connector, which reads its last norm's output."""
         tower, config = self.model.vision, self.model.config.vision
         dtype = tower.patch_embedding.weight.dtype
         states = [tower.embed(some.to(self.model.device, dtype)).float() for some in tiles]
@@ -203,7 +208,7 @@ class _Work:
         self._told("connector")
 
     def decoder(self, embeddings: Sequence[Tensor]) -> None:
-        """The decoder's layers, then its head."""
+        """Quantize the decoder's layers, then its head."""
         decoder, config = self.model.decoder, self.model.config.text
         states = [some.float() for some in embeddings]
 
@@ -262,13 +267,13 @@ class _Work:
         inputs: Mapping[str, Inputs],
         factors: Mapping[str, Factors],
     ) -> None:
-        """Put integers into the places of float layers."""
+        """Replace float layers by quantized ones."""
         for name, form in self._of(prefix, parts).items():
             full = f"{prefix}.{name}" if name else prefix
             shared = inputs.get(_SHARED.get(name, name), inputs[name])
             products = shared.products if form.bits == 4 else None
             importance = inputs[name].rms.square()
-            importance = importance + importance.mean() * 1e-3  # no channel counts for nothing
+            importance = importance + importance.mean() * 1e-3  # gives every channel some weight
             args = full, parts[name], form, factors[name]
             if products is None:
                 made = self._to_nearest(*args, importance)
@@ -286,14 +291,14 @@ class _Work:
             return QuantizedLinear.of_words(form, layer.in_features, rounded, bias)
         work = Rounding(weight, form, importance, factors)
         packed = rounded_and_packed(kernels, work, self._arena(kernels, name))
-        kernels.put_aside(weight.data_ptr(), weight.nbytes)  # a mapped file's pages
+        kernels.put_aside(weight.data_ptr(), weight.nbytes)  # pages of a mapped file
         return QuantizedLinear.of_packed(packed, bias)
 
     def _to_fit(
         self, name: str, layer: nn.Linear, form: Format, factors: Factors, products: Tensor
     ) -> QuantizedLinear:
         weight, parts = layer.weight.detach(), []
-        for start in range(0, weight.shape[0], _ROWS_AT_ONCE):  # a head is never held as floats
+        for start in range(0, weight.shape[0], _ROWS_AT_ONCE):  # avoids holding the head as floats
             end = min(start + _ROWS_AT_ONCE, weight.shape[0])
             some = factors.rows(start, end).of(weight[start:end])
             numbers, scale, zeros = round_fitted(some, form, products)
@@ -306,7 +311,7 @@ class _Work:
         return made
 
     def _restored(self, block: str) -> bool:
-        """Whether an earlier run's block was put in place."""
+        """Whether a block of an earlier run was restored."""
         found = None if self.keeper is None else self.keeper.get(block)
         if found is None:
             return False
@@ -337,12 +342,12 @@ class _Work:
 
 
 def _rows(states: Sequence[Tensor]) -> int:
-    """Rows that a layer is given in all, at most."""
+    """Maximum number of rows that a layer is given."""
     return sum(x.shape[0] * x.shape[1] for x in states)
 
 
 def _norms_to_float(layer: nn.Module) -> None:
-    """Everything but the linear parts of a layer as float32."""
+    """Convert everything but the linear parts of a layer to float32."""
     for part in layer.modules():
         if not isinstance(part, (nn.Linear, QuantizedLinear)):
             for name, parameter in part.named_parameters(recurse=False):

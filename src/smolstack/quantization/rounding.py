@@ -1,4 +1,4 @@
-"""A weight matrix to integers, group by group.
+"""Round a weight matrix to integers, group by group.
 
 Shapes: O output channels, I input channels, G groups of input channels.
 """
@@ -17,8 +17,8 @@ from smolstack.config.quantization import Format
 from smolstack.model.quantized import pack_words
 from smolstack.native import library as native
 
-# Candidates for a group's scale, as shares of the one that spans all its weights: with 16 levels it
-# pays to let the outermost weights go if they count for little.
+# Candidate scales of a group, as fractions of the one that spans all its weights: with 16 levels,
+# clipping the outermost weights pays if they matter little.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _LEVELS = 15
 _ROWS_AT_ONCE = 1024
@@ -32,13 +32,13 @@ _STORED = {
 def round_weight(
     weight: Tensor, form: Format, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Integers that stand for a weight.
+    """Quantize a weight.
 
     Args:
         weight: (O, I), float32.
         form: bits and groups.
         importance: (I,), the mean square of each input channel; with 4 bits a group's scale and
-            zero point are those that leave the least squared error weighed by it. None: all alike.
+            zero point minimize the squared error weighted by it. None: all equal.
 
     Returns:
         The integers (O, I), the scales (O, G) in bfloat16, and the zero points (O, G) or None.
@@ -54,7 +54,7 @@ def round_weight(
 
 
 def _groups(weight: Tensor, group: int) -> Tensor:
-    """(O, I) → (O, G, group), zeros behind the last channel."""
+    """(O, I) → (O, G, group); the last group is padded with zeros."""
     padded = functional.pad(weight, (0, -weight.shape[1] % group))
     return padded.view(weight.shape[0], -1, group)
 
@@ -93,27 +93,29 @@ def _round_nibbles(weight: Tensor, group: int, importance: Tensor) -> tuple[Tens
 
 
 def stored_alike(dtype: torch.dtype) -> int | None:
-    """The kernels' name for the numbers of a float weight; None: they do not read it."""
+    """The kernels' identifier of a float weight's dtype; None if they do not read it."""
     return _STORED.get(dtype)
 
 
 @dataclass
 class Factors:
-    """What a weight (O, I) is multiplied by before it is rounded: its outputs' (O,) and its inputs'
-    (I,) factors. None: 1."""
+    """Factors of a weight (O, I) applied before rounding: per output (O,) and per input (I,).
+
+    None means 1.
+    """
 
     outputs: Tensor | None = None
     inputs: Tensor | None = None
 
     def of(self, weight: Tensor) -> Tensor:
-        """The weight with its factors, in float32."""
+        """The weight with its factors applied, in float32."""
         made = weight.float()
         if self.outputs is not None:
             made = made * self.outputs[:, None]
         return made if self.inputs is None else made * self.inputs
 
     def bias(self, bias: Tensor) -> Tensor:
-        """The layer's bias with the outputs' factors, in float32."""
+        """The layer's bias with the output factors applied, in float32."""
         return bias.float() if self.outputs is None else bias.float() * self.outputs
 
     def rows(self, start: int, end: int) -> Factors:
@@ -122,7 +124,7 @@ class Factors:
 
 
 class StoredWeight:
-    """A float weight with its factors as the kernels read them, where it lies.
+    """A float weight with its factors, read in place by the kernels.
 
     Args:
         weight: (O, I) on a CPU, of float32, bfloat16 or float16.
@@ -144,7 +146,7 @@ class StoredWeight:
 
 
 def kernels_for(weight: Tensor) -> native.Library | None:
-    """The kernels, where they read a float weight."""
+    """The kernels, if they can read this float weight."""
     if weight.device.type != "cpu" or stored_alike(weight.dtype) is None:
         return None
     return native.library()
@@ -153,8 +155,10 @@ def kernels_for(weight: Tensor) -> native.Library | None:
 def rounded_words(
     weight: Tensor, form: Format, importance: Tensor, factors: Factors | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same as :func:`round_weight`, the integers packed: (O, words), by the kernels where there
-    are any. The weight may be of any float dtype."""
+    """Like :func:`round_weight`, with the integers packed: (O, words).
+
+    Uses the kernels if available. The weight may be of any float dtype.
+    """
     kernels, factors = kernels_for(weight), factors or Factors()
     if kernels is None:
         numbers, scale, zeros = round_weight(factors.of(weight), form, importance)
@@ -176,8 +180,10 @@ def rounded_words(
 
 @dataclass(frozen=True)
 class Rounding:
-    """What :func:`rounded_words` is given: a weight (O, I), its format, the mean square of each
-    input channel (I,), and factors."""
+    """Arguments of :func:`rounded_words`.
+
+    A weight (O, I), its format, the mean square of each input channel (I,), and factors.
+    """
 
     weight: Tensor
     form: Format
@@ -186,7 +192,7 @@ class Rounding:
 
 
 def rounded_and_packed(kernels: native.Library, work: Rounding, arena: Arena) -> PackedWeights:
-    """The same, straight into what the kernels multiply."""
+    """Like :func:`rounded_words`, directly in the kernels' layout."""
     outputs, inputs = work.weight.shape
     memory = arena.take(packed_size(kernels, work.form, inputs, outputs))
     _round(kernels, work, (memory.data_ptr(), None, 0, None, None))

@@ -1,4 +1,4 @@
-"""What came of a quantization: every layer's bits and error, and the model's before and after."""
+"""Results of a quantization: every layer's bits and error, and quality before and after."""
 
 from __future__ import annotations
 

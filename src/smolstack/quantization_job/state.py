@@ -1,8 +1,8 @@
-"""What is kept beside the folder that is being made, so that a stop loses no more than a layer.
+"""State saved beside the output folder, so that an interruption loses at most one layer.
 
-A hidden folder, ``.OUT.quantizing``: what the job is, the samples that the model wrote itself, the
-embeddings and the formats that were chosen, and one file of tensors for each block. Every file is
-written beside its place and renamed into it.
+A hidden folder, ``.OUT.quantizing``: the job's settings, the samples that the model generated, the
+embeddings and the chosen formats, and one file of tensors for each block. Every file is written
+atomically.
 """
 
 from __future__ import annotations

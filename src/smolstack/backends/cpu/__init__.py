@@ -1,1 +1,1 @@
-"""The CPU backend: a model's towers by the compiled kernels of native/."""
+"""The CPU backend: runs a model's towers with the compiled kernels of native/."""

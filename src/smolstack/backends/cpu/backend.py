@@ -1,4 +1,4 @@
-"""The compiled kernels as a backend: which calls they take, and what they keep of a model."""
+"""The CPU backend: decides which calls the compiled kernels take, and keeps packed weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from smolstack.native import library as native
 
 
 class CpuBackend(Backend):
-    """What lies on the CPU by the compiled kernels, where there are any; the rest by torch.
+    """Runs CPU computations with the compiled kernels, if available; torch does the rest.
 
-    Packed weights are made when a model is first computed, and again when its weights or modules
-    were changed.
+    Weights are packed when a model is first computed, and again after its weights or modules
+    change.
     """
 
     name = "cpu"
@@ -33,7 +33,7 @@ class CpuBackend(Backend):
         self._decoders: WeakKeyDictionary[nn.Module, NativeDecoder | None] = WeakKeyDictionary()
 
     def encode(self, layers: nn.ModuleList, config: VisionConfig, patches: Tensor) -> Tensor | None:
-        """In bfloat16 and quantized, and where no gradients are asked for."""
+        """Taken for bfloat16 and quantized weights, when no gradients are required."""
         first: Any = layers[0]
         quantized = isinstance(first.up, QuantizedLinear)
         if not quantized and getattr(first.up, "weight", patches).dtype != torch.bfloat16:
@@ -57,7 +57,7 @@ class CpuBackend(Backend):
         *,
         every: bool,
     ) -> Tensor | None:
-        """In bfloat16 and quantized."""
+        """Taken for bfloat16 and quantized weights."""
         kernels = self._decoder(decoder, head, embeddings, cache)
         if kernels is None or not kernels.reads_prompts:
             return None
@@ -97,7 +97,7 @@ class CpuBackend(Backend):
         embeddings: Tensor,
         cache: KVCache | RaggedKVCache,
     ) -> NativeDecoder | None:
-        """The compiled decoder, where tokens can be left to it."""
+        """Return the compiled decoder if it supports these tokens."""
         held = cache.caches[0] if isinstance(cache, RaggedKVCache) else cache
         dtype = held.keys[0].dtype
         known = self._decoders.get(decoder)

@@ -1,7 +1,6 @@
-"""The whole decoder by the compiled kernels, a prompt or one token at a time: decoder.py's results,
-faster.
+"""The whole decoder on the compiled kernels, for prompts and single tokens.
 
-model/decoder.py is the description; :func:`native_decoder` says where this takes its place.
+model/decoder.py defines the computation; :func:`native_decoder` decides where this replaces it.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ _CACHES = {
 }
 _ATTENTION = ("query", "key", "value", "out")
 _LINEARS = (*_ATTENTION, "gate", "up", "down")
-MOST_WIDTH = 512  # channels of a head (smolstack.h)
-_MOST_QUERIES = 16384  # and of all query heads that share a key
-_TOKENS = 1024  # of prompts that are read together
-# Where every row stands in its cache, and its buffers of keys and of values, layer by layer.
+MOST_WIDTH = 512  # maximum channels of a head (smolstack.h)
+_MOST_QUERIES = 16384  # maximum channels of all query heads that share a key head
+_TOKENS = 1024  # prompt tokens per pass
+# Each row's cache position, and its key and value buffers, layer by layer.
 _Pointers: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
 _Held: TypeAlias = "tuple[ctypes.Array[native.Place], _Pointers, _Pointers]"
-_MOST_ROWS = 64  # beyond it torch's matrix products are as good
+_MOST_ROWS = 64  # beyond it torch's matrix products are as fast
 
 
 class NativeDecoder:
-    """The decoder and its head as the kernels read them.
+    """The decoder and its head in the form the kernels read.
 
     Args:
-        decoder: its weights must stay as they are; :meth:`current` tells whether they have.
+        decoder: its weights must not change; :meth:`current` reports whether they did.
         head: (D → V).
-        cache_dtype: of the keys and values that it will be given.
+        cache_dtype: dtype of the keys and values of the caches.
     """
 
     def __init__(
@@ -78,17 +77,17 @@ class NativeDecoder:
         )
 
     def current(self) -> bool:
-        """Whether the decoder's weights are still the ones that were read."""
+        """Whether the decoder's weights are unchanged since they were read."""
         return self._packed.current()
 
     @cached_property
     def reads_prompts(self) -> bool:
-        """Whether :meth:`prefill` can be used: no layer keeps float32 weights."""
+        """Whether :meth:`prefill` can be used: no layer has float32 weights."""
         linears = [getattr(layer, name) for layer in self._layers for name in _LINEARS]
         return all(linear.kind != native.FLOAT32 for linear in (*linears, self._struct.head))
 
     def __call__(self, embeddings: Tensor, cache: KVCache | RaggedKVCache) -> Tensor:
-        """Append one token per row to ``cache``; logits of the next: (B, D) → (B, V)."""
+        """Append one token per row to ``cache`` and return the next logits: (B, D) → (B, V)."""
         rows = embeddings.shape[0]
         embeddings = embeddings.float().contiguous()
         logits = torch.empty(rows, self.vocabulary)
@@ -111,11 +110,13 @@ class NativeDecoder:
     def prefill(
         self, embeddings: Tensor, cache: KVCache | RaggedKVCache, *, every: bool = False
     ) -> Tensor:
-        """Append T tokens per row to ``cache``: (B, T, D) → (B, V), logits of the token after them,
-        or (B, T, V), those after each. With a RaggedKVCache (1, ΣT, D) → (R, V) or (1, ΣT, V).
+        """Append T tokens per row to ``cache`` and return logits.
 
-        Each row begins at its own first token, so that padding changes nothing; rows share the
-        weights, as many at once as have few tokens together.
+        (B, T, D) → (B, V), logits of the next token, or (B, T, V), logits after each token. With a
+        RaggedKVCache (1, ΣT, D) → (R, V) or (1, ΣT, V).
+
+        Each row starts at its own first token, so padding has no effect. Rows with few tokens are
+        processed together, to share the reads of the weights.
         """
         rows, new, _ = embeddings.shape
         if isinstance(cache, RaggedKVCache):
@@ -135,7 +136,7 @@ class NativeDecoder:
         places, keys, values = _places(cache, rows)
         own = [
             native.Place(max(p.past, p.first), p.capacity, p.first) for p in places
-        ]  # a row's padding is not read
+        ]  # skip the row's padding
         counts = [new - max(0, p.first - p.past) for p in places]
         tokens = torch.cat(
             [embeddings[row, new - count :].float() for row, count in enumerate(counts)]
@@ -152,8 +153,10 @@ class NativeDecoder:
         return self._head(states.view(-1, self.hidden)).view(*states.shape[:-1], -1)
 
     def _prefill(self, rows: dict[int, int], tokens: Tensor, held: _Held) -> Tensor:
-        """Some rows' new tokens, as many as ``rows`` says of each, one row's after another's:
-        (ΣT, D) → (ΣT, D), their last states."""
+        """Return the last states of some rows' new tokens: (ΣT, D) → (ΣT, D).
+
+        The tokens are concatenated row by row; ``rows`` gives each row's count.
+        """
         (places, keys, values), layers = held, len(self._layers)
         states = tokens.clone(memory_format=torch.contiguous_format)  # written in place
         of_rows = [row * layers + layer for row in rows for layer in range(layers)]
@@ -173,7 +176,7 @@ class NativeDecoder:
         return states
 
     def _head(self, states: Tensor) -> Tensor:
-        """The decoder's last norm, then the head: (R, D) → (R, V)."""
+        """Apply the final norm and the head: (R, D) → (R, V)."""
         norm = native.Norm(native.RMS_NORM, self._struct.norm_eps, self._struct.norm, None)
         logits = torch.empty(states.shape[0], self.vocabulary)
         failed = self.kernels.dense_rows(
@@ -195,12 +198,12 @@ class NativeDecoder:
         return native.Layer(*norms, *(self._packed.linear(part) for part in _linears(layer)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the model makes its own."""
+        """Not copied: a copy of the model builds its own."""
         return type(None), ()
 
 
 def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> NativeDecoder | None:
-    """The decoder for the kernels; None where they are not there or do not suit it."""
+    """Build the decoder for the kernels; None if they are unavailable or do not support it."""
     config = decoder.config
     fits = (
         device_of(head).type == "cpu"
@@ -222,7 +225,7 @@ def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> Nat
 
 
 def suits(embeddings: Tensor, cache: KVCache | RaggedKVCache, dtype: torch.dtype) -> bool:
-    """Whether one step's rows and caches are what the kernels take."""
+    """Whether the kernels support this step's rows and caches."""
     held = cache.caches if isinstance(cache, RaggedKVCache) else [cache]
     return (
         embeddings.shape[0] <= _MOST_ROWS
@@ -232,7 +235,7 @@ def suits(embeddings: Tensor, cache: KVCache | RaggedKVCache, dtype: torch.dtype
 
 
 def _together(counts: Sequence[int]) -> Iterator[dict[int, int]]:
-    """Neighbouring rows and their tokens, so that a pass has not many more than _TOKENS of them."""
+    """Group neighboring rows and their tokens into passes of about _TOKENS tokens."""
     some: dict[int, int] = {}
     for row, count in enumerate(counts):
         if some and sum(some.values()) + count > _TOKENS:
@@ -243,7 +246,7 @@ def _together(counts: Sequence[int]) -> Iterator[dict[int, int]]:
 
 
 def _split(counts: Sequence[int], tokens: Tensor) -> Iterator[tuple[dict[int, int], Tensor]]:
-    """The rows of each pass with the tokens that are theirs."""
+    """Yield the rows of each pass with their tokens."""
     start = 0
     for some in _together(counts):
         end = start + sum(some.values())
@@ -259,13 +262,13 @@ def _advance(cache: KVCache | RaggedKVCache, tokens: int) -> None:
 
 
 def _linears(layer: Any) -> list[Any]:
-    """A layer's linear parts in the order in which they are read."""
+    """A layer's linear modules in the order in which they are read."""
     attention = [getattr(layer.attention, name) for name in _ATTENTION]
     return [*attention, layer.gate, layer.up, layer.down]
 
 
 def _places(cache: KVCache | RaggedKVCache, rows: int) -> _Held:
-    """Where every row stands, and its buffers, layer by layer."""
+    """Each row's cache position and its buffers, layer by layer."""
     if isinstance(cache, RaggedKVCache):
         places = [native.Place(one.length, one.capacity, 0) for one in cache.caches]
         keys = [start for one in cache.caches for start in one.addresses[0]]

@@ -1,6 +1,6 @@
-"""The vision tower's layers by the compiled kernels: vision.py's results, faster.
+"""The vision tower's layers on the compiled kernels.
 
-model/vision.py is the description; :func:`native_encoder` says where this takes its place.
+model/vision.py defines the computation; :func:`native_encoder` decides where this replaces it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _ATTENTION = ("query", "key", "value", "out")
 
 
 class NativeEncoder:
-    """All layers between patch embedding and last norm, as the kernels read them.
+    """All layers between patch embedding and final norm, in the form the kernels read.
 
     Args:
-        layers: VisionLayers, whose weights must stay as they are; :meth:`current` tells.
+        layers: VisionLayers; :meth:`current` reports whether their weights have changed.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class NativeEncoder:
         )
 
     def current(self) -> bool:
-        """Whether the weights are still the ones that were read."""
+        """Whether the weights are unchanged since they were read."""
         return self._packed.current()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Patches with their positions, (N, H·W, C), through all layers, in the dtype of ``x``."""
+        """Run embedded patches, (N, H·W, C), through all layers, in the dtype of ``x``."""
         states = torch.empty(x.shape, dtype=torch.float32)
         states.copy_(x)
         failed = self.kernels.encode_tiles(
@@ -65,12 +65,12 @@ class NativeEncoder:
         return native.EncoderLayer(*norms, *(self._packed.linear(one) for one in _linears(layer)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the model makes its own."""
+        """Not copied: a copy of the model builds its own."""
         return type(None), ()
 
 
 def native_encoder(config: VisionConfig, layers: nn.ModuleList) -> NativeEncoder | None:
-    """The layers for the kernels; None where they are not there or do not suit them."""
+    """Build the layers for the kernels; None if they are unavailable or do not support them."""
     linears = [part for layer in layers for part in _linears(layer)]
     if any(device_of(layer).type != "cpu" for layer in linears):
         return None
@@ -81,6 +81,6 @@ def native_encoder(config: VisionConfig, layers: nn.ModuleList) -> NativeEncoder
 
 
 def _linears(layer: Any) -> list[Any]:
-    """A layer's linear parts in the order in which they are read."""
+    """A layer's linear modules in the order in which they are read."""
     attention = [getattr(layer.attention, name) for name in _ATTENTION]
     return [*attention, layer.up, layer.down]

@@ -1,4 +1,4 @@
-"""One quantized layer by the compiled kernels, and its weights packed for them.
+"""A single quantized layer on the compiled kernels, and the packing of its weights.
 
 Shapes: R rows (tokens), I input channels, O output channels.
 """
@@ -15,17 +15,17 @@ from smolstack.backends.cpu.packed_weights import Arena, PackedWeights, packed_s
 from smolstack.model.quantized import QuantizedLinear
 from smolstack.native import library as native
 
-_PACKING = threading.Lock()  # two first questions at once must not both pack a layer
+_PACKING = threading.Lock()  # prevents two concurrent first requests from both packing a layer
 _NO_NORM = ctypes.byref(native.Norm(native.NO_NORM, 0.0, None, None))
 
 
 def pack(
     kernels: native.Library, layer: QuantizedLinear, arena: Arena | None = None
 ) -> PackedWeights:
-    """A layer's weights as the kernels read them, from now on the only ones.
+    """Pack a layer's weights for the kernels and release the originals.
 
     Args:
-        arena: gives the memory; None: the layer has its own.
+        arena: provides the memory; None: the layer allocates its own.
     """
     with _PACKING:
         if layer.is_packed:
@@ -36,17 +36,17 @@ def pack(
         kept = layer.tensors()
         made = PackedWeights.of_words(kernels, layer.format, layer.in_features, kept, memory)
         for tensor in kept:
-            if tensor is not None:  # a mapped file's pages
+            if tensor is not None:  # pages of a mapped file
                 kernels.put_aside(tensor.data_ptr(), tensor.nbytes)
         layer.hold(made)
         return made
 
 
 def multiply(kernels: native.Library, layer: QuantizedLinear, rows: Tensor) -> Tensor:
-    """(R, I) → (R, O), float32.
+    """Multiply by the layer's weights: (R, I) → (R, O), float32.
 
     Raises:
-        MemoryError: there is no room for the rows' integers.
+        MemoryError: no memory for the quantized activations.
     """
     rows = rows.detach().float().contiguous()
     out = torch.empty(rows.shape[0], layer.out_features)

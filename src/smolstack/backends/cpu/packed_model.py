@@ -1,4 +1,4 @@
-"""A tower's weights packed for the compiled kernels, all in one piece of memory."""
+"""A tower's weights packed for the compiled kernels, in one block of memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
 class PackedModel:
-    """Linear layers and norms of a model as the kernels read them.
+    """Linear layers and norms of a model in the form the kernels read.
 
     Args:
-        layers: the linear layers that :meth:`linear` will be asked for; those that are bfloat16 or
-            quantized are packed here.
-        whole: what they are part of.
+        layers: the linear layers that :meth:`linear` will be called with; bfloat16 and quantized
+            ones are packed here.
+        whole: the module that contains them.
     """
 
     def __init__(self, kernels: native.Library, layers: Iterable[Any], whole: nn.Module) -> None:
@@ -32,16 +32,17 @@ class PackedModel:
             for parent in whole.modules()
             for name, part in parent._modules.items()
         ]
-        self._kept: list[Tensor] = []  # what the structures point into
+        self._kept: list[Tensor] = []  # keeps alive the tensors that the structures point to
         self._origins: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
         self._arena = Arena(kernels, sum(_size(kernels, layer) for layer in layers))
 
     def current(self) -> bool:
-        """Whether all parts and weights are still the ones that were read.
+        """Whether all modules and weights are unchanged since they were read.
 
-        An adapter put around a layer takes that layer's place.
+        An adapter wrapped around a layer counts as a change: it replaces the layer.
         """
-        # Asked before every token: the modules' own tables are several times as fast as attributes.
+        # Called before every token: the modules' own tables are several times as fast as
+        # attributes.
         return all(parts.get(name) is part for parts, name, part in self._parts) and all(
             table[name] is weight
             and weight.data_ptr() == address
@@ -50,7 +51,7 @@ class PackedModel:
         )
 
     def linear(self, layer: Any) -> native.Linear:
-        """A linear layer, its weights packed unless they are float32."""
+        """A linear layer, with its weights packed unless they are float32."""
         bias = getattr(layer, "bias", None)
         bias_at = None if bias is None else self.floats(bias)
         if isinstance(layer, QuantizedLinear):
@@ -74,7 +75,7 @@ class PackedModel:
         return linear
 
     def floats(self, tensor: Tensor) -> int:
-        """Address of a tensor as float32; its own where that is what it is."""
+        """Address of a tensor as float32, without a copy if it is float32 already."""
         kept = tensor.detach().float().contiguous()
         self._kept.append(kept)
         return kept.data_ptr()
@@ -92,30 +93,32 @@ class PackedModel:
         name = "weight_packed" if isinstance(module, QuantizedLinear) else "weight"
         weight = getattr(module, name)
         table = module._parameters if name in module._parameters else module._buffers
-        version = -1 if weight.is_inference() else weight._version  # which inference does not count
+        version = (
+            -1 if weight.is_inference() else weight._version
+        )  # inference tensors have no version counter
         self._origins.append((table, name, weight, weight.data_ptr(), version))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the model makes its own: pointers mean nothing to it."""
+        """Not copied: pointers are meaningless in a copy of the model, which builds its own."""
         return type(None), ()
 
 
 def packs(layer: Any) -> bool:
-    """Whether the kernels can read a layer's weights at all."""
+    """Whether the kernels can read a layer's weights."""
     if isinstance(layer, QuantizedLinear):
         return True
-    if not isinstance(layer, (nn.Linear, nn.Embedding)):  # an adapter around one, say
+    if not isinstance(layer, (nn.Linear, nn.Embedding)):  # for example an adapter around one
         return False
     return layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 
 def floats_alone(layer: Any) -> bool:
-    """Whether a layer's weights are float32, which are multiplied for single tokens only."""
+    """Whether a layer's weights are float32; the kernels multiply these for single tokens only."""
     return not isinstance(layer, QuantizedLinear) and layer.weight.dtype == torch.float32
 
 
 def device_of(layer: Any) -> torch.device:
-    """Where a layer's weights are."""
+    """Device of a layer's weights."""
     found: torch.device = (
         layer.device if isinstance(layer, QuantizedLinear) else layer.weight.device
     )
@@ -123,12 +126,12 @@ def device_of(layer: Any) -> torch.device:
 
 
 def outputs_of(layer: Any) -> int:
-    """Output channels of a linear layer, or of a token embedding that is used as one."""
+    """Output channels of a linear layer, or of a token embedding used as one."""
     return int(layer.out_features if isinstance(layer, QuantizedLinear) else layer.weight.shape[0])
 
 
 def _size(kernels: native.Library, layer: Any) -> int:
-    """Bytes of memory that a layer still needs, in whole lines."""
+    """Bytes that a layer still needs, rounded up to whole cache lines."""
     if isinstance(layer, QuantizedLinear):
         if layer.is_packed:
             return 0

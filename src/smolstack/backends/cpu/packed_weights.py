@@ -1,4 +1,4 @@
-"""Quantized weights as the compiled kernels multiply them, and the memory that they lie in.
+"""Quantized weights in the layout of the compiled kernels, and the memory that holds them.
 
 Shapes: O output channels, I input channels, G groups of input channels.
 """
@@ -15,22 +15,22 @@ from torch import Tensor
 from smolstack.config.quantization import Format
 from smolstack.native import library as native
 
-LINE = 64  # bytes: layers begin at whole ones
-_PANEL = 16  # output channels side by side
+LINE = 64  # bytes; layers are aligned to it
+_PANEL = 16  # output channels per panel
 
 
 class Arena:
-    """One piece of memory for the weights of many layers, given out in order.
+    """One block of memory for the weights of many layers, allocated in order.
 
-    A pass over a decoder's weights touches every page of them once a token, so they lie in one
-    piece that the system may back with large pages, in the order in which they are read.
+    Decoding reads all of a decoder's weights once per token. In one block, in the order in which
+    they are read, the system can back them with large pages.
 
     Args:
         size: bytes, for layers whose sizes are whole lines.
-        file: to be written and mapped; it is as large as the arena. None: memory of its own.
+        file: created with the arena's size and mapped. None: anonymous memory.
 
     Raises:
-        OSError: the file cannot be made, or the disk has no room for it.
+        OSError: the file cannot be created, or the disk is full.
     """
 
     def __init__(self, kernels: native.Library, size: int, file: Path | None = None) -> None:
@@ -43,18 +43,20 @@ class Arena:
             reserve = getattr(os, "posix_fallocate", None)
             if reserve is None:
                 raise OSError("this system does not reserve room for a file")
-            with file.open("wb") as made:  # without it a full disk would end in a bus error
+            with file.open(
+                "wb"
+            ) as made:  # reserves the space: otherwise a full disk would cause SIGBUS
                 reserve(made.fileno(), 0, max(size, 1))
             self.memory = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
         self._used = 0
 
     @property
     def left(self) -> int:
-        """Bytes that nobody has."""
+        """Unallocated bytes."""
         return self.memory.shape[0] - self._used
 
     def take(self, size: int) -> Tensor:
-        """The next ``size`` bytes, a whole number of lines."""
+        """Allocate the next ``size`` bytes, a whole number of lines."""
         assert size % LINE == 0, size
         assert size <= self.left, (size, self.left)
         self._used += size
@@ -62,17 +64,17 @@ class Arena:
 
 
 def whole_lines(size: int) -> int:
-    """Bytes rounded up to whole lines."""
+    """Round bytes up to whole lines."""
     return -(-size // LINE) * LINE
 
 
 def kind_of(form: Format) -> int:
-    """The kernels' name for a format's weights."""
+    """The kernels' identifier of a weight format."""
     return native.INT8 if form.bits == 8 else native.INT4
 
 
 def packed_size(kernels: native.Library, form: Format, inputs: int, outputs: int) -> int:
-    """Bytes of a packed layer: panels, with scales and zero points; whole lines."""
+    """Bytes of a packed layer: panels, scales and zero points, rounded up to whole lines."""
     size = int(kernels.panel_bytes(kind_of(form), inputs, outputs))
     channels, groups = -(-outputs // _PANEL) * _PANEL, form.groups(inputs)
     size += channels * groups * 2
@@ -83,7 +85,7 @@ def packed_size(kernels: native.Library, form: Format, inputs: int, outputs: int
 
 @dataclass
 class PackedWeights:
-    """A weight in panels of 16 output channels, behind them its scales and zero points.
+    """A weight in panels of 16 output channels, followed by its scales and zero points.
 
     Attributes:
         memory: :func:`packed_size` bytes, uint8.
@@ -104,7 +106,7 @@ class PackedWeights:
         tensors: tuple[Tensor, Tensor, Tensor | None],
         memory: Tensor,
     ) -> PackedWeights:
-        """From a layer's words (O, words), scales (O, G) and packed zero points."""
+        """Pack a layer's words (O, words), scales (O, G) and packed zero points."""
         words, scale, zeros = tensors[0].contiguous(), tensors[1].contiguous(), tensors[2]
         made = cls(kernels, form, inputs, words.shape[0], memory)
         into = made.linear(None)
@@ -118,7 +120,7 @@ class PackedWeights:
         return made
 
     def words(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What :meth:`of_words` was given."""
+        """Unpack to the arguments of :meth:`of_words`."""
         form, groups = self.form, self.form.groups(self.inputs)
         words = torch.empty(self.outputs, -(-self.inputs * form.bits // 32), dtype=torch.int32)
         sizes = self.inputs, self.outputs
@@ -141,7 +143,7 @@ class PackedWeights:
         return words, scale, zero_words[: -(-self.outputs // 8)].contiguous()
 
     def linear(self, bias: int | None) -> native.Linear:
-        """The layer as the kernels read it, its bias at an address."""
+        """The layer in the form the kernels read, with its bias at an address."""
         made = native.Linear(kind_of(self.form), self.inputs, self.outputs)
         made.group, made.fine = self.form.group, int(self.form.activation_bits == 16)
         made.weight = self.memory.data_ptr()
