@@ -84,7 +84,7 @@ def test_a_null_is_as_good_as_nothing_at_every_depth() -> None:
         ({"min_tokens": 5}, "min_tokens is not supported (found 5)"),
         ({"ignore_eos": True}, "ignore_eos is not supported (found True)"),
         ({"stop_token_ids": [3]}, "stop_token_ids is not supported (found [3])"),
-        ({"tool_choice": "required"}, "tool_choice is required, tools has none"),
+        ({"tool_choice": "required"}, "tool_choice is not supported"),
         ({"structured_outputs": {"grammar": "a"}}, "structured_outputs.grammar is not supported"),
         ({"guided_regex": "a", "regex": "b"}, "guided_regex and regex ask for different things"),
         ({"guided_json": "{"}, "json_schema is no JSON"),

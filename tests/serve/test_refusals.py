@@ -93,7 +93,7 @@ def message(response: httpx.Response) -> str:
         ({"n": 99}, "n is 99"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 17}, "at most 16"),
-        ({"tools": [{"type": "function"}]}, "tools.0.function: field required"),
+        ({"tools": [{"type": "function"}]}, "tools is not supported"),
         ({"logit_bias": {"1": 5}}, "logit_bias is not supported"),
         ({"top_logprobs": 2}, "needs logprobs"),
         ({"regex": "("}, "regex '(' cannot be kept to"),
@@ -235,7 +235,7 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(tight: Process) -> None:
     assert set(statuses) == {200, 429}
     refused = next(response for response in found if response.status_code == 429)
     assert 1 <= int(refused.headers["Retry-After"]) <= 60
-    assert any(why in message(refused) for why in ("at work", "gave way to cheaper ones"))
+    assert "at work" in message(refused)
     with tight.client("secret") as client:
         made = client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "?"}], max_tokens=2

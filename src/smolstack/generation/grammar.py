@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from smolstack.errors import GenerationError
-from smolstack.generation.tool_calls import CLOSE, MOST_CALLS, OPEN, ToolCalls
 from smolstack.processor.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Choices:
     texts: tuple[str, ...]
 
 
-Structure: TypeAlias = "Schema | Regex | Choices | ToolCalls"
+Structure: TypeAlias = "Schema | Regex | Choices"
 
 
 def read_structure(
@@ -166,7 +165,7 @@ class Grammars:
     pointing: range = range(0)
     _backend: LLTokenizer | None = field(default=None, repr=False)
 
-    def compile(self, structure: Schema | Regex | ToolCalls) -> str:
+    def compile(self, structure: Schema | Regex) -> str:
         """The grammar of an answer, its lead included.
 
         Raises:
@@ -180,13 +179,11 @@ class Grammars:
             self._check("regex", structure.pattern, alone)
             body = f"/{matching.regex_to_lark(structure.pattern)}/"
             lark = f"start: {lead}{body}"
-        elif isinstance(structure, ToolCalls):
-            lark = f"start: {lead}answer\n{_calls(structure)}"
         else:
             lark = f"start: {lead}body\nbody: %json {_guided(structure.schema)}"
         grammar: str = matching.LLMatcher.grammar_from_lark(lark)
-        names = {Regex: "regex", Schema: "schema", ToolCalls: "tools"}
-        self._check(names[type(structure)], "", grammar)
+        name = "regex" if isinstance(structure, Regex) else "schema"
+        self._check(name, "", grammar)
         return grammar
 
     def constraint(self, grammar: str, *, pointing: bool = True) -> Constraint:
@@ -291,25 +288,6 @@ class Constraint:
         if self.matcher.is_error():
             reason = _reason(self.matcher.get_error())
             raise GenerationError(f"the answer's form cannot be followed further: {reason}")
-
-
-def _calls(wanted: ToolCalls) -> str:
-    """Rules of an answer that is one or several calls, or a text that begins like none."""
-    rules = [f"answer: calls{'' if wanted.required else ' | text'}"]
-    more = f' ("\\n" call){{0,{MOST_CALLS - 1}}}' if wanted.several else ""
-    rules += [f"calls: call{more}", f'call: "{OPEN}" one "{CLOSE}"']
-    numbers = range(len(wanted.functions))
-    rules.append("one: " + " | ".join(f"call_{number}" for number in numbers))
-    for number, function in zip(numbers, wanted.functions, strict=True):
-        head = json.dumps(f'{{"name": {json.dumps(function.name)}, "arguments": ')
-        rules.append(f'call_{number}: {head} arguments_{number} "}}"')
-        rules.append(f"arguments_{number}: %json {_guided(function.parameters)}")
-    if not wanted.required:
-        if wanted.text is None:
-            rules.append(f"text: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:{OPEN}.*)/")
-        else:
-            rules.append(f"text: %json {_guided(wanted.text)}")
-    return "\n".join(rules)
 
 
 def _guided(schema: Mapping[str, Any] | bool) -> str:

@@ -14,7 +14,6 @@ from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.output import new_output
 from smolstack.generation.request import ImageState, Request
-from smolstack.generation.tool_calls import ToolCalls
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor, Prompt
 
@@ -107,7 +106,7 @@ class RequestMaker:
             GenerationError: a form that cannot be kept to.
         """
         structure = options.structure
-        if not isinstance(structure, (Schema, Regex, ToolCalls)):
+        if not isinstance(structure, (Schema, Regex)):
             return None
         return self.grammars(options.stopping.eos_token_ids).compile(structure)
 

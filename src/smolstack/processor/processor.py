@@ -167,13 +167,7 @@ class Processor:
                 f"config.json's vocabulary has {self.config.text.vocab_size} tokens"
             )
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        answer_next: bool = True,
-        tools: Sequence[Mapping[str, Any]] = (),
-    ) -> str:
+    def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
         """A chat as text, one placeholder per image."""
         if self.template is None:
             raise CheckpointError(
@@ -182,7 +176,7 @@ class Processor:
             )
         if not self.special_tokens_in_text:
             messages = self.plain.mark(messages)
-        return self.template.render(messages, answer_next=answer_next, tools=tools)
+        return self.template.render(messages, answer_next=answer_next)
 
     @cached_property
     def answer_lead(self) -> str:

@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import Any, TypeAlias
 
 import jinja2
-import jinja2.meta
 import jinja2.sandbox
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -23,8 +22,7 @@ from smolstack.processor.geometry import TilePlan
 from smolstack.processor.video import Frame, Video
 
 Message: TypeAlias = "Mapping[str, Any]"
-ROLES = ("system", "user", "assistant", "tool")
-_PASSED = ("tool_calls", "tool_call_id", "name")  # for templates that know tools
+ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "path", "url", "bytes")
 VIDEO_KEYS = ("video", "path")
 
@@ -124,8 +122,7 @@ def split_messages(
             else:
                 known = "text or image" if read_video is None else "text, image or video"
                 raise PromptError(f"{where} has a part {part!r:.80}, expected {known}")
-        passed = {key: message[key] for key in _PASSED if key in message}
-        plain.append({"role": message["role"], "content": parts, **passed})
+        plain.append({"role": message["role"], "content": parts})
     return plain, images
 
 
@@ -142,29 +139,17 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
-            self.knows_tools = "tools" in names
             self.template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise PromptError(f"the chat template is not valid Jinja: {error}") from error
         self.special_tokens = dict(special_tokens)
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        answer_next: bool = True,
-        tools: Sequence[Mapping[str, Any]] = (),
-    ) -> str:
-        """The prompt of a chat, ending where the assistant's answer begins if ``answer_next``.
-
-        ``tools`` are OpenAI's descriptions of functions, for a template that knows them.
-        """
+    def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
+        """The prompt of a chat, ending where the assistant's answer begins if ``answer_next``."""
         try:
             return self.template.render(
                 messages=list(messages),
                 add_generation_prompt=answer_next,
-                **({"tools": list(tools)} if tools else {}),
                 **self.special_tokens,
             )
         except (jinja2.TemplateError, TypeError) as error:

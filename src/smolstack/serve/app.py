@@ -142,11 +142,7 @@ class Server:
             asking.begin(client_of(request, self.settings))
         except Exception as error:
             raise as_refusal(error, self._retry_after()) from None
-        completion = Completion(
-            body.model or self.settings.name,
-            self.vlm.processor.tokenizer,
-            calls=bool(body.tools) and body.tool_choice != "none",
-        )
+        completion = Completion(body.model or self.settings.name, self.vlm.processor.tokenizer)
         if body.stream:
             return await self._stream(body, request, asking, completion)
         try:
@@ -302,10 +298,10 @@ async def _whole(asking: Asking, completion: Completion) -> dict[str, Any]:
 
 
 def _update_event(completion: Completion, index: int, update: Any) -> str:
-    last = update.answer is not None
-    chunks = completion.chunks(index, update.piece, update.logprobs, last=last)
-    text = "".join(map(_event, chunks))
-    if last:
+    text = ""
+    if update.piece or update.logprobs:
+        text = _event(completion.chunk(index, update.piece, update.logprobs))
+    if update.answer is not None:
         text += _event(completion.last_chunk(index, update.answer))
     return text
 

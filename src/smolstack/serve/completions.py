@@ -9,7 +9,6 @@ from typing import Any
 
 from smolstack.generation.answer import Answer, TokenLogprob
 from smolstack.processor.tokenizer import TextTokenizer
-from smolstack.serve.tools import CallDeltas, message_of
 
 _REASONS = {"stop": "stop", "length": "length", "repetition": "length"}
 
@@ -20,12 +19,10 @@ class Completion:
     Args:
         model: what the client called it.
         tokenizer: writes tokens as text, for logprobs.
-        calls: answers may call functions.
     """
 
-    def __init__(self, model: str, tokenizer: TextTokenizer, *, calls: bool = False) -> None:
-        self.tokenizer, self.calls = tokenizer, calls
-        self._deltas: dict[int, CallDeltas] = {}
+    def __init__(self, model: str, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
         self.frame = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -49,45 +46,23 @@ class Completion:
             "finish_reason": _REASONS[answer.finish_reason],
             "logprobs": None if answer.logprobs is None else self._logprobs(answer.logprobs),
         }
-        if self.calls:
-            choice["message"] = message_of(answer.text)
-            if "tool_calls" in choice["message"] and choice["finish_reason"] == "stop":
-                choice["finish_reason"] = "tool_calls"
         return {**choice, **_probabilities(answer)}
 
     def first_chunk(self, index: int) -> dict[str, Any]:
         """The chunk that names the role."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def chunks(
-        self,
-        index: int,
-        piece: str,
-        logprobs: Sequence[TokenLogprob] = (),
-        *,
-        last: bool = False,
-    ) -> list[dict[str, Any]]:
-        """A piece of an answer, the last one or not."""
-        if not self.calls:
-            found = [{"content": piece}] if piece or logprobs else []
-        else:
-            found = self._deltas.setdefault(index, CallDeltas()).read(piece, last=last)
-            if logprobs and not found:
-                found = [{}]
-        chunks = [self._chunk(index, delta) for delta in found]
-        if logprobs:
-            chunks[0]["choices"][0]["logprobs"] = self._logprobs(logprobs)
-        return chunks
+    def chunk(
+        self, index: int, piece: str, logprobs: Sequence[TokenLogprob] = ()
+    ) -> dict[str, Any]:
+        """A piece of an answer."""
+        return self._chunk(index, {"content": piece}, logprobs)
 
     def last_chunk(self, index: int, answer: Answer) -> dict[str, Any]:
         """The chunk that says why an answer ended."""
         made = self._chunk(index, {})
-        reason = _REASONS[answer.finish_reason]
-        deltas = self._deltas.get(index)
-        if deltas is not None and deltas.called and reason == "stop":
-            reason = "tool_calls"
         made["choices"][0] |= {
-            "finish_reason": reason,
+            "finish_reason": _REASONS[answer.finish_reason],
             **_probabilities(answer),
         }
         return made
@@ -102,8 +77,15 @@ class Completion:
             "timings": timings(answers[0]),
         }
 
-    def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "finish_reason": None, "logprobs": None}
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Sequence[TokenLogprob] = ()
+    ) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "finish_reason": None,
+            "logprobs": self._logprobs(logprobs) if logprobs else None,
+        }
         return {**self.frame, "object": "chat.completion.chunk", "choices": [choice]}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def reading_seconds(body: ChatRequest) -> float:
 def form_bytes(body: ChatRequest) -> int:
     """Characters of a regular expression, of choices, and of a schema as it was sent, roughly."""
     wanted = body.response_format
-    schemas: list[Any] = [body.json_schema, *(tool.model_dump() for tool in body.tools)]
+    schemas: list[Any] = [body.json_schema]
     if wanted is not None:
         schemas += [wanted.schema_, wanted.json_schema and wanted.json_schema.schema_]
     size = len(body.regex or "") + sum(map(len, body.choices or []))

@@ -23,6 +23,7 @@ HARMLESS = frozenset(
         "guided_decoding_backend",
         "id_slot",
         "metadata",
+        "parallel_tool_calls",
         "priority",
         "prompt_cache_key",
         "prompt_cache_retention",
@@ -76,6 +77,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "repeat_last_n": (-1,),
     "spaces_between_special_tokens": (True,),
     "stop_token_ids": (),
+    "tool_choice": ("none", "auto"),
     "tools": (),
     "top_n_sigma": (-1,),
     "truncate_prompt_tokens": (-1,),
@@ -118,10 +120,6 @@ def understood(data: Any) -> Any:
         if theirs in found:
             _put(found, ours, found.pop(theirs), theirs)
     _read_values(found)
-    if "tools" not in found:
-        found.pop("parallel_tool_calls", None)
-        if found.get("tool_choice") in ("none", "auto"):
-            del found["tool_choice"]
     messages = found.get("messages")
     if isinstance(messages, list):
         found["messages"] = [_message(message) for message in messages]

@@ -6,7 +6,6 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -18,13 +17,10 @@ from smolstack.generation.options import (
     ReadOptions,
     read_options,
 )
-from smolstack.generation.tool_calls import ToolCalls
 from smolstack.processor.formats import SERVED
 from smolstack.processor.geometry import Tiling
-from smolstack.processor.inputs import as_messages
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tiles import image_size
-from smolstack.serve import tools
 from smolstack.serve.answers import in_thread
 from smolstack.serve.entrance import form_bytes
 from smolstack.serve.error_responses import RefusedError
@@ -125,77 +121,36 @@ def prepare(
         raise RefusedError(
             400, f"n is {count}, at most {settings.answers} answers are given", param="n"
         )
-    calls = _calls(request)
     options = [
-        read_options(_options(request, settings, i, calls), vlm.eos_token_ids) for i in range(count)
+        read_options(_options(request, settings, i), vlm.eos_token_ids) for i in range(count)
     ]
-    if calls is not None:
-        options = [replace(one, structure=calls) for one in options]
     for image in images:
         check_image(image, settings)
     _check_length(vlm, request, settings)
+    rest = iter(images)
+    messages = [
+        {
+            "role": _AS_ROLE.get(message.role, message.role),
+            "content": message.content
+            if isinstance(message.content, str)
+            else [
+                {"type": "image", "image": next(rest)}
+                if isinstance(part, ImagePart)
+                else {"type": "text", "text": part.text}
+                for part in message.content
+            ],
+        }
+        for message in request.messages
+    ]
     if settings.special_tokens_in_text:
         _check_markers(vlm, request)
-    prompt = _prompt(vlm, request, images, calls, options[0].tiling)
+    prompt = vlm.processor.prepare(messages, **options[0].tiling)
     limit = settings.prompt_tokens
     if limit is not None and len(prompt.token_ids) > limit:
         raise ContextLengthError(
             f"the prompt has {len(prompt.token_ids)} tokens, at most {limit} are accepted"
         )
     return prompt, options
-
-
-def _prompt(
-    vlm: VLM,
-    request: ChatRequest,
-    images: list[bytes],
-    calls: ToolCalls | None,
-    tiling: Tiling,
-) -> Prompt:
-    rest = iter(images)
-    messages = []
-    for message in request.messages:
-        content: Any = message.content
-        if not isinstance(content, str):
-            content = [
-                {"type": "image", "image": next(rest)}
-                if isinstance(part, ImagePart)
-                else {"type": "text", "text": part.text}
-                for part in content
-            ]
-        made = {"role": _AS_ROLE.get(message.role, message.role), "content": content}
-        if message.tool_calls:
-            made["tool_calls"] = [call.model_dump() for call in message.tool_calls]
-        if message.tool_call_id is not None:
-            made["tool_call_id"] = message.tool_call_id
-        messages.append(made)
-    processor = vlm.processor
-    if processor.template is None:
-        return processor.prepare(messages, **tiling)
-    described = tools.described(calls) if processor.template.knows_tools else []
-    readable = tools.with_tools(messages, calls, processor.template)
-    split, found = as_messages(readable, processor.open_video)
-    return processor.prepare_text(processor.render(split, tools=described), found, **tiling)
-
-
-def _calls(request: ChatRequest) -> ToolCalls | None:
-    """The calls that an answer may make; None: none."""
-    tools.check_arguments(request.messages)
-    schema = _wanted_schema(request)
-    found = tools.wanted(
-        request.tools,
-        request.tool_choice,
-        several=bool(request.parallel_tool_calls),
-        closed=_closed_where_it_can,
-        text=schema,
-    )
-    if found is None:
-        return None
-    beside = {"stop": request.stop, "regex": request.regex, "choices": request.choices}
-    for name, value in beside.items():
-        if value:
-            raise RefusedError(400, f"found {name} beside tools, expected one of them", param=name)
-    return found
 
 
 def check_image(image: bytes, settings: ServerSettings) -> tuple[int, int]:
@@ -219,15 +174,7 @@ def tiling(request: ChatRequest | PlanRequest) -> Tiling:
     }
 
 
-def _wanted_schema(request: ChatRequest) -> Mapping[str, Any] | bool | None:
-    if request.json_schema is None:
-        return _schema(request.response_format)
-    return _closed_where_it_can(request.json_schema)
-
-
-def _options(
-    request: ChatRequest, settings: ServerSettings, answer: int, calls: ToolCalls | None
-) -> AnswerOptions:
+def _options(request: ChatRequest, settings: ServerSettings, answer: int) -> AnswerOptions:
     asked = request.max_completion_tokens or request.max_tokens or DEFAULT_MAX_NEW_TOKENS
     chosen: dict[str, Any] = {
         "max_new_tokens": min(asked, settings.new_tokens),
@@ -236,7 +183,9 @@ def _options(
         "keep_special_tokens": request.keep_special_tokens,
         "regex": request.regex,
         "choices": request.choices,
-        "schema": None if calls is not None else _wanted_schema(request),
+        "schema": _schema(request.response_format)
+        if request.json_schema is None
+        else _closed_where_it_can(request.json_schema),
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
         **tiling(request),
     }

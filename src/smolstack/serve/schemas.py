@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smolstack.serve.request_fields import understood, without_nulls
-from smolstack.serve.tools import Choice, Tool, ToolCall
 
 _Text = Annotated[str, Field(max_length=2_000_000)]
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
@@ -39,10 +38,8 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: _Text | Annotated[list[Part], Field(min_length=1, max_length=1000)]
-    tool_calls: list[ToolCall] | None = Field(default=None, max_length=100)
-    tool_call_id: str | None = None
 
 
 class StreamOptions(_Body):
@@ -86,9 +83,6 @@ class ChatRequest(_Body):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     json_schema: dict[str, Any] | bool | None = None
-    tools: list[Tool] = Field(default_factory=list, max_length=128)
-    tool_choice: Choice | None = None
-    parallel_tool_calls: bool | None = None
 
     top_k: int | None = Field(default=None, ge=0, le=10**6)
     min_p: float | None = Field(default=None, ge=0, le=1)
