@@ -203,14 +203,20 @@ class Grammars:
         ``pointing``: whether tokens that are no part of the text may stand in it.
         """
         matcher = self.matcher(grammar)
-        if not np.frombuffer(matcher.compute_logit_bias(), dtype=np.uint8).any():
+        begun = matcher.deep_copy()
+        if self.lead:  # which comes before the form
+            begun.try_consume_tokens(self.tokenizer.encode(self.lead, special=False))
+        possible = np.frombuffer(begun.compute_logit_bias(), dtype=np.uint8).any()
+        stuck = begun.is_stopped() and not begun.is_accepting()
+        if begun.is_error() or not possible or stuck:
             raise GenerationError("no answer has the form that is asked for; it contradicts itself")
         pointing_ids = self.pointing if pointing else range(0)
         return Constraint(matcher, self.vocab_size, len(self.lead), pointing_ids)
 
     def matcher(self, grammar: str) -> LLMatcher:
         """What follows one answer through :meth:`compile`'s grammar."""
-        return _llguidance().LLMatcher(self._tokens(), grammar, log_level=0)
+        made: LLMatcher = _llguidance().LLMatcher(self._tokens(), grammar, log_level=0)
+        return made
 
     def _check(self, name: str, shown: str, grammar: str) -> None:
         refused, messages = _llguidance().LLMatcher.validate_grammar_with_warnings(
