@@ -52,7 +52,7 @@ def test_other_servers_names_are_understood(theirs: Any, ours: Any) -> None:
     "fields",
     [
         {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"},
-        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "functions": []},
+        {"tools": [], "functions": [], "function_call": "none"},
         {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1},
         {"echo": False, "ignore_eos": False, "min_tokens": 0, "bad_words": [], "mirostat": 0},
         {"modalities": ["text"], "typical_p": 1.0, "length_penalty": 1.0, "cache_prompt": True},
@@ -80,12 +80,14 @@ def test_a_null_is_as_good_as_nothing_at_every_depth() -> None:
         ({"guided_regx": "a"}, "the nearest known field is guided_regex"),
         ({"max_token": 3}, "the nearest known field is max_tokens"),
         ({"xyzzy": 1}, "xyzzy: no such field"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported (found 0.5); leave it"),
-        ({"min_tokens": 5}, "min_tokens is not supported (found 5)"),
-        ({"ignore_eos": True}, "ignore_eos is not supported (found True)"),
-        ({"stop_token_ids": [3]}, "stop_token_ids is not supported (found [3])"),
-        ({"tool_choice": "required"}, "tool_choice is not supported"),
-        ({"structured_outputs": {"grammar": "a"}}, "structured_outputs.grammar is not supported"),
+        ({"length_penalty": 0.5}, "length_penalty is not supported (found 0.5); leave it"),
+        ({"n": True}, "n: Value error, found true, expected a number"),
+        ({"temperature": False}, "temperature: Value error, found false, expected a number"),
+        ({"min_tokens": 5}, "min_tokens is 5, expected at most max_new_tokens, 1"),
+        ({"presence_penalty": 3}, "presence_penalty: Input should be less than or equal to 2"),
+        ({"regex": "[^\\s\\S]"}, "no answer has the form"),
+        ({"structured_outputs": {"structural_tag": "a"}},
+         "structured_outputs.structural_tag is not supported"),
         ({"guided_regex": "a", "regex": "b"}, "guided_regex and regex ask for different things"),
         ({"guided_json": "{"}, "json_schema is no JSON"),
         ({"skip_special_tokens": "no"}, "skip_special_tokens is 'no', expected true or false"),
@@ -225,6 +227,14 @@ def test_where_a_body_is_no_json(server: Process) -> None:
     assert message(response) == (
         "the body is no JSON: Expecting property name enclosed in double quotes "
         "at line 2, column 19"
+    )
+
+
+def test_where_a_body_is_nested_too_deeply(server: Process) -> None:
+    response = post(server, "\n" + "[" * 50_000)
+    assert response.status_code == 400
+    assert message(response) == (
+        "the body is no JSON that can be read: it is nested too deeply at line 2, column 500"
     )
 
 

@@ -18,12 +18,14 @@ class Usage:
         visual_tokens: those of them that stand for images.
         completion_tokens: tokens generated, the end token included.
         tiles: tiles of all images of the prompt.
+        cached_tokens: those of the prompt that were copied from the prefix cache, not read again.
     """
 
     prompt_tokens: int
     visual_tokens: int
     completion_tokens: int
     tiles: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

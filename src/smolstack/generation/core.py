@@ -302,7 +302,14 @@ class EngineCore:
         if output.finish_reason is not None:
             assert request.options is not None
             timings = request.taken.timings()
-            answer = make_answer(request.prompt, output, timings, request.options, request.scores)
+            answer = make_answer(
+                request.prompt,
+                output,
+                timings,
+                request.options,
+                request.scores,
+                read_tokens=request.read_tokens,
+            )
             request.answer = answer
             self.generated_tokens += len(output.token_ids)
             self.prefixes.finish(request.number, [] if request.choices else output.token_ids)

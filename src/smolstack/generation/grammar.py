@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from smolstack.errors import GenerationError
+from smolstack.generation.lark import Lark, read_grammar
 from smolstack.processor.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -58,18 +59,22 @@ class Choices:
     texts: tuple[str, ...]
 
 
-Structure: TypeAlias = "Schema | Regex | Choices"
+Structure: TypeAlias = "Schema | Regex | Choices | Lark"
 
 
 def read_structure(
-    schema: Any, regex: str | None, choices: Sequence[str] | None, stop: Sequence[str]
+    schema: Any,
+    regex: str | None,
+    choices: Sequence[str] | None,
+    stop: Sequence[str],
+    grammar: str | Lark | None = None,
 ) -> Structure | None:
     """The form that was asked for, or None.
 
     Raises:
         GenerationError: more than one was given, one beside stop strings, or of the wrong type.
     """
-    given = {"schema": schema, "regex": regex, "choices": choices}
+    given = {"schema": schema, "regex": regex, "choices": choices, "grammar": grammar}
     names = [name for name, value in given.items() if value is not None]
     if not names:
         return None
@@ -86,6 +91,8 @@ def read_structure(
         if not isinstance(regex, str):
             raise GenerationError(f"regex is a {type(regex).__name__}, expected text")
         return Regex(regex)
+    if grammar is not None:
+        return read_grammar(grammar)
     return _choices(choices)
 
 
@@ -165,7 +172,7 @@ class Grammars:
     pointing: range = range(0)
     _backend: LLTokenizer | None = field(default=None, repr=False)
 
-    def compile(self, structure: Schema | Regex) -> str:
+    def compile(self, structure: Schema | Regex | Lark) -> str:
         """The grammar of an answer, its lead included.
 
         Raises:
@@ -173,6 +180,10 @@ class Grammars:
                 installed.
         """
         matching = _llguidance()
+        if isinstance(structure, Lark):
+            text: str = matching.LLMatcher.grammar_from_lark(structure.after(self.lead))
+            self._check(structure.name, "", text)
+            return text
         lead = f"{json.dumps(self.lead)} " if self.lead else ""
         if isinstance(structure, Regex):
             alone = matching.LLMatcher.grammar_from_regex(structure.pattern)
@@ -180,7 +191,7 @@ class Grammars:
             body = f"/{matching.regex_to_lark(structure.pattern)}/"
             lark = f"start: {lead}{body}"
         else:
-            lark = f"start: {lead}body\nbody: %json {_guided(structure.schema)}"
+            lark = f"start: {lead}body\nbody: %json {guided(structure.schema)}"
         grammar: str = matching.LLMatcher.grammar_from_lark(lark)
         name = "regex" if isinstance(structure, Regex) else "schema"
         self._check(name, "", grammar)
@@ -191,9 +202,21 @@ class Grammars:
 
         ``pointing``: whether tokens that are no part of the text may stand in it.
         """
-        matcher = _llguidance().LLMatcher(self._tokens(), grammar, log_level=0)
+        matcher = self.matcher(grammar)
+        begun = matcher.deep_copy()
+        if self.lead:  # which comes before the form
+            begun.try_consume_tokens(self.tokenizer.encode(self.lead, special=False))
+        possible = np.frombuffer(begun.compute_logit_bias(), dtype=np.uint8).any()
+        stuck = begun.is_stopped() and not begun.is_accepting()
+        if begun.is_error() or not possible or stuck:
+            raise GenerationError("no answer has the form that is asked for; it contradicts itself")
         pointing_ids = self.pointing if pointing else range(0)
         return Constraint(matcher, self.vocab_size, len(self.lead), pointing_ids)
+
+    def matcher(self, grammar: str) -> LLMatcher:
+        """What follows one answer through :meth:`compile`'s grammar."""
+        made: LLMatcher = _llguidance().LLMatcher(self._tokens(), grammar, log_level=0)
+        return made
 
     def _check(self, name: str, shown: str, grammar: str) -> None:
         refused, messages = _llguidance().LLMatcher.validate_grammar_with_warnings(
@@ -228,7 +251,10 @@ class Constraint:
 
     Attributes:
         lead: characters at the answer's beginning that are not part of its form.
+        exact: whether the answer is what matches, white space around it included.
     """
+
+    exact = True
 
     def __init__(
         self, matcher: LLMatcher, vocab_size: int, lead: int, pointing: range = range(0)
@@ -290,7 +316,7 @@ class Constraint:
             raise GenerationError(f"the answer's form cannot be followed further: {reason}")
 
 
-def _guided(schema: Mapping[str, Any] | bool) -> str:
+def guided(schema: Mapping[str, Any] | bool) -> str:
     """A schema as JSON text that also says where white space stands."""
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
@@ -316,6 +342,6 @@ def _llguidance() -> Any:
         import llguidance
     except ImportError:
         raise GenerationError(
-            "schema= and regex= need llguidance: pip install 'smolstack[structured]'"
+            "schema=, regex= and grammar= need llguidance: pip install 'smolstack[structured]'"
         ) from None
     return llguidance

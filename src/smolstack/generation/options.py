@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from smolstack.errors import GenerationError
 from smolstack.generation.grammar import Structure, read_structure
+from smolstack.generation.lark import Lark
 from smolstack.generation.sampling import Sampling
 from smolstack.generation.stopping import RepetitionRule, Stopping
+from smolstack.generation.token_rules import TokenRules, read_rules
 from smolstack.processor.geometry import Tiling
 
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -24,6 +26,8 @@ class AnswerOptions(Tiling, total=False):
         max_new_tokens: the longest answer, in tokens; 512 unless given.
         temperature, top_k, top_p, min_p, repetition_penalty, seed: see Sampling; greedy unless
             temperature is given.
+        presence_penalty, frequency_penalty, logit_bias, min_tokens, ignore_eos, stop_token_ids,
+            bad_words: see TokenRules.
         stop: a string or several that end the answer.
         stop_on_repetition: end an answer that goes round in circles; True for the usual rule.
         keep_special_tokens: write special tokens into the text; document models (SmolDocling,
@@ -31,6 +35,8 @@ class AnswerOptions(Tiling, total=False):
         schema: a JSON Schema or a pydantic model that the answer satisfies (extra ``structured``).
             A pydantic model's objects hold its own fields alone; a JSON Schema is taken as it is.
         regex: a regular expression that the whole answer matches (extra ``structured``).
+        grammar: a context-free grammar that the whole answer keeps to, in llguidance's form of Lark
+            or in llama.cpp's GBNF (extra ``structured``).
         choices: texts of which the answer is one; their probabilities are computed exactly.
         logprobs: log-probabilities of the tokens taken, and of so many likeliest ones at each
             place (0 to 20).
@@ -43,11 +49,19 @@ class AnswerOptions(Tiling, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    min_tokens: int
+    ignore_eos: bool
+    stop_token_ids: Sequence[int]
+    bad_words: Sequence[str]
     stop: str | Sequence[str]
     stop_on_repetition: bool | RepetitionRule
     keep_special_tokens: bool
     schema: Any
     regex: str | None
+    grammar: str | Lark | None
     choices: Sequence[str] | None
     logprobs: int | None
 
@@ -62,6 +76,7 @@ class ReadOptions:
     keep_special_tokens: bool
     structure: Structure | None = None
     logprobs: int | None = None
+    rules: TokenRules = field(default_factory=TokenRules)
 
 
 def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> ReadOptions:
@@ -76,19 +91,26 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Read
     if unknown:
         raise GenerationError(f"unknown options {unknown}, expected some of {expected}")
     stop, circles = options.get("stop", ()), options.get("stop_on_repetition", False)
+    forms = ("schema", "regex", "grammar", "choices")
+    form = next((name for name in forms if given.get(name) is not None), None)
+    rules = read_rules(given, form)
     stopping = Stopping(
         max_new_tokens=options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=(*eos_token_ids, *rules.stop_token_ids),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         repetition=RepetitionRule() if circles is True else circles or None,
     )
     sampling = Sampling(**{name: given[name] for name in _SAMPLING if name in given})
     tiling: Any = {name: given[name] for name in Tiling.__annotations__ if name in given}
     structure = read_structure(
-        options.get("schema"), options.get("regex"), options.get("choices"), stopping.stop
+        options.get("schema"),
+        options.get("regex"),
+        options.get("choices"),
+        stopping.stop,
+        options.get("grammar"),
     )
     logprobs = options.get("logprobs")
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise GenerationError(f"logprobs is {logprobs}, expected 0 to {MAX_LOGPROBS}")
     keep = options.get("keep_special_tokens", False)
-    return ReadOptions(sampling, stopping, tiling, keep, structure, logprobs)
+    return ReadOptions(sampling, stopping, tiling, keep, structure, logprobs, rules)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from smolstack.errors import ContextLengthError
+from smolstack.errors import ContextLengthError, GenerationError
 from smolstack.generation.answer import Answer, Timings, TokenLogprob, Usage
 from smolstack.generation.choices import probabilities
 from smolstack.generation.detokenizer import TextStream
@@ -16,6 +16,7 @@ from smolstack.generation.grammar import Choices, Constraint, Schema
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.sampling import Sampler
 from smolstack.generation.stopping import FinishReason, Stopping
+from smolstack.generation.token_rules import TokenRules
 from smolstack.processor.processor import Prompt
 
 
@@ -26,6 +27,7 @@ class Output:
     Attributes:
         constraint: the form that it must keep to, or None.
         top_logprobs: likeliest tokens noted at each place; None notes nothing.
+        rules: what is asked of single tokens.
     """
 
     prompt_tokens: int
@@ -35,6 +37,7 @@ class Output:
     stopping: Stopping
     constraint: Constraint | None = None
     top_logprobs: int | None = None
+    rules: TokenRules = field(default_factory=TokenRules)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -49,13 +52,30 @@ class Output:
         """
         with torch.inference_mode():
             allowed = None if self.constraint is None else self.constraint.allowed()
-            token = self.sampler(logits, allowed)
+            token = self._choose(logits, allowed)
             if self.top_logprobs is not None:
                 self.logprobs.append(_logprob(logits, token, self.top_logprobs))
         self.token_ids.append(token)
         if self.constraint is not None:
             self.constraint.take(token)
         return token, self._after_lead(self._push(token))
+
+    def _choose(self, logits: torch.Tensor, allowed: torch.Tensor | None) -> int:
+        """The next token; one that would complete a bad word is drawn again."""
+        rules, seen = self.rules, self.sampler.seen
+        ends = self.stopping.eos_token_ids
+        own = ends[: len(ends) - len(rules.stop_token_ids)]
+        scores = rules.apply(logits, self.token_ids, ends, own)
+        while True:
+            token = self.sampler(scores, allowed)
+            if not rules.bad_words or token in ends:
+                return token
+            if float(scores[token]) == -torch.inf:
+                raise GenerationError("bad_words leave no token that the answer could go on with")
+            text = self.stream.decode([*self.token_ids, token])
+            if not any(word in text for word in rules.bad_words):
+                return token
+            scores[token], self.sampler.seen = -torch.inf, seen
 
     def take_all(self, token_ids: Sequence[int]) -> str:
         """Take a whole answer that was chosen otherwise; its text."""
@@ -67,7 +87,7 @@ class Output:
     @property
     def text(self) -> str:
         """The answer so far: without surrounding white space, or exactly as its form has it."""
-        if self.constraint is None:
+        if self.constraint is None or not self.constraint.exact:
             return self.stream.text.strip()
         return self.stream.text[self.constraint.lead :]
 
@@ -96,7 +116,7 @@ class Output:
 
     def _after_lead(self, piece: str) -> str:
         """A piece without what the template leaves between prompt and answer to the model."""
-        if self.constraint is None:
+        if self.constraint is None or not self.constraint.exact:
             piece = piece if self._handed_out else piece.lstrip()
         else:
             left = self.constraint.lead if self._lead_left < 0 else self._lead_left
@@ -138,6 +158,7 @@ def new_output(
         stopping=options.stopping,
         constraint=constraint,
         top_logprobs=options.logprobs,
+        rules=options.rules,
     )
 
 
@@ -147,8 +168,15 @@ def make_answer(
     timings: Timings,
     options: ReadOptions,
     scores: Sequence[float] | None = None,
+    *,
+    read_tokens: int | None = None,
 ) -> Answer:
-    """The answer that a finished output holds; ``scores`` are those of its choices."""
+    """The answer that a finished output holds.
+
+    Args:
+        scores: of its choices.
+        read_tokens: tokens of the prompt that were not copied from the prefix cache.
+    """
     assert output.finish_reason is not None
     structure, text = options.structure, output.text
     parsed = None
@@ -163,6 +191,7 @@ def make_answer(
             visual_tokens=sum(plan.visual_tokens for plan in prompt.plans),
             completion_tokens=len(output.token_ids),
             tiles=sum(plan.tiles for plan in prompt.plans),
+            cached_tokens=0 if read_tokens is None else output.prompt_tokens - read_tokens,
         ),
         timings=timings,
         logprobs=None if options.logprobs is None else tuple(output.logprobs),

@@ -9,11 +9,13 @@ from time import perf_counter
 from smolstack.batch import VisualTokens
 from smolstack.errors import ConfigError
 from smolstack.generation.choices import continuations
-from smolstack.generation.grammar import Choices, Constraint, Grammars, Regex, Schema
+from smolstack.generation.grammar import Choices, Constraint, Grammars
 from smolstack.generation.image_queue import ImageQueue
+from smolstack.generation.lark import Lark
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.output import new_output
 from smolstack.generation.request import ImageState, Request
+from smolstack.generation.triggered_constraint import TriggeredConstraint
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor, Prompt
 
@@ -78,7 +80,8 @@ class RequestMaker:
         # Special tokens that are kept would be text, which the form would have to know.
         pointing = not options.keep_special_tokens
         grammars = self.grammars(options.stopping.eos_token_ids)
-        return grammars.constraint(grammar, pointing=pointing).begin(), len(grammar)
+        made = self._constraint(grammars, grammar, options, pointing)
+        return made.begin(), len(grammar)
 
     def _request(
         self,
@@ -89,6 +92,7 @@ class RequestMaker:
     ) -> Request:
         tokenizer, choices = self.processor.tokenizer, None
         ends = options.stopping.eos_token_ids
+        options.rules.check_vocabulary(self.model.config.text.vocab_size)
         decode = partial(tokenizer.decode, skip_special=not options.keep_special_tokens)
         positions = self.model.config.text.max_positions
         output = new_output(prompt.token_ids, options, decode, positions, constraint)
@@ -99,6 +103,17 @@ class RequestMaker:
             prompt, "answer", options=options, output=output, choices=choices, deadline=deadline
         )
 
+    def _constraint(
+        self, grammars: Grammars, grammar: str, options: ReadOptions, pointing: bool
+    ) -> Constraint:
+        form = options.structure
+        if isinstance(form, Lark) and form.trigger:
+            decode = partial(self.processor.tokenizer.decode, skip_special=True)
+            return TriggeredConstraint(
+                grammars.matcher(grammar), grammars.vocab_size, form.trigger, decode
+            )
+        return grammars.constraint(grammar, pointing=pointing)
+
     def compile(self, options: ReadOptions) -> str | None:
         """The grammar that answers keep to, or None.
 
@@ -106,7 +121,7 @@ class RequestMaker:
             GenerationError: a form that cannot be kept to.
         """
         structure = options.structure
-        if not isinstance(structure, (Schema, Regex)):
+        if structure is None or isinstance(structure, Choices):
             return None
         return self.grammars(options.stopping.eos_token_ids).compile(structure)
 

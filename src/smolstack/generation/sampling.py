@@ -42,7 +42,7 @@ class Sampling:
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, penalty >= _LEAST, f"{_LEAST} or more")
+        _check("repetition_penalty", penalty, 0.01 <= penalty <= 100, "0.01 to 100")
 
 
 class Sampler:

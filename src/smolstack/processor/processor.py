@@ -167,7 +167,13 @@ class Processor:
                 f"config.json's vocabulary has {self.config.text.vocab_size} tokens"
             )
 
-    def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        answer_next: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """A chat as text, one placeholder per image."""
         if self.template is None:
             raise CheckpointError(
@@ -175,8 +181,8 @@ class Processor:
                 "tokenizer_config.json)"
             )
         if not self.special_tokens_in_text:
-            messages = self.plain.mark(messages)
-        return self.template.render(messages, answer_next=answer_next)
+            messages, tools = self.plain.mark(messages), self.plain.mark(tools)
+        return self.template.render(messages, answer_next=answer_next, tools=tools)
 
     @cached_property
     def answer_lead(self) -> str:

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, TypeAlias
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -127,7 +128,11 @@ def split_messages(
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, rendered in Jinja's sandbox."""
+    """A checkpoint's chat template, rendered in Jinja's sandbox.
+
+    Attributes:
+        knows_tools: whether it writes down the functions that may be called.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -140,16 +145,29 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self.template = environment.from_string(source)
+            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise PromptError(f"the chat template is not valid Jinja: {error}") from error
         self.special_tokens = dict(special_tokens)
+        self.knows_tools = "tools" in names
 
-    def render(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
-        """The prompt of a chat, ending where the assistant's answer begins if ``answer_next``."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        answer_next: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt of a chat, ending where the assistant's answer begins if ``answer_next``.
+
+        ``tools``: functions that may be called, in OpenAI's form.
+        """
+        given = {} if tools is None else {"tools": list(tools)}
         try:
             return self.template.render(
                 messages=list(messages),
                 add_generation_prompt=answer_next,
+                **given,
                 **self.special_tokens,
             )
         except (jinja2.TemplateError, TypeError) as error:

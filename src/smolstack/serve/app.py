@@ -31,6 +31,7 @@ from smolstack.serve.middleware import Guard
 from smolstack.serve.parsing import JsonRequest, JsonRoute
 from smolstack.serve.schemas import ChatRequest, PlanRequest
 from smolstack.serve.settings import ServerSettings
+from smolstack.serve.tool_calls import CallingCompletion
 from smolstack.vlm import VLM
 
 _READING_THREADS, _LONG_READING = 3, 1  # so many at once, and long ones of them
@@ -142,7 +143,8 @@ class Server:
             asking.begin(client_of(request, self.settings))
         except Exception as error:
             raise as_refusal(error, self._retry_after()) from None
-        completion = Completion(body.model or self.settings.name, self.vlm.processor.tokenizer)
+        kind = CallingCompletion if body.tools else Completion
+        completion = kind(body.model or self.settings.name, self.vlm.processor.tokenizer)
         if body.stream:
             return await self._stream(body, request, asking, completion)
         try:
@@ -298,12 +300,12 @@ async def _whole(asking: Asking, completion: Completion) -> dict[str, Any]:
 
 
 def _update_event(completion: Completion, index: int, update: Any) -> str:
-    text = ""
+    chunks = []
     if update.piece or update.logprobs:
-        text = _event(completion.chunk(index, update.piece, update.logprobs))
+        chunks += completion.chunks(index, update.piece, update.logprobs)
     if update.answer is not None:
-        text += _event(completion.last_chunk(index, update.answer))
-    return text
+        chunks += completion.last_chunks(index, update.answer)
+    return "".join(map(_event, chunks))
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -42,30 +42,36 @@ class Completion:
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "finish_reason": _REASONS[answer.finish_reason],
+            "message": self._message(answer),
+            "finish_reason": self._reason(answer),
             "logprobs": None if answer.logprobs is None else self._logprobs(answer.logprobs),
         }
         return {**choice, **_probabilities(answer)}
+
+    def _message(self, answer: Answer) -> dict[str, Any]:
+        return {"role": "assistant", "content": answer.text, "refusal": None}
+
+    def _reason(self, answer: Answer) -> str:
+        return _REASONS[answer.finish_reason]
 
     def first_chunk(self, index: int) -> dict[str, Any]:
         """The chunk that names the role."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def chunk(
+    def chunks(
         self, index: int, piece: str, logprobs: Sequence[TokenLogprob] = ()
-    ) -> dict[str, Any]:
-        """A piece of an answer."""
-        return self._chunk(index, {"content": piece}, logprobs)
+    ) -> list[dict[str, Any]]:
+        """Of a piece of an answer."""
+        return [self._chunk(index, {"content": piece}, logprobs)]
 
-    def last_chunk(self, index: int, answer: Answer) -> dict[str, Any]:
-        """The chunk that says why an answer ended."""
+    def last_chunks(self, index: int, answer: Answer) -> list[dict[str, Any]]:
+        """The last one says why an answer ended."""
         made = self._chunk(index, {})
         made["choices"][0] |= {
-            "finish_reason": _REASONS[answer.finish_reason],
+            "finish_reason": self._reason(answer),
             **_probabilities(answer),
         }
-        return made
+        return [made]
 
     def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The chunk that follows the last one, where the client asked for it."""
@@ -117,6 +123,7 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
         "completion_tokens": said,
         "total_tokens": prompt.prompt_tokens + said,
         "prompt_tokens_details": {
+            "cached_tokens": prompt.cached_tokens,
             "visual_tokens": prompt.visual_tokens,
             "image_tokens": prompt.visual_tokens,  # as vLLM and OpenAI's newer API name them
             "tiles": prompt.tiles,

@@ -45,12 +45,13 @@ def reading_seconds(body: ChatRequest) -> float:
 
 
 def form_bytes(body: ChatRequest) -> int:
-    """Characters of a regular expression, of choices, and of a schema as it was sent, roughly."""
+    """Characters of a regular expression, a grammar, choices, schemas and tools, roughly."""
     wanted = body.response_format
     schemas: list[Any] = [body.json_schema]
     if wanted is not None:
         schemas += [wanted.schema_, wanted.json_schema and wanted.json_schema.schema_]
-    size = len(body.regex or "") + sum(map(len, body.choices or []))
+    schemas += [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+    size = len(body.regex or "") + len(body.grammar or "") + sum(map(len, body.choices or []))
     return size + sum(_characters(schema) for schema in schemas)
 
 

@@ -23,7 +23,6 @@ HARMLESS = frozenset(
         "guided_decoding_backend",
         "id_slot",
         "metadata",
-        "parallel_tool_calls",
         "priority",
         "prompt_cache_key",
         "prompt_cache_retention",
@@ -77,7 +76,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "repeat_last_n": (-1,),
     "spaces_between_special_tokens": (True,),
     "stop_token_ids": (),
-    "tool_choice": ("none", "auto"),
     "tools": (),
     "top_n_sigma": (-1,),
     "truncate_prompt_tokens": (-1,),
@@ -90,11 +88,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 ALIASES: Mapping[str, str] = {
     "guided_choice": "choices",
     "guided_regex": "regex",
+    "guided_grammar": "grammar",
     "guided_json": "json_schema",
     "n_predict": "max_tokens",
     "repeat_penalty": "repetition_penalty",
 }
-_STRUCTURED = {"choice": "choices", "regex": "regex", "json": "json_schema"}
+_STRUCTURED = {"choice": "choices", "regex": "regex", "json": "json_schema", "grammar": "grammar"}
+_NEWER = {"functions": "tools", "function_call": "tool_choice and tools"}
+_OLDER = frozenset(_NEWER)
 # Where a null is a value: JSON Schemas.
 _WHOLE = frozenset({"schema", "json_schema", "guided_json", "json", "parameters"})
 _MESSAGE_HARMLESS = frozenset({"name", "annotations", "reasoning_content", "reasoning", "id"})
@@ -115,6 +116,10 @@ def understood(data: Any) -> Any:
     for name in set(NEUTRAL) & set(found):
         if found[name] in ([], {}, "") or _is_one_of(found[name], NEUTRAL[name]):
             del found[name]
+    for name in _OLDER & set(found):
+        raise RefusedError(
+            400, f"{name} is the older form of calling functions; send {_NEWER[name]}", param=name
+        )
     _read_structured(found)
     for theirs, ours in ALIASES.items():
         if theirs in found:
@@ -195,7 +200,8 @@ def _read_structured(found: dict[str, Any]) -> None:
         elif value not in (False, "", [], {}):
             raise RefusedError(
                 400,
-                f"{place} is not supported, expected one of choice, regex, json and json_object",
+                f"{place} is not supported, expected one of choice, regex, json, json_object "
+                "and grammar",
                 param=place,
             )
 

@@ -17,10 +17,12 @@ from smolstack.generation.options import (
     ReadOptions,
     read_options,
 )
+from smolstack.generation.token_rules import NAMES as RULES
 from smolstack.processor.formats import SERVED
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tiles import image_size
+from smolstack.serve import functions
 from smolstack.serve.answers import in_thread
 from smolstack.serve.entrance import form_bytes
 from smolstack.serve.error_responses import RefusedError
@@ -144,7 +146,10 @@ def prepare(
     ]
     if settings.special_tokens_in_text:
         _check_markers(vlm, request)
-    prompt = vlm.processor.prepare(messages, **options[0].tiling)
+    if functions.concerned(request):
+        prompt = functions.prepare(vlm.processor, request, messages, options[0].tiling)
+    else:
+        prompt = vlm.processor.prepare(messages, **options[0].tiling)
     limit = settings.prompt_tokens
     if limit is not None and len(prompt.token_ids) > limit:
         raise ContextLengthError(
@@ -176,6 +181,12 @@ def tiling(request: ChatRequest | PlanRequest) -> Tiling:
 
 def _options(request: ChatRequest, settings: ServerSettings, answer: int) -> AnswerOptions:
     asked = request.max_completion_tokens or request.max_tokens or DEFAULT_MAX_NEW_TOKENS
+    schema = (
+        _schema(request.response_format)
+        if request.json_schema is None
+        else _closed_where_it_can(request.json_schema)
+    )
+    calls = functions.calls_form(request, schema, _closed_function)
     chosen: dict[str, Any] = {
         "max_new_tokens": min(asked, settings.new_tokens),
         "stop": request.stop or [],
@@ -183,13 +194,12 @@ def _options(request: ChatRequest, settings: ServerSettings, answer: int) -> Ans
         "keep_special_tokens": request.keep_special_tokens,
         "regex": request.regex,
         "choices": request.choices,
-        "schema": _schema(request.response_format)
-        if request.json_schema is None
-        else _closed_where_it_can(request.json_schema),
+        "grammar": request.grammar if calls is None else calls,
+        "schema": None if calls is not None else schema,
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
         **tiling(request),
     }
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", *RULES):
         if getattr(request, name) is not None:
             chosen[name] = getattr(request, name)
     if request.seed is not None:
@@ -221,6 +231,11 @@ def _closed_where_it_can(schema: Any) -> Mapping[str, Any]:
         return found
     except RecursionError:
         raise RefusedError(400, "the schema is nested too deeply") from None
+
+
+def _closed_function(schema: Mapping[str, Any], strict: bool | None) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = closed(schema) if strict else _closed_where_it_can(schema)
+    return found
 
 
 def _is_sum(schema: Any) -> bool:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from smolstack.serve.request_fields import understood, without_nulls
 
 _Text = Annotated[str, Field(max_length=2_000_000)]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class _Body(BaseModel):
     # Nothing is ignored: what is harmless was taken out by names.understood.
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class _Numbers(_Body):
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = str(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and re.search(r"\b(int|float)\b", wanted):
+            raise ValueError(f"found {str(value).lower()}, expected a number")
+        return value
 
 
 class ImageURL(_Body):
@@ -37,9 +50,60 @@ class ImagePart(_Body):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+class CalledFunction(_Body):
+    name: _Name
+    arguments: _Text = "{}"
+
+    @field_validator("arguments")
+    @classmethod
+    def _json(cls, text: str) -> str:
+        try:
+            json.loads(text or "{}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the arguments of a call are no JSON: {error}") from None
+        return text
+
+
+class ToolCall(_Body):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Text | Annotated[list[Part], Field(min_length=1, max_length=1000)]
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=100)
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _role_fits(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls in a message of role {self.role}, expected assistant")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError(f"tool_call_id in a message of role {self.role}, expected tool")
+        return self
+
+
+class Function(_Body):
+    name: _Name
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Body):
+    name: str
+
+
+class NamedTool(_Body):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class StreamOptions(_Body):
@@ -61,7 +125,7 @@ class ResponseFormat(_Body):
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class ChatRequest(_Body):
+class ChatRequest(_Numbers):
     """A chat completion. The last block holds what OpenAI's API does not have.
 
     Other servers' names for the same things, fields that say nothing about the answer, and fields
@@ -83,13 +147,26 @@ class ChatRequest(_Body):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     json_schema: dict[str, Any] | bool | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     top_k: int | None = Field(default=None, ge=0, le=10**6)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=1024
+    )
+    min_tokens: int | None = Field(default=None, ge=0)
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=128)
+    bad_words: list[_Stop] | None = Field(default=None, max_length=128)
     stop_on_repetition: bool = False
     keep_special_tokens: bool = False
     regex: str | None = Field(default=None, max_length=2000)
+    grammar: str | None = Field(default=None, max_length=20_000)
     choices: list[Annotated[str, Field(min_length=1, max_length=1000)]] | None = Field(
         default=None, min_length=1, max_length=100
     )
@@ -104,7 +181,7 @@ class ChatRequest(_Body):
         return understood(data)
 
 
-class PlanRequest(_Body):
+class PlanRequest(_Numbers):
     """An image, or its size, whose tiles and tokens are asked for."""
 
     image_url: ImageURL | None = None

@@ -1,0 +1,118 @@
+"""Forms that are grammars: a user's own one, and calls of functions.
+
+A grammar is Lark's, as llguidance reads it; llama.cpp's GBNF is rewritten to it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smolstack.errors import GenerationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_CALLS = 8
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+# What a grammar's word "start" may also be part of, and what it is there: not the rule.
+_WORDS = re.compile(
+    r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/|(?<![\w.$%-])start(?![\w-])'
+)
+
+
+@dataclass(frozen=True)
+class Lark:
+    """A grammar that the whole answer keeps to.
+
+    Attributes:
+        grammar: Lark text whose rule ``start`` is the answer.
+        trigger: text that an answer has to begin with to come under the grammar; one that begins
+            otherwise is free. Empty: every answer comes under it.
+        name: what it is called in errors.
+    """
+
+    grammar: str
+    trigger: str = ""
+    name: str = "grammar"
+
+    def after(self, lead: str) -> str:
+        """The grammar of the lead and an answer after it."""
+        if not lead:
+            return self.grammar
+        body = _WORDS.sub(lambda m: "the_answer" if m[0] == "start" else m[0], self.grammar)
+        maybe = "?" if self.trigger else ""
+        return f"start: {json.dumps(lead)}{maybe} the_answer\n{body}"
+
+
+def read_grammar(grammar: Any, to_lark: Callable[[str], str] | None = None) -> Lark:
+    """A user's grammar, in Lark's form or in GBNF's.
+
+    Raises:
+        GenerationError: it is no text, or cannot be rewritten.
+    """
+    if isinstance(grammar, Lark):
+        return grammar
+    if not isinstance(grammar, str) or not grammar.strip():
+        raise GenerationError(f"grammar is {grammar!r:.80}, expected Lark's or GBNF's rules")
+    if re.search(r"^\s*[\w-]+\s*::=", grammar, re.MULTILINE):
+        grammar = (to_lark or _from_gbnf)(grammar)
+    if not re.search(r"^\s*\??start\s*:", grammar, re.MULTILINE):
+        raise GenerationError("grammar has no rule start, expected one: it is the whole answer")
+    return Lark(grammar)
+
+
+def _from_gbnf(grammar: str) -> str:
+    try:
+        from llguidance.gbnf_to_lark import gbnf_to_lark
+    except ImportError:
+        raise GenerationError(
+            "grammar= needs llguidance: pip install 'smolstack[structured]'"
+        ) from None
+    try:
+        made: str = gbnf_to_lark(grammar)
+    except Exception as error:
+        raise GenerationError(f"grammar cannot be read as GBNF: {error}") from None
+    return made
+
+
+def calls_grammar(
+    functions: Mapping[str, str], *, several: bool, free: bool = False, text: str | None = None
+) -> Lark:
+    """The grammar of an answer that calls functions: ``<tool_call>{"name": …, "arguments": …}``.
+
+    Args:
+        functions: name → the JSON Schema of its arguments, as JSON text.
+        several: whether up to eight calls may follow each other.
+        free: whether an answer may also be text, of any kind.
+        text: with ``free``, the JSON Schema that such a text satisfies, as JSON text.
+    """
+    rules = []
+    for number, (name, schema) in enumerate(functions.items()):
+        head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+        rules.append(f'call_{number}: {head} arguments_{number} "}}"')
+        rules.append(f"arguments_{number}: %json {schema}")
+    one = " | ".join(f"call_{number}" for number in range(len(functions)))
+    rules += [f"one: {one}", r'blank: (" " | "\n")?']
+    begin, end = json.dumps(CALL_BEGIN), json.dumps(CALL_END)
+    rules.append(f"call: {begin} blank one blank {end}")
+    calls = f"call (blank call){{0,{MAX_CALLS - 1}}}" if several else "call"
+    if free and text is not None:
+        rules.append(f"body: %json {text}")
+        rules.insert(0, f"start: {calls} | body")
+        return Lark("\n".join(rules), name="tools")
+    rules.insert(0, f"start: {calls}")
+    return Lark("\n".join(rules), CALL_BEGIN if free else "", "tools")
+
+
+def written(calls: Sequence[tuple[str, Any]]) -> str:
+    """Calls as the text that stands for them in a prompt and in an answer."""
+    return "\n".join(
+        f'{CALL_BEGIN}{{"name": {json.dumps(name)}, "arguments": '
+        f"{arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)}"
+        f"}}{CALL_END}"
+        for name, arguments in calls
+    )

@@ -1,0 +1,179 @@
+"""Function calling: what a request's tools ask of an answer, and how a prompt tells of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from smolstack.generation.grammar import guided
+from smolstack.generation.lark import CALL_BEGIN, CALL_END, Lark, calls_grammar, written
+from smolstack.processor.geometry import Tiling
+from smolstack.processor.processor import Processor, Prompt
+from smolstack.processor.prompt import split_messages
+from smolstack.serve.error_responses import RefusedError
+
+if TYPE_CHECKING:
+    from smolstack.serve.schemas import ChatMessage, ChatRequest, Tool
+
+_FORMS = ("regex", "choices", "grammar")
+_TELLING = (
+    "You can call functions. They are described by these lines of JSON:\n{tools}\n"
+    "To call one, answer with its name and its arguments in this form, and nothing else:\n"
+    f'{CALL_BEGIN}{{{{"name": "the name", "arguments": {{{{}}}}}}}}{CALL_END}'
+)
+
+
+def concerned(request: ChatRequest) -> bool:
+    """Whether a chat's prompt tells of functions, calls or results."""
+    return bool(offered(request)) or any(
+        message.tool_calls or message.role == "tool" for message in request.messages
+    )
+
+
+def offered(request: ChatRequest) -> list[Tool]:
+    """The functions that an answer may call; none where the choice is none.
+
+    Raises:
+        RefusedError: a choice of what is not there, or tools beside a form of the answer.
+    """
+    choice, tools = request.tool_choice, request.tools or []
+    wanted = None if choice is None or isinstance(choice, str) else choice.function.name
+    names = [tool.function.name for tool in tools]
+    if not tools:
+        if wanted is not None or choice == "required":
+            raise RefusedError(
+                400, "tool_choice asks for a call, found no tools", param="tool_choice"
+            )
+        return []
+    if len(set(names)) < len(names):
+        raise RefusedError(400, "two tools have the same name, expected each once", param="tools")
+    if wanted is not None and wanted not in names:
+        raise RefusedError(
+            400,
+            f"tool_choice names the function {wanted!r}, the tools are {', '.join(names)[:300]}",
+            param="tool_choice",
+        )
+    if choice == "none":
+        return []
+    for form in _FORMS:
+        if getattr(request, form) is not None:
+            raise RefusedError(400, f"found {form} beside tools, expected one of them", param=form)
+    if request.stop:
+        raise RefusedError(
+            400, "found stop beside tools: it would cut calls in two; leave one out", param="stop"
+        )
+    return tools if wanted is None else [tool for tool in tools if tool.function.name == wanted]
+
+
+def calls_form(
+    request: ChatRequest, text: Mapping[str, Any] | bool | None, close: Any
+) -> Lark | None:
+    """The form of an answer that may, or has to, call functions; None where none is offered.
+
+    Args:
+        text: the schema of an answer that calls none.
+        close: what closes a schema's objects: one that is asked to be strict, or any.
+    """
+    tools = offered(request)
+    if not tools:
+        return None
+    schemas = {}
+    for number, tool in enumerate(request.tools or []):
+        if tool not in tools:
+            continue
+        found = tool.function.parameters or {"properties": {}}
+        if found.get("type", "object") != "object":
+            raise RefusedError(
+                400,
+                f"tools.{number}.function.parameters has the type {found['type']!r:.50}, "
+                "expected object",
+                param=f"tools.{number}.function.parameters",
+            )
+        schema = close({"type": "object", **found}, tool.function.strict)
+        schemas[tool.function.name] = guided(schema)
+    named = request.tool_choice is not None and not isinstance(request.tool_choice, str)
+    several = request.parallel_tool_calls is not False and not named
+    free = request.tool_choice in (None, "auto")
+    shown = guided(text) if free and text is not None else None
+    return calls_grammar(schemas, several=several, free=free, text=shown)
+
+
+def prepare(
+    processor: Processor,
+    request: ChatRequest,
+    messages: list[dict[str, Any]],
+    tiling: Tiling,
+) -> Prompt:
+    """The prompt of a chat in which functions may be called, or were.
+
+    The chat template is given tools, calls and results where it knows of tools; otherwise they
+    are written as text: tools in the system's message, results as what the user says.
+    """
+    tools = [tool.model_dump(exclude_none=True) for tool in offered(request)]
+    told = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    for text in (told, *_calls_as_text(request)):
+        if processor.markers.image in text:
+            raise RefusedError(
+                400,
+                f"a tool or call holds the text {processor.markers.image}, which marks an image",
+                param="tools",
+            )
+    template = processor.template
+    if template is not None and template.knows_tools:
+        # Roles that only the template knows stand aside while images are taken out of the parts.
+        known = [{**each, "role": "user"} if each["role"] == "tool" else each for each in messages]
+        plain, images = split_messages(known, processor.open_video)
+        for made, each, asked in zip(plain, messages, request.messages, strict=True):
+            made["role"] = each["role"]
+            if asked.tool_calls:
+                made["tool_calls"] = [_for_template(call) for call in asked.tool_calls]
+            if asked.tool_call_id is not None:
+                made["tool_call_id"] = asked.tool_call_id
+        rendered = processor.render(plain, tools=tools or None)
+        return processor.prepare_text(rendered, images, **tiling)
+    plain = [_as_text(*pair) for pair in zip(messages, request.messages, strict=True)]
+    if tools:
+        text = _TELLING.format(tools=told)
+        if plain[0]["role"] == "system":
+            content = plain[0]["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            plain[0] = {
+                "role": "system",
+                "content": [*parts, {"type": "text", "text": f"\n\n{text}"}],
+            }
+        else:
+            plain.insert(0, {"role": "system", "content": text})
+    return processor.prepare(plain, **tiling)
+
+
+def _for_template(call: Any) -> dict[str, Any]:
+    """A call with its arguments as an object, as templates expect them."""
+    made: dict[str, Any] = call.model_dump(exclude_none=True)
+    made["function"]["arguments"] = json.loads(call.function.arguments or "{}")
+    return made
+
+
+def _calls_as_text(request: ChatRequest) -> Iterator[str]:
+    for message in request.messages:
+        yield _calls(message)
+
+
+def _calls(message: ChatMessage) -> str:
+    calls = message.tool_calls or []
+    return written([(call.function.name, call.function.arguments or "{}") for call in calls])
+
+
+def _as_text(plain: dict[str, Any], message: ChatMessage) -> dict[str, Any]:
+    content = plain["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if message.role == "tool":
+        before = {"type": "text", "text": "<tool_response>"}
+        after = {"type": "text", "text": "</tool_response>"}
+        return {"role": "user", "content": [before, *parts, after]}
+    if message.tool_calls:
+        return {
+            "role": "assistant",
+            "content": [*parts, {"type": "text", "text": _calls(message)}],
+        }
+    return plain
