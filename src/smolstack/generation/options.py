@@ -93,6 +93,8 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Read
     stop, circles = options.get("stop", ()), options.get("stop_on_repetition", False)
     forms = ("schema", "regex", "grammar", "choices")
     form = next((name for name in forms if given.get(name) is not None), None)
+    if isinstance(grammar := given.get("grammar"), Lark):
+        form = grammar.name  # what it was asked for by
     rules = read_rules(given, form)
     stopping = Stopping(
         max_new_tokens=options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),

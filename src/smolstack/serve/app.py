@@ -20,7 +20,7 @@ from smolstack.errors import DeadlineError
 from smolstack.generation.engine import Engine
 from smolstack.generation.pools import RankedPool
 from smolstack.processor.decoding_memory import MEMORY
-from smolstack.serve import request_reader, tokens, validation_errors
+from smolstack.serve import functions, request_reader, tokens, validation_errors
 from smolstack.serve.answers import Asking, EventStream, in_thread, unless_gone
 from smolstack.serve.bodies import Bodies
 from smolstack.serve.completions import Completion
@@ -143,7 +143,7 @@ class Server:
             asking.begin(client_of(request, self.settings))
         except Exception as error:
             raise as_refusal(error, self._retry_after()) from None
-        kind = CallingCompletion if body.tools else Completion
+        kind = CallingCompletion if functions.offered(body) else Completion
         completion = kind(body.model or self.settings.name, self.vlm.processor.tokenizer)
         if body.stream:
             return await self._stream(body, request, asking, completion)

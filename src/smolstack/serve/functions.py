@@ -66,6 +66,12 @@ def offered(request: ChatRequest) -> list[Tool]:
     return tools if wanted is None else [tool for tool in tools if tool.function.name == wanted]
 
 
+def characters(request: ChatRequest) -> int:
+    """How much text a prompt holds for functions and calls."""
+    tools = sum(len(_told(tool)) for tool in offered(request))
+    return tools + sum(len(text) for text in _calls_as_text(request))
+
+
 def calls_form(
     request: ChatRequest, text: Mapping[str, Any] | bool | None, close: Any
 ) -> Lark | None:
@@ -111,7 +117,7 @@ def prepare(
     are written as text: tools in the system's message, results as what the user says.
     """
     tools = [tool.model_dump(exclude_none=True) for tool in offered(request)]
-    told = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    told = "\n".join(map(_told, offered(request)))
     for text in (told, *_calls_as_text(request)):
         if processor.markers.image in text:
             raise RefusedError(
@@ -145,6 +151,10 @@ def prepare(
         else:
             plain.insert(0, {"role": "system", "content": text})
     return processor.prepare(plain, **tiling)
+
+
+def _told(tool: Tool) -> str:
+    return json.dumps(tool.function.model_dump(exclude_none=True), ensure_ascii=False)
 
 
 def _for_template(call: Any) -> dict[str, Any]:

@@ -237,6 +237,15 @@ def _message(message: Any) -> Any:
     for name in ("tool_calls", "refusal", "audio", "function_call"):
         if found.get(name) in ([], {}, ""):
             del found[name]
+    if "function_call" in found or found.get("role") == "function":
+        older, newer = (
+            ("function_call", "tool_calls") if "function_call" in found
+            else ("the role function", "the role tool with a tool_call_id")
+        )  # fmt: skip
+        raise RefusedError(
+            400, f"{older} in a message is the older form of calling functions; send {newer}",
+            param="messages",
+        )  # fmt: skip
     if found.get("role") == "assistant":
         found.setdefault("content", "")  # null where the turn was a call, or nothing was said
     if isinstance(found.get("content"), list):

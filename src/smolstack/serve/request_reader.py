@@ -265,9 +265,11 @@ def _check_length(vlm: VLM, request: ChatRequest, settings: ServerSettings) -> N
         for message in request.messages
         for part in ([message.content] if isinstance(message.content, str) else message.content)
     )
+    count += functions.characters(request)
     if count > limit * tokenizer.longest:
         raise ContextLengthError(
-            f"the messages hold {count:,} characters, at most {limit:,} tokens are accepted"
+            f"the messages and tools hold {count:,} characters, at most {limit:,} tokens are "
+            "accepted"
         )
 
 

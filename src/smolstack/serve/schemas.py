@@ -12,6 +12,9 @@ from smolstack.serve.request_fields import understood, without_nulls
 
 _Text = Annotated[str, Field(max_length=2_000_000)]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+# Of a list or an object; pydantic takes true for 1 where it is not told otherwise.
+_Number = Annotated[float, Field(strict=True)]
+_Integer = Annotated[int, Field(strict=True)]
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -156,12 +159,12 @@ class ChatRequest(_Numbers):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[int, Annotated[_Number, Field(ge=-100, le=100)]] | None = Field(
         default=None, max_length=1024
     )
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = Field(default=None, max_length=128)
+    stop_token_ids: list[_Integer] | None = Field(default=None, max_length=128)
     bad_words: list[_Stop] | None = Field(default=None, max_length=128)
     stop_on_repetition: bool = False
     keep_special_tokens: bool = False

@@ -162,4 +162,7 @@ class CallingCompletion(Completion):
 
 
 def _cut_off(answer: Answer) -> bool:
-    return answer.finish_reason == "length" and answer.text.startswith(CALL_BEGIN)
+    """Whether an answer ended within a call, or within the mark that begins one."""
+    begun = answer.text.lstrip()
+    called = begun.startswith(CALL_BEGIN) or (begun != "" and CALL_BEGIN.startswith(begun))
+    return answer.finish_reason == "length" and called
