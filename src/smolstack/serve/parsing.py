@@ -23,9 +23,18 @@ from smolstack.serve.error_responses import RefusedError
 
 MOST_VALUES = 100_000  # of one body
 _LARGE = 2**20
+_DEEPEST = 500  # about where Python's reader gives up
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _SEPARATORS = (b",", b"[", b"{")
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+class TooDeepError(RecursionError):
+    """A body that is nested too deeply, and the place where it is."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(f"nested too deeply at {place}")
+        self.place = place
 
 
 class JsonRequest(Request):
@@ -62,7 +71,9 @@ class JsonRequest(Request):
         content = b"".join([part async for part in self.stream()])
         try:
             self._parsed = await _in_turn(content)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            self._error = TooDeepError(_too_deep(content.decode(errors="replace")))
+        except ValueError as error:
             self._error = error.with_traceback(None)
 
     def forget(self) -> None:
@@ -136,3 +147,19 @@ def _has_many(content: bytes) -> bool:
 
 def _separators(part: bytes) -> int:
     return sum(part.count(each) for each in _SEPARATORS)
+
+
+def line_and_column(body: str, place: int) -> str:
+    """Where a character of a body is."""
+    before = body[:place]
+    return f"line {before.count(chr(10)) + 1}, column {place - (before.rfind(chr(10)) + 1) + 1}"
+
+
+def _too_deep(body: str) -> str:
+    """Where a body's brackets are nested deeper than anything that is asked for here."""
+    depth = 0
+    for found in re.finditer(r'"(?:\\.|[^"\\])*"|[\[{]|[\]}]', body):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth == _DEEPEST:
+            return line_and_column(body, found.start())
+    return line_and_column(body, len(body))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,8 @@ from starlette.exceptions import HTTPException
 
 from smolstack.serve import schemas
 from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.parsing import TooDeepError, line_and_column
 from smolstack.serve.request_fields import ALIASES, HARMLESS, NEUTRAL, nearest
-
-_DEEPEST = 500  # about where Python's reader gives up
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -43,8 +41,8 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         detail = str(error.detail)
-        if isinstance(error.__cause__, RecursionError):
-            place = _too_deep((await request.body()).decode(errors="replace"))
+        if isinstance(error.__cause__, TooDeepError):
+            place = error.__cause__.place
             detail = f"the body is no JSON that can be read: it is nested too deeply at {place}"
         asked = f"{request.method} {request.url.path[:100]}"
         if error.status_code == 404:
@@ -61,22 +59,7 @@ def _no_json(found: Mapping[str, Any], body: Any) -> str:
     place = found["loc"][-1]
     if not isinstance(body, str) or not isinstance(place, int):
         return f"the body is no JSON: {why}"
-    return f"the body is no JSON: {why} at {_line_and_column(body, place)}"
-
-
-def _line_and_column(body: str, place: int) -> str:
-    before = body[:place]
-    return f"line {before.count(chr(10)) + 1}, column {place - (before.rfind(chr(10)) + 1) + 1}"
-
-
-def _too_deep(body: str) -> str:
-    """Where a body's brackets are nested deeper than anything that is asked for here."""
-    depth = 0
-    for found in re.finditer(r'"(?:\\.|[^"\\])*"|[\[{]|[\]}]', body):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
-        if depth == _DEEPEST:
-            return _line_and_column(body, found.start())
-    return _line_and_column(body, len(body))
+    return f"the body is no JSON: {why} at {line_and_column(body, place)}"
 
 
 def _place(steps: Sequence[Any], body: Any) -> list[str]:
