@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_answers_are_those_of_ask_in_any_mixture(
         found, expected = desk.answer(request), alone[which]
         assert found.token_ids == expected.token_ids
         assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
-        assert found.usage == expected.usage
+        assert replace(found.usage, cached_tokens=0) == expected.usage  # of others' prompts
         assert found.parsed == expected.parsed
         assert desk.pieces(request).rstrip() == expected.text
         if expected.probabilities is not None:

@@ -235,7 +235,7 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(tight: Process) -> None:
     assert set(statuses) == {200, 429}
     refused = next(response for response in found if response.status_code == 429)
     assert 1 <= int(refused.headers["Retry-After"]) <= 60
-    assert "at work" in message(refused)
+    assert any(why in message(refused) for why in ("at work", "gave way to cheaper ones"))
     with tight.client("secret") as client:
         made = client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "?"}], max_tokens=2
