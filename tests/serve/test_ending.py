@@ -29,11 +29,6 @@ def test_sigterm_lets_answers_finish(tiny_folder: Any) -> None:
     assert response[0].json()["usage"]["completion_tokens"] == 300
 
 
-def test_a_retrieval_model_is_refused_at_once(retrieval_folder: Any) -> None:
-    with pytest.raises(AssertionError, match="ends in an embedding head and answers nothing"):
-        Process("--model", str(retrieval_folder))
-
-
 def test_an_answer_that_outlasts_the_drain_ends_with_an_error(tiny_folder: Any) -> None:
     with (
         serving("--model", str(tiny_folder), "--drain", "0.01") as server,

@@ -9,7 +9,7 @@ import typer
 
 from smolstack.cli import model_options, options, serve_address
 from smolstack.cli.console import note
-from smolstack.errors import ConfigError, GenerationError
+from smolstack.errors import GenerationError
 
 EXAMPLES = """
 **Examples**
@@ -291,11 +291,6 @@ def serve(
             mmproj=mmproj,
             images=image_cache,
         )
-        if vlm.config.embedding_dim is not None:
-            raise ConfigError(
-                f"{vlm.folder} ends in an embedding head and answers nothing, expected a language "
-                "model; smolstack map --embed retrieval and smolstack search are for it"
-            )
         scheme = "http" if certificate is None else "https"
         shown = f"[{host}]" if ":" in host else host
         place = f"{scheme}://{shown}:{listener.getsockname()[1]}" if uds is None else f"unix:{uds}"

@@ -263,6 +263,7 @@ class EngineCore:
                 continue
             request.vectors = outcome.value[row].clone()
             self._leave(request)
+            request.tell(Update())
 
     def _take_decoded(self, plan: StepPlan, outcome: Outcome[Tensor]) -> None:
         if not plan.decode:

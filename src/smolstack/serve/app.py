@@ -20,7 +20,7 @@ from smolstack.errors import DeadlineError
 from smolstack.generation.engine import Engine
 from smolstack.generation.pools import RankedPool
 from smolstack.processor.decoding_memory import MEMORY
-from smolstack.serve import functions, request_reader, tokens, validation_errors
+from smolstack.serve import embeddings, functions, request_reader, tokens, validation_errors
 from smolstack.serve.answers import Asking, EventStream, in_thread, unless_gone
 from smolstack.serve.bodies import Bodies
 from smolstack.serve.completions import Completion
@@ -119,6 +119,7 @@ class Server:
         app.get("/v1/models", responses={401: _ERRORS[401]})(self.models)
         app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: {}})(self.one_model)
         app.post("/plan", response_model=None, **errors)(self.plan)  # type: ignore[arg-type]
+        embeddings.add_route(app, self.vlm, self.settings, self.engine, self.readers, errors=errors)
         tokens.add_routes(app, self.vlm, self.settings, self.readers, errors)
         app.get("/health", responses={503: _ERRORS[503]})(self.health)
         app.get("/version")(self.version)

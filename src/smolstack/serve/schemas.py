@@ -18,12 +18,12 @@ _Integer = Annotated[int, Field(strict=True)]
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     # Nothing is ignored: what is harmless was taken out by names.understood.
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class _Numbers(_Body):
+class _Numbers(Body):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -33,19 +33,19 @@ class _Numbers(_Body):
         return value
 
 
-class ImageURL(_Body):
+class ImageURL(Body):
     """An image: a data URL, or the address of one where that is allowed."""
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class TextPart(_Body):
+class TextPart(Body):
     type: Literal["text"]
     text: _Text
 
 
-class ImagePart(_Body):
+class ImagePart(Body):
     type: Literal["image_url"]
     image_url: ImageURL
 
@@ -53,7 +53,7 @@ class ImagePart(_Body):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class CalledFunction(_Body):
+class CalledFunction(Body):
     name: _Name
     arguments: _Text = "{}"
 
@@ -67,13 +67,13 @@ class CalledFunction(_Body):
         return text
 
 
-class ToolCall(_Body):
+class ToolCall(Body):
     id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: _Text | Annotated[list[Part], Field(min_length=1, max_length=1000)]
     tool_calls: list[ToolCall] | None = Field(default=None, max_length=100)
@@ -88,41 +88,41 @@ class ChatMessage(_Body):
         return self
 
 
-class Function(_Body):
+class Function(Body):
     name: _Name
     description: str = ""
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(_Body):
+class Tool(Body):
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Body):
+class NamedFunction(Body):
     name: str
 
 
-class NamedTool(_Body):
+class NamedTool(Body):
     type: Literal["function"]
     function: NamedFunction
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = False
     continuous_usage_stats: Literal[False] = False
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     name: str = "answer"
     description: str = ""
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
@@ -204,7 +204,7 @@ class PlanRequest(_Numbers):
         return found
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """A text as it is (``prompt``, or ``content`` as llama.cpp has it), or a chat (``messages``),
     whose tokens are asked for."""
 
@@ -223,7 +223,7 @@ class TokenizeRequest(_Body):
         )  # fmt: skip
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """Tokens whose text is asked for."""
 
     model: str = ""
