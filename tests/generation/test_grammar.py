@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import smolstack
 from smolstack.errors import ContextLengthError, GenerationError, SmolstackError
-from smolstack.generation.grammar import POINTS_IN_A_ROW, Regex, closed
+from smolstack.generation.constraint import POINTS_IN_A_ROW
+from smolstack.generation.grammar import Regex, closed
 
 IMAGE = Path(__file__).parent.parent.parent / "examples" / "number.png"
 QUESTION = "What does it say?"

@@ -11,8 +11,9 @@ import torch
 from smolstack.errors import ContextLengthError, GenerationError
 from smolstack.generation.answer import Answer, Timings, TokenLogprob, Usage
 from smolstack.generation.choices import probabilities
+from smolstack.generation.constraint import Constraint
 from smolstack.generation.detokenizer import TextStream
-from smolstack.generation.grammar import Choices, Constraint, Schema
+from smolstack.generation.grammar import Choices, Schema
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.sampling import Sampler
 from smolstack.generation.stopping import FinishReason, Stopping

@@ -9,7 +9,8 @@ from time import perf_counter
 from smolstack.batch import VisualTokens
 from smolstack.errors import ConfigError
 from smolstack.generation.choices import continuations
-from smolstack.generation.grammar import Choices, Constraint, Grammars
+from smolstack.generation.constraint import Constraint
+from smolstack.generation.grammar import Choices, Grammars
 from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.lark import Lark
 from smolstack.generation.options import ReadOptions

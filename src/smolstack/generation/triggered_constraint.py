@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from smolstack.generation.grammar import Constraint
+from smolstack.generation.constraint import Constraint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -18,7 +18,7 @@
 #define ABI_VERSION 1
 
 #define CHUNK 128  // positions that one part of attention looks at
-// What Python does not go beyond (model/step.py): channels of a head, and of all query heads that
+// What Python does not go beyond (backends/cpu/decoder.py): channels of a head, and of all query heads that
 // share a key.
 #define MOST_WIDTH 512
 #define MOST_QUERIES 16384

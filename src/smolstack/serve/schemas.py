@@ -19,7 +19,7 @@ _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Body(BaseModel):
-    # Nothing is ignored: what is harmless was taken out by names.understood.
+    # Nothing is ignored: what is harmless was taken out by request_fields.understood.
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
