@@ -405,16 +405,20 @@ INLINE void sum_pairs(int rows, int panels, const char *x, int64_t stride, const
     }
 }
 #else
-// One row of floats times a panel of bfloat16 weights, a step being two numbers of the row.
-INLINE void sum_widened(const float *x, const char *w, int64_t steps, Floats *total) {
-    Floats even = splat(0), odd = splat(0);
+// One row of floats times panels of bfloat16 weights, a step being two numbers of the row. The order
+// is that of multiply_singles, so that a row alone and one of many come out the same.
+INLINE void sum_widened(int panels, const float *x, const char *w, int64_t apart, int64_t steps,
+                        Floats *total) {
+    UNROLL for (int p = 0; p < panels; p++) total[p] = splat(0);
     for (int64_t s = 0; s < steps; s++) {
-        Ints both = load_bytes(w + s * STEP_BYTES);
-        prefetch(w + s * STEP_BYTES + AHEAD);
-        even = fma_lanes(from_bits(left(both, 16)), splat(x[2 * s]), even);
-        odd = fma_lanes(from_bits(and_int(both, (int32_t)0xffff0000)), splat(x[2 * s + 1]), odd);
+        Floats first = splat(x[2 * s]), second = splat(x[2 * s + 1]);
+        UNROLL for (int p = 0; p < panels; p++) {
+            Ints both = load_bytes(w + p * apart + s * STEP_BYTES);
+            prefetch(w + p * apart + s * STEP_BYTES + AHEAD);
+            total[p] = fma_lanes(first, from_bits(left(both, 16)), total[p]);
+            total[p] = fma_lanes(second, from_bits(and_int(both, (int32_t)0xffff0000)), total[p]);
+        }
     }
-    *total = add(even, odd);
 }
 
 // Panels of bfloat16 weights to panels of floats, a step being one number.
@@ -493,11 +497,22 @@ __attribute__((noinline)) void put_tile(const Target *t, int64_t rows, int64_t p
         PUT(ROWS, PANELS)                                                                       \
     }
 #else
-static void pairs_1_1(const Target *t, int64_t row, int64_t channel) {
-    Floats total[1][1];
-    const float *x = (const float *)(t->x->numbers + row * t->x->stride);
-    sum_widened(x, panel_of(t->linear, channel), steps_of(BFLOAT16, t->linear->in), total[0]);
-    PUT(1, 1)
+// A block of one row, two panels at a time: a sum waits for the one before it.
+static void multiply_one_row(const Target *t, int64_t to) {
+    int64_t steps = steps_of(BFLOAT16, t->linear->in), end = (to + PANEL - 1) / PANEL, panels;
+    const float *x = (const float *)t->x->numbers;
+    for (int64_t panel = t->from / PANEL; panel < end; panel += panels) {
+        const char *w = panel_of(t->linear, panel * PANEL);
+        float sums[2 * LANES] __attribute__((aligned(64)));
+        Floats total[2];
+        panels = least(2, end - panel);
+        if (panels == 2)
+            sum_widened(2, x, w, steps * STEP_BYTES, steps, total);
+        else
+            sum_widened(1, x, w, steps * STEP_BYTES, steps, total);
+        for (int64_t p = 0; p < panels; p++) store(sums + p * LANES, total[p]);
+        put_tile(t, 1, panels, 0, panel * PANEL, sums);
+    }
 }
 
 // All rows of a block by panels that are widened once for them.
@@ -525,8 +540,6 @@ BYTES(bytes, 0, 1, 1) BYTES(fine, 1, 1, 1) NIBBLES(1)
 #if PAIR_PRODUCTS
 PAIRS(1, 1) PAIRS(8, 1) PAIRS(8, 2) PAIRS(8, 3)
 static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_8_1, pairs_8_2, pairs_8_3};
-#else
-static Tile *const PAIR_TILES[] = {pairs_1_1};
 #endif
 #if defined(VECTOR_512)
 BYTES(bytes, 0, 8, 1) BYTES(bytes, 0, 8, 2) BYTES(bytes, 0, 8, 3) BYTES(fine, 1, 8, 1) NIBBLES(8)
@@ -562,20 +575,22 @@ void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t 
         multiply_lanes(&target, to);
         return;
     }
-#if !PAIR_PRODUCTS
-    if (linear->kind == BFLOAT16 && x->rows > 1) {
-        multiply_widened(&target, to);
-        return;
-    }
-#endif
-    Tile *const *tiles = PAIR_TILES;
-    int64_t high = PAIR_ROWS;  // where PAIR_PRODUCTS are missing, this is one row
-    int most = PAIR_PANELS;
-    if (linear->kind == INT8) {
-        tiles = linear->fine ? FINE_TILES : INT8_TILES;
-        high = INT8_ROWS, most = linear->fine ? 1 : INT8_PANELS;
-    } else if (linear->kind == INT4)
+    Tile *const *tiles = linear->fine ? FINE_TILES : INT8_TILES;
+    int64_t high = INT8_ROWS;
+    int most = linear->fine ? 1 : INT8_PANELS;
+    if (linear->kind == INT4)
         tiles = INT4_TILES, high = INT4_ROWS, most = 1;  // wider tiles spill their sums
+    if (linear->kind == BFLOAT16) {
+#if PAIR_PRODUCTS
+        tiles = PAIR_TILES, high = PAIR_ROWS, most = PAIR_PANELS;
+#else
+        if (x->rows == 1)
+            multiply_one_row(&target, to);
+        else
+            multiply_widened(&target, to);
+        return;
+#endif
+    }
     int64_t end = (to + PANEL - 1) / PANEL;
     for (int64_t panel = from / PANEL; panel < end;) {
         int count = x->rows == 1 ? 1 : next_panels(most, end - panel);
