@@ -1,8 +1,8 @@
-"""Whether a model is plainly transformers' own: only then may smolstack compute in its place.
+"""Whether a model is an unmodified transformers model, which smolstack can compute.
 
-People change models: they exchange layers (quantized, fake-quantized, an activation of their own),
-hang hooks on them, put a function in the place of ``forward``, train with dropout. Whatever is not
-exactly what transformers builds from the config is left to transformers' own forward pass.
+Users modify models: they replace layers (quantized, fake-quantized, with a custom activation),
+register hooks, replace ``forward``, or train with dropout. Anything that differs from what
+transformers builds from the config is left to transformers' own forward pass.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _DROPOUTS = ("attention_dropout", "dropout")
 
 
 def is_watched(part: nn.Module) -> bool:
-    """Whether somebody else's hook waits for this module, or its forward pass was replaced.
+    """Return whether a module has a foreign hook, or its forward pass was replaced.
 
-    transformers' own hooks collect states and attentions for calls that ask for them; those calls
+    transformers' own hooks collect states and attentions for calls that request them; such calls
     run on transformers' own modules anyway.
     """
     own = vars(part)
@@ -35,12 +35,12 @@ def is_watched(part: nn.Module) -> bool:
 
 
 def watched_everywhere() -> bool:
-    """Whether somebody's hook waits for every module of the process."""
+    """Return whether there are global module hooks in this process."""
     return any(_of_others(vars(torch_modules).get(name)) for name in _GLOBAL)
 
 
 def drops(base: nn.Module) -> bool:
-    """Whether a forward pass of a model in training leaves out attention at random."""
+    """Return whether a model in training mode uses attention dropout."""
     return any(
         part.training and any(_positive(getattr(part, name, 0.0)) for name in _DROPOUTS)
         for part in base.modules()
@@ -48,17 +48,17 @@ def drops(base: nn.Module) -> bool:
 
 
 def identity(base: nn.Module) -> tuple[Hashable, ...]:
-    """What changes when modules, their classes, parameters or hooks are exchanged."""
+    """Return a value that changes when modules, their classes, parameters or hooks are replaced."""
     parts = list(base.modules())
     watched = watched_everywhere() or any(map(is_watched, parts))
     return (watched, *map(id, parts), *map(type, parts), *map(id, base.parameters()))
 
 
 def is_plain(base: Any) -> bool:
-    """Whether every module has exactly the class that transformers gives it, and no hooks.
+    """Return whether every module has the class that transformers gives it, and no hooks.
 
     Args:
-        base: an Idefics3Model or SmolVLMModel of transformers, or of a class derived from one.
+        base: transformers' Idefics3Model or SmolVLMModel, or a derived class.
     """
     if watched_everywhere() or any(map(is_watched, base.modules())):
         return False
@@ -68,7 +68,7 @@ def is_plain(base: Any) -> bool:
 
 
 def _classes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, set[type]]:
-    """The classes of modules by name, all layers taken together; the model's own is left out."""
+    """Return the classes of modules by name, with all layers merged, without the model's own class."""
     found: dict[str, set[type]] = {}
     for name, part in modules:
         if name:
@@ -77,7 +77,9 @@ def _classes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, set[type]]:
 
 
 def _reference(base: Any) -> nn.Module:
-    """The model that transformers builds from the same config, a layer a tower, without values."""
+    """Return the model that transformers builds from the same config, with one layer per tower, on
+    the meta device.
+    """
     config = copy.deepcopy(base.config)
     for part in (config.text_config, config.vision_config):
         part.num_hidden_layers = 1
