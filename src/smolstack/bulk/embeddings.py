@@ -128,7 +128,9 @@ class Pages(_Kept):
 
 
 def shape_of(vlm: VLM) -> str:
-    """Describe a model's shape as text; vectors of models with different shapes cannot be compared."""
+    """Describe a model's shape as text; vectors of models with different shapes cannot be
+    compared.
+    """
     text = vlm.config.text
     return f"{text.num_layers} layers of {text.hidden_size}, vectors of {vlm.config.embedding_dim}"
 

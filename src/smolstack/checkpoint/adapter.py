@@ -262,7 +262,9 @@ def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
 
 
 def _parted(name: str) -> tuple[str, str | None]:
-    """Split a tensor's name into its layer and its role in the adapter (None: a complete weight)."""
+    """Split a tensor's name into its layer and its role in the adapter (None: a complete
+    weight).
+    """
     found = re.fullmatch(rf"(.+)\.(?:({LOW}|{HIGH})\.weight|({MAGNITUDE})(?:\.weight)?)", name)
     if found is not None:
         return found[1], found[2] or found[3]

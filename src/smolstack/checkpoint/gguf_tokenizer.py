@@ -1,4 +1,6 @@
-"""Builds a tokenizer from a GGUF file's metadata: byte-level BPE, as the models of the family use."""
+"""Builds a tokenizer from a GGUF file's metadata: byte-level BPE, as the models of the family
+use.
+"""
 
 from __future__ import annotations
 

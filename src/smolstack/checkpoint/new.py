@@ -114,7 +114,9 @@ def random_model(
 
 
 def side_files(preset: Preset, config: ModelConfig) -> dict[str, bytes]:
-    """Return the processor's files: preprocessing, tokenizer, chat template, generation defaults."""
+    """Return the processor's files: preprocessing, tokenizer, chat template, generation
+    defaults.
+    """
     family = "SmolVLM" if config.model_type.startswith("smol") else "Idefics3"
     tokens = preset.tokens
     image = preset.settings.to_hf(f"{family}Processor")

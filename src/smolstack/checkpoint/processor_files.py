@@ -1,4 +1,6 @@
-"""Builds a checkpoint's processor and its settings from the small files, without weights or torch."""
+"""Builds a checkpoint's processor and its settings from the small files, without weights or
+torch.
+"""
 
 from __future__ import annotations
 

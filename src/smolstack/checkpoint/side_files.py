@@ -91,7 +91,9 @@ def meaning(files: CheckpointFiles) -> dict[str, Any]:
 
 
 def _config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return config.json with the values that smolstack reads, in the form that smolstack writes."""
+    """Return config.json with the values that smolstack reads, in the form that smolstack
+    writes.
+    """
     try:
         known = ModelConfig.from_hf(raw).to_hf()
     except SmolstackError:

@@ -66,7 +66,7 @@ def settle_head(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfi
 
 
 def expected_weights(config: ModelConfig) -> dict[str, Tensor]:
-    """Return all weights by checkpoint name, without values: those of a model on the meta device."""
+    """Return all weights by checkpoint name, without values (on the meta device)."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     embedding = config.embedding_dim is not None

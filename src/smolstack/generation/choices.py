@@ -130,7 +130,9 @@ class Scoring:
 
 
 def _passes(choices: Sequence[Sequence[int]], rows: int, tokens: int) -> Iterator[ScoringPass]:
-    """Yield passes of adjacent choices that fit; a choice that is too large is a pass of its own."""
+    """Yield passes of adjacent choices that fit; a choice that is too large is a pass of its
+    own.
+    """
     some: list[int] = []
     for row, ids in enumerate(choices):
         longest = max(len(choices[each]) for each in [*some, row])
@@ -153,7 +155,9 @@ def _parts(
 
 
 def probabilities(log_probabilities: Sequence[float]) -> list[float]:
-    """Return the probability of each choice, given that the answer is one of them; they sum to 1."""
+    """Return the probability of each choice, given that the answer is one of them; they sum
+    to 1.
+    """
     highest = max(log_probabilities)
     weights = [math.exp(value - highest) for value in log_probabilities]
     total = sum(weights)

@@ -79,7 +79,9 @@ class ImageQueue:
         return prepared
 
     def add(self, prepared: PreparedImage, request: Request) -> VisualTokens | None:
-        """Let a request wait for an image; return its visual tokens if they are already available."""
+        """Let a request wait for an image; return its visual tokens if they are already
+        available.
+        """
         if prepared.key not in self._images:
             known = self.cache.get(prepared.key)
             if known is not None:

@@ -1,4 +1,6 @@
-"""The image stage: opens and preprocesses images, queues their tiles, and collects visual tokens."""
+"""The image stage: opens and preprocesses images, queues their tiles, and collects visual
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ class ImageStage:
                     request.images[place] = known
 
     def take(self, tiles: Sequence[PendingTile], visual: Tensor) -> list[Request]:
-        """Store the visual tokens of a micro-batch; return the requests with a newly encoded image."""
+        """Store the visual tokens of a micro-batch; return the requests with a newly encoded
+        image.
+        """
         found = []
         for key, (tokens, requests) in self.queue.complete(tiles, visual).items():
             for request in requests:

@@ -58,7 +58,9 @@ class Sampler:
             self.generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor, allowed: Tensor | None = None) -> int:
-        """Return the next token, from logits (V,); ``allowed`` (V,) bool excludes the other tokens."""
+        """Return the next token, from logits (V,); ``allowed`` (V,) bool excludes the other
+        tokens.
+        """
         logits = logits.float()
         if self.seen is not None:
             self.seen = self.seen.to(logits.device)
@@ -91,7 +93,9 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Apply temperature, top-k, top-p, min-p, in this order; dropped tokens get −inf: (V,) → (V,)."""
+    """Apply temperature, top-k, top-p, min-p, in this order; dropped tokens get −inf: (V,) →
+    (V,).
+    """
     likeliest = logits == logits.max()
     logits = logits / sampling.temperature
     if not bool(logits.max().isfinite()):  # overflow at a very low temperature: only these remain

@@ -23,7 +23,9 @@ def miniature(
     text_head: int = 8,
     max_positions: int | None = None,
 ) -> Preset:
-    """Return a preset with heads of the given widths and a vocabulary of about a thousand tokens."""
+    """Return a preset with heads of the given widths and a vocabulary of about a thousand
+    tokens.
+    """
     tokens = _pack(preset.tokens)
     config = preset.config
     vision = replace(
@@ -58,7 +60,9 @@ def miniature(
 
 
 def _pack(tokens: SpecialTokens) -> SpecialTokens:
-    """Return special tokens with consecutive ids after the ordinary ones, in their published order."""
+    """Return special tokens with consecutive ids after the ordinary ones, in their published
+    order.
+    """
     ordered = sorted(tokens.ids, key=lambda token: tokens.ids[token])
     return replace(
         tokens, ids={token: ORDINARY_TOKENS + place for place, token in enumerate(ordered)}

@@ -86,7 +86,9 @@ class RetrievalReference(nn.Module):
 
 
 def load_model(folder: str | Path, dtype: str = "float32", attention: str | None = None) -> Any:
-    """Return transformers' model of a checkpoint folder, with "sdpa" or "eager" attention if given."""
+    """Return transformers' model of a checkpoint folder, with "sdpa" or "eager" attention if
+    given.
+    """
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
     options = {} if attention is None else {"attn_implementation": attention}

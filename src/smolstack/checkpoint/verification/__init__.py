@@ -1,1 +1,1 @@
-"""Checks whether a checkpoint is complete and its files are consistent, for ``smolstack verify``."""
+"""Checks that a checkpoint is complete and its files are consistent (``smolstack verify``)."""

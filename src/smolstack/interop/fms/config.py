@@ -1,4 +1,6 @@
-"""Converts configs between the Foundation Model Stack's form and smolstack's, in both directions."""
+"""Converts configs between the Foundation Model Stack's form and smolstack's, in both
+directions.
+"""
 
 # No postponed annotations: FMS's ModelConfig.load finds nested configs by their classes.
 from dataclasses import dataclass, field

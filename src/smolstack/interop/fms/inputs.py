@@ -1,4 +1,6 @@
-"""Reads the image arguments of a call for the packer, and converts a Batch for FMS's ``generate``."""
+"""Reads the image arguments of a call for the packer, and converts a Batch for FMS's
+``generate``.
+"""
 
 from __future__ import annotations
 

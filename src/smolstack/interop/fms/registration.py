@@ -1,4 +1,6 @@
-"""Registers Idefics3 with the Foundation Model Stack: variants, adapters, Hugging Face interfaces."""
+"""Registers Idefics3 with the Foundation Model Stack: variants, adapters, Hugging Face
+interfaces.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ class VisionTower(SiglipVisionHeadless):  # type: ignore[misc]
 
 
 def _spread(seen: Tensor, side: int) -> Tensor:
-    """Return position ids (N, H·W) of tiles whose filled patches are true in ``seen``, (N, H, W)."""
+    """Return position ids (N, H·W) of tiles whose filled patches are true in ``seen``, (N, H,
+    W).
+    """
     high, wide = seen.any(dim=2).sum(dim=1), seen.any(dim=1).sum(dim=1)
     rows = torch.arange(seen.shape[1], device=seen.device) * side // high[:, None]
     columns = torch.arange(seen.shape[2], device=seen.device) * side // wide[:, None]

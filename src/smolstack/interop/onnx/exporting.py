@@ -126,7 +126,9 @@ def count_steps(dtypes: Sequence[str | Precision]) -> int:
 def write_graph(
     name: str, precision: Precision, path: Path, model: VisionLanguageModel, edge: int
 ) -> None:
-    """Write one of NAMES to ``path``; weights beyond protobuf's limit are written to ``path``_data."""
+    """Write one of NAMES to ``path``; weights beyond protobuf's limit are written to
+    ``path``_data.
+    """
     weights = Weights(model.state_dict())
     external = _bytes_of(name, precision, model) > graphs.MAX_INLINE_BYTES
     data = path.with_name(f"{path.name}_data") if external else None
@@ -159,7 +161,9 @@ def _bytes_of(name: str, precision: Precision, model: VisionLanguageModel) -> in
 
 
 def _side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Return the processor's files, with the chat template also where transformers.js expects it."""
+    """Return the processor's files, with the chat template also where transformers.js expects
+    it.
+    """
     files = checkpoint.files
     side = complete_side_files(files, checkpoint.config, checkpoint.processor.settings)
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **files.tokenizer_config}
@@ -172,7 +176,9 @@ def _side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _prompt(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the text before and after a question about an image; None if it cannot be determined."""
+    """Return the text before and after a question about an image; None if it cannot be
+    determined.
+    """
     processor = checkpoint.processor
     text = processor.render([user_message(1, _QUESTION)])
     before, _, after = text.partition(_QUESTION)

@@ -25,7 +25,9 @@ IMAGES: tuple[tuple[tuple[int, int], str, bool], ...] = (
 
 
 def sample_image(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Return waves, an edge and noise in one of Pillow's modes; palettes have a transparent color."""
+    """Return waves, an edge and noise in one of Pillow's modes; palettes have a transparent
+    color.
+    """
     random = np.random.default_rng(seed)
     rows, cols = np.mgrid[0 : size[1], 0 : size[0]]
     waves = 127 + 110 * np.sin(rows / 9 + seed) * np.cos(cols / 13)

@@ -68,7 +68,9 @@ def is_plain(base: Any) -> bool:
 
 
 def _classes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, set[type]]:
-    """Return the classes of modules by name, with all layers merged, without the model's own class."""
+    """Return the classes of modules by name, with all layers merged, without the model's own
+    class.
+    """
     found: dict[str, set[type]] = {}
     for name, part in modules:
         if name:
