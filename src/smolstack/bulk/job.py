@@ -133,7 +133,7 @@ def map_images(
     source = open_input(images, image_column, id_column, options.get("password"))
     vlm = model if isinstance(model, VLM) else None
     if isinstance(model, VLM):
-        where = model.where
+        where = model.model_path
     else:
         where = locate(model, revision, base=base, mmproj=mmproj)
     work = Work(

@@ -15,7 +15,7 @@ const char *sources(void) { return SMOLSTACK_SOURCES; }
 int64_t struct_bytes(int64_t which) {
     static const int64_t BYTES[] = {sizeof(Linear), sizeof(Stored),  sizeof(Norm),
                                     sizeof(EncoderLayer), sizeof(Encoder), sizeof(Layer),
-                                    sizeof(Decoder), sizeof(Place)};
+                                    sizeof(Decoder), sizeof(CacheSlot)};
     return which >= 0 && which < (int64_t)(sizeof BYTES / sizeof *BYTES) ? BYTES[which] : 0;
 }
 

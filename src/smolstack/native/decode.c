@@ -14,7 +14,7 @@
 typedef struct {
     const Decoder *d;
     int64_t rows, parts, threads;
-    const Place *place;
+    const CacheSlot *slot;
     void *const *keys, *const *values;  // (rows, layers)
     // Shared between threads: states, q k v of all rows, parts of attention, the gated MLP.
     float *x, *mixed, *partial, *inner, *turns;
@@ -101,9 +101,9 @@ static void attention(const Step *s, const Share *share, int64_t layer) {
     int64_t all = (d->heads + 2 * d->kv_heads) * width;
     for (int64_t item = share->thread; item < s->rows * d->kv_heads * s->parts; item += s->threads) {
         int64_t part = item % s->parts, head = item / s->parts % d->kv_heads;
-        int64_t row = item / s->parts / d->kv_heads, past = s->place[row].past;
-        int64_t begin = s->place[row].first + part * CHUNK, end = least(begin + CHUNK, past + 1);
-        int64_t base = head * s->place[row].capacity;
+        int64_t row = item / s->parts / d->kv_heads, past = s->slot[row].past;
+        int64_t begin = s->slot[row].first + part * CHUNK, end = least(begin + CHUNK, past + 1);
+        int64_t base = head * s->slot[row].capacity;
         void *keys = s->keys[row * d->layers + layer], *values = s->values[row * d->layers + layer];
         const float *turns = s->turns + row * width, *mixed = s->mixed + row * all;
         float query[MOST_QUERIES], key[MOST_WIDTH];
@@ -126,7 +126,7 @@ static void join_rows(const Step *s, const Share *share) {
     const Decoder *d = s->d;
     int64_t group = d->heads / d->kv_heads, width = d->head_dim, slot = width + 2;
     for (int64_t row = 0; row < s->rows; row++) {
-        int64_t seen = s->place[row].past + 1 - s->place[row].first;
+        int64_t seen = s->slot[row].past + 1 - s->slot[row].first;
         int64_t parts = (seen + CHUNK - 1) / CHUNK;
         for (int64_t h = 0; h < d->heads; h++) {
             int64_t at = (row * d->kv_heads + h / group) * s->parts * group + h % group;
@@ -188,11 +188,11 @@ static float *take(char **memory, int64_t floats) {
 //   embeddings (rows, hidden), logits (rows, head.out); keys, values (rows, layers): buffers of
 //   (kv_heads, capacity, head_dim) each.
 // Returns 0, or 1 when memory runs out.
-int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const *keys,
+int decode_step(const Decoder *d, int64_t rows, const CacheSlot *slot, void *const *keys,
                 void *const *values, const float *embeddings, float *logits, int threads) {
     int64_t width = d->head_dim, parts = 1;
     for (int64_t row = 0; row < rows; row++) {
-        int64_t own = (place[row].past - place[row].first) / CHUNK + 1;
+        int64_t own = (slot[row].past - slot[row].first) / CHUNK + 1;
         parts = own > parts ? own : parts;
     }
     int64_t wide = d->heads * width > d->intermediate ? d->heads * width : d->intermediate;
@@ -204,7 +204,7 @@ int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const 
     char *memory = malloc((size_t)(shared * 4 + 512 + own * threads)), *at;
     if (!memory) return 1;
     at = (char *)rounded_up((int64_t)(intptr_t)memory, 64);
-    Step step = {d, rows, parts, 1, place, keys, values, 0, 0, 0, 0, 0};
+    Step step = {d, rows, parts, 1, slot, keys, values, 0, 0, 0, 0, 0};
     step.x = take(&at, rows * d->hidden);
     step.mixed = take(&at, rows * (d->heads + 2 * d->kv_heads) * width);
     step.inner = take(&at, rows * d->intermediate);
@@ -213,7 +213,7 @@ int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const 
     memcpy(step.x, embeddings, (size_t)(rows * d->hidden) * 4);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t i = 0; i < width / 2; i++) {
-            float angle = (float)(place[row].past - place[row].first) * d->frequencies[i];
+            float angle = (float)(slot[row].past - slot[row].first) * d->frequencies[i];
             step.turns[row * width + i] = cosf(angle);
             step.turns[row * width + width / 2 + i] = sinf(angle);
         }

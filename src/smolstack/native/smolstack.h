@@ -74,7 +74,7 @@ typedef struct {
 // Where a sequence stands: tokens held, room for them, and the first one that may be seen.
 typedef struct {
     int64_t past, capacity, first;
-} Place;
+} CacheSlot;
 
 // A layer of the vision tower, and the tower between patch embedding and last norm.
 typedef struct {

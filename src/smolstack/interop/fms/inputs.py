@@ -49,7 +49,7 @@ def split_images(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 def read_tiles(
     pixel_values: Tensor,
-    places: Sequence[int],
+    image_tokens: Sequence[int],
     tokens_per_tile: int,
     patch: int,
     *,
@@ -62,7 +62,7 @@ def read_tiles(
     Args:
         pixel_values: (N, 3, P, P), the tiles of all rows one after another, or (B, most, 3, P, P)
             as from transformers' processors, in which rows with fewer tiles are padded.
-        places: image tokens of each row.
+        image_tokens: image tokens of each row.
         tokens_per_tile: S.
         patch: pixels of a patch's side.
         pixel_attention_mask: shape of pixel_values without channels; true where there is image.
@@ -78,7 +78,7 @@ def read_tiles(
             f"pixel_values have shape {tuple(pixel_values.shape)}, expected (N, 3, P, P) or "
             "(B, tiles, 3, P, P)"
         )
-    counts = [count // tokens_per_tile for count in places]
+    counts = [count // tokens_per_tile for count in image_tokens]
     if tiles_per_sequence is not None:
         counts = [int(count) for count in tiles_per_sequence]
     mask = pixel_attention_mask

@@ -249,16 +249,16 @@ class Idefics3(nn.Module):
         self, input_ids: Tensor, images: dict[str, Any]
     ) -> tuple[Tensor, tuple[int, ...]]:
         """Return visual tokens (N, S, D) and tiles per row, after checking the counts."""
-        places = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+        found = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
         visual: Tensor | None = images.get("visual_tokens")
         if visual is not None:
             given = images.get("tiles_per_sequence")
-            counts = [n // visual.shape[1] for n in places] if given is None else given
+            counts = [n // visual.shape[1] for n in found] if given is None else given
             return visual, tuple(int(n) for n in counts)
         rows, columns = self.vision_tower.grid_of(images["pixel_values"])
         per_tile = (rows // self.config.scale) * (columns // self.config.scale)
         tiles: Tiles = read_tiles(
-            places=places,
+            image_tokens=found,
             tokens_per_tile=per_tile,
             patch=self.config.vision_config.patch_size,
             **images,
@@ -268,8 +268,8 @@ class Idefics3(nn.Module):
 
     def _splice(self, input_ids: Tensor, visual: Tensor, counts: Sequence[int]) -> Tensor:
         image = self.config.image_token_id
-        places = packer.locate(input_ids, image, counts, visual.shape[1])
-        return packer.splice(self.embedding(input_ids), places, visual.to(input_ids.device))
+        positions = packer.locate(input_ids, image, counts, visual.shape[1])
+        return packer.splice(self.embedding(input_ids), positions, visual.to(input_ids.device))
 
     def _divide(self, strategy: Any) -> None:
         """Check that tensor parallelism can split the decoder, and split the tower if possible."""

@@ -61,5 +61,5 @@ def embed(
     counts = [len(part) for part in pooled]
     if len(counts) != len(input_ids):
         counts = (input_ids == engine.config.image_token_id).sum(dim=1).tolist()
-    places = packer.locate(input_ids, engine.config.image_token_id, counts, 1)
-    return packer.splice(embeddings, places, visual[:, None])
+    positions = packer.locate(input_ids, engine.config.image_token_id, counts, 1)
+    return packer.splice(embeddings, positions, visual[:, None])
