@@ -68,7 +68,7 @@ class AnswerOptions(Tiling, total=False):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The validated options, by purpose."""
+    """The same options, checked, by what they are for."""
 
     sampling: Sampling
     stopping: Stopping

@@ -129,7 +129,7 @@ class RequestMaker:
         return self.grammars(options.stopping.eos_token_ids).compile(structure)
 
     def grammars(self, eos_token_ids: tuple[int, ...]) -> Grammars:
-        """Return grammars over this checkpoint's vocabulary, for answers with these end tokens."""
+        """Grammars over this checkpoint's vocabulary, for answers that these tokens end."""
         if eos_token_ids not in self._grammars:
             self._grammars[eos_token_ids] = Grammars(
                 self.processor.tokenizer,

@@ -1,9 +1,9 @@
 """Caches the outputs of a frozen vision tower on disk, by image content.
 
-The connector concatenates s² patches before the projection. The tower's output is cached in this
-form, which has the same size, and in the dtype of the projection's input (bfloat16 under bfloat16
-autocast, which is half the size and exact). If the connector is frozen too, its smaller outputs are
-cached instead.
+The connector folds s² patches into one visual token before it projects them. Folded or not, the
+tower's output has the same size; it is kept folded, in the number format that the projection reads
+it in (under bfloat16 autocast that is bfloat16, half the size and exact). When the connector is
+frozen too, its outputs are kept instead, which are smaller.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class FrozenTower:
     with and without a cache.
 
     Args:
-        model: a model whose vision tower is frozen.
-        processor: preprocesses images.
-        projected: the connector is frozen too, and its outputs are cached.
+        model: its vision tower is frozen.
+        processor: cuts images.
+        projected: the connector is frozen as well and part of what is kept.
         autocast: compute in bfloat16.
         cache: the folder of the cache, or None to compute every time.
 

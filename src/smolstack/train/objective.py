@@ -39,13 +39,13 @@ class AnswerLoss(nn.Module):
         if visual is not None and not batch.images:
             unused, visual = visual, None
         if visual is not None:
-            positions = packer.locate(
+            places = packer.locate(
                 batch.token_ids,
                 model.config.image_token_id,
                 batch.tiles_per_sequence,
                 visual.shape[1],
             )
-            embeddings = packer.splice(embeddings, positions, visual)
+            embeddings = packer.splice(embeddings, places, visual)
         states = model.decoder(embeddings)[:, :-1]
         wanted = batch.labels[:, 1:]
         carrying = wanted != IGNORED

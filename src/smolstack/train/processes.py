@@ -22,9 +22,8 @@ from smolstack.errors import ConfigError
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.train.objective import AnswerLoss
 
-PATIENCE = datetime.timedelta(
-    hours=6
-)  # timeout of the other processes while the first evaluates and saves
+# Timeout of the other processes while the first one evaluates and saves.
+PATIENCE = datetime.timedelta(hours=6)
 
 _trainings = itertools.count()  # counts runs in this process, equal in all processes
 
