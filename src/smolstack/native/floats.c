@@ -1,18 +1,19 @@
-// Weights of float32 as they lie in a checkpoint, (out, in), for the few rows of a decode step.
+// Products with float32 weights in the checkpoint's layout, (out, in), for the few rows of a decode
+// step.
 #include "simd.h"
 #include "smolstack.h"
 
-#define FAR 1536  // bytes of weights fetched ahead of their use
+#define FAR 1536  // prefetch distance in bytes
 
-// What is left of a row after whole vectors; rare, so it is kept out of the tiles.
+// The remainder of a row after whole vectors; rare, so it is a separate function.
 static __attribute__((noinline)) float rest(const float *x, const float *w, int64_t from,
                                             int64_t to, float sum) {
     for (int64_t i = from; i < to; i++) sum += x[i] * w[i];
     return sum;
 }
 
-// ROWS rows of x by CHANNELS rows of the weight, summed in registers; a row's result does not depend
-// on the tile that it is computed in.
+// ROWS rows of x by CHANNELS rows of the weight, accumulated in registers; a row's result does not
+// depend on the tile.
 INLINE void tile(int rows, int channels, const Linear *linear, const float *x, int64_t x_stride,
                  int64_t channel, float *out, int64_t stride) {
     const float *w = (const float *)linear->weight + channel * linear->in;

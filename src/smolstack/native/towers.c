@@ -33,7 +33,7 @@ int encode_tiles(const Encoder *e, int64_t tiles, int64_t patches, float *x, int
     return (int)failed;
 }
 
-// Queries and keys of (rows, q + k + v) turned by their positions, keys and values into the cache.
+// Applies RoPE to queries and keys of (rows, q + k + v), and writes keys and values to the cache.
 static void place_rows(const Decoder *d, int64_t rows, const CacheSlot *slot, const float *turns,
                        float *mixed, void *keys, void *values, int threads) {
     int64_t width = d->head_dim, all = (d->heads + 2 * d->kv_heads) * width;
@@ -50,8 +50,8 @@ static void place_rows(const Decoder *d, int64_t rows, const CacheSlot *slot, co
     }
 }
 
-// One sequence's new rows: into its cache, then over all that the cache holds of it. Padding before
-// the first token does not take part: positions count from there.
+// Writes one sequence's new rows to its cache, then attends over the cache. Padding before the
+// first token is excluded: positions are counted from the first token.
 static int attend_sequence(const Decoder *d, int64_t rows, const CacheSlot *slot, const float *turns,
                            float *mixed, void *keys, void *values, float *seen, int threads) {
     int64_t width = d->head_dim, size = d->cache == CACHE_FLOAT32 ? 4 : 2;
@@ -69,8 +69,8 @@ static int attend_sequence(const Decoder *d, int64_t rows, const CacheSlot *slot
 
 // The next counts[s] tokens of every sequence through all layers, in place, into their caches: x
 // (all tokens, hidden), sequence after sequence; keys, values (sequences, layers): buffers of
-// (kv_heads, capacity, head_dim). All share each layer's weights while they are at hand; none
-// changes another's result.
+// (kv_heads, capacity, head_dim). The sequences share each layer's weights while they are in
+// cache; none affects another's result.
 // Returns 1 when memory runs out, else 0.
 int prefill_rows(const Decoder *d, int64_t sequences, const int64_t *counts, const CacheSlot *slot,
                  void *const *keys, void *const *values, float *x, int threads) {
