@@ -52,7 +52,9 @@ def train(
         int | None,
         typer.Option(min=1, help="Number of CPU threads. Default: torch's."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but the result.")
+    ] = False,
 ) -> None:
     """Train a connector, a text tower, a whole model or adapters according to a recipe.
 
