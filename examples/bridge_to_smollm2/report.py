@@ -55,8 +55,8 @@ def divergence(plain: VLM, vlm: VLM, chats: list[dict[str, Any]]) -> float:
         question = plain.processor.prepare(_text(row, 0)).token_ids
         answer = plain.processor.tokenizer.encode(_text(row, 1), special=False)
         batch = plain.processor.batch([Prompt("", (*question, *answer), (), ())])
-        places = slice(len(question) - 1, len(question) + len(answer))
-        one, other = (m.model(batch)[0, places].log_softmax(-1) for m in (plain, vlm))
+        positions = slice(len(question) - 1, len(question) + len(answer))
+        one, other = (m.model(batch)[0, positions].log_softmax(-1) for m in (plain, vlm))
         total += float((one.exp() * (one - other)).sum())
         tokens += one.shape[0]
     return total / max(1, tokens)

@@ -191,8 +191,8 @@ def train_text_tower(
         visual = torch.stack([page.cells for page in pages]) @ own  # (B, tiles, S, D)
         visual = visual + torch.randn_like(visual) * own.detach().std() * 0.3
         embeddings = model.decoder.embedding(ids)
-        places = (ids[0] == config.image_token_id).nonzero().flatten()
-        embeddings = embeddings.index_copy(1, places, visual.flatten(1, 2))
+        positions = (ids[0] == config.image_token_id).nonzero().flatten()
+        embeddings = embeddings.index_copy(1, positions, visual.flatten(1, 2))
         logits = model.logits(model.decoder(embeddings)[:, start - 1 : -1])
         labels = ids[:, start:]
         loss = functional.cross_entropy(

@@ -84,14 +84,14 @@ class VLM(PageEmbedder):
         processor: ``vlm.processor(prompts)`` gives a Batch.
         config: sizes of both towers and the connector.
         folder: where the checkpoint was loaded from; for GGUF the language model's file.
-        where: the same, with an adapter's base or a GGUF model's vision tower.
+        model_path: the same, with an adapter's base or a GGUF model's vision tower.
         eos_token_ids: tokens that end an answer.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model, self.processor = checkpoint.model, checkpoint.processor
         self.config, self.folder = checkpoint.config, checkpoint.files.folder
-        self.where = checkpoint.where or ModelPath(self.folder)
+        self.model_path = checkpoint.where or ModelPath(self.folder)
         self.eos_token_ids = checkpoint.eos_token_ids
         self._files = checkpoint.files
         self._images = ImageCache(self.model)

@@ -16,10 +16,10 @@ IMAGE = 9
 def test_every_row_is_filled_in_order() -> None:
     # Two tiles of two tokens in row 0, none in row 1, one tile in row 2.
     token_ids = torch.tensor([[1, 9, 9, 2, 9, 9, 3], [1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 9, 9, 2, 3]])
-    places = locate(token_ids, IMAGE, [2, 0, 1], tokens_per_tile=2)
+    positions = locate(token_ids, IMAGE, [2, 0, 1], tokens_per_tile=2)
     embeddings = torch.zeros(3, 7, 1)
     visual = torch.arange(1.0, 7.0).view(3, 2, 1)
-    merged = splice(embeddings, places, visual)
+    merged = splice(embeddings, positions, visual)
     assert merged.squeeze(-1).tolist() == [
         [0, 1, 2, 0, 3, 4, 0],
         [0, 0, 0, 0, 0, 0, 0],
@@ -55,11 +55,11 @@ def test_the_row_at_fault_is_named_even_when_the_total_is_right() -> None:
 
 
 def test_visual_tokens_of_another_width_are_refused() -> None:
-    places = locate(torch.tensor([[9, 9]]), IMAGE, [1], 2)
+    positions = locate(torch.tensor([[9, 9]]), IMAGE, [1], 2)
     with pytest.raises(AlignmentError, match="visual tokens are 3 wide, text embeddings 4"):
-        splice(torch.zeros(1, 2, 4), places, torch.zeros(1, 2, 3))
-    with pytest.raises(AlignmentError, match="4 visual tokens for 2 places"):
-        splice(torch.zeros(1, 2, 4), places, torch.zeros(2, 2, 4))
+        splice(torch.zeros(1, 2, 4), positions, torch.zeros(1, 2, 3))
+    with pytest.raises(AlignmentError, match="4 visual tokens for 2 positions"):
+        splice(torch.zeros(1, 2, 4), positions, torch.zeros(2, 2, 4))
 
 
 @given(st.data())

@@ -104,9 +104,9 @@ def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_a_structure_of_another_size_is_refused(tmp_path: Path) -> None:
     source = (NATIVE / "about.c").read_text(encoding="utf-8")
     other = tmp_path / "about.c"
-    other.write_text(source.replace("sizeof(Place)", "sizeof(Place) + 8"), encoding="utf-8")
+    other.write_text(source.replace("sizeof(CacheSlot)", "sizeof(CacheSlot) + 8"), encoding="utf-8")
     made = compiled(tmp_path, f"-I{NATIVE}", str(other))
-    with pytest.raises(KernelError, match="takes Place to have 32 bytes, expected 24"):
+    with pytest.raises(KernelError, match="takes CacheSlot to have 32 bytes, expected 24"):
         native.Library(made)
 
 

@@ -1,4 +1,4 @@
-"""Bulk work: a folder or a table of images in, a table of answers or embeddings out.
+"""Bulk jobs: process a folder or a table of images into a table of answers or embeddings.
 
 >>> from smolstack.bulk import map_images
 >>> map_images("photos", "What does it say?", out="answers.parquet")

@@ -1,4 +1,4 @@
-"""Batches by planned token count: what is padded and what is held at once stay small."""
+"""Forms batches by planned token count, to limit padding and memory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from smolstack.bulk.rows import Row
 from smolstack.errors import BulkError
 
 DEFAULT_BATCH_TOKENS, DEFAULT_BATCH_ROWS = 4096, 16
-_HELD_BYTES = 64 * 2**20  # image files that are held while they are sorted
-_PADDED = 4  # a row is padded by less than one in so many of its batch's longest
+_HELD_BYTES = 64 * 2**20  # image files held in memory while they are sorted
+_PADDED = 4  # padding of a row is less than 1/_PADDED of the batch's longest row
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a batch may become.
+    """The maximum size of a batch.
 
     Attributes:
-        tokens: prompt tokens, padding included; an image that needs more goes alone.
+        tokens: prompt tokens, padding included; an image that needs more is a batch of its own.
         rows: images.
     """
 
@@ -33,14 +33,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Planned:
-    """A row and the tokens that asking about its image takes."""
+    """A row and the number of tokens of its prompt."""
 
     row: Row
     tokens: int
 
 
 def chunks(rows: Iterable[Row], held_bytes: int = _HELD_BYTES) -> Iterator[list[Row]]:
-    """Rows in pieces that hold no more than so many bytes of images (and at least one row)."""
+    """Yield chunks of rows with at most the given bytes of images (and at least one row)."""
     some: list[Row] = []
     held = 0
     for row in rows:
@@ -55,9 +55,9 @@ def chunks(rows: Iterable[Row], held_bytes: int = _HELD_BYTES) -> Iterator[list[
 
 
 def batches(planned: Sequence[Planned], limits: Limits) -> Iterator[list[Planned]]:
-    """Rows of nearly the same length together, the longest first.
+    """Yield batches of rows with similar length, longest first.
 
-    Too little memory then shows at the beginning, not after hours.
+    If memory is insufficient, the job therefore fails at the beginning.
     """
     some: list[Planned] = []
     for entry in sorted(planned, key=lambda entry: -entry.tokens):

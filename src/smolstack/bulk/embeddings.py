@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 _DTYPES = {"float32": (torch.float32, pa.float32()), "float16": (torch.float16, pa.float16())}
 RETRIEVAL = "retrieval"
 KINDS = ("tokens", "mean", RETRIEVAL)
-EMBED = "smolstack.embed"  # in the metadata of a table of pages: that it is one,
-SHAPE = "smolstack.shape"  # and the shape of the model that made it
+EMBED = "smolstack.embed"  # metadata keys of a table of pages: that it is one,
+SHAPE = "smolstack.shape"  # and the shape of the model that created it
 
 
 class _Kept(ImageTask):
-    """One row of numbers for each image: what both kinds of embeddings share."""
+    """Base of both kinds of embeddings: one array of numbers per image."""
 
     records = 1
 
@@ -45,11 +45,11 @@ class _Kept(ImageTask):
         )
 
     def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
-        """The type of an embedding."""
+        """Return the type of the embedding column."""
         raise NotImplementedError
 
     def embedding(self, request: Request) -> Tensor:
-        """The embedding of one row, whose request is finished."""
+        """Return the embedding of a row whose request is finished."""
         raise NotImplementedError
 
     def plan(self, row: Row) -> int:
@@ -77,10 +77,10 @@ class _Kept(ImageTask):
 
 
 class Embeddings(_Kept):
-    """Visual tokens of every image, or their mean: what the decoder would read.
+    """Visual tokens of every image, as the decoder would read them, or their mean.
 
-    ``embedding`` is a list of n·S lists of D numbers (its tiles in reading order, the whole
-    image last), or with kind "mean" one list of D numbers.
+    ``embedding`` is a list of n·S lists of D numbers (tiles in reading order, the global tile
+    last), or with kind "mean" a list of D numbers.
     """
 
     kind = "visual tokens"
@@ -104,7 +104,7 @@ class Embeddings(_Kept):
 
 
 class Pages(_Kept):
-    """Late-interaction vectors of every page, by a retrieval model.
+    """Late-interaction vectors of every page, from a retrieval model.
 
     ``embedding`` is a list of T lists of E numbers.
     """
@@ -128,13 +128,15 @@ class Pages(_Kept):
 
 
 def shape_of(vlm: VLM) -> str:
-    """A model's shape in words; vectors of models of different shapes cannot be compared."""
+    """Describe a model's shape as text; vectors of models with different shapes cannot be
+    compared.
+    """
     text = vlm.config.text
     return f"{text.num_layers} layers of {text.hidden_size}, vectors of {vlm.config.embedding_dim}"
 
 
 def check_embedding(kind: str, dtype: str) -> None:
-    """Refuse a kind or a number format that embeddings do not have."""
+    """Raise an error if a kind of embedding or its dtype is not supported."""
     if kind not in KINDS:
         raise BulkError(f"embed is {kind!r}, expected one of {list(KINDS)}")
     if dtype not in _DTYPES:

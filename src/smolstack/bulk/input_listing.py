@@ -1,7 +1,7 @@
-"""The input as it is read again and again: Parquet, any window of it without what lies before.
+"""Random access to the input by windows, through Parquet files.
 
-A folder, a glob, a CSV or JSONL file is listed once when a job begins, so that a resumed job sees
-the same rows even if the folder has grown. Parquet files are read where they are.
+A folder, a glob, a CSV or JSONL file is listed once when a job starts, so that a resumed job sees
+the same rows even if the folder has changed. Parquet files are read directly.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _SCHEMA = pa.schema(
         (_ERROR, pa.string()),
     ]
 )
-_ROWS_AT_ONCE = 16  # rows that are held while a file of images is read
+_ROWS_AT_ONCE = 16  # rows held while reading a file that contains images
 
 
 def write_listing(path: Path, rows: Iterator[Row], window: int) -> int:
-    """Write the rows of an input, one row group per window; how many there are."""
+    """Write the rows of an input, one row group per window; return the number of rows."""
     count = 0
-    # Paths stand there as bytes: a file's name need not be text.
+    # Paths are stored as bytes: file names are not necessarily valid text.
     with pq.ParquetWriter(path, _SCHEMA) as writer:
         while some := list(islice(rows, window)):
             data = [
@@ -53,13 +53,13 @@ def write_listing(path: Path, rows: Iterator[Row], window: int) -> int:
 
 
 def listed(path: Path) -> ParquetFiles:
-    """A listing, as Parquet files are read."""
+    """Return a listing as Parquet files."""
     return ParquetFiles((path,), Columns(_IMAGE, _ID, _ERROR))
 
 
 @dataclass
 class _Group:
-    """A row group: its file, its place in it, and the input's rows that it holds."""
+    """A row group: its file, its index in the file, and its rows of the input."""
 
     file: Path
     number: int
@@ -67,10 +67,10 @@ class _Group:
 
 
 class RowReader:
-    """Rows of Parquet files by their place.
+    """Reads rows of Parquet files by index.
 
-    Going on from where the last window ended costs nothing; anything else starts at the row group
-    that holds the first row asked for.
+    Reading the window after the previous one continues where it ended; any other window starts at
+    the row group that contains its first row.
     """
 
     def __init__(self, source: ParquetFiles) -> None:
@@ -90,7 +90,7 @@ class RowReader:
         return self.rows
 
     def read(self, window: Window) -> Iterator[Row]:
-        """The rows of a window, in order."""
+        """Yield the rows of a window, in order."""
         here = next((g for g in self.groups if window.start < g.rows.stop), None)
         near = here is not None and self._place >= here.rows.start
         if self._place > window.start or not near:
@@ -103,14 +103,14 @@ class RowReader:
                 yield row
 
     def _read(self, start: int) -> Iterator[Row]:
-        """All rows from the row group that begins at ``start``."""
+        """Yield all rows from the row group that begins at ``start``."""
         wanted = self.source.columns
         columns = [name for name in (wanted.image, wanted.id, wanted.error) if name is not None]
         index = start
         for group in self.groups:
             if group.rows.start < start:
                 continue
-            # Buffered and not read ahead: a row group may hold gigabytes of images.
+            # Buffered, without read-ahead: a row group may hold gigabytes of images.
             with pq.ParquetFile(group.file, buffer_size=2**20, pre_buffer=False) as opened:
                 batches = opened.iter_batches(
                     _ROWS_AT_ONCE, row_groups=[group.number], columns=columns, use_threads=False

@@ -1,4 +1,4 @@
-"""IMAGES: a folder, a glob, a table or a list, as a stream of rows that is never held whole."""
+"""IMAGES: a folder, glob, table or list as a stream of rows, never completely in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from smolstack.processor.folders import PassedOver, search
 from smolstack.processor.pages import SUFFIXES, TIFF_SUFFIXES, count_pages, page_of
 
 ImageInputs: TypeAlias = "str | Path | Sequence[str | Path | bytes]"
-# What a folder is searched for; a glob or a table takes whatever it names.
+# Suffixes for searching folders; globs and tables may name any file.
 IMAGE_SUFFIXES = frozenset([*formats.SUFFIXES, *SUFFIXES])
 _MAGIC = "*?["
 _log = logging.getLogger("smolstack")
@@ -37,7 +37,7 @@ _log = logging.getLogger("smolstack")
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """Parquet files that are read where they are."""
+    """Parquet files that are read directly."""
 
     files: tuple[Path, ...]
     columns: Columns
@@ -45,12 +45,12 @@ class ParquetFiles:
 
 @dataclass(frozen=True)
 class Input:
-    """What a job reads.
+    """The input of a job.
 
     Attributes:
-        identity: what must be the same when the job is resumed, as plain data.
-        rows: makes the stream of rows; None for Parquet files, which need no list of their own.
-        parquet: those Parquet files, or None.
+        identity: plain data that must be the same when the job is resumed.
+        rows: returns the stream of rows; None for Parquet files, which need no listing.
+        parquet: the Parquet files, or None.
     """
 
     identity: dict[str, Any]
@@ -64,13 +64,13 @@ def open_input(
     id_column: str | None = None,
     password: str | None = None,
 ) -> Input:
-    """Look at IMAGES far enough to refuse what cannot be read; nothing is listed yet.
+    """Check that IMAGES can be read, without listing it.
 
     Args:
-        password: of locked PDF files, whose pages are counted.
+        password: password of encrypted PDF files, whose pages are counted.
 
     Raises:
-        BulkError: nothing is there, or a table has no column of images.
+        BulkError: there are no images, or a table has no column of images.
     """
     if not isinstance(images, (str, Path)):
         return _from_list(images, password)
@@ -103,10 +103,10 @@ def open_input(
 
 
 def walk(folder: Path, password: str | None = None) -> Iterator[Row]:
-    """The images of a folder and its sub-folders in the order of their names.
+    """Yield the images of a folder and its subfolders in the order of their names.
 
-    Hidden files and folders are no part of it. What else is passed over (files of other kinds,
-    links to nothing and to folders) is counted, and said at the end by a warning.
+    Hidden files and folders are ignored. Other skipped entries (files of other kinds, broken links,
+    links to folders) are counted and reported in a warning at the end.
     """
     root, over = folder.absolute(), PassedOver()
     found = search(root, IMAGE_SUFFIXES, over)
@@ -117,7 +117,7 @@ def walk(folder: Path, password: str | None = None) -> Iterator[Row]:
 
 
 def _rows(files: Iterable[tuple[str, str]], password: str | None) -> Iterator[Row]:
-    """A row for each image of some (names, paths), and for each page of a file with pages."""
+    """Yield a row per image of the given (name, path) pairs, and per page of files with pages."""
     index = 0
     for name, path in files:
         for row in _pages(index, name, path, password):
@@ -174,7 +174,7 @@ def _from_tables(
 ) -> Input:
     where = str(files[0])
     names = _schema(files).names if kind == ".parquet" else column_names(files[0])
-    plain = kind in (".jsonl", ".ndjson") and not names  # lines of plain paths
+    plain = kind in (".jsonl", ".ndjson") and not names  # one path per line
     if plain:
         _no_columns(image_column, id_column, f"{where} has no JSON object")
     columns = None if plain else choose_columns(where, names, image_column, id_column)
@@ -198,7 +198,7 @@ def _from_tables(
 
 
 def _schema(files: list[Path]) -> pa.Schema:
-    """The columns of the first Parquet file, once all of them are known to be some."""
+    """Return the columns of the first Parquet file, after checking that all files are Parquet."""
     schemas = []
     for file in files:
         try:

@@ -35,11 +35,11 @@ ENGINES = ("embedded", "ray")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands.
+    """The progress of a job.
 
     Attributes:
-        done: images whose results are kept, those of earlier runs included.
-        kept: those of earlier runs.
+        done: images with saved results, including earlier runs.
+        kept: images done by earlier runs.
         total: images of the input.
     """
 
@@ -50,14 +50,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished job wrote.
+    """The result of a finished job.
 
     Attributes:
         out: the output file.
         images: rows of the input.
         rows: rows of the output: one per image and question.
-        bad_images: those whose rows hold an error.
-        kept: images that an earlier run had done.
+        bad_images: images whose rows contain an error.
+        kept: images done by earlier runs.
     """
 
     out: Path
@@ -91,37 +91,37 @@ def map_images(
     on_progress: Callable[[Progress], None] | None = None,
     **options: Unpack[AnswerOptions],
 ) -> Summary:
-    """Ask questions about many images, or embed them; the results become one file.
+    """Ask questions about many images, or embed them, and write the results to one file.
 
-    A job that was cut off goes on where it was when it is called again in the same way: what is
-    done stands in the folder ``OUT.parts`` until the output is complete. Rows stand in the order
-    of the input; an image that cannot be read is a row with its error. Answers are those of
-    :meth:`smolstack.VLM.ask`, however they are batched.
+    An interrupted job continues when it is called again with the same arguments: results are kept
+    in the folder ``OUT.parts`` until the output is complete. Rows are in the order of the input; an
+    image that cannot be read results in a row with its error. Answers are those of
+    :meth:`smolstack.VLM.ask`, independent of batching.
 
     Args:
         images: a folder (with its sub-folders), a glob, an image, a JSONL, CSV or Parquet file
             (or a glob of them) of paths or bytes, or a list of paths and bytes.
-        questions: a question or several; each image is encoded once for all of them.
+        questions: one or more questions; each image is encoded once for all of them.
         out: the output, .parquet, .jsonl or .csv.
-        model, revision, base, mmproj, dtype, device: as for :func:`smolstack.load`; or a loaded
-            VLM.
+        model, revision, base, mmproj, dtype, device: as for :func:`smolstack.load`; ``model`` may
+            also be a loaded VLM.
         embed: instead of questions, "tokens" for all visual tokens of an image, "mean" for
             their mean, or "retrieval" for the vectors of a retrieval model (ColSmol), which
             :func:`smolstack.bulk.search_pages` searches.
         embed_dtype: "float32" or "float16".
-        image_column, id_column: columns of a table, where their names do not say it.
-        batch_tokens: prompt tokens of a batch at most, padding included.
-        batch_rows: images of a batch at most.
-        window: images that are sorted into batches and stored together.
+        image_column, id_column: columns of a table, if they cannot be recognized by name.
+        batch_tokens: maximum prompt tokens per batch, padding included.
+        batch_rows: maximum images per batch.
+        window: number of images that are sorted into batches and stored together.
         engine: "embedded" (this process) or "ray" (Ray Data; its workers must see the same files).
-        workers: processes of engine "ray"; one unless given.
-        restart: forget what an earlier run did, and replace the output.
-        on_progress: called now and then.
+        workers: processes of engine "ray"; default: one.
+        restart: discard earlier results and replace the output.
+        on_progress: called repeatedly with the progress.
         **options: as for :meth:`smolstack.VLM.ask`.
 
     Raises:
-        BulkError: naming what is wrong with the input, the output or the kept state; a full disk
-            too, and then nothing that was answered is lost.
+        BulkError: the input, the output or the saved state is invalid; the disk is full (finished
+            results are kept).
         SmolstackError: as :func:`smolstack.load` and :meth:`smolstack.VLM.ask` do.
     """
     asked = (questions,) if isinstance(questions, str) else tuple(questions)
@@ -133,7 +133,7 @@ def map_images(
     source = open_input(images, image_column, id_column, options.get("password"))
     vlm = model if isinstance(model, VLM) else None
     if isinstance(model, VLM):
-        where = model.where
+        where = model.model_path
     else:
         where = locate(model, revision, base=base, mmproj=mmproj)
     work = Work(
@@ -155,7 +155,7 @@ def map_images(
         try:
             if parts.begun and not restart:
                 check_same(parts, settings)
-            # Everything that can be refused is refused before the first file is written.
+            # All checks are made before the first file is written.
             here = work if engine == "embedded" else replace(work, device="cpu")
             task = here.task(vlm)
             if restart or not parts.begun:
@@ -179,7 +179,7 @@ def map_images(
 
 
 class _Job:
-    """A job that was begun: what is left of it, and its end."""
+    """A started job: its remaining work, and its end."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class _Job:
                 )
             return self._merge(task)
         except OSError as error:
-            # By its number: pyarrow's own text is long and varies.
+            # By number: pyarrow's message is long and varies.
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise BulkError(
                 f"{error.filename or self.parts.folder}: {reason}; "
@@ -257,7 +257,7 @@ class _Job:
 
 
 def _begin(parts: Parts, source: Input, settings: Mapping[str, Any], window: int) -> None:
-    """List the images and say what the job is."""
+    """List the images and write the job's settings."""
     if source.rows is not None:
         count = write_listing(parts.listing, source.rows(), window)
     else:

@@ -1,4 +1,4 @@
-"""Through the windows of a job: images are loaded in a thread while the model works."""
+"""Processes the windows of a job: a thread loads images while the model runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _END = object()
 
 @dataclass
 class _Step:
-    """Loaded rows of a window, or the end of it (None)."""
+    """Loaded rows of a window, or its end (None)."""
 
     window: Window
     journal: Journal
@@ -37,10 +37,10 @@ def work_through(
     limits: Limits,
     done: Callable[[int], None],
 ) -> None:
-    """Answer every row of some windows that has no results yet, and finish the windows.
+    """Process every row without results in the given windows, and finish the windows.
 
     Args:
-        done: called with the number of rows after each batch, once their results are kept.
+        done: called with the number of rows of each batch once their results are saved.
     """
     with contextlib.closing(load_ahead(_steps(pending, reader, task, parts, limits))) as steps:
         for step in steps:
@@ -68,20 +68,20 @@ def _steps(
 
 
 def _plan(rows: Iterable[Row], task: Task) -> tuple[list[Planned], list[tuple[Row, str]]]:
-    """The tokens that each row takes, and the rows whose images cannot even be planned."""
+    """Return the token count of each row, and the rows whose images cannot be planned."""
     planned, bad = [], []
     for row in rows:
         try:
             planned.append(Planned(row, task.plan(row)))
-        except Exception as error:  # a decoder may raise anything about a damaged file
+        except Exception as error:  # decoders raise many exception types for damaged files
             bad.append((row, sentence(error)))
     return planned, bad
 
 
 def load_ahead(items: Iterable[T], depth: int = 1) -> Generator[T, None, None]:
-    """The same items, made in a thread while the last one is used; ``depth`` may wait.
+    """Yield the items, produced in a thread while the previous one is used; up to ``depth`` wait.
 
-    Closing it ends the thread; an exception comes out here.
+    Closing the generator ends the thread; exceptions of the thread are raised here.
     """
     ready: queue.Queue[object] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -93,7 +93,7 @@ def load_ahead(items: Iterable[T], depth: int = 1) -> Generator[T, None, None]:
                 ready.put(item)
                 if stopped.is_set():
                     return
-        except BaseException as error:  # whatever it is, it belongs to the thread that waits
+        except BaseException as error:  # re-raised in the waiting thread
             failed.append(error)
         ready.put(_END)
 
@@ -108,5 +108,5 @@ def load_ahead(items: Iterable[T], depth: int = 1) -> Generator[T, None, None]:
         stopped.set()
         while thread.is_alive():
             with contextlib.suppress(queue.Empty):
-                ready.get(timeout=0.05)  # make room for what the thread still wants to hand over
+                ready.get(timeout=0.05)  # make room, so that the thread can finish
             thread.join(0)

@@ -1,4 +1,4 @@
-"""The output file, its format by its suffix: written beside its place, then renamed into it."""
+"""The output file, whose suffix selects the format: written as a temporary file, then renamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from smolstack.errors import BulkError
 
-_GROUP_BYTES = 64 * 2**20  # results that are held while a Parquet row group grows
+_GROUP_BYTES = 64 * 2**20  # results held in memory per Parquet row group
 
 
 class _Writer(Protocol):
@@ -22,7 +22,7 @@ class _Writer(Protocol):
 
 
 def check_output(out: Path, *, lists: bool) -> None:
-    """Refuse a place that cannot be written, before any work.
+    """Raise an error if the output cannot be written, before any work.
 
     Args:
         lists: whether the output has columns of lists, which CSV cannot hold.
@@ -41,7 +41,7 @@ def check_output(out: Path, *, lists: bool) -> None:
 
 
 def write_output(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], beside: Path) -> None:
-    """Write tables one after another to ``beside``, then rename it to ``out``."""
+    """Write tables to the file ``beside``, then rename it to ``out``."""
     with _FORMATS[out.suffix](beside, schema) as writer:
         for table in tables:
             writer.write(table)
@@ -49,7 +49,7 @@ def write_output(out: Path, schema: pa.Schema, tables: Iterable[pa.Table], besid
 
 
 class _Parquet:
-    """Row groups of a size that readers like, from the smaller tables that come."""
+    """Collects small tables into row groups of a suitable size."""
 
     def __init__(self, writer: pq.ParquetWriter) -> None:
         self.writer, self.waiting, self.bytes = writer, list[pa.Table](), 0
@@ -85,7 +85,7 @@ def _parquet(path: Path, schema: pa.Schema) -> Iterator[_Writer]:
 
 @contextmanager
 def _jsonl(path: Path, schema: pa.Schema) -> Iterator[_Writer]:
-    # A lone surrogate, which JSON may spell and UTF-8 may not, must not end a long job.
+    # A lone surrogate is allowed in JSON but not in UTF-8; it must not end a long job.
     with path.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
         yield _Jsonl(file)
 

@@ -1,13 +1,13 @@
-"""What a job has done so far, on disk: nothing answered is lost, nothing is answered twice.
+"""The saved state of a job: an interrupted job loses no results and repeats no work.
 
-Beside the output stands a folder ``OUT.parts``:
+A folder ``OUT.parts`` next to the output contains:
 
-    settings.json                 what the job is; written last when it begins
-    listing.parquet               its images in order (not for Parquet input, read where it is)
-    rows-000000000512.journal     a window's results as they come, one checked record per batch
-    rows-000000000512.parquet     a finished window, complete or not there
+    settings.json                 the job's settings; written last when the job starts
+    listing.parquet               its images in order (not for Parquet input)
+    rows-000000000512.journal     the results of an unfinished window, a checked record per batch
+    rows-000000000512.parquet     a finished window, always complete
 
-A process that is killed leaves at most one torn record, which is cut off when the job goes on.
+A killed process leaves at most one incomplete record, which is removed when the job continues.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from smolstack.bulk.rows import Window
 from smolstack.errors import BulkError
 from smolstack.output_files import take_lock, whole_file
 
-ROW = "row"  # the column of every result that says which row of the input it is about
+ROW = "row"  # column with the index of the input row
 _HEADER = struct.Struct("<QI")  # bytes of a record, their CRC-32
 _SETTINGS, _LISTING, _LOCK = "settings.json", "listing.parquet", "lock"
 
 
 class Journal:
-    """The results of a window that is not finished yet, in the order they came.
+    """The results of an unfinished window, in the order of their completion.
 
-    Opening it cuts off a record that was torn when a process was killed.
+    Opening it removes a record that was left incomplete by a killed process.
 
     Attributes:
-        done: rows of the input whose results it holds.
+        done: rows of the input with results in the journal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class Journal:
             os.truncate(path, end)
 
     def append(self, results: pa.RecordBatch) -> None:
-        """Write the results of one batch; once this returns, a killed process has kept them."""
+        """Write the results of a batch; after this returns, they survive a killed process."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, results.schema) as writer:
             writer.write_batch(results)
@@ -68,12 +68,12 @@ class Journal:
         self.done.update(results.column(ROW).to_pylist())
 
     def read(self) -> list[pa.RecordBatch]:
-        """All results held."""
+        """Return all results."""
         return [batch for _, batch in _records(self.path)] if self.path.exists() else []
 
 
 def _records(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The whole records of a journal, each with the place where it ends."""
+    """Yield the complete records of a journal, each with its end offset."""
     end = 0
     with path.open("rb") as file:
         while len(header := file.read(_HEADER.size)) == _HEADER.size:
@@ -89,23 +89,23 @@ def _records(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
 
 
 class Parts:
-    """The folder of a job's kept state. See the module's text for its files."""
+    """The folder of a job's saved state; its files are described in the module's docstring."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @property
     def listing(self) -> Path:
-        """Where the job's images are listed."""
+        """Path of the listing of the job's images."""
         return self.folder / _LISTING
 
     @property
     def begun(self) -> bool:
-        """Whether a job was begun here that can go on."""
+        """Whether the folder contains a job that can be resumed."""
         return (self.folder / _SETTINGS).exists()
 
     def settings(self) -> dict[str, Any]:
-        """What the job that was begun here is."""
+        """Return the settings of the job in this folder."""
         path = self.folder / _SETTINGS
         try:
             settings: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -116,20 +116,20 @@ class Parts:
         return settings
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Say what the job is: from here on it can be resumed."""
+        """Write the job's settings: from here on it can be resumed."""
         path = self.folder / _SETTINGS
         with whole_file(path, synced=True) as beside:
             beside.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def clear(self) -> None:
-        """Forget everything but the lock."""
+        """Delete everything but the lock."""
         for path in sorted(self.folder.iterdir(), key=lambda p: p.name != _SETTINGS):
             if path.name != _LOCK:
                 path.unlink()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from doing the same job; a process that ends lets go of it.
+        """Hold a lock on the job; it is released when the process ends.
 
         Raises:
             BulkError: another process holds it.
@@ -143,15 +143,15 @@ class Parts:
             yield
 
     def journal(self, window: Window) -> Journal:
-        """The journal of a window."""
+        """Open the journal of a window."""
         return Journal(self._path(window, "journal"))
 
     def is_finished(self, window: Window) -> bool:
-        """Whether every row of a window has its results."""
+        """Return whether every row of a window has its results."""
         return self._path(window, "parquet").exists()
 
     def kept(self, windows: Iterator[Window]) -> int:
-        """Rows of the input that are done already."""
+        """Return the number of input rows that are done."""
         begun = {path.name for path in self.folder.iterdir()}
         count = 0
         for window in windows:
@@ -162,7 +162,7 @@ class Parts:
         return count
 
     def finish(self, window: Window, schema: pa.Schema) -> None:
-        """Put a window's results in order and into their place.
+        """Sort a window's results and write them to their file.
 
         Raises:
             BulkError: a row has no result.
@@ -173,7 +173,7 @@ class Parts:
                 f"rows {sorted(missing)[:5]} have no result; this is a mistake in bulk/"
             )
         table = pa.Table.from_batches(journal.read(), schema)
-        # A stable sort: the answers about one image keep the order of the questions.
+        # Stable sort: the answers about an image stay in the order of the questions.
         table = table.take(pc.sort_indices(table, [(ROW, "ascending")]))
         path = self._path(window, "parquet")
         with whole_file(path, synced=True) as beside:
@@ -181,11 +181,11 @@ class Parts:
         journal.path.unlink(missing_ok=True)
 
     def results(self, window: Window) -> pa.Table:
-        """The results of a finished window."""
+        """Return the results of a finished window."""
         return pq.read_table(self._path(window, "parquet"))
 
     def remove(self) -> None:
-        """Remove the folder at once: what a killed process leaves of it is no job to go on with."""
+        """Remove the folder atomically: the remains of a killed removal cannot be resumed."""
         away = self.folder.with_name(self.folder.name + "-done")
         shutil.rmtree(away, ignore_errors=True)
         self.folder.rename(away)

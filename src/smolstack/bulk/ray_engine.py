@@ -1,9 +1,9 @@
-"""Engine "ray": the same work on the actors of Ray Data, a window at a time.
+"""Engine "ray": processes windows on Ray Data actors.
 
-The dataset is the list of windows; an actor loads the checkpoint once, reads its windows' rows
-itself and keeps their results in the job's folder, as the embedded engine does. So the input, the
-checkpoint and the output's folder must be where every node sees them under the same paths, and
-what a lost actor had done is not done again.
+The dataset is the list of windows. An actor loads the checkpoint once, reads the rows of its
+windows and saves their results in the job's folder, like the embedded engine. The input, the
+checkpoint and the output's folder must therefore be accessible on all nodes under the same paths,
+and results of a lost actor are kept.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from smolstack.bulk.partial_results import Parts
 from smolstack.bulk.rows import Window
 from smolstack.errors import BulkError
 
-_MOST_BLOCKS = 1000  # tasks that Ray keeps account of; each is one window or more
+_MOST_BLOCKS = 1000  # tasks that Ray manages; each is one or more windows
 
 
 class Actor:
-    """One worker: a loaded checkpoint, and the windows that come.
+    """A worker: loads a checkpoint and processes windows.
 
     Args:
-        threads: CPU threads that it computes with.
+        threads: number of CPU threads.
     """
 
     def __init__(self, work: Any, source: ParquetFiles, folder: Path, threads: int) -> None:
@@ -41,7 +41,7 @@ class Actor:
         self.reader, self.parts = RowReader(source), Parts(folder)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Windows as columns of numbers; the rows that were done for each."""
+        """Process windows, given as columns of numbers; return the number of rows done for each."""
         done = []
         for start, stop in zip(batch["start"], batch["stop"], strict=True):
             counts: list[int] = []
@@ -67,11 +67,11 @@ def work_on_ray(
     workers: int,
     done: Callable[[int], None],
 ) -> None:
-    """Answer every row of some windows on Ray: the cluster that RAY_ADDRESS names, or this machine.
+    """Process every row without results on Ray: the cluster of RAY_ADDRESS, or this machine.
 
     Args:
-        work: what to do (see job.Work); goes to every actor.
-        done: called with the number of rows, after each window.
+        work: the work of the job (settings.Work), sent to every actor.
+        done: called with the number of rows after each window.
 
     Raises:
         BulkError: Ray is not installed, or a worker failed.
@@ -100,7 +100,7 @@ def work_on_ray(
 def _results(
     ray: Any, windows: list[Window], work: Any, source: ParquetFiles, folder: Path, *, workers: int
 ) -> Any:
-    """The dataset of windows, worked through by actors; nothing runs before it is iterated over."""
+    """Return the dataset of windows processed by actors; it runs when iterated over."""
     gpu = work.device.startswith("cuda") or (work.device == "auto" and _has_gpu(ray))
     items = [{"start": window.start, "stop": window.stop} for window in windows]
     data = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS))
@@ -115,7 +115,7 @@ def _results(
 
 
 def _ray() -> Any:
-    # Without this, Ray's core warns on stderr about what Ray Data itself does.
+    # Without this, Ray's core prints warnings about Ray Data's own calls.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
@@ -127,12 +127,12 @@ def _ray() -> Any:
 
 
 def _start(ray: Any, workers: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start Ray on this machine; quietly."""
+    """Connect to the cluster of RAY_ADDRESS, or start Ray on this machine, without output."""
     local: dict[str, Any] = {}
     if "RAY_ADDRESS" not in os.environ:
         local = {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False}
         if "RAY_worker_niceness" not in os.environ:
-            # Ray's own 15 lets one other busy process starve the workers.
+            # With Ray's default of 15, one other busy process starves the workers.
             local["_system_config"] = {"worker_niceness": 0}
     with _quiet():
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -144,9 +144,9 @@ def _start(ray: Any, workers: int) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what Ray's C++ writes past sys.stderr while it starts off the terminal.
+    """Hide what Ray's C++ code writes directly to stderr while it starts.
 
-    Its errors are raised, and its logs stand in its own folder.
+    Its errors are still raised, and its logs are written to its own folder.
     """
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

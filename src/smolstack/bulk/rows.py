@@ -1,4 +1,4 @@
-"""What bulk work counts in: rows of the input, and the windows that they are stored by."""
+"""Units of a bulk job: rows of the input, and windows of rows that are stored together."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Row:
     """One image of the input.
 
     Attributes:
-        index: its place in the input, from 0.
-        id: what the user calls it: the id column's value, else its path as written, else its place.
+        index: index in the input, from 0.
+        id: the id column's value, else the path as written, else the index.
         path: an absolute path, or None for an image given as bytes.
         content: the image file's bytes, or None for a path.
-        error: why the input holds no image here, or None.
+        error: why the row has no image, or None.
     """
 
     index: int
@@ -28,10 +28,10 @@ class Row:
 
     @property
     def image(self) -> str | bytes:
-        """The image as the processor takes it.
+        """Return the image in a form that the processor accepts.
 
         Raises:
-            ImageError: the input holds none here.
+            ImageError: the row has no image.
         """
         if self.error is not None:
             raise ImageError(self.error)
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True, order=True)
 class Window:
-    """Rows ``start`` to ``stop`` (not included): read, batched and stored together."""
+    """Rows ``start`` to ``stop`` (exclusive): read, batched and stored together."""
 
     start: int
     stop: int
@@ -53,11 +53,13 @@ class Window:
 
 
 def windows(rows: int, size: int) -> Iterator[Window]:
-    """All windows of an input of so many rows."""
+    """Yield all windows of an input with the given number of rows."""
     for start in range(0, rows, size):
         yield Window(start, min(start + size, rows))
 
 
 def plain(text: str) -> str:
-    """Text that every format can hold: a lone surrogate, as in odd file names, becomes ``?``."""
+    """Return text that every format can store: lone surrogates, as in unusual file names, become
+    ``?``.
+    """
     return text.encode("utf-8", "replace").decode("utf-8")

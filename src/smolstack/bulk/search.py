@@ -1,7 +1,7 @@
-"""Search in a table of pages: every page is compared with every query, none is left out.
+"""Exhaustive search in a table of pages: every page is compared with every query.
 
-The table is what ``map_images(…, embed="retrieval")`` writes. It is read piece by piece, so that
-it may be larger than memory.
+The table is the output of ``map_images(…, embed="retrieval")``. It is read in chunks, so it may be
+larger than memory.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from smolstack.bulk.embeddings import EMBED, RETRIEVAL, SHAPE
 from smolstack.errors import BulkError
 from smolstack.retrieval import maxsim
 
-PAGES = 64  # that are read at a time
+PAGES = 64  # pages read at a time
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A page that was found.
+    """A search result.
 
     Attributes:
         score: MaxSim with the query (:func:`smolstack.maxsim`).
-        row: the page's number in the table.
-        id, path: what the table calls it, and where it was read from.
+        row: the page's row number in the table.
+        id, path: the page's id in the table, and the path that it was read from.
     """
 
     score: float
@@ -44,20 +44,20 @@ class Hit:
 def search_pages(
     index: str | Path, queries: Sequence[Tensor], *, top: int = 10, shape: str | None = None
 ) -> list[list[Hit]]:
-    """The pages that fit each query best.
+    """Return the pages that match each query best.
 
     Args:
         index: a .parquet file of ``smolstack map --embed retrieval``.
-        queries: vectors as ``vlm.embed_queries`` gives.
-        top: how many pages for each, at most.
-        shape: of the model that made the queries' vectors, as ``embeddings.shape_of`` says it; a
-            table made by a model of another shape is refused.
+        queries: vectors from ``vlm.embed_queries``.
+        top: maximum number of pages per query.
+        shape: shape of the model that embedded the queries, from ``embeddings.shape_of``; a table
+            made by a model of another shape is an error.
 
     Returns:
-        For each query its hits, best first; of equal scores the earlier page first.
+        The hits of each query, best first; among equal scores, the earlier page first.
 
     Raises:
-        BulkError: the file is no such table.
+        BulkError: the file is not such a table.
     """
     if top < 1:
         raise BulkError(f"top is {top}, expected at least 1")
@@ -99,7 +99,7 @@ def _open(index: Path, shape: str | None) -> pq.ParquetFile:
 def _pages(
     table: pq.ParquetFile,
 ) -> Iterator[tuple[list[tuple[int, Any, Any]], list[Tensor]]]:
-    """Numbers, names and vectors of the pages that were read."""
+    """Yield numbers, names and vectors of the pages without errors."""
     first = 0
     for batch in table.iter_batches(PAGES, columns=["id", "path", "embedding"]):
         known = pc.is_valid(batch["embedding"]).to_pylist()

@@ -1,4 +1,4 @@
-"""What a job is: what its workers must be told, and what must be the same when it is resumed."""
+"""The settings of a job: what its workers need, and what must be unchanged when it is resumed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from smolstack.errors import BulkError
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.vlm import VLM, load
 
-# Of the kept state, and of what is made of a file; a job of another one is not resumed.
+# Version of the saved state and of how files are processed; other versions are not resumed.
 _FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Work:
-    """What to do with images and how: everything that a worker elsewhere has to be told."""
+    """What to do with the images: everything that a worker process needs."""
 
     where: ModelPath
     dtype: str
@@ -37,7 +37,7 @@ class Work:
     limits: Limits
 
     def task(self, vlm: VLM | None = None) -> Task:
-        """The task on a loaded checkpoint; it is loaded unless it is given."""
+        """Return the task on a loaded checkpoint, which is loaded unless given."""
         vlm = vlm or load(self.where, dtype=self.dtype, device=self.device)
         if self.embed is None:
             return Questions(vlm, self.questions, self.options)
@@ -48,7 +48,7 @@ class Work:
 
 
 def settings_of(work: Work, images: Mapping[str, Any], window: int) -> dict[str, Any]:
-    """What must be the same for a job to go on, as plain data."""
+    """Return the settings that must be unchanged for a job to be resumed, as plain data."""
     what: dict[str, Any] = {"questions": list(work.questions)}
     if work.embed is not None:
         what = {"embed": work.embed, "embed_dtype": work.embed_dtype}
@@ -67,23 +67,23 @@ def settings_of(work: Work, images: Mapping[str, Any], window: int) -> dict[str,
 
 
 def _is_default(name: str, value: Any) -> bool:
-    """Whether an option is as it is when it is left out, so that both are the same job."""
+    """Return whether an option has its default value; such options are not recorded."""
     if name == "stop":
         return not value
-    if name == "password":  # it opens the same pages or none, and is not to be written down
+    if name == "password":  # does not change the pages, and must not be saved
         return True
     with_option: Any = {name: value}
     return value is None or read_options(with_option, ()) == read_options({}, ())
 
 
 def _as_data(value: Any) -> Any:
-    """A pydantic model by its schema, anything else by its text."""
+    """Return a pydantic model's schema, or any other value as text."""
     schema = getattr(value, "model_json_schema", None)
     return schema() if callable(schema) else repr(value)
 
 
 def check_same(parts: Parts, now: Mapping[str, Any]) -> None:
-    """Refuse to go on with another job than was begun, naming the first difference.
+    """Raise an error that names the first difference if the saved job is another one.
 
     Raises:
         BulkError: the settings differ.
@@ -106,7 +106,7 @@ def _short(value: Any) -> str:
 
 
 def fingerprint(where: ModelPath) -> str:
-    """A digest of every file that a checkpoint's answers depend on."""
+    """Return a digest of every file that a checkpoint's answers depend on."""
     digest = hashlib.blake2b(digest_size=12)
     for path in _files(where):
         digest.update(f"{path.name} {path.stat().st_size} ".encode())
@@ -117,7 +117,7 @@ def fingerprint(where: ModelPath) -> str:
 
 
 def _files(where: ModelPath) -> list[Path]:
-    """The files of a checkpoint and of an adapter's base, or a GGUF model's."""
+    """Return the files of a checkpoint and of an adapter's base, or of a GGUF model."""
     if not where.path.is_dir():
         return [path for path in (where.path, where.mmproj) if path is not None]
     adapter = find_adapter(where.path, where.base)

@@ -1,4 +1,4 @@
-"""Tables of images: which column holds them, and what its values may be."""
+"""Tables of images: finds the image column and interprets its values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smolstack.bulk.rows import Row, plain
 from smolstack.errors import BulkError, ImageError
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
-# Column names that are understood without being told, likeliest first.
+# Recognized column names, most likely first.
 IMAGE_COLUMNS = (
     "image",
     "picture",
@@ -31,18 +31,18 @@ IMAGE_COLUMNS = (
     "base64",
 )
 ID_COLUMNS = ("id", "image_id", "picture_id", "key", "uid")
-_ENCODED = ("bytes", "image_bytes", "base64")  # columns of text that hold an image in base64
+_ENCODED = ("bytes", "image_bytes", "base64")  # text columns with images in base64
 _MAX_FIELD = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table that matter.
+    """The relevant columns of a table.
 
     Attributes:
         image: a path, bytes, base64, or a struct of bytes and path.
-        id: what the image is called, or None.
-        error: why a row has no image, or None; only a job's own listing has this column.
+        id: name of the image, or None.
+        error: why a row has no image, or None; only in a job's listing.
     """
 
     image: str
@@ -53,10 +53,10 @@ class Columns:
 def choose_columns(
     where: str, names: Sequence[str], image: str | None, id_column: str | None
 ) -> Columns:
-    """The columns that were asked for, or those whose names say it.
+    """Return the requested columns, or those recognized by name.
 
     Raises:
-        BulkError: naming the file, its columns and what was looked for.
+        BulkError: there is no such column; names the file, its columns and what was expected.
     """
     found = ", ".join(repr(name) for name in names[:20]) or "none"
     for asked, option in ((image, "--image-column"), (id_column, "--id-column")):
@@ -77,7 +77,7 @@ def choose_columns(
 
 
 def read_table(path: Path, columns: Columns | None, first: int = 0) -> Iterator[Row]:
-    """Rows of a CSV or JSONL file, numbered from ``first``."""
+    """Yield the rows of a CSV or JSONL file, numbered from ``first``."""
     if path.suffix.lower() == ".csv":
         assert columns is not None
         return _read_csv(path, columns, first)
@@ -85,7 +85,7 @@ def read_table(path: Path, columns: Columns | None, first: int = 0) -> Iterator[
 
 
 def _read_jsonl(path: Path, columns: Columns | None, index: int) -> Iterator[Row]:
-    """Objects, or plain strings (paths)."""
+    """Yield rows of objects or plain strings (paths)."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -112,7 +112,9 @@ def _read_csv(path: Path, columns: Columns, first: int) -> Iterator[Row]:
 
 
 def column_names(path: Path) -> list[str]:
-    """The columns of a JSONL file (by its first object) or of a CSV file (by its header)."""
+    """Return the columns of a JSONL file (from its first object) or of a CSV file (from its
+    header).
+    """
     if path.suffix.lower() == ".csv":
         csv.field_size_limit(_MAX_FIELD)
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -129,7 +131,7 @@ def column_names(path: Path) -> list[str]:
 
 
 def from_record(index: int, record: Mapping[str, Any], columns: Columns, folder: Path) -> Row:
-    """A row of a table as a Row; what is wrong with it becomes its error."""
+    """Convert a row of a table to a Row; an invalid value becomes its error."""
     given = None if columns.id is None else record.get(columns.id)
     name = None if given is None or given == "" else str(given)
     value = record.get(columns.image)
@@ -141,8 +143,9 @@ def from_record(index: int, record: Mapping[str, Any], columns: Columns, folder:
 
 
 def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
-    """An image's value as a Row: a path (relative to ``folder``), bytes, base64 or a struct of
-    ``bytes`` and ``path`` as Hugging Face datasets write it."""
+    """Convert an image value to a Row: a path (relative to ``folder``), bytes, base64, or a struct
+    of ``bytes`` and ``path`` as in Hugging Face datasets.
+    """
     path, content = value, None
     if isinstance(value, Mapping):
         path, content = value.get("path"), value.get("bytes")

@@ -1,8 +1,7 @@
-"""What is done with each image: questions answered (here), or embeddings kept (embeddings.py).
+"""The work per image: answering questions (here), or computing embeddings (embeddings.py).
 
-A task plans a row from its image's header alone, loads some rows (in a thread, ahead of the
-model), and turns what was loaded into results: one record per image and question, whatever
-happened to the image.
+A task plans a row from its image's header, loads some rows (in a thread, ahead of the model), and
+turns the loaded rows into results: one record per image and question, also for images with errors.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ ABOUT = [(ROW, pa.int64()), ("id", pa.string()), ("path", pa.string())]
 
 @dataclass
 class Loaded:
-    """Rows on their way to the model.
+    """Rows that are ready for the model.
 
     Attributes:
-        rows: those whose images could be opened.
-        requests: per row, its requests (one per question), their images cut into tiles; in the
-            place of one that cannot be answered, what is wrong with it.
-        errors: the other rows, and what was wrong.
+        rows: rows whose images could be opened.
+        requests: per row, its requests (one per question) with their tiles, or an error message in
+            place of a request that cannot be answered.
+        errors: the other rows, with their error messages.
     """
 
     rows: list[Row]
@@ -50,33 +49,33 @@ class Loaded:
 
 
 class Task(Protocol):
-    """Work on images. ``records`` is how many results an image has."""
+    """Work on images. ``records`` is the number of results per image."""
 
     schema: pa.Schema
     records: int
 
     def plan(self, row: Row) -> int:
-        """Tokens that a row takes; any exception is that row's error."""
+        """Return the token count of a row; any exception is that row's error."""
         ...
 
     def load(self, rows: Sequence[Row]) -> Loaded:
-        """Open and cut the images of some rows; never raises for a bad one."""
+        """Open and preprocess the images of some rows; does not raise for invalid images."""
         ...
 
     def work(self, loaded: Loaded) -> pa.RecordBatch:
-        """The results of all rows that were loaded, bad ones included."""
+        """Return the results of all loaded rows, including those with errors."""
         ...
 
 
 class ImageTask:
-    """What both tasks share: planning, loading, and results of rows that failed."""
+    """Base of both tasks: planning, loading, and results of rows with errors."""
 
     schema: pa.Schema
     kind: Kind
 
     def __init__(self, vlm: VLM, tiling: Tiling, prefix_bytes: int = 0) -> None:
         self.model, self.processor, self.tiling = vlm.model, vlm.processor, tiling
-        # A core of its own: an image does not come twice in a row, so none is kept.
+        # A separate core without an image cache: images rarely repeat.
         limits = replace(INLINE, prefix_bytes=prefix_bytes)
         images = ImageCache(vlm.model, max_bytes=0)
         self.engine = InlineEngine(EngineCore(vlm.model, vlm.processor, limits, images=images))
@@ -85,7 +84,7 @@ class ImageTask:
         raise NotImplementedError
 
     def request(self, prompt: Prompt) -> Request | str:
-        """A request for what is wanted of a prompt, or why that cannot be had."""
+        """Return a request for a prompt, or why there cannot be one."""
         return Request(prompt, self.kind)
 
     def load(self, rows: Sequence[Row]) -> Loaded:
@@ -94,7 +93,7 @@ class ImageTask:
             try:
                 made = [self.request(prompt) for prompt in self.prepare(row)]
                 self.engine.core.prepare([one for one in made if isinstance(one, Request)])
-            except Exception as error:  # a decoder may raise anything about a damaged file
+            except Exception as error:  # decoders raise many exception types for damaged files
                 loaded.errors.append((row, sentence(error)))
                 continue
             loaded.requests.append(made)
@@ -102,7 +101,7 @@ class ImageTask:
         return loaded
 
     def finish(self, loaded: Loaded) -> None:
-        """Work until all requests are finished."""
+        """Run the engine until all requests are finished."""
         self.engine.finish(
             [one for some in loaded.requests for one in some if isinstance(one, Request)]
         )
@@ -116,7 +115,7 @@ class ImageTask:
 
 
 class Questions(ImageTask):
-    """Every question about every image, which is encoded once for all of them."""
+    """Asks every question about every image; each image is encoded once."""
 
     kind = "answer"
 
@@ -129,9 +128,7 @@ class Questions(ImageTask):
                 f"{vlm.folder} ends in an embedding head and answers no questions; it can give "
                 "embeddings (embed, --embed retrieval)"
             )
-        self.engine.core.maker.compile(
-            self.options
-        )  # a schema that cannot be compiled is refused here
+        self.engine.core.maker.compile(self.options)  # raises for a schema that cannot be compiled
         self.questions, self.records = list(questions), len(questions)
         self.choosing = isinstance(self.options.structure, Choices)
         numbers = ("prompt_tokens", "visual_tokens", "completion_tokens")
@@ -163,7 +160,7 @@ class Questions(ImageTask):
         try:
             return self.engine.core.requests([prompt], self.options)[0]
         except SmolstackError as error:
-            return str(error)  # one question has no room for its answer, say; the others have
+            return str(error)  # e.g. no room for this answer; others may fit
 
     def work(self, loaded: Loaded) -> pa.RecordBatch:
         self.finish(loaded)
@@ -193,7 +190,7 @@ class Questions(ImageTask):
 
 
 def sentence(error: Exception) -> str:
-    """What was wrong with a row, in one sentence."""
+    """Describe a row's error in one sentence."""
     if isinstance(error, SmolstackError):
         return str(error)
     if isinstance(error, OSError):

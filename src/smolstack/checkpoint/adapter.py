@@ -1,8 +1,8 @@
 """LoRA and DoRA adapters as peft saves them: a folder that changes another checkpoint's weights.
 
 Loading adds each adapter to its weight, V = W + scale · B·A (Hu et al. 2021), and with a DoRA
-magnitude m (Liu et al. 2024) gives each row its length, m · V / ‖V‖: the model is as fast as any
-other, and ``VLM.save`` writes a whole checkpoint. peft itself is not needed.
+magnitude m (Liu et al. 2024) scales each row to that length, m · V / ‖V‖. The merged model is as
+fast as any other, and ``VLM.save`` writes a complete checkpoint. peft is not needed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # peft's, before the name that the base checkpoint has
+PREFIX = "base_model.model."  # peft's prefix of the base checkpoint's names
 PICKLE = "adapter_model.bin"
 LOW, HIGH = "lora_A", "lora_B"  # (rank, in), (out, rank)
 MAGNITUDE = "lora_magnitude_vector"  # (out,): DoRA
 ROWS = "token_adapter.trainable_tokens_delta"  # (tokens, hidden): new rows of an embedding
-# Settings that change what an adapter computes, and the values that are understood.
+# Settings that change what an adapter computes, and the supported values.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_qalora": (False, None),
@@ -41,8 +41,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
-    # Other beginnings (PiSSA, OLoRA, CorDA, LoftQ …) take from the base's weights what they put
-    # into the adapter, so that W + B·A would count it twice.
+    # Other initializations (PiSSA, OLoRA, CorDA, LoftQ …) subtract from the base weights what they
+    # put into the adapter, so W + B·A would count it twice.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
@@ -52,10 +52,10 @@ class Adapter:
     """An adapter folder.
 
     Attributes:
-        folder: where it is.
-        base: the folder of the checkpoint that it changes.
+        folder: the adapter's folder.
+        base: the folder of the checkpoint that it applies to.
         settings: adapter_config.json.
-        notes: what is unusual and not wrong, a sentence each.
+        notes: unusual but valid findings, one sentence each.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
 
     def scale(self, layer: str, rank: int) -> float:
-        """What a layer's product B·A is multiplied by."""
+        """Return the factor of a layer's product B·A."""
         alpha = self.settings.get("lora_alpha", 8)  # peft's own default
         patterns = self.settings.get("alpha_pattern") or {}
         try:
@@ -82,7 +82,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class LowRank:
-    """One layer's adapter: the names of its tensors, and the scale of B·A."""
+    """One layer's adapter: the names of its tensors, and the factor of B·A."""
 
     low: str
     high: str
@@ -92,13 +92,13 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Changes:
-    """What an adapter does to which of its base's weights, by checkpoint name.
+    """The weights of the base checkpoint that an adapter changes, by checkpoint name.
 
     Attributes:
-        low_rank: what is added to a weight.
-        whole: the name of the tensor that stands in a weight's place.
-        rows: the name of the tensor that holds some rows of a weight, and their numbers.
-        notes: what is unusual and not wrong, a sentence each.
+        low_rank: the low-rank update of a weight.
+        whole: the name of the tensor that replaces a weight.
+        rows: the name of the tensor that replaces some rows of a weight, and the row numbers.
+        notes: unusual but valid findings, one sentence each.
     """
 
     path: Path
@@ -108,17 +108,18 @@ class Changes:
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        """How many weights the adapter changes."""
+        """Return the number of weights that the adapter changes."""
         return len({*self.low_rank, *self.whole, *self.rows})
 
     def touch(self, name: str) -> bool:
-        """Whether the adapter changes this weight."""
+        """Return whether the adapter changes this weight."""
         return name in self.low_rank or name in self.whole or name in self.rows
 
     def apply(self, name: str, weight: Tensor) -> Tensor:
-        """A base weight as the adapter wants it: computed in float32, in the weight's dtype.
+        """Return the base weight with the adapter applied: computed in float32, in the weight's
+        dtype.
 
-        A weight that is used in float32 should be given so: it is not rounded again then.
+        Pass a weight that is used in float32 as float32, so that the result is not rounded again.
         """
         import torch
 
@@ -145,17 +146,17 @@ class Changes:
 
 
 def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
-    """The adapter that a folder is; None where it holds whole weights, or no adapter.
+    """Return the adapter in a folder; None if it holds complete weights, or no adapter.
 
-    An adapter with model.safetensors beside it is one all the same, on the base that it names, as
-    transformers reads such a folder; ``base=folder`` applies it to the weights beside it.
+    An adapter folder that also contains model.safetensors is read as an adapter on the base that it
+    names, as transformers does; ``base=folder`` applies it to the weights in the folder.
 
     Args:
-        base: the checkpoint that it changes, instead of the one that it names.
+        base: the checkpoint that the adapter applies to, instead of the one that it names.
 
     Raises:
-        CheckpointError: its base cannot be found, or is an adapter itself; an adapter of a kind
-            that is not understood.
+        CheckpointError: the base cannot be found, or is an adapter itself; the adapter's type is
+            not supported.
     """
     path = folder / ADAPTER_CONFIG
     whole = _has_weights(folder)
@@ -188,7 +189,9 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _named_base(folder: Path, settings: Mapping[str, Any], whole: bool) -> Path:
-    """The base that an adapter names: a hub id, or a folder seen from here or from the adapter."""
+    """Return the base that an adapter names: a hub id, or a path relative to the working directory
+    or the adapter.
+    """
     name = settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise CheckpointError(
@@ -208,14 +211,14 @@ def _named_base(folder: Path, settings: Mapping[str, Any], whole: bool) -> Path:
 
 
 def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
-    """What an adapter changes, from the headers alone.
+    """Return what an adapter changes, from the file headers alone.
 
     Args:
-        entries: its base's weights.
+        entries: the base's weights.
 
     Raises:
-        CheckpointError: no safetensors file; a tensor that is no low-rank matrix of a layer that
-            the base has, and none of its weights either; matrices that do not fit.
+        CheckpointError: there is no safetensors file; a tensor is neither a low-rank matrix of a
+            layer of the base nor one of its weights; the matrices' shapes do not match.
     """
     path = adapter.folder / WEIGHTS
     if not path.is_file():
@@ -259,7 +262,9 @@ def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
 
 
 def _parted(name: str) -> tuple[str, str | None]:
-    """A tensor's layer and which of an adapter's tensors it is, None for a whole weight."""
+    """Split a tensor's name into its layer and its role in the adapter (None: a complete
+    weight).
+    """
     found = re.fullmatch(rf"(.+)\.(?:({LOW}|{HIGH})\.weight|({MAGNITUDE})(?:\.weight)?)", name)
     if found is not None:
         return found[1], found[2] or found[3]
@@ -271,7 +276,7 @@ def _parted(name: str) -> tuple[str, str | None]:
 def _row_numbers(
     adapter: Adapter, layer: str, shape: tuple[int, ...], wanted: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The rows of an embedding that ``trainable_token_indices`` replaces."""
+    """Return the rows of an embedding that ``trainable_token_indices`` replaces."""
     found = adapter.settings.get("trainable_token_indices")
     if isinstance(found, Mapping):
         named = (value for key, value in found.items() if layer == key or layer.endswith(f".{key}"))
@@ -294,7 +299,7 @@ def _checked(
     shapes: Mapping[str, tuple[int, ...]],
     wanted: tuple[int, ...],
 ) -> LowRank:
-    """A layer's tensors and their scale, each of the shape that it must have."""
+    """Return a layer's tensor names and factor, after checking the tensors' shapes."""
     found = [list(shapes[pair[kind]]) if kind in pair else None for kind in (LOW, HIGH)]
     low, high = found
     fits = low and high and len(low) == len(high) == 2 and low[0] == high[1] > 0

@@ -1,4 +1,4 @@
-"""Which layers an adapter's ``target_modules`` names that its base does not have."""
+"""Finds layers in an adapter's ``target_modules`` that its base does not have."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def words_nowhere(targets: Any, names: Iterable[str]) -> list[str]:
-    """Those names of layers in ``target_modules`` that stand in no weight's name.
+    """Return the layer names in ``target_modules`` that occur in no weight's name.
 
     Args:
-        targets: a list of layer names, or a regular expression over them; recipes are often
-            written for several models at once, and name layers that only some of them have.
+        targets: a list of layer names, or a regular expression over them. Recipes are often written
+            for several models and name layers that only some of them have.
         names: the base's weights.
     """
     if isinstance(targets, str):
-        # An escape such as \d or \w is no name; "all-linear" means every layer.
+        # An escape such as \d or \w is not a name; "all-linear" means every layer.
         parts = (
             [] if targets == "all-linear" else _WORD.findall(re.sub(r"\\[A-Za-z]", " ", targets))
         )

@@ -1,7 +1,7 @@
-"""Layers that a checkpoint stores as integers: found, and checked from headers alone.
+"""Layers that a checkpoint stores as integers: finds them and checks them from the file headers.
 
-What comes out is read like any checkpoint: nobody has to know after this in which form a layer was
-stored (stored_layer.py). What becomes float weights, the notes say.
+The result is read like any other checkpoint; the stored form of a layer (quantized_layer.py) does
+not matter to its callers. The notes list layers that become float weights.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _OWN_GROUPS = range(16, 1025, 16)
 def open_compressed(
     weights: Stored, raw: Mapping[str, Any], config: ModelConfig | None, *, floats: bool = False
 ) -> Stored:
-    """The same weights, layers of integers as quantized layers or as floats.
+    """Return the same weights, with integer layers as quantized layers or as floats.
 
     Args:
-        weights: as they are in the files.
+        weights: the weights as stored in the files.
         raw: config.json.
-        config: what it says of the model; None: it is read from ``raw``.
-        floats: make floats of all of them.
+        config: the model's config; None: it is read from ``raw``.
+        floats: dequantize all layers.
 
     Raises:
-        ConfigError: config.json says something that cannot be computed.
-        CheckpointError: tensors of a layer that do not belong together.
+        ConfigError: config.json describes a quantization that is not supported.
+        CheckpointError: the tensors of a layer do not match each other.
     """
     schemes = read_schemes(raw)
     names = _names(weights.entries, schemes)
@@ -72,7 +72,7 @@ def open_compressed(
 
 
 def with_quantization(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfig:
-    """The config with the formats of the layers that ``entries`` hold as integers."""
+    """Return the config with the formats of the layers that ``entries`` hold as integers."""
     formats, widths = {}, {}
     for name, entry in entries.items():
         if entry.form is not None:
@@ -84,7 +84,7 @@ def with_quantization(config: ModelConfig, entries: Mapping[str, Entry]) -> Mode
 
 
 def _names(entries: Mapping[str, Entry], schemes: Schemes) -> set[str]:
-    """The layers that hold integers, or some of what stands beside them."""
+    """Return the layers with any of the tensors of a quantized layer."""
     ends = tuple(f".{end}" for end in (PACKED, SCALE, ZERO, SHAPE, ORDER))
     return {
         name.rpartition(".")[0]
@@ -136,11 +136,11 @@ def _layer(
     return StoredLayer(name, outputs, inputs, scheme, form, held, why)
 
 
-_Expected = tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]  # shapes and dtypes to choose from
+_Expected = tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]  # accepted shapes and dtypes
 
 
 def _expected(scheme: Scheme, outputs: int, inputs: int) -> dict[str, _Expected]:
-    """The tensors of a layer by their ends."""
+    """Return the expected tensors of a layer by name suffix."""
     groups = 1 if scheme.group is None else -(-inputs // scheme.group)
     rows = ((1,), (), (1, 1)) if scheme.whole else ((outputs, groups),)
     if groups == 1 and not scheme.whole:
@@ -164,7 +164,7 @@ def _check(name: str, entries: Mapping[str, Entry], tensors: Mapping[str, _Expec
     for end, (shapes, dtypes) in tensors.items():
         entry = entries.get(f"{name}.{end}")
         if entry is None:
-            if end == SHAPE:  # it says again what config.json says
+            if end == SHAPE:  # repeats what config.json says
                 continue
             raise CheckpointError(f"{name} lacks {end}, expected {list(shapes[0])}")
         if entry.shape not in shapes:
@@ -184,7 +184,7 @@ def _check(name: str, entries: Mapping[str, Entry], tensors: Mapping[str, _Expec
 
 
 def _format(scheme: Scheme, ours: str, module: nn.Module) -> tuple[Format | None, str]:
-    """The format that computes a layer as it is stored, or why none does."""
+    """Return the format that computes a layer as it is stored, or the reason why there is none."""
     bits, group = scheme.bits, scheme.group
     if not isinstance(module, nn.Linear) or (why := _unfit(scheme, module.in_features)):
         return None, why if isinstance(module, nn.Linear) else "a table of embeddings"
@@ -205,7 +205,7 @@ def _format(scheme: Scheme, ours: str, module: nn.Module) -> tuple[Format | None
 
 
 def _unfit(scheme: Scheme, inputs: int) -> str:
-    """Why no format holds a layer's integers, whatever their groups; empty where one does."""
+    """Return why no format can hold a layer's integers, whatever their groups; empty if one can."""
     if scheme.bits == 8 and not scheme.symmetric:
         return "8 bits with zero points"
     if scheme.bits == 4 and inputs % 8:
@@ -216,7 +216,7 @@ def _unfit(scheme: Scheme, inputs: int) -> str:
 
 
 def _losses(layers: Mapping[str, StoredLayer]) -> Iterator[str]:
-    """What does not stay as it is stored."""
+    """Describe what is not preserved exactly."""
     decoded: dict[str, list[str]] = {}
     for name, layer in layers.items():
         if layer.decoded:

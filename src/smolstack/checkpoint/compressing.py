@@ -1,9 +1,10 @@
-"""Quantized layers in compressed-tensors' "pack-quantized" form, for others and for us.
+"""Writes quantized layers in compressed-tensors' "pack-quantized" form.
 
-That form wants groups that divide a layer's input channels, and vLLM's kernels know none of more
-than 128. So larger groups, and rows that end in a shorter one, are written in smaller groups whose
-scales and zero points are repeated, which changes no weight. What the form has no word for, the
-groups that are computed and the bits of their activations, stands beside it.
+The form requires groups that divide a layer's input channels, and vLLM's kernels support at most
+128 channels per group. Larger groups, and rows that end in a shorter group, are therefore written
+as smaller groups with repeated scales and zero points, which changes no weight. What the form
+cannot express, the groups used in computation and the bits of their activations, is written in
+separate keys.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from smolstack.config.quantization import Format
 from smolstack.model.quantized import QuantizedLinear, unpack_words
 from smolstack.model.vlm import VisionLanguageModel
 
-MOST = 128  # channels of a group as it is written
+MOST = 128  # channels of a written group
 _LEAST = 8  # fewer, and scales would weigh as much as the weights: such rows keep a shorter group
-_MIDDLE = 8  # the zero point of 4-bit weights that are symmetric
+_MIDDLE = 8  # the zero point of symmetric 4-bit weights
 
 
 def stored_group(form: Format, inputs: int) -> int | None:
-    """Channels of a group as it is written; None: one scale for all channels of a row."""
+    """Return the channels of a written group; None: one scale for all channels of a row."""
     if form.groups(inputs) == 1:
         return None
     found = math.gcd(form.group, inputs, MOST)
@@ -36,10 +37,10 @@ def stored_group(form: Format, inputs: int) -> int | None:
 
 
 def stored_state(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """The model's tensors as they are written, by their names here. Integers that the model holds
-    that a backend packed are unpacked, all at once.
+    """Return the model's tensors in written form, by smolstack name.
 
-    Layers whose zero points are all in the middle are written without.
+    Weights that a backend has packed are unpacked, all at once. Zero points are omitted for layers
+    in which all of them are the middle value.
     """
     state = dict(model.state_dict())
     for name, layer in model.named_modules():
@@ -61,10 +62,10 @@ def stored_state(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 
 def to_config(model: VisionLanguageModel, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """quantization_config of a model's config.json; None: it has no integers.
+    """Return quantization_config for config.json; None if the model has no integer weights.
 
     Args:
-        state: what :func:`stored_state` gave for the model.
+        state: the result of :func:`stored_state` for the model.
     """
     quantization = model.config.quantization
     if quantization is None:

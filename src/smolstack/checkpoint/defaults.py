@@ -1,8 +1,8 @@
-"""Keys that a folder leaves out and that the rest of it implies.
+"""Derives keys that a folder leaves out from the rest of the folder.
 
-transformers fills a missing key with its class's default. Where that default is also what the
-other files imply, the key is derived and a note says so; where it would be a guess, the key stays
-missing, and the reader that needs it names it.
+transformers fills a missing key with its class's default. If the other files imply the same value,
+the key is derived and a note is made. If the value would be a guess, the key stays missing, and the
+code that needs it raises an error that names it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCALE, IMAGE_TOKEN_ID = 2, 128257
 def derive_image(
     config: Mapping[str, Any], image: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The image processor's settings with what the vision tower implies, and notes about it.
+    """Return the image processor's settings with values implied by the vision tower, and notes.
 
     Idefics3-8B-Llama3 is published without ``max_image_size``: its tower sees tiles of 364 pixels,
     and 364 is transformers' default.
@@ -46,7 +46,7 @@ def derive_image(
 def derive_config(
     config: Mapping[str, Any], processor: Mapping[str, Any], tokenizer_json: bytes
 ) -> tuple[dict[str, Any], list[str]]:
-    """config.json with what the processor and the tokenizer imply, and notes about it."""
+    """Return config.json with values implied by the processor and the tokenizer, and notes."""
     found, notes = dict(config), []
     if found.get("scale_factor") is None and _implied_scale(config, processor) == SCALE:
         found["scale_factor"] = SCALE
@@ -64,7 +64,7 @@ def derive_config(
 
 
 def _implied_scale(config: Mapping[str, Any], processor: Mapping[str, Any]) -> int | None:
-    """The scale that makes ``image_seq_len`` tokens of a tile, where there is one."""
+    """Return the scale that results in ``image_seq_len`` tokens per tile, if there is one."""
     vision, tokens = config.get("vision_config"), processor.get("image_seq_len")
     if not isinstance(vision, Mapping) or not isinstance(tokens, int):
         return None
@@ -81,4 +81,4 @@ def _image_token(tokenizer_json: bytes) -> int | None:
         added = json.loads(tokenizer_json)["added_tokens"]
         return next((token["id"] for token in added if token["content"] == "<image>"), None)
     except (ValueError, KeyError, TypeError, RecursionError):
-        return None  # the tokenizer's own reader says what is wrong with it
+        return None  # reading the tokenizer reports the error

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints: weights, from the mapped files, and settings."""
+"""Compares two checkpoints: weights, memory-mapped, and settings."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from smolstack.checkpoint.inspect import part_name
 from smolstack.checkpoint.side_files import meaning
 from smolstack.checkpoint.source import Source, open_source
 
-LONG = 80  # characters of a setting that is shown by its length
-AT_ONCE = 2**22  # numbers that are compared in one go: 32 MiB in float64
+LONG = 80  # characters; longer settings are shown by their length
+AT_ONCE = 2**22  # numbers compared at once: 32 MiB in float64
 
 
 @dataclass
 class Change:
-    """How far one tensor, or a part of a model, moved from A to B.
+    """Difference of one tensor, or of one part of a model, between A and B.
 
     Attributes:
         name: the tensor's name in the files, or the part's.
-        tensors, changed: how many there are, and how many of them differ in any bit.
-        parameters: numbers in them.
+        tensors, changed: the number of tensors, and of those that differ in any bit.
+        parameters: the number of values in the tensors.
         before: Euclidean norm in A.
         moved: Euclidean norm of B − A.
-        largest: largest absolute difference of one number.
+        largest: largest absolute difference of one value.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Change:
 
     @property
     def relative(self) -> float:
-        """‖B − A‖ / ‖A‖; infinite where A is zero and B is not."""
+        """‖B − A‖ / ‖A‖; infinite if A is zero and B is not."""
         if self.before == 0:
             return 0.0 if self.moved == 0 else float("inf")
         return self.moved / self.before
 
     def add(self, other: Change) -> None:
-        """Count another one in."""
+        """Add another change to this one."""
         self.tensors += other.tensors
         self.changed += other.changed
         self.parameters += other.parameters
@@ -59,16 +59,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Differences:
-    """Two checkpoints compared.
+    """The result of a comparison of two checkpoints.
 
     Attributes:
-        parts: by part, in the order of the network.
-        tensors: every tensor that both hold, in the order of A's files.
-        only_a, only_b: names that one of them lacks.
+        parts: changes by part, in model order.
+        tensors: changes of all tensors that both have, in the order of A's files.
+        only_a, only_b: names of tensors that only one of them has.
         reshaped: names whose shapes differ, with both.
-        formats: names stored in other number formats, as "F32 → BF16".
-        settings: settings whose meaning differs, as "FILE KEY" → (A's, B's); None where one has
-            none. The layout that a version of transformers writes makes no difference.
+        formats: names stored in different number formats, as "F32 → BF16".
+        settings: settings whose meaning differs, as "FILE KEY" → (A's, B's); None if one has no
+            such setting. Differences in layout between versions of transformers do not count.
     """
 
     parts: tuple[Change, ...]
@@ -81,12 +81,12 @@ class Differences:
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs, weights to the last bit."""
+        """Whether nothing differs; weights are compared bit by bit."""
         named = self.only_a or self.only_b or self.reshaped or self.formats or self.settings
         return not named and all(change.changed == 0 for change in self.tensors)
 
     def most_changed(self, count: int) -> list[Change]:
-        """The tensors that moved most for their size."""
+        """Return the tensors with the largest relative change."""
         moved = [change for change in self.tensors if change.changed]
         return sorted(moved, key=lambda change: -change.relative)[:count]
 
@@ -107,11 +107,11 @@ class Differences:
 def diff_checkpoints(
     a: Path | ModelPath, b: Path | ModelPath, *, progress: Callable[[], None] | None = None
 ) -> Differences:
-    """Compare two checkpoints; weights are mapped and read piece by piece, integers as the floats
-    that they stand for.
+    """Compare two checkpoints. Weights are memory-mapped and read in pieces; integers are compared
+    as the floats that they represent.
 
     Args:
-        a, b: whatever is loaded: folders, adapters on their bases, GGUF files.
+        a, b: anything that can be loaded: folders, adapters on their bases, GGUF files.
         progress: called after every tensor.
 
     Raises:
@@ -155,8 +155,8 @@ def _format(source: Source, name: str) -> str:
 
 
 def _compared(one: Source, other: Source, names: list[str]) -> Iterator[Change]:
-    """Each tensor's change."""
-    for name in names:  # one at a time: each side has an order of its own
+    """Yield each tensor's change."""
+    for name in names:  # one at a time: the two sides may differ in order
         ((_, before),) = one.tensors((name,))
         ((_, after),) = other.tensors((name,))
         yield _change(name, before, after)
@@ -181,7 +181,7 @@ def _change(name: str, before: Tensor, after: Tensor) -> Change:
 
 
 def _settings(a: Source, b: Source) -> dict[str, tuple[Any, Any]]:
-    """Settings whose meaning differs; long ones by their size, for want of a short way."""
+    """Return settings whose meaning differs; long values are replaced by their size."""
     one, other = meaning(a.files), meaning(b.files)
     return {
         key: (_short(one.get(key)), _short(other.get(key)))

@@ -1,4 +1,6 @@
-"""What every format of weights is read as: entries by Hugging Face name, and a way to tensors."""
+"""The common form of all weight formats: entries by Hugging Face name, and a function that reads
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,11 @@ class Stored:
     """Weights in files.
 
     Attributes:
-        folder: where the files are that the entries name.
-        entries: every weight by its Hugging Face name.
-        read: (name, tensor) pairs of the names, or of all weights.
-        notes: what is unusual and not wrong, a sentence each.
-        losses: what does not stay as it is stored, a sentence each; loading logs them.
+        folder: the folder of the files that the entries name.
+        entries: all weights by Hugging Face name.
+        read: yields (name, tensor) pairs for the given names, or for all weights.
+        notes: unusual but valid findings, one sentence each.
+        losses: what is not preserved exactly, one sentence each; loading logs them.
     """
 
     folder: Path

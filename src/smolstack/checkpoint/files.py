@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder, both generations, read with every refusal in words."""
+"""Reads the files of a checkpoint folder, in the layouts of old and new transformers versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smolstack.checkpoint.defaults import derive_config, derive_image
 from smolstack.checkpoint.unsupported import refuse_other_kinds
 from smolstack.errors import CheckpointError, ConfigError
 
-# Small files that describe the processor; kept as they are when a checkpoint is saved again.
+# Small files that describe the processor; copied unchanged when a checkpoint is saved.
 SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -28,15 +28,15 @@ SIDE_FILES = (
     "video_preprocessor_config.json",
     "additional_chat_templates/sentence_transformers.jinja",
 )
-RETRIEVAL_TEMPLATE = SIDE_FILES[-1]  # words around pages and queries, of newer retrieval models
-ADAPTER_CONFIG = "adapter_config.json"  # of a folder that only changes another's weights
-# What to do where the model is there and its processor's files are not.
+RETRIEVAL_TEMPLATE = SIDE_FILES[-1]  # text around pages and queries, in newer retrieval models
+ADAPTER_CONFIG = "adapter_config.json"  # marks an adapter folder
+# Advice if the weights are present but the processor's files are missing.
 _UNPROCESSED = "; AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER) writes them"
 _TRAINED = (
     "; a Trainer saves the processor's files where it is given processing_class=processor, and "
     "AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER) adds them afterwards"
 )
-# Models that are a tower of this family's, and what makes a whole model of them.
+# Models that are a single tower, and how to make a complete model of them.
 _TOWERS = {
     "llama": ("a language model", "smolstack bridge VISION {} OUT"),
     "siglip": ("a vision tower", "smolstack bridge {} TEXT OUT"),
@@ -47,10 +47,10 @@ MAX_JSON_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """What a folder says about its model, before any weight is looked at.
+    """The contents of a checkpoint's small files, without the weights.
 
     Attributes:
-        folder: where it was read from.
+        folder: the folder that was read.
         config: config.json.
         image: the image processor's settings (preprocessor_config.json, or the ``image_processor``
             object of a newer processor_config.json).
@@ -60,8 +60,8 @@ class CheckpointFiles:
         generation: generation_config.json, or an empty object.
         tokenizer_config: tokenizer_config.json, or an empty object.
         chat_template: the Jinja source, or None.
-        side: the side files' contents by name.
-        notes: what was derived from the rest because it was missing, a sentence each.
+        side: contents of the side files by name.
+        notes: values that were missing and derived from other files, one sentence each.
     """
 
     folder: Path
@@ -77,14 +77,14 @@ class CheckpointFiles:
 
 
 def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
-    """Read the JSON and text files of ``folder``; weights stay on disk.
+    """Read the JSON and text files of ``folder``, not the weights.
 
     Args:
-        base: for an adapter's folder the one that it changes, whose config.json is read, and
-            whose other files are where the adapter has none.
+        base: for an adapter folder, the folder of its base checkpoint. config.json is read from
+            there, as are all other files that the adapter folder does not have.
 
     Raises:
-        CheckpointError: the folder or a needed file does not exist, or is not JSON.
+        CheckpointError: the folder or a required file does not exist, or is not JSON.
     """
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
@@ -141,7 +141,9 @@ def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
 
 
 def _unlike_transformers(config: Mapping[str, Any]) -> list[str]:
-    """What smolstack reads and transformers refuses: it asks for this even beside a head_dim."""
+    """Return notes about configs that smolstack reads and transformers rejects: it checks this even
+    if head_dim is given.
+    """
     text = config.get("text_config")
     sizes = text if isinstance(text, Mapping) else {}
     hidden, heads = sizes.get("hidden_size"), sizes.get("num_attention_heads")
@@ -155,7 +157,7 @@ def _unlike_transformers(config: Mapping[str, Any]) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file."""
+    """Read a JSON object from a file."""
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no {path.name}")
     if path.stat().st_size > MAX_JSON_BYTES:
@@ -176,7 +178,9 @@ def _optional(path: Path) -> dict[str, Any]:
 def chat_template_of(
     place: Callable[[str], Path], processor: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
 ) -> str | None:
-    """The chat template, newest place first; a list of named ones means its "default"."""
+    """Return the chat template, looking in the newest location first; in a list of named templates,
+    "default" is used.
+    """
     jinja = place("chat_template.jinja")
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")

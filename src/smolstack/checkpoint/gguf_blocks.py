@@ -1,4 +1,4 @@
-"""Number formats of GGUF files, and the one place where a tensor's blocks become floats."""
+"""Number formats of GGUF files, and the dequantization of their blocks."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from smolstack.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Formats that are floats already, by their names in safetensors.
+# Float formats, by their names in safetensors.
 FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A number format: ``block`` numbers are stored together in ``bytes``.
+    """A number format: ``block`` numbers are stored together in ``bytes`` bytes.
 
     Attributes:
-        name: llama.cpp's, "Q4_1".
-        code: its number in files.
+        name: llama.cpp's name, e.g. "Q4_1".
+        code: the number that identifies it in files.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Kind:
 
     @property
     def dtype(self) -> str:
-        """What :func:`to_floats` makes of it, as safetensors names it."""
+        """The dtype of :func:`to_floats`' result, as named in safetensors."""
         return FLOATS.get(self.name, "F32")
 
 
 def gguf_package() -> Any:
-    """The package gguf.
+    """Import the package gguf.
 
     Raises:
         CheckpointError: it is not installed.
@@ -67,10 +67,10 @@ def _kind(code: int) -> Kind | None:
 
 
 def kind_of(code: int, who: str) -> Kind:
-    """The number format of a code.
+    """Return the number format of a code.
 
     Raises:
-        CheckpointError: there is none, or its blocks cannot be turned into floats.
+        CheckpointError: the code is unknown, or the format cannot be dequantized.
     """
     kind = _kind(code)
     if kind is None:
@@ -79,9 +79,9 @@ def kind_of(code: int, who: str) -> Kind:
 
 
 def to_floats(rows: npt.NDArray[np.uint8], kind: Kind) -> Tensor:
-    """Rows of blocks as floats: (rows, bytes of a row) → (rows, numbers of a row).
+    """Convert rows of blocks to floats: (rows, bytes per row) → (rows, values per row).
 
-    Floats stay mapped and in their own format; quantized blocks are float32.
+    Float formats stay memory-mapped and keep their dtype; quantized blocks become float32.
     """
     import torch
 

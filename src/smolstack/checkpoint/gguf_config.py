@@ -1,4 +1,4 @@
-"""The files that a GGUF model would have as a folder, from its metadata.
+"""Builds the files that a checkpoint folder would have from the metadata of a GGUF model.
 
 The keys are those that llama.cpp's converter writes: ``llama.*`` and ``tokenizer.*`` in the
 language model's file, ``clip.*`` in the vision tower's.
@@ -21,16 +21,16 @@ from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
 
 IMAGE, END = "<image>", "<end_of_utterance>"
-# Llama 3.1's rescaling of rotary frequencies; a file holds its result alone.
+# Llama 3.1's rescaling of rotary frequencies; a file contains only the result.
 _LOW, _HIGH, _CONTEXT = 1.0, 4.0, 8192
 
 
 def files_of(where: ModelPath, text: GgufFile, vision: GgufFile) -> CheckpointFiles:
-    """Settings, tokenizer and template of a GGUF model.
+    """Return settings, tokenizer and chat template of a GGUF model.
 
     Raises:
-        CheckpointError: a key is missing or has a value that cannot be; files that belong to
-            different models.
+        CheckpointError: a key is missing or has an invalid value; the files belong to different
+            models.
     """
     vocabulary = read_vocabulary(text)
     image_token = vocabulary.id_of(IMAGE)
@@ -76,7 +76,7 @@ def files_of(where: ModelPath, text: GgufFile, vision: GgufFile) -> CheckpointFi
 
 
 def text_config(file: GgufFile, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The ``text_config`` of a language model's file."""
+    """Return the ``text_config`` of a language model's file."""
     hidden, heads = (
         file.value(f"llama.{key}", int) for key in ("embedding_length", "attention.head_count")
     )
@@ -117,7 +117,7 @@ def text_config(file: GgufFile, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _rotation(file: GgufFile, head_dim: int) -> dict[str, Any]:
-    """Rotary positions: the base, and how frequencies are rescaled."""
+    """Return the RoPE settings: the base, and the rescaling of frequencies."""
     theta = _short(file.value("llama.rope.freq_base", float))
     kind = file.value("llama.rope.scaling.type", str, "none")
     if kind == "linear":
@@ -152,7 +152,9 @@ def _rotation(file: GgufFile, head_dim: int) -> dict[str, Any]:
 
 
 def _llama3_divisors(theta: float, head_dim: int, factor: float) -> list[float]:
-    """What Llama 3.1 divides each frequency by: long waves by ``factor``, short ones by 1."""
+    """Return Llama 3.1's divisor of each frequency: ``factor`` for long wavelengths, 1 for short
+    ones.
+    """
     found = []
     for channel in range(0, head_dim, 2):
         turns = _CONTEXT / (2 * math.pi * theta ** (channel / head_dim))
@@ -189,7 +191,7 @@ def _vision(file: GgufFile) -> dict[str, Any]:
 
 
 def _image(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
-    """preprocessor_config.json, and what had to be decided."""
+    """Return preprocessor_config.json, and notes about values that the file does not contain."""
     edge = file.value("clip.vision.image_size", int)
     longest = file.value("clip.vision.preproc_image_size", int, None)
     notes = []
@@ -215,7 +217,7 @@ def _image(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
 
 
 def _check_pair(text: GgufFile, vision: GgufFile, config: dict[str, Any]) -> None:
-    """The tower's outputs must be as wide as the decoder."""
+    """Check that the vision tower's outputs have the decoder's width."""
     wide = vision.value("clip.vision.projection_dim", int, None)
     hidden = config["text_config"]["hidden_size"]
     if wide not in (None, hidden):
@@ -226,12 +228,14 @@ def _check_pair(text: GgufFile, vision: GgufFile, config: dict[str, Any]) -> Non
 
 
 def end_ids(file: GgufFile, vocabulary: Vocabulary) -> list[int]:
-    """Tokens that end an answer: those that the file names, and the family's end of a turn."""
+    """Return the tokens that end an answer: those named in the file, and the family's end-of-turn
+    token.
+    """
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     named = [file.value(key, int, None) for key in keys]
     return list(dict.fromkeys(i for i in (*named, vocabulary.id_of(END)) if i is not None))
 
 
 def _short(number: float) -> float:
-    """A number that was stored in float32, with the digits that it was written with."""
+    """Round a float32 number to the digits that it was written with."""
     return float(str(np.float32(number)))

@@ -1,8 +1,8 @@
-"""GGUF files: metadata and tensors by name, every count and offset checked before it is used.
+"""Reads GGUF files: metadata and tensors by name. Every count and offset is checked before use.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read here and
-not by the package ``gguf``, whose reader trusts the counts in a file; the package says which number
-formats there are and turns their blocks into floats (gguf_blocks.py).
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed here
+because the reader of the package ``gguf`` trusts the counts in a file. The package provides the
+list of number formats and dequantizes their blocks (gguf_blocks.py).
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from smolstack.errors import CheckpointError
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 MAX_DIMENSIONS, MAX_NESTING = 4, 4
-# Numbers by their code: struct's letter.
+# struct format characters by type code.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: ``shape`` with the slowest axis first; ``offset`` from the file's start."""
+    """One tensor: ``shape`` with the slowest axis first; ``offset`` in bytes from the start of the
+    file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -39,14 +41,14 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file's header; its tensors are mapped when they are asked for."""
+    """The header of a GGUF file; tensors are memory-mapped on demand."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
     def rows(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
-        """A tensor's bytes, mapped: (rows, bytes of a row)."""
+        """Return a tensor's bytes, memory-mapped: (rows, bytes per row)."""
         data = np.memmap(self.path, np.uint8, "c", offset=0)
         count = 1
         for length in tensor.shape[:-1]:
@@ -54,10 +56,11 @@ class GgufFile:
         return data[tensor.offset : tensor.offset + tensor.bytes].reshape(count, -1)
 
     def value(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        """One value of the metadata, checked.
+        """Return a metadata value, after checking its type.
 
         Raises:
-            CheckpointError: it is missing and has no default, or is of another kind.
+            CheckpointError: the key is missing and there is no default, or the value has another
+                type.
         """
         found = self.metadata.get(key, default)
         if found is ...:
@@ -73,8 +76,8 @@ def read_gguf(path: Path) -> GgufFile:
     """Read a GGUF file's header.
 
     Raises:
-        CheckpointError: the package gguf is not installed; the file is no GGUF file, is truncated,
-            or says something about itself that cannot be.
+        CheckpointError: the package gguf is not installed; the file is not a GGUF file, is
+            truncated, or its header is inconsistent.
     """
     size = path.stat().st_size
     if size < 24:
@@ -87,7 +90,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 class _Cursor:
-    """A place in the header; every step is checked against the file's end."""
+    """A position in the header; every read is checked against the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at, self.end = path, data, 0, len(data)
@@ -129,7 +132,7 @@ class _Cursor:
     def tensor(
         self, name: str, shape: tuple[int, ...], kind: Kind, offset: int, alignment: int
     ) -> GgufTensor:
-        """A tensor whose bytes lie within the file."""
+        """Return a tensor, after checking that its bytes lie within the file."""
         count = 1
         for length in shape:
             count *= length
@@ -147,7 +150,7 @@ class _Cursor:
         return GgufTensor(name, shape, kind, offset, size)
 
     def info(self) -> tuple[str, tuple[int, ...], Kind, int]:
-        """Name, shape, number format and offset of a tensor, as the header has them."""
+        """Read the name, shape, number format and offset of a tensor."""
         name = self.string("a tensor's name")
         dimensions = self.number("I", name)
         if not 1 <= dimensions <= MAX_DIMENSIONS:
@@ -160,7 +163,7 @@ class _Cursor:
         return name, tuple(reversed(lengths)), kind, self.number("Q", name)
 
     def read(self, code: int, key: str, depth: int) -> Any:
-        """One metadata value of a type's code."""
+        """Read a metadata value of the given type code."""
         if code in _NUMBERS:
             return self.number(_NUMBERS[code], key)
         if code == _BOOL:
@@ -179,7 +182,7 @@ class _Cursor:
         return [self.read(inner, key, depth + 1) for _ in range(length)]
 
     def count(self, count: int, size: int, what: str) -> int:
-        """A count that the rest of the file can hold, each of them ``size`` bytes at least."""
+        """Check that ``count`` items of at least ``size`` bytes fit into the rest of the file."""
         if count > (self.end - self.at) // size:
             raise CheckpointError(
                 f"{self.path} promises {count} {what}, more than its {self.end} bytes can hold"

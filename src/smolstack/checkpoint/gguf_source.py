@@ -1,6 +1,6 @@
-"""GGUF files as llama.cpp's converter writes them: the language model in one, its eyes in another.
+"""Reads GGUF models as llama.cpp's converter writes them: text and vision in separate files.
 
-Metadata becomes the files that a folder would have, tensors get their Hugging Face names back.
+Metadata is converted to the files of a checkpoint folder; tensors get their Hugging Face names.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _TURNED = re.compile(r"blk\.\d+\.attn_([qk])\.(weight|bias)")
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor, the file it is in, and the order its rows are wanted in (None: as they are)."""
+    """A tensor, its file, and the order of its rows (None: unchanged)."""
 
     file: GgufFile
     tensor: GgufTensor
@@ -62,7 +62,7 @@ class _Held:
     def read(self) -> Tensor:
         rows, flat = self.file.rows(self.tensor), len(self.tensor.shape) == 1
         if self.order is not None and not flat:
-            rows = rows[self.order]  # whole rows of blocks: nothing is computed
+            rows = rows[self.order]  # complete rows of blocks: nothing is dequantized
         floats = to_floats(rows, self.tensor.kind)
         if self.order is not None and flat:
             floats = floats[:, self.order]
@@ -70,10 +70,10 @@ class _Held:
 
 
 def open_gguf(where: ModelPath) -> tuple[CheckpointFiles, Stored]:
-    """The files and weights of a GGUF model: its language model and its vision tower.
+    """Open the files and weights of a GGUF model: its language model and its vision tower.
 
     Raises:
-        CheckpointError: a file that cannot be read, is another model's, or is missing.
+        CheckpointError: a file is missing, cannot be read, or belongs to another model.
     """
     if where.base is not None:
         raise CheckpointError(
@@ -113,7 +113,7 @@ def _stored(folder: Path, held: Mapping[str, _Held]) -> Stored:
 
 
 def open_gguf_text(path: Path) -> tuple[GgufFile, Vocabulary, dict[str, Any], Stored]:
-    """A language model's GGUF file alone: header, tokenizer, ``text_config`` and weights.
+    """Open a language model's GGUF file alone: header, tokenizer, ``text_config`` and weights.
 
     Raises:
         CheckpointError: as :func:`open_gguf`.
@@ -126,7 +126,7 @@ def open_gguf_text(path: Path) -> tuple[GgufFile, Vocabulary, dict[str, Any], St
 
 
 def _check_role(file: GgufFile, expected: str) -> None:
-    """The file must hold what it is named for."""
+    """Check that the file contains the expected kind of model."""
     found = file.value("general.architecture", str)
     if found == expected:
         parts = file.value("split.count", int, 1)
@@ -146,7 +146,7 @@ def _check_role(file: GgufFile, expected: str) -> None:
 
 
 def _beside(where: ModelPath) -> str:
-    """The files beside a language model that may be its vision tower."""
+    """List files next to a language model that may contain its vision tower."""
     names = sorted(
         path.name
         for path in where.path.parent.glob(f"*{GGUF}")
@@ -156,7 +156,7 @@ def _beside(where: ModelPath) -> str:
 
 
 def _held(file: GgufFile, text: dict[str, Any] | None) -> dict[str, _Held]:
-    """The tensors of a file by Hugging Face name."""
+    """Return the tensors of a file by Hugging Face name."""
     swapped = _swapped(file)
     found: dict[str, _Held] = {}
     for name, tensor in file.tensors.items():
@@ -175,7 +175,7 @@ def _held(file: GgufFile, text: dict[str, Any] | None) -> dict[str, _Held]:
 
 
 def _hf_name(name: str) -> str:
-    """The Hugging Face name of a tensor; one that the family has not stays as it is."""
+    """Return the Hugging Face name of a tensor; unknown names are returned unchanged."""
     module, _, kind = name.rpartition(".")
     for pattern, ours in _TABLE:
         match = re.fullmatch(pattern, module)
@@ -185,10 +185,10 @@ def _hf_name(name: str) -> str:
 
 
 def _halves(file: GgufFile, tensor: GgufTensor, heads: int) -> npt.NDArray[np.int64]:
-    """Rows of queries or keys in the order of Hugging Face's rotation.
+    """Return the row order that converts queries or keys to Hugging Face's rotation.
 
-    llama.cpp turns pairs of neighbours (2i, 2i + 1), Hugging Face pairs (i, i + K/2) of a head's K
-    channels; its converter moves rows accordingly.
+    llama.cpp rotates adjacent pairs (2i, 2i + 1) of a head's K channels, Hugging Face pairs
+    (i, i + K/2); llama.cpp's converter permutes the rows accordingly.
     """
     count = tensor.shape[0]
     if count % (2 * heads):
@@ -201,7 +201,9 @@ def _halves(file: GgufFile, tensor: GgufTensor, heads: int) -> npt.NDArray[np.in
 
 
 def _swapped(file: GgufFile) -> bool:
-    """Whether the tower's up and down have each other's names, as in files of early converters."""
+    """Return whether the tower's up and down projections have each other's names, as early
+    converters wrote them.
+    """
     up = file.tensors.get("v.blk.0.ffn_up.weight")
     patches = file.tensors.get("v.patch_embd.weight")
     if up is None or patches is None or len(up.shape) != 2:
@@ -211,5 +213,5 @@ def _swapped(file: GgufFile) -> bool:
 
 
 def _other(found: re.Match[str]) -> str:
-    """The other one of fc1 and fc2."""
+    """Return the other one of fc1 and fc2."""
     return ".mlp.fc2." if found[1] == "1" else ".mlp.fc1."

@@ -1,4 +1,6 @@
-"""A tokenizer from a GGUF file's metadata: byte-level BPE, as the family's models have it."""
+"""Builds a tokenizer from a GGUF file's metadata: byte-level BPE, as the models of the family
+use.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,12 @@ _LLAMA3 = (
 
 @dataclass(frozen=True)
 class _Pre:
-    """How text is cut into words before merging.
+    """How text is split into words before BPE merges.
 
     Attributes:
-        build: the tokenizers library's pre-tokenizer.
-        whole: whether a word that is a token is taken as it is, without merging.
-        begins: whether a beginning-of-text token is put first where the file does not say.
+        build: makes the pre-tokenizer of the tokenizers library.
+        whole: whether a word that is a token is used directly, without merges.
+        begins: whether a beginning-of-text token is prepended if the file does not say.
     """
 
     build: Callable[[], Any]
@@ -49,7 +51,7 @@ def _llama3() -> Any:
     return pre_tokenizers.Sequence([words, letters])
 
 
-# By llama.cpp's names (llama-vocab.cpp).
+# Keys are llama.cpp's names (llama-vocab.cpp).
 _PRE = {
     "gpt-2": _Pre(_byte_level),
     "granite-docling": _Pre(_byte_level),
@@ -63,23 +65,22 @@ _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "paddi
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A file's tokenizer: tokenizer.json, tokenizer_config.json, and its tokens by id."""
+    """A file's tokenizer: tokenizer.json, tokenizer_config.json, and the tokens by id."""
 
     tokenizer_json: bytes
     config: dict[str, Any]
     tokens: list[str]
 
     def id_of(self, token: str) -> int | None:
-        """A token's id, or None."""
+        """Return a token's id, or None."""
         return self.tokens.index(token) if token in self.tokens else None
 
 
 def read_vocabulary(file: GgufFile) -> Vocabulary:
-    """The tokenizer of a GGUF file.
+    """Read the tokenizer of a GGUF file.
 
     Raises:
-        CheckpointError: a kind of tokenizer that the family does not have, or one that contradicts
-            itself.
+        CheckpointError: the tokenizer's type is not supported, or its data is inconsistent.
     """
     model, pre = (file.value(f"tokenizer.ggml.{key}", str) for key in ("model", "pre"))
     if model != "gpt2" or pre not in _PRE:
@@ -107,7 +108,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
         tokenizer = tokenizers.Tokenizer(
             models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=chosen.whole)
         )
-    except Exception as error:  # tokenizers raises plain Exception
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"{file.path} has a tokenizer that cannot be: {error}") from error
     tokenizer.pre_tokenizer, tokenizer.decoder = chosen.build(), decoders.ByteLevel()
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
@@ -126,7 +127,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
 
 
 def _config(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
-    """tokenizer_config.json: the tokens that have a role."""
+    """Return tokenizer_config.json: the tokens with a special role."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

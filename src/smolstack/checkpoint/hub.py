@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder, the bundled reader, or a repository on the Hugging Face hub."""
+"""Locates a checkpoint: a folder, the bundled reader, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 from smolstack.errors import CheckpointError
 
 READER = Path(__file__).resolve().parent.parent / "reader"
-BUNDLED = "smolstack's bundled reader"  # its name in files, where None cannot stand
+BUNDLED = "smolstack's bundled reader"  # its name in files that cannot contain None
 GGUF = ".gguf"
 PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt"]  # never pickles, never code
 
 
 @dataclass(frozen=True)
 class ModelPath:
-    """Where a model's files are.
+    """The location of a model's files.
 
     Attributes:
-        path: a checkpoint folder, an adapter's folder, or a GGUF file of the language model.
-        base: for an adapter the folder that it changes, instead of the one that it names.
-        mmproj: for a GGUF file the one that holds the vision tower and the connector.
+        path: a checkpoint folder, an adapter folder, or a GGUF file of the language model.
+        base: for an adapter, the base checkpoint's folder, instead of the one that it names.
+        mmproj: for a GGUF file, the file of the vision tower and the connector.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class ModelPath:
         return str(self.path)
 
     def absolute(self) -> ModelPath:
-        """The same from wherever it is looked at."""
+        """Return the same location with absolute paths."""
         base, mmproj = (p if p is None else p.absolute() for p in (self.base, self.mmproj))
         return ModelPath(self.path.absolute(), base, mmproj)
 
@@ -43,15 +43,15 @@ def locate(
     base: str | Path | None = None,
     mmproj: str | Path | None = None,
 ) -> ModelPath:
-    """Where a model's files are; what is not on this machine is fetched from the hub.
+    """Locate a model's files; a hub repository that is not cached is downloaded.
 
     Args:
-        model, revision: as for :func:`find`; a ModelPath is what it says.
-        base: the checkpoint that an adapter changes: a folder or a hub id.
+        model, revision: as for :func:`find`, or a ModelPath.
+        base: the base checkpoint of an adapter: a folder or a hub id.
         mmproj: the file of a GGUF model's vision tower.
 
     Raises:
-        CheckpointError: as :func:`find`; or no such file as ``mmproj``.
+        CheckpointError: as :func:`find`; or ``mmproj`` does not exist.
     """
     if isinstance(model, ModelPath):
         return model
@@ -64,7 +64,7 @@ def locate(
 
 
 def find(model: str | Path | None, revision: str | None = None) -> Path:
-    """The folder of a checkpoint, or a GGUF file.
+    """Return the folder of a checkpoint, or a GGUF file.
 
     Args:
         model: a folder, a GGUF file, a hub id such as ``HuggingFaceTB/SmolVLM-256M-Instruct``, or
@@ -72,7 +72,8 @@ def find(model: str | Path | None, revision: str | None = None) -> Path:
         revision: branch, tag or commit, for a hub id.
 
     Raises:
-        CheckpointError: no such folder; or a hub id without huggingface_hub, or unreachable.
+        CheckpointError: the folder does not exist; a hub id is given but huggingface_hub is not
+            installed, or the download fails.
     """
     if model is None:
         return READER
@@ -98,7 +99,7 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from None
     try:
         folder: str = snapshot_download(repo, revision=revision, allow_patterns=PATTERNS)
-    except Exception as error:  # the hub's client raises many kinds, all of them "not fetched"
+    except Exception as error:  # the hub client raises many error types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{repo} is no folder here and could not be fetched from the hub: {reason}"

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its files alone: headers and JSON are read, weights are not."""
+"""Describes a checkpoint from file headers and JSON, without reading its weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from smolstack.processor.settings import ImageSettings
 
 PARTS = ("vision tower", "connector", "token embedding", "decoder layers", "decoder norm", "head")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Bytes of a weight in large matrices; int4 keeps to the decoder and its head, with a scale of two
-# bytes per 32 weights. The rest is float32, keys and values are float16 (model/precision.py).
+# Bytes per weight in large matrices; int4 covers the decoder and its head, with a 2-byte scale per
+# 32 weights. The rest is float32; keys and values are float16 (model/precision.py).
 _QUANTIZED = {"int8": (1.0, 1.0), "int4": (1.0, 0.5625)}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _PREFIXES = (
@@ -36,7 +36,7 @@ _PREFIXES = (
 
 @dataclass(frozen=True)
 class ConnectorShape:
-    """The bridge: the patch ``grid`` of a tile becomes the ``visual_grid``."""
+    """Shapes of the connector: the patch ``grid`` of a tile becomes the ``visual_grid``."""
 
     grid: tuple[int, int]
     scale: int
@@ -48,23 +48,23 @@ class ConnectorShape:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint in numbers.
+    """Properties of a checkpoint.
 
     Attributes:
-        folder: where it is.
-        config: sizes of both towers and the bridge, the head as the weights have it.
-        settings: preprocessing of images.
+        folder: the checkpoint's folder.
+        config: sizes of both towers and the connector; the head as determined by the weights.
+        settings: image preprocessing.
         parameters: by part (see PARTS), each weight counted once.
-        stored: parameters by the number format they are stored in.
+        stored: parameters by stored number format.
         weight_files: bytes on disk by file.
         connector: its shapes.
-        special_tokens: text → id, for those that prompts and answers need.
+        special_tokens: text → id of the special tokens that prompts and answers use.
         end_tokens: id → text of the tokens that end an answer.
-        vocabulary: tokens of the tokenizer.
-        kind: what the weights came as: "safetensors", "MLX" or "GGUF".
-        base: of an adapter the folder that it changes, and how many of its weights.
-        notes: what was derived or is unusual, a sentence each.
-        integers: bytes in memory where the weights are stored as integers, else 0.
+        vocabulary: number of tokens of the tokenizer.
+        kind: format of the weight files: "safetensors", "MLX" or "GGUF".
+        base: for an adapter, the base checkpoint's folder and the number of changed weights.
+        notes: derived values and unusual findings, one sentence each.
+        integers: bytes in memory if the weights are stored as integers, else 0.
     """
 
     folder: Path
@@ -93,14 +93,15 @@ class Inspection:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of the weights in memory, by the number format they are used in: one's own where
-        they are integers already."""
+        """Bytes of the weights in memory, by number format; a single entry if they are stored as
+        integers.
+        """
         if self.config.quantization is not None:
             return {self.config.quantization.name: self.integers}
         found = {name: self.total_parameters * size for name, size in BYTES.items()}
         parts = self.parameters
         embedding = parts["token embedding"]
-        head = parts["head"] or embedding  # a tied head becomes a matrix of its own
+        head = parts["head"] or embedding  # a tied head becomes a separate matrix
         for name, (tower, decoder) in _QUANTIZED.items():
             whole = tower * (parts["vision tower"] + parts["connector"])
             found[name] = round(whole + decoder * (parts["decoder layers"] + head) + 4 * embedding)
@@ -108,7 +109,7 @@ class Inspection:
 
     @property
     def cache_per_token(self) -> dict[str, int]:
-        """Bytes of keys and values that one token adds, by number format."""
+        """Bytes of keys and values per token, by number format."""
         text = self.config.text
         numbers = 2 * text.num_layers * text.num_kv_heads * text.head_dim
         return {name: numbers * BYTES.get(name, 2) for name in self.memory}
@@ -175,7 +176,7 @@ def inspect_checkpoint(where: Path | ModelPath) -> Inspection:
 
 
 def count_parts(entries: Mapping[str, Entry]) -> dict[str, int]:
-    """Parameters by part; weights that the family does not have count as "unknown"."""
+    """Count parameters by part; weights that the family does not have count as "unknown"."""
     parts = dict.fromkeys(PARTS, 0)
     for name, entry in entries.items():
         part = part_name(name)
@@ -184,7 +185,7 @@ def count_parts(entries: Mapping[str, Entry]) -> dict[str, int]:
 
 
 def part_name(name: str) -> str:
-    """The part (see PARTS) that a checkpoint's weight belongs to, or "unknown"."""
+    """Return the part (see PARTS) of a checkpoint's weight, or "unknown"."""
     try:
         ours = keys.from_hf(name)
     except CheckpointError:
@@ -195,15 +196,16 @@ def part_name(name: str) -> str:
 def _count_formats(entries: Mapping[str, Entry]) -> dict[str, int]:
     formats: dict[str, int] = {}
     for entry in entries.values():
-        if entry.weights:  # scales stand for none
+        if entry.weights:  # scales count as no weights
             stored = entry.stored or _STORED.get(entry.dtype, entry.dtype)
             formats[stored] = formats.get(stored, 0) + entry.weights
     return formats
 
 
 def _bytes_in_memory(entries: Mapping[str, Entry]) -> int:
-    """Of a quantized model: its integers and their scales, its token table as it is stored, and
-    float32 for all else."""
+    """Return the bytes of a quantized model: integers and scales, the token embedding as stored,
+    and float32 for everything else.
+    """
     table = keys.to_hf("decoder.embedding.weight")
     return sum(
         entry.bytes
@@ -214,7 +216,7 @@ def _bytes_in_memory(entries: Mapping[str, Entry]) -> int:
 
 
 def _special_tokens(processor: Processor) -> dict[str, int]:
-    """The tokens that prompts and answers need, as far as the vocabulary holds them."""
+    """Return the special tokens that prompts and answers use, if they are in the vocabulary."""
     named = processor.tokenizer.special_tokens
     markers = processor.markers
     wanted = [

@@ -1,8 +1,8 @@
-"""One table of weight names, read in both directions.
+"""The table of weight names, used in both directions.
 
-Left stands smolstack's module, right the name that Hugging Face checkpoints use; ``{i}`` is a
-layer index. A module's weight and bias follow it, or what its integers are kept in. An unknown name
-is an error, never ignored.
+The left column is smolstack's module, the right column its name in Hugging Face checkpoints;
+``{i}`` is a layer index. The name of a tensor of the module is appended: its weight and bias, or
+the tensors of a quantized layer. An unknown name is an error.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ _INDEX = re.compile(r"\.(\d+)(?=\.)")
 
 
 def to_hf(name: str, *, embedding_head: bool = False) -> str:
-    """The checkpoint's name of a smolstack weight, e.g. ``connector.proj.weight``."""
+    """Return the checkpoint name of a smolstack weight, e.g. ``connector.proj.weight``."""
     head = EMBEDDING_HEAD if embedding_head else LM_HEAD
     return _translate(name, {**dict(TABLE), "head": head})
 
 
 def from_hf(name: str) -> str:
-    """The smolstack name of a checkpoint's weight."""
+    """Return the smolstack name of a checkpoint's weight."""
     inverse = {theirs: ours for ours, theirs in TABLE}
     return _translate(name, {**inverse, LM_HEAD: "head", EMBEDDING_HEAD: "head"})
 
 
 def unknown_to_hf(names: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's names that the table does not hold."""
+    """Return the checkpoint names that are not in the table."""
     unknown = []
     for name in names:
         try:

@@ -1,6 +1,7 @@
-"""A plain Llama as a text tower: a LlamaForCausalLM's folder, or a GGUF file of the architecture.
+"""Opens a plain Llama as a text tower: a LlamaForCausalLM folder, or a GGUF file of architecture
+llama.
 
-SmolLM2, Llama 3 and TinyLlama are such; the family's own decoders are nothing else.
+SmolLM2, Llama 3 and TinyLlama are such models, and so are the decoders of this family.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from smolstack.model.layers import TokenEmbedding
 
 MODEL_TYPE = "llama"
 _PREFIX, _TABLE, _HEAD = "model.", "embed_tokens.weight", "lm_head.weight"
-_BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")  # computed from the config; old files hold it
-# Class defaults of transformers 5.24's LlamaConfig for keys that change results: files from
-# before they were keys mean these values.
+_BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")  # computed from the config; stored in old files
+# Defaults of transformers 5.24's LlamaConfig for keys that change results: files that are older
+# than these keys imply these values.
 _IMPLIED = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6}
 
 
 def open_llama(folder: Path) -> TextSource:
-    """The text tower in a LlamaForCausalLM's folder; weights stay on disk.
+    """Open the text tower in a LlamaForCausalLM folder; weights stay on disk.
 
     Raises:
         CheckpointError, ConfigError: naming file, key, what was found and what was expected.
@@ -79,11 +80,12 @@ def open_llama(folder: Path) -> TextSource:
 
 
 def open_llama_gguf(path: Path) -> TextSource:
-    """The text tower in a GGUF file of architecture llama; blocks become float32 when read.
+    """Open the text tower in a GGUF file of architecture llama; blocks are dequantized to float32
+    when read.
 
     Raises:
-        CheckpointError: a file that cannot be read, of another architecture, or with a tokenizer
-            that is not byte-level BPE.
+        CheckpointError: the file cannot be read, has another architecture, or its tokenizer is not
+            byte-level BPE.
     """
     file, vocabulary, data, stored = open_gguf_text(path)
     config = TextConfig.from_hf(data, str(path))
@@ -114,7 +116,7 @@ def _expected(config: TextConfig, tied: bool) -> dict[str, Tensor]:
 
 
 def _with_implied(folder: Path, data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """config.json with what LlamaConfig fills in, and notes about it."""
+    """Return config.json with the values that LlamaConfig fills in, and notes."""
     found, notes = dict(data), []
     inner = found.get("rope_parameters") or found.get("rope_scaling")
     inside = isinstance(inner, Mapping) and "rope_theta" in inner
@@ -126,7 +128,7 @@ def _with_implied(folder: Path, data: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def _tied(folder: Path, data: Mapping[str, Any], entries: Mapping[str, Entry], table: str) -> bool:
-    """Whether the head is the token embedding: a file's flag and its weights must agree."""
+    """Return whether the head is tied to the token embedding; flag and weights must agree."""
     flag = data.get("tie_word_embeddings") is True  # LlamaConfig's default is False
     if _HEAD not in entries:
         if not flag:
@@ -143,7 +145,7 @@ def _tied(folder: Path, data: Mapping[str, Any], entries: Mapping[str, Entry], t
 
 
 def _map_of_tokens(folder: Path) -> dict[str, Any]:
-    """Named tokens of older folders, which tokenizer_config.json need not repeat."""
+    """Return the named tokens of older folders, which tokenizer_config.json may omit."""
     found = _optional(folder / "special_tokens_map.json")
     return {name: token for name, token in found.items() if name.endswith("_token")}
 

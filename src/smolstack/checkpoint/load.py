@@ -1,4 +1,6 @@
-"""Loading: config and tokenizer from their files, weights memory-mapped into a meta model."""
+"""Loading: config and tokenizer from their files, memory-mapped weights into a model on the meta
+device.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ _TABLE = "decoder.embedding.weight"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint; ``where`` its files are, where it came from any."""
+    """A loaded checkpoint; ``where`` is the location of its files, if it has any."""
 
     files: CheckpointFiles
     config: ModelConfig
@@ -51,20 +53,20 @@ def load_checkpoint(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint in whatever files it came (checkpoint/source.py).
+    """Load a checkpoint in any supported file format (checkpoint/source.py).
 
     The model is built on the meta device and its weights are assigned from the memory-mapped
-    files; nothing is copied unless ``dtype`` or ``device`` ask for it.
+    files; nothing is copied unless ``dtype`` or ``device`` require it.
 
     Args:
-        where: a Hugging Face checkpoint folder, an adapter's (then its base's weights are read,
-            and changed), an MLX conversion's, or a GGUF file and its vision tower's.
+        where: a Hugging Face checkpoint folder, an adapter folder (merged into its base's weights),
+            an MLX folder, or a GGUF file with the file of its vision tower.
         dtype: "float32", "bfloat16", "float16", "int8" or "int4" (quantized while loading, unless
-            they are stored so), or "auto": the weights' own, except on a CPU without arithmetic in
+            they are stored so), or "auto": the stored dtype, except on a CPU without arithmetic in
             it, where float32 is faster and loses nothing.
-        device: "cpu", "cuda", "mps", … or "auto": the first of cuda, mps, cpu that is there.
-        progress: is told what was done and how much of how much, while weights are quantized or
-            laid out for the kernels.
+        device: "cpu", "cuda", "mps", … or "auto": the first available of cuda, mps, cpu.
+        progress: called with a description, the amount done and the total while weights are
+            quantized or packed for the kernels.
 
     Raises:
         ConfigError, CheckpointError: naming file, key, what was found and what was expected.
@@ -96,7 +98,7 @@ def load_checkpoint(
 def load_weights(
     source: Source, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> VisionLanguageModel:
-    """A model in evaluation mode with the weights of a source."""
+    """Return a model in evaluation mode with the weights of a source."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     state = {}
@@ -105,21 +107,21 @@ def load_weights(
         number = torch.bfloat16 if scale else dtype if tensor.is_floating_point() else None
         own = keys.from_hf(name)
         if own == _TABLE and config.quantization is not None:
-            number = tensor.dtype  # looked up, never multiplied
+            number = tensor.dtype  # only looked up, not multiplied
         state[own] = tensor.to(device=device, dtype=number)
     model.load_state_dict(state, strict=True, assign=True)
     return accelerate(model.eval())
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of a name; "auto" is the first of cuda, mps, cpu that is there."""
+    """Return the device of a name; "auto" is the first available of cuda, mps, cpu."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         target = torch.device(device)
-        torch.zeros(1, device=target).item()  # a device that torch knows may not be there
+        torch.zeros(1, device=target).item()  # torch knows devices that are not present
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
@@ -129,15 +131,17 @@ def choose_device(device: str) -> torch.device:
 def _floats(
     dtype: str, config: ModelConfig, entries: Mapping[str, Entry], device: torch.device
 ) -> torch.dtype:
-    """What float weights are loaded in. Those that will be quantized stay as they are stored, so
-    that no whole copy of the model is ever made; beside stored integers they are float32."""
+    """Return the dtype in which float weights are loaded. Weights to be quantized keep their stored
+    dtype, so that no complete float copy of the model is made; next to stored integers they are
+    float32.
+    """
     if config.quantization is not None:
         return torch.float32
     return stored_dtype(entries) if dtype in QUANTIZED else choose_dtype(dtype, entries, device)
 
 
 def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device) -> torch.dtype:
-    """The dtype of a name; "auto" as :func:`load_checkpoint` says."""
+    """Return the dtype of a name; "auto" as described in :func:`load_checkpoint`."""
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ConfigError(
@@ -151,7 +155,7 @@ def choose_dtype(dtype: str, entries: Mapping[str, Entry], device: torch.device)
 
 
 def stored_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
-    """The number format that most of the float weights are stored in."""
+    """Return the number format of most of the float weights."""
     stored = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     sizes = dict.fromkeys(stored, 0)
     for entry in entries.values():
@@ -161,7 +165,7 @@ def stored_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
 
 
 def _cpu_computes_in(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for matrix products in ``dtype``."""
+    """Return whether this CPU has instructions for matrix products in ``dtype``."""
     supported = {
         torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
         torch.float16: ("_is_amx_fp16_supported",),

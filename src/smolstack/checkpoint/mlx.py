@@ -1,9 +1,9 @@
-"""Conversions for MLX: other names, and weights quantized affinely in groups.
+"""Reads conversions for MLX: other weight names, and affine group quantization.
 
-``mlx_vlm.convert`` writes a folder like any other, but its weights are called as MLX's model calls
-them, its convolution has its channels last, and a quantized layer is three tensors: ``weight``
-(packed in uint32), ``scales`` and ``biases``, one of each per group of a row. They are turned into
-floats while they are read: w = scale · q + bias, as ``mx.dequantize`` computes it.
+``mlx_vlm.convert`` writes a checkpoint folder in which weights have the names of MLX's model, the
+convolution has its channels last, and a quantized layer is three tensors: ``weight`` (packed in
+uint32), ``scales`` and ``biases``, one of each per group of a row. They are dequantized when read:
+w = scale · q + bias, as ``mx.dequantize`` computes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PACKED = "U32"
 BITS = (2, 3, 4, 5, 6, 8)
 KEYS = ("quantization", "quantization_config")
-# MLX's name of a part, and Hugging Face's; the first that fits is taken.
+# MLX's and Hugging Face's name of a part; the first match is used.
 _PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model.text_model."),
@@ -37,15 +37,15 @@ _PATCHES = "model.vision_model.embeddings.patch_embedding.weight"
 
 
 def has_names(folder: Path) -> bool:
-    """Whether a folder's weights are called as MLX calls them; False where there are none."""
+    """Return whether a folder's weights have MLX's names; False if there are none."""
     try:
         return any(name.startswith("language_model.") for name in read_entries(folder, (PACKED,)))
     except CheckpointError:
-        return False  # the reader of the folder says what is wrong with it
+        return False  # reading the folder reports the error
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as it was before the conversion, of a model of float weights."""
+    """Return config.json as it was before the conversion, for a model with float weights."""
     plain = {key: value for key, value in config.items() if key not in KEYS}
     text = plain.get("text_config")
     if isinstance(text, Mapping):
@@ -54,10 +54,11 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_weights_of(folder: Path, config: Mapping[str, Any]) -> Stored:
-    """The weights of an MLX folder under Hugging Face names, floats all of them.
+    """Open the weights of an MLX folder under Hugging Face names, all as floats.
 
     Raises:
-        CheckpointError: a mode or a number of bits that is not read; tensors that do not fit.
+        CheckpointError: the mode or number of bits is not supported; the tensors' shapes do not
+            match.
     """
     found = read_entries(folder, (PACKED,))
     settings: Mapping[str, Any] = next(
@@ -100,7 +101,7 @@ def open_weights_of(folder: Path, config: Mapping[str, Any]) -> Stored:
 
 
 def hf_name(name: str) -> str:
-    """The Hugging Face name of an MLX weight; an unknown one stays as it is."""
+    """Return the Hugging Face name of an MLX weight; unknown names are returned unchanged."""
     for theirs, ours in _PREFIXES:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
@@ -108,15 +109,15 @@ def hf_name(name: str) -> str:
 
 
 def to_floats(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tensor:
-    """A quantized layer's weight in float32.
+    """Dequantize a layer's weight to float32.
 
     Args:
-        packed: (out, in · bits / 32) uint32, read as one stream of bits, the lowest first.
+        packed: (out, in · bits / 32) uint32, a stream of bits, lowest first.
         scales, biases: (out, in / group).
-        bits: of a number.
+        bits: bits per weight.
 
     Returns:
-        (out, in): scale · q + bias, each group of a row with its own.
+        (out, in): scale · q + bias, with the scale and bias of each group.
     """
     import torch
 
@@ -128,7 +129,7 @@ def to_floats(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tens
 
 
 def _unpack(rows: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """(rows, bytes) → (rows, numbers) of ``bits`` each."""
+    """(rows, bytes) → (rows, values) of ``bits`` bits each."""
     if bits == 8:
         return np.ascontiguousarray(rows)
     if bits == 4:
@@ -140,7 +141,7 @@ def _unpack(rows: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
 
 
 class _Layer:
-    """One quantized layer: its bits, its width, and its scales' dtype and names."""
+    """A quantized layer: bits per weight, width, and the dtype and names of its scales."""
 
     def __init__(self, bits: int, columns: int, dtype: str, companions: tuple[str, str]) -> None:
         self.bits, self.columns, self.dtype, self.companions = bits, columns, dtype, companions
@@ -187,7 +188,7 @@ def _tensor(folder: Path, found: Mapping[str, Entry], name: str) -> Tensor:
 
 
 def _channels_last(shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
-    """Whether a convolution's weight is (out, high, wide, channels)."""
+    """Return whether a convolution's weight is (out, height, width, channels)."""
     vision = config.get("vision_config")
     channels = vision.get("num_channels", 3) if isinstance(vision, Mapping) else 3
     return len(shape) == 4 and shape[3] == channels and shape[1] == shape[2] != channels

@@ -1,6 +1,7 @@
-"""Randomly initialized checkpoints of published shapes, with a tokenizer trained on the spot.
+"""Randomly initialized checkpoints in published shapes, with a newly trained tokenizer.
 
-Their answers mean nothing; their files, shapes, token counts and speed are the real ones.
+Their answers are meaningless; their files, shapes, token counts and speed are those of the real
+models.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-# Enough text for a few hundred merges, so that prompts tokenize into words and not bytes.
+# Enough text for a few hundred merges, so that prompts are tokenized into words, not bytes.
 _CORPUS = """What does it say? What is written in this picture? Describe the image in detail.
 Can you read the text on the sign? How many lines are there? Read line two of the document.
 User: Assistant: The image shows a page with a table, a title and three paragraphs of text.
@@ -63,10 +64,10 @@ def new_checkpoint(
 
     Args:
         preset: the published shape.
-        folder: must not exist or be empty, unless ``overwrite``.
-        seed: of the weights; the same seed gives the same bytes.
+        folder: must not exist, or be empty, unless ``overwrite``.
+        seed: seed of the weights; the same seed results in the same bytes.
         dtype: "float32", "bfloat16" or "float16".
-        vision_layers, text_layers: fewer (or more) layers than published.
+        vision_layers, text_layers: number of layers, instead of the published one.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, expected one of {list(DTYPES)}")
@@ -78,10 +79,10 @@ def new_checkpoint(
 def random_model(
     config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> VisionLanguageModel:
-    """A model whose outputs differ clearly from input to input.
+    """Return a model whose outputs differ clearly between inputs.
 
-    Matrices are scaled by their input width (so that signals neither vanish nor saturate with
-    depth), norms and biases are off their neutral values (so that a forgotten one shows).
+    Matrices are scaled by their input width, so that signals neither vanish nor saturate with
+    depth. Norms and biases differ from their neutral values, so that tests detect a missing one.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -94,7 +95,7 @@ def random_model(
     }
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # In place where it can be: an embedding of 128k tokens is 2 GB.
+            # In place if possible: an embedding of 128k tokens is 2 GB.
             noise = parameter if dtype == torch.float32 else torch.empty(parameter.shape)
             noise.normal_(generator=generator)
             if id(parameter) in norms:
@@ -102,7 +103,8 @@ def random_model(
             elif name.endswith("bias"):
                 noise.mul_(0.1)
             elif name.endswith("embedding.weight") and "patch" not in name:
-                # A tied embedding is the head as well: logits then have a spread of about 1.
+                # A tied embedding is also the head: logits then have a standard deviation of about
+                # 1.
                 noise.mul_(config.text.hidden_size**-0.5 if config.tied else 1)
             else:
                 noise.div_(math.sqrt(parameter[0].numel()))
@@ -112,7 +114,9 @@ def random_model(
 
 
 def side_files(preset: Preset, config: ModelConfig) -> dict[str, bytes]:
-    """The processor's files: preprocessing, tokenizer, chat template, generation defaults."""
+    """Return the processor's files: preprocessing, tokenizer, chat template, generation
+    defaults.
+    """
     family = "SmolVLM" if config.model_type.startswith("smol") else "Idefics3"
     tokens = preset.tokens
     image = preset.settings.to_hf(f"{family}Processor")
@@ -150,10 +154,10 @@ def side_files(preset: Preset, config: ModelConfig) -> dict[str, bytes]:
 
 
 def train_tokenizer(tokens: SpecialTokens, vocab_size: int) -> bytes:
-    """tokenizer.json: byte-level BPE with every special token at its published id.
+    """Return tokenizer.json: byte-level BPE with every special token at its published id.
 
-    Ids that neither the trained merges nor a special token take are filled with tokens that no
-    text produces, so that the vocabulary has its published size.
+    Unused ids are filled with tokens that no text produces, so that the vocabulary has its
+    published size.
     """
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -188,7 +192,7 @@ def train_tokenizer(tokens: SpecialTokens, vocab_size: int) -> bytes:
 
 
 def _pair(merge: str | list[str]) -> list[str]:
-    """A merge as its two tokens; files of older versions join them by a space."""
+    """Return the two tokens of a merge; files of older versions join them with a space."""
     return merge.split(" ") if isinstance(merge, str) else merge
 
 

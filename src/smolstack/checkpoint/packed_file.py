@@ -1,10 +1,10 @@
-"""Packed weights kept on disk: the second start of a large quantized checkpoint maps them.
+"""A disk cache of packed weights: later starts of a large quantized checkpoint map them.
 
-A saved folder holds integers in the form that other programs read too; the kernels read them in an
-order of their own (backends/cpu/packed_weights.py), which takes seconds to make for a few billion
-weights. So they are packed once for a folder and kept in the user's cache, one file for each of the
-two layouts that processors need. A start then neither computes nor copies anything, and processes
-share the memory.
+A saved folder stores integers in a form that other programs read too. The kernels need another
+order (backends/cpu/packed_weights.py), and packing a few billion weights takes seconds. Weights are
+therefore packed once per folder and kept in the user's cache, in one file for each of the two
+layouts that processors need. Later starts neither compute nor copy anything, and processes share
+the memory.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from smolstack.quantization.quantize import Progress
 
 logger = logging.getLogger(__name__)
 
-SWITCH = "SMOLSTACK_PACKED_CACHE"  # 0: nothing is kept on disk
-LEAST = 256 * 2**20  # bytes: fewer are packed in less time than a file takes
-MOST = 32 * 2**30  # bytes of all kept files
+SWITCH = "SMOLSTACK_PACKED_CACHE"  # 0: no cache on disk
+LEAST = 256 * 2**20  # bytes: packing fewer takes less time than a file would
+MOST = 32 * 2**30  # bytes of all cached files
 _VERSION = 2
 _SAMPLE = 4096  # bytes
 
@@ -44,13 +44,13 @@ def adopt_packed(
     least: int = LEAST,
     progress: Progress | None = None,
 ) -> Path | None:
-    """Pack a quantized model's weights: mapped from a kept file, or packed and kept.
+    """Pack a quantized model's weights, or map them from a cached file.
 
-    Models with fewer than ``least`` bytes of them have theirs in memory of their own. So does one
-    whose file cannot be written, which costs time and nothing else.
+    Weights of fewer than ``least`` bytes are packed in memory, as are those of a model whose cache
+    file cannot be written; this costs time only.
 
     Returns:
-        The file that the weights are mapped from; None where there is none.
+        The file that the weights are mapped from; None if there is none.
     """
     kernels = native.library() if model.device.type == "cpu" else None
     if kernels is None:
@@ -64,16 +64,16 @@ def adopt_packed(
     for folder in cache_folders() if kept else []:
         path = folder / "packed" / name
         with contextlib.suppress(OSError):
-            # Whoever could write it could choose the weights.
+            # Anyone who can write the file can change the weights.
             if is_own_file(path) and _is_whole(path, sizes):
                 _map(kernels, layers, sizes, path)
-                os.utime(path)  # used last
+                os.utime(path)  # last use
                 return path
         try:
             _make(kernels, layers, sizes, path, progress)
         except OSError as error:
             logger.info("packed weights are not kept in %s: %s", path.parent, error)
-            if any(layer.is_packed for layer in layers):  # in a file that has no name by now
+            if any(layer.is_packed for layer in layers):  # from a deleted file
                 return None
             continue
         _prune(path)
@@ -83,13 +83,13 @@ def adopt_packed(
 
 
 def _key(source: Source, kernels: native.Library, layers: list[QuantizedLinear]) -> str:
-    """A name for certain files' packed weights: of their places, sizes and times of change."""
+    """Return the cache key of files: a digest of their paths, sizes, inodes and times."""
     digest = hashlib.sha256(f"{_VERSION} {kernels.weight_offset}".encode())
     for file in sorted({entry.file for entry in source.entries.values()}):
         path = (source.weights.folder / file).resolve()
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns} ".encode())
-        # A copy may bring its time of change along, never that of its inode.
+        # A copy may preserve the modification time, but not the inode and its time of change.
         digest.update(f"{status.st_ctime_ns} {status.st_ino}\0".encode())
     digest.update(
         repr([(one.format, one.in_features, one.out_features) for one in layers]).encode()
@@ -98,8 +98,9 @@ def _key(source: Source, kernels: native.Library, layers: list[QuantizedLinear])
 
 
 def _samples(file: BinaryIO, sizes: list[int]) -> bytes:
-    """A digest of the first and the last bytes of every layer: a whole one would read for seconds
-    what is to be mapped."""
+    """Return a digest of the first and last bytes of every layer; a complete digest would read for
+    seconds what is only mapped.
+    """
     digest, end = hashlib.sha256(), 0
     for size in sizes:
         end += size
@@ -110,7 +111,7 @@ def _samples(file: BinaryIO, sizes: list[int]) -> bytes:
 
 
 def _is_whole(path: Path, sizes: list[int]) -> bool:
-    """Whether a kept file is as long as it was written, and ends in the digest of its samples."""
+    """Return whether a cached file has its full length and ends in the digest of its samples."""
     if path.stat().st_size != sum(sizes) + hashlib.sha256().digest_size:
         return False
     with path.open("rb") as file:
@@ -135,8 +136,9 @@ def _make(
     path: Path,
     progress: Progress | None,
 ) -> None:
-    """Write beside its place, then rename: never half a file, and after a power cut none of
-    zeros. The model maps what is written, and cannot write to it any more."""
+    """Write a temporary file, then rename it: no partial file remains, also after a power failure.
+    The model maps the file read-only.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with whole_file(path, private=True, synced=True) as beside:
         _pack_all(kernels, layers, Arena(kernels, sum(sizes), beside), progress)
@@ -160,10 +162,10 @@ def _pack_all(
 
 
 def _prune(kept: Path) -> None:
-    """Drop the files unused for longest until the rest fits."""
+    """Delete the least recently used files until the rest is within the limit."""
     found = []
     for path in kept.parent.glob("*.packed"):
-        with contextlib.suppress(OSError):  # another process may have dropped it
+        with contextlib.suppress(OSError):  # another process may have deleted it
             found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     held = sum(size for _, size, _ in found)
     for _, size, path in sorted(found):

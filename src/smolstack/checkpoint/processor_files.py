@@ -1,4 +1,6 @@
-"""A checkpoint's processor and its settings, from its small files: no weights, and no torch."""
+"""Builds a checkpoint's processor and its settings from the small files, without weights or
+torch.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from smolstack.processor.video import VideoSettings
 
 
 def files_alone(where: ModelPath) -> CheckpointFiles:
-    """A checkpoint's settings and side files; its weights may be missing."""
+    """Return a checkpoint's settings and side files; its weights may be missing."""
     if not where.path.is_dir() or where.mmproj is not None:
-        from smolstack.checkpoint.source import open_source  # with torch, for GGUF's tensors
+        from smolstack.checkpoint.source import open_source  # imports torch, for GGUF tensors
 
         return open_source(where).files
     adapter = find_adapter(where.path, where.base)
@@ -31,7 +33,7 @@ def files_alone(where: ModelPath) -> CheckpointFiles:
 
 
 def build_processor(files: CheckpointFiles, config: ModelConfig) -> Processor:
-    """The processor of a folder, checked against the model's config."""
+    """Return the processor of a folder, checked against the model's config."""
     return Processor(
         config,
         ImageSettings.from_hf(files.image),
@@ -44,10 +46,10 @@ def build_processor(files: CheckpointFiles, config: ModelConfig) -> Processor:
 
 
 def pointing_tokens(files: CheckpointFiles, config: ModelConfig) -> range:
-    """Tokens that say where in an image an answer is read, and are no part of its text.
+    """Return the tokens that mark positions in an image and are not part of the answer's text.
 
-    generation_config.json's ``pointing_token_ids``: the first and the last one. No published
-    checkpoint has any; the bundled reader has.
+    generation_config.json's ``pointing_token_ids`` gives the first and the last one. No published
+    checkpoint has any; the bundled reader does.
     """
     found = files.generation.get("pointing_token_ids")
     if found is None:
@@ -64,8 +66,9 @@ def pointing_tokens(files: CheckpointFiles, config: ModelConfig) -> range:
 def end_tokens(
     files: CheckpointFiles, config: ModelConfig, processor: Processor
 ) -> tuple[int, ...]:
-    """Tokens that end an answer: generation_config.json's, else the config's, else the
-    tokenizer's."""
+    """Return the tokens that end an answer: generation_config.json's, else the config's, else the
+    tokenizer's.
+    """
     for place in (files.generation.get("eos_token_id"), files.config.get("eos_token_id")):
         if ids := as_ids(place):
             return ids

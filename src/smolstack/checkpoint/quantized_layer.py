@@ -1,8 +1,8 @@
-"""One layer of integers in a checkpoint's files, and what it is read as.
+"""One layer of integers in a checkpoint's files, and its form in memory.
 
 Its tensors are weight_packed (or weight, of bytes), weight_scale, weight_zero_point and
-weight_shape, as compressed-tensors names them. What a :class:`Format` can hold comes out as the
-tensors of a QuantizedLinear, the rest as a float weight.
+weight_shape, as compressed-tensors names them. If a :class:`Format` can hold the layer, the result
+is the tensors of a QuantizedLinear, otherwise a float weight.
 
 Shapes: O output channels, I input channels, G groups of input channels.
 """
@@ -26,15 +26,15 @@ PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One layer's integers.
+    """The integers of one layer.
 
     Attributes:
-        name: in the files, without the tensors' own ends.
+        name: name in the files, without the tensors' suffixes.
         outputs, inputs: O and I.
         scheme: how it is stored.
         format: how it is computed; None: as floats.
-        tensors: its tensors in the files by their ends, e.g. "weight_packed".
-        decoded: why it becomes floats; empty where it does not, or where that was asked for.
+        tensors: its tensors in the files by suffix, e.g. "weight_packed".
+        decoded: why it is dequantized; empty if it is not, or if the caller requested it.
     """
 
     name: str
@@ -47,11 +47,11 @@ class StoredLayer:
 
     @property
     def label(self) -> str:
-        """What people call its numbers."""
+        """Name of the number format for messages."""
         return f"int{self.scheme.bits}"
 
     def entries(self) -> dict[str, Entry]:
-        """What it is read as."""
+        """Return the entries of the layer in memory."""
         file, size = self.tensors[SCALE].file, self.outputs * self.inputs
         form = self.format
         if form is None:
@@ -69,10 +69,10 @@ class StoredLayer:
         return {f"{self.name}.{end}": entry for end, entry in found.items()}
 
     def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of :meth:`entries`, of those in the files by their ends.
+        """Convert tensors of the files, by suffix, to the tensors of :meth:`entries`.
 
         Raises:
-            CheckpointError: a weight_shape that is not the layer's, or integers out of range.
+            CheckpointError: weight_shape does not match the layer, or integers are out of range.
         """
         shape = [self.outputs, self.inputs]
         if SHAPE in tensors and tensors[SHAPE].tolist() != shape:
@@ -94,7 +94,7 @@ class StoredLayer:
         return {f"{self.name}.{end}": tensor for end, tensor in found.items()}
 
     def floats(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight that the integers stand for, (O, I), float32."""
+        """Return the dequantized weight, (O, I), float32."""
         if PACKED in tensors:
             words = unpack_words(tensors[PACKED], self.scheme.bits, self.inputs)
             numbers = words.float() - self._middle
@@ -114,19 +114,20 @@ class StoredLayer:
         return 1 << (self.scheme.bits - 1)
 
     def _rows(self, of_groups: Tensor) -> tuple[int, int]:
-        """(O, G), or (1, 1) of a tensor with one scale."""
+        """(O, G), or (1, 1) for a tensor with a single scale."""
         return (1, 1) if self.scheme.whole else (self.outputs, of_groups.numel() // self.outputs)
 
     def _spread(self, of_groups: Tensor) -> Tensor:
-        """(O, G) → (O, I), or what broadcasts to it."""
+        """(O, G) → (O, I), or a shape that broadcasts to it."""
         group = self.scheme.group
         if group is None:
             return of_groups
         return of_groups.repeat_interleave(group, dim=1)[:, : self.inputs]
 
     def _regrouped(self, stored: Tensor) -> Tensor:
-        """Columns of the stored groups → columns of the groups that are computed, which divide
-        them, or which they divide."""
+        """Convert columns per stored group to columns per computed group; one group size divides
+        the other.
+        """
         assert self.format is not None
         ours, theirs = self.format.group, self.scheme.group or self.inputs
         if stored.shape[0] == 1 and self.scheme.whole:

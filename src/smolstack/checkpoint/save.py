@@ -1,4 +1,4 @@
-"""Saving: a complete folder or nothing. Written beside its place, then renamed into it."""
+"""Saving: writes a temporary folder and renames it, so that the result is always complete."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def save_checkpoint(
 
     Args:
         folder: must not exist, or be empty, unless ``overwrite``.
-        model: its weights go to safetensors in their own dtype, under Hugging Face names.
+        model: its weights are written to safetensors in their dtype, under Hugging Face names.
         side: the processor's files by name (see checkpoint.files.SIDE_FILES).
         overwrite: replace an existing folder, once the new one is complete.
-        max_shard_bytes: weights beyond this are spread over several files with an index.
+        max_shard_bytes: larger weights are split into several files with an index.
 
     Returns:
         The folder.
@@ -64,7 +64,7 @@ def save_checkpoint(
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json with the dtype under its old and its new name."""
+    """Return config.json, with the dtype under its old and its new key."""
     name = str(dtype).removeprefix("torch.")
     out = {**config.to_hf(), "dtype": name, "torch_dtype": name}
     for part in ("text_config", "vision_config"):
@@ -73,7 +73,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def hf_state_dict(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """The model's weights under their Hugging Face names; storage is shared, not copied."""
+    """Return the model's weights under their Hugging Face names; storage is shared, not copied."""
     return _named(model, compressing.stored_state(model))
 
 
@@ -89,7 +89,7 @@ def to_json(data: Mapping[str, Any]) -> str:
 def complete_side_files(
     files: CheckpointFiles, config: ModelConfig, settings: ImageSettings
 ) -> dict[str, bytes]:
-    """A folder's side files as they were, and those that readers of the other generation need.
+    """Return a folder's side files unchanged, plus those that other transformers versions need.
 
     transformers 5 keeps preprocessing inside processor_config.json and the chat template in
     chat_template.jinja; older readers look for preprocessor_config.json and chat_template.json.
@@ -115,11 +115,11 @@ def complete_side_files(
 
 @contextmanager
 def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling of ``folder`` that takes its place when the block ends well.
+    """Yield a temporary folder next to ``folder`` that replaces it if the block succeeds.
 
     Raises:
-        CheckpointError: it exists and is not empty, unless ``overwrite``; or another process is
-            writing it.
+        CheckpointError: the folder exists and is not empty, unless ``overwrite``; or another
+            process is writing it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -176,6 +176,6 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], max_bytes: int) ->
 def _write_shard(path: Path, shard: dict[str, Tensor]) -> None:
     try:
         save_file(shard, str(path), metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, among others
+    except SafetensorError as error:  # e.g. a full disk
         raise OSError(f"{path}: {error}") from error
-    path.chmod(0o644)  # safetensors writes for the owner alone; the other files are for all
+    path.chmod(0o644)  # safetensors makes files readable by the owner only

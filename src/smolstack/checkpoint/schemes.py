@@ -1,8 +1,8 @@
-"""What config.json's quantization_config says of layers, in compressed-tensors' words.
+"""Reads quantization_config of config.json in compressed-tensors' format.
 
-Two forms are read: "pack-quantized" (integers in 32-bit words) and "int-quantized" (a byte for
-each; "naive-quantized" is its older name). What would change an answer and is not understood is
-refused.
+Two formats are supported: "pack-quantized" (integers in 32-bit words) and "int-quantized" (one byte
+per integer; "naive-quantized" is its older name). Unknown settings that would change an answer are
+errors.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ METHOD = "compressed-tensors"
 PACKED_FORM = "pack-quantized"
 FORMS = (PACKED_FORM, "int-quantized", "naive-quantized")
 BITS = (4, 8)
-# Of smolstack's own folders, by config group: the bits that activations are rounded to, and the
-# groups that are computed, whose scales may be repeated over several of the stored ones.
+# Keys in folders written by smolstack, per config group: bits of the activations, and the groups
+# used in computation, whose scales may be repeated over several stored groups.
 OWN = "smolstack"
 STRATEGIES = ("group", "channel", "tensor")
-# Settings that change what is computed; only their absence is understood.
+# Settings that change what is computed; they must be absent.
 _ABSENT = {
     "kv_cache_scheme": "keys and values of rounded numbers",
     "transform_config": "rotations of weights and activations",
@@ -32,17 +32,17 @@ _ABSENT = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of the layers of one config group are stored, and what multiplies them.
+    """How the weights of one config group's layers are stored, and the bits of their activations.
 
     Attributes:
         form: one of FORMS.
-        bits: of a weight, 4 or 8.
+        bits: bits per weight, 4 or 8.
         symmetric: whether there are no zero points.
         group: input channels that share a scale; None: all of an output channel, or of the tensor.
         whole: whether the tensor has a single scale.
-        activation_bits: 8, or 16 where they are to stay floats.
-        own: whether smolstack wrote it, and the activation's bits are meant to the letter.
-        computed: input channels of the groups that are computed; None: those that are stored.
+        activation_bits: 8, or 16 if activations stay floats.
+        own: whether smolstack wrote it; activation_bits is then exact.
+        computed: input channels of the groups used in computation; None: the stored groups.
     """
 
     form: str
@@ -57,15 +57,15 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Schemes:
-    """The config groups of a checkpoint: what they target, and what they ignore."""
+    """The config groups of a checkpoint: the layers that they target and ignore."""
 
     groups: tuple[tuple[tuple[str, ...], Scheme], ...] = ()
     ignore: tuple[str, ...] = ()
 
     def of(self, layer: str, kind: str) -> Scheme | None:
-        """The scheme of a layer (its name in the files) of a class ("Linear"); None: it has none.
+        """Return the scheme of a layer (its name in the files) of a class ("Linear"), or None.
 
-        The most precise target wins: a name, then a regular expression, then a class.
+        The most specific target wins: a name, then a regular expression, then a class.
         """
         if any(_names(target, layer) or target == kind for target in self.ignore):
             return None
@@ -79,10 +79,10 @@ class Schemes:
 
 
 def read_schemes(config: Mapping[str, Any]) -> Schemes:
-    """The schemes of a config.json; none where its weights are floats.
+    """Return the schemes of a config.json; empty if its weights are floats.
 
     Raises:
-        ConfigError: another method, or a setting that cannot be computed.
+        ConfigError: the quantization method or a setting is not supported.
     """
     data = config.get(KEY, config.get(OLDER_KEY))
     if data is None:
@@ -184,7 +184,7 @@ def _scheme(name: str, group: Any, form: Any, own: int | None, computed: int | N
 
 
 def _activation_bits(where: str, data: Any) -> int:
-    """Of activations that are rounded while the model runs; 16 where they stay floats."""
+    """Return the bits that activations are rounded to at run time; 16 if they stay floats."""
     if data is None:
         return 16
     found = data if isinstance(data, Mapping) else {}
@@ -200,8 +200,9 @@ def _activation_bits(where: str, data: Any) -> int:
 def _own(
     data: Any, groups: Mapping[str, Any]
 ) -> tuple[Mapping[str, int], Mapping[str, int | None]]:
-    """The bits of activations and the groups that are computed by config group; empty in folders
-    of other programs."""
+    """Return the activation bits and computed groups per config group; empty in folders written by
+    other programs.
+    """
     if data is None:
         return {}, {}
     found = data.get("activation_bits") if isinstance(data, Mapping) else None
@@ -210,7 +211,7 @@ def _own(
             f"config.json {KEY}.{OWN} is {data!r:.80}, expected activation_bits of 8 or 16 for "
             "every config group"
         )
-    computed = data.get("groups", {})  # folders of before have none: their groups are as stored
+    computed = data.get("groups", {})  # missing in older folders: the stored groups are used
     sizes = computed.values() if isinstance(computed, Mapping) else [computed]
     if not all(type(size) is int and size % 16 == 0 < size <= 1024 for size in sizes):
         raise ConfigError(
@@ -241,7 +242,7 @@ def _is_pattern(target: str) -> bool:
 
 
 def _names(target: str, layer: str) -> bool:
-    """Whether a target names a layer, with or without the whole model's "model." before it."""
+    """Return whether a target matches a layer, with or without the prefix "model."."""
     names = (layer, layer.removeprefix("model."))
     if _is_pattern(target):
         return any(re.match(target[3:], name) for name in names)

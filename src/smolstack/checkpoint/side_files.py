@@ -1,8 +1,8 @@
-"""What a checkpoint's small files say, whichever generation of transformers wrote them.
+"""The meaning of a checkpoint's small files, independent of the transformers version.
 
 transformers 5 moves keys (``rope_theta`` into ``rope_parameters``, preprocessor_config.json into
-processor_config.json), drops what another file repeats, writes class defaults out and rewrites
-tokenizer.json in another layout. None of that changes a result, so none of it is a difference.
+processor_config.json), drops redundant keys, writes class defaults explicitly and changes the
+layout of tokenizer.json. None of that changes a result, so none of it counts as a difference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from smolstack.errors import SmolstackError
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tokenizer import named_tokens
 
-# Who wrote a file, with which classes, and number formats, which the weights themselves say.
+# Versions, class names, and dtypes, which the weights determine.
 BOOKKEEPING = frozenset(
     {
         "_name_or_path",
@@ -39,7 +39,7 @@ BOOKKEEPING = frozenset(
         "transformers_version",
     }
 )
-# Class defaults of transformers 5.24 that its writer adds and other writers leave out.
+# Class defaults of transformers 5.24 that it writes and other programs leave out.
 DEFAULTS: Mapping[str, Any] = {
     "attention_dropout": 0.0,
     "do_convert_rgb": True,
@@ -51,7 +51,7 @@ DEFAULTS: Mapping[str, Any] = {
     "clean_up_tokenization_spaces": False,
     "default_to_square": True,
 }
-# In tokenizer_config.json: repeated in tokenizer.json, or compared by themselves.
+# In tokenizer_config.json: repeated in tokenizer.json, or compared separately.
 _TOLD_ELSEWHERE = frozenset(
     {
         "added_tokens_decoder",
@@ -66,7 +66,7 @@ _MISSING = object()
 
 
 def meaning(files: CheckpointFiles) -> dict[str, Any]:
-    """Every setting by "FILE KEY", in one form for all generations; nulls count as absent."""
+    """Return all settings by "FILE KEY" in one form for all versions; nulls count as absent."""
     found: dict[str, Any] = {}
     for name, values in (
         ("config.json", _config(files.config)),
@@ -91,7 +91,9 @@ def meaning(files: CheckpointFiles) -> dict[str, Any]:
 
 
 def _config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """config.json with what smolstack reads of it in the one form that smolstack writes."""
+    """Return config.json with the values that smolstack reads, in the form that smolstack
+    writes.
+    """
     try:
         known = ModelConfig.from_hf(raw).to_hf()
     except SmolstackError:
@@ -100,7 +102,7 @@ def _config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     for part in ("vision_config", "text_config"):
         own = {key: value for key, value in raw[part].items() if key not in _ROPE}
         found[part] = {**own, **known[part]}
-    # rope_parameters says it all.
+    # rope_parameters contains everything.
     found["text_config"] = {
         key: value
         for key, value in found["text_config"].items()
@@ -130,7 +132,7 @@ def _tokenizer_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _tokenizer(content: bytes) -> Mapping[str, Any]:
-    """The parts of tokenizer.json, each as one value."""
+    """Return the parts of tokenizer.json, each as one value."""
     try:
         raw = json.loads(content)
         parts = {**raw, **{f"model.{key}": value for key, value in raw["model"].items()}}
@@ -144,7 +146,7 @@ def _tokenizer(content: bytes) -> Mapping[str, Any]:
     after = parts.get("post_processor")
     if isinstance(after, Mapping) and not after.get("special_tokens", True):
         parts["post_processor"] = None  # a template that adds no token
-    # Values stay whole: a tokenizer has tens of thousands of leaves.
+    # Values are not split further: a tokenizer has tens of thousands of entries.
     return {key: json.dumps(value) for key, value in parts.items() if value not in (None, False)}
 
 

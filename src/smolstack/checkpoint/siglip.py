@@ -1,7 +1,8 @@
-"""A plain SigLIP folder as a vision tower: SiglipVisionModel's, or SiglipModel's vision half.
+"""Opens a plain SigLIP folder as a vision tower: SiglipVisionModel, or SiglipModel's vision
+encoder.
 
-SigLIP 2 of a fixed resolution has the same classes. The pooling head and the text half of such a
-model are of no use here: a connector reads the patch states after the last norm.
+SigLIP 2 with fixed resolution uses the same classes. The pooling head and the text encoder are not
+used: a connector reads the patch states after the final norm.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from smolstack.model.vision import VisionTower
 from smolstack.processor.settings import ImageSettings
 
 MODEL_TYPES = ("siglip", "siglip_vision_model")
-TILES_ALONG = 4  # a long image's tiles, as the published models of the family have them
+TILES_ALONG = 4  # tiles along the longer side, as in the published models of the family
 _PREFIX, _PATCHES = "vision_model.", "embeddings.patch_embedding.weight"
 # SiglipImageProcessor's defaults; resample 3 is bicubic.
 _IMAGE = {"resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def open_siglip(folder: Path) -> VisionSource:
-    """The vision tower in a SigLIP folder; weights stay on disk.
+    """Open the vision tower in a SigLIP folder; weights stay on disk.
 
     Raises:
         CheckpointError, ConfigError: naming file, key, what was found and what was expected.
@@ -64,7 +65,7 @@ def open_siglip(folder: Path) -> VisionSource:
 
 
 def _unused(name: str, prefix: str) -> bool:
-    """Whether a weight is not the tower's: the pooling head's, the text half's, a classifier's."""
+    """Return whether a weight belongs to the pooling head, the text encoder or a classifier."""
     if not name.startswith(prefix):
         return True
     own = name.removeprefix(prefix)
@@ -72,7 +73,7 @@ def _unused(name: str, prefix: str) -> bool:
 
 
 def _part(name: str, prefix: str) -> str:
-    """What of a SigLIP a weight belongs to, as a note calls it."""
+    """Return the name of a weight's part of the SigLIP model, for notes."""
     if name.startswith(prefix):
         return "position ids" if name.endswith("position_ids") else "the pooling head"
     first = name.partition(".")[0]
@@ -80,7 +81,9 @@ def _part(name: str, prefix: str) -> str:
 
 
 def _settings(folder: Path, config: VisionConfig) -> tuple[ImageSettings, list[str]]:
-    """Preprocessing: the tower's own mean, deviation and filter, tiles of its image size."""
+    """Return the preprocessing settings: the checkpoint's mean, deviation and filter, and tiles of
+    its image size.
+    """
     found: dict[str, Any] = {}
     notes = []
     if (folder / "preprocessor_config.json").is_file():

@@ -1,7 +1,7 @@
-"""A checkpoint in whatever files it came: one way to its settings, its entries and its tensors.
+"""Opens a checkpoint in any supported file format: settings, entries and tensors.
 
-Loading, ``verify``, ``inspect`` and ``diff`` all read a checkpoint through :func:`open_source`, so
-that they agree about what it is: a folder, an adapter on its base, an MLX conversion, GGUF files.
+Loading, ``verify``, ``inspect`` and ``diff`` all read checkpoints through :func:`open_source`: a
+folder, an adapter on its base, an MLX conversion, or GGUF files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smolstack.checkpoint.unsupported import is_mlx, peek, refuse_other_kinds
 from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
 from smolstack.errors import CheckpointError, ConfigError
 
-BARE = ("vision_model.", "text_model.", "connector.")  # names of a model without its head
+BARE = ("vision_model.", "text_model.", "connector.")  # prefixes of names in a model without a head
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Source:
     """An opened checkpoint; weights stay on disk until they are asked for.
 
     Attributes:
-        where: its files.
-        files: its settings, its tokenizer's and its processor's files.
-        weights: its weights under Hugging Face names, without an adapter.
+        where: location of the files.
+        files: settings, and the tokenizer's and processor's files.
+        weights: weights under Hugging Face names, without the adapter's changes.
         kind: "safetensors", "MLX" or "GGUF".
         changes: what an adapter does to them.
         notes: what was derived or is unusual and not wrong, a sentence each.
@@ -48,14 +48,14 @@ class Source:
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """Every weight by its Hugging Face name."""
+        """All weights by Hugging Face name."""
         return self.weights.entries
 
     def tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) pairs, of all weights or some, on the CPU.
+        """Yield (name, tensor) pairs of all or the given weights, on the CPU.
 
-        What no adapter changes is memory-mapped and in the dtype of its entry, where the file
-        holds it so; what one changes is computed in float32.
+        Weights that no adapter changes are memory-mapped, in the dtype of their entry if the file
+        stores them so. Weights that an adapter changes are computed in float32.
         """
         for name, tensor in self.weights.read(names):
             if self.changes is None or not self.changes.touch(name):
@@ -74,11 +74,11 @@ class Source:
 
 
 def open_source(where: Path | ModelPath, *, floats: bool = False) -> Source:
-    """Open a checkpoint: JSON and headers are read, weights are not.
+    """Open a checkpoint: reads JSON and headers, not the weights.
 
     Args:
-        where: whatever is loaded.
-        floats: read integers as the floats that they stand for, not as quantized layers.
+        where: anything that can be loaded.
+        floats: dequantize integers instead of reading quantized layers.
 
     Raises:
         CheckpointError, ConfigError: naming file, key, what was found and what was expected.
@@ -137,7 +137,7 @@ def _refuse_integers(adapter: Adapter | None, weights: Stored) -> None:
 
 
 def kind_of_files(where: ModelPath) -> str:
-    """What a checkpoint came as: "GGUF", "adapter", "MLX" or "folder"."""
+    """Return the format of a checkpoint: "GGUF", "adapter", "MLX" or "folder"."""
     if not where.path.is_dir():
         return "GGUF"
     if find_adapter(where.path, where.base) is not None:
@@ -147,7 +147,7 @@ def kind_of_files(where: ModelPath) -> str:
 
 
 def open_folder(folder: Path) -> Stored:
-    """The weights of a folder of safetensors files; names of a bare base model get its prefix."""
+    """Open the weights of a folder of safetensors files; names of a base model get its prefix."""
     found = read_entries(folder)
     if not found or not all(name.startswith(BARE) for name in found):
         return Stored(folder, found, lambda names: read_tensors(folder, chosen(found, names)))
@@ -171,5 +171,5 @@ def _renamed(
 
 
 def chosen(entries: Mapping[str, Entry], names: Collection[str] | None) -> Mapping[str, Entry]:
-    """Some of the entries, or all."""
+    """Return the entries with the given names, or all."""
     return entries if names is None else {name: entries[name] for name in names}

@@ -1,7 +1,7 @@
-"""One tower of a model, wherever it comes from: what a bridge is made of.
+"""One tower of a model: the parts that ``bridge`` combines.
 
-A vision tower comes out of a checkpoint of the family or a plain SigLIP folder (siglip.py), a text
-tower out of a checkpoint of the family, a plain Llama folder or a GGUF file (llama.py).
+A vision tower comes from a checkpoint of the family or a plain SigLIP folder (siglip.py), a text
+tower from a checkpoint of the family, a plain Llama folder or a GGUF file (llama.py).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ ReadAll: TypeAlias = "Callable[[], Iterator[tuple[str, Tensor]]]"
 
 @dataclass(frozen=True)
 class VisionSource:
-    """A vision tower that is not yet read.
+    """An opened vision tower whose weights have not been read.
 
     Attributes:
         where: its folder.
         config: its sizes.
-        settings: how it wants its images.
-        scale: the connector's factor that it was used with, None for a tower alone.
+        settings: image preprocessing.
+        scale: the scale of its connector, None for a tower without one.
         weights: (smolstack's name, tensor) pairs, memory-mapped.
         dtype: what most of its weights are stored in.
         notes: what is left out or was derived, a sentence each.
@@ -50,19 +50,19 @@ class VisionSource:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text tower that is not yet read: decoder, head and tokenizer.
+    """An opened text tower whose weights have not been read: decoder, head and tokenizer.
 
     Attributes:
         where: its folder or file.
         config: the decoder's sizes.
-        tied: whether the head is the token embedding.
+        tied: whether the head is tied to the token embedding.
         weights: (smolstack's name, tensor) pairs, memory-mapped.
         dtype: what most of its weights are stored in.
         tokenizer_json: contents of tokenizer.json.
         tokenizer_config: tokenizer_config.json.
         chat_template: the Jinja source, or None.
         generation: generation_config.json.
-        family: the files of a checkpoint of the family, None for a language model alone.
+        family: the files if it is a checkpoint of the family, None for a plain language model.
         notes: what is left out or was derived, a sentence each.
     """
 
@@ -82,14 +82,14 @@ class TextSource:
 def matching(
     where: Path, expected: Mapping[str, Tensor], stored: Stored, theirs: Callable[[str], str]
 ) -> tuple[ReadAll, torch.dtype]:
-    """A way to read exactly the expected weights, and the format that most of them are stored in.
+    """Return a function that reads exactly the expected weights, and the dtype of most of them.
 
     Args:
         expected: smolstack's name → a tensor of the expected shape, without values.
-        theirs: the name that the files have for one of smolstack's.
+        theirs: converts a smolstack name to the name in the files.
 
     Raises:
-        CheckpointError: weights that are missing, not expected or of another shape.
+        CheckpointError: weights are missing, unexpected or have another shape.
     """
     names = {theirs(name): name for name in expected}
     wanted = {theirs(name): tensor for name, tensor in expected.items()}
@@ -103,7 +103,7 @@ def matching(
 
 
 def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a plain model's folder whose weights are not all there is to it, or are no floats.
+    """Raise an error if a plain model's folder is an adapter or holds quantized weights.
 
     Raises:
         CheckpointError: an adapter, or quantized weights.
@@ -120,6 +120,6 @@ def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def without(stored: Stored, ignored: Callable[[str], bool]) -> Stored:
-    """Stored weights less those of some names."""
+    """Return stored weights without the ignored names."""
     kept = {name: entry for name, entry in stored.entries.items() if not ignored(name)}
     return replace(stored, entries=kept, read=lambda names: stored.read(names or list(kept)))

@@ -1,7 +1,7 @@
-"""What a folder is when it is no checkpoint that smolstack reads, said before anything else.
+"""Recognizes folders that are not supported checkpoints, before anything else is read.
 
-People have folders of related models and of other tools' formats; each is named for what it is,
-with what to do about it, instead of for the first key that it lacks.
+Folders of related models and of other tools' formats get an error that says what they are and what
+to do, instead of one about the first missing key.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from smolstack.errors import CheckpointError
 
-READ_METHODS = ("compressed-tensors", "smolstack")  # compressed.py says which of these
+READ_METHODS = ("compressed-tensors", "smolstack")  # schemes.py checks the details
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TRAINER_STATE = ("optimizer.", "scheduler.", "scaler.", "rng_state", "training_args.")
-# Keys that only a config of nanoVLM has.
+# Keys that occur only in nanoVLM's config.
 _NANOVLM = ("lm_hf_repo", "vit_model_type", "vit_hidden_dim", "lm_model_type")
 _METHODS = {
     "bitsandbytes": "bitsandbytes",
@@ -36,7 +36,7 @@ _METHODS = {
 
 
 def refuse_other_kinds(folder: Path) -> None:
-    """Raise for a folder that is known to be something else.
+    """Raise an error if the folder is known to be of an unsupported kind.
 
     Raises:
         CheckpointError: one sentence that says what the folder is and what to do.
@@ -58,7 +58,7 @@ def refuse_other_kinds(folder: Path) -> None:
 
 
 def is_mlx(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of quantized weights as MLX keeps them."""
+    """Return whether a config.json describes weights quantized by MLX."""
     if isinstance(config.get("quantization"), Mapping):
         return True
     other = config.get("quantization_config")
@@ -66,7 +66,7 @@ def is_mlx(config: Mapping[str, Any]) -> bool:
 
 
 def peek(path: Path) -> Mapping[str, Any]:
-    """A JSON object, or an empty one where there is none to be read."""
+    """Return a JSON object, or an empty one if it cannot be read."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -97,7 +97,7 @@ def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _refuse_formats(folder: Path) -> None:
-    """A folder without safetensors that holds the model in some other format."""
+    """Raise an error for a folder without safetensors that holds the model in another format."""
     names = sorted(path.name for path in folder.glob("*") if path.is_file())
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return
@@ -123,11 +123,11 @@ def _refuse_formats(folder: Path) -> None:
 
 
 def _is_state(name: str) -> bool:
-    """Whether a pickle is what a Trainer keeps to go on, and no weights."""
+    """Return whether a pickle is a Trainer's state and not weights."""
     return name.startswith(_TRAINER_STATE)
 
 
 def _named(config: Mapping[str, Any], key: str) -> str:
-    """ ", NAME" of the checkpoint that a config says it was made from."""
+    """Return ", NAME" of the checkpoint that a config says it was made from."""
     name = config.get(key)
     return f" ({name})" if isinstance(name, str) and name else ""

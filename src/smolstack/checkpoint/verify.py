@@ -1,4 +1,4 @@
-"""Does a checkpoint hold exactly the weights that its config describes? From headers alone."""
+"""Compares the weights of a checkpoint with those that its config describes, from headers alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Comparison:
         return not (self.missing or self.extra or self.misshaped)
 
     def raise_if_wrong(self, where: object) -> None:
-        """Raise CheckpointError listing every difference (the first few of each kind)."""
+        """Raise a CheckpointError that lists the differences (the first few of each kind)."""
         if self.ok:
             return
         parts = [
@@ -52,8 +52,9 @@ class Comparison:
 
 
 def settle_head(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfig:
-    """The config with its head and its quantized layers as the weights have them; the file's tie
-    flag is not trusted."""
+    """Return the config with its head and quantized layers as determined by the weights; the tie
+    flag is not trusted.
+    """
     retrieval = (f"{keys.EMBEDDING_HEAD}.{end}" for end in ("weight", PACKED))
     embedding = next((entries[name] for name in retrieval if name in entries), None)
     if embedding is not None and len(embedding.shape) == 2:
@@ -65,7 +66,7 @@ def settle_head(config: ModelConfig, entries: Mapping[str, Entry]) -> ModelConfi
 
 
 def expected_weights(config: ModelConfig) -> dict[str, Tensor]:
-    """Checkpoint name → every weight, without values: of a model on the meta device."""
+    """Return all weights by checkpoint name, without values (on the meta device)."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     embedding = config.embedding_dim is not None
@@ -76,12 +77,12 @@ def expected_weights(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Checkpoint name → shape of every weight."""
+    """Return the shape of every weight by checkpoint name."""
     return {name: tuple(tensor.shape) for name, tensor in expected_weights(config).items()}
 
 
 def unlike(entry: Entry, expected: Tensor) -> str:
-    """How a stored weight differs from what is expected in its place; empty when it does not."""
+    """Describe how a stored weight differs from the expected one; empty if it does not."""
     if entry.shape != tuple(expected.shape):
         return f"{list(entry.shape)} instead of {list(expected.shape)}"
     formats = _INTEGERS.get(expected.dtype, FLOAT_TYPES)
@@ -91,12 +92,12 @@ def unlike(entry: Entry, expected: Tensor) -> str:
 
 
 def compare(config: ModelConfig, entries: Mapping[str, Entry]) -> Comparison:
-    """Compare names and shapes; ``config`` must be settled (:func:`settle_head`)."""
+    """Compare names and shapes; ``config`` must come from :func:`settle_head`."""
     return compare_weights(expected_weights(config), entries)
 
 
 def compare_weights(expected: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> Comparison:
-    """Compare the names and shapes of weights that are expected with those that are stored."""
+    """Compare names and shapes of expected and stored weights."""
     differences = {
         name: unlike(entries[name], weight)
         for name, weight in sorted(expected.items())

@@ -1,4 +1,4 @@
-"""Weight files: what they hold (from their headers) and their tensors (memory-mapped)."""
+"""Weight files: their contents (from headers) and their tensors (memory-mapped)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "I32": 4, "I64": 8}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a weight file, as its header describes it.
+    """A tensor of a weight file, as described in its header.
 
     Attributes:
         file: the weight file.
-        shape: of the tensor as it is read.
-        dtype: as safetensors names it, of the tensor as it is read.
-        stored: the number format in the file, where it is another one: "Q4_1", "MLX 4 bits".
-        form: of a quantized layer's integers, what they are.
-        parameters: how many weights it stands for; None: one for each of its numbers.
+        shape: shape of the tensor when read.
+        dtype: dtype of the tensor when read, as named in safetensors.
+        stored: the number format in the file, if it differs: "Q4_1", "MLX 4 bits".
+        form: for the integers of a quantized layer, their meaning.
+        parameters: the number of weights that it represents; None: one per value.
     """
 
     file: str
@@ -51,7 +51,7 @@ class Entry:
 
     @property
     def weights(self) -> int:
-        """How many weights of the model it stands for."""
+        """The number of model weights that it represents."""
         return self.elements if self.parameters is None else self.parameters
 
     @property
@@ -60,14 +60,15 @@ class Entry:
 
 
 def read_entries(folder: Path, also: tuple[str, ...] = ()) -> dict[str, Entry]:
-    """Every tensor's name, shape and dtype, from the headers alone.
+    """Read every tensor's name, shape and dtype from the headers.
 
     Args:
-        also: number formats that are expected besides floats and quantized integers.
+        also: accepted number formats besides floats and quantized integers.
 
     Raises:
-        CheckpointError: no safetensors file, a truncated or malformed one, an index that names a
-            missing file, a file outside the folder, or tensors that its files do not hold.
+        CheckpointError: there is no safetensors file, a file is truncated or malformed, or an index
+            names a missing file, a file outside the folder, or tensors that its files do not
+            contain.
     """
     entries: dict[str, Entry] = {}
     promised: Mapping[str, str] | None = None
@@ -102,7 +103,7 @@ def read_entries(folder: Path, also: tuple[str, ...] = ()) -> dict[str, Entry]:
 
 
 def read_tensors(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) pairs, memory-mapped: nothing is read before it is used."""
+    """Yield (name, tensor) pairs, memory-mapped: values are read when used."""
     for name in sorted({entry.file for entry in entries.values()}):
         with open_weights(folder / name) as file:
             for key, entry in entries.items():
@@ -111,7 +112,7 @@ def read_tensors(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[s
 
 
 class open_weights:  # noqa: N801 - used like a function, as open() is
-    """A safetensors file for reading; a bad one raises CheckpointError naming it."""
+    """Opens a safetensors file; an invalid one raises a CheckpointError that names it."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():

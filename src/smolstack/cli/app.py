@@ -1,4 +1,4 @@
-"""The ``smolstack`` command: its sub-commands, and how errors and interruptions end it."""
+"""The ``smolstack`` command: its subcommands, and how errors and interruptions end it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 class Commands(TyperGroup):
-    """The sub-commands, each ended by bad input with one sentence and exit code 2."""
+    """The subcommands; invalid input ends them with one sentence and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -58,7 +58,8 @@ class Commands(TyperGroup):
             console.error(_sentence(error))
             raise typer.Exit(BAD_INPUT) from None
         except RuntimeError as error:
-            # torch's own, met by name: importing torch here would slow every start.
+            # torch's error type, compared by name: importing torch here would slow down every
+            # start.
             starved = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
             if not starved:
                 raise
@@ -90,7 +91,7 @@ def _version(wanted: bool) -> None:
 
 
 def _lines(examples: str) -> str:
-    """Examples a line each: typer makes one line break of two, and Markdown a space of one."""
+    """Format examples, one per line, for both typer and Markdown."""
     return examples.replace("\n\n", "\n\n\n\n")
 
 
@@ -134,16 +135,16 @@ app.command(cls=Once, epilog=_lines(serve.EXAMPLES))(serve.serve)
 def main() -> None:
     """Entry point of the ``smolstack`` command."""
     for stream in (sys.stdout, sys.stderr):
-        # An answer may hold characters that the terminal's encoding does not have.
+        # Answers may contain characters that the terminal's encoding does not have.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    # What Pillow says of a damaged file, beside the one sentence that is the answer to it.
+    # Pillow's warnings about damaged files, in addition to the error message.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     app()
 
 
 def _sentence(error: Exception) -> str:
-    """What to tell the user of an error, in one sentence."""
+    """Return an error's message as one sentence."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
@@ -155,6 +156,6 @@ def _sentence(error: Exception) -> str:
 
 
 def _forget_stdout() -> None:
-    """Let nothing that is still buffered be written to a pipe that nobody reads."""
+    """Discard buffered output when the reader of stdout has closed it."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

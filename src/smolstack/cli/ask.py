@@ -1,4 +1,4 @@
-"""``smolstack ask``: one question about images, its answer as it is read."""
+"""``smolstack ask``: a question about images, with a streamed answer."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def ask(
     json: options.JsonOption = False,
     verbose: options.VerboseOption = False,
 ) -> None:
-    """Ask a question about one or several images; the answer streams to stdout."""
+    """Ask a question about one or more images; the answer is streamed to stdout."""
     names = images or []
     check_question(names, question)
     sources = [read_image(name) for name in names]
@@ -138,7 +138,7 @@ def ask(
 
 
 def check_question(images: list[str], text: str) -> None:
-    """Refuse a question that is really an image: the question was forgotten."""
+    """Raise an error if the question is an image: the question was forgotten."""
     if text == STDIN or (text and _is_file(text)):
         raise PromptError(
             f"there is no question: the last argument, {text}, is an image; put the question "
@@ -149,7 +149,7 @@ def check_question(images: list[str], text: str) -> None:
 
 
 def read_image(image: str) -> str | bytes:
-    """An image as the library takes it: a path, or the bytes that came by stdin."""
+    """Return an image in the library's form: a path, or the bytes from stdin."""
     if image != STDIN:
         return image
     if sys.stdin.isatty():
@@ -161,7 +161,7 @@ def read_image(image: str) -> str | bytes:
 
 
 def answer_json(answer: Answer, images: list[dict[str, Any]]) -> dict[str, Any]:
-    """An answer as plain data, with what was planned for its images and videos."""
+    """Return an answer as plain data, with the plans of its images and videos."""
     data = answer.to_dict()
     return {
         "text": data["text"],
@@ -178,7 +178,7 @@ def answer_json(answer: Answer, images: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plan_json(name: str, plan: TilePlan) -> dict[str, Any]:
-    """A tile plan as plain data; sizes are [width, height] in pixels."""
+    """Return a tile plan as plain data; sizes are [width, height] in pixels."""
     return {
         "image": name,
         "source": list(plan.source),
@@ -208,7 +208,7 @@ def _seen_json(name: str, shown: Shown, plans: list[TilePlan]) -> dict[str, Any]
 
 
 def plan_line(name: str, plan: TilePlan) -> str:
-    """A tile plan in one line."""
+    """Describe a tile plan in one line."""
     made = f"{grid(plan)} + the whole" if plan.rows else "the whole"
     return (
         f"{name}: {size(plan.source)} → {size(plan.canvas)}, {made} = "
@@ -218,7 +218,7 @@ def plan_line(name: str, plan: TilePlan) -> str:
 
 
 def video_line(name: str, video: Video, plans: list[TilePlan]) -> str:
-    """What is looked at of a video, in one line."""
+    """Describe the frames read from a video in one line."""
     tokens = sum(plan.visual_tokens for plan in plans)
     return (
         f"{name}: {plural(len(plans), 'frame')} of {video.duration:.1f} s, one tile of "
@@ -227,7 +227,9 @@ def video_line(name: str, video: Video, plans: list[TilePlan]) -> str:
 
 
 def tell_ending(answer: Answer, *, verbose: bool) -> None:
-    """How an answer ended and what it took, on stderr; on a terminal also that it was cut off."""
+    """Print an answer's finish reason and timings on stderr; on a terminal, always report a
+    cut-off answer.
+    """
     if verbose and answer.probabilities is not None:
         for text, share in sorted(answer.probabilities.items(), key=lambda item: -item[1]):
             note(f"{share:8.2%}  {text}")
@@ -238,7 +240,7 @@ def tell_ending(answer: Answer, *, verbose: bool) -> None:
 
 
 def ending_line(answer: Answer) -> str:
-    """Why an answer ended, in one line."""
+    """Describe an answer's finish reason in one line."""
     tokens = plural(answer.usage.completion_tokens, "token")
     reasons = {
         "stop": f"the answer is complete ({tokens})",
@@ -249,7 +251,7 @@ def ending_line(answer: Answer) -> str:
 
 
 def timings_line(answer: Answer) -> str:
-    """What an answer took, in one line."""
+    """Describe an answer's timings in one line."""
     took, usage = answer.timings, answer.usage
     return (
         f"{took.total:.2f} s: images {took.images:.2f}, vision {took.vision:.2f}, "
@@ -259,12 +261,12 @@ def timings_line(answer: Answer) -> str:
 
 
 def size(pixels: tuple[int, int]) -> str:
-    """(width, height) as one word."""
+    """Format (width, height) as one word."""
     return f"{pixels[0]}x{pixels[1]}"
 
 
 def grid(plan: TilePlan) -> str:
-    """Rows and columns of tiles as one word."""
+    """Format rows and columns of tiles as one word."""
     return f"{plan.rows}x{plan.cols} grid"
 
 
@@ -272,7 +274,7 @@ def _opened(vlm: VLM, image: str | bytes, fps: float | None, most: int | None) -
     from smolstack.processor.animation import is_animation
     from smolstack.processor.video import is_video
 
-    # An animation is an image, unless what is asked for holds for videos alone.
+    # An animation is an image unless options for videos are given.
     moving = is_animation(image) and (fps is not None or most is not None)
     if isinstance(image, bytes) or not (is_video(image) or moving):
         return image
@@ -307,5 +309,5 @@ def _reading(plans: list[list[TilePlan]]) -> str:
 def _is_file(text: str) -> bool:
     try:
         return Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name, or a null byte in it
+    except (OSError, ValueError):  # the name is too long, or contains a null byte
         return False

@@ -1,4 +1,4 @@
-"""``smolstack bench``: smolstack and its peers in turn, as ratios of medians."""
+"""``smolstack bench``: compares smolstack and its peers by ratios of medians."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXAMPLES = """
 
 
 class What(str, Enum):
-    """Parts that can be measured, and studies that can be made."""
+    """Parts and studies that can be measured."""
 
     connector = "connector"
     vision = "vision"
@@ -59,26 +59,26 @@ def bench(
     context: typer.Context,
     what: Annotated[
         list[What] | None,
-        typer.Argument(help="What to measure; several are allowed.", show_default=False),
+        typer.Argument(help="What to measure; one or more.", show_default=False),
     ] = None,
     *,
     preset: Annotated[
         str, typer.Option(help="A published shape; its weights are random.")
     ] = "smolvlm-256m",
     dtype: Annotated[
-        str, typer.Option(help="smolstack's own precisions, with commas between.")
+        str, typer.Option(help="smolstack's precisions, separated by commas.")
     ] = "float32,bfloat16,int8,int4",
     threads: options.ThreadsOption = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender, in turn.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating runs of each contender.")] = 7,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0, help="Of one case, after which no further round begins."),
+        typer.Option(min=0, help="Time per case after which no further round starts."),
     ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="With quality: a checkpoint whose precisions are held against float32.",
+            help="With quality: a checkpoint whose precisions are compared with float32.",
             rich_help_panel=_QUALITY,
         ),
     ] = None,
@@ -86,7 +86,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What it reads; without it, a text that comes with smolstack.",
+            help="Text to measure on. Default: a text included in smolstack.",
             rich_help_panel=_QUALITY,
         ),
     ] = None,
@@ -94,7 +94,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="What it looks at; without it, a few images that are drawn.",
+            help="Images to measure on. Default: a few drawn images.",
             rich_help_panel=_QUALITY,
         ),
     ] = None,
@@ -102,7 +102,7 @@ def bench(
         list[Path] | None,
         typer.Option(
             metavar="FOLDER",
-            help="The same model as it was saved quantized; several add up.",
+            help="The same model saved quantized; repeatable.",
             rich_help_panel=_QUALITY,
         ),
     ] = None,
@@ -110,7 +110,7 @@ def bench(
         bool,
         typer.Option(
             "--outliers",
-            help="Measure images again, with outlier channels planted in the vision tower.",
+            help="Measure images again with outlier channels added to the vision tower.",
             rich_help_panel=_QUALITY,
         ),
     ] = False,
@@ -118,32 +118,32 @@ def bench(
         bool,
         typer.Option(
             "--timed/--untimed",
-            help="Time one more token as well, --rounds times.",
+            help="Also measure the time per decoded token, --rounds times.",
             rich_help_panel=_QUALITY,
         ),
     ] = True,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Contenders whose name contains it; several add up."),
+        typer.Option(metavar="TEXT", help="Only contenders whose name contains this; repeatable."),
     ] = None,
     match: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Cases whose name contains it; several add up."),
+        typer.Option(metavar="TEXT", help="Only cases whose name contains this; repeatable."),
     ] = None,
     add: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Results of an earlier run, shown with these."),
+        typer.Option(metavar="FILE", help="Results of an earlier run to show with these."),
     ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
-            help="Keep the random checkpoint there, also as peers need it, for next time."
+            help="Keep the random checkpoint and the peers' versions of it there for later runs."
         ),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw them: the roofline, and what was studied."),
+        typer.Option(metavar="FILE", help="Plot the results: the roofline, and the studies."),
     ] = None,
     markdown: Annotated[bool, typer.Option(help="Print Markdown tables.")] = False,
     json: options.JsonOption = False,

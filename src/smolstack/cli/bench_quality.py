@@ -1,4 +1,6 @@
-"""``smolstack bench quality --model FOLDER``: what a precision costs on a model's own weights."""
+"""``smolstack bench quality --model FOLDER``: quality loss per precision on a model's own
+weights.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,10 @@ def measure(
     only: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Record:
-    """Measure text unless images alone are given, images unless a text alone is given.
+    """Measure text unless only images are given, and images unless only a text is given.
 
     Args:
-        outliers: measure images a second time, with outliers planted in the vision tower.
+        outliers: measure images a second time, with outliers added to the vision tower.
     """
     from smolstack.bench.quality.running import (
         IMAGES,
@@ -56,7 +58,7 @@ def measure(
 
 @contextmanager
 def _progress(what: str, steps: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr; a line where stderr is no terminal."""
+    """Show a bar if stderr is a terminal, otherwise print a line."""
     if not sys.stderr.isatty():
         note(f"{what} …")
         yield lambda: None

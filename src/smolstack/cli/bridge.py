@@ -1,4 +1,4 @@
-"""``smolstack bridge``: one model's vision tower and another's text tower as one checkpoint."""
+"""``smolstack bridge``: combines the vision tower of one model and the text tower of another."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ EXAMPLES = """
 
 `smolstack bridge ./siglip ./llama ./bridged --visual-tokens 64 --chat-template family`
 """
-READER = "reader"  # the bundled one, where no folder has this name
+READER = "reader"  # the bundled reader, unless a folder has this name
 
 
 class BridgedDtype(str, Enum):
-    """Number formats that a bridged model's weights may be stored in."""
+    """Number formats in which a bridged model's weights can be stored."""
 
     auto = "auto"
     float32 = "float32"
@@ -53,9 +53,7 @@ def bridge(
             "GGUF file of a Llama.",
         ),
     ],
-    folder: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Where to write; complete or not at all.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     *,
     visual_tokens: Annotated[
         int | None,
@@ -95,13 +93,14 @@ def bridge(
         int, typer.Option(help="Of the connector and of the new tokens' embeddings.")
     ] = 0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that exists.")
+        bool, typer.Option("--overwrite", help="Replace an existing folder.")
     ] = False,
 ) -> None:
-    """Write a checkpoint of a vision tower and a text tower that have never met.
+    """Write a checkpoint that combines a vision tower and a text tower.
 
-    Between them is a connector of noise, for `smolstack train` to train. A language model alone is
-    given image tokens; no other token's id changes, and what it answers to text alone stays.
+    The connector between them is untrained; train it with `smolstack train`. Image tokens are added
+    to a plain language model; no existing token id changes, and answers to text alone stay the
+    same.
     """
     if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; --overwrite replaces it")

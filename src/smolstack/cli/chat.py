@@ -41,15 +41,15 @@ Ctrl-C        cut an answer short, or end"""
 
 
 class Conversation:
-    """The turns so far; every image is encoded once and reused in each later turn."""
+    """The turns so far; every image is encoded once and reused in later turns."""
 
     def __init__(self, vlm: VLM, chosen: AnswerOptions, *, verbose: bool = False) -> None:
         self.vlm, self.chosen, self.verbose = vlm, chosen, verbose
         self.messages: list[dict[str, Any]] = []
-        self.waiting: list[dict[str, Any]] = []  # parts of the next message
+        self.waiting: list[dict[str, Any]] = []  # content parts of the next message
 
     def add_image(self, path: str) -> None:
-        """Encode an image, or a video, for the next question."""
+        """Encode an image or a video for the next question."""
         from smolstack.processor.video import is_video
 
         if is_video(path):
@@ -74,11 +74,11 @@ class Conversation:
         self.waiting.append({"type": "video", "video": seen})
 
     def reset(self) -> None:
-        """Forget every turn and image."""
+        """Delete all turns and images."""
         self.messages, self.waiting = [], []
 
     def ask(self, text: str, *, interruptible: bool) -> None:
-        """Answer one turn on stdout. After an error the conversation stands as before."""
+        """Answer one turn on stdout. After an error, the conversation is unchanged."""
         turn = {"role": "user", "content": [*self.waiting, {"type": "text", "text": text}]}
         with progress("Reading the conversation …"):
             stream = self.vlm.stream(messages=[*self.messages, turn], **self.chosen)
@@ -94,7 +94,7 @@ class Conversation:
 
     @staticmethod
     def _print(stream: AnswerStream, pieces: list[str], interruptible: bool) -> bool:
-        """Print the pieces as they come; False when Ctrl-C cut them short."""
+        """Print the pieces as they arrive; return False if Ctrl-C interrupted them."""
         try:
             for piece in stream:
                 pieces.append(piece)
@@ -174,14 +174,14 @@ def chat(
             if not _turn(conversation, line.strip(), interactive=interactive):
                 return
         except (SmolstackError, OSError) as problem:
-            # At a keyboard the conversation goes on; a script must not go on without its image.
+            # An interactive conversation continues; a script must not continue without its image.
             if not interactive or isinstance(problem, BrokenPipeError):
                 raise
             error(str(problem))
 
 
 def _turn(conversation: Conversation, line: str, *, interactive: bool) -> bool:
-    """Obey or answer one line; False ends the conversation."""
+    """Run a command or answer a question; return False at the end of the conversation."""
     if not line:
         return True
     if not line.startswith("/"):
@@ -211,7 +211,7 @@ def _add_images(conversation: Conversation, rest: str, *, interactive: bool) -> 
 
 
 def _paths(rest: str) -> list[str]:
-    """The files that stand after /image: one with spaces in its name, or several."""
+    """Return the files after /image: one with spaces in its name, or several."""
     if not rest:
         raise PromptError("/image needs a file, such as /image sign.png")
     whole = Path(rest).expanduser()
@@ -225,7 +225,7 @@ def _paths(rest: str) -> list[str]:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines from the keyboard, with editing and history where the platform has them."""
+    """Yield lines from the keyboard, with editing and history if the platform supports them."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - importing it is what gives input() its editing
     while True:

@@ -1,4 +1,4 @@
-"""What every command says and where: results on stdout, everything else on stderr."""
+"""Output of all commands: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-PIPED_WIDTH = 160  # columns of tables that go to a file or a pipe, where nothing is folded
+PIPED_WIDTH = 160  # columns of tables written to a file or pipe, where lines are not wrapped
 _NUMBERS = re.compile(r"\[\n([-+.\deE,\s]+)\n\s*\]")  # a list of numbers, one per line
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def show(*parts: RenderableType) -> None:
-    """Print tables and texts on stdout, in colour only on a terminal."""
+    """Print tables and texts on stdout, in color only on a terminal."""
     console = _console(sys.stdout)
     with console.capture() as capture:
         for part in parts:
@@ -29,25 +29,25 @@ def show(*parts: RenderableType) -> None:
             if isinstance(line, Table) and line.show_header and not _fits(console, line):
                 line = _one_below_another(line)
             console.print(line, soft_wrap=isinstance(line, Text))
-    # Tables are padded to their width, which means nothing in a file.
+    # Remove the padding of tables, which is useless in a file.
     lines = capture.get().split("\n")
     sys.stdout.write("\n".join(line.rstrip(" ") for line in lines))
 
 
 def show_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
-    """One JSON value, and nothing else, on stdout."""
+    """Print one JSON value, and nothing else, on stdout."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
     text = _NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     sys.stdout.write(text + "\n")
 
 
 def note(message: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     _console(sys.stderr).print(Text(message, style="dim"), soft_wrap=True)
 
 
 def error(message: str) -> None:
-    """One sentence on stderr that says what was wrong."""
+    """Print one error message on stderr."""
     line = Text("error: ", style="bold red")
     line.append(" ".join(message.split()), style="not bold default")
     _console(sys.stderr).print(line, soft_wrap=True)
@@ -55,9 +55,9 @@ def error(message: str) -> None:
 
 @contextmanager
 def progress(message: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A spinner on stderr while something takes its time; nothing unless that is a terminal.
+    """Show a spinner on stderr during a long operation, if stderr is a terminal.
 
-    Yields a function that shows how much is done of how much.
+    Yields a function that displays the amount done and the total.
     """
     if not sys.stderr.isatty():
         yield lambda what, done, count: None
@@ -67,18 +67,18 @@ def progress(message: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def write_piece(piece: str) -> None:
-    """Part of an answer on stdout, at once; a terminal gets no control characters from it."""
+    """Print part of an answer on stdout and flush; control characters are removed on a terminal."""
     sys.stdout.write(_CONTROL.sub("", piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
 
 def debugging() -> bool:
-    """Whether errors are shown with their traceback."""
+    """Return whether errors are shown with their traceback."""
     return os.environ.get("SMOLSTACK_DEBUG", "").lower() not in ("", "0", "false", "no")
 
 
 def pairs(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
-    """Names and values, one pair per line."""
+    """Return a table of names and values, one pair per line."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -90,18 +90,18 @@ def pairs(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
 
 
 def count(number: int) -> str:
-    """A number with separated thousands."""
+    """Format a number with thousands separators."""
     return f"{number:,}"
 
 
 def _fits(console: Console, table: Table) -> bool:
-    """Whether every cell of a table fits into a line."""
+    """Return whether every cell of a table fits into a line."""
     options = console.options.update(width=10_000)
     return Measurement.get(console, options, table).maximum <= console.width
 
 
 def _one_below_another(table: Table) -> Table:
-    """A table too wide for the terminal: each row as a list of its columns, nothing left out."""
+    """Convert a table that is too wide for the terminal: each row as a list of its columns."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True, style="dim")
     grid.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""``smolstack convert``: a PDF file or scanned pages as Markdown, HTML or JSON."""
+"""``smolstack convert``: converts a PDF file or scanned pages to Markdown, HTML or JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLES = """
 
 Cut off in any way, the same command goes on where it was.
 """  # noqa: E501 - a command is one line
-SHOWN = 16  # lines about pages at most
+SHOWN = 16  # maximum number of lines about pages
 
 
 def convert(
@@ -31,8 +31,8 @@ def convert(
         str,
         typer.Argument(
             metavar="PAGES",
-            help="A PDF file, or a folder, glob or table of images; or the .parquet file that "
-            "`smolstack map` wrote about pages.",
+            help="A PDF file, or a folder, glob or table of images; or the .parquet file of "
+            "answers about pages written by `smolstack map`.",
         ),
     ],
     *,
@@ -50,22 +50,22 @@ def convert(
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     question: Annotated[
-        str, typer.Option(help="What the model is asked about each page.")
+        str, typer.Option(help="The question about each page.")
     ] = "Convert this page to docling.",
     max_image_tokens: options.MaxImageTokens = None,
     password: file_options.Password = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a page, at most.")] = 8192,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per page.")] = 8192,
     restart: Annotated[
         bool,
-        typer.Option("--restart", help="Forget what an earlier run did, and replace the document."),
+        typer.Option("--restart", help="Discard earlier results and replace the document."),
     ] = False,
     json: options.JsonOption = False,
 ) -> None:
-    """Read the pages of a document with a document model (SmolDocling, granite-docling).
+    """Convert the pages of a document with a document model (SmolDocling, granite-docling).
 
-    A page that cannot be opened, whose reading was cut off, or whose tags are damaged, is named at
-    the end; all others are in the document. Where no page could be opened, or none gave an element
-    of a document, nothing is written.
+    Pages that cannot be opened, whose answer was cut off, or whose tags are damaged are listed at
+    the end. If no page could be opened, or no page contains an element of a document, nothing is
+    written.
     """
     if threads is not None:
         import torch

@@ -31,21 +31,22 @@ DIFFERENT = 1
 
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint folder or a hub id.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint.")],
     *,
     base: model_options.BaseOption = None,
     mmproj: model_options.MmprojOption = None,
-    top: Annotated[int, typer.Option(min=0, help="Tensors to show, most changed first.")] = 8,
+    top: Annotated[
+        int, typer.Option(min=0, help="Number of tensors to show, most changed first.")
+    ] = 8,
     exit_code: Annotated[
-        bool, typer.Option("--exit-code", help="End with code 1 when anything differs.")
+        bool, typer.Option("--exit-code", help="Exit with code 1 if anything differs.")
     ] = False,
     json: options.JsonOption = False,
 ) -> None:
     """Compare two checkpoints: which parts changed, by how much, and which settings differ.
 
     A change is ‖B − A‖ / ‖A‖, the Euclidean norm of all weights of a part or a tensor. Weights are
-    memory-mapped and read piece by piece, so size does not matter. `--base` and `--mmproj` belong
-    to B.
+    memory-mapped and read tensor by tensor. `--base` and `--mmproj` apply to B.
     """
     with progress(f"Comparing {a} and {b} …"):
         from smolstack.checkpoint.diff import diff_checkpoints

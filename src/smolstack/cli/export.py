@@ -1,4 +1,4 @@
-"""``smolstack export``: a checkpoint as ONNX graphs."""
+"""``smolstack export``: exports a checkpoint as ONNX graphs."""
 
 from __future__ import annotations
 
@@ -42,29 +42,27 @@ class ExportDtype(str, Enum):
 
 def export(
     model: options.ModelArgument,
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to write; complete or not at all.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
     *,
     dtype: Annotated[
         list[ExportDtype],
         typer.Option(
-            help="Number format of the graphs; given several times, they stand beside each other, "
-            "and transformers.js takes the first where it is not told."
+            help="Number format of the graphs; repeatable. The first one is the default of "
+            "transformers.js."
         ),
     ] = [ExportDtype.fp32],  # noqa: B006 - typer's way to give a list a default
     revision: options.RevisionOption = None,
     base: model_options.BaseOption = None,
     mmproj: model_options.MmprojOption = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that exists.")
+        bool, typer.Option("--overwrite", help="Replace an existing folder.")
     ] = False,
     json: options.JsonOption = False,
 ) -> None:
     """Write a checkpoint as ONNX graphs, for onnxruntime and transformers.js.
 
-    Vision encoder, token embeddings and decoder with its cache, each checked against torch before
-    the folder appears; the tokenizer's and the processor's files beside them.
+    The graphs are vision encoder, token embeddings and decoder with its cache. Each is compared
+    with torch before the folder is written. The tokenizer's and the processor's files are included.
     """
     if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; --overwrite replaces it")
@@ -106,7 +104,7 @@ def export(
 
 @contextmanager
 def _steps(count: int) -> Iterator[Callable[[str], None] | None]:
-    """A bar on stderr that counts steps; nothing unless that is a terminal."""
+    """Show a bar on stderr that counts steps, if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

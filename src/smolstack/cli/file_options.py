@@ -11,7 +11,7 @@ Password = Annotated[
     typer.Option(
         metavar="TEXT",
         envvar="SMOLSTACK_PASSWORD",
-        help="Opens locked PDF files.",
+        help="Password of encrypted PDF files.",
         rich_help_panel="Images",
     ),
 ]

@@ -1,4 +1,4 @@
-"""``smolstack inspect``: what a checkpoint is, from its files alone."""
+"""``smolstack inspect``: describes a checkpoint from its files."""
 
 from __future__ import annotations
 

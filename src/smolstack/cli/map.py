@@ -1,4 +1,4 @@
-"""``smolstack map``: questions about a million images, or their embeddings, into one file."""
+"""``smolstack map``: asks questions about many images, or embeds them, into one file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _INPUT, _BATCHES = "Input", "How the work is done"
 
 
 class Embed(str, Enum):
-    """What is kept of an image."""
+    """Kinds of embeddings."""
 
     tokens = "tokens"
     mean = "mean"
@@ -50,7 +50,7 @@ class EmbedDtype(str, Enum):
 
 
 class Engine(str, Enum):
-    """Where the work is done."""
+    """Engines that process a job."""
 
     embedded = "embedded"
     ray = "ray"
@@ -61,7 +61,7 @@ def map_(
         str,
         typer.Argument(
             metavar="IMAGES",
-            help="A folder (with its sub-folders), a glob, or a JSONL, CSV or Parquet file of "
+            help="A folder (with subfolders), a glob, or a JSONL, CSV or Parquet file of "
             "paths or bytes.",
         ),
     ],
@@ -76,14 +76,14 @@ def map_(
             "--question",
             "-q",
             metavar="TEXT",
-            help="What to ask of each image; may be given several times.",
+            help="The question about each image; repeatable.",
         ),
     ] = None,
     embed: Annotated[
         Embed | None,
         typer.Option(
-            help="Instead of asking, keep each image's visual tokens, their mean, or a retrieval "
-            "model's vectors, for smolstack search."
+            help="Instead of asking, save each image's visual tokens, their mean, or a retrieval "
+            "model's vectors (for smolstack search)."
         ),
     ] = None,
     embed_dtype: Annotated[
@@ -91,13 +91,13 @@ def map_(
     ] = EmbedDtype.float32,
     restart: Annotated[
         bool,
-        typer.Option("--restart", help="Forget what an earlier run did, and replace the output."),
+        typer.Option("--restart", help="Discard earlier results and replace the output."),
     ] = False,
     image_column: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The table's column of paths or bytes; without it, by its name.",
+            help="The table's column of paths or bytes. Default: recognized by name.",
             rich_help_panel=_INPUT,
         ),
     ] = None,
@@ -105,34 +105,36 @@ def map_(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The table's column of what images are called; without it, by its name.",
+            help="The table's column of image names. Default: recognized by name.",
             rich_help_panel=_INPUT,
         ),
     ] = None,
     engine: Annotated[
         Engine,
-        typer.Option(help="This process, or Ray Data's actors.", rich_help_panel=_BATCHES),
+        typer.Option(help="Run in this process, or on Ray Data actors.", rich_help_panel=_BATCHES),
     ] = Engine.embedded,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Actors of --engine ray; 1 if left out.", rich_help_panel=_BATCHES
+            min=1, help="Number of actors of --engine ray. Default: 1.", rich_help_panel=_BATCHES
         ),
     ] = None,
     batch_tokens: Annotated[
         int,
         typer.Option(
-            min=1, help="Prompt tokens of a batch at most, with padding.", rich_help_panel=_BATCHES
+            min=1,
+            help="Maximum prompt tokens per batch, padding included.",
+            rich_help_panel=_BATCHES,
         ),
     ] = 4096,
     batch_rows: Annotated[
-        int, typer.Option(min=1, help="Images of a batch at most.", rich_help_panel=_BATCHES)
+        int, typer.Option(min=1, help="Maximum images per batch.", rich_help_panel=_BATCHES)
     ] = 16,
     window: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Images that are sorted into batches and stored together.",
+            help="Number of images that are sorted into batches and stored together.",
             rich_help_panel=_BATCHES,
         ),
     ] = 256,
@@ -162,10 +164,10 @@ def map_(
     seed: options.Seed = None,
     json: options.JsonOption = False,
 ) -> None:
-    """Ask the same of many images, or embed them; rows in the order of the input.
+    """Ask the same questions about many images, or embed them; rows are in the order of the input.
 
-    An image that cannot be read is a row with its error. Whatever ends the command, the same
-    command goes on where it was: nothing is lost, nothing is asked twice.
+    An image that cannot be read results in a row with its error. After an interruption, the same
+    command continues without losing results or repeating work.
     """
     chosen = options.generation_options(
         max_new_tokens=max_new_tokens,
@@ -216,7 +218,7 @@ def map_(
 
 
 def _library(threads: int | None) -> Any:
-    """map_images, once torch has its threads."""
+    """Return map_images, after setting torch's threads."""
     try:
         from smolstack.bulk import map_images
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How far ``smolstack map`` is, on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of ``smolstack map`` on stderr: a bar on a terminal, periodic lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EVERY = 30.0  # seconds between lines
 
 @contextmanager
 def progress(out: Path) -> Iterator[Any]:
-    """A function to tell a job's progress; after Ctrl-C it is said how to go on."""
+    """Yield a function that shows a job's progress; after Ctrl-C, print how to continue."""
     last: list[Progress] = []
     with _bar() if sys.stderr.isatty() else _lines() as show_progress:
 
@@ -37,11 +37,11 @@ def progress(out: Path) -> Iterator[Any]:
 
 
 class Lines:
-    """Progress for logs: what is done, the rate, the time left.
+    """Progress for logs: images done, rate, time left.
 
     Args:
-        say: takes a line.
-        clock: seconds.
+        say: called with a line.
+        clock: returns seconds.
         every: seconds between two lines.
     """
 
@@ -56,7 +56,7 @@ class Lines:
 
     def __call__(self, progress: Progress) -> None:
         now = self.clock()
-        done = progress.done - progress.kept  # those of an earlier run say nothing about the rate
+        done = progress.done - progress.kept  # without images of earlier runs, for the rate
         if not done:
             self._began = self._said = now
         elif now - self._said >= self.every:
@@ -69,12 +69,12 @@ class Lines:
 
 
 def rate_text(rate: float) -> str:
-    """Images per second, or per minute when that reads better."""
+    """Format images per second, or per minute for low rates."""
     return f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds."""
+    """Format seconds as hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
@@ -120,7 +120,7 @@ def _bar() -> Iterator[Any]:
 
         def tell(progress: Any) -> None:
             if progress.done == progress.kept:
-                # Those of an earlier run count for nothing in the rate.
+                # Images of earlier runs are not included in the rate.
                 bar.reset(task, description="Images", total=progress.total, completed=progress.done)
             bar.update(task, completed=progress.done)
 

@@ -14,7 +14,7 @@ BaseOption = Annotated[
     typer.Option(
         "--base",
         metavar="FOLDER|HUB_ID",
-        help="The checkpoint that an adapter changes, instead of the one that it names.",
+        help="The base checkpoint of an adapter, instead of the one that it names.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -23,7 +23,7 @@ MmprojOption = Annotated[
     typer.Option(
         "--mmproj",
         metavar="FILE",
-        help="The GGUF file of the vision tower, where the model is a GGUF file.",
+        help="The GGUF file of the vision tower, if the model is a GGUF file.",
         rich_help_panel=_MODEL,
     ),
 ]

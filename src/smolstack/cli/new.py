@@ -1,4 +1,4 @@
-"""``smolstack new``: a randomly initialized checkpoint of a published shape."""
+"""``smolstack new``: writes a randomly initialized checkpoint in a published shape."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXAMPLES = """
 
 
 class StoredDtype(str, Enum):
-    """Number formats that weights may be stored in."""
+    """Number formats in which weights can be stored."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -51,10 +51,12 @@ def new(
         ),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Where to write; complete or not at all.")
+        Path | None, typer.Argument(metavar="DIR", help="The folder to write.")
     ] = None,
     *,
-    seed: Annotated[int, typer.Option(help="Of the weights: the same gives the same bytes.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the weights: the same seed results in the same files.")
+    ] = 0,
     dtype: Annotated[
         StoredDtype, typer.Option(help="Number format of the weights.")
     ] = StoredDtype.float32,
@@ -65,14 +67,14 @@ def new(
         int | None, typer.Option(min=1, help="Layers of the decoder instead of the preset's.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that exists.")
+        bool, typer.Option("--overwrite", help="Replace an existing folder.")
     ] = False,
     list_presets: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
 ) -> None:
-    """Write a Hugging Face folder of a published shape, with random weights.
+    """Write a Hugging Face folder in a published shape, with random weights.
 
-    Its answers mean nothing; its files, shapes, token counts and speed are the real ones. The
-    tokenizer is trained on the spot.
+    Its answers are meaningless; its files, shapes, token counts and speed are those of the real
+    model. The tokenizer is newly trained.
     """
     from smolstack.family import PRESETS
     from smolstack.family import preset as find_preset
@@ -105,7 +107,7 @@ def new(
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Parameters of a model of this config, from one on the meta device."""
+    """Return the number of parameters of a config, from a model on the meta device."""
     with progress("Counting parameters …"):
         from smolstack.checkpoint.verify import expected_shapes
 
@@ -119,7 +121,7 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def _check_room(parameters: int, dtype: StoredDtype, folder: Path) -> None:
-    """Refuse what memory or disk cannot hold, before any of it is made."""
+    """Raise an error if memory or disk space is insufficient, before anything is created."""
     needed = parameters * (4 if dtype is StoredDtype.float32 else 2)
     hint = "use fewer layers (--text-layers, --vision-layers) or --dtype bfloat16"
     if hasattr(os, "sysconf"):

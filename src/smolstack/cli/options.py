@@ -1,4 +1,4 @@
-"""Options that several commands share, and the generation options as the library takes them."""
+"""Options shared by several commands, and their conversion to the library's options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MODEL, _IMAGES, _FORM = "Model", "Images", "Form of the answer"
 
 
 class Dtype(str, Enum):
-    """Number formats that weights may be used in."""
+    """Number formats in which weights can be used."""
 
     auto = "auto"
     float32 = "float32"
@@ -39,7 +39,7 @@ ModelOption = Annotated[
         "--model",
         "-m",
         metavar="FOLDER|FILE|HUB_ID",
-        help="A checkpoint folder, a GGUF file or a hub id; without it, the bundled reader.",
+        help="A checkpoint folder, a GGUF file or a hub id. Default: the bundled reader.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -56,8 +56,8 @@ OptionalModelArgument = Annotated[
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
-        help="Number format of the weights in use; auto is their own where this machine computes "
-        "in it, else float32. int8 and int4 are faster on a CPU and a little less exact.",
+        help="Number format of the weights; auto: as stored, or float32 if this machine does not "
+        "compute in that format. int8 and int4 are faster on a CPU and slightly less exact.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -66,14 +66,14 @@ ImageCacheFolder = Annotated[
     typer.Option(
         "--image-cache",
         metavar="FOLDER",
-        help="Keep encoded images there: asking about one again, later too, skips the tower.",
+        help="Cache visual tokens there: later questions about an image skip the vision tower.",
         rich_help_panel=_MODEL,
     ),
 ]
 DeviceOption = Annotated[
     str,
     typer.Option(
-        help="cpu, cuda, cuda:1, mps, …; auto is the fastest one there is.",
+        help="cpu, cuda, cuda:1, mps, …; auto: the fastest available one.",
         metavar="NAME",
         rich_help_panel=_MODEL,
     ),
@@ -82,7 +82,7 @@ ThreadsOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="CPU threads to compute with; without it, torch decides.",
+        help="Number of CPU threads. Default: torch's.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -90,8 +90,8 @@ SplitOption = Annotated[
     bool | None,
     typer.Option(
         "--split/--no-split",
-        help="Cut images into tiles, or let the model see each one as a single tile; without "
-        "it, as the checkpoint says.",
+        help="Split images into tiles, or use a single tile per image. Default: the "
+        "checkpoint's setting.",
         show_default=False,
         rich_help_panel=_IMAGES,
     ),
@@ -99,8 +99,7 @@ SplitOption = Annotated[
 MaxImageTokens = Annotated[
     int | None,
     typer.Option(
-        help="Visual tokens that one image may cost at most; the largest grid of tiles within "
-        "them is taken.",
+        help="Maximum visual tokens per image; the largest tile grid within this limit is used.",
         rich_help_panel=_IMAGES,
     ),
 ]
@@ -108,7 +107,7 @@ Fps = Annotated[
     float | None,
     typer.Option(
         min=0.001,
-        help="Frames of a video per second, at most; the checkpoint's (1) if left out.",
+        help="Maximum frames per second of a video. Default: the checkpoint's (1).",
         rich_help_panel=_IMAGES,
     ),
 ]
@@ -116,7 +115,7 @@ MaxFrames = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Frames of a video, at most; the checkpoint's (64) if left out.",
+        help="Maximum frames of a video. Default: the checkpoint's (64).",
         rich_help_panel=_IMAGES,
     ),
 ]
@@ -124,8 +123,8 @@ Upscale = Annotated[
     bool,
     typer.Option(
         "--upscale/--no-upscale",
-        help="Enlarge small images, as the published models were trained, or keep them small: "
-        "fewer tiles and tokens.",
+        help="Enlarge small images, as in the training of the published models, or keep their "
+        "size: fewer tiles and tokens.",
         rich_help_panel=_IMAGES,
     ),
 ]
@@ -133,7 +132,7 @@ KeepSpecialTokens = Annotated[
     bool,
     typer.Option(
         "--keep-special-tokens",
-        help="Write special tokens into the answer: document models answer in them.",
+        help="Keep special tokens in the answer; document models answer with them.",
     ),
 ]
 JsonOption = Annotated[
@@ -143,13 +142,13 @@ VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the tile plan and the timings on stderr.")
 ]
 MaxNewTokens = Annotated[
-    int, typer.Option(help="The longest answer, in tokens.", rich_help_panel=_STOPPING)
+    int, typer.Option(help="Maximum length of the answer, in tokens.", rich_help_panel=_STOPPING)
 ]
 Stop = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TEXT",
-        help="A text that ends the answer and is not part of it; may be given several times.",
+        help="A string that ends the answer and is not part of it; repeatable.",
         rich_help_panel=_STOPPING,
     ),
 ]
@@ -157,42 +156,42 @@ StopOnRepetition = Annotated[
     bool,
     typer.Option(
         "--stop-on-repetition",
-        help="End an answer that goes round in circles.",
+        help="End an answer that repeats itself.",
         rich_help_panel=_STOPPING,
     ),
 ]
 Temperature = Annotated[
     float,
     typer.Option(
-        help="0 always takes the likeliest token; higher is more varied.",
+        help="0: always the most likely token; higher: more varied.",
         rich_help_panel=_SAMPLING,
     ),
 ]
 TopP = Annotated[
     float,
     typer.Option(
-        help="Keep the likeliest tokens that reach this probability together.",
+        help="Keep the most likely tokens up to this total probability.",
         rich_help_panel=_SAMPLING,
     ),
 ]
 TopK = Annotated[
-    int, typer.Option(help="Keep so many likeliest tokens; 0: all.", rich_help_panel=_SAMPLING)
+    int, typer.Option(help="Keep this many most likely tokens; 0: all.", rich_help_panel=_SAMPLING)
 ]
 MinP = Annotated[
     float,
     typer.Option(
-        help="Keep tokens at least so many times as likely as the likeliest.",
+        help="Keep tokens at least this many times as likely as the most likely one.",
         rich_help_panel=_SAMPLING,
     ),
 ]
 RepetitionPenalty = Annotated[
     float,
-    typer.Option(help="Above 1, tokens seen before become less likely.", rich_help_panel=_SAMPLING),
+    typer.Option(help="Above 1: repeated tokens become less likely.", rich_help_panel=_SAMPLING),
 ]
 Seed = Annotated[
     int | None,
     typer.Option(
-        help="Makes sampling repeatable; without it, every run differs.",
+        help="Makes sampling repeatable. Default: random.",
         rich_help_panel=_SAMPLING,
     ),
 ]
@@ -216,8 +215,8 @@ ChoiceOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TEXT",
-        help="A text that the answer may be; give each one. Their probabilities are computed "
-        "exactly, and shown with --verbose or --json.",
+        help="A possible answer; give one option per choice. Their probabilities are computed "
+        "exactly and shown with --verbose or --json.",
         rich_help_panel=_FORM,
     ),
 ]
@@ -226,7 +225,7 @@ ChoiceOption = Annotated[
 def form_options(
     schema: Path | None, regex: str | None, choices: list[str] | None
 ) -> AnswerOptions:
-    """The options of ``VLM.stream`` that say which form an answer has."""
+    """Return the ``VLM.stream`` options for structured output."""
     chosen: AnswerOptions = {}
     if schema is not None:
         chosen["schema"] = _read_schema(schema)
@@ -262,7 +261,7 @@ def generation_options(
     upscale: bool,
     password: str | None = None,
 ) -> AnswerOptions:
-    """The options of ``VLM.stream``, from those of the command line."""
+    """Convert command line options to ``VLM.stream`` options."""
     return {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -282,7 +281,7 @@ def generation_options(
 
 
 def tiling_of(chosen: AnswerOptions) -> Tiling:
-    """Those of the options that say how images are opened and become tiles."""
+    """Return the options about opening and tiling images."""
     names = ("split", "max_image_tokens", "upscale", "password")
     return {name: chosen.get(name) for name in names}  # type: ignore[return-value]
 
@@ -298,7 +297,7 @@ def load_model(
     mmproj: Path | None = None,
     images: Path | None = None,
 ) -> VLM:
-    """Load a checkpoint as the options say, with a spinner while it takes its time."""
+    """Load a checkpoint according to the options, with a spinner."""
     from smolstack.cli.console import progress
 
     if images is not None:

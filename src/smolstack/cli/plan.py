@@ -1,4 +1,4 @@
-"""``smolstack plan``: what an image costs before any weight is loaded."""
+"""``smolstack plan``: shows the tiles and tokens of images without loading weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SIZE = re.compile(r"(\d+)[x×X](\d+)")
 
 @dataclass(frozen=True)
 class Planned:
-    """An image, or only its size, with its plan and the plan's prompt tokens."""
+    """An image, or a size, with its plan and the plan's prompt tokens."""
 
     name: str
     image: ImageSource | tuple[int, int]
@@ -61,7 +61,8 @@ def plan(
     base: model_options.BaseOption = None,
     mmproj: model_options.MmprojOption = None,
     question: Annotated[
-        str, typer.Option("--question", "-q", help="Count the prompt of asking this.")
+        str,
+        typer.Option("--question", "-q", help="Count the tokens of the prompt with this question."),
     ] = "",
     split: options.SplitOption = None,
     max_image_tokens: options.MaxImageTokens = None,
@@ -73,7 +74,7 @@ def plan(
     ] = None,
     json: options.JsonOption = False,
 ) -> None:
-    """Show how images become tiles and tokens. Loads no weights."""
+    """Show how images are split into tiles and tokens. Loads no weights."""
     if out is not None and len(images) != 1:
         raise ImageError(f"--out draws one image, found {len(images)}")
     if images.count(STDIN) > 1:
@@ -106,7 +107,7 @@ def plan(
 
 
 def load_processor(where: ModelPath) -> Processor:
-    """The processor of a checkpoint; its weights stay unread."""
+    """Return the processor of a checkpoint without reading its weights."""
     from smolstack.checkpoint.processor_files import build_processor, files_alone
     from smolstack.config import ModelConfig
 
@@ -115,7 +116,7 @@ def load_processor(where: ModelPath) -> Processor:
 
 
 def read_size(text: str) -> tuple[int, int] | None:
-    """``1920x1080`` as (1920, 1080); None for what is no size."""
+    """Return ``1920x1080`` as (1920, 1080); None if the text is not a size."""
     match = _SIZE.fullmatch(text)
     return None if match is None else (int(match[1]), int(match[2]))
 
@@ -211,7 +212,7 @@ def _whole(made: TilePlan) -> str:
 
 
 def _stretch(made: TilePlan) -> str:
-    """How much the canvas is stretched against the image's proportions, where that shows."""
+    """Describe how the canvas changes the image's aspect ratio, if noticeably."""
     (width, height), (wide, high) = made.source, made.canvas
     ratio = (high / height) / (wide / width)
     if 0.995 < ratio < 1.005:

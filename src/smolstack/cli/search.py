@@ -1,4 +1,4 @@
-"""``smolstack search``: the pages of a table that fit a query best."""
+"""``smolstack search``: finds the pages of a table that match a query best."""
 
 from __future__ import annotations
 
@@ -31,15 +31,13 @@ def search(
             metavar="TABLE", help="A .parquet file of `smolstack map --embed retrieval`."
         ),
     ],
-    queries: Annotated[
-        list[str], typer.Argument(metavar="QUERY…", help="What to look for; several in one go.")
-    ],
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY…", help="The query; one or more.")],
     *,
     model: Annotated[
         str,
         typer.Option("--model", "-m", metavar="FOLDER|HUB_ID", help="A retrieval model (ColSmol)."),
     ],
-    top: Annotated[int, typer.Option(min=1, help="Pages for each query, at most.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Maximum number of pages per query.")] = 10,
     revision: options.RevisionOption = None,
     base: model_options.BaseOption = None,
     mmproj: model_options.MmprojOption = None,
@@ -48,10 +46,10 @@ def search(
     threads: options.ThreadsOption = None,
     json: options.JsonOption = False,
 ) -> None:
-    """Find the pages that fit a query best, among those of a table.
+    """Find the pages of a table that match a query best.
 
-    Every token of the query looks for its most similar token of the page; a page's score is the sum
-    (MaxSim). No page is left out, and nothing is kept beside the table.
+    Every query token is matched with the most similar token of the page; a page's score is the sum
+    of these similarities (MaxSim). The search is exhaustive and needs no index besides the table.
     """
     try:
         from smolstack.bulk import search_pages

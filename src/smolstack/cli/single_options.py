@@ -1,4 +1,4 @@
-"""Commands whose options are given once: of two values, which one is meant cannot be known."""
+"""Commands that reject repeated options, since it is unclear which value is meant."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typer.core import TyperCommand
 
 
 class Once(TyperCommand):
-    """A command that refuses an option that stands there twice, unless it may have several values
-    or none (a flag)."""
+    """A command that rejects repeated options, except flags and options with several values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(list(args))

@@ -1,4 +1,4 @@
-"""``smolstack train``: run a training recipe, or go on with one."""
+"""``smolstack train``: runs or resumes a training recipe."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ A short recipe:
 def train(
     recipe: Annotated[
         Path,
-        typer.Argument(metavar="RECIPE", help="A recipe in TOML; docs/training.md has all keys."),
+        typer.Argument(metavar="RECIPE", help="A recipe in TOML; docs/training.md lists all keys."),
     ],
     *,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the run's last checkpoint, if there is one."),
+        typer.Option("--resume", help="Continue from the run's last checkpoint, if there is one."),
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Begin anew where an earlier run has been."),
+        typer.Option("--overwrite", help="Start over and replace an earlier run."),
     ] = False,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="CPU threads to compute with; without it, torch decides."),
+        typer.Option(min=1, help="Number of CPU threads. Default: torch's."),
     ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Say nothing but the result.")
     ] = False,
 ) -> None:
-    """Train a connector, a text tower, a whole model or adapters, as a recipe says.
+    """Train a connector, a text tower, a whole model or adapters according to a recipe.
 
-    Everything that a run writes is in the recipe's output folder: checkpoints to go on from,
+    All files of a run are written to the recipe's output folder: checkpoints to resume from,
     metrics.jsonl, loss.png, evaluation.png, and at the end the trained checkpoint in model/.
     """
     from smolstack.train.recipe import Recipe

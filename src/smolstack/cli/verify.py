@@ -1,4 +1,4 @@
-"""``smolstack verify``: is a checkpoint complete, and do its files agree?"""
+"""``smolstack verify``: checks that a checkpoint is complete and its files are consistent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def verify(
     mmproj: model_options.MmprojOption = None,
     values: Annotated[
         bool,
-        typer.Option("--values", help="Read every weight and look for NaN and infinity as well."),
+        typer.Option("--values", help="Also read every weight and look for NaN and infinity."),
     ] = False,
     json: options.JsonOption = False,
 ) -> None:

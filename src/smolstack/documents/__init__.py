@@ -1,4 +1,4 @@
-"""Pages become documents: Markdown, HTML, docling's JSON, or DocTags as they were written."""
+"""Converts pages to documents: Markdown, HTML, docling's JSON, or DocTags as generated."""
 
 from smolstack.documents.convert import (
     FORMATS,

@@ -1,8 +1,8 @@
-"""Documents from pages: a document model reads each, docling-core makes one document of them.
+"""Converts pages to a document: a document model reads each page, docling-core assembles them.
 
-SmolDocling and granite-docling write DocTags (Nassar et al. 2025): what stands where on a page, in
-special tokens. Pages are read by a bulk job, so that nothing is read twice when it is cut off;
-docling-core makes Markdown, HTML and its own JSON of the tags.
+SmolDocling and granite-docling generate DocTags (Nassar et al. 2025), special tokens that describe
+the layout of a page. Pages are read by a bulk job, so an interrupted conversion repeats no work;
+docling-core converts the tags to Markdown, HTML and its own JSON.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 QUESTION = "Convert this page to docling."
 FORMATS = (".md", ".html", ".json", TAGS)
-LONGEST = 8192  # tokens of a page
-NAMED = 8  # pages of an error at most
-SHOWN = 60  # characters of an answer in an error
+LONGEST = 8192  # tokens per page
+NAMED = 8  # pages listed in an error
+SHOWN = 60  # characters of an answer quoted in an error
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of the pages.
+    """The result of a conversion.
 
     Attributes:
         out: the document.
-        pages: how many there are.
-        unread: those that could not be opened, with the reason.
-        cut: those whose answer was cut off or went round in circles; what was read is kept.
-        remarks: what was found wrong with the tags of a page, page by page; the text is kept.
+        pages: number of pages.
+        unread: pages that could not be opened, with the reason.
+        cut: pages whose answer was cut off or repeated itself; the text so far is kept.
+        remarks: problems with the tags of a page, page by page; the text is kept.
     """
 
     out: Path
@@ -67,30 +67,30 @@ def convert(
 ) -> Converted:
     """Read pages and write them as one document.
 
-    A conversion that was cut off goes on where it was when it is called again in the same way.
+    An interrupted conversion continues when it is called again with the same arguments.
 
     Args:
-        pages: a PDF file, or whatever else :func:`smolstack.bulk.map_images` takes; or the
-            .parquet table of such a job about pages, whose answers are then used.
-        out: the document, .md, .html, .json (docling's) or .doctags (as the model wrote it).
+        pages: a PDF file, or any other input of :func:`smolstack.bulk.map_images`; or the .parquet
+            output of such a job about pages, whose answers are then used.
+        out: the document, .md, .html, .json (docling's) or .doctags (as generated).
         model, revision, base, mmproj, dtype, device: as for :func:`smolstack.load`; a document
-            model, which a table of answers alone can do without.
-        question: what the model is asked about each page.
-        restart: forget what an earlier run did, and replace the document.
-        on_progress: called now and then.
-        **options: as for :meth:`smolstack.VLM.ask`; special tokens are kept, an answer that goes
-            round in circles is ended, and a page has at most LONGEST tokens, unless told otherwise.
+            model. Not needed if ``pages`` is a table of answers.
+        question: the question about each page.
+        restart: discard earlier results and replace the document.
+        on_progress: called repeatedly with the progress.
+        **options: as for :meth:`smolstack.VLM.ask`. By default special tokens are kept, a
+            repetitive answer is ended, and a page has at most LONGEST tokens.
 
     Raises:
-        BulkError: naming what is wrong with the pages or the output, or a package that is missing;
-            where no page could be opened, or no answer holds an element of a document, the pages.
-            What was read stands in OUT.pages.parquet then.
+        BulkError: the pages or the output are invalid, or a package is missing; no page could be
+            opened, or no answer contains an element of a document. In the last case the answers are
+            kept in OUT.pages.parquet.
         SmolstackError: as :func:`smolstack.bulk.map_images` does.
     """
     out = Path(out)
     _check_output(out, restart)
     with only_writer(out, BulkError):
-        _check_output(out, restart)  # of a writer that ended in between
+        _check_output(out, restart)  # left by a process that was killed
         loading = {"revision": revision, "base": base, "mmproj": mmproj}
         loading |= {"dtype": dtype, "device": device}
         return _converted(
@@ -157,7 +157,7 @@ def _converted(
 
 
 def _check_output(out: Path, restart: bool) -> None:
-    """Refuse an output that cannot be written, before anything is read."""
+    """Raise an error if the output cannot be written, before anything is read."""
     if out.suffix not in FORMATS:
         found = f"the suffix {out.suffix!r}" if out.suffix else "no suffix"
         raise BulkError(f"{out} has {found}, expected one of {', '.join(FORMATS)}")
@@ -177,7 +177,7 @@ def _check_output(out: Path, restart: bool) -> None:
 
 
 def _is_answered(pages: object) -> bool:
-    """Whether this is a table of answers, from a bulk job."""
+    """Return whether this is the output of a bulk job with answers."""
     if not isinstance(pages, (str, Path)) or not str(pages).endswith(".parquet"):
         return False
     import pyarrow.parquet as pq
@@ -185,7 +185,7 @@ def _is_answered(pages: object) -> bool:
     try:
         return {"question", "answer"} <= set(pq.read_schema(pages).names)
     except (OSError, ValueError):
-        return False  # what is wrong with it, the bulk job says
+        return False  # the bulk job reports the error
 
 
 def _read_table(table: Path) -> list[Page]:
@@ -202,7 +202,7 @@ def _read_table(table: Path) -> list[Page]:
 
 
 def _write(out: Path, pages: Sequence[Page], password: str | None) -> Converted:
-    """The document, complete or not at all."""
+    """Write the document; the file is always complete."""
     if not pages:
         raise BulkError("there are no pages, expected at least one")
     unread = tuple(page for page in pages if page.error is not None)

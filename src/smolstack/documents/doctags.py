@@ -1,4 +1,4 @@
-"""The names of DocTags: docling-core's, and how they stand to each other."""
+"""The names of DocTags, as in docling-core, and their relations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LISTS = ("ordered_list", "unordered_list")
 TABLES = ("otsl", "chart", "document_index")
 FIGURES = ("picture", "chart")
 CONTAINERS = frozenset({*LISTS, *TABLES, *FIGURES, "inline", "key_value_region"})
-# Leaves that docling-core does not look for at a page's root, and what they are taken as.
+# Elements that docling-core does not accept at a page's root, and their replacements.
 TAKEN_AS = {
     "paragraph": "text",
     "reference": "text",
@@ -33,10 +33,10 @@ LEAVES = frozenset(
         *TAKEN_AS,
     }
 )
-# They hold other elements and mean nothing by themselves here.
+# Containers of other elements, without a meaning of their own here.
 PASSED_OVER = frozenset({"doctag", "form", "page_break"})
 CELLS = frozenset({"ecel", "fcel", "lcel", "ucel", "xcel", "ched", "rhed", "srow", "nl"})
-# What an image shows; anywhere else these words in angle brackets are text.
+# Classes of images; anywhere else these words in angle brackets are text.
 CLASSES = frozenset(
     {
         "bar_chart",
@@ -90,11 +90,11 @@ CLASSES = frozenset(
         "vbar_categorical",
     }
 )
-PAIR = re.compile(r"(?:key|value)_[0-9]+")  # of a form
+PAIR = re.compile(r"(?:key|value)_[0-9]+")  # in forms
 
 
 def is_tag(name: str) -> bool:
-    """Whether docling-core knows a tag of this name."""
+    """Return whether docling-core knows a tag of this name."""
     return (
         name in CONTAINERS
         or name in LEAVES

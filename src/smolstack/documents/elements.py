@@ -1,9 +1,9 @@
-"""What a page's DocTags hold: a tree of elements, read from whatever a model wrote.
+"""Parses a page's DocTags into a tree of elements, whatever the model generated.
 
 The tags are those of docling-core (Nassar et al. 2025, SmolDocling). A model's answer may be cut
-off in the middle of an element, leave one open, close one that was never opened, or hold ``<`` and
-``>`` that belong to no tag. Here all of that has a meaning: every character that is no tag stays
-as text of the element it stands in.
+off in the middle of an element, leave one open, close one that was never opened, or contain ``<``
+and ``>`` that belong to no tag. All of that is accepted: every character that is not part of a tag
+is kept as text of the enclosing element.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from smolstack.documents.doctags import (
     is_tag,
 )
 
-# Control tokens of the models themselves: an answer that keeps special tokens ends with one.
+# The models' control tokens: an answer that keeps special tokens ends with one.
 CONTROL = re.compile(
     r"<\|[a-z_]+\|>|<end_of_utterance>|<fake_token_around_image>|<image>|<global-img>"
 )
 TAG = re.compile(
     r"<(?P<close>/?)(?P<name>[a-z][a-z_]*(?:_[0-9]+)?)>|<(?P<language>_[^<>\s]{1,24}_)>"
 )
-# The beginning of a tag at the very end, where a tag of several tokens was cut off.
+# An incomplete tag at the end, where a tag of several tokens was cut off.
 CUT_TAG = re.compile(r"</?[a-z_]{2,}[0-9]*$")
 
 
@@ -43,10 +43,10 @@ class Element:
     """An element of a page.
 
     Attributes:
-        name: of its tag.
-        corners: what its ``<loc_…>`` tags say: left, top, right, bottom in 500ths of the page.
+        name: name of its tag.
+        corners: from its ``<loc_…>`` tags: left, top, right, bottom in 500ths of the page.
         children: text, cells of a table as (kind, text), and other elements.
-        kind: the language of code, or what an image shows, as it stands in its tag.
+        kind: the language of code, or the class of an image, as in its tag.
     """
 
     name: str
@@ -56,17 +56,17 @@ class Element:
 
     @property
     def text(self) -> str:
-        """The text that stands in it, cells and elements in it left out."""
+        """Return its own text, without that of cells and child elements."""
         return "".join(child for child in self.children if isinstance(child, str))
 
     def elements(self) -> Iterator[Element]:
-        """The elements in it."""
+        """Yield its child elements."""
         return (child for child in self.children if isinstance(child, Element))
 
 
 @dataclass
 class Cell:
-    """A cell of a table, or with kind "nl" the end of a row."""
+    """A cell of a table; with kind "nl" the end of a row."""
 
     kind: str
     text: str = ""
@@ -74,13 +74,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class _Token:
-    text: str  # as it was written
+    text: str  # as generated
     name: str | None = None  # None for text
     close: bool = False
 
 
 def read(answer: str) -> Element:
-    """The elements of a page, in an element that stands for the page itself."""
+    """Return the elements of a page, as children of an element that represents the page."""
     tokens = list(_tokens(answer))
     return _Reader(tokens).page()
 
@@ -108,7 +108,7 @@ def _known() -> Iterator[str]:
 
 
 class _Reader:
-    """Reads tokens one after the other, with the elements that are open in a stack."""
+    """Reads tokens in order, with a stack of open elements."""
 
     def __init__(self, tokens: list[_Token]) -> None:
         self.tokens = tokens
@@ -135,13 +135,13 @@ class _Reader:
         return self.stack[0]
 
     def _closes_later(self, name: str) -> bool:
-        """Whether the next tag of this name closes it."""
-        places = self.places.get(name, [])  # an element may be implied
+        """Return whether the next tag of this name closes it."""
+        places = self.places.get(name, [])  # an implied element has none
         following = bisect_right(places, self.at - 1)
         return following < len(places) and self.tokens[places[following]].close
 
     def _in_code(self, token: _Token) -> None:
-        """Code is about anything, tags included."""
+        """Code may contain any text, including tags."""
         name = token.name or ""
         if name == "code":
             self.stack.pop()
@@ -196,7 +196,7 @@ class _Reader:
             del self.stack[len(names) - 1 - names[::-1].index(name) :]
         elif name in LEAVES and self.top.name in LEAVES:
             if not self._closes_later(self.top.name):
-                self.stack.pop()  # opened as one thing, closed as another
+                self.stack.pop()  # opening and closing names differ
         elif name not in CONTAINERS and name not in LEAVES and not PAIR.fullmatch(name):
             self._text(token.text)
 
@@ -210,7 +210,7 @@ class _Reader:
         self.top.children.append(Cell(name))
 
     def _pair(self, token: _Token, name: str) -> None:
-        """The keys and values of a form."""
+        """Read the keys and values of a form."""
         if not any(element.name == "key_value_region" for element in self.stack):
             self._text(token.text)
         elif name.startswith("link_"):
@@ -221,7 +221,7 @@ class _Reader:
             self._push(name)
 
     def _open(self, name: str) -> None:
-        """Open an element where it can stand; what cannot hold it is closed before."""
+        """Open an element in a suitable place; elements that cannot contain it are closed first."""
         if self._stays_open(name):
             return
         while len(self.stack) > 1 and not self._holds(self.top.name, name):
@@ -233,14 +233,16 @@ class _Reader:
         self._push(name)
 
     def _stays_open(self, name: str) -> bool:
-        """Whether this is markup within the words of an element: the words are its own."""
+        """Return whether this is markup within an element's text; its text then belongs to the
+        element.
+        """
         top = self.top.name
         words = top in LEAVES or PAIR.fullmatch(top) is not None
         inner = name == "inline" or (name in LEAVES and name != "list_item")
         return words and inner and name != top and self._closes_later(top)
 
     def _stray(self, name: str) -> None:
-        """An element in a list, table or image that is not of its kind: its words stay."""
+        """Handle an element in a list, table or image that does not allow it: its text is kept."""
         if self.top.name in LISTS:
             self._push("list_item")
 

@@ -1,7 +1,7 @@
-"""The document of pages that were read: docling-core makes it, page by page where it must.
+"""Assembles the document from pages with docling-core, page by page if necessary.
 
-One page that docling-core cannot take does not end the others: its boxes go first, then all of it
-but its text.
+A page that docling-core rejects does not affect the others: it is retried without its boxes, then
+as plain text.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ BREAK = "<page_break>"
 
 @dataclass(frozen=True)
 class Page:
-    """A page that was read.
+    """A page that has been read.
 
     Attributes:
-        name: what it is called.
-        path: where its image is; None for bytes.
-        tags: DocTags; empty where it could not be read.
-        finish_reason: of the answer: "stop", or why it is not complete.
+        name: name of the page.
+        path: path of its image; None for bytes.
+        tags: DocTags; empty if it could not be read.
+        finish_reason: "stop", or why the answer is not complete.
         error: why there is no answer, or None.
     """
 
@@ -44,10 +44,10 @@ class Page:
 
 @dataclass(frozen=True)
 class Remark:
-    """Something that was wrong with the tags of a page, or with its image, and what was done.
+    """A problem with the tags of a page, or with its image, and how it was handled.
 
     Attributes:
-        name: of the page.
+        name: name of the page.
         text: one sentence without a full stop.
     """
 
@@ -57,7 +57,7 @@ class Remark:
 
 @dataclass(frozen=True)
 class Made:
-    """A document's text, how many elements its pages gave, and what was wrong with them."""
+    """A document's text, the number of elements on its pages, and the problems found."""
 
     text: str
     elements: int
@@ -66,28 +66,29 @@ class Made:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A page as docling-core is given it."""
+    """A page in the form that docling-core is given."""
 
     tags: str
     image: Image.Image | None
 
 
 def made_document(name: str, pages: Sequence[Page], suffix: str, password: str | None) -> Made:
-    """The document of some pages, in one of the formats.
+    """Return the document of some pages, in one of the formats.
 
     Args:
-        name: of the document.
-        pages: in their order.
+        name: name of the document.
+        pages: pages in order.
         suffix: ".md", ".html", ".json" or ".doctags".
-        password: of a locked PDF file, where pages are rendered again for their figures.
+        password: password of an encrypted PDF file, whose pages are rendered again to extract
+            figures.
 
     Raises:
-        BulkError: where docling-core cannot write the document at all.
+        BulkError: docling-core cannot write the document.
     """
     remarks: list[Remark] = []
     ready, elements = [], 0
     for page in pages:
-        # Markdown shows no figures: places on the page, which need its size, are not looked at.
+        # Markdown contains no figures, so boxes, which need the page's size, are not used.
         image = _image(page, password, remarks) if suffix in (".html", ".json") else None
         mended = mend(page.tags, None if image is None else image.size)
         elements += mended.elements
@@ -100,7 +101,7 @@ def made_document(name: str, pages: Sequence[Page], suffix: str, password: str |
     try:
         text = _written(name, ready, suffix)
     except Exception:
-        # Whatever docling-core or its own parts raise about one page must not end the others.
+        # An exception of docling-core about one page must not affect the others.
         kept = [_tried(page, it, suffix, remarks) for page, it in zip(pages, ready, strict=True)]
         try:
             text = _written(name, kept, suffix)
@@ -121,7 +122,7 @@ def _remarks(page: Page, mended: Mended) -> list[Remark]:
 
 
 def _tried(page: Page, ready: _Ready, suffix: str, remarks: list[Remark]) -> _Ready:
-    """The page as far as docling-core takes it."""
+    """Return the page in the most complete form that docling-core accepts."""
     mended = mend(page.tags, boxes=False)
     attempts = (
         (ready, None),
@@ -164,7 +165,7 @@ def _written(name: str, pages: Sequence[_Ready], suffix: str) -> str:
 
 
 def _restore(document: DoclingDocument) -> None:
-    """Put < and > back into every text of a document."""
+    """Restore < and > in every text of a document."""
     seen: list[Any] = [
         document.texts,
         document.tables,
@@ -188,7 +189,7 @@ def _restore(document: DoclingDocument) -> None:
 
 
 def _image(page: Page, password: str | None, remarks: list[Remark]) -> Image.Image | None:
-    """The page's image; None where it is not there any more, or never was a file."""
+    """Return the page's image; None if the file no longer exists, or it was never a file."""
     if page.error is not None or "<" not in page.tags:
         return None
     if page.path is None:
@@ -197,6 +198,6 @@ def _image(page: Page, password: str | None, remarks: list[Remark]) -> Image.Ima
         return None
     try:
         return open_image(unlocked(page.path, password))
-    except ImageError as error:  # it was there when it was read; the text is worth more
+    except ImageError as error:  # the file has changed since; keep the text
         remarks.append(Remark(page.name, f"its figures are left out: {error}"))
         return None

@@ -1,8 +1,7 @@
-"""DocTags as docling-core reads them whole: every element closed, every box a box.
+"""Repairs DocTags so that docling-core reads them completely: elements closed, boxes valid.
 
-docling-core keeps only that there was an element where one is not closed, takes ``<`` to ``>`` for
-a tag, and raises where a box is empty, a row is shorter than the one above, or a cell that should
-have text has none.
+docling-core drops the content of an element that is not closed, takes ``<`` to ``>`` for a tag, and
+raises if a box is empty, a row is shorter than the one above, or a text cell has no text.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 from smolstack.documents.doctags import FIGURES, LISTS, TABLES
 from smolstack.documents.elements import Cell, Element, read
 
-UNITS = 500  # of a side of the page, in <loc_…>
-# Characters of Unicode's private use stand for < and > of text until docling-core is done with it.
+UNITS = 500  # per side of the page, in <loc_…>
+# Private use characters replace < and > in text until docling-core has finished.
 LESS, GREATER = "\ue0f1", "\ue0f2"
 TO_PRIVATE = str.maketrans("<>", LESS + GREATER)
 FROM_PRIVATE = str.maketrans(LESS + GREATER, "<>")
@@ -26,10 +25,10 @@ class Mended:
     """A page that docling-core can read.
 
     Attributes:
-        tags: DocTags, with private characters for the ``<`` and ``>`` that are text.
-        elements: how many the page has: those with text, cells or a place on the page.
-        boxes: how many boxes were left out, for they are empty, inverted or off the page.
-        words: the text alone, where nothing else helps.
+        tags: DocTags, with private use characters for ``<`` and ``>`` in text.
+        elements: number of elements with text, cells or a box.
+        boxes: number of boxes left out because they are empty, inverted or outside the page.
+        words: the plain text, as a last resort.
     """
 
     tags: str
@@ -39,12 +38,12 @@ class Mended:
 
 
 def mend(answer: str, size: tuple[int, int] | None = None, *, boxes: bool = True) -> Mended:
-    """What a model wrote about a page, in tags that docling-core reads whole.
+    """Repair a page's generated tags so that docling-core reads them completely.
 
     Args:
-        answer: what the model wrote, special tokens included.
-        size: (width, height) of the page's image in pixels, where figures are cut out of it.
-        boxes: False leaves out where things stand on the page.
+        answer: the model's answer, including special tokens.
+        size: (width, height) of the page's image in pixels, if figures are cropped from it.
+        boxes: False leaves out all boxes.
     """
     writer = _Writer(size, boxes)
     page = read(answer)
@@ -57,7 +56,7 @@ def mend(answer: str, size: tuple[int, int] | None = None, *, boxes: bool = True
 
 
 def plain(words: str) -> str:
-    """A page of which only the text is kept."""
+    """Return a page that contains only text."""
     lines = [f"<text>{_escaped(line)}</text>" for line in words.splitlines() if line.strip()]
     return "<doctag>" + "\n".join(lines) + "</doctag>"
 
@@ -81,7 +80,7 @@ def _tagged(name: str, inner: str, head: str = "") -> str:
 
 
 class _Writer:
-    """Writes elements of a page's root; counts what it left out."""
+    """Writes the elements of a page's root, and counts what it leaves out."""
 
     def __init__(self, size: tuple[int, int] | None, boxes: bool) -> None:
         self.size = size
@@ -90,7 +89,7 @@ class _Writer:
         self.loose = 0
 
     def root(self, child: str | Cell | Element) -> Iterator[str]:
-        """The tags of what stands at the page's root; nothing where it is empty."""
+        """Yield the tags of a child of the page's root; nothing if it is empty."""
         if not isinstance(child, Element):
             text = _escaped(child if isinstance(child, str) else child.text)
             if text:
@@ -131,7 +130,9 @@ class _Writer:
             yield _tagged("text", _escaped(child))
 
     def _items(self, holder: Element) -> Iterator[str]:
-        """The items of a list, those of lists in it among them: docling-core reads flat lists."""
+        """Yield the items of a list, including those of nested lists: docling-core reads flat
+        lists.
+        """
         for child in holder.children:
             if isinstance(child, str):
                 if child.strip():
@@ -142,7 +143,9 @@ class _Writer:
                 yield from self._leaf(child)
 
     def _figure(self, element: Element) -> Iterator[str]:
-        """A table, chart or image, its caption, and words in an image that belong nowhere."""
+        """Yield a table, chart or image, its caption, and text in an image that belongs to no
+        element.
+        """
         cells = [child for child in element.children if isinstance(child, Cell)]
         head = self._box(element, cut=element.name in FIGURES)
         captions = [
@@ -153,10 +156,11 @@ class _Writer:
         rows = "".join(_row(row) + "<nl>" for row in _rows(cells))
         name = element.name
         if cells or name == "document_index":
-            # docling-core drops a chart without a box and its table with it, and takes no index.
+            # docling-core drops a chart without a box, including its table, and does not accept an
+            # index.
             name = "chart" if name in FIGURES and head else "otsl"
         if not head and (rows or captions):
-            # Without a box of its own, it would take that of its caption.
+            # Without a box, docling-core would use the caption's.
             yield from captions
             captions = []
         kind = f"<{element.kind}>" if element.kind and name in FIGURES else ""
@@ -170,7 +174,7 @@ class _Writer:
         return _tagged(pair.name, _escaped(pair.text) + links, self._box(pair))
 
     def _box(self, element: Element, cut: bool = False) -> str:
-        """Where it stands, as tags; nothing where that is no place on the page."""
+        """Return an element's box as tags; empty if the box is invalid."""
         if not element.corners:
             return ""
         if not self._is_place(element.corners, cut):
@@ -192,7 +196,7 @@ class _Writer:
 
 
 def _rows(cells: list[Cell]) -> list[list[Cell]]:
-    """Rows of one length: docling-core looks below and to the right of a cell."""
+    """Return rows of equal length: docling-core accesses the cells below and to the right."""
     rows: list[list[Cell]] = [[]]
     for cell in cells:
         if cell.kind == "nl":
@@ -209,7 +213,7 @@ def _rows(cells: list[Cell]) -> list[list[Cell]]:
 
 
 def _settled(cell: Cell, *, first: bool, left: bool) -> Cell:
-    """A cell whose kind and text agree."""
+    """Return a cell whose kind and text are consistent."""
     text = _escaped(cell.text)
     if cell.kind in ("lcel", "ucel", "xcel"):
         if text:

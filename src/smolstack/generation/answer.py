@@ -1,4 +1,4 @@
-"""What an answer is: its text, why it ended, what it used and how long it took."""
+"""The result of a request: text, finish reason, usage and timings."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Usage:
 
     Attributes:
         prompt_tokens: the whole prompt, visual tokens included.
-        visual_tokens: those of them that stand for images.
-        completion_tokens: tokens generated, the end token included.
+        visual_tokens: the visual tokens among them.
+        completion_tokens: generated tokens, including the end token.
         tiles: tiles of all images of the prompt.
-        cached_tokens: those of the prompt that were copied from the prefix cache, not read again.
+        cached_tokens: prompt tokens that were copied from the prefix cache instead of computed.
     """
 
     prompt_tokens: int
@@ -30,7 +30,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each stage of one request; passes that it shared with others count in full."""
+    """Seconds per stage of one request; model passes shared with other requests count in full."""
 
     images: float
     vision: float
@@ -44,16 +44,16 @@ class Timings:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding rate of one sequence; 0 when nothing was decoded after the first token."""
+        """Decoding rate of one sequence; 0 if nothing was decoded after the first token."""
         return self.decode_steps / self.decode if self.decode > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """What the model gave one token of an answer: natural logarithms, before any warping.
+    """Log-probabilities (natural) of one token of an answer, before any sampling parameters.
 
     Attributes:
-        top: (token, log-probability) of the likeliest ones at this place, likeliest first.
+        top: (token, log-probability) of the most likely tokens at this position, most likely first.
     """
 
     token_id: int
@@ -66,17 +66,18 @@ class Answer:
     """An answer.
 
     Attributes:
-        text: the answer, without surrounding white space; one with a ``schema`` or ``regex`` is
-            exactly what matches.
+        text: the answer, without surrounding white space; with a ``schema`` or ``regex``, exactly
+            the matching text.
         finish_reason: "stop" (end token or stop string), "length", or "repetition".
-        token_ids: the tokens generated, the end token included.
-        usage, timings: see there.
-        logprobs: of each token, where asked for.
-        parsed: with ``schema``, the JSON value or the pydantic object that the text stands for;
-            None when the answer was cut off or the model's own validators refuse it.
-        probabilities: with ``choices``, how likely each is, given that the answer is one of them.
-        choice_logprobs: with ``choices``, the natural logarithm of the probability that the answer
-            is exactly this text, whatever else it could be.
+        token_ids: the generated tokens, including the end token.
+        usage, timings: see these classes.
+        logprobs: of each token, if requested.
+        parsed: with ``schema``, the JSON value or pydantic object that the text represents; None if
+            the answer was cut off or the pydantic model's validators reject it.
+        probabilities: with ``choices``, the probability of each, given that the answer is one of
+            them.
+        choice_logprobs: with ``choices``, the natural logarithm of the unconditional probability
+            that the answer is exactly this text.
     """
 
     text: str
@@ -90,7 +91,7 @@ class Answer:
     choice_logprobs: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON; what ``parsed`` stands for is in the text."""
+        """Plain data, for JSON, without ``parsed``, which the text contains."""
         data = asdict(replace(self, parsed=None))
         del data["parsed"]
         return data

@@ -1,7 +1,7 @@
-"""Which of several texts the answer is: the probability of each, read off, not sampled.
+"""Answers that are one of several given texts: computes the probability of each exactly.
 
-The prompt is read once; the choices follow it side by side (teacher forcing), each with the token
-that ends it, so that "1" and "11" are two different answers.
+The prompt is read once, followed by each choice (teacher forcing) in parallel. The token that ends
+the answer is included, so that "1" and "11" are different answers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from smolstack.generation.sampling import Sampling
 from smolstack.model.kv_cache import KVCache
 from smolstack.processor.processor import Processor, Prompt
 
-_COPIED_BYTES = 256 * 2**20  # of the prompt's cache, for the choices read side by side
-_TOKENS = 512  # of choices read in one pass, padding included
+_COPIED_BYTES = 256 * 2**20  # copies of the prompt's cache, one per choice of a pass
+_TOKENS = 512  # maximum per pass, padding included
 
 
 def continuations(
@@ -31,14 +31,15 @@ def continuations(
     *,
     shown: Callable[[Sequence[int]], str],
 ) -> list[tuple[int, ...]]:
-    """Token ids of each choice after the prompt, tokenized where it stands, its end included.
+    """Return the token ids of each choice as it is tokenized after the prompt, including the end
+    token.
 
     Args:
-        shown: token ids → the text that an answer of them has.
+        shown: token ids → the text of an answer with these tokens.
 
     Raises:
-        ContextLengthError: a choice does not fit behind the prompt.
-        GenerationError: a choice holds tokens that its text would lack.
+        ContextLengthError: a choice does not fit into the context after the prompt.
+        GenerationError: a choice contains tokens that do not appear in an answer's text.
     """
     end = tuple(eos_token_ids[:1])
     room = processor.config.text.max_positions - len(prompt.token_ids)
@@ -63,11 +64,11 @@ def continuations(
 
 @dataclass(frozen=True)
 class ScoringPass:
-    """One pass over some choices that stand side by side after the prompt.
+    """A forward pass over some choices after the prompt.
 
     Attributes:
-        rows: which choices.
-        start, end: which of their tokens are read; a shorter choice has fewer, or none.
+        rows: indices of the choices.
+        start, end: range of their tokens; a shorter choice has fewer, or none.
     """
 
     rows: tuple[int, ...]
@@ -76,17 +77,17 @@ class ScoringPass:
 
 
 class Scoring:
-    """The choices of one request as they are scored, a bounded pass at a time.
+    """The state of scoring the choices of one request, in passes of bounded size.
 
     Args:
         choices: token ids of each.
         logits: (V,) after the prompt.
-        held_bytes: of the prompt's KV cache, which every choice of a pass has a copy of.
-        tokens: read in one pass at most.
+        held_bytes: size of the prompt's KV cache, which is copied for every choice of a pass.
+        tokens: maximum number of tokens per pass.
 
     Attributes:
-        totals: log-probabilities of what was scored of each choice so far.
-        copies: KV caches of the choices of the pass at work; the runner's.
+        totals: log-probability of each choice's tokens scored so far.
+        copies: KV caches of the choices of the current pass; used by the runner.
     """
 
     def __init__(
@@ -112,24 +113,26 @@ class Scoring:
         return self._passes[0]
 
     def fed(self, row: int) -> list[int]:
-        """Tokens of a choice that the next pass reads."""
+        """Return the input tokens of a choice for the next pass."""
         step = self._passes[0]
         return self.choices[row][:-1][step.start : step.end]
 
     def wanted(self, row: int) -> list[int]:
-        """The tokens that follow them."""
+        """Return the target tokens: those that follow the input tokens."""
         step = self._passes[0]
         return self.choices[row][1:][step.start : step.end]
 
     def add(self, sums: Mapping[int, float]) -> None:
-        """What the next pass found: the log-probabilities of the wanted tokens, summed."""
+        """Add the results of a pass: the summed log-probabilities of the target tokens."""
         for row, value in sums.items():
             self.totals[row] += value
         del self._passes[0]
 
 
 def _passes(choices: Sequence[Sequence[int]], rows: int, tokens: int) -> Iterator[ScoringPass]:
-    """Neighbours that fit into one pass; a choice that does not fit into one is alone."""
+    """Yield passes of adjacent choices that fit; a choice that is too large is a pass of its
+    own.
+    """
     some: list[int] = []
     for row, ids in enumerate(choices):
         longest = max(len(choices[each]) for each in [*some, row])
@@ -152,7 +155,9 @@ def _parts(
 
 
 def probabilities(log_probabilities: Sequence[float]) -> list[float]:
-    """Shares of each choice, given that the answer is one of them; they sum to 1."""
+    """Return the probability of each choice, given that the answer is one of them; they sum
+    to 1.
+    """
     highest = max(log_probabilities)
     weights = [math.exp(value - highest) for value in log_probabilities]
     total = sum(weights)
@@ -160,7 +165,7 @@ def probabilities(log_probabilities: Sequence[float]) -> list[float]:
 
 
 def pick(log_probabilities: Sequence[float], sampling: Sampling) -> int:
-    """The likeliest choice, or one drawn at the sampling's temperature."""
+    """Return the most likely choice, or one sampled at the temperature."""
     if sampling.temperature == 0:
         return max(range(len(log_probabilities)), key=lambda place: log_probabilities[place])
     generator = torch.Generator()

@@ -1,4 +1,4 @@
-"""Which tokens may come next in an answer that keeps to a grammar.
+"""The tokens that may come next in an answer that follows a grammar.
 
 Shapes: V tokens of the vocabulary.
 """
@@ -16,18 +16,18 @@ from smolstack.errors import GenerationError
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-POINTS_IN_A_ROW = 6  # then the text has to go on
+POINTS_IN_A_ROW = 6  # consecutive; then the text must continue
 
 
 class Constraint:
-    """What one answer may go on with; told every token taken.
+    """The state of one answer's grammar; it is told every chosen token.
 
-    Where the form leaves a choice, the model may first point at what it is about to read, if its
-    checkpoint has tokens for that: they are no part of the text, so the form does not see them.
+    Where the grammar allows several continuations, the model may first generate pointing tokens, if
+    its checkpoint has any. They are not part of the text, so the grammar ignores them.
 
     Attributes:
-        lead: characters at the answer's beginning that are not part of its form.
-        exact: whether the answer is what matches, white space around it included.
+        lead: characters at the beginning of the answer that are not part of the constrained text.
+        exact: whether the answer is exactly the matching text, including surrounding white space.
     """
 
     exact = True
@@ -36,30 +36,30 @@ class Constraint:
         self, matcher: LLMatcher, vocab_size: int, lead: int, pointing: range = range(0)
     ) -> None:
         self.matcher, self.vocab_size, self.lead = matcher, vocab_size, lead
-        self.pointing, self.pointed = pointing, 0  # how many of them came last
+        self.pointing, self.pointed = pointing, 0  # consecutive pointing tokens
         self._first: bytes | None = None
 
     def begin(self) -> Constraint:
-        """Find out what may come first, which takes longest; in any thread.
+        """Compute the allowed first tokens, which takes longest. May run in any thread.
 
         Raises:
-            GenerationError: the form is too complex to follow.
+            GenerationError: the grammar is too complex.
         """
         self._first = self.matcher.compute_logit_bias()
         self._check()
         return self
 
     def copy(self) -> Constraint:
-        """The same for another answer; of one that was not told a token yet."""
+        """Return a copy for another answer; only before the first token."""
         made = Constraint(self.matcher.deep_copy(), self.vocab_size, self.lead, self.pointing)
         made._first = self._first
         return made
 
     def allowed(self) -> Tensor:
-        """Tokens that may come next: (V,) bool.
+        """Return the tokens that may come next: (V,) bool.
 
         Raises:
-            GenerationError: the form became too complex to follow.
+            GenerationError: the grammar became too complex.
         """
         found, self._first = self._first, None
         if found is None:
@@ -72,7 +72,7 @@ class Constraint:
         return allowed
 
     def take(self, token: int) -> None:
-        """Count a token as written."""
+        """Advance the grammar by a chosen token."""
         if token in self.pointing:
             self.pointed += 1
             return
@@ -82,7 +82,7 @@ class Constraint:
 
     @property
     def complete(self) -> bool:
-        """Whether the form is whole and nothing can follow it."""
+        """Return whether the text is complete and nothing can follow."""
         stopped: bool = self.matcher.is_stopped()
         return stopped
 
@@ -93,11 +93,11 @@ class Constraint:
 
 
 def reason_of(message: str) -> str:
-    """The part of llguidance's message that tells what is wrong, in one line."""
+    """Return the reason in llguidance's error message, in one line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     found = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     first = (found or lines or ["no reason given"])[0]
-    # Places in the grammar that stands around the schema say nothing to its author.
+    # Positions in the grammar generated from a schema mean nothing to the user.
     for mark in ("failed to compile JSON schema: ",):
         first = first.partition(mark)[2] or first
     return first[:300]

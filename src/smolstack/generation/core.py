@@ -1,8 +1,8 @@
 """The engine's core: schedule, execute, update.
 
-One step asks the scheduler what to do, lets the runner do it, and gives the outputs to the
-requests: tokens are sampled, grammars and stops checked, text detokenized, what is complete
-finished. An answer does not depend on who shares the batch.
+Each step asks the scheduler for a plan, lets the runner execute it, and passes the outputs to the
+requests: tokens are sampled, grammars and stop conditions checked, text is detokenized, and
+complete answers are finished. An answer does not depend on the other requests in the batch.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor, Prompt
 
 T = TypeVar("T")
-_CHOICE_TOKENS = 512  # read in one pass
+_CHOICE_TOKENS = 512  # per scoring pass
 
 
 class EngineCore:
-    """Works on many requests at once. Not thread-safe: requests may be made and prepared in any
-    thread, the rest is for one thread at a time (see engine.py and inline.py).
+    """Processes many requests concurrently. Requests may be made and prepared in any thread;
+    everything else is not thread-safe (see engine.py and inline.py).
 
     Args:
-        images: the image cache; a new one unless given.
-        limits: how much is done at a time.
-        workers: threads that open and cut images; None does it inside :meth:`step`.
-        clock: seconds, for deadlines.
-        wake: called, from any thread, when a worker has finished something.
+        images: the image cache; default: a new one.
+        limits: limits of concurrency, batch sizes and memory.
+        workers: threads that open and preprocess images; None: done inside :meth:`step`.
+        clock: returns seconds, for deadlines.
+        wake: called, from any thread, when a worker has finished.
 
     Attributes:
-        scheduler: who waits and who is at work.
+        scheduler: waiting and running requests.
         images: the image queue, with the image cache.
         prefixes: the prefix cache.
-        costs, shares: what work takes, and who had how much of it.
-        decode_steps, generated_tokens, prefill_tokens: counted so far.
+        costs, shares: measured costs of work, and each client's recent share.
+        decode_steps, generated_tokens, prefill_tokens: counters.
     """
 
     def __init__(
@@ -97,11 +97,13 @@ class EngineCore:
         *,
         deadline: float | None = None,
     ) -> list[Request]:
-        """Requests for answers; see :meth:`RequestMaker.requests`."""
+        """Make requests for answers; see :meth:`RequestMaker.requests`."""
         return self.maker.requests(prompts, options, deadline=deadline)
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Open and cut images before the requests are queued; see :meth:`RequestMaker.prepare`."""
+        """Open and preprocess images before the requests are queued; see
+        :meth:`RequestMaker.prepare`.
+        """
         self.maker.prepare(requests)
 
     def add(self, request: Request) -> None:
@@ -115,14 +117,14 @@ class EngineCore:
         request.number, self._next_number = self._next_number, self._next_number + 1
         self.scheduler.waiting.append(request)
         if request.images is not None:
-            # Whoever opened them has no other place for the tiles: they are encoded while it waits.
+            # Images that are already opened can be encoded while the request waits.
             try:
                 self.stage.want(request)
             except Exception as error:
                 self._fail(request, error)
 
     def forget(self) -> None:
-        """Drop what is kept for reuse: images in memory, and KV caches."""
+        """Clear the image cache in memory and the prefix cache."""
         self.images.cache.clear()
         self.prefixes.clear()
 
@@ -130,11 +132,11 @@ class EngineCore:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits and nobody is at work."""
+        """Whether there are no waiting or running requests."""
         return self.scheduler.idle
 
     def step(self) -> bool:
-        """Do one step; False when there was nothing that could be done."""
+        """Run one step; return False if there was nothing to do."""
         before = len(self.scheduler)
         self.clear_out()
         self.shares.rank([*self.scheduler.waiting, *self.scheduler.running], self.clock())
@@ -146,13 +148,13 @@ class EngineCore:
         try:
             self.update(plan, self.runner.execute(plan))
         except BaseException:
-            for request in plan.requests:  # whose KV cache and output may be at odds
+            for request in plan.requests:  # their KV cache and output may be inconsistent
                 self._fail(request, GenerationError("the work on the answer was interrupted"))
             raise
         return True
 
     def clear_out(self) -> None:
-        """Let go of requests that were cancelled, given up, or are out of time."""
+        """Remove requests that were cancelled, given up, or have passed their deadline."""
         now = self.clock()
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.cancelled:
@@ -166,7 +168,7 @@ class EngineCore:
         if not self.scheduler.waiting:
             return
         number = self._weights.current()
-        if number != self._known_weights:  # what other weights computed is of no use
+        if number != self._known_weights:  # results computed with other weights are invalid
             self._known_weights = number
             self.prefixes.clear()
         for request in self.scheduler.admit():
@@ -180,7 +182,7 @@ class EngineCore:
             self._when_ready(request)
 
     def _when_ready(self, request: Request) -> None:
-        """On to the prompt, once all images are visual tokens."""
+        """Continue with the prompt once all images are encoded."""
         if request.stage != "images" or not request.images_ready():
             return
         if request.kind == "visual tokens":
@@ -192,7 +194,7 @@ class EngineCore:
     # Outputs
 
     def update(self, plan: StepPlan, outputs: StepOutputs) -> None:
-        """Give a step's outputs to its requests."""
+        """Pass a step's outputs to its requests."""
         if plan.tiles:
             self.costs.measured("tile", len(plan.tiles), outputs.tiles.seconds)
             self._take_tiles(plan, outputs.tiles)
@@ -223,7 +225,7 @@ class EngineCore:
             self._when_ready(request)
 
     def _take_prefill(self, request: Request, logits: Tensor) -> None:
-        """What comes after a part of a prompt: the next part, its choices, or its first token."""
+        """Continue after a prompt chunk: with the next chunk, scoring, or the first token."""
         assert request.cache is not None
         assert request.output is not None
         if request.cache.length < len(request.keys):
@@ -280,7 +282,7 @@ class EngineCore:
                 continue
             try:
                 self._take_token(request, logits)
-            except Exception as error:  # its grammar, say, cannot be followed: its own trouble
+            except Exception as error:  # e.g. an error of its grammar; it ends only this request
                 self._fail(request, error)
 
     def _take_token(self, request: Request, logits: Tensor) -> None:
@@ -292,7 +294,7 @@ class EngineCore:
         self._say(request, piece)
 
     def _say(self, request: Request, piece: str) -> None:
-        """Tell what became certain; an answer that is complete ends its request."""
+        """Report final text; a complete answer finishes its request."""
         output = request.output
         assert output is not None
         logprobs: tuple[TokenLogprob, ...] = ()
@@ -321,7 +323,7 @@ class EngineCore:
     def _guarded(
         self, request: Request, outcome: Outcome[T], work: Callable[[Request, T], None]
     ) -> None:
-        """Take one request's outcome; what goes wrong is its own trouble."""
+        """Process one request's outcome; an error ends only this request."""
         if outcome.value is None:
             assert outcome.error is not None
             self._fail(request, outcome.error)

@@ -1,9 +1,9 @@
-"""What a request will cost, and whose turn it is: cheap requests go before expensive ones, and
-clients that had little before those that had much.
+"""Estimated costs and ranks of requests: cheap requests run before expensive ones, and clients with
+little recent use before those with much.
 
-A request's rank is the time of its arrival plus a multiple of the seconds that its work is
-expected to take. So an expensive one waits for cheap ones that come a little later, and nobody
-waits for ever. It orders work and changes nothing else.
+A request's rank is its arrival time plus a multiple of the seconds of work that it is expected to
+take. An expensive request therefore waits for cheap ones that arrive a little later, but not
+indefinitely. Ranks only affect the order of work.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from smolstack.batch import VisualTokens
 if TYPE_CHECKING:
     from smolstack.generation.request import Request
 
-_PATIENCE = 4.0  # seconds that a request waits for cheaper ones, for each second of its work
-_MOST_DEBT = 60.0  # seconds that a client waits for others
-_HALF_LIFE = 30.0  # seconds after which half of what a client had is forgotten
-_CLIENTS = 4096  # that are remembered
-_PIXEL = 3e-8  # seconds to open a pixel of an image
-_FORM = 1e-5  # seconds for a byte of a schema or a regular expression
-_TOKENS = 256  # of an answer that are expected at most: a limit is often higher than what comes
-_NEW = 0.1  # share of a new measurement
+_PATIENCE = 4.0  # seconds that a request waits for cheaper ones, per second of its work
+_MOST_DEBT = 60.0  # seconds; upper bound of the delay from a client's use
+_HALF_LIFE = 30.0  # seconds in which a client's recorded use is halved
+_CLIENTS = 4096  # number of clients remembered
+_PIXEL = 3e-8  # seconds per pixel for opening an image
+_FORM = 1e-5  # seconds per byte of a schema or regular expression
+_TOKENS = 256  # upper bound of the expected length: limits are often higher than actual lengths
+_NEW = 0.1  # weight of a new measurement in the moving average
 
 
 class Costs:
-    """Seconds that the parts of work take on this machine, as measured so far.
+    """Seconds per unit of work on this machine, as measured so far.
 
     Attributes:
-        tile, token: seconds of a tile in the tower, of a prompt's token.
-        row: seconds of one answer in one decoding step that it shares with others.
+        tile, token: seconds per tile in the vision tower, and per prompt token.
+        row: seconds per answer in a batched decode step.
     """
 
     def __init__(self) -> None:
         self.tile, self.token, self.row = 0.02, 0.0005, 0.005
 
     def measured(self, part: str, count: int, seconds: float) -> None:
-        """So many of a part took so long."""
+        """Record a measurement of ``count`` units of a part."""
         if count > 0:
             known = getattr(self, part)
             setattr(self, part, known + _NEW * (seconds / count - known))
 
     def of(self, requests: Sequence[Request]) -> float:
-        """Seconds of work that requests with one prompt will take together, roughly."""
+        """Estimate the seconds of work of requests with one prompt."""
         prompt = requests[0].prompt
         fresh = [
             plan
@@ -64,7 +64,7 @@ class Costs:
 
 
 class Shares:
-    """What each client had lately, in seconds of work; time is the caller's."""
+    """Recent use of each client, in seconds of work; the caller provides the time."""
 
     def __init__(self) -> None:
         self._had: dict[str, tuple[float, float]] = {}
@@ -74,15 +74,16 @@ class Shares:
         return float(seconds * 0.5 ** ((now - then) / _HALF_LIFE))
 
     def charge(self, client: str, seconds: float, now: float) -> None:
-        """A client gets so much."""
+        """Add seconds of work to a client's use."""
         self._had[client] = (self.had(client, now) + seconds, now)
         if len(self._had) > _CLIENTS:
             least = min(self._had, key=lambda each: self.had(each, now))
             del self._had[least]
 
     def rank(self, requests: Iterable[Request], now: float) -> None:
-        """Set the ranks of all requests that wait or are at work. What counts is how much more a
-        client had than the one among them that had least."""
+        """Set the ranks of all waiting and running requests, by each client's use relative to the
+        least among them.
+        """
         some = [request for request in requests if request.client is not None]
         clients = {request.client for request in some if request.client is not None}
         had = {client: self.had(client, now) for client in clients}
@@ -93,5 +94,5 @@ class Shares:
 
 
 def urgency(arrival: float, seconds: float) -> float:
-    """The rank, but for its client's share, of a request that arrives with so much work."""
+    """Return the rank, without the client's share, of a request with the given arrival and work."""
     return arrival + _PATIENCE * seconds

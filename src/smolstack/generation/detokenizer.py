@@ -1,4 +1,4 @@
-"""Text from tokens as they come: never half a character, never part of a stop string."""
+"""Incremental detokenization: emits no incomplete characters and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 
 from smolstack.generation.stopping import find_stop, held_back
 
-_INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no whole character yet
-_CONTEXT = 8  # tokens decoded again with new ones: a decoder may look at its left neighbours
-_LONGEST_CHARACTER = 8  # tokens; an ending that stays undecodable for longer is let through
+_INCOMPLETE = "\ufffd"  # decoders' replacement for incomplete characters
+_CONTEXT = 8  # preceding tokens decoded again: decoding may depend on them
+_LONGEST_CHARACTER = 8  # tokens; a longer undecodable ending is emitted
 
 
 class TextStream:
-    """Grows the text of one answer token by token.
+    """The text of one answer, extended token by token.
 
     Args:
-        decode: token ids → text, special tokens left out.
+        decode: token ids → text without special tokens.
         stops: stop strings; the text ends before the first one.
     """
 
@@ -23,12 +23,12 @@ class TextStream:
         self.decode, self.stops = decode, tuple(stops)
         self.ids: list[int] = []
         self.stopped = False
-        self._text = ""  # all whole characters so far
-        self._settled = 0  # tokens whose text stands in _text
-        self._shown = 0  # characters handed out
+        self._text = ""  # all complete characters so far
+        self._settled = 0  # tokens whose text is in _text
+        self._shown = 0  # characters emitted
 
     def push(self, token: int) -> str:
-        """Take one token; the characters that are certain now and were not handed out before."""
+        """Add a token; return the characters that became final."""
         self.ids.append(token)
         grown = self._decode_new()
         waiting = len(self.ids) - self._settled
@@ -37,7 +37,7 @@ class TextStream:
         return self._accept(grown)
 
     def finish(self) -> str:
-        """The rest of the text, when no token follows."""
+        """Return the rest of the text after the last token."""
         if self.stopped:
             return ""
         piece = self._accept(self._decode_new())
@@ -47,11 +47,11 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """Everything handed out so far."""
+        """All text emitted so far."""
         return self._text[: self._shown]
 
     def _decode_new(self) -> str:
-        """Text of the tokens that are not settled, as it stands after its left neighbours."""
+        """Return the text of the tokens that are not settled, decoded after their predecessors."""
         start = max(0, self._settled - _CONTEXT)
         before = self.decode(self.ids[start : self._settled])
         both = self.decode(self.ids[start:])

@@ -1,4 +1,4 @@
-"""The engine: a core stepped by a thread of its own, for requests from any thread."""
+"""The engine: a core that runs in its own thread and accepts requests from any thread."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from smolstack.generation.scheduler import SchedulerLimits
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor
 
-_IMAGE_THREADS, _LARGE_IMAGES = 3, 2  # so many at once, and large ones of them
-_LOOK = 0.1  # seconds between looks at deadlines while nothing can be done
+_IMAGE_THREADS, _LARGE_IMAGES = 3, 2  # threads, and how many of them may open large images
+_LOOK = 0.1  # seconds between checks of deadlines while idle
 
 
 class Engine:
-    """Many requests at once, submitted from any thread; :meth:`smolstack.VLM.engine` makes one.
+    """Processes requests submitted from any thread; made by :meth:`smolstack.VLM.engine`.
 
-    As a context manager it finishes what was submitted before it ends.
+    As a context manager, it finishes all submitted requests on exit.
 
     Attributes:
-        core: its counters may be read from any thread; it is stepped by this engine alone.
+        core: its counters may be read from any thread; only this engine may step it.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class Engine:
         self.close(drain=raised[0] is None)
 
     def submit(self, request: Request, *, seconds: float | None = None) -> Future[Answer]:
-        """Let a request (:meth:`smolstack.VLM.request`) wait for its turn.
+        """Queue a request (:meth:`smolstack.VLM.request`).
 
         Args:
-            seconds: how long the answer may take.
+            seconds: time limit of the answer.
 
         Returns:
-            The answer to come. ``cancel()`` stops the work on it.
+            A future of the answer; ``cancel()`` stops the work on it.
 
         Raises:
-            QueueFullError: too many wait already, or the engine is closing.
-            KVCacheError: the request takes more KV cache than the engine may use.
+            QueueFullError: too many requests are waiting, or the engine is closing.
+            KVCacheError: the request needs more KV cache than the engine may use.
         """
         future: Future[Answer] = Future()
 
@@ -86,9 +86,9 @@ class Engine:
         return future
 
     async def stream(self, request: Request, *, seconds: float | None = None) -> AsyncIterator[str]:
-        """Pieces of an answer as they come, in asyncio; ``request.answer`` is complete after them.
+        """Yield pieces of an answer in asyncio; afterwards ``request.answer`` is complete.
 
-        Who stops iterating stops the work (``aclose``).
+        Closing the iterator (``aclose``) stops the work.
 
         Raises: as :meth:`submit`, and the error that ended the answer.
         """
@@ -130,15 +130,15 @@ class Engine:
             raise
 
     def enter(self, requests: Sequence[Request], *, client: str | None = None) -> None:
-        """Let requests wait for their turn, each with its listener; all or none.
+        """Queue requests, each with its listener; all or none.
 
         Args:
-            client: whose they are. Requests of clients have their turn by what they cost and by
-                what their clients had lately, and where too many wait, those of the highest rank
-                give way to them; others have their turn in the order of their arrival, at once.
+            client: the client's name. Requests of clients are ordered by their cost and their
+                client's recent use; if too many are waiting, those with the highest rank are
+                displaced. Requests without a client are processed in order of arrival.
 
         Raises:
-            QueueFullError: too many wait already, or the engine is closing.
+            QueueFullError: too many requests are waiting, or the engine is closing.
         """
         with self._changed:
             if client is not None:
@@ -163,7 +163,7 @@ class Engine:
         core.shares.charge(client, cost, now)
 
     def check_room(self, requests: int = 1) -> None:
-        """Raises QueueFullError when so many more could not be submitted now."""
+        """Raise QueueFullError if the given number of requests cannot be queued now."""
         with self._changed:
             self._check_room(requests)
 
@@ -173,27 +173,27 @@ class Engine:
         self.core.scheduler.check_room(requests, self._inbox)
 
     def cancel(self, request: Request) -> None:
-        """Stop the work on a request; nothing more is told about it."""
+        """Stop the work on a request; its listener gets no further updates."""
         request.cancelled = True
         self._wake()
 
     @property
     def queued(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self.core.scheduler.waiting) + len(self._inbox)
 
     @property
     def running(self) -> int:
-        """Requests at work."""
+        """Number of running requests."""
         return len(self.core.scheduler.running)
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread is at work."""
+        """Whether the engine's thread is running."""
         return self._thread.is_alive()
 
     def close(self, *, drain: bool = True) -> None:
-        """Take nothing new, finish what was submitted (or give it up), and end the thread."""
+        """Accept no new requests, finish (or give up) those submitted, and end the thread."""
         requests = self._end()
         if not drain:
             for request in requests:
@@ -203,13 +203,13 @@ class Engine:
         self._workers.shutdown(cancel_futures=True)
 
     def give_up(self, error: Exception) -> None:
-        """Take nothing new, and tell everybody who waits or is at work that there is no answer."""
+        """Accept no new requests, and end all waiting and running requests with an error."""
         for request in self._end():
             request.given_up = error
         self._wake()
 
     def _end(self) -> list[Request]:
-        """Take nothing new; what was submitted so far."""
+        """Accept no new requests; return those submitted but not yet queued."""
         with self._changed:
             self._closing = True
             self._news = True
@@ -225,7 +225,7 @@ class Engine:
         try:
             self._work()
         except BaseException as error:
-            # Nobody may wait for ever for an engine that has ended.
+            # No caller may wait indefinitely for an engine that has ended.
             for request in self._end():
                 request.tell(Update(error=GenerationError(f"the engine stopped: {error!r}")))
             raise
@@ -242,5 +242,5 @@ class Engine:
                 if self._closing and not self._inbox and self.core.idle:
                     return
                 if not worked and not self._news:
-                    # Images in other threads wake it; deadlines need a look now and then.
+                    # Image threads wake it; deadlines must be checked periodically.
                     self._changed.wait(None if self.core.idle else _LOOK)

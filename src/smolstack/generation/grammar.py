@@ -1,6 +1,6 @@
-"""Answers of a given form: a JSON Schema or a regular expression that every token keeps to.
+"""Structured output: answers that match a JSON Schema or a regular expression.
 
-The grammar work is llguidance's (extra ``structured``): it says which tokens may come next.
+llguidance (extra ``structured``) computes which tokens may come next.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_CHOICES = 1000
-# JSON as most of the world writes it on one line. With free white space a model that is unsure
-# may write it for ever.
+# JSON on one line with the usual spaces. With free white space, an uncertain model may generate
+# white space endlessly.
 _STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
@@ -34,7 +34,9 @@ class Schema:
     model: Any = None
 
     def parse(self, text: str) -> Any:
-        """The value that an answer stands for; None where the model's own validators refuse it."""
+        """Return the value that an answer represents; None if the pydantic model's validators
+        reject it.
+        """
         if self.model is None:
             return json.loads(text)
         try:
@@ -45,7 +47,7 @@ class Schema:
 
 @dataclass(frozen=True)
 class Regex:
-    """A regular expression that the whole answer matches."""
+    """A regular expression that must match the whole answer."""
 
     pattern: str
 
@@ -67,10 +69,11 @@ def read_structure(
     stop: Sequence[str],
     grammar: str | Lark | None = None,
 ) -> Structure | None:
-    """The form that was asked for, or None.
+    """Return the requested structure, or None.
 
     Raises:
-        GenerationError: more than one was given, one beside stop strings, or of the wrong type.
+        GenerationError: more than one was given, one was combined with stop strings, or a value has
+            the wrong type.
     """
     given = {"schema": schema, "regex": regex, "choices": choices, "grammar": grammar}
     names = [name for name, value in given.items() if value is not None]
@@ -105,13 +108,13 @@ def _schema(schema: Any) -> Schema:
 
 
 def closed(schema: Any) -> Any:
-    """A schema whose objects hold the properties that it names and no others.
+    """Return a schema whose objects have the named properties and no others.
 
-    JSON Schema lets every object have more unless it says otherwise, and a model that may go on
-    inventing properties often does.
+    By default, JSON Schema allows additional properties in every object, and models often keep
+    inventing them.
 
     Raises:
-        GenerationError: a schema that is nested too deeply to be walked through.
+        GenerationError: the schema is nested too deeply.
     """
     try:
         return _closed(schema)
@@ -156,11 +159,11 @@ class Grammars:
     """Grammars over one checkpoint's vocabulary.
 
     Attributes:
-        tokenizer: the checkpoint's.
+        tokenizer: the checkpoint's tokenizer.
         vocab_size: V, logits per token.
         eos_token_ids: tokens that end an answer.
-        lead: what the chat template writes between the prompt and an answer.
-        pointing: tokens that are no part of an answer's text.
+        lead: text that the chat template expects between the prompt and an answer.
+        pointing: tokens that are not part of an answer's text.
     """
 
     tokenizer: TextTokenizer
@@ -171,10 +174,10 @@ class Grammars:
     _backend: LLTokenizer | None = field(default=None, repr=False)
 
     def compile(self, structure: Schema | Regex | Lark) -> str:
-        """The grammar of an answer, its lead included.
+        """Return the grammar of an answer, including its lead.
 
         Raises:
-            GenerationError: a schema or expression that cannot be kept to, or llguidance is not
+            GenerationError: the schema or expression is not supported, or llguidance is not
                 installed.
         """
         matching = _llguidance()
@@ -196,13 +199,13 @@ class Grammars:
         return grammar
 
     def constraint(self, grammar: str, *, pointing: bool = True) -> Constraint:
-        """A constraint for one answer, from :meth:`compile`'s grammar.
+        """Return a constraint for one answer, from the grammar returned by :meth:`compile`.
 
-        ``pointing``: whether tokens that are no part of the text may stand in it.
+        ``pointing``: whether pointing tokens are allowed.
         """
         matcher = self.matcher(grammar)
         begun = matcher.deep_copy()
-        if self.lead:  # which comes before the form
+        if self.lead:  # which precedes the constrained text
             begun.try_consume_tokens(self.tokenizer.encode(self.lead, special=False))
         possible = np.frombuffer(begun.compute_logit_bias(), dtype=np.uint8).any()
         stuck = begun.is_stopped() and not begun.is_accepting()
@@ -212,7 +215,7 @@ class Grammars:
         return Constraint(matcher, self.vocab_size, len(self.lead), pointing_ids)
 
     def matcher(self, grammar: str) -> LLMatcher:
-        """What follows one answer through :meth:`compile`'s grammar."""
+        """Return llguidance's matcher for one answer, for a grammar returned by :meth:`compile`."""
         made: LLMatcher = _llguidance().LLMatcher(self._tokens(), grammar, log_level=0)
         return made
 
@@ -242,7 +245,7 @@ class Grammars:
 
 
 def guided(schema: Mapping[str, Any] | bool) -> str:
-    """A schema as JSON text that also says where white space stands."""
+    """Return a schema as JSON text that also specifies white space."""
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     try:

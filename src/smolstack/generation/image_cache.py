@@ -1,7 +1,7 @@
-"""Images encoded once: their visual tokens by content, in memory and, if asked for, on disk.
+"""The image cache: visual tokens by image content, in memory and optionally on disk.
 
-Entries are exact results of the same computation; what changes the result (the image's bytes, its
-plan, the preprocessing, the weights, what multiplies them) is part of the key.
+Entries are exact results of the same computation. Everything that changes the result (the image's
+bytes, its plan, the preprocessing, the weights, the kernels) is part of the key.
 """
 
 from __future__ import annotations
@@ -29,22 +29,21 @@ from smolstack.processor.tiles import ImageSource
 
 DEFAULT_IMAGE_BYTES = 128 * 2**20
 DEFAULT_FOLDER_BYTES = 4 * 2**30
-_FORMAT = b"smolstack visual tokens 2"  # counts up when a file's tokens would be others
+_FORMAT = b"smolstack visual tokens 2"  # changes when the same image gives other tokens
 
 
 class ImageCache:
-    """Visual tokens of the images of one model that were seen last, by content. Safe in any thread.
+    """Visual tokens of one model's recently used images, by content. Thread-safe.
 
     Args:
-        model: what encodes them.
-        max_bytes: of memory.
+        model: the model that encodes the images.
+        max_bytes: memory limit.
 
     Attributes:
-        max_bytes: of memory; 0 keeps nothing there.
-        folder: where entries are kept on disk too, for later processes; None: nowhere. Set it
-            before the first image. Files are written beside their place and renamed, so several
-            processes may share a folder.
-        max_folder_bytes: of disk; the files unused for longest go first.
+        max_bytes: memory limit; 0 keeps nothing in memory.
+        folder: folder of entries on disk, for later processes; None: no disk cache. Set it before
+            the first image. Files are written atomically, so several processes may share a folder.
+        max_folder_bytes: disk limit; least recently used files are deleted first.
     """
 
     def __init__(self, model: VisionLanguageModel, max_bytes: int = DEFAULT_IMAGE_BYTES) -> None:
@@ -54,9 +53,9 @@ class ImageCache:
         self._entries: OrderedDict[bytes, VisualTokens] = OrderedDict()
         self._held = 0
         self._lock = threading.RLock()
-        self._name = os.urandom(16)  # another model's weights have the same numbers
+        self._name = os.urandom(16)  # weight versions of different models coincide
         self._weights = WeightsVersion(model.vision, model.connector)
-        self._digest: tuple[int, bytes] = (0, b"")  # of weights of a number
+        self._digest: tuple[int, bytes] = (0, b"")  # by weight version
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -66,16 +65,16 @@ class ImageCache:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the visual tokens held in memory."""
+        """Bytes of the visual tokens in memory."""
         return self._held
 
     def key(self, image: ImageSource, plan: TilePlan, settings: ImageSettings) -> bytes:
-        """A digest of everything that an image's visual tokens depend on."""
+        """Return a digest of everything that an image's visual tokens depend on."""
         digest = hashlib.sha256(_FORMAT)
         digest.update(content_digest(image))
         digest.update(repr((plan, settings)).encode())
         with self._lock:
-            # Weights that were replaced or written to (training) have another number.
+            # Replaced or modified weights (training) have another version.
             number = self._weights.current()
             if self.folder is None:
                 digest.update(self._name + str(number).encode())
@@ -84,7 +83,7 @@ class ImageCache:
         return digest.digest()
 
     def get(self, key: bytes) -> VisualTokens | None:
-        """The entry of a key, which becomes the last to be dropped."""
+        """Return the entry of a key and mark it as recently used; None if there is none."""
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
@@ -97,9 +96,10 @@ class ImageCache:
         return found
 
     def put(self, key: bytes, visual: VisualTokens) -> None:
-        """Keep an entry, dropping those unused for longest; one that is too large is not kept.
+        """Add an entry and evict the least recently used ones; an entry that is too large is not
+        added.
 
-        A folder that cannot be written to costs nothing but the entry.
+        If the folder cannot be written to, the entry is kept in memory only.
         """
         self._remember(key, visual)
         if self.folder is not None and _size(visual) <= self.max_folder_bytes:
@@ -108,7 +108,7 @@ class ImageCache:
                 _prune(self.folder, self.max_folder_bytes)
 
     def clear(self) -> None:
-        """Forget everything that is in memory; a folder keeps what it holds."""
+        """Clear the memory cache; the folder is not changed."""
         with self._lock:
             self._entries.clear()
             self._held = 0
@@ -129,7 +129,7 @@ class ImageCache:
         return self.folder / f"{key.hex()}.safetensors"
 
     def _values(self, number: int) -> bytes:
-        """The weights' values and what multiplies them, computed once per number."""
+        """Return a digest of the weights and kernels, computed once per weight version."""
         if self._digest[0] != number:
             model = self.model
             how = f"{model.precision} {model.device.type} {torch.__version__}".encode()
@@ -142,34 +142,34 @@ def _size(visual: VisualTokens) -> int:
 
 
 def _read(path: Path) -> VisualTokens | None:
-    """A kept entry, or None when there is no whole one."""
+    """Return an entry from disk, or None if it is missing or incomplete."""
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             about = json.loads((file.metadata() or {})["image"])
             tokens = file.get_tensor("tokens").clone()
-        os.utime(path)  # used last
+        os.utime(path)  # last use
         return VisualTokens(tokens, about["rows"], about["cols"], tuple(about["source"]))
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 
 
 def _write(path: Path, visual: VisualTokens) -> None:
-    """Write beside its place, then rename: never half an entry."""
+    """Write a temporary file, then rename it: entries are always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"rows": visual.rows, "cols": visual.cols, "source": list(visual.source)}
     tokens = visual.tokens.detach().cpu().contiguous()
     with whole_file(path, private=True) as beside:
         try:
             save_file({"tokens": tokens}, beside, metadata={"image": json.dumps(about)})
-        except SafetensorError as error:  # a full disk, among others
+        except SafetensorError as error:  # e.g. a full disk
             raise OSError(str(error)) from error
 
 
 def _prune(folder: Path, most: int) -> None:
-    """Drop the files unused for longest until the rest fits."""
+    """Delete the least recently used files until the rest is within the limit."""
     files = []
     for path in folder.glob("*.safetensors"):
-        with contextlib.suppress(OSError):  # another process may have dropped it
+        with contextlib.suppress(OSError):  # another process may have deleted it
             status = path.stat()
             files.append((status.st_mtime_ns, status.st_size, path))
     held = sum(size for _, size, _ in files)

@@ -1,4 +1,4 @@
-"""Images on their way to visual tokens: tiles of several requests share a pass of the tower."""
+"""Images waiting for the vision tower: tiles of several requests share a forward pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Image:
 
     @property
     def rank(self) -> float:
-        """Of the most urgent request that waits for it."""
+        """Return the rank of the most urgent request that waits for it."""
         return min((r.rank for r in self.waiting if not r.paused), default=math.inf)
 
     @property
@@ -37,11 +37,11 @@ class _Image:
 
 
 class ImageQueue:
-    """The images that requests wait for: each is encoded once for all of them, and of tiles that
-    are equal to the last bit (the white of pages) one.
+    """The images that requests wait for. Each image, and each of several bit-identical tiles (such
+    as the white of pages), is encoded once.
 
     Attributes:
-        tiles_done: tiles that went through the tower.
+        tiles_done: tiles encoded.
         images_done: images encoded.
     """
 
@@ -55,16 +55,16 @@ class ImageQueue:
         return len(self._images)
 
     def key(self, image: ImageSource, plan: TilePlan) -> bytes:
-        """An image's key in the image cache."""
+        """Return an image's key in the image cache."""
         return self.cache.key(image, plan, self.processor.settings)
 
     def prepare(
         self, image: ImageSource, plan: TilePlan, key: bytes | None = None
     ) -> VisualTokens | PreparedImage:
-        """An image's visual tokens, or its tiles where they are not known. Safe in any thread.
+        """Return an image's visual tokens if cached, else its tiles. Thread-safe.
 
         Args:
-            key: as :meth:`key` gives it, where that is known.
+            key: the result of :meth:`key`, if known.
 
         Raises:
             ImageError: the image cannot be decoded.
@@ -79,12 +79,14 @@ class ImageQueue:
         return prepared
 
     def add(self, prepared: PreparedImage, request: Request) -> VisualTokens | None:
-        """A request waits for an image; its visual tokens where they are known by now."""
+        """Let a request wait for an image; return its visual tokens if they are already
+        available.
+        """
         if prepared.key not in self._images:
             known = self.cache.get(prepared.key)
             if known is not None:
                 return known
-            if prepared.tiles is None:  # who brought them has left
+            if prepared.tiles is None:  # the request that provided them has left
                 prepared.cut(self.processor)
             assert prepared.tiles is not None
             pairs = zip(prepared.digests, prepared.tiles, strict=True)
@@ -100,7 +102,7 @@ class ImageQueue:
         return tile
 
     def leave(self, request: Request) -> None:
-        """A request waits no longer; images that nobody waits for are dropped."""
+        """Remove a request; images that no request waits for are dropped."""
         for key, image in list(self._images.items()):
             image.waiting.discard(request)
             if not image.waiting:
@@ -108,11 +110,11 @@ class ImageQueue:
 
     @property
     def rank(self) -> float | None:
-        """Of the most urgent request that waits for tiles; None where nobody does."""
+        """Return the rank of the most urgent waiting request; None if there is none."""
         return min((image.rank for image in self._images.values()), default=None)
 
     def next_tiles(self, most: int) -> list[PendingTile]:
-        """The next micro-batch: up to ``most`` tiles of one or several images."""
+        """Return the next micro-batch: up to ``most`` tiles of one or more images."""
         chosen: dict[PendingTile, None] = {}  # equal tiles are one object
         for image in sorted(self._images.values(), key=lambda each: each.rank):
             if all(request.paused for request in image.waiting):
@@ -125,7 +127,7 @@ class ImageQueue:
         return list(chosen)
 
     def waiting_for(self, tiles: Sequence[PendingTile]) -> set[Request]:
-        """The requests that have one of these tiles."""
+        """Return the requests that wait for any of these tiles."""
         wanted = set(tiles)
         images = [image for image in self._images.values() if wanted.intersection(image.tiles)]
         return {request for image in images for request in image.waiting}
@@ -133,13 +135,13 @@ class ImageQueue:
     def complete(
         self, tiles: Sequence[PendingTile], visual: Tensor
     ) -> dict[bytes, tuple[VisualTokens, set[Request]]]:
-        """Take the visual tokens of a micro-batch, (N, S, D).
+        """Store the visual tokens of a micro-batch, (N, S, D).
 
         Returns:
-            By key the images that are complete now, and who waits for them.
+            The images that are complete now and the requests that wait for them, by key.
         """
         for tile, tokens in zip(tiles, visual, strict=True):
-            # A copy of its own: a view would keep every image of the micro-batch alive.
+            # A copy: a view would keep the whole micro-batch in memory.
             tile.visual = tokens.clone()
         self.tiles_done += len(tiles)
         found = {}

@@ -1,4 +1,6 @@
-"""The image stage: images are opened and cut, wait for the tower, and become visual tokens."""
+"""The image stage: opens and preprocesses images, queues their tiles, and collects visual
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,16 @@ from smolstack.generation.request import Request
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource
 
-_HEAVY = 8_000_000  # pixels of an image that takes long to open
+_HEAVY = 8_000_000  # pixels; larger images take long to open
 
 
 class ImageStage:
-    """Takes requests from their images to visual tokens.
+    """Processes the images of requests up to visual tokens.
 
     Args:
-        queue: of tiles.
-        workers: threads that open and cut images; None does it at once.
-        wake: called, from any thread, when a worker has finished something.
+        queue: the queue of tiles.
+        workers: threads that open and preprocess images; None: done immediately.
+        wake: called, from any thread, when a worker has finished.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class ImageStage:
         self.queue, self.workers, self.wake = queue, workers, wake
 
     def begin(self, request: Request) -> None:
-        """Begin to open a request's images, unless that is done."""
+        """Start opening a request's images, unless already done."""
         request.stage = "images"
         if request.images is not None:
             return
@@ -70,7 +72,7 @@ class ImageStage:
         return made
 
     def collect(self, requests: Iterable[Request]) -> dict[Request, Exception]:
-        """Take the images that workers have opened; the requests of those that failed."""
+        """Take the images that workers have opened; return the requests with errors."""
         failed: dict[Request, Exception] = {}
         for request in requests:
             if request.stage != "images" or not request.images:
@@ -85,7 +87,7 @@ class ImageStage:
         return failed
 
     def want(self, request: Request) -> None:
-        """Let a request wait for those of its images that are opened and not encoded."""
+        """Let a request wait for those of its images that are opened but not encoded."""
         assert request.images is not None
         for place, image in enumerate(request.images):
             if isinstance(image, PreparedImage):
@@ -94,7 +96,9 @@ class ImageStage:
                     request.images[place] = known
 
     def take(self, tiles: Sequence[PendingTile], visual: Tensor) -> list[Request]:
-        """Take the visual tokens of a micro-batch; the requests that have another image now."""
+        """Store the visual tokens of a micro-batch; return the requests with a newly encoded
+        image.
+        """
         found = []
         for key, (tokens, requests) in self.queue.complete(tiles, visual).items():
             for request in requests:

@@ -1,4 +1,4 @@
-"""The engine without a thread of its own: whoever waits for an answer steps the core."""
+"""The engine without its own thread: the threads that wait for answers step the core."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from smolstack.generation.core import EngineCore
 from smolstack.generation.request import Request, Update
 from smolstack.generation.scheduler import SchedulerLimits
 
-# All who wait, wait for everything: whole prompts are read, then all are answered together.
+# Callers wait for all answers: prompts are read completely before decoding starts.
 INLINE = SchedulerLimits(running=64, queued=None, prefill_tokens=None, interleave=False)
 
 
 class InlineEngine:
-    """A core for any number of threads, each of which waits for requests of its own.
+    """A core for any number of threads, each of which waits for its own requests.
 
-    One of the waiting threads steps the core, for all of them; a request that nobody waits for
-    (a stream that is not read on) costs no work.
+    One of the waiting threads steps the core for all of them. A request that no thread waits for (a
+    stream that is not read) is not processed.
     """
 
     def __init__(self, core: EngineCore) -> None:
@@ -30,15 +30,15 @@ class InlineEngine:
         self._stepping = False
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer requests, in order.
+        """Return the answers of requests, in order.
 
-        Raises: the error of the first one that failed.
+        Raises: the error of the first request that failed.
         """
         self.finish(requests)
         return [request.answered for request in requests]
 
     def finish(self, requests: Sequence[Request]) -> None:
-        """Work until all requests are finished, with or without an error."""
+        """Run until all requests are finished, with or without an error."""
         self.add(requests)
         try:
             self.run(requests, lambda: all(request.finished for request in requests))
@@ -47,14 +47,14 @@ class InlineEngine:
             raise
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Queue requests; no work is done before somebody waits for them."""
+        """Queue requests; they are processed when a thread waits for them."""
         for request in requests:
             request.paused = True
         with self._changed:
             self._inbox += requests
 
     def run(self, requests: Sequence[Request], until: Callable[[], bool]) -> None:
-        """Step the core, or wait while another thread does, until something is so."""
+        """Step the core, or wait while another thread does, until the condition holds."""
         for request in requests:
             request.paused = False
         try:
@@ -76,7 +76,7 @@ class InlineEngine:
                 request.paused = True
 
     def _reached(self, until: Callable[[], bool]) -> bool:
-        """Wait while another thread steps; False when it is this thread's turn."""
+        """Wait while another thread steps the core; return False when this thread must do it."""
         with self._changed:
             while not until():
                 if not self._stepping:
@@ -94,10 +94,10 @@ class InlineEngine:
         return self.core.step()
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """Stop the work on requests, and let go of what they hold."""
+        """Stop the work on requests, and free what they hold."""
         for request in requests:
             request.cancelled = True
-        # Whoever steps the core now clears them out before its next step.
+        # The thread that steps the core removes them before the next step.
         if self._changed.acquire(blocking=False):
             try:
                 if not self._stepping:
@@ -109,7 +109,7 @@ class InlineEngine:
 class AnswerStream:
     """Pieces of the answer to a request; iterate over it, then read ``answer``.
 
-    Closing it, or letting go of it, stops the work.
+    Closing or deleting it stops the work.
     """
 
     def __init__(self, engine: InlineEngine, request: Request) -> None:
@@ -122,7 +122,7 @@ class AnswerStream:
         return self
 
     def __next__(self) -> str:
-        """The next characters that became certain.
+        """Return the next characters that became final.
 
         Raises: the error that ended the answer.
         """
@@ -139,7 +139,7 @@ class AnswerStream:
 
     @property
     def answer(self) -> Answer:
-        """The answer; complete once the pieces are exhausted."""
+        """The answer; complete after the iteration."""
         if self._request.answer is None:
             raise GenerationError("the answer is not complete yet; iterate over the stream first")
         return self._request.answer

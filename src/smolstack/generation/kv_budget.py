@@ -1,4 +1,4 @@
-"""How much memory KV caches may take, where nobody says it."""
+"""The default memory limit of KV caches."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-_LEAST = 2**28  # where the machine does not tell
+_LEAST = 2**28  # if the available memory is unknown
 
 
 def default_kv_bytes(device: torch.device) -> int:
-    """Half of the memory that is free now where the model is."""
+    """Return half of the memory that is available on the model's device."""
     return max(_LEAST, _free_bytes(device) // 2)
 
 
@@ -25,7 +25,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _available() -> int | None:
-    """Memory that can be had without swapping, as Linux says; elsewhere, half of all there is."""
+    """Return the memory available without swapping, from Linux; elsewhere, half of all memory."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -36,9 +36,9 @@ def _available() -> int | None:
 
 
 def _left_to_the_container() -> int | None:
-    """What a control group leaves, where one limits this process."""
+    """Return the memory that a control group leaves to this process, if one limits it."""
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text(encoding="ascii"))  # "max": no number
+        limit = int((group / "memory.max").read_text(encoding="ascii"))  # "max" is not a number
         return max(0, limit - int((group / "memory.current").read_text(encoding="ascii")))
     return None

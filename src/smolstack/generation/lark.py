@@ -1,6 +1,6 @@
-"""Forms that are grammars: a user's own one, and calls of functions.
+"""Grammars for structured output: user-provided ones, and function calls.
 
-A grammar is Lark's, as llguidance reads it; llama.cpp's GBNF is rewritten to it.
+Grammars are in llguidance's form of Lark; llama.cpp's GBNF is converted to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MAX_CALLS = 8
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
-# What a grammar's word "start" may also be part of, and what it is there: not the rule.
+# Contexts in which the word "start" is not the rule's name.
 _WORDS = re.compile(
     r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/|(?<![\w.$%-])start(?![\w-])'
 )
@@ -26,13 +26,13 @@ _WORDS = re.compile(
 
 @dataclass(frozen=True)
 class Lark:
-    """A grammar that the whole answer keeps to.
+    """A grammar that the whole answer must match.
 
     Attributes:
         grammar: Lark text whose rule ``start`` is the answer.
-        trigger: text that an answer has to begin with to come under the grammar; one that begins
-            otherwise is free. Empty: every answer comes under it.
-        name: what it is called in errors.
+        trigger: the grammar applies only to answers that begin with this text; others are
+            unconstrained. Empty: it always applies.
+        name: its name in error messages.
     """
 
     grammar: str
@@ -40,7 +40,7 @@ class Lark:
     name: str = "grammar"
 
     def after(self, lead: str) -> str:
-        """The grammar of the lead and an answer after it."""
+        """Return the grammar of the lead followed by an answer."""
         if not lead:
             return self.grammar
         body = _WORDS.sub(lambda m: "the_answer" if m[0] == "start" else m[0], self.grammar)
@@ -49,10 +49,10 @@ class Lark:
 
 
 def read_grammar(grammar: Any, to_lark: Callable[[str], str] | None = None) -> Lark:
-    """A user's grammar, in Lark's form or in GBNF's.
+    """Return a user's grammar, given in Lark or GBNF.
 
     Raises:
-        GenerationError: it is no text, or cannot be rewritten.
+        GenerationError: it is not text, or cannot be converted.
     """
     if isinstance(grammar, Lark):
         return grammar
@@ -82,13 +82,14 @@ def _from_gbnf(grammar: str) -> str:
 def calls_grammar(
     functions: Mapping[str, str], *, several: bool, free: bool = False, text: str | None = None
 ) -> Lark:
-    """The grammar of an answer that calls functions: ``<tool_call>{"name": …, "arguments": …}``.
+    """Return the grammar of an answer that calls functions: ``<tool_call>{"name": …, "arguments":
+    …}``.
 
     Args:
         functions: name → the JSON Schema of its arguments, as JSON text.
-        several: whether up to eight calls may follow each other.
-        free: whether an answer may also be text, of any kind.
-        text: with ``free``, the JSON Schema that such a text satisfies, as JSON text.
+        several: whether up to eight calls in a row are allowed.
+        free: whether an answer may also be arbitrary text.
+        text: with ``free``, the JSON Schema of such text, as JSON text.
     """
     rules = []
     for number, (name, schema) in enumerate(functions.items()):
@@ -109,7 +110,7 @@ def calls_grammar(
 
 
 def written(calls: Sequence[tuple[str, Any]]) -> str:
-    """Calls as the text that stands for them in a prompt and in an answer."""
+    """Return the text that represents calls in a prompt and in an answer."""
     return "\n".join(
         f'{CALL_BEGIN}{{"name": {json.dumps(name)}, "arguments": '
         f"{arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)}"

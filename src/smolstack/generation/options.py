@@ -1,4 +1,4 @@
-"""The options of ask, stream and ask_many, checked before any work is done."""
+"""The options of ask, stream and ask_many, validated before any work is done."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class AnswerOptions(Tiling, total=False):
     """Keyword options of ask, stream and ask_many. See also Sampling, Stopping and Tiling.
 
     Attributes:
-        max_new_tokens: the longest answer, in tokens; 512 unless given.
+        max_new_tokens: maximum length of the answer in tokens; default 512.
         temperature, top_k, top_p, min_p, repetition_penalty, seed: see Sampling; greedy unless
             temperature is given.
         presence_penalty, frequency_penalty, logit_bias, min_tokens, ignore_eos, stop_token_ids,
             bad_words: see TokenRules.
-        stop: a string or several that end the answer.
-        stop_on_repetition: end an answer that goes round in circles; True for the usual rule.
-        keep_special_tokens: write special tokens into the text; document models (SmolDocling,
-            granite-docling) answer in them. The end token never is part of the text.
+        stop: one or more strings that end the answer.
+        stop_on_repetition: end an answer that repeats itself; True selects the default rule.
+        keep_special_tokens: keep special tokens in the text; document models (SmolDocling,
+            granite-docling) answer with them. The end token is never part of the text.
         schema: a JSON Schema or a pydantic model that the answer satisfies (extra ``structured``).
-            A pydantic model's objects hold its own fields alone; a JSON Schema is taken as it is.
-        regex: a regular expression that the whole answer matches (extra ``structured``).
-        grammar: a context-free grammar that the whole answer keeps to, in llguidance's form of Lark
+            Objects of a pydantic model have only its fields; a JSON Schema is used unchanged.
+        regex: a regular expression that matches the whole answer (extra ``structured``).
+        grammar: a context-free grammar that the whole answer matches, in llguidance's form of Lark
             or in llama.cpp's GBNF (extra ``structured``).
         choices: texts of which the answer is one; their probabilities are computed exactly.
-        logprobs: log-probabilities of the tokens taken, and of so many likeliest ones at each
-            place (0 to 20).
+        logprobs: return log-probabilities of the generated tokens, and of this many most likely
+            tokens at each position (0 to 20).
     """
 
     max_new_tokens: int
@@ -80,10 +80,10 @@ class ReadOptions:
 
 
 def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> ReadOptions:
-    """Check the options and split them by what they are for.
+    """Validate the options and group them by purpose.
 
     Raises:
-        GenerationError: an unknown option, or a value that has no meaning.
+        GenerationError: an option is unknown, or its value is invalid.
     """
     given: Mapping[str, Any] = options
     known = {*AnswerOptions.__annotations__, *Tiling.__annotations__}
@@ -94,7 +94,7 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Read
     forms = ("schema", "regex", "grammar", "choices")
     form = next((name for name in forms if given.get(name) is not None), None)
     if isinstance(grammar := given.get("grammar"), Lark):
-        form = grammar.name  # what it was asked for by
+        form = grammar.name  # the option that selected it
     rules = read_rules(given, form)
     stopping = Stopping(
         max_new_tokens=options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),

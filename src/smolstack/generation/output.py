@@ -1,5 +1,6 @@
-"""The output of one request: tokens are chosen, checked against its grammar and stops, and become
-text."""
+"""The output of one request: chooses tokens, applies its grammar and stop conditions, and
+detokenizes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from smolstack.processor.processor import Prompt
 
 @dataclass
 class Output:
-    """One answer as it grows, a token at a time.
+    """An answer in progress, extended one token at a time.
 
     Attributes:
         constraint: the form that it must keep to, or None.
@@ -42,14 +43,14 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    _handed_out: int = 0  # characters, the lead not counted
-    _lead_left: int = -1  # characters of the lead that are still to come
+    _handed_out: int = 0  # characters emitted, without the lead
+    _lead_left: int = -1  # characters of the lead not yet generated
 
     def take(self, logits: torch.Tensor) -> tuple[int, str]:
-        """Choose one token from logits (V,) and decide whether the answer ends with it.
+        """Choose a token from logits (V,) and determine whether the answer ends with it.
 
         Returns:
-            The token, and the characters of the answer that became certain.
+            The token, and the characters of the answer that became final.
         """
         with torch.inference_mode():
             allowed = None if self.constraint is None else self.constraint.allowed()
@@ -62,7 +63,7 @@ class Output:
         return token, self._after_lead(self._push(token))
 
     def _choose(self, logits: torch.Tensor, allowed: torch.Tensor | None) -> int:
-        """The next token; one that would complete a bad word is drawn again."""
+        """Return the next token; one that would complete a bad word is drawn again."""
         rules, seen = self.rules, self.sampler.seen
         ends = self.stopping.eos_token_ids
         own = ends[: len(ends) - len(rules.stop_token_ids)]
@@ -79,7 +80,7 @@ class Output:
             scores[token], self.sampler.seen = -torch.inf, seen
 
     def take_all(self, token_ids: Sequence[int]) -> str:
-        """Take a whole answer that was chosen otherwise; its text."""
+        """Set the complete answer, chosen elsewhere; return its text."""
         self.token_ids.extend(token_ids)
         text = "".join(self.stream.push(t) for t in token_ids if t not in self._ends)
         self.finish_reason = "stop"
@@ -87,7 +88,7 @@ class Output:
 
     @property
     def text(self) -> str:
-        """The answer so far: without surrounding white space, or exactly as its form has it."""
+        """The answer so far, without surrounding white space unless its grammar makes it exact."""
         if self.constraint is None or not self.constraint.exact:
             return self.stream.text.strip()
         return self.stream.text[self.constraint.lead :]
@@ -116,7 +117,7 @@ class Output:
         return piece
 
     def _after_lead(self, piece: str) -> str:
-        """A piece without what the template leaves between prompt and answer to the model."""
+        """Return a piece without the lead that the chat template leaves to the model."""
         if self.constraint is None or not self.constraint.exact:
             piece = piece if self._handed_out else piece.lstrip()
         else:
@@ -134,16 +135,16 @@ def new_output(
     max_positions: int,
     constraint: Constraint | None = None,
 ) -> Output:
-    """An answer that has not begun; checks that it has room, before any work is done.
+    """Return an empty output, after checking that there is room for an answer.
 
     Args:
-        token_ids: the prompt's.
+        token_ids: the prompt's tokens.
         decode: token ids → text.
-        max_positions: tokens that the model's context holds.
-        constraint: the form of this answer alone.
+        max_positions: context length of the model.
+        constraint: the grammar's state for this answer.
 
     Raises:
-        ContextLengthError: the prompt leaves no room for a single new token.
+        ContextLengthError: the prompt leaves no room for a new token.
     """
     room = max_positions - len(token_ids)
     if room < 1:
@@ -172,11 +173,11 @@ def make_answer(
     *,
     read_tokens: int | None = None,
 ) -> Answer:
-    """The answer that a finished output holds.
+    """Return the answer of a finished output.
 
     Args:
-        scores: of its choices.
-        read_tokens: tokens of the prompt that were not copied from the prefix cache.
+        scores: log-probabilities of its choices.
+        read_tokens: prompt tokens that were not copied from the prefix cache.
     """
     assert output.finish_reason is not None
     structure, text = options.structure, output.text
@@ -208,7 +209,9 @@ def make_answer(
 
 
 def _logprob(logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
-    """What the model itself gave a token and its likeliest rivals, before any warping."""
+    """Return the log-probabilities of a token and the most likely ones, before any sampling
+    parameters.
+    """
     scores = logits.float().log_softmax(dim=-1)
     best = scores.topk(min(top, scores.numel()))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)

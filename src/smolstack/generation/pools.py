@@ -1,4 +1,4 @@
-"""Threads that take the most urgent work first and never all do what takes long."""
+"""Thread pools with priorities, which reserve threads for light work."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ T = TypeVar("T")
 
 
 class RankedPool(Executor):
-    """An executor whose work has ranks: the lowest is done first, of equal ones the earliest.
+    """An executor whose work has ranks: the lowest rank runs first, equal ranks in order of
+    submission.
 
     Args:
-        threads: started as work comes.
-        heavy: of these, how many may do heavy work at a time; the others are left for light work.
-        name: of the threads.
+        threads: maximum number of threads, started on demand.
+        heavy: how many of them may run heavy work at a time.
+        name: name of the threads.
     """
 
     def __init__(self, threads: int, heavy: int, name: str) -> None:
@@ -34,11 +35,11 @@ class RankedPool(Executor):
         self._closed = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **named: Any) -> Future[T]:
-        """Light work, whose rank is the time."""
+        """Submit light work, with the current time as its rank."""
         return self.rank(partial(fn, *args, **named), time.monotonic())
 
     def rank(self, work: Callable[[], T], rank: float, *, heavy: bool = False) -> Future[T]:
-        """Work of some rank; ``heavy`` work leaves threads for other work."""
+        """Submit work with a rank; ``heavy`` work is limited to some of the threads."""
         future: Future[T] = Future()
         with self._changed:
             if self._closed:
@@ -52,7 +53,7 @@ class RankedPool(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the threads, once what waits is done or, if ``cancel_futures``, cancelled."""
+        """End the threads after the waiting work is done or, with ``cancel_futures``, cancelled."""
         with self._changed:
             self._closed = True
             left = [*self._waiting[False], *self._waiting[True]] if cancel_futures else []
@@ -64,7 +65,7 @@ class RankedPool(Executor):
                 thread.join()
 
     def _next(self) -> bool | None:
-        """Whether the next work is heavy; None where there is none to be done now."""
+        """Return whether the next work is heavy; None if nothing can run now."""
         light, heavy = self._waiting[False], self._waiting[True]
         if heavy and self._heavy < self._most_heavy and not (light and light[0] < heavy[0]):
             return True
@@ -85,7 +86,7 @@ class RankedPool(Executor):
                 with self._changed:
                     self._heavy -= heavy
                     self._changed.notify_all()
-            del future, work  # and what they hold, while there is nothing to do
+            del future, work  # free what they hold while waiting
 
 
 def _do(future: Future[T], work: Callable[[], T]) -> None:

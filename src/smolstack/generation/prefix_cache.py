@@ -1,6 +1,6 @@
-"""The prefix cache: KV caches of what prompts begin with, read once for whoever comes later.
+"""The prefix cache: KV caches of earlier prompts, reused by prompts with the same beginning.
 
-Tokens are compared by their ids, visual tokens by their image's content and their place in it.
+Text tokens are compared by id, visual tokens by their image's content and their index in it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from smolstack.model.digest import weights_digest
 from smolstack.model.kv_cache import KVCache
 
 DEFAULT_PREFIX_BYTES = 256 * 2**20
-_MOST = 64  # finished requests looked through for every newcomer
+_MOST = 64  # finished requests compared with every new one
 _STRIDE = 64  # tokens compared at once
-# A token as it is compared: an id, or a visual token (its image's key, its place there).
+# A token for comparison: an id, or a visual token (its image's key, its index in the image).
 TokenKey: TypeAlias = "int | tuple[bytes, int]"
 
 
 def token_keys(
     token_ids: Sequence[int], image_token_id: int, images: Sequence[VisualTokens]
 ) -> list[TokenKey]:
-    """The keys of a prompt's tokens, its images being visual tokens."""
+    """Return the keys of a prompt's tokens, given its images' visual tokens."""
     if not images:
         return list(token_ids)
     pairs = [(visual.key or weights_digest([visual.tokens]), len(visual)) for visual in images]
@@ -33,7 +33,7 @@ def token_keys(
 
 
 def common_prefix(first: Sequence[TokenKey], second: Sequence[TokenKey], limit: int) -> int:
-    """How many of at most ``limit`` tokens two sequences begin with in common."""
+    """Return the length of the common prefix of two sequences, up to ``limit`` tokens."""
     start = 0
     while start < limit:
         end = min(start + _STRIDE, limit)
@@ -45,22 +45,23 @@ def common_prefix(first: Sequence[TokenKey], second: Sequence[TokenKey], limit: 
 
 @dataclass
 class Prefix:
-    """What a prompt begins with: the first ``length`` tokens of a known KV cache."""
+    """A known beginning of a prompt: the first ``length`` tokens of a KV cache."""
 
     entry: _Entry
     length: int
 
 
 class PrefixCache:
-    """KV caches of requests at work and of those that finished last, up to ``max_bytes``.
+    """KV caches of running requests and of recently finished ones, up to ``max_bytes``.
 
-    A cache only ever grows at its end, so the beginning of one at work can be copied at any time.
+    Caches only grow at their end, so the beginning of a running request's cache can be copied at
+    any time.
 
     Args:
-        max_bytes: of finished requests; 0 keeps none.
+        max_bytes: limit for finished requests; 0 keeps none.
 
     Attributes:
-        reused_tokens: prompt tokens that were not read again, so far.
+        reused_tokens: total number of prompt tokens copied from the cache.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_PREFIX_BYTES) -> None:
@@ -71,13 +72,13 @@ class PrefixCache:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of finished requests' caches, room that is left included."""
+        """Bytes of finished requests' caches, including unused capacity."""
         return sum(entry.cache.reserved_bytes for entry in self._finished.values())
 
     def match(self, keys: Sequence[TokenKey]) -> Prefix | None:
-        """The longest known beginning of a prompt.
+        """Return the longest known prefix of a prompt.
 
-        At least the last token of the prompt is left to be read, for its logits.
+        At least the last token of the prompt is left out, because its logits are needed.
         """
         best: Prefix | None = None
         for entry in (*self._working.values(), *self._finished.values()):
@@ -88,9 +89,9 @@ class PrefixCache:
         return best
 
     def take(self, prefix: Prefix, capacity: int) -> KVCache:
-        """A cache of one's own that begins with a known prefix, with room for ``capacity`` tokens.
+        """Return a new cache that begins with a known prefix, with room for ``capacity`` tokens.
 
-        A conversation that goes on takes its cache over; of others the beginning is copied.
+        A continued conversation takes over its cache; otherwise the prefix is copied.
         """
         entry, length = prefix.entry, prefix.length
         self.reused_tokens += length
@@ -104,11 +105,13 @@ class PrefixCache:
         return entry.cache.copied(1, capacity, length)
 
     def begin(self, number: int, keys: Sequence[TokenKey], cache: KVCache) -> None:
-        """A request begins to read its prompt into ``cache``."""
+        """Register a request that starts reading its prompt into ``cache``."""
         self._working[number] = _Entry(number, list(keys), cache)
 
     def finish(self, number: int, token_ids: Sequence[int]) -> None:
-        """A request ended with these answer tokens: its cache is kept while there is room."""
+        """Record that a request ended with these answer tokens; its cache is kept while there is
+        room.
+        """
         entry = self._working.pop(number, None)
         if entry is None or entry.cache.held_bytes > self.max_bytes:
             return
@@ -120,8 +123,9 @@ class PrefixCache:
         self.shrink(self.max_bytes)
 
     def shrink(self, most: int) -> None:
-        """Keep at most so many bytes: the room that answers did not need is given back first, then
-        the caches that were unused for longest."""
+        """Reduce the cache to ``most`` bytes: unused capacity is freed first, then the least
+        recently used caches.
+        """
         for entry in self._finished.values():
             if self.held_bytes <= most:
                 break
@@ -131,17 +135,17 @@ class PrefixCache:
             self._finished.popitem(last=False)
 
     def drop(self, number: int) -> None:
-        """A request was given up."""
+        """Remove a request that was given up."""
         self._working.pop(number, None)
 
     def clear(self) -> None:
-        """Forget the requests that finished."""
+        """Remove all finished requests."""
         self._finished.clear()
 
 
 @dataclass
 class _Entry:
-    """One cache and what it holds."""
+    """A cache and its contents."""
 
     number: int
     keys: list[TokenKey]

@@ -1,4 +1,4 @@
-"""Images between their file and their visual tokens: tiles that are cut and wait for the tower."""
+"""Images between file and visual tokens: their tiles wait for the vision tower."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from smolstack.processor.tiles import ImageSource, read_tiles
 
 @dataclass(eq=False)
 class PreparedImage:
-    """An image that is not encoded yet.
+    """An image that is not yet encoded.
 
     Attributes:
-        key: of the image cache.
-        tiles: (n, 3, P, P) uint8; None where another request brought them.
-        digests: of each tile.
+        key: key in the image cache.
+        tiles: (n, 3, P, P) uint8; None if another request provides them.
+        digests: digest of each tile.
     """
 
     key: bytes
@@ -29,7 +29,7 @@ class PreparedImage:
     digests: list[bytes] = field(default_factory=list)
 
     def cut(self, processor: Processor) -> None:
-        """Open the image and cut its tiles. Safe in any thread.
+        """Open the image and cut its tiles. Thread-safe.
 
         Raises:
             ImageError: the image cannot be decoded.
@@ -41,11 +41,11 @@ class PreparedImage:
 
 @dataclass(eq=False)
 class PendingTile:
-    """A tile that some images have in common.
+    """A tile, shared by all images that contain it.
 
     Attributes:
         pixels: (3, P, P) uint8.
-        visual: (S, D) once it is encoded.
+        visual: (S, D) once encoded.
     """
 
     pixels: Tensor

@@ -1,4 +1,4 @@
-"""A request: what is asked, and how far its answer has come. It never calls the model."""
+"""A request and the state of its answer. It never calls the model."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from smolstack.model.kv_cache import KVCache
 from smolstack.processor.processor import Prompt
 
 Stage: TypeAlias = Literal["waiting", "images", "prefill", "decode", "finished"]
-# What is wanted: an answer, visual tokens, or the vectors of a retrieval model.
+# The result: an answer, visual tokens, or the vectors of a retrieval model.
 Kind: TypeAlias = Literal["answer", "visual tokens", "vectors"]
 ImageState: TypeAlias = "VisualTokens | PreparedImage | Future[VisualTokens | PreparedImage]"
 
 
 @dataclass(frozen=True)
 class Update:
-    """What is new about one request.
+    """A change of one request.
 
     Attributes:
-        piece: characters that became certain.
-        logprobs: of the tokens taken since the last update, where asked for.
-        answer: the whole answer, in the last update of one that succeeded.
-        error: why there is none, in the last update of one that failed.
+        piece: characters that became final.
+        logprobs: of the tokens since the last update, if requested.
+        answer: the complete answer, in the last update of a request that succeeded.
+        error: the error, in the last update of a request that failed.
     """
 
     piece: str = ""
@@ -44,7 +44,7 @@ class Update:
 
 @dataclass
 class Taken:
-    """Seconds that the stages of one request took, shared ones counted in full."""
+    """Seconds per stage of one request; shared passes count in full."""
 
     images: float = 0.0
     vision: float = 0.0
@@ -57,32 +57,33 @@ class Taken:
 
 
 class Request:
-    """One prompt, what is wanted of it, and the state of the work on it.
+    """One prompt, the kind of result, and the state of the work on it.
 
-    Made by a :class:`RequestMaker` in any thread; the engine's core alone changes it then, but for
-    the flags.
+    Made by a :class:`RequestMaker` in any thread. Afterwards only the engine's core changes it,
+    except for the flags.
 
     Args:
         prompt: rendered, planned, tokenized.
-        kind: what is wanted.
+        kind: kind of the result.
         options, output, choices: of an answer.
-        listener: told every update, in the thread that steps the core; it must be quick.
+        listener: called with every update in the thread that steps the core; it must return
+            quickly.
         deadline: when it must be finished, on the core's clock.
 
     Attributes:
         number: set by the core.
-        stage: how far it is.
-        images: of the prompt, in order: visual tokens, or what will become of them.
-        paused: a flag for anybody: nobody waits for this answer now, so no work is done on it.
-        cancelled: a flag for anybody: the core lets go of it before its next step.
-        given_up: set by anybody: the same, and the listener is told this error.
-        error: why it failed; answer, vectors: what it ended with.
+        stage: its progress.
+        images: the prompt's images, in order: visual tokens, or images that wait for encoding.
+        paused: flag for any thread: no work is done on the request while it is set.
+        cancelled: flag for any thread: the core removes the request before its next step.
+        given_up: error for any thread to set: as ``cancelled``, and the listener gets this error.
+        error: why it failed; answer, vectors: its result.
         cache, embeddings: of the prompt, once it is being read.
-        read_tokens: prompt tokens that were read, not copied.
-        client: whose it is, where clients share; cost: seconds of work expected of it and of those
-            that came with it; urgency, rank: whose turn it is, the lowest first (costs.py).
-        form_bytes: of the schema or expression that its answer keeps to.
-        own_seconds: what choosing a token takes beside the model: its grammar, say.
+        read_tokens: prompt tokens that were computed, not copied.
+        client: its client, if clients share the engine; cost: expected seconds of work of it and
+            the requests submitted with it; urgency, rank: priority, the lowest first (costs.py).
+        form_bytes: size of its schema or expression.
+        own_seconds: seconds per token outside the model, such as those of its grammar.
         turn: number of the last step in which it got a token.
     """
 
@@ -125,7 +126,7 @@ class Request:
 
     @property
     def answered(self) -> Answer:
-        """The answer of one that has finished.
+        """The answer of a finished request.
 
         Raises: the error that it ended with.
         """
@@ -136,7 +137,7 @@ class Request:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that its KV cache must hold in the end."""
+        """Maximum number of tokens in its KV cache."""
         if self.kind != "answer":
             return 0
         assert self.output is not None
@@ -150,15 +151,15 @@ class Request:
 
     @property
     def encoded_prompt(self) -> Prompt:
-        """The prompt with visual tokens for images."""
+        """Return the prompt with visual tokens in place of images."""
         return replace(self.prompt, images=tuple(self.visual))
 
     def images_ready(self) -> bool:
-        """Whether all images are visual tokens."""
+        """Whether all images are encoded."""
         return len(self.visual) == len(self.prompt.images)
 
     def make_keys(self, image_token_id: int) -> None:
-        """What the prefix cache compares, once the images are ready."""
+        """Compute the keys for the prefix cache, once the images are encoded."""
         self.keys = token_keys(self.prompt.token_ids, image_token_id, self.visual)
 
     def tell(self, update: Update) -> None:
@@ -166,7 +167,7 @@ class Request:
             self.listener(update)
 
     def let_go(self) -> None:
-        """Give back what is large, and finish."""
+        """Free large objects, and finish."""
         self.stage = "finished"
         for image in self.images or []:
             if isinstance(image, Future):

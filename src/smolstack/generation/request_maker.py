@@ -1,4 +1,4 @@
-"""Requests made of prompts and options: all that can be wrong with them is said before any work."""
+"""Makes requests from prompts and options; all errors are raised before any work."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from smolstack.processor.processor import Processor, Prompt
 
 
 class RequestMaker:
-    """Makes requests for one model. Safe in any thread.
+    """Makes requests for one model. Thread-safe.
 
     Args:
-        images: opens and cuts images.
-        check: refuses a request that can never be worked on.
+        images: opens and preprocesses images.
+        check: raises for a request that can never run.
     """
 
     def __init__(
@@ -46,11 +46,12 @@ class RequestMaker:
         *,
         deadline: float | None = None,
     ) -> list[Request]:
-        """Requests for answers, checked but not begun. Safe in any thread.
+        """Make validated requests for answers. Thread-safe.
 
         Args:
             prompts: one per request.
-            options: of all, or of each; these may differ in their sampling alone.
+            options: for all requests, or one per prompt; these may differ only in their sampling
+                parameters.
             deadline: when the answers must be complete, on the core's clock.
 
         Raises:
@@ -73,12 +74,13 @@ class RequestMaker:
         return made
 
     def _form(self, options: ReadOptions) -> tuple[Constraint | None, int]:
-        """What all answers keep to, and the size of its grammar. What may come first takes
-        longest to find out, so it is done here and once."""
+        """Return the constraint of all answers, and the size of its grammar. The allowed first
+        tokens take longest to compute, so this is done here and once.
+        """
         grammar = self.compile(options)
         if grammar is None:
             return None, 0
-        # Special tokens that are kept would be text, which the form would have to know.
+        # With kept special tokens the text contains them, but the grammar does not.
         pointing = not options.keep_special_tokens
         grammars = self.grammars(options.stopping.eos_token_ids)
         made = self._constraint(grammars, grammar, options, pointing)
@@ -116,10 +118,10 @@ class RequestMaker:
         return grammars.constraint(grammar, pointing=pointing)
 
     def compile(self, options: ReadOptions) -> str | None:
-        """The grammar that answers keep to, or None.
+        """Return the grammar of the answers, or None.
 
         Raises:
-            GenerationError: a form that cannot be kept to.
+            GenerationError: the grammar is not supported.
         """
         structure = options.structure
         if structure is None or isinstance(structure, Choices):
@@ -139,9 +141,9 @@ class RequestMaker:
         return self._grammars[eos_token_ids]
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Open and cut the images of requests that have not begun. Safe in any thread.
+        """Open and preprocess the images of requests that have not started. Thread-safe.
 
-        An image that several requests hold is opened once.
+        An image used by several requests is opened once.
 
         Raises:
             ImageError: an image cannot be decoded.

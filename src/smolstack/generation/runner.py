@@ -1,4 +1,4 @@
-"""The model runner: the one place in generation that calls the model."""
+"""The model runner: the only part of generation that calls the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass
 class Outcome(Generic[T]):
-    """What one part of a step gave: a value or an error, and the seconds that it took."""
+    """The result of one part of a step: a value or an error, and its duration in seconds."""
 
     value: T | None = None
     error: Exception | None = None
@@ -34,12 +34,12 @@ class Outcome(Generic[T]):
 
 @dataclass
 class StepOutputs:
-    """What a step's plan gave.
+    """The outputs of a step.
 
     Attributes:
         tiles: (N, S, D), visual tokens of the micro-batch.
-        prefill: of each chunk, logits (V,) after its tokens.
-        score: sums of log-probabilities by choice.
+        prefill: logits (V,) after the last token of each chunk.
+        score: summed log-probabilities by choice.
         embed: vectors (R, T, E).
         decode: logits (R, V) after each request's last token.
     """
@@ -55,7 +55,7 @@ class ModelRunner:
     """Executes plans on a model.
 
     Args:
-        prefixes: where the KV caches of known beginnings are.
+        prefixes: the prefix cache.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ModelRunner:
         self.model, self.processor, self.prefixes = model, processor, prefixes
 
     def execute(self, plan: StepPlan) -> StepOutputs:
-        """Do what a plan says. What fails is an error of its part alone."""
+        """Execute a plan; an error affects only its part."""
         outputs = StepOutputs()
         if plan.tiles:
             outputs.tiles = _outcome(lambda: self._encode(plan.tiles))
@@ -84,7 +84,9 @@ class ModelRunner:
         return self.model.encode_tiles(normalize(pixels, self.processor.settings), distinct=True)
 
     def _chunks(self, chunks: list[PrefillChunk]) -> list[Outcome[Tensor]]:
-        """All chunks in one pass; where that fails, each alone, to find out whose fault it is."""
+        """Run all chunks in one pass; if that fails, each separately, to find the request that
+        causes the error.
+        """
         made = _outcome(lambda: self._prefill(chunks))
         if made.error is not None and len(chunks) > 1:
             return [found for chunk in chunks for found in self._chunks([chunk])]
@@ -110,7 +112,7 @@ class ModelRunner:
         return self.model.read(packed, RaggedKVCache(caches, counts))
 
     def _begin(self, chunk: PrefillChunk) -> None:
-        """The embeddings of a prompt, and its KV cache with what is known of it."""
+        """Compute a prompt's embeddings, and take its KV cache with the known prefix."""
         request, prefix = chunk.request, chunk.prefix
         request.embeddings = self.model.merge(self.processor.batch([request.encoded_prompt]))
         capacity = request.kv_tokens
@@ -121,7 +123,7 @@ class ModelRunner:
         self.prefixes.begin(request.number, request.keys, request.cache)
 
     def _score(self, request: Request) -> dict[int, float]:
-        """Sums of log-probabilities, of the tokens of one pass over some choices."""
+        """Return summed log-probabilities of the tokens of one pass over some choices."""
         scoring, cache = request.scoring, request.cache
         assert scoring is not None
         assert cache is not None
@@ -155,12 +157,14 @@ class ModelRunner:
 
 
 def _beside(scoring: Scoring, row: int, cache: KVCache) -> KVCache:
-    """A copy of the prompt's cache with room for a choice; its last token is not read."""
+    """Return a copy of the prompt's cache with room for a choice, except its last token, which is
+    not read.
+    """
     return cache.copied(1, cache.length + len(scoring.choices[row]) - 1)
 
 
 def _outcome(work: Callable[[], T]) -> Outcome[T]:
-    """Do ``work`` without autograd; inference mode ends before anybody else's code runs."""
+    """Run ``work`` in inference mode and return its outcome."""
     began = perf_counter()
     try:
         with torch.inference_mode():

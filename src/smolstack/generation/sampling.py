@@ -1,4 +1,4 @@
-"""Choosing the next token. The warpers and their order are those of transformers' generate."""
+"""Sampling. The warpers and their order are those of transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 
 from smolstack.errors import GenerationError
 
-_LEAST = 0.0001  # that logits are divided by: by less, they are no numbers any more
+_LEAST = 0.0001  # smallest divisor of logits; with less they overflow
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen.
+    """How tokens are chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest token (greedy); otherwise logits are divided by it.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the likeliest tokens whose probabilities reach p together; 1 keeps all
-            (Holtzman et al. 2020).
-        min_p: keep tokens at least min_p times as likely as the likeliest; 0 keeps all
+        temperature: 0 takes the most likely token (greedy); otherwise logits are divided by it.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the most likely tokens whose probabilities add up to p; 1 keeps all (Holtzman et
+            al. 2020).
+        min_p: keep tokens at least min_p times as likely as the most likely one; 0 keeps all
             (Nguyen et al. 2024).
-        repetition_penalty: logits of tokens seen before, in prompt or answer, are divided by it
-            when positive and multiplied when negative; 1 changes nothing (Keskar et al. 2019).
-        seed: for repeatable sampling; None draws a fresh one.
+        repetition_penalty: logits of tokens that occur in the prompt or the answer are divided by
+            it if positive and multiplied by it if negative; 1 changes nothing (Keskar et al. 2019).
+        seed: for repeatable sampling; None: random.
     """
 
     temperature: float = 0.0
@@ -46,7 +46,7 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses tokens for one sequence; its random state is its own, whoever shares the batch."""
+    """Chooses tokens for one sequence, with a random state independent of the batch."""
 
     def __init__(self, sampling: Sampling, prompt_ids: Tensor) -> None:
         self.sampling = sampling
@@ -58,7 +58,9 @@ class Sampler:
             self.generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor, allowed: Tensor | None = None) -> int:
-        """The next token, from logits (V,); ``allowed`` (V,) bool leaves the others out."""
+        """Return the next token, from logits (V,); ``allowed`` (V,) bool excludes the other
+        tokens.
+        """
         logits = logits.float()
         if self.seen is not None:
             self.seen = self.seen.to(logits.device)
@@ -77,24 +79,26 @@ class Sampler:
 
 
 def likeliest(logits: Tensor) -> int:
-    """The place of the largest of (V,), the first of equals."""
-    if logits.device.type == "cpu":  # NumPy looks in a tenth of torch's time
+    """Return the index of the largest of (V,), the first among equals."""
+    if logits.device.type == "cpu":  # NumPy takes a tenth of torch's time
         return int(logits.detach().numpy().argmax())
     return int(logits.argmax())
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens seen before less likely: (V,) → (V,)."""
+    """Apply the repetition penalty to tokens that occurred before: (V,) → (V,)."""
     scores = logits[seen]
     scores = torch.where(scores < 0, scores * penalty, scores / penalty)
     return logits.scatter(0, seen, scores)
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Temperature, top-k, top-p, min-p, in this order; tokens dropped get −inf: (V,) → (V,)."""
+    """Apply temperature, top-k, top-p, min-p, in this order; dropped tokens get −inf: (V,) →
+    (V,).
+    """
     likeliest = logits == logits.max()
     logits = logits / sampling.temperature
-    if not bool(logits.max().isfinite()):  # so cold that the quotient overflows: only they are left
+    if not bool(logits.max().isfinite()):  # overflow at a very low temperature: only these remain
         logits = torch.zeros_like(logits).masked_fill(~likeliest, -torch.inf)
     if 0 < sampling.top_k < logits.numel():
         smallest_kept = logits.topk(sampling.top_k).values[-1]

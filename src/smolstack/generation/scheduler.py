@@ -1,8 +1,8 @@
-"""The scheduler: what is done in the next step, and for whom. It decides and computes nothing.
+"""The scheduler decides what the next step does, without computing anything.
 
-Requests join between two steps and leave when they are finished (continuous batching). A step has
-at most one bounded piece of newcomers' work (a vision micro-batch, a pass over parts of prompts,
-or one over choices) and one token for everybody whose prompt is read.
+Requests join between steps and leave when they are finished (continuous batching). A step contains
+at most one bounded piece of work for new requests (a vision micro-batch, a prefill pass over prompt
+chunks, or a scoring pass) and one decoded token for every request whose prompt has been read.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from smolstack.generation.prefix_cache import (
 from smolstack.generation.prepared_image import PendingTile
 from smolstack.generation.request import Request
 
-# Beyond so many tokens a pass is bound by its arithmetic: to wait for each other gains nothing.
+# Passes over more tokens are compute-bound; larger batches gain nothing.
 _PASS = 256
-_WORTH = 16  # tokens that another request is about to read: then they are waited for
-_VECTORS = 4  # prompts of equal length that are embedded together
-_SPARE = 4  # of so many places there is one more for a request that is cheap beside those at work
-_CHEAP = 0.5  # of their mean cost
-_LEFT = 16  # a share of the KV caches' memory that is left for requests that take little of it
-_COSTLY = 0.005  # seconds of an answer's own for each token, from which it takes turns with others
-_OWN = 0.05  # seconds of these in one step
+_WORTH = 16  # minimum common prefix for which a request waits until another has read it
+_VECTORS = 4  # prompts of equal length embedded together
+_SPARE = 4  # one additional request per this many slots may run if it is cheap
+_CHEAP = 0.5  # cheap: below this share of their mean cost
+_LEFT = 16  # 1/_LEFT of the KV cache memory is reserved for small requests
+_COSTLY = 0.005  # seconds outside the model per token from which answers take turns
+_OWN = 0.05  # such seconds per step
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """How much is done at a time.
+    """Limits of concurrency, batch sizes and memory.
 
     Attributes:
-        running: requests at work at the same time; each holds its KV cache.
-        queued: requests that may wait beside them; None: any number.
-        tiles: tiles of one vision micro-batch.
-        prefill_tokens: prompt tokens read in one pass; None: whole prompts, as many as together
-            have not many more than a thousand.
-        prefix_bytes: KV caches of finished requests kept for prompts that begin alike.
-        kv_cache_bytes: KV caches altogether, kept ones included; None: half of the memory that is
-            free when the engine is made.
-        interleave: decode between two pieces of newcomers' work, so that no answer stands still
-            for longer; False reads all prompts first, which takes less time for all together.
+        running: maximum number of running requests; each holds its KV cache.
+        queued: maximum number of waiting requests; None: unlimited.
+        tiles: tiles per vision micro-batch.
+        prefill_tokens: prompt tokens per prefill pass; None: whole prompts, up to about a thousand
+            tokens together.
+        prefix_bytes: KV caches of finished requests kept for prompts with the same beginning.
+        kv_cache_bytes: all KV caches, including kept ones; None: half of the memory that is free
+            when the engine is made.
+        interleave: run a decode step between pieces of new requests' work, which bounds the pauses
+            of running answers; False reads all prompts first, which takes less time in total.
     """
 
     running: int = 16
@@ -71,11 +71,11 @@ class SchedulerLimits:
 
 @dataclass
 class PrefillChunk:
-    """Tokens of a prompt to be read.
+    """Prompt tokens of one request to be read.
 
     Attributes:
-        start, tokens: which.
-        prefix: of a request that begins: what is known of its prompt already.
+        start, tokens: range of the tokens.
+        prefix: for the first chunk: the known prefix of the prompt.
     """
 
     request: Request
@@ -90,9 +90,9 @@ class StepPlan:
 
     Attributes:
         tiles: a vision micro-batch.
-        prefill: parts of prompts, read in one pass.
-        score: a request whose choices are scored, a pass of them.
-        embed: requests of one length whose vectors are made.
+        prefill: prompt chunks, read in one pass.
+        score: a request for which a scoring pass is run.
+        embed: requests of equal length whose vectors are computed.
         decode: requests that get one more token.
     """
 
@@ -107,17 +107,17 @@ class StepPlan:
 
     @property
     def requests(self) -> list[Request]:
-        """All that take part, but for those that wait for tiles."""
+        """All participating requests, except those that wait for tiles."""
         some = [chunk.request for chunk in self.prefill]
         return [*some, *([self.score] if self.score else []), *self.embed, *self.decode]
 
 
 class Scheduler:
-    """The requests of one engine, and the order of their work.
+    """The requests of one engine, and the order in which they are processed.
 
     Args:
-        kv_bytes: what a token's keys and values take.
-        kv_budget: bytes of all KV caches together.
+        kv_bytes: bytes of keys and values per token.
+        kv_budget: bytes of all KV caches.
 
     Attributes:
         waiting, running: requests, in the order of their arrival.
@@ -138,24 +138,24 @@ class Scheduler:
         self.running: list[Request] = []
 
     def __len__(self) -> int:
-        """Requests that wait or are at work."""
+        """Number of waiting and running requests."""
         return len(self.waiting) + len(self.running)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits and nobody is at work."""
+        """Whether there are no waiting or running requests."""
         return not self.waiting and not self.running
 
     @property
     def reserved_bytes(self) -> int:
-        """KV cache that the running requests have or will have."""
+        """Bytes of the KV caches that the running requests use or will use."""
         return sum(request.kv_tokens for request in self.running) * self.kv_bytes
 
     def check(self, request: Request) -> None:
-        """Refuse what can never be done.
+        """Check that a request can run at all.
 
         Raises:
-            KVCacheError: its KV cache alone is larger than the budget.
+            KVCacheError: its KV cache alone exceeds the budget.
         """
         needed = request.kv_tokens * self.kv_bytes
         if needed > self.kv_budget:
@@ -167,8 +167,9 @@ class Scheduler:
             )
 
     def displaced(self, requests: Sequence[Request], coming: Sequence[Request]) -> list[Request]:
-        """Those that give way to requests of lower rank, of the waiting and of those that are on
-        their way here; none where that makes no room. Safe in any thread."""
+        """Return the waiting or arriving requests to displace for requests with lower rank; none if
+        that makes no room. Thread-safe.
+        """
         if self.limits.queued is None:
             return []
         waiting = [*self.waiting, *coming]
@@ -188,8 +189,9 @@ class Scheduler:
         return sorted(worse, key=_rank, reverse=True)[: max(0, missing)]
 
     def check_room(self, requests: int, coming: Sequence[Request] = ()) -> None:
-        """Raises QueueFullError unless so many more may wait, beside those on their way here.
-        Safe in any thread."""
+        """Raise QueueFullError if the given number of requests, in addition to those arriving,
+        exceeds the queue. Thread-safe.
+        """
         if self.limits.queued is None:
             return
         room = self.limits.running + self.limits.queued
@@ -200,7 +202,7 @@ class Scheduler:
             )
 
     def admit(self) -> list[Request]:
-        """Let requests begin, by rank, while there are places and memory for them."""
+        """Start waiting requests, by rank, while there are free slots and memory."""
         admitted: list[Request] = []
         places = self.limits.running - sum(not request.paused for request in self.running)
         waiting = sorted((each for each in self.waiting if not each.paused), key=_rank)
@@ -216,14 +218,14 @@ class Scheduler:
         return admitted
 
     def _cheap(self, request: Request) -> bool:
-        """Whether a request is cheap beside those at work."""
+        """Return whether a request is cheap compared with the running ones."""
         if request.client is None or not self.running:
             return False
         mean = sum(each.cost for each in self.running) / len(self.running)
         return request.cost < _CHEAP * mean
 
     def _has_memory(self, request: Request) -> bool:
-        """Whether a request's KV cache fits; kept caches give way to it."""
+        """Return whether a request's KV cache fits; kept caches are evicted if necessary."""
         needed = request.kv_tokens * self.kv_bytes
         left = self.kv_budget - self.reserved_bytes - needed
         kept = self.kv_budget // _LEFT
@@ -236,7 +238,7 @@ class Scheduler:
         return True
 
     def leave(self, request: Request) -> None:
-        """A request is finished, or given up."""
+        """Remove a request that is finished or given up."""
         self.images.leave(request)
         self.prefixes.drop(request.number)
         if request in self.running:
@@ -245,7 +247,7 @@ class Scheduler:
             self.waiting.remove(request)
 
     def schedule(self) -> StepPlan:
-        """The next step; an empty plan where nothing can be done."""
+        """Return the plan of the next step; empty if there is nothing to do."""
         plan = StepPlan()
         newcomers = [self._read, self._tiles]
         if not self.limits.interleave or self._tiles_first():
@@ -263,13 +265,14 @@ class Scheduler:
         return sorted(at, key=_rank)
 
     def _tiles_first(self) -> bool:
-        """Whether somebody's tiles are more urgent than everybody's prompts."""
+        """Return whether some request's tiles are more urgent than all prompts."""
         urgent = self.images.rank
         return urgent is not None and all(r.rank > urgent for r in self._at("prefill"))
 
     def _decode(self) -> list[Request]:
-        """Who gets a token. Answers whose forms take long take turns, so that others need not wait
-        for all of them."""
+        """Return the requests that get a token. Answers with slow grammars take turns, so that
+        others do not wait for all of them.
+        """
         rows = self._at("decode")
         costly = [r for r in rows if r.own_seconds > _COSTLY]
         if not self.limits.interleave or sum(r.own_seconds for r in costly) <= _OWN:
@@ -286,7 +289,7 @@ class Scheduler:
         plan.tiles = self.images.next_tiles(self.limits.tiles)
 
     def _read(self, plan: StepPlan) -> None:
-        """A pass over prompts, choices, or prompts that become vectors: whoever is first."""
+        """Plan a pass over prompts, choices, or prompts to embed, for the most urgent request."""
         ready = self._at("prefill")
         if not ready:
             return
@@ -300,8 +303,9 @@ class Scheduler:
             self._prefill(plan, [r for r in ready if r.kind == "answer" and r.scoring is None])
 
     def _prefill(self, plan: StepPlan, ready: list[Request]) -> None:
-        """Parts of prompts for one pass. Whoever begins as another one of the pass does waits for
-        it: it will find that beginning in the prefix cache."""
+        """Plan prompt chunks for one pass. A request with the same beginning as another one of the
+        pass waits, and will find this beginning in the prefix cache.
+        """
         limit = self.limits.prefill_tokens
         together = _PASS if self.limits.interleave else 4 * _PASS
         if limit is not None:

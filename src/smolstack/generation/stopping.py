@@ -1,4 +1,4 @@
-"""When an answer ends: an end token, a stop string, its length, or going round in circles."""
+"""Stop conditions: end tokens, stop strings, length, and repetition."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ FinishReason: TypeAlias = Literal["stop", "length", "repetition"]
 
 @dataclass(frozen=True)
 class RepetitionRule:
-    """An answer goes round in circles when its end is one short phrase over and over.
+    """Detects answers that end in many repetitions of a short phrase.
 
     Attributes:
-        longest: tokens of the longest phrase looked for.
-        times: how often in a row a phrase must stand, counted for phrases of many tokens.
-        tokens: how many tokens the repeats must fill together, which keeps "0000" and ruled
-            lines of a table from counting.
+        longest: maximum length of the phrase in tokens.
+        times: minimum number of consecutive repetitions.
+        tokens: minimum number of tokens in all repetitions, so that "0000" and the ruled lines of a
+            table are not detected.
     """
 
     longest: int = 64
@@ -34,7 +34,7 @@ class RepetitionRule:
             )
 
     def matches(self, ids: Sequence[int]) -> bool:
-        """Whether the tokens so far end in a circle."""
+        """Return whether the tokens end in such a repetition."""
         for period in range(1, min(self.longest, len(ids) // self.times) + 1):
             span = max(self.times * period, self.tokens)
             if span > len(ids):
@@ -47,13 +47,13 @@ class RepetitionRule:
 
 @dataclass(frozen=True)
 class Stopping:
-    """What ends an answer.
+    """The stop conditions of an answer.
 
     Attributes:
-        max_new_tokens: the longest answer, in tokens.
+        max_new_tokens: maximum length in tokens.
         eos_token_ids: tokens that end it.
         stop: strings that end it; neither they nor what follows is part of the answer.
-        repetition: the rule for circles, or None.
+        repetition: the repetition rule, or None.
     """
 
     max_new_tokens: int
@@ -69,13 +69,13 @@ class Stopping:
 
 
 def find_stop(text: str, stops: Sequence[str], start: int = 0) -> int | None:
-    """Where the first stop string begins at or after ``start``, or None."""
+    """Return the index of the first stop string at or after ``start``, or None."""
     found = [place for stop in stops if (place := text.find(stop, start)) >= 0]
     return min(found) if found else None
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
-    """Characters at the end of ``text`` that may be the beginning of a stop string."""
+    """Return the number of characters at the end of ``text`` that may begin a stop string."""
     longest = max((len(stop) for stop in stops), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):

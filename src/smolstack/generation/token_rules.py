@@ -1,4 +1,4 @@
-"""What a request asks of single tokens: likelier, rarer, or never taken."""
+"""Rules about single tokens: penalties, biases and exclusions."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ NAMES = (
 
 @dataclass(frozen=True)
 class TokenRules:
-    """Changes of the logits of one answer, before everything that Sampling does with them.
+    """Changes of an answer's logits, before all sampling parameters.
 
     Attributes:
-        presence_penalty: taken off the logit of every token that the answer has, −2 to 2.
-        frequency_penalty: the same for each time that the answer has it, −2 to 2.
-        logit_bias: (token, what is added to its logit, −100 to 100).
-        min_tokens: tokens that end the answer are not taken before it has so many.
-        ignore_eos: the checkpoint's end tokens are never taken.
-        stop_token_ids: tokens that end the answer beside the checkpoint's own.
-        bad_words: texts that the answer never holds, however they fall into tokens.
+        presence_penalty: subtracted from the logit of every token that occurs in the answer, −2 to
+            2.
+        frequency_penalty: subtracted once per occurrence in the answer, −2 to 2.
+        logit_bias: (token, value added to its logit, −100 to 100).
+        min_tokens: minimum length before a token that ends the answer is allowed.
+        ignore_eos: never choose the checkpoint's end tokens.
+        stop_token_ids: additional tokens that end the answer.
+        bad_words: texts that never occur in the answer, however they are tokenized.
     """
 
     presence_penalty: float = 0.0
@@ -60,7 +61,7 @@ class TokenRules:
             raise GenerationError("a bad word is empty, expected text")
 
     def check_vocabulary(self, size: int) -> None:
-        """Raises GenerationError for a token that is none of ``size``."""
+        """Raise GenerationError for token ids that are not below ``size``."""
         for name, tokens in (
             ("logit_bias", [token for token, _ in self.logit_bias]),
             ("stop_token_ids", self.stop_token_ids),
@@ -72,11 +73,12 @@ class TokenRules:
     def apply(
         self, logits: Tensor, taken: Sequence[int], ends: Sequence[int], eos: Sequence[int]
     ) -> Tensor:
-        """Logits (V,) of the token that follows ``taken``; those given are left as they are.
+        """Return the changed logits (V,) of the token that follows ``taken``; the input is not
+        modified.
 
         Args:
             ends: tokens that end the answer.
-            eos: those of them that the checkpoint names.
+            eos: the checkpoint's end tokens among them.
         """
         if self == _NONE:
             return logits
@@ -96,13 +98,13 @@ _NONE = TokenRules()
 
 
 def read_rules(given: Mapping[str, Any], form: str | None) -> TokenRules:
-    """The rules among the options of an answer.
+    """Return the token rules among the options of an answer.
 
     Args:
-        form: the name of the form that the answer keeps to, or None.
+        form: the option of the answer's structure, such as "schema", or None.
 
     Raises:
-        GenerationError: a value that has no meaning, or a rule that a form says already.
+        GenerationError: a value is invalid, or a rule cannot be combined with the structure.
     """
     found = {name: given[name] for name in NAMES if given.get(name) is not None}
     if isinstance(bias := found.get("logit_bias"), Mapping):
@@ -124,7 +126,7 @@ def read_rules(given: Mapping[str, Any], form: str | None) -> TokenRules:
         )
     if form is not None:
         names = ["min_tokens", "ignore_eos", "stop_token_ids", "bad_words"]
-        if form == "choices":  # which are not sampled
+        if form == "choices":  # choices are not sampled
             names = list(NAMES)
         for name in names:
             if getattr(rules, name) != getattr(_NONE, name):

@@ -1,4 +1,4 @@
-"""A form that an answer comes under only once it has begun in a certain way."""
+"""A constraint that applies only to answers that begin with a trigger text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class TriggeredConstraint(Constraint):
-    """Leaves an answer free unless it begins with ``trigger``, which only a form can follow then.
+    """Leaves an answer unconstrained unless it begins with ``trigger``; then only the grammar's
+    text can follow.
 
     Args:
         decode: token ids → text.
@@ -37,7 +38,7 @@ class TriggeredConstraint(Constraint):
         self._taken: list[int] = []
 
     def begin(self) -> TriggeredConstraint:
-        """Nothing is bound yet, so there is nothing to find out."""
+        """Nothing to compute: nothing is constrained yet."""
         return self
 
     def copy(self) -> TriggeredConstraint:
@@ -57,7 +58,7 @@ class TriggeredConstraint(Constraint):
             return
         self._taken.append(token)
         if self.matcher.try_consume_tokens([token]) != 1:
-            self.free = True  # it has begun otherwise
+            self.free = True  # it begins differently
         else:
             self.bound = len(self._decode(self._taken).lstrip()) >= len(self._trigger)
 

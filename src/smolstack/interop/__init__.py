@@ -1,5 +1,4 @@
-"""Other implementations beside smolstack: transformers as the reference that it is held against.
+"""Other implementations next to smolstack, above all transformers as the reference.
 
-The one package that imports transformers. Nothing else in smolstack imports it, so that
-transformers is needed by those who compare and by nobody who runs a model.
+This is the only package that imports transformers, so running a model does not require it.
 """

@@ -1,8 +1,8 @@
-"""Published shapes in miniature: the same geometry, head ratios and prompts, at a small price.
+"""Published shapes in miniature: the same geometry, head ratios and prompts with few parameters.
 
-Kept as published: image size, patch size, scale, tile sizes, numbers of heads and key/value heads,
-rotary settings, which special tokens exist, ties and heads. Made small: widths per head, layers,
-and the vocabulary, whose special tokens move together to its end.
+Unchanged: image size, patch size, scale, tile sizes, numbers of heads and key/value heads, RoPE
+settings, the set of special tokens, ties and heads. Reduced: widths per head, layers, and the
+vocabulary, in which the special tokens follow the ordinary ones without gaps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def miniature(
     text_head: int = 8,
     max_positions: int | None = None,
 ) -> Preset:
-    """A preset with heads of the given widths and a vocabulary of about a thousand tokens."""
+    """Return a preset with heads of the given widths and a vocabulary of about a thousand
+    tokens.
+    """
     tokens = _pack(preset.tokens)
     config = preset.config
     vision = replace(
@@ -58,7 +60,9 @@ def miniature(
 
 
 def _pack(tokens: SpecialTokens) -> SpecialTokens:
-    """Special tokens at consecutive ids after the ordinary ones, in their published order."""
+    """Return special tokens with consecutive ids after the ordinary ones, in their published
+    order.
+    """
     ordered = sorted(tokens.ids, key=lambda token: tokens.ids[token])
     return replace(
         tokens, ids={token: ORDINARY_TOKENS + place for place, token in enumerate(ordered)}

@@ -1,4 +1,4 @@
-"""transformers' model, image processor and processor, made to stand beside smolstack's own."""
+"""transformers' model, image processor and processor, for comparison with smolstack's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.settings import ImageSettings
 
 VERSION: str = transformers.__version__
-# Typed as Any: transformers' own annotations cover parts of it only.
+# Typed as Any: transformers is only partly annotated.
 _AUTO_MODEL: Any = AutoModelForImageTextToText
 BASE_MODELS = {"idefics3": Idefics3Model, "smolvlm": SmolVLMModel}
 SmolVLMProcessor = processing_smolvlm.SmolVLMProcessor
@@ -32,7 +32,7 @@ IMAGE_PROCESSORS = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMIma
 
 
 def share_model(model: VisionLanguageModel) -> Any:
-    """transformers' model on smolstack's own tensors: built on the meta device, nothing copied.
+    """Return transformers' model on smolstack's tensors: built on the meta device, nothing copied.
 
     A retrieval model (``embedding_dim``) becomes a :class:`RetrievalReference`.
     """
@@ -55,13 +55,13 @@ def share_model(model: VisionLanguageModel) -> Any:
     if unexpected or left:
         raise RuntimeError(f"transformers' model lacks {left} and does not know {unexpected}")
     base = theirs if retrieval else theirs.model
-    # The one buffer that no checkpoint holds: computed again, on a real device.
+    # The only buffer that is not in checkpoints: computed on the real device.
     base.text_model.rotary_emb = LlamaRotaryEmbedding(config.text_config)
     return RetrievalReference(theirs, head).eval() if retrieval else theirs.eval()
 
 
 class RetrievalReference(nn.Module):
-    """ColSmol's form: transformers' base model, a linear layer, unit length per token.
+    """The structure of ColSmol: transformers' base model, a linear layer, unit length per token.
 
     Args:
         model: an Idefics3Model or SmolVLMModel.
@@ -78,7 +78,7 @@ class RetrievalReference(nn.Module):
         )
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Embeddings (B, T, E), zero on padding, as colpali-engine computes them."""
+        """Return embeddings (B, T, E), zero on padding, as colpali-engine computes them."""
         states = self.model(**inputs).last_hidden_state
         unit: Tensor = self.linear(states)
         unit = unit / unit.norm(dim=-1, keepdim=True)
@@ -86,7 +86,9 @@ class RetrievalReference(nn.Module):
 
 
 def load_model(folder: str | Path, dtype: str = "float32", attention: str | None = None) -> Any:
-    """transformers' model of a checkpoint folder, with "sdpa" or "eager" attention if given."""
+    """Return transformers' model of a checkpoint folder, with "sdpa" or "eager" attention if
+    given.
+    """
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
     options = {} if attention is None else {"attn_implementation": attention}
@@ -94,7 +96,7 @@ def load_model(folder: str | Path, dtype: str = "float32", attention: str | None
 
 
 def image_processor(settings: ImageSettings, model_type: str = "idefics3") -> Any:
-    """transformers' Pillow image processor with the settings of a checkpoint."""
+    """Return transformers' Pillow image processor with the settings of a checkpoint."""
     data = settings.to_hf()
     for name in ("image_processor_type", "processor_class"):
         data.pop(name)
@@ -102,10 +104,10 @@ def image_processor(settings: ImageSettings, model_type: str = "idefics3") -> An
 
 
 def load_processor(folder: str | Path, model_type: str = "idefics3", **options: Any) -> Any:
-    """transformers' processor of a checkpoint folder, without what it needs for films.
+    """Return transformers' processor of a checkpoint folder, without video support.
 
-    ``AutoProcessor`` asks for torchvision in SmolVLM folders, even for images alone; here the
-    parts are loaded one by one.
+    ``AutoProcessor`` requires torchvision for SmolVLM folders, even for images; here the parts are
+    loaded separately.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     images = IMAGE_PROCESSORS[model_type].from_pretrained(folder)
@@ -116,7 +118,7 @@ def load_processor(folder: str | Path, model_type: str = "idefics3", **options: 
     settings, _ = SmolVLMProcessor.get_processor_dict(folder)
     module: Any = processing_smolvlm
     if module.num2words is None:
-        module.num2words = str  # it spells the number of a film's frames, nothing else
+        module.num2words = str  # only used to spell out a video's number of frames
     return _ImagesOnly(
         images,
         tokenizer,
@@ -128,14 +130,14 @@ def load_processor(folder: str | Path, model_type: str = "idefics3", **options: 
 
 
 class _NoFilms:
-    """Stands where SmolVLM's processor wants a video processor."""
+    """Placeholder for the video processor of SmolVLM's processor."""
 
     num_frames, fps = 0, 1
     model_input_names = ("pixel_values",)
 
 
 class _ImagesOnly(SmolVLMProcessor):
-    """SmolVLM's processor without its check that the video processor is one."""
+    """SmolVLM's processor without the check of its video processor's type."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         if argument_name == "video_processor":
@@ -145,10 +147,11 @@ class _ImagesOnly(SmolVLMProcessor):
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """A Batch as transformers' models read it: tiles (B, most tiles, 3, P, P), padded with zeros.
+    """Return a Batch in the form of transformers' models: tiles (B, most tiles, 3, P, P), padded
+    with zeros.
 
-    Partly filled tiles become a ``pixel_attention_mask`` (the caller's tiles must be cut or padded
-    accordingly).
+    Partly filled tiles result in a ``pixel_attention_mask`` (the caller's tiles must be cropped or
+    padded accordingly).
     """
     inputs = {
         "input_ids": batch.token_ids,
@@ -166,7 +169,9 @@ def model_inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def pixel_mask(grids: list[tuple[int, int]], size: int, patch: int) -> Tensor:
-    """Which pixels of tiles hold image, (N, size, size) bool, for (rows, columns) of patches."""
+    """Return which pixels of tiles contain image, (N, size, size) bool, for (rows, columns) of
+    patches.
+    """
     mask = torch.zeros(len(grids), size, size, dtype=torch.bool)
     for index, (rows, columns) in enumerate(grids):
         mask[index, : rows * patch, : columns * patch] = True

@@ -1,7 +1,8 @@
-"""What passes through a model, stage by stage, in smolstack and in transformers.
+"""Intermediate results of a model, stage by stage, in smolstack and in transformers.
 
-Recorded by hooks on the running modules, so that each implementation's own path is what is
-compared. Shapes: B sequences, T tokens, N tiles, H·W patches, C and D the hidden sizes.
+They are recorded by hooks on the running modules, so that the actual forward pass of each
+implementation is compared. Shapes: B sequences, T tokens, N tiles, H·W patches, C and D the hidden
+sizes.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from smolstack.interop.reference import RetrievalReference, model_inputs
 from smolstack.model.tile_passes import distinct_tiles
 from smolstack.model.vlm import VisionLanguageModel
 
-ROWS_AT_ONCE = 64  # positions whose logits are compared at a time: bounds the memory of 128k words
+ROWS_AT_ONCE = 64  # positions compared at a time: limits the memory of logits over 128k tokens
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One forward pass.
+    """The intermediate results of one forward pass.
 
     Attributes:
         positions: ids into the position table, (N, H·W); tower: (N, H·W, C); connector: (N, S, D).
-            All three None where there are no images.
-        merged: embeddings with visual tokens in their places, (B, T, D).
+            All three are None without images.
+        merged: embeddings with visual tokens merged in, (B, T, D).
         states: the decoder's output, (B, T, D).
-        head: weight and bias that make logits, or embeddings, of states.
+        head: weight and bias of the projection from states to logits or embeddings.
     """
 
     positions: Tensor | None
@@ -43,13 +44,13 @@ class Trace:
     head: tuple[Tensor, Tensor | None]
 
     def outputs(self, rows: Tensor) -> Tensor:
-        """Logits (or embeddings before normalization) of some states: (R, D) → (R, V)."""
+        """Return logits (or embeddings before normalization) of some states: (R, D) → (R, V)."""
         return functional.linear(rows, *self.head)
 
 
 @torch.inference_mode()
 def trace_ours(model: VisionLanguageModel, batch: Batch) -> Trace:
-    """smolstack's forward pass."""
+    """Trace smolstack's forward pass."""
     with _record(
         positions=(model.vision.position_embedding, _first_input),
         tower=(model.vision, _output),
@@ -63,7 +64,7 @@ def trace_ours(model: VisionLanguageModel, batch: Batch) -> Trace:
     bias = None if head is None else head.bias
     if not seen["tower"]:
         return _trace(seen, None, (weight, bias))
-    # Equal tiles pass once, and full ones share one row of positions: written out again here.
+    # Equal tiles are encoded once, and full tiles share one row of positions: expanded here.
     _, copies = distinct_tiles(batch.tiles, batch.tile_grids)
     for name in ("tower", "connector"):
         seen[name] = [torch.cat(seen[name])[copies]]
@@ -75,7 +76,9 @@ def trace_ours(model: VisionLanguageModel, batch: Batch) -> Trace:
 
 @torch.inference_mode()
 def trace_theirs(theirs: Any, batch: Batch, **inputs: Tensor) -> Trace:
-    """transformers' forward pass over the same batch; ``inputs`` add to or replace its inputs."""
+    """Trace transformers' forward pass over the same batch; ``inputs`` extends or overrides its
+    inputs.
+    """
     retrieval = isinstance(theirs, RetrievalReference)
     base = theirs.model
     vision = base.vision_model
@@ -93,7 +96,7 @@ def trace_theirs(theirs: Any, batch: Batch, **inputs: Tensor) -> Trace:
 
 
 def difference(ours: Tensor | None, theirs: Tensor | None) -> float:
-    """Largest absolute difference; infinite where shapes differ, 0 where both are absent."""
+    """Return the largest absolute difference; infinite if shapes differ, 0 if both are None."""
     if ours is None or theirs is None:
         return 0.0 if ours is theirs else float("inf")
     if ours.shape != theirs.shape:
@@ -105,9 +108,10 @@ def difference(ours: Tensor | None, theirs: Tensor | None) -> float:
 
 @torch.inference_mode()
 def output_difference(ours: Trace, theirs: Trace, real: Tensor, *, unit: bool = False) -> float:
-    """Largest difference of logits over the positions ``real`` (B, T), a few rows at a time.
+    """Return the largest difference of logits at the positions ``real`` (B, T), a few rows at a
+    time.
 
-    With ``unit``, of embeddings of unit length instead.
+    With ``unit``, embeddings of unit length are compared instead.
     """
     mine, others = ours.states[real], theirs.states[real]
     largest = 0.0
@@ -122,7 +126,9 @@ def output_difference(ours: Trace, theirs: Trace, real: Tensor, *, unit: bool = 
 
 @torch.inference_mode()
 def spread(trace: Trace, real: Tensor) -> float:
-    """Standard deviation of the last outputs: flat ones would prove little."""
+    """Return the standard deviation of the final outputs: comparing nearly constant ones proves
+    little.
+    """
     return float(trace.outputs(trace.states[real][-1:]).std())
 
 
@@ -141,7 +147,7 @@ def _output(_inputs: tuple[Any, ...], _keywords: dict[str, Any], output: Any) ->
 
 @contextmanager
 def _record(**wanted: tuple[nn.Module, _Pick]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect a tensor of each named module, every time that it runs."""
+    """Collect a tensor of each named module every time it runs."""
     seen: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
     def hook(name: str, pick: _Pick) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Random weights that make a comparison worth something."""
+"""Random weights for meaningful comparisons."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from smolstack.checkpoint.new import random_model
 from smolstack.config import ModelConfig
 from smolstack.model.vlm import VisionLanguageModel
 
-SHARPNESS = 4.0  # factor on queries: attention picks tokens out instead of averaging them
+SHARPNESS = 4.0  # factor on queries: attention selects tokens instead of averaging them
 
 
 def sharp_model(config: ModelConfig, *, seed: int = 0) -> VisionLanguageModel:
-    """A random model whose decoder attends sharply, so that answers depend on the whole prompt.
+    """Return a random model whose decoder attends sharply, so that answers depend on the whole
+    prompt.
 
-    With plain random weights attention averages over hundreds of visual tokens, and greedy answers
-    hardly depend on the image: agreeing on them would prove little.
+    With plain random weights, attention averages over hundreds of visual tokens and greedy answers
+    hardly depend on the image, so equal answers would prove little.
     """
     model = random_model(config, seed=seed)
     with torch.no_grad():

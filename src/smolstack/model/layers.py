@@ -55,11 +55,11 @@ class TokenEmbedding(Embedding):
     """Token embeddings, (…) → (…, D).
 
     Attributes:
-        gives: dtype of the returned embeddings; None means the dtype of the table.
+        output_dtype: dtype of the returned embeddings; None means the dtype of the table.
     """
 
-    gives: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
 
     def forward(self, token_ids: Tensor) -> Tensor:
         found = super().forward(token_ids)
-        return found if self.gives is None else found.to(self.gives)
+        return found if self.output_dtype is None else found.to(self.output_dtype)

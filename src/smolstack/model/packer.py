@@ -35,8 +35,8 @@ def locate(
     rows = token_ids.shape[0]
     if len(tiles_per_sequence) != rows:
         raise AlignmentError(f"tile counts for {len(tiles_per_sequence)} of {rows} sequences")
-    places = token_ids == image_token_id
-    found = places.sum(dim=1).tolist()
+    positions = token_ids == image_token_id
+    found = positions.sum(dim=1).tolist()
     for row, (count, tiles) in enumerate(zip(found, tiles_per_sequence, strict=True)):
         expected = tiles * tokens_per_tile
         if count != expected:
@@ -44,14 +44,14 @@ def locate(
                 f"sequence {row} has {count} image tokens, expected {expected} "
                 f"({tiles} tiles of {tokens_per_tile} visual tokens)"
             )
-        _check_runs(row, places[row], tokens_per_tile)
-    return places.flatten().nonzero().squeeze(1)
+        _check_runs(row, positions[row], tokens_per_tile)
+    return positions.flatten().nonzero().squeeze(1)
 
 
-def _check_runs(row: int, places: Tensor, tokens_per_tile: int) -> None:
+def _check_runs(row: int, positions: Tensor, tokens_per_tile: int) -> None:
     """Check that each run of adjacent image tokens in a row is a whole number of tiles."""
-    zero = torch.zeros(1, dtype=torch.long, device=places.device)
-    edges = torch.diff(places.long(), prepend=zero, append=zero)
+    zero = torch.zeros(1, dtype=torch.long, device=positions.device)
+    edges = torch.diff(positions.long(), prepend=zero, append=zero)
     starts = (edges == 1).nonzero().squeeze(1).tolist()
     ends = (edges == -1).nonzero().squeeze(1).tolist()
     for start, end in zip(starts, ends, strict=True):
@@ -62,12 +62,12 @@ def _check_runs(row: int, places: Tensor, tokens_per_tile: int) -> None:
             )
 
 
-def splice(embeddings: Tensor, places: Tensor, visual_tokens: Tensor) -> Tensor:
+def splice(embeddings: Tensor, positions: Tensor, visual_tokens: Tensor) -> Tensor:
     """Return a new (B, T, D) tensor with visual tokens merged in; inputs are not modified.
 
     Args:
         embeddings: (B, T, D) of the text tokens.
-        places: (N·S,), from :func:`locate`.
+        positions: (N·S,), from :func:`locate`.
         visual_tokens: (N, S, D) in reading order of the batch.
 
     Raises:
@@ -79,7 +79,7 @@ def splice(embeddings: Tensor, places: Tensor, visual_tokens: Tensor) -> Tensor:
             f"visual tokens are {visual_tokens.shape[-1]} wide, text embeddings {width}"
         )
     flat = visual_tokens.reshape(-1, width).to(embeddings.dtype)
-    if flat.shape[0] != places.shape[0]:
-        raise AlignmentError(f"{flat.shape[0]} visual tokens for {places.shape[0]} places")
-    merged = embeddings.reshape(-1, width).index_copy(0, places, flat)
+    if flat.shape[0] != positions.shape[0]:
+        raise AlignmentError(f"{flat.shape[0]} visual tokens for {positions.shape[0]} positions")
+    merged = embeddings.reshape(-1, width).index_copy(0, positions, flat)
     return merged.view(embeddings.shape)

@@ -302,7 +302,7 @@ def compute_in_float32(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, TokenEmbedding):
-            module.gives = torch.float32
+            module.output_dtype = torch.float32
             continue
         for name, tensor in (
             *module.named_parameters(recurse=False),

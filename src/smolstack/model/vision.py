@@ -126,8 +126,8 @@ class VisionTower(nn.Module):
     def embed(self, tiles: Tensor) -> Tensor:
         """Compute the first layer's input for full tiles: (N, 3, P, P) → (N, H·W, C)."""
         rows, columns = self.grid_of(tiles)
-        places = self._full_positions(rows, columns, tiles.device)
-        out: Tensor = self.patches(tiles) + self.position_embedding(places)
+        position_ids = self._full_positions(rows, columns, tiles.device)
+        out: Tensor = self.patches(tiles) + self.position_embedding(position_ids)
         return out
 
     def patches(self, tiles: Tensor) -> Tensor:

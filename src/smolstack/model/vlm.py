@@ -48,7 +48,7 @@ class VisionLanguageModel(nn.Module):
             self.head = nn.Linear(width, config.text.vocab_size, bias=False)
         if config.quantization is not None:
             replace_linears(self, config.quantization)
-            self.decoder.embedding.gives = torch.float32
+            self.decoder.embedding.output_dtype = torch.float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionLanguageModel:
         """Implements ``to``, ``half`` and the like; a quantized model's float layers stay float32.
@@ -80,7 +80,7 @@ class VisionLanguageModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         embedding = self.decoder.embedding
-        return embedding.weight.dtype if embedding.gives is None else embedding.gives
+        return embedding.weight.dtype if embedding.output_dtype is None else embedding.output_dtype
 
     @property
     def device(self) -> torch.device:
@@ -158,19 +158,19 @@ class VisionLanguageModel(nn.Module):
         """
         batch = batch.to(self.device)
         _check_counts(batch)
-        places = packer.locate(
+        positions = packer.locate(
             batch.token_ids,
             self.config.image_token_id,
             batch.tiles_per_sequence,
             self._tokens_per_tile(batch),
         )
         embeddings: Tensor = self.decoder.embedding(batch.token_ids)
-        if places.numel() == 0:
+        if positions.numel() == 0:
             return embeddings
         visual = batch.visual_tokens
         if visual is None:
             visual = self.encode_tiles(batch.tiles, batch.tile_grids)
-        return packer.splice(embeddings, places, visual)
+        return packer.splice(embeddings, positions, visual)
 
     def _tokens_per_tile(self, batch: Batch) -> int:
         """S, from the visual tokens or the tiles of the batch."""

@@ -1,5 +1,5 @@
-// What a library is: its layout of the structures, the sources that it was made of, and the
-// instructions that it was compiled for. library.py asks before it calls anything else.
+// Properties of a library: the layout of its structures, the sources it was compiled from, and its
+// instruction set. library.py checks them before it calls anything else.
 #include "vector.h"
 
 #if !defined(SMOLSTACK_SOURCES)
@@ -8,19 +8,19 @@
 
 int64_t abi_version(void) { return ABI_VERSION; }
 
-// SHA-256 of the sources, in hexadecimal; empty where they were compiled at first use.
+// SHA-256 of the sources, in hexadecimal; empty if they were compiled at first use.
 const char *sources(void) { return SMOLSTACK_SOURCES; }
 
-// Bytes of the structures that Python fills in, in library.py's order; 0 behind the last one.
+// Sizes of the structures shared with Python, in library.py's order; 0 after the last one.
 int64_t struct_bytes(int64_t which) {
     static const int64_t BYTES[] = {sizeof(Linear), sizeof(Stored),  sizeof(Norm),
                                     sizeof(EncoderLayer), sizeof(Encoder), sizeof(Layer),
-                                    sizeof(Decoder), sizeof(Place)};
+                                    sizeof(Decoder), sizeof(CacheSlot)};
     return which >= 0 && which < (int64_t)(sizeof BYTES / sizeof *BYTES) ? BYTES[which] : 0;
 }
 
-// 0 plain C, 1 AVX2, 2 AVX2 with VNNI, 3 AVX-512 with VNNI, 4 that with bfloat16 products, 5 NEON,
-// 6 NEON with products of bytes.
+// 0 plain C, 1 AVX2, 2 AVX2 with VNNI, 3 AVX-512 with VNNI, 4 also with bfloat16 products, 5 NEON,
+// 6 NEON with dot products of bytes.
 int instructions(void) {
 #if defined(VECTOR_512) && defined(__AVX512BF16__)
     return 4;

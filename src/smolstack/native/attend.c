@@ -1,11 +1,11 @@
-// Attention of many queries over many keys. Products are those of floats, or of bfloat16 pairs where
-// the processor multiplies them and the caller does not ask for floats; softmax is in float.
+// Attention of many queries over many keys. Products are in float32, or in bfloat16 pairs where the
+// processor has instructions for them and the caller does not request float32. Softmax is in float32.
 #include "product.h"
 
 #include <stdlib.h>
 
-#define QUERY_ROWS 64   // queries of one piece of work
-#define QUERIES 8       // of them, those that are scored at once
+#define QUERY_ROWS 64   // queries per work item
+#define QUERIES 8       // queries scored at once
 #define LOG2_E 1.44269504f
 
 // 16 numbers of a head from element `at` on, the first `count` of them; the others are 0.
@@ -91,7 +91,7 @@ static float soften(int pairs, float *scores, int64_t end, int64_t padded, char 
     most = splat(largest_lane(most));
     for (int64_t i = 0; i < padded; i += LANES) {
         Floats below = sub(load(scores + i), most), power = power_of_two(below);
-        // What stands behind the end, or so far below that nothing is left of it, weighs nothing.
+        // Positions after the end, and scores too small to matter, get weight 0.
         EACH power.part[k] = (vf)((vi)power.part[k] & (below.part[k] > -126.0f));
         sum = add(sum, power);
         if (pairs)
@@ -102,7 +102,7 @@ static float soften(int pairs, float *scores, int64_t end, int64_t padded, char 
     return 1.0f / sum_lanes(sum);
 }
 
-// Memory of one thread: eight rows' queries, scores, weights and sums.
+// Buffers of one thread: queries, scores, weights and sums of eight rows.
 typedef struct {
     char *query, *weights;
     float *scores, *mixed;
@@ -185,7 +185,7 @@ int attend_rows(const Attention *a, int threads) {
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < a->heads * blocks; item++) {
-            // The longest rows of a causal head first, so that nobody is left with one at the end.
+            // The longest rows of a causal head first, for load balance.
             int64_t head = item % a->heads, block = blocks - 1 - item / a->heads;
             const char *at = packed + head / group * of_head;
             int64_t end = least((block + 1) * QUERY_ROWS, a->rows);

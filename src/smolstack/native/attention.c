@@ -1,4 +1,5 @@
-// One new token's attention over the cache: a query group over a part of the positions at a time.
+// Attention of one new token over the cache, for one query group and a part of the positions at a
+// time.
 #include "smolstack.h"
 
 #include "simd.h"
@@ -9,7 +10,7 @@ INLINE Float8 load_cached(int64_t kind, const void *from, int64_t at) {
     return load8((const float *)from + at);
 }
 
-// Write one head's (head_dim) floats at element `at` of a cache buffer.
+// Writes one head's (head_dim) floats at element `at` of a cache buffer.
 void write_cache(const Decoder *d, void *cache, int64_t at, const float *x) {
     for (int64_t i = 0; i < d->head_dim; i += 8) {
         if (d->cache == CACHE_FLOAT16)
@@ -87,7 +88,7 @@ void attend(const Decoder *d, int64_t count, int64_t from, const float *query, c
     }
 }
 
-// The parts of one query head, `apart` floats from each other, as one softmax.
+// Combines the parts of one query head, `apart` floats from each other, into one softmax.
 void join(int64_t width, int64_t parts, const float *partial, int64_t apart, float *out) {
     float most = partial[0], sum = 0;
     for (int64_t i = 1; i < parts; i++) most = fmaxf(most, partial[i * apart]);
@@ -101,7 +102,7 @@ void join(int64_t width, int64_t parts, const float *partial, int64_t apart, flo
     for (int64_t j = 0; j < width; j++) out[j] /= sum;
 }
 
-// Turn the channel pairs (i, i + width/2); `turns` holds width/2 cosines, then as many sines.
+// Rotates the channel pairs (i, i + width/2); `turns` contains width/2 cosines, then as many sines.
 void rotate(int64_t width, const float *turns, float *x) {
     for (int64_t i = 0, half = width / 2; i < half; i++) {
         float first = x[i], second = x[i + half];

@@ -1,26 +1,27 @@
-// One new token of every sequence through the whole decoder: what smolstack/model/decoder.py
-// does, layer by layer, in one parallel region.
+// Decodes one new token per sequence through the whole decoder, as smolstack/model/decoder.py does,
+// in one parallel region.
 //
-// Threads share the output channels of each linear layer and the positions of attention. What is
-// cheap (norms, quantizing, rotating the queries) every thread does for itself, so that a layer
-// needs five barriers. Neither the threads nor the other sequences change a sequence's result.
+// Threads divide the output channels of each linear layer and the positions of attention. Cheap
+// work (norms, quantization, RoPE of the queries) is repeated in every thread, so a layer needs
+// only five barriers. A sequence's result depends neither on the threads nor on the other
+// sequences.
 #include "smolstack.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-// What one call of decode_step works on.
+// The state of one call of decode_step.
 typedef struct {
     const Decoder *d;
     int64_t rows, parts, threads;
-    const Place *place;
+    const CacheSlot *slot;
     void *const *keys, *const *values;  // (rows, layers)
-    // Shared between threads: states, q k v of all rows, parts of attention, the gated MLP.
+    // Shared by the threads: states, q k v of all rows, partial attention, the gated MLP.
     float *x, *mixed, *partial, *inner, *turns;
 } Step;
 
-// One thread's share, memory of its own, and the rows that it made ready last: for which layer.
+// A thread's share of the work, its buffers, and the layer for which its rows were last prepared.
 typedef struct {
     int64_t thread;
     float *h, *up;
@@ -50,8 +51,8 @@ static void norm_rows(const Step *s, const Share *share, const float *weight) {
         norm(s, weight, s->x + row * hidden, share->h + row * hidden);
 }
 
-// All rows of x in the numbers that a layer multiplies; not again where the layer before read them
-// in the same ones.
+// Converts all rows of x to a layer's input format; skipped if the previous layer used the same
+// rows in the same format.
 static void prepare(const Step *s, Share *share, const Linear *linear, const float *x) {
     const Norm none = {NO_NORM, 0, NULL, NULL};
     int done = share->ready && reads_alike(share->ready, linear);
@@ -61,7 +62,7 @@ static void prepare(const Step *s, Share *share, const Linear *linear, const flo
     prepare_block(&share->block, linear, &none, x, linear->in);
 }
 
-// Channels from .. to of a layer for the rows made ready; `out` and the finish begin with `from`.
+// Channels from .. to of a layer for the prepared rows; `out` and the finish begin with `from`.
 static void product(const Step *s, const Share *share, const Linear *linear, const float *x,
                     int64_t from, int64_t to, const Finish *finish, float *out, int64_t stride) {
     int64_t count = to - from;
@@ -85,7 +86,7 @@ static void product(const Step *s, const Share *share, const Linear *linear, con
     }
 }
 
-// One thread's channels of a layer: out[row][channel] = or += what they come to.
+// One thread's channels of a layer: out[row][channel] = or += the result.
 static void share_of(const Step *s, Share *share, const Linear *linear, const float *x, float *out,
                      int64_t stride, int add) {
     int64_t from, to;
@@ -101,15 +102,15 @@ static void attention(const Step *s, const Share *share, int64_t layer) {
     int64_t all = (d->heads + 2 * d->kv_heads) * width;
     for (int64_t item = share->thread; item < s->rows * d->kv_heads * s->parts; item += s->threads) {
         int64_t part = item % s->parts, head = item / s->parts % d->kv_heads;
-        int64_t row = item / s->parts / d->kv_heads, past = s->place[row].past;
-        int64_t begin = s->place[row].first + part * CHUNK, end = least(begin + CHUNK, past + 1);
-        int64_t base = head * s->place[row].capacity;
+        int64_t row = item / s->parts / d->kv_heads, past = s->slot[row].past;
+        int64_t begin = s->slot[row].first + part * CHUNK, end = least(begin + CHUNK, past + 1);
+        int64_t base = head * s->slot[row].capacity;
         void *keys = s->keys[row * d->layers + layer], *values = s->values[row * d->layers + layer];
         const float *turns = s->turns + row * width, *mixed = s->mixed + row * all;
         float query[MOST_QUERIES], key[MOST_WIDTH];
         float *partial = s->partial + (item / s->parts * s->parts + part) * group * slot;
         if (begin > past) continue;
-        if (end == past + 1) {  // the part that holds the new token also stores it
+        if (end == past + 1) {  // the part with the new token also stores it
             memcpy(key, mixed + (d->heads + head) * width, (size_t)width * 4);
             rotate(width, turns, key);
             write_cache(d, keys, (base + past) * width, key);
@@ -126,7 +127,7 @@ static void join_rows(const Step *s, const Share *share) {
     const Decoder *d = s->d;
     int64_t group = d->heads / d->kv_heads, width = d->head_dim, slot = width + 2;
     for (int64_t row = 0; row < s->rows; row++) {
-        int64_t seen = s->place[row].past + 1 - s->place[row].first;
+        int64_t seen = s->slot[row].past + 1 - s->slot[row].first;
         int64_t parts = (seen + CHUNK - 1) / CHUNK;
         for (int64_t h = 0; h < d->heads; h++) {
             int64_t at = (row * d->kv_heads + h / group) * s->parts * group + h % group;
@@ -184,15 +185,15 @@ static float *take(char **memory, int64_t floats) {
     return at;
 }
 
-// Append one token per sequence to its cache; logits of the next one.
+// Appends one token per sequence to its cache and computes the logits of the next one.
 //   embeddings (rows, hidden), logits (rows, head.out); keys, values (rows, layers): buffers of
 //   (kv_heads, capacity, head_dim) each.
 // Returns 0, or 1 when memory runs out.
-int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const *keys,
+int decode_step(const Decoder *d, int64_t rows, const CacheSlot *slot, void *const *keys,
                 void *const *values, const float *embeddings, float *logits, int threads) {
     int64_t width = d->head_dim, parts = 1;
     for (int64_t row = 0; row < rows; row++) {
-        int64_t own = (place[row].past - place[row].first) / CHUNK + 1;
+        int64_t own = (slot[row].past - slot[row].first) / CHUNK + 1;
         parts = own > parts ? own : parts;
     }
     int64_t wide = d->heads * width > d->intermediate ? d->heads * width : d->intermediate;
@@ -204,7 +205,7 @@ int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const 
     char *memory = malloc((size_t)(shared * 4 + 512 + own * threads)), *at;
     if (!memory) return 1;
     at = (char *)rounded_up((int64_t)(intptr_t)memory, 64);
-    Step step = {d, rows, parts, 1, place, keys, values, 0, 0, 0, 0, 0};
+    Step step = {d, rows, parts, 1, slot, keys, values, 0, 0, 0, 0, 0};
     step.x = take(&at, rows * d->hidden);
     step.mixed = take(&at, rows * (d->heads + 2 * d->kv_heads) * width);
     step.inner = take(&at, rows * d->intermediate);
@@ -213,7 +214,7 @@ int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const 
     memcpy(step.x, embeddings, (size_t)(rows * d->hidden) * 4);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t i = 0; i < width / 2; i++) {
-            float angle = (float)(place[row].past - place[row].first) * d->frequencies[i];
+            float angle = (float)(slot[row].past - slot[row].first) * d->frequencies[i];
             step.turns[row * width + i] = cosf(angle);
             step.turns[row * width + width / 2 + i] = sinf(angle);
         }
@@ -223,7 +224,7 @@ int decode_step(const Decoder *d, int64_t rows, const Place *place, void *const 
 #if defined(_OPENMP)
         share.thread = omp_get_thread_num();
 #pragma omp single
-        step.threads = omp_get_num_threads();  // fewer than asked for, where the system says so
+        step.threads = omp_get_num_threads();  // the system may provide fewer than requested
 #endif
         char *mine = at + share.thread * own;
         share.h = take(&mine, rows * wide);

@@ -1,20 +1,20 @@
-// Products in float32. Weights stay as a checkpoint has them, (out, in): a decode step reads them
-// along the input channels (`tile`); for many rows the rows themselves become panels of 16, and a
-// weight is one number times a vector of rows (`sum_singles`, the inner loop).
+// Products in float32. Weights keep the checkpoint's layout, (out, in). A decode step reads them along
+// the input channels (`tile`). For many rows, the rows are laid out as panels of 16, and each weight
+// is multiplied by a vector of rows (`sum_singles`, the inner loop).
 #include "product.h"
 
-#define FAR 1536  // bytes of weights fetched ahead of their use
-#define SOON 256  // floats of a panel fetched ahead of their use
+#define FAR 1536  // prefetch distance in bytes of weights
+#define SOON 256  // prefetch distance in floats of a panel
 
-// What is left of a row after whole vectors; rare, so it is kept out of the tiles.
+// The remainder of a row after whole vectors; rare, so it is a separate function.
 static __attribute__((noinline)) float rest(const float *x, const float *w, int64_t from,
                                             int64_t to, float sum) {
     for (int64_t i = from; i < to; i++) sum += x[i] * w[i];
     return sum;
 }
 
-// ROWS rows of x by CHANNELS rows of the weight, summed in registers; a row's result does not depend
-// on the tile that it is computed in.
+// ROWS rows of x by CHANNELS rows of the weight, accumulated in registers; a row's result does not
+// depend on the tile.
 INLINE void tile(int rows, int channels, const Linear *linear, const float *x, int64_t x_stride,
                  int64_t channel, float *out, int64_t stride) {
     const float *w = (const float *)linear->weight + channel * linear->in;
@@ -66,7 +66,7 @@ void multiply_floats(const Linear *linear, const float *x, int64_t rows, int64_t
     }
 }
 
-// Numbers of `rows` rows of x times the 16 lanes of `panels` panels, steps one after the other: a
+// Multiplies `rows` rows of x by the 16 lanes of `panels` panels. Steps are summed in order, so a
 // result does not depend on the tile that it is computed in.
 INLINE void sum_singles(int rows, int panels, const float *x, int64_t stride, const float *w,
                         int64_t apart, int64_t steps, Floats total[FLOAT_ROWS][FLOAT_PANELS]) {
@@ -76,8 +76,8 @@ INLINE void sum_singles(int rows, int panels, const float *x, int64_t stride, co
         Floats lanes[FLOAT_PANELS];
         UNROLL for (int p = 0; p < panels; p++) lanes[p] = load(w + p * apart + s * LANES);
         UNROLL for (int p = 0; p < panels; p++) prefetch(w + p * apart + s * LANES + SOON);
-        // Each line of the rows that come next, twice: a page of memory holds one row or two, so
-        // that the processor does not see them coming.
+        // Prefetches each cache line of the next rows. The hardware does not: it stops at the end of
+        // a page, which holds one or two rows.
         if (rows == FLOAT_ROWS)
             prefetch(x + (FLOAT_ROWS + (s & (FLOAT_ROWS - 1))) * stride + (s & ~(LANES - 1)));
         UNROLL for (int r = 0; r < rows; r++) {
@@ -121,7 +121,7 @@ void multiply_singles(const float *x, int64_t stride, const float *w, int64_t ap
     }
 }
 
-// (rows, columns) to (columns, rows), both multiples of four.
+// Transposes (rows, columns), both multiples of four.
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t FourInts __attribute__((vector_size(16)));
 #if defined(__clang__)

@@ -1,5 +1,5 @@
-// Linear layers and MLPs over many rows, with the norm before and the sum after them, so that a
-// block of rows stays in a core's own cache from one end to the other.
+// Linear layers and MLPs over many rows, fused with the norm before and the residual sum after
+// them, so that a block of rows stays in a core's cache throughout.
 #include "smolstack.h"
 
 #include <stdlib.h>
@@ -13,8 +13,8 @@
 #define BLOCK_ROWS 64   // a whole number of tiles: see INT8_ROWS and its kin
 #define FLOAT_BLOCK 48  // the same where the rows are the lanes, see FLOAT_PANELS
 
-// Ask for large pages for memory that is about to be filled and then read over and over: a pass
-// through all weights touches each page once a token.
+// Requests huge pages for memory that will be read repeatedly: decoding a token reads all weights,
+// and thus touches every page once.
 void want_large_pages(void *memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     uintptr_t size = (uintptr_t)sysconf(_SC_PAGESIZE);
@@ -27,8 +27,9 @@ void want_large_pages(void *memory, int64_t bytes) {
 }
 
 #if defined(__linux__) && defined(MADV_PAGEOUT)
-// Whether no page in a range is the process's own: then a file has all of it. /proc/self/pagemap
-// tells (bit 61: a file's page, bit 63: present, bit 62: swapped, which only own pages are).
+// Whether a range has no private pages, so that all of it is backed by a file, according to
+// /proc/self/pagemap (bit 61: a file's page, bit 63: present, bit 62: swapped, which only own pages
+// are).
 static int files_alone(uintptr_t from, uintptr_t to, uintptr_t size) {
     uint64_t some[1024];
     int file = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC), alone = file >= 0, found = 0;
@@ -48,8 +49,8 @@ static int files_alone(uintptr_t from, uintptr_t to, uintptr_t size) {
 }
 #endif
 
-// Let go of pages of a mapped file, which come back from the system's cache if they are needed again.
-// Memory that is no file's keeps what it holds.
+// Releases pages of a mapped file, which are read again from the page cache if needed.
+// Memory that is not backed by a file is not changed.
 void put_aside(const void *memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_PAGEOUT)
     uintptr_t size = (uintptr_t)sysconf(_SC_PAGESIZE);
@@ -97,7 +98,7 @@ int dense_rows(const Linear *linear, const Norm *norm, const float *x, int64_t r
     return 0;
 }
 
-// Queries, keys and values side by side: out (rows, q + k + v channels).
+// Queries, keys and values, concatenated: out (rows, q + k + v channels).
 int mixed_rows(const Norm *norm, const Linear *query, const Linear *key, const Linear *value,
                const float *x, int64_t rows, float *out, int threads) {
     const Linear *parts[3] = {query, key, value};

@@ -141,7 +141,7 @@ class Decoder(ctypes.Structure):
     )
 
 
-class Place(ctypes.Structure):
+class CacheSlot(ctypes.Structure):
     """A sequence's position in its cache."""
 
     _fields_ = (("past", _integer), ("capacity", _integer), ("first", _integer))
@@ -156,7 +156,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     Encoder,
     Layer,
     Decoder,
-    Place,
+    CacheSlot,
 )
 
 

@@ -1,17 +1,17 @@
-// Weights as panels of 16 output channels, rows made ready for them, and their product.
+// Weights as panels of 16 output channels, the preparation of rows for them, and their product.
 //
-// A panel holds 16 channels side by side, four bytes of each at a time (a step), so that a vector
-// of products belongs to 16 outputs and needs no summing across: the same order for one row, which
-// streams through the panels at the speed of memory, and for many, which share them. The inner
+// A panel interleaves 16 channels, four bytes of each at a time (a step). A vector of products then
+// belongs to 16 outputs and needs no horizontal sum. The same layout serves one row, which streams
+// the panels at memory speed, and many rows, which share them. The inner
 // loops are sum_bytes, sum_nibbles and sum_pairs.
 #include "product.h"
 
-#define STEP_BYTES 64  // of a panel, for four bytes of a row
-#define AHEAD 2048     // bytes of a panel fetched ahead of their use, from memory for one row
-#define SOON 512       // and from the second-level cache for many
+#define STEP_BYTES 64  // bytes of a panel per four bytes of a row
+#define AHEAD 2048     // prefetch distance in bytes, from memory for one row
+#define SOON 512       // and from the L2 cache for many
 
-// Rows and panels that are summed in registers at once, by kind of weight. Integers need two sets
-// of registers: one for a group's whole numbers, one for the total.
+// Rows and panels accumulated in registers at once, by kind of weight. Integers need two sets of
+// registers: one for a group's integer sums, one for the total.
 #if defined(VECTOR_512)
 #define INT8_ROWS 8
 #define INT8_PANELS 3
@@ -39,7 +39,7 @@ static int64_t groups_of(const Linear *linear) {
     return (linear->in + linear->group - 1) / linear->group;
 }
 
-// Bytes that a layer's weights take as panels.
+// Bytes of a layer's weights as panels.
 int64_t panel_bytes(int64_t kind, int64_t in, int64_t out) {
     return (out + PANEL - 1) / PANEL * steps_of(kind, in) * STEP_BYTES;
 }
@@ -55,8 +55,9 @@ static uint32_t eight_channels(uint32_t neighbours) {
     return four;
 }
 
-// (out, in) weights of a kind, rows row_bytes apart, to panels. INT8 comes 128 too large, and INT4
-// with its lower channel in the lower half of a byte: compressed-tensors' "pack-quantized" form.
+// Packs (out, in) weights of a kind, rows row_bytes apart, into panels. INT8 is stored with 128
+// added, and INT4 with the lower channel in the lower half of a byte: compressed-tensors'
+// "pack-quantized" form.
 void pack_panels(int64_t kind, const void *weight, int64_t row_bytes, int64_t in, int64_t out,
                  void *panels, int threads) {
     int64_t steps = steps_of(kind, in);
@@ -84,8 +85,8 @@ void pack_scales(const uint16_t *scale, int64_t groups, int64_t out, uint16_t *p
             panels[(o / PANEL * groups + g) * PANEL + o % PANEL] = o < out ? scale[o * groups + g] : 0;
 }
 
-// Zero points, (out / 8, groups) words of eight channels, to (groups, 8 bytes) for every panel: lane
-// i in the low half of byte i, lane i + 8 in the high half.
+// Zero points, (out / 8, groups) words of eight channels, to (groups, 8 bytes) for every panel:
+// lane i in the low half of byte i, lane i + 8 in the high half.
 void pack_zeros(const uint32_t *zeros, int64_t groups, int64_t out, uint8_t *panels) {
     for (int64_t panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
         for (int64_t g = 0; g < groups; g++) {
@@ -97,11 +98,11 @@ void pack_zeros(const uint32_t *zeros, int64_t groups, int64_t out, uint8_t *pan
         }
 }
 
-// What is added to 8-bit weights in panels of this library: 128, or 0. Libraries that agree in it
+// The offset of 8-bit weights in panels of this library: 128 or 0. Libraries with the same offset
 // can read each other's panels.
 int64_t weight_offset(void) { return WEIGHT_OFFSET; }
 
-// Where the parts of a layer lie when they share one piece of memory: panels, scales, zero points.
+// Offsets of a layer's parts in one block of memory: panels, scales, zero points.
 static uint16_t *scales_behind(int64_t kind, int64_t in, int64_t out, void *memory) {
     return (uint16_t *)((char *)memory + panel_bytes(kind, in, out));
 }
@@ -109,8 +110,8 @@ static uint8_t *zeros_behind(int64_t groups, int64_t out, uint16_t *scales) {
     return (uint8_t *)(scales + rounded_up(out, PANEL) * groups);
 }
 
-// One group of a panel: 16 rows of `group` numbers (8 bits: 128 too large), their scales and (4
-// bits) zero points.
+// Unpacks one group of a panel: 16 rows of `group` numbers (8 bits: with 128 added), their scales
+// and (4 bits) zero points.
 void fill_group(int64_t kind, int64_t in, int64_t out, int64_t group, void *memory, int64_t panel,
                 int64_t g, const uint8_t *numbers, const uint16_t *scale, const uint8_t *zero) {
     int64_t steps = steps_of(kind, in), groups = (in + group - 1) / group;
@@ -135,7 +136,7 @@ void fill_group(int64_t kind, int64_t in, int64_t out, int64_t group, void *memo
     for (int i = 0; i < 8; i++) zeros[i] = (uint8_t)(zero[i] | zero[i + 8] << 4);
 }
 
-// pack_panels the other way round, for 8 and 4 bits: rows of words, row_bytes apart.
+// The inverse of pack_panels, for 8 and 4 bits: rows of words, row_bytes apart.
 void unpack_panels(int64_t kind, const void *panels, int64_t in, int64_t out, void *words,
                    int64_t row_bytes, int threads) {
     int64_t steps = steps_of(kind, in);
@@ -155,8 +156,8 @@ void unpack_panels(int64_t kind, const void *panels, int64_t in, int64_t out, vo
     }
 }
 
-// Room for any kind of rows: at most four bytes a number, a normalized copy of 16 rows, and panels
-// widened to floats; groups of 16 channels are the smallest there are.
+// Space for any kind of rows: at most four bytes per number, a normalized copy of 16 rows, and panels
+// converted to float32; the smallest groups have 16 channels.
 int64_t block_bytes(int64_t rows, int64_t in) {
     int64_t wide = rounded_up(in, LANES);
     rows = rounded_up(rows, LANES);
@@ -176,14 +177,14 @@ void lay_out_block(Block *block, void *memory, int64_t rows, int64_t in) {
     block->numbers = (char *)(block->widened + wide * LANES * FLOAT_PANELS);
 }
 
-// Whether rows made ready for one layer can be multiplied by another.
+// Whether rows prepared for one layer can be used by another.
 int reads_alike(const Linear *a, const Linear *b) {
     int integers = a->kind == INT8 || a->kind == INT4;
     if (a->in != b->in || integers != (b->kind == INT8 || b->kind == INT4)) return 0;
     return integers ? a->group == b->group && a->fine == b->fine : a->kind == b->kind;
 }
 
-// Mean and standard deviation taken out, or the root mean square; then the weights.
+// Layer norm or RMS norm, then the norm's weights.
 static const float *normalized(const Norm *norm, const float *x, int64_t in, float *out) {
     Floats sum = splat(0), squares = splat(0);
     float mean = 0;
@@ -194,7 +195,7 @@ static const float *normalized(const Norm *norm, const float *x, int64_t in, flo
     }
     for (int64_t i = 0; i < in; i += LANES) {
         Floats some = sub(load_some(x + i, in - i), splat(mean));
-        if (in - i < LANES) {  // lanes that hold nothing
+        if (in - i < LANES) {  // unused lanes
             store_some(out + i, some, in - i);
             some = load_some(out + i, in - i);
         }
@@ -210,8 +211,8 @@ static const float *normalized(const Norm *norm, const float *x, int64_t in, flo
     return out;
 }
 
-// A group of a row: rint(x · most / max|x|), its scale, and the sums that zero points are taken out
-// with. `count` channels are real, `padded` are written.
+// A group of a row: rint(x · most / max|x|), its scale, and the sums for subtracting zero
+// points. `count` channels are real, `padded` are written.
 static void quantize_group(const Linear *linear, const float *x, int64_t count, int64_t padded,
                            int8_t *q, int64_t plane, float *scale, float *weighed,
                            int32_t *offset) {
@@ -239,7 +240,7 @@ static void quantize_group(const Linear *linear, const float *x, int64_t count, 
     *offset = -WEIGHT_OFFSET * sum;
 }
 
-// Rows of x as panels of 16, normalized.
+// Normalizes rows of x and lays them out as panels of 16.
 static void prepare_floats(Block *block, const Norm *norm, const float *x, int64_t stride,
                            int64_t in) {
     for (int64_t row = 0; row < block->rows; row += LANES) {
@@ -255,7 +256,7 @@ static void prepare_floats(Block *block, const Norm *norm, const float *x, int64
     }
 }
 
-// Rows of x, `stride` floats apart, normalized and in the numbers that `linear` multiplies.
+// Normalizes rows of x, `stride` floats apart, and converts them to the input format of `linear`.
 void prepare_block(Block *block, const Linear *linear, const Norm *norm, const float *x,
                    int64_t stride) {
     int64_t in = linear->in, integers = linear->kind == INT8 || linear->kind == INT4;
@@ -288,7 +289,7 @@ void prepare_block(Block *block, const Linear *linear, const Norm *norm, const f
     }
 }
 
-// The weights of a panel that holds `channel`, and its groups' scales and zero points.
+// The panel that contains `channel`, and its groups' scales and zero points.
 INLINE const char *panel_of(const Linear *linear, int64_t channel) {
     return (const char *)linear->weight +
            channel / PANEL * steps_of(linear->kind, linear->in) * STEP_BYTES;
@@ -312,7 +313,7 @@ INLINE void sum_steps(int rows, int panels, const char *x, int64_t stride, const
     }
 }
 
-// 8-bit weights: whole numbers within a group, whose scales are multiplied in after it.
+// 8-bit weights: integer sums within a group, multiplied by the group's scales afterwards.
 INLINE void sum_bytes(int fine, int rows, int panels, const Target *t, int64_t row,
                       int64_t channel, Floats total[MOST_ROWS][MOST_PANELS]) {
     const Linear *linear = t->linear;
@@ -349,7 +350,7 @@ INLINE void sum_bytes(int fine, int rows, int panels, const Target *t, int64_t r
 }
 
 // 4-bit weights, one panel: a step is eight numbers of a row, the first four in the low halves of
-// the bytes. The zero points come out with the sum of the row's own numbers.
+// the bytes. Zero points are subtracted with the sum of the row's numbers.
 INLINE void sum_nibbles(int rows, const Target *t, int64_t row, int64_t channel,
                         Floats total[MOST_ROWS][MOST_PANELS]) {
     const Linear *linear = t->linear;
@@ -405,8 +406,8 @@ INLINE void sum_pairs(int rows, int panels, const char *x, int64_t stride, const
     }
 }
 #else
-// One row of floats times panels of bfloat16 weights, a step being two numbers of the row. The order
-// is that of multiply_singles, so that a row alone and one of many come out the same.
+// One row of floats times panels of bfloat16 weights; a step is two numbers of the row. The order of
+// summation is that of multiply_singles, so that a row's result does not depend on other rows.
 INLINE void sum_widened(int panels, const float *x, const char *w, int64_t apart, int64_t steps,
                         Floats *total) {
     UNROLL for (int p = 0; p < panels; p++) total[p] = splat(0);
@@ -421,7 +422,7 @@ INLINE void sum_widened(int panels, const float *x, const char *w, int64_t apart
     }
 }
 
-// Panels of bfloat16 weights to panels of floats, a step being one number.
+// Converts panels of bfloat16 weights to panels of floats with one number per step.
 static void widen(const char *w, int64_t apart, int64_t steps, int64_t panels, float *to) {
     for (int64_t p = 0; p < panels; p++)
         for (int64_t s = 0; s < steps; s++, to += 2 * LANES) {
@@ -432,8 +433,8 @@ static void widen(const char *w, int64_t apart, int64_t steps, int64_t panels, f
 }
 #endif
 
-// One panel's channels of some rows: bias, activation, and what stands beside the sums; then into
-// `out`. Constants where it is used: whether all 16 channels are there, and the activation.
+// Applies bias, activation and the finish to one panel's channels of some rows, and writes them to
+// `out`. Compile-time constants at each use: whether all 16 channels exist, and the activation.
 INLINE void put_panel(int whole, int64_t activation, const Target *t, int64_t rows, int64_t row,
                       int64_t channel, const float *sums, int64_t apart) {
     const Finish *finish = t->finish;
@@ -450,7 +451,7 @@ INLINE void put_panel(int whole, int64_t activation, const Target *t, int64_t ro
     }
 }
 
-// One function for all tiles, so that their own code stays small.
+// One function for all tiles, to keep their code small.
 __attribute__((noinline)) void put_tile(const Target *t, int64_t rows, int64_t panels, int64_t row,
                                         int64_t channel, const float *sums) {
     int64_t activation = t->finish->activation, apart = panels * LANES;
@@ -497,7 +498,7 @@ __attribute__((noinline)) void put_tile(const Target *t, int64_t rows, int64_t p
         PUT(ROWS, PANELS)                                                                       \
     }
 #else
-// A block of one row, two panels at a time: a sum waits for the one before it.
+// A block of one row, two panels at a time: two independent sums hide the latency of an addition.
 static void multiply_one_row(const Target *t, int64_t to) {
     int64_t steps = steps_of(BFLOAT16, t->linear->in), end = (to + PANEL - 1) / PANEL, panels;
     const float *x = (const float *)t->x->numbers;
@@ -515,7 +516,7 @@ static void multiply_one_row(const Target *t, int64_t to) {
     }
 }
 
-// All rows of a block by panels that are widened once for them.
+// All rows of a block; each panel is converted once.
 static void multiply_widened(const Target *t, int64_t to) {
     const Block *x = t->x;
     int64_t steps = steps_of(BFLOAT16, t->linear->in), stride = x->stride / 4;
@@ -558,18 +559,18 @@ static Tile *const FINE_TILES[] = {fine_1_1, fine_2_1};
 static Tile *const INT4_TILES[] = {nibbles_1, nibbles_2};
 #endif
 
-// How many panels to take next, so that no tile is left with one where it can be helped.
+// The number of panels to take next, avoiding a last tile with a single panel if possible.
 INLINE int next_panels(int most, int64_t left) {
     if (most < 3 || left == 1) return (int)least(most, left);
     return left == 4 || left == 2 ? 2 : 3;
 }
 
-// Channels from .. to (whole panels, or up to the last) of a layer for every row of a block, finished
-// and into `out`, which like the finish begins with channel `from`.
+// Computes channels from .. to (whole panels, or up to the last) of a layer for every row of a
+// block, finishes them and writes them to `out`, which like the finish begins with channel `from`.
 void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t to,
                     const Finish *finish, float *out, int64_t stride) {
     const Target target = {linear, x, finish, out, from, stride};
-    // A share may be empty. Its first panel would be another thread's last one.
+    // A share may be empty; its first panel would then be another thread's last one.
     if (from >= to) return;
     if (linear->kind == FLOAT32) {
         multiply_lanes(&target, to);
@@ -579,7 +580,7 @@ void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t 
     int64_t high = INT8_ROWS;
     int most = linear->fine ? 1 : INT8_PANELS;
     if (linear->kind == INT4)
-        tiles = INT4_TILES, high = INT4_ROWS, most = 1;  // wider tiles spill their sums
+        tiles = INT4_TILES, high = INT4_ROWS, most = 1;  // wider tiles would spill registers
     if (linear->kind == BFLOAT16) {
 #if PAIR_PRODUCTS
         tiles = PAIR_TILES, high = PAIR_ROWS, most = PAIR_PANELS;

@@ -1,5 +1,5 @@
-// What this processor and its system can do, for choosing among the libraries of kernels. Compiled
-// for the architecture's plainest processor.
+// Features of this processor and operating system, for choosing among the kernel libraries.
+// Compiled for the architecture's baseline processor.
 #include <stdint.h>
 
 #if defined(_WIN32)
@@ -22,8 +22,8 @@ static int said(const char *name) {
 
 typedef struct { const char *name; unsigned leaf, sub, reg, bit, state; } Feature;
 
-// A register's bit of a leaf of CPUID (registers: 0 eax, 1 ebx, 2 ecx, 3 edx), and the state that the
-// system must keep when it switches threads: 6 that of AVX, 0xe6 that of AVX-512.
+// A register's bit of a leaf of CPUID (registers: 0 eax, 1 ebx, 2 ecx, 3 edx), and the state that
+// the system must keep when it switches threads: 6 that of AVX, 0xe6 that of AVX-512.
 static const Feature FEATURES[] = {
     {"fma", 1, 0, 2, 12, 6},           {"movbe", 1, 0, 2, 22, 0},
     {"f16c", 1, 0, 2, 29, 6},          {"avx2", 7, 0, 1, 5, 6},
@@ -39,7 +39,7 @@ static uint64_t kept_state(void) {
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0;  // no XGETBV
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     uint64_t state = (uint64_t)high << 32 | low;
-#if defined(__APPLE__)  // which keeps that of AVX-512 from a program's first use of it on
+#if defined(__APPLE__)  // saves AVX-512 state only after a program's first use of it
     if (said("hw.optional.avx512f")) state |= 0xe0;
 #endif
     return state;
@@ -48,7 +48,7 @@ static uint64_t kept_state(void) {
 static int has(const Feature *feature) {
     unsigned r[4];
     if (!__get_cpuid_count(feature->leaf, 0, r, r + 1, r + 2, r + 3)) return 0;
-    if (feature->sub && r[0] < feature->sub) return 0;  // leaf 7 tells its last part in eax
+    if (feature->sub && r[0] < feature->sub) return 0;  // leaf 7 returns its highest sub-leaf in eax
     if (!__get_cpuid_count(feature->leaf, feature->sub, r, r + 1, r + 2, r + 3)) return 0;
     return r[feature->reg] >> feature->bit & 1 && (kept_state() & feature->state) == feature->state;
 }
@@ -90,8 +90,8 @@ static const Feature FEATURES[] = {{0}};
 static int has(const Feature *feature) { return (void)feature, 0; }
 #endif
 
-// The name of feature `at`, as Linux's /proc/cpuinfo has it, if it is there; "" if it is not; NULL
-// behind the last one.
+// The name of feature `at`, as in Linux's /proc/cpuinfo, if present; "" if not; NULL after the last
+// feature.
 EXPORT const char *feature(int at) {
     if (at < 0 || at >= (int)(sizeof FEATURES / sizeof *FEATURES) || !FEATURES[at].name) return 0;
     return has(FEATURES + at) ? FEATURES[at].name : "";

@@ -1,9 +1,8 @@
-// Scaling images with Pillow's numbers, to the last bit: its filters, its coefficients in fixed
-// point (22 bits after the point), rounded to bytes between the two passes.
+// Resizes images bit-identically to Pillow: its filters and its fixed-point coefficients (22
+// fractional bits), rounded to bytes between the two passes.
 //
-// A plane is one channel, row by row. Each pass scales columns, whose neighbours lie side by side in
-// memory, so that compilers turn it into vectors; for the horizontal pass the plane is turned over
-// its diagonal first.
+// A plane is one channel, row by row. Each pass scales columns, whose neighbors are adjacent in
+// memory, so that compilers vectorize it; for the horizontal pass the plane is transposed first.
 #include "smolstack.h"
 
 #include <math.h>
@@ -12,7 +11,7 @@
 
 #define POINT 22
 
-enum { LANCZOS = 1, BILINEAR = 2, BICUBIC = 3 };  // as Pillow numbers them
+enum { LANCZOS = 1, BILINEAR = 2, BICUBIC = 3 };  // Pillow's values
 
 static double filter(int64_t kind, double x) {
     x = fabs(x);
@@ -30,7 +29,8 @@ static double filter(int64_t kind, double x) {
 
 static double support_of(int64_t kind) { return kind == BILINEAR ? 1 : kind == BICUBIC ? 2 : 3; }
 
-// For each of `out` places along an edge of `in`: the first one read, how many, their weights.
+// For each of `out` positions along an edge of `in` pixels: the first pixel read, the number of
+// pixels, and their weights.
 typedef struct {
     int64_t most;
     int64_t *first, *count;
@@ -76,7 +76,7 @@ static inline uint8_t byte_of(int32_t x) {
 
 #define RUN 256  // columns summed at a time
 
-// One row of `width` bytes out of the `count` rows from `from` on.
+// Mixes `count` rows from `from` on into one row of `width` bytes.
 static void mix_rows(const uint8_t *from, int64_t width, int64_t count, const int32_t *weight,
                      uint8_t *to) {
     int32_t sum[RUN];
@@ -91,7 +91,7 @@ static void mix_rows(const uint8_t *from, int64_t width, int64_t count, const in
     }
 }
 
-// The plane (rows, columns) turned over its diagonal: (columns, rows), in squares that stay cached.
+// Transposes a plane (rows, columns) to (columns, rows), in squares that fit into the cache.
 static void turn_over(const uint8_t *from, int64_t rows, int64_t columns, uint8_t *to,
                       int64_t first, int64_t end) {
     for (int64_t y = 0; y < rows; y += 16)
@@ -99,7 +99,7 @@ static void turn_over(const uint8_t *from, int64_t rows, int64_t columns, uint8_
             for (int64_t i = y; i < least(y + 16, rows); i++) to[x * rows + i] = from[i * columns + x];
 }
 
-#define BAND 64  // rows of one piece of work
+#define BAND 64  // rows per work item
 
 // In a parallel region: the rows of a plane (rows, width) mixed to (out, width).
 static void scale_down(const uint8_t *from, int64_t width, const Taps *taps, int64_t out,
@@ -110,7 +110,7 @@ static void scale_down(const uint8_t *from, int64_t width, const Taps *taps, int
                  taps->weight + y * taps->most, to + y * width);
 }
 
-// In a parallel region: a plane (rows, columns) turned over.
+// In a parallel region: transposes a plane (rows, columns).
 static void turn_plane(const uint8_t *from, int64_t rows, int64_t columns, uint8_t *to) {
 #pragma omp for
     for (int64_t band = 0; band < (columns + BAND - 1) / BAND; band++)
@@ -142,7 +142,8 @@ int resize_planes(const uint8_t *from, int64_t planes, int64_t height, int64_t w
     return 0;
 }
 
-// Bytes to floats by a table of 256 for each of three channels: (count, 3, size) each.
+// Converts bytes to floats with a table of 256 entries for each of three channels: (count, 3, size)
+// each.
 void look_up(const float *table, const uint8_t *from, int64_t count, int64_t size, float *to,
              int threads) {
 #pragma omp parallel for num_threads(threads)

@@ -1,4 +1,4 @@
-// Weights to integers: what smolstack/quantization/rounding.py does, faster.
+// Rounds weights to integers: a faster version of smolstack/quantization/rounding.py.
 #include "vector.h"
 
 #include <stdlib.h>
@@ -20,7 +20,8 @@ INLINE Floats as_bfloats(Floats x, uint16_t *bits) {
     return load_bfloats(bits);
 }
 
-// The squared error of a group, weighed by importance, when x becomes (clamp(steps) - zero) · scale.
+// The squared error of a group, weighed by importance, when x becomes (clamp(steps) - zero) ·
+// scale.
 INLINE Floats error_of(const Floats *x, const float *importance, int64_t group, const Floats *steps,
                        Floats scale, Floats zero) {
     Floats error = splat(0), low = sub(splat(0), zero), high = sub(splat(LEVELS), zero);
@@ -31,8 +32,8 @@ INLINE Floats error_of(const Floats *x, const float *importance, int64_t group, 
     return error;
 }
 
-// Scales and zero points that leave the least squared error weighed by `importance`, for one group of
-// 16 outputs: lane by lane, x[i] holds input channel i of all of them.
+// Finds the scales and zero points with the least squared error weighted by `importance`, for one
+// group of 16 outputs: x[i] holds input channel i of all outputs, one per lane.
 static void round_group(const Floats *x, const float *importance, int64_t group, Floats *steps,
                         uint8_t *numbers, uint16_t *scale, uint8_t *zero) {
     Floats low = splat(0), high = splat(0), best = splat(INFINITY), best_scale = splat(0);
@@ -65,7 +66,7 @@ static void round_group(const Floats *x, const float *importance, int64_t group,
     }
 }
 
-// Eight bits, 128 too large.
+// Eight bits, with 128 added.
 static void round_bytes(const float *w, int64_t group, uint8_t *numbers, uint16_t *scale) {
     Floats largest = splat(0);
     for (int64_t i = 0; i < group; i += LANES) largest = max_lanes(largest, abs_lanes(load(w + i)));
@@ -78,11 +79,11 @@ static void round_bytes(const float *w, int64_t group, uint8_t *numbers, uint16_
     }
 }
 
-// What round_panel works in, for groups of up to `group` channels.
+// Buffers of round_panel, for groups of up to `group` channels.
 static int64_t room_of(int64_t group) { return group * (PANEL + PANEL * 4 + 4 + 2 * 64); }
 
-// Sixteen outputs of a group: numbers (16, group), scales and zero points. Outputs that are not
-// there are 0.
+// Rounds a group of sixteen outputs: numbers (16, group), scales and zero points. Missing outputs
+// are 0.
 static void round_panel(int64_t bits, const Stored *s, const float *importance, int64_t group,
                         int64_t panel, int64_t g, char *room, uint8_t *numbers, uint16_t *scale,
                         uint8_t *zero) {
@@ -109,8 +110,8 @@ static void round_panel(int64_t bits, const Stored *s, const float *importance, 
         for (int64_t lane = 0; lane < PANEL; lane++) numbers[lane * group + i] = 0;
 }
 
-// A weight to 8 or 4 bits: into `panels`, laid out with scales and zero points behind them, or, where
-// that is NULL, to words of 8- or 4-bit numbers, the rows row_bytes apart, and their scales and (4
+// Rounds a weight to 8 or 4 bits: into `panels`, followed by scales and zero points, or, if that is
+// NULL, into words of 8- or 4-bit numbers, the rows row_bytes apart, and their scales and (4
 // bits) zero points, (out, groups). `importance` (in) is read with 4 bits. Groups are
 // multiples of 16 channels. Returns 1 when memory runs out, else 0.
 int round_weight(int64_t bits, const Stored *s, const float *importance, int64_t group, void *panels,

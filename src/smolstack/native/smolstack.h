@@ -1,9 +1,10 @@
 // Both towers' layers over many rows, and one token through the whole decoder.
 //
 // Compiled once for each instruction set of sets.txt (CMakeLists.txt), or at first use for the
-// processor at hand (compiling.py); called by ctypes (library.py). A weight of float32 is (out, in) as safetensors files hold it; those of the other
-// kinds are laid out anew as panels of 16 channels (panels.c). The arithmetic of integers is that of
-// smolstack/model/quantized.py: whole sums per group, the same on every processor.
+// current processor (compiling.py); called through ctypes (library.py). A float32 weight is (out,
+// in) as in safetensors files; those of other kinds are packed as panels of 16 channels (panels.c).
+// Integer arithmetic is that of smolstack/model/quantized.py: integer sums per group, the same on
+// every processor.
 #ifndef SMOLSTACK_H
 #define SMOLSTACK_H
 
@@ -13,13 +14,13 @@
 #include <omp.h>
 #endif
 
-// Goes up by one with every change of an exported function's arguments or of what they mean, here and
-// in library.py; the structures' sizes are compared besides.
+// Increment with every change of an exported function's arguments or their meaning, here and in
+// library.py; the sizes of structures are compared as well.
 #define ABI_VERSION 1
 
-#define CHUNK 128  // positions that one part of attention looks at
-// What Python does not go beyond (backends/cpu/decoder.py): channels of a head, and of all query heads that
-// share a key.
+#define CHUNK 128  // positions per part of attention
+// Limits that Python checks (backends/cpu/decoder.py): channels of a head, and of all query heads
+// that share a key.
 #define MOST_WIDTH 512
 #define MOST_QUERIES 16384
 
@@ -27,8 +28,8 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };              // kinds of
 enum { CACHE_FLOAT32 = 0, CACHE_FLOAT16 = 1, CACHE_BFLOAT16 = 2 };    // kinds of keys and values
 enum { NONE = 0, RELU = 1, SILU = 2, GELU = 3, GELU_TANH = 4 };      // activations
 
-// y = x · weightᵀ + bias. Integers share a scale by `group` neighbouring input channels (the last
-// group may be shorter), and so do the activations that they are multiplied with:
+// y = x · weightᵀ + bias. Integers share a scale per `group` adjacent input channels (the last
+// group may be shorter), as do the activations that they are multiplied by:
 //   INT8: weight = q · scale, q from -127 to 127
 //   INT4: weight = (q - zero) · scale, q and zero from 0 to 15
 typedef struct {
@@ -71,10 +72,10 @@ typedef struct {
     Linear head;
 } Decoder;
 
-// Where a sequence stands: tokens held, room for them, and the first one that may be seen.
+// A sequence's KV cache: number of tokens, capacity, and the first token that is not padding.
 typedef struct {
     int64_t past, capacity, first;
-} Place;
+} CacheSlot;
 
 // A layer of the vision tower, and the tower between patch embedding and last norm.
 typedef struct {
@@ -87,19 +88,19 @@ typedef struct {
     const EncoderLayer *layer;
 } Encoder;
 
-// Queries of one sequence over its keys and values. Strides count numbers, not bytes; keys and
-// values of a kind lie key_stride apart from row to row and head_stride from head to head.
+// Queries of one sequence over its keys and values. Strides are in numbers, not bytes; keys and
+// values have stride key_stride between rows and head_stride between heads.
 typedef struct {
     int64_t rows, heads, kv_heads, width;
-    int64_t keys, causal;  // the last `rows` keys are the queries' own
-    int64_t exact;         // products of floats; else of bfloat16 pairs where that is faster
+    int64_t keys, causal;  // the last `rows` keys belong to the queries' tokens
+    int64_t exact;         // products in float32; otherwise in bfloat16 pairs if that is faster
     int64_t kind, key_stride, head_stride, query_stride;
     const float *query;    // (rows, heads · width), query_stride apart
     const void *key, *value;
     float *out;            // (rows, heads · width)
 } Attention;
 
-// Rows as the kernels multiply them: integers of 8 bits (fine: of 16, as two planes that stand for
+// Rows in the kernels' input format: integers of 8 bits (fine: of 16, as two planes that represent
 // RADIX · first + second), bfloat16, or float32.
 #define RADIX 254
 typedef struct {
@@ -111,10 +112,10 @@ typedef struct {
     float *weighed;   // (groups, padded): the sum of a group's integers times its scale
     int32_t *offset;  // (groups, padded): what WEIGHT_OFFSET adds to a group's product, negative
     float *normed;    // (16, in): rows after their norm
-    float *widened;   // bfloat16 panels as floats, where nothing multiplies them as they are
+    float *widened;   // bfloat16 panels as floats, where there are no bfloat16 products
 } Block;
 
-// What is done to a sum on its way out: activation(sum) · times + plus.
+// The epilogue applied to a sum: activation(sum) · times + plus.
 typedef struct {
     int64_t activation;
     const float *times, *plus;  // (rows, stride) or NULL

@@ -1,9 +1,9 @@
-// Weights as a checkpoint stores them, (out, in), read in place: never a copy of them in float32.
+// Weights in the checkpoint's layout, (out, in), read in place without a float32 copy.
 #include "vector.h"
 
 #include <stdlib.h>
 
-// Rows of x and channels that are summed in registers at once.
+// Rows of x and channels accumulated in registers at once.
 #if defined(VECTOR_512)
 #define TILE_ROWS 4
 #define TILE_CHANNELS 6
@@ -25,7 +25,7 @@ INLINE Floats stored_lanes(int64_t kind, const void *weight, int64_t at) {
     return load((const float *)weight + at);
 }
 
-// What is left behind the last whole vector; nothing behind it is touched.
+// The remainder after the last whole vector; no memory after it is accessed.
 static Floats stored_rest(int64_t kind, const void *weight, int64_t at, int64_t count) {
     char some[LANES * 4] = {0};
     int64_t bytes = kind == STORED_FLOAT32 ? 4 : 2;
@@ -57,9 +57,9 @@ void stored_row(const Stored *s, int64_t o, int64_t from, int64_t count, float *
         row_of(STORED_FLOAT32, s, o, from, count, out);
 }
 
-// Of each input channel the largest magnitude and the sum of squares over all outputs, factors
-// included: (in) each. Outputs are summed in SUMS parts whatever the number of threads, so that the
-// sums do not depend on it. Returns 1 when memory runs out, else 0.
+// The largest magnitude and the sum of squares of each input channel over all outputs, including
+// factors: (in) each. Outputs are always summed in SUMS parts, so that the sums do not depend on
+// the number of threads. Returns 1 when memory runs out, else 0.
 #define SUMS 16
 int stored_sizes(const Stored *s, float *largest, float *squares, int threads) {
     int64_t in = rounded_up(s->in, LANES), each = 3 * in;
@@ -89,7 +89,7 @@ int stored_sizes(const Stored *s, float *largest, float *squares, int threads) {
     return 0;
 }
 
-// `rows` rows of x by `channels` rows of weights, `count` inputs of each, onto what is in `sums`.
+// `rows` rows of x by `channels` rows of weights, `count` inputs of each, added to `sums`.
 INLINE void tile(int rows, int channels, const float *x, int64_t stride, const float *w,
                  int64_t wide, int64_t count, Floats *sums) {
     Floats total[TILE_ROWS][TILE_CHANNELS];
@@ -108,8 +108,8 @@ INLINE void tile(int rows, int channels, const float *x, int64_t stride, const f
         UNROLL for (int c = 0; c < channels; c++) sums[r * TILE_CHANNELS + c] = total[r][c];
 }
 
-// All rows by TILE_CHANNELS channels, a stretch of inputs after the other, so that the weights of a
-// stretch stay in the nearest cache.
+// All rows by TILE_CHANNELS channels, one stretch of inputs after the other, so that the weights of
+// a stretch stay in the L1 cache.
 static void multiply_stored(const float *x, int64_t rows, int64_t in, const float *w, int64_t wide,
                             Floats *sums) {
     for (int64_t r = 0; r < rows * TILE_CHANNELS; r++) sums[r] = splat(0);
@@ -124,8 +124,8 @@ static void multiply_stored(const float *x, int64_t rows, int64_t in, const floa
     }
 }
 
-// out (rows, out) = x (rows, in) · weightᵀ + bias, for a few rows: each weight becomes a float once.
-// Returns 1 when memory runs out, else 0.
+// out (rows, out) = x (rows, in) · weightᵀ + bias, for a few rows: each weight becomes a float
+// once. Returns 1 when memory runs out, else 0.
 int stored_product(const Stored *s, const float *bias, const float *x, int64_t rows, float *out,
                    int threads) {
     int64_t wide = rounded_up(s->in, LANES), tiles = (s->out + TILE_CHANNELS - 1) / TILE_CHANNELS;

@@ -34,8 +34,8 @@ int encode_tiles(const Encoder *e, int64_t tiles, int64_t patches, float *x, int
     return (int)failed;
 }
 
-// Queries and keys of (rows, q + k + v) turned by their positions, keys and values into the cache.
-static void place_rows(const Decoder *d, int64_t rows, const Place *place, const float *turns,
+// Applies RoPE to queries and keys of (rows, q + k + v), and writes keys and values to the cache.
+static void place_rows(const Decoder *d, int64_t rows, const CacheSlot *slot, const float *turns,
                        float *mixed, void *keys, void *values, int threads) {
     int64_t width = d->head_dim, all = (d->heads + 2 * d->kv_heads) * width;
 #pragma omp parallel for num_threads(threads)
@@ -44,37 +44,37 @@ static void place_rows(const Decoder *d, int64_t rows, const Place *place, const
         for (int64_t h = 0; h < d->heads + d->kv_heads; h++)
             rotate(width, turns + row * width, q + h * width);
         for (int64_t h = 0; h < d->kv_heads; h++) {
-            int64_t at = (h * place->capacity + place->past + row) * width;
+            int64_t at = (h * slot->capacity + slot->past + row) * width;
             write_cache(d, keys, at, k + h * width);
             write_cache(d, values, at, v + h * width);
         }
     }
 }
 
-// One sequence's new rows: into its cache, then over all that the cache holds of it. Padding before
-// the first token does not take part: positions count from there.
-static int attend_sequence(const Decoder *d, int64_t rows, const Place *place, const float *turns,
+// Writes one sequence's new rows to its cache, then attends over the cache. Padding before the
+// first token is excluded: positions are counted from the first token.
+static int attend_sequence(const Decoder *d, int64_t rows, const CacheSlot *slot, const float *turns,
                            float *mixed, void *keys, void *values, float *seen, int threads) {
     int64_t width = d->head_dim, size = d->cache == CACHE_FLOAT32 ? 4 : 2;
-    place_rows(d, rows, place, turns, mixed, keys, values, threads);
+    place_rows(d, rows, slot, turns, mixed, keys, values, threads);
     Attention attention = {
         .rows = rows, .heads = d->heads, .kv_heads = d->kv_heads, .width = width,
-        .keys = place->past + rows - place->first, .causal = 1, .kind = d->cache,
+        .keys = slot->past + rows - slot->first, .causal = 1, .kind = d->cache,
         .exact = d->layer->up.kind == FLOAT32,
-        .key_stride = width, .head_stride = place->capacity * width,
+        .key_stride = width, .head_stride = slot->capacity * width,
         .query_stride = (d->heads + 2 * d->kv_heads) * width, .query = mixed,
-        .key = (const char *)keys + place->first * width * size,
-        .value = (const char *)values + place->first * width * size, .out = seen,
+        .key = (const char *)keys + slot->first * width * size,
+        .value = (const char *)values + slot->first * width * size, .out = seen,
     };
     return attend_rows(&attention, threads);
 }
 
 // The next counts[s] tokens of every sequence through all layers, in place, into their caches: x
 // (all tokens, hidden), sequence after sequence; keys, values (sequences, layers): buffers of
-// (kv_heads, capacity, head_dim). All share each layer's weights while they are at hand; none
-// changes another's result.
+// (kv_heads, capacity, head_dim). The sequences share each layer's weights while they are in
+// cache; none affects another's result.
 // Returns 1 when memory runs out, else 0.
-int prefill_rows(const Decoder *d, int64_t sequences, const int64_t *counts, const Place *place,
+int prefill_rows(const Decoder *d, int64_t sequences, const int64_t *counts, const CacheSlot *slot,
                  void *const *keys, void *const *values, float *x, int threads) {
     int64_t width = d->head_dim, all = (d->heads + 2 * d->kv_heads) * width, rows = 0, failed = 0;
     for (int64_t s = 0; s < sequences; s++) rows += counts[s];
@@ -84,7 +84,7 @@ int prefill_rows(const Decoder *d, int64_t sequences, const int64_t *counts, con
     for (int64_t s = 0; s < sequences; s++)
         for (int64_t row = 0; row < counts[s]; row++, turn += width)
             for (int64_t i = 0; i < width / 2; i++) {
-                float angle = (float)(place[s].past - place[s].first + row) * d->frequencies[i];
+                float angle = (float)(slot[s].past - slot[s].first + row) * d->frequencies[i];
                 turn[i] = cosf(angle);
                 turn[width / 2 + i] = sinf(angle);
             }
@@ -96,7 +96,7 @@ int prefill_rows(const Decoder *d, int64_t sequences, const int64_t *counts, con
         failed |= mixed_rows(&before, &layer->query, &layer->key, &layer->value, x, rows, mixed,
                              threads);
         for (int64_t s = 0, row = 0; s < sequences; row += counts[s++])
-            failed |= attend_sequence(d, counts[s], place + s, turns + row * width,
+            failed |= attend_sequence(d, counts[s], slot + s, turns + row * width,
                                       mixed + row * all, keys[s * d->layers + i],
                                       values[s * d->layers + i], seen + row * d->heads * width,
                                       threads);

@@ -1,9 +1,9 @@
 // Sixteen lanes at a time: the one layer between the algorithms and the processor.
 //
-// `Floats` and `Ints` are 16 lanes of 32 bits, held in as many native vectors as that takes: one with
-// AVX-512, two with AVX2, four with SSE2 or NEON. Plain arithmetic is that of GCC's vector types;
-// what they cannot say (fused multiply-add, products of bytes, bfloat16 pairs) stands here once
-// for every instruction set. Nothing outside this file names an instruction.
+// `Floats` and `Ints` are 16 lanes of 32 bits, held in as many native vectors as that takes: one
+// with AVX-512, two with AVX2, four with SSE2 or NEON. Plain arithmetic is that of GCC's vector
+// types; what they cannot say (fused multiply-add, products of bytes, bfloat16 pairs) stands here
+// once for every instruction set. Nothing outside this file names an instruction.
 #ifndef SMOLSTACK_VECTOR_H
 #define SMOLSTACK_VECTOR_H
 
@@ -290,8 +290,9 @@ INLINE Ints load_halves(const uint8_t *p) {
 #endif
 }
 
-// total += a lane's four weights times the four signed bytes of x. Weights from 0 to 15 are the same
-// signed and unsigned; those of int8 are as WEIGHT_OFFSET says, and never -128 where they are signed.
+// total += a lane's four weights times the four signed bytes of x. Weights from 0 to 15 are the
+// same signed and unsigned; those of int8 are as WEIGHT_OFFSET says, and never -128 where they are
+// signed.
 INLINE vi dot_part(vi total, vi weight, vi x) {
 #if defined(VECTOR_512)
     return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weight, (__m512i)x);

@@ -1,13 +1,14 @@
-"""In a notebook plans, answers, streams and visual tokens show themselves.
+"""Displays plans, answers, streams and visual tokens in notebooks.
 
-Importing smolstack in IPython registers this; ``%load_ext smolstack.notebook`` does so later.
+Importing smolstack in IPython registers the formatters; ``%load_ext smolstack.notebook`` does so
+explicitly.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# Formatters are found by the names of types, so that nothing heavy is imported to register them.
+# Formatters are registered by type name, to avoid importing heavy modules.
 _SHOWN = (
     ("image/png", "smolstack.processor.geometry", "TilePlan", "plan_png"),
     ("image/png", "smolstack.batch", "VisualTokens", "visual_tokens_png"),
@@ -17,7 +18,7 @@ _SHOWN = (
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """Register what is shown with an IPython shell."""
+    """Register the formatters with an IPython shell."""
     formatter = shell.display_formatter
     for kind, module, name, function in _SHOWN:
         own = (
@@ -27,7 +28,7 @@ def load_ipython_extension(shell: Any) -> None:
 
 
 def register() -> None:
-    """The same with the shell that runs this, if one does."""
+    """Register the formatters with the current IPython shell, if there is one."""
     from IPython import get_ipython
 
     shell = get_ipython()

@@ -1,4 +1,4 @@
-"""What a notebook shows of plans, answers, streams and visual tokens.
+"""Notebook representations of plans, answers, streams and visual tokens.
 
 Shapes: n tiles of an image, S visual tokens per tile, D the text hidden size.
 """
@@ -20,21 +20,21 @@ from smolstack.generation.inline import AnswerStream
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.plan_drawing import draw_plan
 
-_SIDE = 160  # pixels of a tile's side in the drawing of visual tokens
+_SIDE = 160  # pixels per tile edge in the drawing of visual tokens
 _GAP = 4
 
 
 def plan_png(plan: TilePlan) -> bytes:
-    """The tiles over the image, or over a pattern where only its size was given."""
+    """Draw the tiles over the image, or over a pattern if only its size is known."""
     shown = plan.source if plan.image is None else plan.image
     name = shown if isinstance(shown, str) else "image"
     return _png(draw_plan(shown, plan, name))
 
 
 def visual_tokens_png(visual: VisualTokens) -> bytes:
-    """Every visual token as a square, its first three principal components as red, green, blue.
+    """Draw every visual token as a square colored by its first three principal components.
 
-    Neighbours of one colour look alike to the language model. The whole image's tile is last.
+    Neighbors of the same color are similar to the language model. The global tile is last.
     """
     tokens = visual.tokens.detach().float().cpu()
     tiles, per_tile, _ = tokens.shape
@@ -67,7 +67,7 @@ def _principal_colours(tokens: Tensor) -> Tensor:
 
 
 def answer_html(answer: Answer) -> str:
-    """The text, why it ended, and what it used; of choices the probability of each."""
+    """Return the text, the finish reason and the usage; for choices, the probability of each."""
     used, took = answer.usage, answer.timings
     facts = (
         f"{used.tiles} tiles · {used.prompt_tokens:,} prompt tokens, {used.visual_tokens:,} of "
@@ -92,8 +92,8 @@ def answer_html(answer: Answer) -> str:
 
 
 def show_stream(stream: AnswerStream) -> None:
-    """The answer as it is read, in place; then the whole of it."""
-    from IPython import display as module  # without types
+    """Display the answer in place while it streams, then the complete answer."""
+    from IPython import display as module  # untyped
 
     ipython: Any = module
     html = ipython.HTML

@@ -1,4 +1,4 @@
-"""LoRA through peft: adapters put in, merged, and saved so that peft finds them on transformers."""
+"""LoRA through peft: adding, merging and saving adapters."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ NAME = "default"
 
 @dataclass(frozen=True)
 class Adapters:
-    """peft's hold on a model whose layers it has replaced."""
+    """The peft wrapper of a model whose layers it has replaced."""
 
     tuner: Any
     layers: tuple[str, ...]
     lora: Lora
 
     def merge(self) -> None:
-        """Add every adapter to its layer's weight and give the layers their places back."""
+        """Merge every adapter into its layer's weight and restore the original layers."""
         self.tuner.merge_and_unload()
 
 
 def add_adapters(model: VisionLanguageModel, lora: Lora, seed: int) -> Adapters:
-    """Put adapters into the layers that the recipe names; they change nothing at first.
+    """Add adapters to the layers that the recipe selects; initially they change nothing.
 
     Raises:
         ConfigError: peft is not installed, or a pattern names no layer.
@@ -46,7 +46,7 @@ def add_adapters(model: VisionLanguageModel, lora: Lora, seed: int) -> Adapters:
 
 
 def check_adapters(model: VisionLanguageModel, lora: Lora) -> list[str]:
-    """The layers that adapters go into.
+    """Return the layers to which adapters are added.
 
     Raises:
         ConfigError: peft is not installed, or a pattern names no layer.
@@ -61,9 +61,9 @@ def check_adapters(model: VisionLanguageModel, lora: Lora) -> list[str]:
 
 
 def save_adapters(model: VisionLanguageModel, adapters: Adapters, folder: Path, base: str) -> Path:
-    """Write adapters as peft does, under the names that transformers' model has.
+    """Save adapters in peft's format, under transformers' module names.
 
-    ``PeftModel.from_pretrained(model, folder)`` then puts them on transformers' model.
+    ``PeftModel.from_pretrained(model, folder)`` then loads them on transformers' model.
     """
     embedding = model.config.embedding_dim is not None
 
@@ -90,7 +90,7 @@ def save_adapters(model: VisionLanguageModel, adapters: Adapters, folder: Path, 
         config.save_pretrained(str(temporary))
         weights = temporary / "adapter_model.safetensors"
         save_file(tensors, str(weights), {"format": "pt"})
-        weights.chmod(0o644)  # safetensors writes for the owner alone
+        weights.chmod(0o644)  # safetensors makes files readable by the owner only
     return folder
 
 

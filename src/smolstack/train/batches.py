@@ -1,4 +1,4 @@
-"""From tokenized examples to tensors: their order, and micro-batches padded on the right."""
+"""Converts tokenized examples to tensors: their order, and micro-batches padded on the right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from smolstack.train.loss_mask import IGNORED, Supervisor, TokenizedExample
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass reads.
+    """The inputs of one forward pass.
 
     Padding stands on the right: a causal decoder never lets it reach a real token, so there is
     no mask.
@@ -30,8 +30,8 @@ class MicroBatch:
         labels: (B, T) int64, the token's own id where it carries loss, IGNORED elsewhere.
         tiles_per_sequence: tiles of each row, length B.
         images: every image with its plan, in order.
-        pixels: (N, 3, P, P) normalized tiles of all images, when a tower is trained on them.
-        states: (N, S, X), what a frozen tower made of them (see FrozenTower).
+        pixels: (N, 3, P, P) normalized tiles of all images, if the vision tower is trained.
+        states: (N, S, X), outputs of a frozen tower (see FrozenTower).
     """
 
     token_ids: Tensor
@@ -43,11 +43,11 @@ class MicroBatch:
 
     @property
     def supervised(self) -> int:
-        """Tokens that carry loss."""
+        """Number of tokens that carry loss."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on ``device``."""
+        """Return the micro-batch on ``device``."""
         pixels, states = self.pixels, self.states
         return replace(
             self,
@@ -61,7 +61,7 @@ class MicroBatch:
 def collate(
     tokenized_examples: Sequence[TokenizedExample], pad_id: int, processor: Processor | None
 ) -> MicroBatch:
-    """Tokenized examples as one micro-batch, images cut into tiles if there is a processor."""
+    """Return tokenized examples as one micro-batch, with tiles if a processor is given."""
     longest = max(len(tokenized.token_ids) for tokenized in tokenized_examples)
     token_ids = torch.full((len(tokenized_examples), longest), pad_id, dtype=torch.long)
     labels = torch.full_like(token_ids, IGNORED)
@@ -86,16 +86,16 @@ def collate(
 
 
 def as_source(image: ImageInput) -> ImageSource:
-    """An image of training data, which never is visual tokens."""
+    """Return an image of training data, which is never visual tokens."""
     if isinstance(image, VisualTokens):
         raise DataError("a training example holds visual tokens, expected an image")
     return image
 
 
 class Order:
-    """The endless order of examples: epoch after epoch, each shuffled by seed and number.
+    """The endless order of examples: epochs, each shuffled by the seed and its number.
 
-    Position ``i`` has one answer whatever was asked before, so a run can go on anywhere.
+    The example at position ``i`` does not depend on earlier calls, so a run can resume anywhere.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -112,18 +112,18 @@ class Order:
 
 
 class StepBatches(torch.utils.data.Dataset[list[MicroBatch]]):
-    """The micro-batches that one process reads at a step.
+    """The micro-batches that one process reads per step.
 
     The global batch is the same for any number of processes: positions step · batch to
-    (step + 1) · batch of the order, dealt out to the processes one by one.
+    (step + 1) · batch of the order, distributed to the processes in turn.
 
     Args:
-        source, supervisor: where tokenized_examples come from.
-        seed: of the order.
+        source, supervisor: provide the tokenized examples.
+        seed: seed of the order.
         batch: examples per step over all processes.
         micro_batch: examples per forward pass.
-        cut: cut images into tiles here, for a tower that is trained.
-        rank, processes: which process this is, of how many.
+        cut: preprocess images into tiles, for training the vision tower.
+        rank, processes: index of this process, and number of processes.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class StepBatches(torch.utils.data.Dataset[list[MicroBatch]]):
 def batches_of(
     tokenized_examples: Sequence[TokenizedExample], size: int, processor: Processor, *, cut: bool
 ) -> list[MicroBatch]:
-    """Tokenized examples in micro-batches of ``size``, in order."""
+    """Return tokenized examples in micro-batches of ``size``, in order."""
     return [
         collate(
             tokenized_examples[start : start + size], processor.pad_id, processor if cut else None

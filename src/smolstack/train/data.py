@@ -1,4 +1,4 @@
-"""Training data: folders, JSONL files and saved datasets, as examples that are read when needed."""
+"""Training data: folders, JSONL files and saved datasets, as examples that are read on demand."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from smolstack.errors import DataError
 from smolstack.processor import formats, pages
 from smolstack.processor.folders import PassedOver, search
 
-SUFFIXES = frozenset([*formats.SUFFIXES, *pages.SUFFIXES])  # of images and PDF files, as ask's
+SUFFIXES = frozenset([*formats.SUFFIXES, *pages.SUFFIXES])  # of images and PDF files, as for ask
 _log = logging.getLogger("smolstack")
-# The remedy for an answer that teaches a model to say nothing at all.
+# Advice about an empty answer, which would train the model to answer nothing.
 NO_WORDS = "leave the example out, or let it say what there is (none, say)"
 METADATA = "metadata.jsonl"
 FILE_KEYS, ANSWER_KEYS = ("file_name", "image", "picture"), ("text", "answer", "caption")
@@ -25,10 +25,10 @@ FILE_KEYS, ANSWER_KEYS = ("file_name", "image", "picture"), ("text", "answer", "
 
 @dataclass(frozen=True)
 class Example:
-    """One chat to learn from.
+    """A chat for training.
 
     Attributes:
-        name: what it is called in messages: its file, or its file and line.
+        name: its name in messages: its file, or its file and line.
         messages: the chat; its image parts hold their images.
     """
 
@@ -37,7 +37,7 @@ class Example:
 
 
 class Source(ABC):
-    """Examples by number; nothing but names or line starts is held in memory."""
+    """Examples by index; only names or line offsets are held in memory."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -49,14 +49,14 @@ class Source(ABC):
 def open_source(
     path: str | Path, question: str, rows: Sequence[Mapping[str, Any]] | None = None
 ) -> Source:
-    """The examples at ``path``: a folder, a .jsonl file, or a dataset saved by ``datasets``.
+    """Open the examples at ``path``: a folder, a .jsonl file, or a dataset saved by ``datasets``.
 
     Args:
-        question: asked about images that come with an answer alone.
+        question: the question about images that have only an answer.
         rows: the examples themselves, e.g. a ``datasets.Dataset``; ``path`` is then their name.
 
     Raises:
-        DataError: nothing is there, or nothing that can be read as examples.
+        DataError: the path does not exist, or cannot be read as examples.
     """
     if rows is not None:
         return Rows(str(path), rows, question)
@@ -129,7 +129,7 @@ class JsonLines(Source):
         return Example(name, read_row(name, row, self.question, self.path.parent))
 
     def row(self, index: int) -> tuple[str, Any]:
-        """What a line is called, and its value."""
+        """Return the name and the value of a line."""
         name = f"{self.path.name}, example {index + 1}"
         with self.path.open("rb") as file:
             file.seek(self.starts[index])
@@ -142,9 +142,9 @@ class JsonLines(Source):
 
 
 class Rows(Source):
-    """Rows by number: a list of dictionaries, or a ``datasets.Dataset``, read one at a time.
+    """Rows by index: a list of dictionaries, or a ``datasets.Dataset``, read one at a time.
 
-    Relative paths of images start at the working folder.
+    Relative image paths start at the working directory.
     """
 
     def __init__(self, name: str, rows: Sequence[Mapping[str, Any]], question: str) -> None:
@@ -168,7 +168,7 @@ class Rows(Source):
 
 
 class SavedDataset(Rows):
-    """A dataset that ``datasets`` saved to disk, memory-mapped; needs the package datasets."""
+    """A dataset saved by ``datasets``, memory-mapped; requires the package datasets."""
 
     def __init__(self, folder: Path, question: str) -> None:
         try:
@@ -180,14 +180,15 @@ class SavedDataset(Rows):
             ) from None
         try:
             rows = datasets.load_from_disk(str(folder))
-        except Exception as error:  # it raises many kinds
+        except Exception as error:  # it raises many error types
             raise DataError(f"{folder} cannot be read as a dataset: {error}") from error
         super().__init__(folder.name, rows, question)
 
 
 def read_row(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[str, Any], ...]:
-    """The chat of one row: its "messages" (with "images" beside them or inside), or an image
-    with its question and answer."""
+    """Return the chat of a row: its "messages" (with "images" in them or next to them), or an
+    image with question and answer.
+    """
     if not isinstance(row, Mapping):
         raise DataError(f"{name} is {row!r:.60}, expected an object")
     images = [_image(name, image, folder) for image in _images_of(row)]
@@ -211,14 +212,15 @@ def read_row(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[
 
 
 def question_of(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[str, Any], ...]:
-    """As :func:`read_row`, also of a row that has images and no answer: then it ends with the
-    question."""
+    """Like :func:`read_row`, but for a row with images and no answer the chat ends with the
+    question.
+    """
     answered = isinstance(row, Mapping) and any(isinstance(row.get(k), str) for k in ANSWER_KEYS)
     if answered or not isinstance(row, Mapping) or row.get("messages") is not None:
         return read_row(name, row, question, folder)
     images = [_image(name, image, folder) for image in _images_of(row)]
     if not images:
-        return read_row(name, row, question, folder)  # which says what is missing
+        return read_row(name, row, question, folder)  # raises an error about what is missing
     asked = row.get("question") or question
     return question_and_answer(name, images, asked, "-")[:1]
 
@@ -226,7 +228,7 @@ def question_of(name: str, row: Any, question: str, folder: Path) -> tuple[Mappi
 def question_and_answer(
     name: str, images: Sequence[Any], question: str, answer: str
 ) -> tuple[Mapping[str, Any], ...]:
-    """The chat of one question about images and its answer."""
+    """Return the chat of a question about images and its answer."""
     if not answer.strip():
         raise DataError(f"{name} has an answer without words; {NO_WORDS}")
     asked: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
@@ -247,7 +249,7 @@ def _images_of(row: Mapping[str, Any]) -> list[Any]:
 def _chat(
     name: str, messages: Any, images: Sequence[Any], folder: Path
 ) -> tuple[Mapping[str, Any], ...]:
-    """Messages with their images put into their image parts, in order."""
+    """Return messages with their images inserted into the image parts, in order."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise DataError(f"{name} has messages {messages!r:.60}, expected a list")
     rest = iter(images)
@@ -259,7 +261,7 @@ def _chat(
             continue
         parts = []
         for part in content:
-            # A table of datasets gives every part every key, those it lacks as null.
+            # In a datasets table every part has every key, with null for missing ones.
             filled = {key: value for key, value in part.items() if value is not None}
             if filled.get("type") == "image":
                 own = next(
@@ -273,7 +275,7 @@ def _chat(
         chat.append({**message, "content": parts})
     if (left := sum(1 for _ in rest)) and left != len(images):
         raise DataError(f"{name} has {len(images)} images, {left} of them without an image part")
-    if left:  # TRL's plain form: images beside a chat of strings belong to its first question
+    if left:  # TRL's plain format: images next to a chat of strings belong to its first question
         chat = _with_images_first(name, chat, images)
     return tuple(chat)
 
@@ -291,8 +293,8 @@ def _with_images_first(name: str, chat: list[Any], images: Sequence[Any]) -> lis
 
 
 def _image(name: str, value: Any, folder: Path) -> Any:
-    """A path made whole; bytes and PIL images as they are."""
-    if isinstance(value, Mapping):  # datasets' undecoded form
+    """Return a path relative to the folder as absolute; bytes and PIL images unchanged."""
+    if isinstance(value, Mapping):  # datasets' undecoded format
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
         if value.startswith(("http://", "https://")):

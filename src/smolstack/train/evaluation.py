@@ -1,4 +1,6 @@
-"""Evaluation during training: the loss of every example, and answers compared with the truth."""
+"""Evaluation during training: the loss of every example, and generated answers compared with the
+expected ones.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,12 @@ from smolstack.train.objective import AnswerLoss
 from smolstack.train.recipe import Evaluation
 from smolstack.vlm import VLM
 
-AT_ONCE = 8  # answers generated as one batch
+AT_ONCE = 8  # answers generated per batch
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One evaluation example as it was answered. ``image`` is its first one, small."""
+    """An answered evaluation example. ``image`` is its first image, reduced."""
 
     name: str
     question: str
@@ -45,9 +47,9 @@ class Evaluated:
 
     Attributes:
         loss: per token that carries loss, in nats.
-        exact: the share of answers that are the truth to the letter; None when none were asked.
-        character_error_rate: edits per character of truth, over all answers.
-        answered: every answer.
+        exact: share of answers equal to the expected answer; None if none were generated.
+        character_error_rate: edits per character of the expected answers, over all answers.
+        answered: all answers.
     """
 
     loss: float
@@ -56,7 +58,7 @@ class Evaluated:
     answered: tuple[Answered, ...] = ()
 
     def sentence(self) -> str:
-        """The result in words."""
+        """Return the result as text."""
         words = f"evaluation loss {self.loss:.4f}"
         if self.exact is not None and self.character_error_rate is not None:
             words += (
@@ -66,7 +68,7 @@ class Evaluated:
         return words
 
     def metrics(self) -> dict[str, float]:
-        """What goes into the log."""
+        """Return the values for the log."""
         found = {"evaluation_loss": self.loss}
         if self.exact is not None and self.character_error_rate is not None:
             found |= {"exact": self.exact, "character_error_rate": self.character_error_rate}
@@ -74,12 +76,12 @@ class Evaluated:
 
 
 class Evaluator:
-    """Evaluates a model that is being trained.
+    """Evaluates a model during training.
 
     Args:
-        vlm: holds the model.
-        source, supervisor: the examples.
-        settings: how many are answered.
+        vlm: contains the model.
+        source, supervisor: provide the examples.
+        settings: how many examples are answered.
         micro_batch: examples per forward pass.
         autocast: compute the loss in bfloat16.
     """
@@ -98,7 +100,7 @@ class Evaluator:
         self.settings, self.micro_batch, self.autocast = settings, micro_batch, autocast
 
     def __call__(self, loss: AnswerLoss, tower: FrozenTower | None) -> Evaluated:
-        """Evaluate the model as it stands; ``tower`` spares images a frozen one has seen."""
+        """Evaluate the current model; ``tower`` provides cached outputs of a frozen tower."""
         model = self.vlm.model
         was_training = model.training
         model.eval()
@@ -157,7 +159,9 @@ class Evaluator:
         tokenized: TokenizedExample,
         tower: FrozenTower | None,
     ) -> list[Mapping[str, Any]]:
-        """The chat up to its last answer, its images as visual tokens if a tower is frozen."""
+        """Return the chat up to its last answer, with visual tokens as images if the tower is
+        frozen.
+        """
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         asked = list(messages[:last])
         if tower is None or not tokenized.images:
@@ -176,7 +180,7 @@ class Evaluator:
 
 
 def with_states(batch: MicroBatch, tower: FrozenTower | None) -> MicroBatch:
-    """A micro-batch with what a frozen tower makes of its images."""
+    """Return a micro-batch with a frozen tower's outputs for its images."""
     return batch if tower is None else replace(batch, states=tower(batch.images))
 
 
@@ -211,17 +215,19 @@ def _text(message: Mapping[str, Any]) -> str:
 
 
 def check_evaluation(settings: Evaluation) -> None:
-    """Miss what evaluation needs before the first step, not after hours.
+    """Check that evaluation is possible, before the first step.
 
     Raises:
-        ConfigError: answers are to be compared and jiwer is not installed.
+        ConfigError: answers are requested and jiwer is not installed.
     """
     if settings.answers:
         _error_rate(["a"], ["a"])
 
 
 def _error_rate(truths: list[str], answers: list[str]) -> float:
-    """Character error rate over all pairs: edits per character of truth."""
+    """Return the character error rate over all pairs: edits per character of the expected
+    answers.
+    """
     try:
         import jiwer
     except ImportError:

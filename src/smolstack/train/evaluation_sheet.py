@@ -1,4 +1,6 @@
-"""A sheet of evaluation images with question, answer and truth; wrong answers first, in red."""
+"""Draws evaluation images with question, answer and expected answer; wrong answers first, in
+red.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def draw_sheet(answered: Sequence[Answered], path: Path) -> Path:
 
 
 def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """One line, cut off where the cell ends."""
+    """Return one line, truncated to the width of the cell."""
     line = " ".join(text.split())
     while line and font.getlength(line) > CELL - 2 * MARGIN:
         line = line[:-2].rstrip("…") + "…"

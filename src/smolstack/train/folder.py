@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, and whether a run may begin or go on there."""
+"""A run's folder: its contents, and whether a run may start or resume in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from smolstack.train.recipe import Recipe
 from smolstack.train.state import Saved, latest, read_state, remove_leftovers
 
 RECIPE, CHECKPOINTS, MODEL, CACHE = "recipe.json", "checkpoints", "model", "cache"
-# Keys that do not change what is learned: a run may go on with other values.
+# Keys that do not affect the result: a run may be resumed with other values.
 FREE = (
     "output",
     "checkpoint_every",
@@ -35,11 +35,11 @@ FREE = (
 
 
 def claim_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Saved | None:
-    """The checkpoint to go on from; None for a new run. Nothing is written or removed.
+    """Return the checkpoint to resume from; None for a new run. Nothing is written or removed.
 
     Raises:
-        TrainingError: an earlier run is there and nothing was said about it, or it had another
-            recipe, or its last checkpoint cannot be read.
+        TrainingError: there is an earlier run and neither resume nor overwrite is set, or it had
+            another recipe, or its last checkpoint cannot be read.
     """
     folder = Path(recipe.output)
     last = latest(folder / CHECKPOINTS)
@@ -56,13 +56,15 @@ def claim_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Saved | No
 
 
 def last_good(recipe: Recipe) -> str:
-    """Where the run's last checkpoint is, in words."""
+    """Describe where the run's last checkpoint is."""
     last = latest(Path(recipe.output) / CHECKPOINTS)
     return "there is no checkpoint yet" if last is None else f"the last good one is {last}"
 
 
 def prepare_folder(recipe: Recipe, saved: Saved | None) -> None:
-    """Make the run's folder fit to go on from ``saved``, or to begin: no earlier run's files."""
+    """Prepare the run's folder for resuming from ``saved``, or for a new run: files of earlier
+    runs are removed.
+    """
     folder = Path(recipe.output)
     if saved is None:
         for name in (METRICS, RECIPE):
@@ -75,7 +77,7 @@ def prepare_folder(recipe: Recipe, saved: Saved | None) -> None:
 
 
 def _check_recipe(recipe: Recipe, folder: Path) -> None:
-    """A run goes on with the recipe that it began with."""
+    """Check that a run is resumed with its original recipe."""
     try:
         began = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -89,7 +91,7 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Keys whose values differ, with both."""
+    """Yield the keys whose values differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}):
             inner = f"{key}.{name}" if key else name
@@ -102,12 +104,12 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
 
 
 def stored_dtype(folder: Path, wanted: str) -> torch.dtype:
-    """The number format that the trained checkpoint is saved in."""
+    """Return the dtype in which the trained checkpoint is saved."""
     if wanted != "auto":
         return DTYPES[wanted]
     sizes: dict[str, int] = {}
     for entry in read_entries(folder).values():
-        if entry.dtype in FLOAT_TYPES:  # what is beside integers, where there are any
+        if entry.dtype in FLOAT_TYPES:  # weights next to integers, if there are any
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
     most = max(sizes, key=lambda name: sizes[name])
     return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[most]

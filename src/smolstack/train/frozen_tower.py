@@ -1,4 +1,4 @@
-"""A frozen tower runs once per image: its outputs are kept on disk, by content.
+"""Caches the outputs of a frozen vision tower on disk, by image content.
 
 The connector folds s² patches into one visual token before it projects them. Folded or not, the
 tower's output has the same size; it is kept folded, in the number format that the projection reads
@@ -29,14 +29,14 @@ from smolstack.processor.processor import Processor
 from smolstack.processor.tiles import ImageSource
 from smolstack.train.batches import as_source
 
-FORMAT = b"2"  # counts up when what is stored changes its meaning
+FORMAT = b"2"  # changes when the meaning of the stored tensors changes
 
 
 class FrozenTower:
-    """What a frozen vision tower (and connector) makes of images.
+    """Outputs of a frozen vision tower (and connector) for images.
 
-    Every image is encoded by itself, so what is made of it does not depend on its neighbours:
-    with a cache and without one the numbers are the same.
+    Every image is encoded separately, so its outputs do not depend on other images and are the same
+    with and without a cache.
 
     Args:
         model: its vision tower is frozen.
@@ -46,7 +46,7 @@ class FrozenTower:
         cache: the folder of the cache, or None to compute every time.
 
     Attributes:
-        computed, read: images that the tower has seen, and those found in the cache.
+        computed, read: number of images encoded, and of those found in the cache.
     """
 
     def __init__(
@@ -72,13 +72,15 @@ class FrozenTower:
         )
 
     def __call__(self, images: Sequence[tuple[ImageInput, TilePlan]]) -> Tensor | None:
-        """Of all images' tiles, (N, S, s²·C), or (N, S, D) if projected; None of no images."""
+        """Return the outputs of all images' tiles, (N, S, s²·C), or (N, S, D) if projected; None
+        without images.
+        """
         if not images:
             return None
         return torch.cat([self.states(as_source(image), plan) for image, plan in images])
 
     def states(self, image: ImageSource, plan: TilePlan) -> Tensor:
-        """Of one image's tiles, on the model's device."""
+        """Return the outputs of one image's tiles, on the model's device."""
         path = None if self.cache is None else self._path(self.cache, image, plan)
         stored = None if path is None else _load(path)
         if stored is None:
@@ -93,7 +95,7 @@ class FrozenTower:
 
     @torch.no_grad()
     def _compute(self, tiles: Tensor) -> dict[str, Tensor]:
-        """States of the distinct tiles, and which of them each tile is."""
+        """Return the outputs of the distinct tiles, and the index of each tile among them."""
         model = self.model
         grid = model.vision.grid_of(tiles)
 
@@ -118,17 +120,17 @@ class FrozenTower:
 
 
 def _load(path: Path) -> dict[str, Tensor] | None:
-    """A cache entry, or None when there is no whole one."""
+    """Return a cache entry, or None if it is missing or incomplete."""
     if not path.is_file():
         return None
     try:
         return load_file(str(path))
     except (SafetensorError, OSError):
-        return None  # a disk that lost power: it is made again
+        return None  # e.g. after a power failure: computed again
 
 
 def _store(path: Path, entry: dict[str, Tensor]) -> None:
-    """Write beside its place, then rename: processes may write the same entry at once."""
+    """Write a temporary file, then rename it: several processes may write the same entry."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = save({name: tensor.cpu() for name, tensor in entry.items()})
     with whole_file(path) as beside:

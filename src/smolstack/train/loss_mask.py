@@ -1,9 +1,9 @@
-"""Which tokens carry loss: the assistant's words and the token that ends its turn, no others.
+"""The loss mask: only the assistant's text and the token that ends its turn carry loss.
 
-A chat template is a program that nobody knows beforehand. So the places are found by asking it:
-the chat up to an answer is rendered as a prompt, exactly as it will be when the model is asked, and
-the whole chat is rendered once. Where the prompt's tokens are how the whole begins, the answer's
-tokens follow it. Where they are not, the template is refused.
+Chat templates are arbitrary programs, so the answer's positions are determined by rendering: the
+chat up to an answer is rendered as a prompt, as it will be when the model is used, and the complete
+chat is rendered once. If the prompt's tokens are the beginning of the complete chat's tokens, the
+answer's tokens follow them. If not, the template is an error.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One example as the model reads it.
+    """A tokenized example.
 
     Attributes:
-        name: the example's.
-        token_ids: of the whole chat, visual tokens' places included.
+        name: the example's name.
+        token_ids: tokens of the whole chat, including image tokens.
         labels: the same ids where a token carries loss, IGNORED elsewhere.
-        images, plans: its images and how they are cut, in order.
+        images, plans: its images and their tile plans, in order.
     """
 
     name: str
@@ -41,18 +41,20 @@ class TokenizedExample:
 
     @property
     def supervised(self) -> int:
-        """Tokens that carry loss. (The first token of a chat never does: nothing precedes it.)"""
+        """Number of tokens that carry loss. (The first token of a chat never does: nothing
+        precedes it.)
+        """
         return sum(label != IGNORED for label in self.labels)
 
 
 class Supervisor:
-    """Turns examples into tokenized examples.
+    """Tokenizes examples and computes their loss masks.
 
     Args:
         processor: chat template, planner and tokenizer of the checkpoint.
         end_ids: tokens that end the assistant's turn.
-        max_tokens: the longest tokenized; 0 is the model's context.
-        tiling: how images become tiles.
+        max_tokens: maximum length; 0: the model's context.
+        tiling: how images are split into tiles.
     """
 
     def __init__(
@@ -68,11 +70,11 @@ class Supervisor:
         self.tiling: Tiling = tiling or {}
 
     def __call__(self, example: Example) -> TokenizedExample:
-        """An example as tokens and labels.
+        """Return an example as tokens and labels.
 
         Raises:
-            DataError: naming the example: a malformed chat, no answer in it, more tokens than the
-                limit, an image that cannot be opened, or a template that breaks the rule above.
+            DataError: names the example: the chat is malformed or has no answer, it has more tokens
+                than the limit, an image cannot be opened, or the template breaks the rule above.
         """
         try:
             return self._tokenized(example)
@@ -109,7 +111,7 @@ class Supervisor:
         return self.processor.tokenizer.encode(text)
 
     def _span(self, name: str, place: int, prompt: list[int], whole: list[int]) -> tuple[int, int]:
-        """Where the answer after ``prompt`` stands in ``whole``, its end token included."""
+        """Return the range of the answer after ``prompt`` in ``whole``, including its end token."""
         start = len(prompt)
         if whole[:start] != prompt:
             same = sum(1 for _ in _common(prompt, whole))
@@ -165,7 +167,7 @@ class Supervisor:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """The tokens that both begin with."""
+    """Return the common prefix of two token sequences."""
     shared = []
     for one, other in zip(first, second, strict=False):
         if one != other:

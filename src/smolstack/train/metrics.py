@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per step and per evaluation, and the plot made of it."""
+"""metrics.jsonl, with one line per step and per evaluation, and its plot."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ METRICS, PLOT = "metrics.jsonl", "loss.png"
 
 
 class Metrics:
-    """The run's log: appended to line by line, cut back to a checkpoint when a run goes on.
+    """The run's log: appended line by line, truncated to the checkpoint when a run is resumed.
 
     Args:
-        folder: the run's.
-        keep: steps (over all stages) whose lines are kept; what came after them was lost.
+        folder: the run's folder.
+        keep: number of steps (over all stages) whose lines are kept; later lines are removed.
         tensorboard: write TensorBoard files as well.
     """
 
@@ -41,7 +41,7 @@ class Metrics:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=keep + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line, at once."""
+        """Append one line and flush it."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -50,7 +50,7 @@ class Metrics:
                     self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        """Nothing is lost by a disk that refuses this: every line was flushed before."""
+        """Close the file, ignoring errors: every line is already flushed."""
         with suppress(OSError):
             self._file.close()
         if self._board is not None:
@@ -58,7 +58,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last one that a killed process left incomplete is left out."""
+    """Return the lines of a log, without an incomplete last line from a killed process."""
     if not path.is_file():
         return []
     lines = []
@@ -71,13 +71,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, complete or not at all."""
+    """Write a text file atomically."""
     with whole_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def plot(folder: Path) -> Path | None:
-    """Draw the run's losses into loss.png; None where matplotlib is not installed."""
+    """Draw the run's losses into loss.png; None if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -127,7 +127,7 @@ def _line(axes: Any, lines: list[dict[str, Any]], key: str, style: str, **look: 
 
 
 def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
-    """An exponential mean that starts at the first value without lag."""
+    """Return an exponential moving average that starts at the first value, without bias."""
     smoothed, total, count = [], 0.0, 0.0
     for value in values:
         total, count = total * weight + value, count * weight + 1

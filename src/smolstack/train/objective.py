@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, as a module: what DDP and FSDP wrap."""
+"""The loss of a micro-batch as a module, for wrapping by DDP and FSDP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AnswerLoss(nn.Module):
 
     Args:
         model: the network.
-        projected: the states of frozen towers are the connector's outputs already.
+        projected: the states of frozen towers are the connector's outputs.
     """
 
     def __init__(self, model: VisionLanguageModel, *, projected: bool = False) -> None:
@@ -31,7 +31,7 @@ class AnswerLoss(nn.Module):
         self.model, self.projected = model, projected
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """The sum over all tokens that carry loss: a scalar, float32."""
+        """Return the sum over all tokens that carry loss: a scalar, float32."""
         model = self.model
         embeddings: Tensor = model.decoder.embedding(batch.token_ids)
         visual = self._visual_tokens(batch)
@@ -54,10 +54,11 @@ class AnswerLoss(nn.Module):
         return loss if unused is None else loss + 0 * unused.float().sum()
 
     def _visual_tokens(self, batch: MicroBatch) -> Tensor | None:
-        """(N, S, D), or None where nothing about images is trained and there are none.
+        """Return (N, S, D), or None if there are no images and no part of the image path is
+        trained.
 
-        A batch without images sends one blank tile through what is trained, for a gradient of
-        zero: processes agree on the weights that take part, whatever their examples hold.
+        A batch without images passes one blank tile through the trained parts, for a gradient of
+        zero: all processes must use the same weights, whatever their examples contain.
         """
         model = self.model
         towers = [*model.vision.parameters(), *model.connector.parameters()]
@@ -83,7 +84,7 @@ class AnswerLoss(nn.Module):
 
 @contextmanager
 def recomputed(model: VisionLanguageModel, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing: the layers' inner results are made again in the backward pass."""
+    """Gradient checkpointing: activations of the layers are recomputed in the backward pass."""
     layers = [*model.vision.layers, *model.decoder.layers] if wanted else []
     for layer in layers:
         layer.forward = partial(_recomputed, layer.forward)

@@ -1,4 +1,4 @@
-"""AdamW in groups, and its schedule."""
+"""AdamW with parameter groups, and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], stage: Stage) -> torch.optim.AdamW:
-    """AdamW over weights by name: groups by learning rate and by whether weights decay.
+    """Return AdamW with groups by learning rate and weight decay.
 
-    Matrices decay; biases, norms and embeddings do not.
+    Weight decay applies to matrices, not to biases, norms and embeddings.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -35,7 +35,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], stage: Stage) -> torc
 
 
 def set_rates(optimizer: torch.optim.Optimizer, stage: Stage, step: int, steps: int) -> float:
-    """Set every group's rate for step ``step`` (from 0) of ``steps``; the highest of them."""
+    """Set every group's learning rate for step ``step`` (from 0) of ``steps``; return the
+    highest.
+    """
     factor = rate_factor(stage, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
@@ -43,7 +45,7 @@ def set_rates(optimizer: torch.optim.Optimizer, stage: Stage, step: int, steps: 
 
 
 def rate_factor(stage: Stage, step: int, steps: int) -> float:
-    """Linear from nearly 0 to 1 over the warm-up, then a cosine down to ``final_rate``."""
+    """Linear from nearly 0 to 1 during warm-up, then a cosine down to ``final_rate``."""
     if step < stage.warmup:
         return (step + 1) / (stage.warmup + 1)
     progress = (step - stage.warmup) / max(1, steps - stage.warmup)
@@ -53,7 +55,7 @@ def rate_factor(stage: Stage, step: int, steps: int) -> float:
 def moments(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The optimizer's memory as tensors named "weight|moment"; shards stay shards."""
+    """Return the optimizer state as tensors named "weight|moment"; shards stay shards."""
     found: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state: Mapping[str, Any] = optimizer.state.get(parameter, {})
@@ -66,7 +68,7 @@ def restore_moments(
     parameters: Mapping[str, nn.Parameter],
     saved: Mapping[str, Tensor],
 ) -> None:
-    """Give the optimizer back what :func:`moments` found (already sharded as its weights are)."""
+    """Restore optimizer state returned by :func:`moments` (already sharded like the weights)."""
     for name, parameter in parameters.items():
         state = {kind: saved[key] for kind in MOMENTS if (key := f"{name}|{kind}") in saved}
         if state:

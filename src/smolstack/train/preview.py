@@ -1,4 +1,4 @@
-"""What a run shows before it starts: how many tokens carry loss, and one example with its mask."""
+"""The summary before a run: how many tokens carry loss, and one example with its mask."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from smolstack.train.data import Source
 from smolstack.train.loss_mask import IGNORED, Supervisor, TokenizedExample
 from smolstack.train.progress import Display
 
-COUNTED = 200  # examples that are counted where not all are checked
-DECODERS, AT_ONCE = 4, 32  # threads that decode images, examples that they are given together
+COUNTED = 200  # examples checked if not all are
+DECODERS, AT_ONCE = 4, 32  # threads that decode images, and examples per batch of them
 
 
 @dataclass
 class Counts:
-    """Tokens of the examples looked at, by what becomes of them."""
+    """Token counts of the checked examples, by kind."""
 
     examples: int = 0
     tokens: int = 0
@@ -42,7 +42,7 @@ class Counts:
         self.longest = max(self.longest, len(tokenized.token_ids))
 
     def sentence(self) -> str:
-        """The counts in words."""
+        """Return the counts as text."""
         share = self.supervised / max(self.tokens, 1)
         return (
             f"{self.examples:,} examples, {self.tokens:,} tokens: {share:.1%} carry loss "
@@ -54,14 +54,14 @@ class Counts:
 def show_examples(
     sources: Mapping[str, Source], supervisor: Supervisor, display: Display, *, everything: bool
 ) -> None:
-    """Look at examples before anything is trained on them, and say what was seen.
+    """Check examples before training and print a summary.
 
     Args:
-        sources: by name; of the first one an example is shown with its mask.
-        everything: look at all of them, not only at the first few.
+        sources: sources by name; an example of the first one is shown with its mask.
+        everything: check all examples, not only the first ones.
 
     Raises:
-        DataError: an example that cannot be learned from, by its name.
+        DataError: an example is invalid; names it.
     """
     for number, (name, source) in enumerate(sources.items()):
         counts, shown = Counts(), None
@@ -82,8 +82,9 @@ def show_examples(
 def _examples_to_check(
     source: Source, supervisor: Supervisor, *, everything: bool
 ) -> Iterator[TokenizedExample]:
-    """Examples whose images can be decoded to the end; a truncated file is found here, and
-    not hours later."""
+    """Yield examples after decoding their images completely, so that truncated files are found
+    before training.
+    """
     count = len(source) if everything else min(len(source), COUNTED)
     seen: set[str] = set()
     with ThreadPoolExecutor(max(1, min(DECODERS, os.cpu_count() or 1))) as pool:
@@ -102,7 +103,7 @@ def _examples_to_check(
 def _new(
     tokenized_examples: Sequence[TokenizedExample], seen: set[str]
 ) -> Iterator[tuple[TokenizedExample, ImageInput]]:
-    """Tokenized examples and their images, a file once for all the examples that show it."""
+    """Yield tokenized examples and their images; each file only once."""
     for tokenized in tokenized_examples:
         for image in tokenized.images:
             if isinstance(image, (str, Path)):
@@ -122,7 +123,9 @@ def _decode(name: str, image: ImageInput) -> None:
 
 
 def mask_shown(tokenized: TokenizedExample, processor: Processor) -> Text:
-    """The example's text; what carries loss stands in ⟦ ⟧ (and bold green on a terminal)."""
+    """Return the example's text with the parts that carry loss in ⟦ ⟧ (and bold green on a
+    terminal).
+    """
     shown = Text()
     pairs = list(zip(tokenized.token_ids, tokenized.labels, strict=True))
     for carries, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
@@ -135,7 +138,7 @@ def mask_shown(tokenized: TokenizedExample, processor: Processor) -> Text:
 
 
 def _text(ids: Sequence[int], processor: Processor) -> str:
-    """Tokens as text, runs of visual tokens as one word."""
+    """Return tokens as text, with runs of visual tokens shortened."""
     image = processor.config.image_token_id
     pieces = []
     for visual, run in groupby(ids, key=lambda token: token == image):

@@ -1,4 +1,4 @@
-"""One process or several: torchrun's, with torch's own DDP or FSDP2."""
+"""One or more processes: started by torchrun, with torch's DDP or FSDP2."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from smolstack.errors import ConfigError
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.train.objective import AnswerLoss
 
-PATIENCE = datetime.timedelta(hours=6)  # others wait while the first process evaluates and saves
+# Timeout of the other processes while the first one evaluates and saves.
+PATIENCE = datetime.timedelta(hours=6)
 
-_trainings = itertools.count()  # of this process, the same in all of them
+_trainings = itertools.count()  # counts runs in this process, equal in all processes
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among all: ``rank`` of ``count``; the first one writes files."""
+    """This process among all: ``rank`` of ``count``; the first one writes files."""
 
     rank: int = 0
     count: int = 1
@@ -40,7 +41,7 @@ class Processes:
         return self.rank == 0
 
     def total(self, *values: float) -> list[float]:
-        """The sums of values over all processes."""
+        """Return the sums of values over all processes."""
         if self.count == 1:
             return list(values)
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -48,14 +49,14 @@ class Processes:
         return [float(value) for value in summed]
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until all processes arrive."""
         if self.count > 1:
             dist.barrier()
 
 
 @contextmanager
 def connected(device: torch.device) -> Iterator[Processes]:
-    """The processes that torchrun started, or this one alone."""
+    """Yield the processes that torchrun started, or this one alone."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 and "RANK" not in os.environ:
         yield Processes(device=device)
@@ -63,7 +64,7 @@ def connected(device: torch.device) -> Iterator[Processes]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    # A place of its own in the store: a second training would else read addresses of the first.
+    # A separate prefix in the store: otherwise a second run would read addresses of the first.
     store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -79,10 +80,10 @@ def connected(device: torch.device) -> Iterator[Processes]:
 
 
 class Spread:
-    """A loss module as the processes hold it, and its trained weights by their plain names.
+    """A loss module distributed over the processes, and its trained weights by plain name.
 
-    One process and DDP train the module's own weights. FSDP2 trains shards of a copy; the module
-    itself keeps whole weights for evaluation and saving, brought up to date by :meth:`gather`.
+    A single process and DDP train the module's own weights. FSDP2 trains shards of a copy; the
+    module itself keeps complete weights for evaluation and saving, updated by :meth:`gather`.
     """
 
     def __init__(self, loss: AnswerLoss, processes: Processes, parallel: str) -> None:
@@ -99,12 +100,12 @@ class Spread:
         }
 
     def models(self) -> list[VisionLanguageModel]:
-        """The networks in use: the whole one, and its shards if there are any."""
+        """The models in use: the complete one, and its shards if there are any."""
         return [self.loss.model, *([self.trained.model] if self.sharded else [])]
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Gradients are exchanged in the last backward pass of a step alone."""
+        """Exchange gradients only in the last backward pass of a step."""
         module: Any = self.module
         if self.sharded:
             module.set_requires_gradient_sync(last)
@@ -113,7 +114,7 @@ class Spread:
             yield
 
     def gather(self) -> None:
-        """Bring the whole weights up to date with the shards. All processes take part."""
+        """Update the complete weights from the shards. All processes must take part."""
         if not self.sharded:
             return
         own = dict(self.loss.model.named_parameters())
@@ -122,7 +123,7 @@ class Spread:
                 own[name].copy_(whole(parameter))
 
     def scatter(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors named "weight" or "weight|…" as this process holds that weight."""
+        """Convert complete tensors named "weight" or "weight|…" to this process's shards."""
         return {
             key: _like(tensor, self.parameters[key.partition("|")[0]])
             for key, tensor in tensors.items()
@@ -131,13 +132,15 @@ class Spread:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor without its shards. All processes take part."""
+    """Return a tensor without shards. All processes must take part."""
     full = getattr(tensor, "full_tensor", None)
     return tensor.detach() if full is None else full().detach()
 
 
 def _like(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A whole tensor, sharded as ``parameter`` is; scalars (a step count) stay whole."""
+    """Return a complete tensor, sharded like ``parameter``; scalars (a step count) are not
+    sharded.
+    """
     if not hasattr(parameter, "placements") or tensor.dim() == 0:
         # AdamW keeps its step count on the CPU.
         return tensor if tensor.dim() == 0 else tensor.to(parameter.device)
@@ -150,10 +153,10 @@ def _like(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _shard(loss: AnswerLoss, processes: Processes) -> AnswerLoss:
-    """A copy of the module under FSDP2: every layer a unit of its own, the rest with the root.
+    """Return a copy of the module under FSDP2: every layer is a unit, the rest belongs to the root.
 
-    A frozen vision tower runs outside the module (its outputs are cached): it is shared, not
-    copied, and stays whole.
+    A frozen vision tower runs outside the module (its outputs are cached), so it is shared and not
+    sharded.
     """
     try:
         from torch.distributed.device_mesh import init_device_mesh

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: lines and a progress bar on stderr."""
+"""Progress output of a run: lines and a progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from rich.text import Text
 
 
 class Display:
-    """Lines always, a progress bar on a terminal and in a notebook; nothing unless ``wanted``."""
+    """Prints lines, and a progress bar on a terminal and in a notebook; prints nothing unless
+    ``wanted``.
+    """
 
     def __init__(self, wanted: bool) -> None:
         terminal = sys.stderr.isatty()
@@ -44,17 +46,17 @@ class Display:
             self.console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
 
     def begin(self, name: str, total: int, done: int = 0) -> None:
-        """A new bar of ``total`` steps."""
+        """Show a new bar of ``total`` steps."""
         self.end()
         self._task = self._progress.add_task(name, total=total, completed=done, figures="")
 
     def advance(self, figures: str = "") -> None:
-        """One step done."""
+        """Advance the bar by one step."""
         if self._task is not None:
             self._progress.update(self._task, advance=1, figures=figures)
 
     def end(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None

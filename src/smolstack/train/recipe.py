@@ -1,4 +1,4 @@
-"""Recipes: a training run as data, from TOML or from Python, checked before any work."""
+"""Recipes: the description of a training run, from TOML or Python, validated before any work."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Lora:
     """Low-rank adapters (Hu et al. 2021), through peft.
 
     Attributes:
-        modules: patterns of linear layers by smolstack's names, ``*`` for anything:
+        modules: patterns of smolstack names of linear layers, with ``*`` as a wildcard:
             "decoder.layers.*.attention.query", "connector.proj", "vision.layers.*".
         rank, alpha, dropout: an adapter adds alpha / rank · B(A(dropout(x))).
-        connector: train the connector whole beside the adapters.
+        connector: also train the connector, fully.
     """
 
     modules: tuple[str, ...] = (
@@ -40,20 +40,21 @@ class Lora:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: what is trained, for how long, how fast.
+    """One stage of a run.
 
     Attributes:
         train: "connector" (both towers frozen), "connector+text" (vision tower frozen), "full",
-            or "lora" (adapters; all else frozen).
-        steps: optimizer steps; or give ``epochs``.
+            or "lora" (adapters; everything else frozen).
+        steps: optimizer steps; alternatively ``epochs``.
         epochs: passes over the training data; may be a fraction.
         batch: examples per step, over all processes.
-        micro_batch: examples per forward pass and process; the rest is accumulated, exactly.
-        learning_rate: the peak; ``learning_rates`` overrides it by part (vision, connector, text).
+        micro_batch: examples per forward pass and process; gradients are accumulated.
+        learning_rate: peak learning rate; ``learning_rates`` overrides it by part (vision,
+            connector, text).
         warmup: steps of linear warm-up; a cosine follows, down to ``final_rate`` · peak.
         weight_decay: on matrices; biases, norms and embeddings have none.
-        betas: AdamW's.
-        clip: largest norm of the gradient; 0 for any.
+        betas: betas of AdamW.
+        clip: maximum gradient norm; 0: no clipping.
         lora: the adapters of a "lora" stage.
     """
 
@@ -74,17 +75,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Data:
-    """Where examples come from, and how their images become tiles.
+    """The examples, and how their images are split into tiles.
 
     Attributes:
         train, evaluation: a folder of images with .txt files or metadata.jsonl, a .jsonl file of
             chats, or a dataset saved by ``datasets``; relative paths start at the recipe's folder.
-        question: asked about every image of a folder that gives answers alone.
-        max_tokens: the longest example; longer ones are refused by name. 0: the model's context.
+        question: the question about images of a folder that has only answers.
+        max_tokens: maximum length of an example; longer ones are errors. 0: the model's context.
         split, max_image_tokens, upscale: see smolstack.processor.geometry.Tiling.
         check: read every example's text and decode its images before the first step; False:
             the first 200 examples'.
-        workers: processes that read and cut images ahead; 0: none.
+        workers: processes that read and preprocess images ahead; 0: none.
     """
 
     train: str = ""
@@ -103,11 +104,11 @@ class Evaluation:
     """Evaluation during training, on the data's evaluation examples.
 
     Attributes:
-        every: steps between evaluations; 0: at the end of each stage alone.
+        every: steps between evaluations; 0: only at the end of each stage.
         answers: examples answered by generation (exact match, character error rate, sheet);
             the loss is of all examples.
-        max_new_tokens: the longest answer.
-        keep_special_tokens: compare special tokens too, which document models answer in.
+        max_new_tokens: maximum length of an answer.
+        keep_special_tokens: compare special tokens too, for document models.
     """
 
     every: int = 0
@@ -133,8 +134,8 @@ class Recipe:
         keep_checkpoints: older ones are removed.
         device: "auto", "cpu", "cuda", …
         parallel: "ddp" or "fsdp", under torchrun.
-        save_dtype: of the trained checkpoint; "auto" is the first model's own.
-        tensorboard: write TensorBoard files as well (extra ``tensorboard``).
+        save_dtype: dtype of the trained checkpoint; "auto": that of the base model.
+        tensorboard: also write TensorBoard files (extra ``tensorboard``).
     """
 
     output: str
@@ -159,10 +160,10 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
-        """A recipe from a TOML file.
+        """Read a recipe from a TOML file.
 
         Raises:
-            ConfigError: the file is not TOML, or a key is unknown, missing or has no meaning.
+            ConfigError: the file is not TOML, or a key is unknown, missing or invalid.
         """
         path = Path(path)
         if not path.is_file():
@@ -181,7 +182,7 @@ class Recipe:
     def from_dict(
         cls, values: Mapping[str, Any], *, where: str = "recipe", base: Path | None = None
     ) -> Recipe:
-        """A recipe from plain data; relative paths start at ``base`` when it is given."""
+        """Make a recipe from plain data; relative paths start at ``base`` if it is given."""
         recipe = _build(cls, values, where)
         assert isinstance(recipe, Recipe)
         return recipe if base is None else _rebased(recipe, base)
@@ -192,10 +193,10 @@ class Recipe:
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse values without meaning, naming the key.
+    """Check that all values are valid.
 
     Raises:
-        ConfigError: naming key, value and what was expected.
+        ConfigError: names the key, the value and what was expected.
     """
     _require(bool(recipe.output), "output", recipe.output, "a folder for the run")
     _require(bool(recipe.stages), "stages", list(recipe.stages), "at least one [[stages]]")
@@ -248,7 +249,7 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _rebased(recipe: Recipe, base: Path) -> Recipe:
-    """The same with relative paths starting at ``base``; a model may also be a hub id."""
+    """Return the recipe with relative paths starting at ``base``; a model may also be a hub id."""
     values = recipe.to_dict()
 
     def at_base(path: str) -> str:
@@ -263,7 +264,7 @@ def _rebased(recipe: Recipe, base: Path) -> Recipe:
 
 
 def _build(cls: Any, values: Any, where: str) -> Any:
-    """A dataclass from a table, every key known and of its type."""
+    """Make a dataclass from a table; every key must be known and have the right type."""
     if is_dataclass(values) and isinstance(values, cls):
         return values
     if not isinstance(values, Mapping):

@@ -1,4 +1,4 @@
-"""One stage as it runs: what is trained, the loop, its evaluations and checkpoints."""
+"""A running stage: what is trained, the training loop, its evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SEEDS = 2**31
 
 
 class Run(Protocol):
-    """What a stage knows of its run, a :class:`smolstack.train.trainer.Trainer`."""
+    """The interface of a run, :class:`smolstack.train.trainer.Trainer`, for its stages."""
 
     recipe: Recipe
     vlm: VLM
@@ -51,14 +51,14 @@ class Run(Protocol):
         """Add a line to the metrics."""
 
     def evaluate(self, running: RunningStage) -> None:
-        """Measure the loss, and answers if asked for."""
+        """Compute the loss and, if requested, answers."""
 
     def save(self, place: Place, optimizer: Mapping[str, Tensor]) -> None:
-        """Save a state that the run can go on from."""
+        """Save a state from which the run can resume."""
 
 
 class RunningStage:
-    """A stage of a run, set up and ready to go on from ``saved`` or from its beginning."""
+    """A stage of a run, ready to start or to continue from ``saved``."""
 
     def __init__(self, run: Run, number: int, saved: Saved | None) -> None:
         self.run, self.number = run, number
@@ -88,7 +88,7 @@ class RunningStage:
         return Place(self.number, self.step, self.before + self.step)
 
     def _frozen_tower(self) -> FrozenTower | None:
-        """The frozen part in front of what is trained; None when the tower itself is trained."""
+        """Return the frozen part before the trained one; None if the vision tower is trained."""
         run, model = self.run, self.run.vlm.model
         if any(parameter.requires_grad for parameter in model.vision.parameters()):
             return None
@@ -102,10 +102,10 @@ class RunningStage:
         )
 
     def go(self) -> None:
-        """Train to the stage's end.
+        """Train to the end of the stage.
 
         Raises:
-            TrainingError: a loss that is no number, or a checkpoint that cannot be written.
+            TrainingError: the loss or gradient is not finite, or a checkpoint cannot be written.
         """
         run = self.run
         run.vlm.model.train()
@@ -128,7 +128,7 @@ class RunningStage:
         run.display.end()
 
     def _batches(self) -> Iterator[list[MicroBatch]]:
-        """What is left of the stage, read ahead by workers if the recipe has any."""
+        """Yield the remaining batches of the stage, read ahead by workers if the recipe has any."""
         run, stage = self.run, self.stage
         data = StepBatches(
             run.train_source,
@@ -152,10 +152,10 @@ class RunningStage:
         )
 
     def _train(self, batches: list[MicroBatch]) -> dict[str, float]:
-        """One optimizer step; its line for the log.
+        """Run one optimizer step; return its line for the log.
 
-        The loss and its gradient are means over the tokens of the whole global batch, however it
-        is cut into processes and micro-batches.
+        The loss and its gradient are means over the tokens of the global batch, however it is
+        divided into processes and micro-batches.
         """
         run, processes = self.run, self.run.processes
         seed = (run.recipe.seed * 1_000_003 + self.place.total) * 1009 + processes.rank
@@ -193,7 +193,7 @@ class RunningStage:
         }
 
     def _clip(self) -> float:
-        """Bound the gradient's norm; the norm it had."""
+        """Clip the gradient norm; return the original norm."""
         parameters = self.spread.parameters
         without = [name for name, parameter in parameters.items() if parameter.grad is None]
         if without:
@@ -216,7 +216,7 @@ class RunningStage:
         )
 
     def _evaluate_and_save(self) -> None:
-        """Whatever is due after this step."""
+        """Run the evaluations and checkpoints that are due after this step."""
         recipe, ended = self.run.recipe, self.step == self.steps
         every = recipe.evaluation.every
         evaluate = ended or bool(every and self.step % every == 0)
@@ -235,7 +235,7 @@ class RunningStage:
 
 
 def steps_of(run: Run, number: int) -> int:
-    """Optimizer steps of a stage."""
+    """Return the optimizer steps of a stage."""
     stage = run.recipe.stages[number]
     if stage.batch % run.processes.count:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: complete or absent, JSON and safetensors alone.
+"""Checkpoints of a run, written atomically as JSON and safetensors.
 
-A checkpoint is a folder ``step-0000200`` that appears by renaming, with every weight that the run
-has changed so far, the optimizer's memory, and the place in stages, data and schedule. The random
-state of a step is made from seed, step and process, so its place says it too.
+A checkpoint is a folder ``step-0000200`` with every weight that the run has changed so far, the
+optimizer state, and the position in stages, data and schedule. The random state of a step is
+derived from seed, step and process, so the position determines it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ PREFIX = "step-"
 
 @dataclass(frozen=True)
 class Place:
-    """How far a run has come.
+    """The position of a run.
 
     Attributes:
-        stage: its number, from 0.
+        stage: index of the stage, from 0.
         step: steps done in that stage.
         total: steps done in all stages.
     """
@@ -43,7 +43,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint as it was read."""
+    """A checkpoint as read from disk."""
 
     folder: Path
     place: Place
@@ -53,10 +53,10 @@ class Saved:
     examples: int
 
     def check(self, base: str, examples: int, data: str) -> None:
-        """Whether a run with these base weights and so many examples may go on from here.
+        """Check that a run with these base weights and examples may resume from here.
 
         Raises:
-            TrainingError: it began with others.
+            TrainingError: the run was started with others.
         """
         if self.base != base:
             raise TrainingError(
@@ -81,11 +81,11 @@ def save_state(
     """Write a checkpoint into ``folder`` and remove all but the last ``keep``.
 
     Args:
-        base: a digest of the weights that the run began with.
-        examples: how many there are; a resumed run must find as many.
+        base: digest of the base weights.
+        examples: number of examples; a resumed run must have the same number.
 
     Raises:
-        TrainingError: it cannot be written; earlier checkpoints are as they were.
+        TrainingError: it cannot be written; earlier checkpoints are unchanged.
     """
     target = folder / f"{PREFIX}{place.total:07d}"
     values = {"place": asdict(place), "base": base, "examples": examples, "format": 1}
@@ -108,14 +108,14 @@ def save_state(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
+    """Return the run's checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.name.startswith(PREFIX) and p.is_dir())
 
 
 def latest(folder: Path) -> Path | None:
-    """The last complete checkpoint."""
+    """Return the last complete checkpoint."""
     found = checkpoints(folder)
     return found[-1] if found else None
 
@@ -124,7 +124,7 @@ def read_state(folder: Path) -> Saved:
     """Read a checkpoint.
 
     Raises:
-        TrainingError: a file of it is missing or damaged.
+        TrainingError: a file is missing or damaged.
     """
     try:
         values: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -141,7 +141,7 @@ def read_state(folder: Path) -> Saved:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written beside the checkpoints."""
+    """Remove incomplete checkpoints of killed processes."""
     if folder.is_dir():
         for path in folder.glob(f".{PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -152,7 +152,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold it before its name says so."""
+    """Flush a file to disk before it is renamed."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Which weights a stage trains, by their names."""
+"""Selects the weights that a stage trains, by name."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from smolstack.errors import ConfigError
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.train.recipe import Lora, Stage
 
-BASE = ".base_layer"  # what peft inserts into the name of a layer that it adapts
+BASE = ".base_layer"  # inserted by peft into the name of an adapted layer
 
 
 def part_of(name: str) -> str:
-    """ "vision", "connector" or "text": the part that a weight belongs to."""
+    """Return the part of a weight: "vision", "connector" or "text"."""
     first = name.partition(".")[0]
     return first if first in ("vision", "connector") else "text"
 
 
 def trained_parts(stage: Stage) -> tuple[str, ...]:
-    """The parts that a stage trains whole."""
+    """Return the parts that a stage trains fully."""
     if stage.train == "lora":
         return ("connector",) if stage.lora.connector else ()
     return {
@@ -31,13 +31,13 @@ def trained_parts(stage: Stage) -> tuple[str, ...]:
 
 
 def adapted_layers(model: nn.Module, lora: Lora) -> list[str]:
-    """Names of the linear layers that the patterns name, in the model's order.
+    """Return the names of the linear layers that match the patterns, in the model's order.
 
     Raises:
-        ConfigError: a pattern that names no linear layer, or one that cannot be adapted.
+        ConfigError: a pattern matches no linear layer, or one that cannot be adapted.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    # The head's weight is used without its module, which an adapter would never notice.
+    # The head's weight is used without its module, so an adapter would have no effect.
     linear = [name for name in linear if name != "head"]
     chosen: set[str] = set()
     for pattern in lora.modules:
@@ -58,12 +58,12 @@ def adapted_layers(model: nn.Module, lora: Lora) -> list[str]:
 
 
 def _pattern(name: str) -> str:
-    """A layer's name with a star for its number."""
+    """Return a layer's name with ``*`` in place of its index."""
     return ".".join("*" if piece.isdigit() else piece for piece in name.split("."))
 
 
 def changed_weights(model: VisionLanguageModel, stage: Stage) -> set[str]:
-    """Names of the weights that differ once the stage is over, adapters merged."""
+    """Return the names of the weights that a stage changes, with adapters merged."""
     parts = trained_parts(stage)
     names = {name for name, _ in model.named_parameters() if part_of(name) in parts}
     if stage.train == "lora":
@@ -72,12 +72,12 @@ def changed_weights(model: VisionLanguageModel, stage: Stage) -> set[str]:
 
 
 def plain_name(name: str) -> str:
-    """A weight's name without what peft inserted."""
+    """Return a weight's name without peft's insertions."""
     return name.replace(BASE, "")
 
 
 def freeze(model: VisionLanguageModel, stage: Stage) -> None:
-    """Let gradients reach the stage's weights alone; adapters keep theirs."""
+    """Enable gradients for the stage's weights only; adapters keep theirs."""
     parts = trained_parts(stage)
     for name, parameter in model.named_parameters():
         adapter = ".lora_" in name

@@ -1,4 +1,4 @@
-"""A training run: set up, stage by stage, a checkpoint folder at the end."""
+"""A training run: set-up, stages, and the trained checkpoint folder."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ Rows: TypeAlias = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run made.
+    """The result of a run.
 
     Attributes:
         model: the trained checkpoint's folder.
         steps: optimizer steps over all stages.
         evaluated: the last evaluation, None without evaluation data.
-        rank: the process that says so; 0 is the first.
+        rank: index of the process; 0 is the first.
     """
 
     model: Path
@@ -74,21 +74,21 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Trained:
-    """Run a recipe to its end; under torchrun, on all its processes.
+    """Run a recipe; under torchrun, on all its processes.
 
     Args:
         recipe: see Recipe.
-        rows: training examples in place of the files that the recipe names, e.g. a
-            ``datasets.Dataset``; the recipe's ``data.train`` is then what messages call them.
+        rows: training examples instead of the recipe's files, e.g. a ``datasets.Dataset``; the
+            recipe's ``data.train`` is then only their name in messages.
         evaluation_rows: the same for evaluation.
-        resume: go on from the last checkpoint in ``recipe.output``, if there is one.
-        overwrite: begin anew where an earlier run has been; that run's files are removed.
-        quiet: say nothing and show no progress.
+        resume: continue from the last checkpoint in ``recipe.output``, if there is one.
+        overwrite: start over; files of an earlier run are removed.
+        quiet: print nothing and show no progress.
 
     Raises:
         ConfigError, CheckpointError: the recipe or the model cannot be used.
-        DataError: an example cannot be learned from; named, before the first step.
-        TrainingError: the run cannot go on; its last checkpoint is intact.
+        DataError: an example is invalid; names it, before the first step.
+        TrainingError: the run cannot continue; its last checkpoint is intact.
     """
     with (
         connected(choose_device(recipe.device)) as processes,
@@ -106,7 +106,7 @@ def train(
 
 
 class Trainer:
-    """A run's model, data and folder; the stages do the work."""
+    """The model, data and folder of a run; the stages do the training."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Trainer:
         if self.vlm.config.embedding_dim is not None:
             raise ConfigError(f"{folder} ends in an embedding head; it gives no answers to train")
         for parameter in self.vlm.model.parameters():
-            parameter.data = parameter.data.clone()  # no longer the mapped file
+            parameter.data = parameter.data.clone()  # a copy instead of the mapped file
         self.base = weights_digest(self.vlm.model.parameters()).hex()
         self.cache_folder: Path | None = None
         if recipe.cache:
@@ -160,7 +160,7 @@ class Trainer:
                 display,
                 everything=data.check,
             )
-        processes.wait()  # nobody looks for an earlier run once this one has begun to write
+        processes.wait()  # all have looked for an earlier run before this one writes
         self.metrics: Metrics | None = None
         if processes.first:
             place = Place() if self.saved is None else self.saved.place
@@ -169,7 +169,7 @@ class Trainer:
         processes.wait()
 
     def run(self) -> Trained:
-        """All stages from where the run stands, then the checkpoint folder."""
+        """Run the remaining stages, then write the checkpoint folder."""
         begin = 0 if self.saved is None else self.saved.place.stage
         try:
             for number in range(begin, len(self.recipe.stages)):
@@ -196,12 +196,12 @@ class Trainer:
             yield f"the vision tower is frozen; its outputs are kept in {self.cache_folder}"
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """One line for metrics.jsonl."""
+        """Write one line to metrics.jsonl."""
         if self.metrics is not None:
             self.metrics.write(line)
 
     def evaluate(self, running: RunningStage) -> None:
-        """Evaluate the model as it stands, on the first process; the others wait."""
+        """Evaluate the current model in the first process; the others wait."""
         if self.evaluation_source is not None and self.processes.first:
             evaluator = Evaluator(
                 self.vlm,
@@ -221,7 +221,7 @@ class Trainer:
         self.processes.wait()
 
     def save(self, place: Place, optimizer: Mapping[str, Tensor]) -> None:
-        """Write a checkpoint, by the first process."""
+        """Write a checkpoint in the first process."""
         if self.processes.first:
             save_state(
                 self.folder / CHECKPOINTS,
@@ -237,7 +237,7 @@ class Trainer:
 
     @contextmanager
     def _writing(self, target: Path) -> Iterator[None]:
-        """What the disk refuses is said in one sentence; the checkpoints are there still."""
+        """Convert errors of the disk to a TrainingError in one sentence; checkpoints are kept."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -246,7 +246,7 @@ class Trainer:
             ) from error
 
     def restore_weights(self, saved: Saved) -> None:
-        """Put a checkpoint's weights into the model, which has its adapters already."""
+        """Load a checkpoint's weights into the model, which already has its adapters."""
         own = dict(self.vlm.model.named_parameters())
         with torch.no_grad():
             for name, tensor in saved.weights.items():
@@ -258,7 +258,7 @@ class Trainer:
                 own[name].copy_(tensor)
 
     def _changed(self, stage: int) -> dict[str, Tensor]:
-        """The weights that the run has changed so far, by their names of now."""
+        """Return the weights that the run has changed so far, by their current names."""
         earlier = {
             name
             for before in self.recipe.stages[:stage]
@@ -272,14 +272,14 @@ class Trainer:
 
     @property
     def _plain(self) -> Any:
-        """The model's shape without adapters, for names."""
+        """Return the model's structure without adapters, for names."""
         from smolstack.model.vlm import VisionLanguageModel
 
         with torch.device("meta"):
             return VisionLanguageModel(self.vlm.config)
 
     def _finish(self, running: RunningStage) -> None:
-        """Merge a stage's adapters, after saving them as peft does."""
+        """Save a stage's adapters in peft's format, then merge them."""
         if running.adapters is None:
             return
         if self.processes.first:
@@ -304,7 +304,7 @@ class Trainer:
         return target
 
     def _check_stages(self) -> None:
-        """What a later stage would trip over is said before the first one begins."""
+        """Check the settings of all stages before the first one starts."""
         for stage in self.recipe.stages:
             if stage.train == "lora":
                 check_adapters(self.vlm.model, stage.lora)

@@ -30,7 +30,7 @@ _MOST_QUERIES = 16384  # maximum channels of all query heads that share a key he
 _TOKENS = 1024  # prompt tokens per pass
 # Each row's cache position, and its key and value buffers, layer by layer.
 _Pointers: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
-_Held: TypeAlias = "tuple[ctypes.Array[native.Place], _Pointers, _Pointers]"
+_Held: TypeAlias = "tuple[ctypes.Array[native.CacheSlot], _Pointers, _Pointers]"
 _MOST_ROWS = 64  # beyond it torch's matrix products are as fast
 
 
@@ -91,11 +91,11 @@ class NativeDecoder:
         rows = embeddings.shape[0]
         embeddings = embeddings.float().contiguous()
         logits = torch.empty(rows, self.vocabulary)
-        places, keys, values = _places(cache, rows)
+        slots, keys, values = _slots(cache, rows)
         failed = self.kernels.decode_step(
             ctypes.addressof(self._struct),
             rows,
-            ctypes.addressof(places),
+            ctypes.addressof(slots),
             ctypes.addressof(keys),
             ctypes.addressof(values),
             embeddings.data_ptr(),
@@ -121,10 +121,10 @@ class NativeDecoder:
         rows, new, _ = embeddings.shape
         if isinstance(cache, RaggedKVCache):
             counts = cache.counts
-            places, keys, values = _places(cache, len(counts))
+            slots, keys, values = _slots(cache, len(counts))
             states = torch.cat(
                 [
-                    self._prefill(some, part, (places, keys, values))
+                    self._prefill(some, part, (slots, keys, values))
                     for some, part in _split(counts, embeddings[0].float())
                 ]
             )
@@ -133,15 +133,15 @@ class NativeDecoder:
                 ends = torch.tensor(counts).cumsum(0) - 1
                 return self._head(states[ends])
             return self._head(states)[None]
-        places, keys, values = _places(cache, rows)
+        slots, keys, values = _slots(cache, rows)
         own = [
-            native.Place(max(p.past, p.first), p.capacity, p.first) for p in places
+            native.CacheSlot(max(p.past, p.first), p.capacity, p.first) for p in slots
         ]  # skip the row's padding
-        counts = [new - max(0, p.first - p.past) for p in places]
+        counts = [new - max(0, p.first - p.past) for p in slots]
         tokens = torch.cat(
             [embeddings[row, new - count :].float() for row, count in enumerate(counts)]
         )
-        held = ((native.Place * rows)(*own), keys, values)
+        held = ((native.CacheSlot * rows)(*own), keys, values)
         states = torch.zeros(rows, new, self.hidden)
         for some, part in _split(counts, tokens):
             done = torch.split(self._prefill(some, part, held), list(some.values()))
@@ -157,7 +157,7 @@ class NativeDecoder:
 
         The tokens are concatenated row by row; ``rows`` gives each row's count.
         """
-        (places, keys, values), layers = held, len(self._layers)
+        (slots, keys, values), layers = held, len(self._layers)
         states = tokens.clone(memory_format=torch.contiguous_format)  # written in place
         of_rows = [row * layers + layer for row in rows for layer in range(layers)]
         pointers = ctypes.c_void_p * len(of_rows)
@@ -165,7 +165,7 @@ class NativeDecoder:
             ctypes.addressof(self._struct),
             len(rows),
             (ctypes.c_int64 * len(rows))(*rows.values()),
-            (native.Place * len(rows))(*(places[row] for row in rows)),
+            (native.CacheSlot * len(rows))(*(slots[row] for row in rows)),
             pointers(*(keys[at] for at in of_rows)),
             pointers(*(values[at] for at in of_rows)),
             states.data_ptr(),
@@ -267,18 +267,18 @@ def _linears(layer: Any) -> list[Any]:
     return [*attention, layer.gate, layer.up, layer.down]
 
 
-def _places(cache: KVCache | RaggedKVCache, rows: int) -> _Held:
+def _slots(cache: KVCache | RaggedKVCache, rows: int) -> _Held:
     """Each row's cache position and its buffers, layer by layer."""
     if isinstance(cache, RaggedKVCache):
-        places = [native.Place(one.length, one.capacity, 0) for one in cache.caches]
+        slots = [native.CacheSlot(one.length, one.capacity, 0) for one in cache.caches]
         keys = [start for one in cache.caches for start in one.addresses[0]]
         values = [start for one in cache.caches for start in one.addresses[1]]
     else:
         first = [0] * rows if cache.padding is None else cache.padding.tolist()
-        places = [native.Place(cache.length, cache.capacity, padding) for padding in first]
+        slots = [native.CacheSlot(cache.length, cache.capacity, padding) for padding in first]
         keys, values = _of_rows(cache.keys, rows), _of_rows(cache.values, rows)
     pointers = ctypes.c_void_p * len(keys)
-    return (native.Place * rows)(*places), pointers(*keys), pointers(*values)
+    return (native.CacheSlot * rows)(*slots), pointers(*keys), pointers(*values)
 
 
 def _of_rows(buffers: Sequence[Tensor], rows: int) -> list[int]:

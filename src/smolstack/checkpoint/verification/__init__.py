@@ -1,1 +1,1 @@
-"""Is a checkpoint complete, and do its files agree? ``smolstack verify`` shows what is found."""
+"""Checks that a checkpoint is complete and its files are consistent (``smolstack verify``)."""

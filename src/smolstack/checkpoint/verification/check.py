@@ -1,4 +1,4 @@
-"""One thing that was looked at, and every difference that was found."""
+"""The result of one check: the differences that it found."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from smolstack.errors import SmolstackError
 
 @dataclass
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what was looked at.
-        found: what it was found to be, in one line.
+        name: name of the check.
+        found: summary of what was found, in one line.
         problems: every difference, one sentence each.
-        remarks: what is unusual and not wrong.
-        skipped: whether an earlier difference made it impossible.
+        remarks: unusual but valid findings.
+        skipped: whether an earlier difference prevented the check.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Check:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Note an error as a difference instead of ending at it."""
+        """Record an error raised in the block as a difference."""
         try:
             yield
         except (SmolstackError, OSError) as error:

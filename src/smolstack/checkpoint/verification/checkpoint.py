@@ -1,4 +1,4 @@
-"""The checks of ``smolstack verify``: each goes on after a difference and lists them all."""
+"""The checks of ``smolstack verify``; a difference does not end the other checks."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ NAMES = (
 
 
 def check_checkpoint(where: Path | ModelPath, *, values: bool = False) -> list[Check]:
-    """Every check of a checkpoint.
+    """Run all checks on a checkpoint.
 
     Args:
-        where: a Hugging Face checkpoint folder, or whatever else is loaded.
+        where: a Hugging Face checkpoint folder, or anything else that can be loaded.
         values: also read all weights and look for NaN and infinity.
 
     Raises:
-        CheckpointError: there is nothing to look at.
+        CheckpointError: there are no files to check.
     """
     where = ModelPath(where) if isinstance(where, Path) else where
     if not where.path.exists():
@@ -84,7 +84,7 @@ def check_checkpoint(where: Path | ModelPath, *, values: bool = False) -> list[C
 
 
 def _kind(check: Check, where: ModelPath) -> str | None:
-    """What the checkpoint came as; None where it is something else, which is said."""
+    """Return the checkpoint's format; None, with a difference, if it is not supported."""
     with check.collecting():
         if where.path.is_dir():
             refuse_other_kinds(where.path)
@@ -98,7 +98,9 @@ def _check_weights(
     config: ModelConfig | None,
     weights: Stored | None,
 ) -> ModelConfig | None:
-    """Names, shapes, the head and the values; the config with its head as the weights have it."""
+    """Check names, shapes, the head and the values; return the config with the head as determined
+    by the weights.
+    """
     names = checks["names and shapes"]
     if config is not None and weights is not None:
         with names.collecting():
@@ -120,7 +122,9 @@ def _check_weights(
 
 
 def _folder_weights(check: Check, folder: Path, raw: Mapping[str, Any]) -> Stored | None:
-    """The weights of a plain folder, every difference of its files noted; None for none."""
+    """Return the weights of a plain folder, recording differences of its files; None if there are
+    none.
+    """
     entries = read_weight_files(check, folder, raw)
     if not entries:
         return None
@@ -141,7 +145,7 @@ def _folder_weights(check: Check, folder: Path, raw: Mapping[str, Any]) -> Store
 def _check_source(
     first: Check, check: Check, where: ModelPath
 ) -> tuple[CheckpointFiles | None, Stored | None]:
-    """What is no plain folder: it opens, or the one difference that it does not open for."""
+    """Check that anything but a plain folder opens, or record why it does not."""
     with first.collecting():
         source = open_source(where)
         first.found = ", ".join(sorted(source.files.side))
@@ -162,7 +166,7 @@ def _skip(*checks: Check) -> None:
 
 
 def _check_files(check: Check, folder: Path) -> CheckpointFiles | None:
-    """Each file there is can be read, and none is missing."""
+    """Check that all files are present and readable."""
     present = [name for name in ("config.json", *SIDE_FILES) if (folder / name).is_file()]
     for name in present:
         if name.endswith(".json") and name not in ("vocab.json", "added_tokens.json"):
@@ -177,7 +181,7 @@ def _check_files(check: Check, folder: Path) -> CheckpointFiles | None:
 
 
 def _config_alone(folder: Path) -> Mapping[str, Any]:
-    """config.json when something else is wrong with the folder; empty when it is that."""
+    """Return config.json if another file caused the error; empty if config.json did."""
     try:
         return read_json(folder / "config.json")
     except (SmolstackError, OSError):
@@ -185,7 +189,7 @@ def _config_alone(folder: Path) -> Mapping[str, Any]:
 
 
 def _check_config(check: Check, raw: Mapping[str, Any]) -> ModelConfig | None:
-    """Each part of config.json, then all of them together."""
+    """Check each part of config.json, then all of them together."""
     if not raw:
         _skip(check)
         return None
@@ -196,7 +200,7 @@ def _check_config(check: Check, raw: Mapping[str, Any]) -> ModelConfig | None:
     if isinstance(text, Mapping):
         with check.collecting():
             RopeConfig.from_hf(text)
-        with check.collecting():  # the rest, whatever its rotary positions are
+        with check.collecting():  # the rest, independently of the RoPE settings
             rest = {k: v for k, v in text.items() if k not in ("rope_parameters", "rope_scaling")}
             TextConfig.from_hf({**rest, "rope_theta": 1.0})
     for key in ("scale_factor", "image_token_id"):
@@ -218,7 +222,7 @@ def _check_config(check: Check, raw: Mapping[str, Any]) -> ModelConfig | None:
 def _check_preprocessing(
     check: Check, files: CheckpointFiles | None, config: ModelConfig | None
 ) -> ImageSettings | None:
-    """How images are prepared, against the vision tower and the connector."""
+    """Check the image preprocessing against the vision tower and the connector."""
     if files is None:
         _skip(check)
         return None
@@ -243,7 +247,7 @@ def _check_preprocessing(
 def _check_grid(
     check: Check, files: CheckpointFiles, settings: ImageSettings, config: ModelConfig
 ) -> None:
-    """Tiles as they are cut, against the tower's patches and the connector's scale."""
+    """Check the tile size against the tower's patches and the connector's scale."""
     vision, edge = config.vision, settings.tile_edge
     side = edge // vision.patch_size
     if not 0 < side <= vision.side:

@@ -1,4 +1,4 @@
-"""Checks of the tokenizer and of the prompts that it makes, against the model's config."""
+"""Checks of the tokenizer and its prompts against the model's config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smolstack.text import plural
 def check_tokenizer(
     check: Check, files: CheckpointFiles, config: ModelConfig
 ) -> TextTokenizer | None:
-    """The vocabulary fits, and the ids that the config names are the tokens it means."""
+    """Check that the vocabulary fits and that the ids in the config are the intended tokens."""
     tokenizer: TextTokenizer | None = None
     with check.collecting():
         tokenizer = TextTokenizer(files.side["tokenizer.json"], files.tokenizer_config)
@@ -55,8 +55,9 @@ def check_prompt(
     settings: ImageSettings,
     tokenizer: TextTokenizer,
 ) -> None:
-    """A question about an image, split into tiles or not as the folder says: one placeholder, and
-    its visual tokens in their number."""
+    """Check the prompt of a question about an image: one placeholder, and the right number of
+    visual tokens.
+    """
     with check.collecting():
         processor = Processor(config, settings, tokenizer, files.chat_template)
         ends = end_tokens(files, config, processor)
@@ -104,7 +105,7 @@ def check_prompt(
 def _check_ids(
     check: Check, files: CheckpointFiles, config: ModelConfig, tokenizer: TextTokenizer
 ) -> None:
-    """Ids of config.json and generation_config.json, each a token of the vocabulary."""
+    """Check that the ids of config.json and generation_config.json are tokens of the vocabulary."""
     places = {
         "config.json": files.config,
         "config.json text_config": files.config.get("text_config", {}),
@@ -121,7 +122,7 @@ def _check_ids(
                 if 0 <= token_id < config.text.vocab_size and tokenizer.token(token_id):
                     continue
                 message = f"{place} {key} is {token_id}, which is no token of the vocabulary"
-                # Published files have a padding id past the vocabulary; nothing looks it up.
+                # Published files have a padding id outside the vocabulary; it is never looked up.
                 (check.remarks if key == "pad_token_id" else check.problems).append(message)
 
 

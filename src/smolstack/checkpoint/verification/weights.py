@@ -1,4 +1,4 @@
-"""Checks of the weight files: readable, named, shaped, tied and finite as they should be."""
+"""Checks of the weight files: readable, with the expected names, shapes and ties, and finite."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def read_weight_files(check: Check, folder: Path, raw: Mapping[str, Any]) -> dict[str, Entry]:
-    """Every tensor of every file that can be opened; empty when a file cannot."""
+    """Return the tensors of every readable file; empty if one cannot be opened."""
     promised = _promised(check, folder)
     entries: dict[str, Entry] = {}
     total = 0
@@ -54,7 +54,7 @@ def read_weight_files(check: Check, folder: Path, raw: Mapping[str, Any]) -> dic
 
 
 def describe(entries: Mapping[str, Entry], size: int) -> str:
-    """Weights in one line: files, bytes, number and formats."""
+    """Describe weights in one line: files, bytes, number and formats."""
     elements = sum(entry.weights for entry in entries.values())
     formats = sorted({entry.stored or entry.dtype for entry in entries.values()})
     files = plural(len({entry.file for entry in entries.values()}), "file")
@@ -65,7 +65,7 @@ def describe(entries: Mapping[str, Entry], size: int) -> str:
 
 
 def check_names(check: Check, config: ModelConfig, entries: Mapping[str, Entry]) -> None:
-    """Each weight that the config describes is there, in its shape, and no other."""
+    """Check that all weights of the config are present with their shapes, and no others."""
     expected = expected_weights(config)
     for name, weight in sorted(expected.items()):
         shape = list(weight.shape)
@@ -83,7 +83,7 @@ def check_names(check: Check, config: ModelConfig, entries: Mapping[str, Entry])
 
 
 def check_tie(check: Check, config: ModelConfig, weights: Stored) -> None:
-    """What config.json says of the head, against the weights. The weights decide in loading."""
+    """Check config.json's tie flag against the weights, which decide when loading."""
     entries = weights.entries
     head, embedding = f"{keys.LM_HEAD}.weight", keys.to_hf("decoder.embedding.weight")
     if {f"{keys.EMBEDDING_HEAD}.weight", f"{keys.EMBEDDING_HEAD}.{PACKED}"} & set(entries):
@@ -105,7 +105,7 @@ def check_tie(check: Check, config: ModelConfig, weights: Stored) -> None:
 
 
 def check_values(check: Check, weights: Stored) -> None:
-    """No weight holds NaN or infinity, and integers are what config.json says."""
+    """Check that no weight is NaN or infinite, and that integers match config.json."""
     read = 0
     with check.collecting():
         for name, tensor in weights.read(None):
@@ -120,7 +120,7 @@ def check_values(check: Check, weights: Stored) -> None:
 
 
 def _promised(check: Check, folder: Path) -> dict[str, str] | None:
-    """Weight → file as the index says; empty for a single file, None when there is nothing."""
+    """Return weight → file from the index; empty for a single file, None if there is none."""
     if (folder / SINGLE).is_file():
         return {}
     with check.collecting():

@@ -3,7 +3,7 @@
 Importing this package registers the architecture ``idefics3`` with a variant per published
 checkpoint. From then on ``fms.models.get_model("idefics3", "smolvlm-256m", model_path=…,
 source="hf")``, ``fms.models.get_model("hf_pretrained", model_path=…)``,
-``fms.utils.generation.generate`` and ``fms.models.hf.to_hf_api`` know it.
+``fms.utils.generation.generate`` and ``fms.models.hf.to_hf_api`` support it.
 """
 
 try:

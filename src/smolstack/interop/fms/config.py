@@ -1,6 +1,8 @@
-"""One config as the Foundation Model Stack nests it, and as smolstack does: both directions."""
+"""Converts configs between the Foundation Model Stack's form and smolstack's, in both
+directions.
+"""
 
-# No postponed annotations here: FMS's ModelConfig.load finds nested configs by their classes.
+# No postponed annotations: FMS's ModelConfig.load finds nested configs by their classes.
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +17,15 @@ from smolstack.family import PRESETS
 
 @dataclass
 class Idefics3Config(FMSConfig):  # type: ignore[misc]
-    """Both towers as FMS configs, and the bridge between them.
+    """FMS configs of both towers, and of the connector.
 
     Attributes:
         vision_config, text_config: sizes of FMS's SigLIP and LLaMA.
         scale: s, edge of the block of patches that becomes one visual token.
-        image_token_id: marks the places of visual tokens.
-        embedding_dim: width of a retrieval head in place of the language head (ColSmol).
-        model_type: "idefics3" or "smolvlm", the name under which Hugging Face files know it.
-        bos_token_id, eos_token_ids, pad_token_id: as the checkpoint's config has them.
+        image_token_id: the id at the positions of visual tokens.
+        embedding_dim: width of a retrieval head that replaces the language head (ColSmol).
+        model_type: "idefics3" or "smolvlm", the name in Hugging Face files.
+        bos_token_id, eos_token_ids, pad_token_id: as in the checkpoint's config.
         fused_weights: one matrix for query, key and value, and one for gate and up.
     """
 
@@ -39,19 +41,19 @@ class Idefics3Config(FMSConfig):  # type: ignore[misc]
     fused_weights: bool = True
 
     def __post_init__(self) -> None:
-        # A file, or keyword arguments from one, has lists.
+        # JSON files, and keyword arguments read from them, contain lists.
         self.eos_token_ids = tuple(self.eos_token_ids)
 
 
-# FMS's names of activations that have another one here.
+# FMS's names of activations with another name here.
 _ACTIVATIONS = {"gelu-tanh": "gelu_pytorch_tanh", "swish": "silu"}
 
 
 def to_fms_config(config: ModelConfig) -> Idefics3Config:
-    """A smolstack config for FMS.
+    """Convert a smolstack config to an FMS config.
 
     Raises:
-        ConfigError: FMS's modules have no form for one of the values.
+        ConfigError: FMS's modules do not support one of the values.
     """
     vision, text = config.vision, config.text
     if text.head_dim * text.num_heads != text.hidden_size:
@@ -106,7 +108,7 @@ def to_fms_config(config: ModelConfig) -> Idefics3Config:
 
 
 def to_smolstack_config(config: Idefics3Config) -> ModelConfig:
-    """The smolstack config of an FMS model; the inverse of :func:`to_fms_config`."""
+    """Convert an FMS config to a smolstack config; the inverse of :func:`to_fms_config`."""
     vision: Any = config.vision_config
     text: Any = config.text_config
     scaling = dict(text.rope_scaling)
@@ -157,17 +159,17 @@ def to_smolstack_config(config: Idefics3Config) -> ModelConfig:
 
 
 def variants() -> dict[str, Idefics3Config]:
-    """An FMS config per published checkpoint, by preset name."""
+    """Return an FMS config per published checkpoint, by preset name."""
     return {name: to_fms_config(preset.config) for name, preset in PRESETS.items()}
 
 
 def _activation(name: str) -> str:
-    """An activation that FMS names, as Hugging Face's files do."""
+    """Return the Hugging Face name of an FMS activation."""
     return _ACTIVATIONS.get(name.lower(), name.lower())
 
 
 def _growth(inner: int, width: int) -> float:
-    """The factor from which FMS computes ``inner`` as int(factor · width)."""
+    """Return the factor from which FMS computes ``inner`` as int(factor · width)."""
     factor = inner / width
     return factor if int(factor * width) == inner else (inner + 0.5) / width
 

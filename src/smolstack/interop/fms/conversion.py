@@ -1,4 +1,4 @@
-"""Between a smolstack model and the Foundation Model Stack's form of it."""
+"""Converts between smolstack models and Foundation Model Stack models."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ARCHITECTURE = "idefics3"
 
 
 def from_smolstack(model: VisionLanguageModel, **options: Any) -> Idefics3:
-    """The FMS model of a loaded smolstack model.
+    """Return the FMS model of a loaded smolstack model.
 
-    Weights that FMS keeps as they are share storage; fused and reordered ones are copied.
+    Weights with the same layout in FMS share storage; fused and reordered ones are copied.
 
     Args:
         model: ``smolstack.load(…).model``.
-        **options: as :class:`Idefics3` takes them, e.g. ``fused_weights=False``.
+        **options: as for :class:`Idefics3`, e.g. ``fused_weights=False``.
     """
     with torch.device("meta"):
         converted = Idefics3(to_fms_config(model.config), **options)
@@ -38,10 +38,11 @@ def from_smolstack(model: VisionLanguageModel, **options: Any) -> Idefics3:
 
 
 def to_smolstack(model: Idefics3) -> VisionLanguageModel:
-    """The smolstack model of an FMS model; ``save_checkpoint`` makes a Hugging Face folder of it.
+    """Return the smolstack model of an FMS model; ``save_checkpoint`` writes it as a Hugging Face
+    folder.
 
     Raises:
-        CheckpointError: the model is divided between processes, or has no decoder.
+        CheckpointError: the model is split between processes, or has no decoder.
     """
     with torch.device("meta"):
         converted = VisionLanguageModel(to_smolstack_config(model.get_config()))
@@ -50,12 +51,12 @@ def to_smolstack(model: Idefics3) -> VisionLanguageModel:
 
 
 def hf_state_dict(model: Idefics3) -> dict[str, Tensor]:
-    """An FMS model's weights under the names and in the layout of Hugging Face checkpoints."""
+    """Return an FMS model's weights with the names and layout of Hugging Face checkpoints."""
     return _adapt(model, "fms_to_hf", _own(model))
 
 
 def _own(model: Idefics3) -> dict[str, Tensor]:
-    """The model's weights, a tied head left out."""
+    """Return the model's weights without a tied head."""
     if isinstance(model.distributed_strategy, TensorParallelStrategy) or model._vision_only:
         what = "has no decoder" if model._vision_only else "holds one process's share of the layers"
         raise CheckpointError(f"the model {what}; expected a whole one to convert its weights")

@@ -1,4 +1,4 @@
-"""The FMS model behind Hugging Face's interfaces: ``to_hf_api``, ``hf_pretrained``."""
+"""Hugging Face interfaces of the FMS model: ``to_hf_api``, ``hf_pretrained``."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from smolstack.interop.fms.inputs import attention_mask as fms_mask
 from smolstack.interop.fms.inputs import positions
 from smolstack.interop.fms.model import Idefics3
 
-# Typed as Any: transformers' own annotations cover parts of it only.
+# Typed as Any: transformers is only partly annotated.
 _TransformersConfig: Any = configuration_idefics3.Idefics3Config
-# The key/value cache's name in transformers' outputs changed in the course of version 5.
+# The name of the KV cache in transformers' outputs changed within version 5.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def build_idefics3_params(config: Any) -> dict[str, Any]:
-    """FMS's model parameters for a transformers config, for ``get_model("hf_pretrained", …)``.
+    """Return FMS's model parameters for a transformers config, for ``get_model("hf_pretrained",
+    …)``.
 
-    Where the config comes from a folder, the folder's own config.json is read instead, strictly,
-    and its weights say whether the head is tied or one for retrieval.
+    If the config comes from a folder, the folder's config.json is read strictly instead, and the
+    weights determine whether the head is tied or a retrieval head.
 
     Raises:
         ConfigError, CheckpointError: the folder, its config or its weights cannot be used.
@@ -49,13 +50,13 @@ def build_idefics3_params(config: Any) -> dict[str, Any]:
 
 
 class HFAdaptedIdefics3Config(_TransformersConfig):  # type: ignore[misc]
-    """transformers' Idefics3Config under a name of its own, so that saved folders load again."""
+    """transformers' Idefics3Config under a different name, so that saved folders can be loaded."""
 
     model_type = "hf_adapted_idefics3"
 
     @classmethod
     def from_fms_config(cls, config: Idefics3Config, **overrides: Any) -> HFAdaptedIdefics3Config:
-        """The config of an FMS model."""
+        """Convert the config of an FMS model."""
         own = to_smolstack_config(config)
         data = own.to_hf()
         data["vision_config"]["model_type"] = "idefics3_vision"
@@ -97,20 +98,20 @@ class HFAdaptedIdefics3ForConditionalGeneration(HFModelArchitecture, GenerationM
         return cls(config, model)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
+        """Return the token embedding."""
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Put another token embedding in place."""
+        """Replace the token embedding."""
         self.model.language_model.base_model.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         head: nn.Module = self.model.language_model.head
         return head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Put another head in place."""
+        """Replace the head."""
         self.model.language_model.head = value
 
     def forward(  # noqa: PLR0917 - transformers' own order
@@ -129,9 +130,9 @@ class HFAdaptedIdefics3ForConditionalGeneration(HFModelArchitecture, GenerationM
         past_key_values: Any = None,
         **_: Any,
     ) -> Any:
-        """As transformers' Idefics3ForConditionalGeneration; attentions and states are not kept.
+        """As transformers' Idefics3ForConditionalGeneration, without attentions and hidden states.
 
-        Images are read with the prompt: together with tokens that follow it they are ignored.
+        Images are read with the prompt; with later tokens they are ignored.
         """
         cache = past_key_values if cache is None else cache
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -187,7 +188,7 @@ class HFAdaptedIdefics3ForConditionalGeneration(HFModelArchitecture, GenerationM
 
 
 def _attention(mask: Tensor | None, past: int, embeddings: Tensor) -> dict[str, Tensor]:
-    """FMS's mask and positions for transformers' mask, (B, past + T), 1 on real tokens."""
+    """Return FMS's mask and positions for transformers' mask, (B, past + T), 1 on real tokens."""
     rows, new = embeddings.shape[:2]
     if mask is not None and mask.dim() != 2:
         raise ConfigError(
@@ -201,7 +202,7 @@ def _attention(mask: Tensor | None, past: int, embeddings: Tensor) -> dict[str, 
 
 
 def _held(cache: Any, layers: int, past: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Keys and values as FMS passes them: one pair (B, kv heads, L, K) per layer."""
+    """Return keys and values in FMS's form: a pair (B, kv heads, L, K) per layer."""
     if not past:
         return None
     return [(cache.layers[i].keys, cache.layers[i].values) for i in range(layers)]

@@ -1,4 +1,6 @@
-"""What a call says about its images, read for the packer; and a Batch for FMS's ``generate``."""
+"""Reads the image arguments of a call for the packer, and converts a Batch for FMS's
+``generate``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from smolstack.batch import Batch
 from smolstack.errors import AlignmentError, GridError
 
-# Keywords about images; everything else of a call belongs to FMS's attention.
+# Image keywords; all other keywords of a call are for FMS's attention.
 IMAGE_KEYS = (
     "pixel_values",
     "pixel_attention_mask",
@@ -28,7 +30,7 @@ class Tiles:
 
     Attributes:
         pixels: (N, 3, P, P); per_sequence: tiles of each row; filled: (rows, columns) of patches
-            that hold image, per tile, None when all are full.
+            that contain image, per tile, None if all are full.
     """
 
     pixels: Tensor
@@ -37,7 +39,7 @@ class Tiles:
 
 
 def split_images(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keywords about images, and the others; None and empty pixels count as absent."""
+    """Split keywords into image keywords and others; None and empty pixels count as absent."""
     images = {k: v for k, v in kwargs.items() if k in IMAGE_KEYS and v is not None}
     pixels = images.get("pixel_values")
     if isinstance(pixels, Tensor) and pixels.numel() == 0:
@@ -47,7 +49,7 @@ def split_images(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 def read_tiles(
     pixel_values: Tensor,
-    places: Sequence[int],
+    image_tokens: Sequence[int],
     tokens_per_tile: int,
     patch: int,
     *,
@@ -55,28 +57,28 @@ def read_tiles(
     tile_grids: Sequence[tuple[int, int]] | None = None,
     tiles_per_sequence: Sequence[int] | None = None,
 ) -> Tiles:
-    """Tiles of each row, without guessing from pixels which of them are padding.
+    """Return the tiles of each row, without guessing from pixels which of them are padding.
 
     Args:
         pixel_values: (N, 3, P, P), the tiles of all rows one after another, or (B, most, 3, P, P)
-            as transformers' processors give them, where rows with fewer tiles are padded.
-        places: image tokens of each row.
+            as from transformers' processors, in which rows with fewer tiles are padded.
+        image_tokens: image tokens of each row.
         tokens_per_tile: S.
         patch: pixels of a patch's side.
-        pixel_attention_mask: as pixel_values without the channels; true where there is image.
-        tile_grids: patches that hold image per tile, instead of a mask.
-        tiles_per_sequence: tiles of each row; otherwise the mask says so, or the image tokens do.
+        pixel_attention_mask: shape of pixel_values without channels; true where there is image.
+        tile_grids: patches that contain image, per tile, instead of a mask.
+        tiles_per_sequence: tiles of each row; default: from the mask or the image tokens.
 
     Raises:
-        AlignmentError: tiles and image tokens cannot belong together.
-        GridError: a mask that is no rectangle from the top left.
+        AlignmentError: tiles and image tokens do not match.
+        GridError: a mask is not a rectangle from the top left.
     """
     if pixel_values.dim() not in (4, 5):
         raise GridError(
             f"pixel_values have shape {tuple(pixel_values.shape)}, expected (N, 3, P, P) or "
             "(B, tiles, 3, P, P)"
         )
-    counts = [count // tokens_per_tile for count in places]
+    counts = [count // tokens_per_tile for count in image_tokens]
     if tiles_per_sequence is not None:
         counts = [int(count) for count in tiles_per_sequence]
     mask = pixel_attention_mask
@@ -100,9 +102,9 @@ def read_tiles(
 
 
 def generation_inputs(batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-    """A smolstack Batch for ``fms.utils.generation.generate``: (input_ids, extra_kwargs).
+    """Convert a smolstack Batch for ``fms.utils.generation.generate``: (input_ids, extra_kwargs).
 
-    Positions and mask are given where rows are padded; FMS extends both token by token.
+    Positions and mask are included if rows are padded; FMS extends both token by token.
     """
     extra: dict[str, Any] = {"tiles_per_sequence": batch.tiles_per_sequence}
     if batch.visual_tokens is not None:
@@ -118,14 +120,14 @@ def generation_inputs(batch: Batch) -> tuple[Tensor, dict[str, Any]]:
 
 
 def positions(real: Tensor, new: int) -> Tensor:
-    """Rotary positions of the last ``new`` tokens, counted on real ones: (B, L) → (B, new)."""
+    """Return positions of the last ``new`` tokens, counting real tokens: (B, L) → (B, new)."""
     return (real.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new:]
 
 
 def attention_mask(real: Tensor, new: int) -> Tensor:
-    """What the last ``new`` of L tokens may attend to: (B, L) bool → (B, new, L), 0 or -inf.
+    """Return the mask of the last ``new`` of L tokens: (B, L) bool → (B, new, L), 0 or -inf.
 
-    Real tokens before and at their own place; padding sees itself, so that no row sees nothing.
+    A token attends to real tokens up to itself; padding attends to itself, so that no row is empty.
     """
     length = real.shape[1]
     keys = torch.arange(length, device=real.device)
@@ -135,16 +137,18 @@ def attention_mask(real: Tensor, new: int) -> Tensor:
 
 
 def causal_again(mask: Tensor) -> Tensor:
-    """The whole mask of L tokens, (B, L, L), from one whose last row is (B, 1, L).
+    """Return the complete mask of L tokens, (B, L, L), from one whose last row is (B, 1, L).
 
-    Without a cache FMS's ``generate`` keeps only the last row from one token to the next, and so
-    would let every token see those after it.
+    Without a cache, FMS's ``generate`` keeps only the last row between tokens, which would let
+    every token attend to later ones.
     """
     return attention_mask(mask[:, -1] == 0, mask.shape[-1])
 
 
 def _slots(pixels: Tensor, counts: Sequence[int]) -> Tensor:
-    """Which of the (B, most) tiles are real, bool: the first of each row; the rest must be 0."""
+    """Return which of the (B, most) tiles are real, bool: the first of each row; the rest must be
+    0.
+    """
     rows, most = pixels.shape[:2]
     if len(counts) != rows or max(counts, default=0) > most:
         raise AlignmentError(
@@ -163,7 +167,7 @@ def _slots(pixels: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _filled(mask: Tensor, patch: int) -> tuple[tuple[int, int], ...] | None:
-    """Patches of each tile that hold image, from pixels (N, P, P); None when all tiles are."""
+    """Return the patches of each tile that contain image, from pixels (N, P, P); None if all do."""
     seen = mask.bool().unfold(1, patch, patch).unfold(2, patch, patch).flatten(3).any(dim=3)
     if bool(seen.all()):
         return None

@@ -1,6 +1,6 @@
-"""Idefics3 / SmolVLM out of the Foundation Model Stack's modules.
+"""Idefics3 / SmolVLM built from the Foundation Model Stack's modules.
 
-FMS's SigLIP tower and LLaMA decoder, with smolstack's connector and packer between them.
+FMS's SigLIP tower and LLaMA decoder with smolstack's connector and packer.
 
 Shapes (docs/shapes.md): B sequences, T tokens, N tiles, H×W patches of a tile, C the vision hidden
 size, S visual tokens per tile, D the text hidden size.
@@ -29,7 +29,7 @@ from smolstack.model.tile_passes import in_passes
 
 
 class TokenEmbedding(nn.Embedding):
-    """An embedding that lets through what is embedded already, as FMS's generation hook does."""
+    """An embedding that passes embedded inputs through, as FMS's generation hook produces them."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T) ids, or (B, T, D) embeddings → (B, T, D)."""
@@ -40,14 +40,14 @@ class Idefics3(nn.Module):
     """Vision tower → connector → packer → decoder, in FMS's form.
 
     Args:
-        config: sizes; keyword arguments replace single values, nested configs by dictionaries.
-        distributed_strategy: FMS's. Under tensor parallelism the decoder's layers are divided, and
-            the tower's too where the number of processes divides them; connector, embedding and
-            head stay whole.
+        config: sizes; keyword arguments override single values, dictionaries those of nested
+            configs.
+        distributed_strategy: FMS's. Tensor parallelism splits the decoder's layers, and the tower's
+            if the number of processes divides them; connector, embedding and head are not split.
         vision_only: build no decoder, only what :meth:`prepare_inputs_for_generation` needs.
     """
 
-    # Weights of a Hugging Face folder that FMS reads when there is no decoder.
+    # Weights of a Hugging Face folder that FMS reads without a decoder.
     VISION_ONLY_HF_PREFIXES = (
         "model.vision_model.",
         "model.connector.",
@@ -84,11 +84,11 @@ class Idefics3(nn.Module):
 
     @classmethod
     def from_config(cls, config: Idefics3Config) -> Idefics3:
-        """A model of these sizes; weights are not initialized."""
+        """Return a model of these sizes with uninitialized weights."""
         return cls(config)
 
     def get_config(self) -> Idefics3Config:
-        """The config, with what keyword arguments replaced."""
+        """Return the config, with overridden values."""
         found: Idefics3Config = self.config
         return found
 
@@ -101,7 +101,7 @@ class Idefics3(nn.Module):
         return found
 
     def reset_parameters(self) -> None:
-        """Random weights, each module's as FMS has them."""
+        """Initialize with random weights, as FMS does for each module."""
         self.vision_tower.reset_parameters()
         self.connector.proj.reset_parameters()
         if self._vision_only:
@@ -112,10 +112,10 @@ class Idefics3(nn.Module):
             nn.init.zeros_(self.language_model.head.bias)
 
     def post_init(self) -> None:
-        """Called by FMS when weights are in place: ties, rotary tables.
+        """Set ties and RoPE tables; called by FMS when the weights are loaded.
 
         Raises:
-            CheckpointError: the checkpoint held only some of the weights.
+            CheckpointError: the checkpoint lacks some of the weights.
         """
         self.vision_tower.post_init()
         if not self._vision_only:
@@ -136,18 +136,18 @@ class Idefics3(nn.Module):
         use_cache: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Logits (B, T, V), or with ``use_cache`` (logits, keys and values of each layer).
+        """Return logits (B, T, V), or with ``use_cache`` (logits, keys and values of each layer).
 
         Args:
             input_ids_or_embeds: (B, T) ids, or (B, T, D) as
                 :meth:`prepare_inputs_for_generation` returns them.
-            position_ids: (B, T); by default counted from the cache's length.
-            past_key_value_states: what an earlier call returned.
+            position_ids: (B, T); default: counted from the cache's length.
+            past_key_value_states: returned by an earlier call.
             use_cache: return keys and values.
-            **kwargs: ``mask``, ``last_n_tokens`` and whatever FMS's attention takes; with ids and
-                no cache also the images, as :meth:`merge` takes them.
+            **kwargs: ``mask``, ``last_n_tokens`` and other arguments of FMS's attention; with ids
+                and no cache also the images, as for :meth:`merge`.
 
-        A retrieval model (ColSmol) returns embeddings of unit length (B, T, E) in place of logits.
+        A retrieval model (ColSmol) returns embeddings of unit length (B, T, E) instead of logits.
         """
         if self._vision_only:
             raise ConfigError(
@@ -178,14 +178,14 @@ class Idefics3(nn.Module):
     def prepare_inputs_for_generation(
         self, iteration: int, input_ids: Tensor, kwargs: MutableMapping[str, Any]
     ) -> tuple[Tensor, MutableMapping[str, Any]]:
-        """What FMS's ``generate`` takes as its ``prepare_model_inputs_hook``.
+        """The ``prepare_model_inputs_hook`` for FMS's ``generate``.
 
-        Images are encoded once, at the prompt, and every row of the batch gets its own. Image
-        tokens that the model itself writes are ordinary tokens.
+        Images are encoded once, with the prompt, and merged into their rows. Image tokens generated
+        by the model are ordinary tokens.
 
         Raises:
             AlignmentError: image tokens and tiles of a row differ, before anything is encoded.
-            ContextLengthError: ``max_seq_len`` cut into the prompt.
+            ContextLengthError: ``max_seq_len`` has truncated the prompt.
         """
         if self.config.embedding_dim is not None:
             raise ConfigError("this checkpoint ends in an embedding head; it writes no text")
@@ -206,7 +206,7 @@ class Idefics3(nn.Module):
         visual, counts = self._visual_tokens(prompt, images)
         merged = self._splice(prompt, visual, counts)
         merged = torch.cat((merged, self.embedding(input_ids[:, length:])), dim=1)
-        if not cached:  # the whole text is read again, its images are not
+        if not cached:  # the text is read again, its images are not
             rest |= {
                 "visual_tokens": visual,
                 "tiles_per_sequence": counts,
@@ -215,24 +215,25 @@ class Idefics3(nn.Module):
         return merged, rest
 
     def merge(self, input_ids: Tensor, **images: Any) -> Tensor:
-        """Text embeddings with visual tokens in their places: (B, T) → (B, T, D).
+        """Return text embeddings with visual tokens merged in: (B, T) → (B, T, D).
 
         Args:
             input_ids: (B, T).
-            **images: ``pixel_values``, (N, 3, P, P) or (B, most, 3, P, P), and, where tiles are
-                only partly filled, ``pixel_attention_mask`` or ``tile_grids``; or
-                ``visual_tokens`` (N, S, D). ``tiles_per_sequence`` is needed only where image
-                tokens alone do not say it.
+            **images: ``pixel_values``, (N, 3, P, P) or (B, most, 3, P, P), and, for partly filled
+                tiles, ``pixel_attention_mask`` or ``tile_grids``; or ``visual_tokens`` (N, S, D).
+                ``tiles_per_sequence`` is only needed if image tokens do not determine it.
 
         Raises:
-            AlignmentError, GridError: naming the row, what was found and what was expected.
+            AlignmentError, GridError: names the row, what was found and what was expected.
         """
         return self._splice(input_ids, *self._visual_tokens(input_ids, images))
 
     def encode_tiles(
         self, tiles: Tensor, filled: Sequence[tuple[int, int]] | None = None
     ) -> Tensor:
-        """Visual tokens of tiles, a few at a time, equal ones once: (N, 3, P, P) → (N, S, D)."""
+        """Return visual tokens of tiles, a few at a time, equal ones once: (N, 3, P, P) → (N, S,
+        D).
+        """
         grid = self.vision_tower.grid_of(tiles)
         weight = self.connector.proj.weight
         tokens = (grid[0] // self.config.scale) * (grid[1] // self.config.scale)
@@ -247,17 +248,17 @@ class Idefics3(nn.Module):
     def _visual_tokens(
         self, input_ids: Tensor, images: dict[str, Any]
     ) -> tuple[Tensor, tuple[int, ...]]:
-        """Visual tokens (N, S, D) and tiles per row; counted before anything is encoded."""
-        places = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+        """Return visual tokens (N, S, D) and tiles per row, after checking the counts."""
+        found = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
         visual: Tensor | None = images.get("visual_tokens")
         if visual is not None:
             given = images.get("tiles_per_sequence")
-            counts = [n // visual.shape[1] for n in places] if given is None else given
+            counts = [n // visual.shape[1] for n in found] if given is None else given
             return visual, tuple(int(n) for n in counts)
         rows, columns = self.vision_tower.grid_of(images["pixel_values"])
         per_tile = (rows // self.config.scale) * (columns // self.config.scale)
         tiles: Tiles = read_tiles(
-            places=places,
+            image_tokens=found,
             tokens_per_tile=per_tile,
             patch=self.config.vision_config.patch_size,
             **images,
@@ -267,11 +268,11 @@ class Idefics3(nn.Module):
 
     def _splice(self, input_ids: Tensor, visual: Tensor, counts: Sequence[int]) -> Tensor:
         image = self.config.image_token_id
-        places = packer.locate(input_ids, image, counts, visual.shape[1])
-        return packer.splice(self.embedding(input_ids), places, visual.to(input_ids.device))
+        positions = packer.locate(input_ids, image, counts, visual.shape[1])
+        return packer.splice(self.embedding(input_ids), positions, visual.to(input_ids.device))
 
     def _divide(self, strategy: Any) -> None:
-        """Check that tensor parallelism can divide the decoder, and divide the tower if it can."""
+        """Check that tensor parallelism can split the decoder, and split the tower if possible."""
         processes = strategy.group.size()
         text, vision = self.config.text_config, self.config.vision_config
         heads, groups = text.nheads, text.kvheads or text.nheads
@@ -291,7 +292,7 @@ class Idefics3(nn.Module):
 
 
 def _settle_fusion(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state dict whose matrices are fused otherwise than the model's loads all the same."""
+    """Allow loading a state dict with a different fusion of matrices."""
     own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     weights = {name.removeprefix(prefix): state.pop(name) for name in own}
     settled = weight_layout(weights, model_config=module.config)

@@ -1,4 +1,6 @@
-"""Make Idefics3 known to the Foundation Model Stack: variants, adapters, Hugging Face forms."""
+"""Registers Idefics3 with the Foundation Model Stack: variants, adapters, Hugging Face
+interfaces.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from smolstack.interop.fms.huggingface import (
 )
 from smolstack.interop.fms.model import Idefics3
 
-# Names by which Hugging Face config files call this architecture ("architectures").
+# Names of this architecture in Hugging Face config files ("architectures").
 HF_ARCHITECTURES = (
     "Idefics3ForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
@@ -32,8 +34,8 @@ HF_ARCHITECTURES = (
 )
 _NAMES_IN: tuple[Callable[..., Any], ...] = (weights.hf_to_fms_rope, weights.weight_fusion)
 _NAMES_OUT: tuple[Callable[..., Any], ...] = (weights.weight_unfusion, weights.fms_to_hf_rope)
-# Source → steps. "hf" is what get_model(source="hf") asks for, and "fms" what it asks for unless it
-# is told; the others serve get_adapted.
+# Source → steps. "hf" is used by get_model(source="hf"), "fms" by default; the others are for
+# get_adapted.
 ADAPTERS: dict[str, tuple[Callable[..., Any], ...]] = {
     "hf": (weights.hf_to_fms_names, *_NAMES_IN),
     "fms": (weights.weight_layout,),

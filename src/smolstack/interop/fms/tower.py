@@ -1,4 +1,4 @@
-"""FMS's SigLIP tower for tiles of any size, also partly filled ones."""
+"""FMS's SigLIP tower for tiles of any size, including partly filled ones."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from smolstack.model.vision import position_ids
 
 
 class VisionTower(SiglipVisionHeadless):  # type: ignore[misc]
-    """FMS's modules and weights; its own forward pass knows positions of full tiles alone."""
+    """FMS's modules and weights; FMS's forward pass supports only full tiles."""
 
     def grid_of(self, tiles: Tensor) -> tuple[int, int]:
-        """(H, W), the patches that fit into tiles of this size."""
+        """Return (H, W), the patches that fit into tiles of this size."""
         patch: int = self.config.patch_size
         return tiles.shape[-2] // patch, tiles.shape[-1] // patch
 
@@ -26,16 +26,16 @@ class VisionTower(SiglipVisionHeadless):  # type: ignore[misc]
         filled: Sequence[tuple[int, int]] | None = None,
         seen: Tensor | None = None,
     ) -> Tensor:
-        """Patch states: (N, 3, P, P) → (N, H·W, C).
+        """Return patch states: (N, 3, P, P) → (N, H·W, C).
 
         Args:
             tiles: normalized pixels, in any dtype.
-            filled: (rows, columns) of patches that hold image, per tile; None when all do.
-            seen: the same as booleans (N, H, W), a rectangle from the top left of each tile; it
-                can be traced.
+            filled: (rows, columns) of patches that contain image, per tile; None if all do.
+            seen: the same as booleans (N, H, W), a rectangle from the top left of each tile;
+                supports tracing.
 
         Raises:
-            GridError: the grid does not fit into the table of positions.
+            GridError: the grid is larger than the position table.
         """
         rows, columns = self.grid_of(tiles)
         side = self.config.image_size // self.config.patch_size
@@ -61,14 +61,18 @@ class VisionTower(SiglipVisionHeadless):  # type: ignore[misc]
         return states
 
     def reset_parameters(self) -> None:
-        """Random weights, each part's as FMS has them (its own version calls itself for ever)."""
+        """Initialize with random weights, as FMS does for each part (FMS's own method recurses
+        endlessly).
+        """
         self.embeddings.reset_parameters()
         self.encoder.reset_parameters()
         self.post_layernorm.reset_parameters()
 
 
 def _spread(seen: Tensor, side: int) -> Tensor:
-    """Position ids (N, H·W) of tiles whose filled patches are true in ``seen``, (N, H, W)."""
+    """Return position ids (N, H·W) of tiles whose filled patches are true in ``seen``, (N, H,
+    W).
+    """
     high, wide = seen.any(dim=2).sum(dim=1), seen.any(dim=1).sum(dim=1)
     rows = torch.arange(seen.shape[1], device=seen.device) * side // high[:, None]
     columns = torch.arange(seen.shape[2], device=seen.device) * side // wide[:, None]
@@ -79,7 +83,9 @@ def _spread(seen: Tensor, side: int) -> Tensor:
 def _partial(
     rows: int, columns: int, side: int, filled: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """Position ids (N, H·W) of partly filled tiles, and which patches hold image (N, H·W)."""
+    """Return position ids (N, H·W) of partly filled tiles, and which patches contain image (N,
+    H·W).
+    """
     ids = torch.zeros(len(filled), rows, columns, dtype=torch.long)
     seen = torch.zeros(len(filled), rows, columns, dtype=torch.bool)
     for index, (high, wide) in enumerate(filled):

@@ -1,8 +1,8 @@
-"""Images in a graph: visual tokens in their places without looking at any value.
+"""Merges visual tokens inside a traced graph, without depending on tensor values.
 
-The eager way counts image tokens and tiles as numbers and encodes equal tiles once. Under
-torch.compile that would break the graph, so here every tile is encoded, every token is looked up
-by its rank among the image tokens, and counts are checked by assertions inside the graph.
+The eager code counts image tokens and tiles as Python numbers and encodes equal tiles once. Under
+torch.compile that would break the graph, so here every tile is encoded, each image token is looked
+up by its rank among the image tokens, and counts are checked by assertions inside the graph.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def merge_traced(
     tile_grids: Sequence[tuple[int, int]] | None = None,
     tiles_per_sequence: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
-    """Text embeddings with visual tokens in their places: (B, T) → (B, T, D).
+    """Return text embeddings with visual tokens merged in: (B, T) → (B, T, D).
 
-    Takes what :meth:`Idefics3.merge` takes. Where pixels and image tokens disagree, the compiled
-    graph fails with a RuntimeError, which knows the sum and not the row.
+    The arguments are those of :meth:`Idefics3.merge`. If pixels and image tokens do not match, the
+    compiled graph raises a RuntimeError with the total, not the row.
     """
     image = input_ids == model.config.image_token_id
     rank = image.long().flatten().cumsum(0).view(image.shape) - 1
@@ -66,7 +66,7 @@ def _encoded(
     mask: Tensor | None,
     grids: Sequence[tuple[int, int]] | None,
 ) -> Tensor:
-    """Visual tokens of every tile, padding among them: (N, S, D)."""
+    """Return visual tokens of every tile, including padding: (N, S, D)."""
     tiles = pixels.flatten(0, 1) if pixels.dim() == 5 else pixels
     grid = model.vision_tower.grid_of(tiles)
     seen = None
@@ -74,7 +74,8 @@ def _encoded(
         patch = model.config.vision_config.patch_size
         whole = mask.bool().flatten(0, 1) if mask.dim() == 4 else mask.bool()
         seen = whole.unfold(1, patch, patch).unfold(2, patch, patch).flatten(3).any(dim=3)
-        # A tile of padding has no patch at all, and its attention no key: it is read as a full one.
+        # A padding tile has no patches, so its attention would have no keys: it is read as a full
+        # tile.
         seen = seen | ~seen.flatten(1).any(dim=1)[:, None, None]
     states = model.vision_tower(tiles, grids, seen)
     visual: Tensor = model.connector(states, grid)

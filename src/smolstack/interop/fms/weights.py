@@ -1,12 +1,12 @@
-"""Weights between Hugging Face's names and layout and the Foundation Model Stack's.
+"""Converts weights between the names and layouts of Hugging Face and the Foundation Model Stack.
 
-Three things differ. Names: one table. Rotary positions: FMS turns neighbouring channels (2i, 2i+1)
-of a head, Hugging Face's Llama turns (i, i + K/2), so the rows of the decoder's query and key
-projections stand in another order. Fusion: FMS keeps query, key and value in one matrix, and gate
-and up in one, unless ``fused_weights`` is off.
+There are three differences. Names: converted by a table. RoPE: FMS rotates adjacent channels
+(2i, 2i+1) of a head, Hugging Face's Llama (i, i + K/2), so the rows of the decoder's query and key
+projections are in a different order. Fusion: FMS keeps query, key and value in one matrix, and gate
+and up in another, unless ``fused_weights`` is False.
 
-Every step takes part of a state dict, as FMS loads layer by layer, and the keyword arguments that
-FMS passes: ``model_config`` and, for the tower alone, ``vision_only``.
+Every step takes part of a state dict, because FMS loads layer by layer, and the keyword arguments
+that FMS passes: ``model_config`` and, for the tower alone, ``vision_only``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TABLE: dict[str, str] = {
     "decoder.norm": f"{_TEXT}.dec_norm",
     "head": "language_model.head",
 }
-VISION_ONLY_EMBEDDING = "text_embedding"  # where it stands when there is no decoder
+VISION_ONLY_EMBEDDING = "text_embedding"  # its name without a decoder
 # FMS's fused module and its parts, in order.
 FUSED: dict[str, tuple[str, ...]] = {
     "attn.in_proj.qkv_fused": ("attn.in_proj.query", "attn.in_proj.key", "attn.in_proj.value"),
@@ -86,7 +86,7 @@ def fms_to_smolstack_names(
 
 
 def fms_to_hf_names(weights: Weights, **options: Any) -> dict[str, Tensor]:
-    """Rename an FMS model's weights as Hugging Face checkpoints name them."""
+    """Rename an FMS model's weights to the names in Hugging Face checkpoints."""
     retrieval = _config(options).embedding_dim is not None
     return {
         keys.to_hf(name, embedding_head=retrieval): tensor
@@ -95,17 +95,17 @@ def fms_to_hf_names(weights: Weights, **options: Any) -> dict[str, Tensor]:
 
 
 def hf_to_fms_rope(weights: Weights, **options: Any) -> dict[str, Tensor]:
-    """Order the decoder's query and key rows for pairs (2i, 2i+1)."""
+    """Reorder the decoder's query and key rows for pairs (2i, 2i+1)."""
     return _reorder(weights, options, _halves_to_pairs)
 
 
 def fms_to_hf_rope(weights: Weights, **options: Any) -> dict[str, Tensor]:
-    """Order the decoder's query and key rows for pairs (i, i + K/2)."""
+    """Reorder the decoder's query and key rows for pairs (i, i + K/2)."""
     return _reorder(weights, options, _pairs_to_halves)
 
 
 def weight_fusion(weights: Weights, **options: Any) -> dict[str, Tensor]:
-    """Join query, key and value, and gate and up, unless the config has them apart."""
+    """Fuse query, key and value, and gate and up, unless the config has them separate."""
     out = dict(weights)
     if not _config(options).fused_weights:
         return out
@@ -119,14 +119,14 @@ def weight_fusion(weights: Weights, **options: Any) -> dict[str, Tensor]:
 
 
 def weight_layout(weights: Weights, **options: Any) -> dict[str, Tensor]:
-    """An FMS state dict of either fusion in the one that the config has."""
+    """Convert an FMS state dict to the fusion of the config."""
     if _config(options).fused_weights:
         return weight_fusion(weights, **options)
     return weight_unfusion(weights, **options)
 
 
 def weight_unfusion(weights: Weights, **options: Any) -> dict[str, Tensor]:
-    """Take fused matrices apart; views, nothing is copied."""
+    """Split fused matrices into views, without copying."""
     config, out = _config(options), dict(weights)
     for name in weights:
         for fused, parts in FUSED.items():
@@ -140,7 +140,7 @@ def weight_unfusion(weights: Weights, **options: Any) -> dict[str, Tensor]:
 
 
 def _rows(config: Idefics3Config, name: str, parts: int, total: int) -> list[int]:
-    """Rows of each part of a fused weight: equal ones, but for grouped keys and values."""
+    """Return the rows of each part of a fused weight: equal, except for grouped keys and values."""
     text: Any = config.text_config
     if "attn" not in name or not name.startswith(_TEXT):
         return [total // parts] * parts

@@ -1,7 +1,7 @@
-"""ONNX: a checkpoint as graphs for onnxruntime and transformers.js (extra ``onnx``).
+"""Exports a checkpoint as ONNX graphs for onnxruntime and transformers.js (extra ``onnx``).
 
-``export(model, folder)`` writes them, checked against torch; ``smolstack export`` does the same.
-Nothing here needs transformers.
+``export(model, folder)`` writes graphs that have been compared with torch; ``smolstack export`` is
+the command. transformers is not needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["ExportedGraph", "Precision", "count_steps", "export"]
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use: naming this package loads neither torch nor onnx."""
+    """Import on first use: importing this package loads neither torch nor onnx."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

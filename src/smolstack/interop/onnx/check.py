@@ -1,4 +1,6 @@
-"""Every exported graph beside torch: the same inputs, empty and filled caches, several sizes."""
+"""Compares every exported graph with torch: the same inputs, empty and filled caches, several
+sizes.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,19 @@ from smolstack.model.kv_cache import KVCache
 from smolstack.model.vlm import VisionLanguageModel
 
 Feeds: TypeAlias = dict[str, npt.NDArray[Any]]
-# Largest difference in float32, in units of the largest expected value where that is beyond 1; in
-# the other formats the root mean square of the differences in units of the expected values'.
+# In float32 the largest difference, relative to the largest expected value if that is above 1; in
+# the other formats the root mean square of the differences relative to that of the expected values.
 BOUNDS = {Precision.fp32: 1e-4, Precision.fp16: 2e-2, Precision.int8: 0.5}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A batch read in several steps, each on the cache that the last one left.
+    """A batch read in several steps, each with the cache of the previous one.
 
     Attributes:
         padding: left-padding tokens of each row.
         steps: tokens of each step.
-        short_mask: whether attention_mask speaks of a step's own tokens alone.
+        short_mask: whether attention_mask covers only the step's own tokens.
     """
 
     padding: tuple[int, ...]
@@ -45,7 +47,7 @@ READINGS = (
     Reading((3, 0), (6, 4, 1)),
     Reading((0, 0, 0), (1, 5), short_mask=True),
 )
-# Filled (rows, columns) of each tile as parts of the whole grid, None for padding of the batch.
+# Filled (rows, columns) of each tile as fractions of the grid, None for padding of the batch.
 BATCHES: tuple[tuple[tuple[tuple[float, float] | None, ...], ...], ...] = (
     (((1, 1),),),
     (((1, 1), (0.5, 1), (0.3, 0.7)),),
@@ -55,14 +57,14 @@ BATCHES: tuple[tuple[tuple[tuple[float, float] | None, ...], ...], ...] = (
 
 @dataclass
 class Difference:
-    """The largest difference seen, and sums for the root mean square."""
+    """The largest difference, and sums for the root mean square."""
 
     largest: float = 0.0
     squares: float = 0.0
     expected: float = 0.0
 
     def add(self, found: npt.NDArray[Any], expected: Tensor) -> None:
-        """Count one output; NaN on either side is an infinite difference."""
+        """Add one output; NaN on either side is an infinite difference."""
         gap = torch.from_numpy(found.astype(np.float32)) - expected
         if gap.numel() == 0:
             return
@@ -73,18 +75,18 @@ class Difference:
         self.expected += expected.double().square().sum().item()
 
     def of(self, precision: Precision) -> float:
-        """The measure that a precision is held to; see BOUNDS."""
+        """Return the measure for a precision; see BOUNDS."""
         if precision is Precision.fp32 or not math.isfinite(self.largest):
             return self.largest
         return math.sqrt(self.squares / self.expected) if self.expected else 0.0
 
 
 class Reference:
-    """What torch computes for the checks, once for all number formats.
+    """torch's results for the checks, computed once for all number formats.
 
     Args:
         model: in float32 on the CPU.
-        edge: pixels of a tile's side.
+        edge: tile edge in pixels.
     """
 
     def __init__(self, model: VisionLanguageModel, edge: int) -> None:
@@ -95,10 +97,10 @@ class Reference:
             self.readings = [(reading, *self._read(reading)) for reading in READINGS]
 
     def check(self, name: str, precision: Precision, path: Path) -> float:
-        """The difference of a graph from torch.
+        """Return the difference between a graph and torch.
 
         Raises:
-            CheckpointError: it is beyond the bound of its precision, or the graph does not run.
+            CheckpointError: it exceeds the bound of the precision, or the graph does not run.
         """
         difference = Difference()
         try:
@@ -108,7 +110,7 @@ class Reference:
                 "embed_tokens": self._check_embedding,
                 "decoder_model_merged": self._check_decoder,
             }[name](session, difference)
-        except Exception as error:  # onnxruntime's own errors have no base class but this
+        except Exception as error:  # onnxruntime's errors have no other common base class
             raise CheckpointError(f"{path.name} does not run in onnxruntime: {error}") from error
         found = difference.of(precision)
         if not found <= BOUNDS[precision]:
@@ -131,7 +133,7 @@ class Reference:
                     if part is None:
                         continue
                     high, wide = (max(1, round(share * side)) for share in part)
-                    # Of a tile that is not full, the last patches hold image in one pixel.
+                    # In a partly filled tile, the last patches contain one pixel of image.
                     bottom, right = (
                         edge if count == side else (count - 1) * patch + 1 for count in (high, wide)
                     )
@@ -147,14 +149,14 @@ class Reference:
 
     def _check_embedding(self, session: Any, difference: Difference) -> None:
         embedding = self.model.decoder.embedding.weight.detach()
-        generator = torch.Generator().manual_seed(1)  # the same tokens in every number format
+        generator = torch.Generator().manual_seed(1)  # the same tokens for all number formats
         for shape in ((1, 1), (2, 7)):
             ids = torch.randint(embedding.shape[0], shape, generator=generator)
             found = session.run(["inputs_embeds"], {"input_ids": ids.numpy()})[0]
             difference.add(found, embedding[ids])
 
     def _read(self, reading: Reading) -> tuple[list[Tensor], list[Tensor], KVCache]:
-        """Embeddings and logits of each step, and the cache after the last."""
+        """Return embeddings and logits of each step, and the cache after the last."""
         rows, total = len(reading.padding), sum(reading.steps)
         cache = KVCache(self.model.config.text, rows, total, padding=torch.tensor(reading.padding))
         embeddings, logits = [], []
@@ -195,7 +197,7 @@ class Reference:
 
 
 def empty_cache(session: Any, rows: int) -> Feeds:
-    """The cache that a first step is given: no tokens, for every layer's key and value."""
+    """Return the inputs for an empty cache: no tokens, for every layer's key and value."""
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     return {
         entry.name: np.zeros((rows, entry.shape[1], 0, entry.shape[3]), kinds[entry.type])

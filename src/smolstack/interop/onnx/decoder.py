@@ -15,14 +15,14 @@ from smolstack.interop.onnx.graph import Graph, Precision, Value, rows_in_8_bits
 from smolstack.interop.onnx.weights import Weights
 from smolstack.model.decoder import rope_frequencies
 
-BATCH, TOKENS = "batch_size", "sequence_length"  # names that transformers.js looks for
+BATCH, TOKENS = "batch_size", "sequence_length"  # names that transformers.js expects
 CACHED, TOTAL = "past_sequence_length", "total_sequence_length"
 
 
 def embed_tokens(graph: Graph, config: ModelConfig, weights: Weights) -> None:
     """input_ids (B, T) int64 → inputs_embeds (B, T, D) float32.
 
-    In 8 bits each row of the table has a scale of its own.
+    In 8 bits, each row of the table has its own scale.
     """
     ids = graph.input("input_ids", np.int64, (BATCH, TOKENS))
     name = "decoder.embedding.weight"
@@ -39,11 +39,12 @@ def embed_tokens(graph: Graph, config: ModelConfig, weights: Weights) -> None:
 
 
 def decoder_model_merged(graph: Graph, config: ModelConfig, weights: Weights) -> None:
-    """inputs_embeds, attention_mask, position_ids and the cache → logits and the cache grown.
+    """inputs_embeds, attention_mask, position_ids and the cache → logits and the extended cache.
 
-    An empty cache (P = 0) and a filled one are the same graph. ``attention_mask`` (B, L) holds 1
-    for real tokens and 0 for padding; one that is shorter than L speaks of the last tokens, and
-    those before them are all real (loops in wide use pass a mask of the new tokens alone).
+    The same graph handles an empty cache (P = 0) and a filled one. ``attention_mask`` (B, L) is 1
+    for real tokens and 0 for padding. If it is shorter than L, it refers to the last tokens, and
+    all tokens before them are real (some common generation loops pass a mask of the new tokens
+    only).
     """
     text = config.text
     embeds = graph.input("inputs_embeds", np.float32, (BATCH, TOKENS, text.hidden_size))
@@ -82,7 +83,7 @@ def decoder_model_merged(graph: Graph, config: ModelConfig, weights: Weights) ->
 
 
 def rms_norm(graph: Graph, x: Value, of: Weights, name: str, eps: float) -> Value:
-    """Root-mean-square norm, its squares summed in float32 (in 16 bits they overflow)."""
+    """Root-mean-square norm, with squares summed in float32 (in 16 bits they overflow)."""
     small = graph.type != np.float32
     x = graph.cast(x, np.float32) if small else x
     square = graph.op("Pow", x, graph.constant(2.0, np.float32))
@@ -95,7 +96,7 @@ def rms_norm(graph: Graph, x: Value, of: Weights, name: str, eps: float) -> Valu
 
 @dataclass(frozen=True)
 class _Shared:
-    """What every layer uses: attention scores' bias (B, 1, 1, T, L), cos and sin."""
+    """Values used by all layers: the bias of attention scores (B, 1, 1, T, L), cos and sin."""
 
     graph: Graph
     text: TextConfig
@@ -126,7 +127,7 @@ def _layer(
 
 
 def linear(graph: Graph, x: Value, of: Weights, name: str) -> Value:
-    """A linear layer of the model by its name, with its bias where it has one."""
+    """A linear layer of the model by name, with its bias if it has one."""
     return graph.linear(x, f"{of.prefix}.{name}", of[f"{name}.weight"], of.get(f"{name}.bias"))
 
 
@@ -138,7 +139,7 @@ def _heads(shared: _Shared, x: Value, of: Weights, name: str, heads: int) -> Val
 
 
 def _rotate(shared: _Shared, x: Value) -> Value:
-    """Turn the channel pairs (i, i + K/2) of (B, heads, T, K)."""
+    """Rotate the channel pairs (i, i + K/2) of (B, heads, T, K)."""
     graph, (cos, sin) = shared.graph, shared.turn
     first, second = graph.ops("Split", x, outputs=2, axis=-1, num_outputs=2)
     turned_first = graph.op("Sub", graph.op("Mul", first, cos), graph.op("Mul", second, sin))
@@ -149,8 +150,8 @@ def _rotate(shared: _Shared, x: Value) -> Value:
 def _attend(shared: _Shared, query: Value, key: Value, value: Value) -> Value:
     """Attention of all heads: → (B, T, heads · K).
 
-    The queries of a group stand one after the other on the token axis, so that no key or value is
-    repeated for them.
+    The queries of a group are concatenated along the token axis, so that keys and values are not
+    repeated.
     """
     graph, text = shared.graph, shared.text
     groups, per_group = text.num_kv_heads, text.num_heads // text.num_kv_heads
@@ -167,15 +168,15 @@ def _attend(shared: _Shared, query: Value, key: Value, value: Value) -> Value:
 
 
 def _bias(graph: Graph, embeds: Value, mask: Value, past: Value) -> Value:
-    """What is added to attention scores: (B, 1, 1, T, L).
+    """The bias of attention scores: (B, 1, 1, T, L).
 
-    A token sees the real ones up to itself. Padding sees itself: a row that sees nothing would be
-    a division by zero.
+    A token attends to real tokens up to itself. Padding attends to itself: an empty row would be a
+    division by zero.
     """
     cached = graph.length(past, 2)
     total = graph.op("Add", cached, graph.length(embeds, 1))
     keys = graph.range(graph.constant([0]), total)
-    unspoken = graph.op("Sub", total, graph.length(mask, 1))  # tokens that the mask leaves out
+    unspoken = graph.op("Sub", total, graph.length(mask, 1))  # tokens that the mask does not cover
     place = graph.op("Max", graph.op("Sub", keys, unspoken), graph.constant([0]))
     marked = graph.op("Greater", graph.op("Gather", mask, place, axis=1), graph.constant(0))
     real = graph.op("Or", graph.op("Less", keys, unspoken), marked)
@@ -187,7 +188,7 @@ def _bias(graph: Graph, embeds: Value, mask: Value, past: Value) -> Value:
 
 
 def _angles(graph: Graph, text: TextConfig, positions: Value) -> tuple[Value, Value]:
-    """cos and sin of every token's rotation: (B, 1, T, K/2), computed in float32."""
+    """cos and sin of every token's RoPE angles: (B, 1, T, K/2), computed in float32."""
     frequencies = rope_frequencies(text.rope, text.head_dim).numpy()
     place = graph.cast(graph.unsqueeze(positions, 1, 3), np.float32)
     angles = graph.op("Mul", place, graph.constant(frequencies, np.float32))

@@ -1,9 +1,9 @@
-"""A checkpoint as ONNX graphs, in the folder that users of this family expect.
+"""Writes a checkpoint as ONNX graphs, in the usual folder layout of this family.
 
 ::
 
     DIR/config.json, tokenizer.json, preprocessor_config.json, …
-    DIR/prompt.json                     one question about one image, for loops without jinja2
+    DIR/prompt.json                     prompt of a question about an image, without jinja2
     DIR/onnx/vision_encoder.onnx        _fp16.onnx, _int8.onnx
     DIR/onnx/embed_tokens.onnx          …
     DIR/onnx/decoder_model_merged.onnx  …
@@ -31,19 +31,19 @@ from smolstack.interop.onnx.weights import Weights
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.prompt import user_message
 
-_QUESTION = "\ue000"  # of the private use area: no template has it
+_QUESTION = "\ue000"  # from the private use area: does not occur in templates
 NAMES = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """One graph that was written and checked.
+    """An exported and checked graph.
 
     Attributes:
         path: relative to the folder.
-        size: bytes, weights included.
-        difference: from torch: the largest in fp32 (in units of the largest value beyond 1), the
-            relative root mean square in the other formats.
+        size: bytes, including weights.
+        difference: difference from torch: the largest in fp32 (relative to the largest value if
+            above 1), the relative root mean square in the other formats.
     """
 
     path: Path
@@ -63,27 +63,27 @@ def export(
     overwrite: bool = False,
     on_step: Callable[[str], None] | None = None,
 ) -> list[ExportedGraph]:
-    """Write a checkpoint's graphs and side files; every graph is checked against torch first.
+    """Write a checkpoint's graphs and side files, after comparing every graph with torch.
 
     Args:
         model: a checkpoint folder or a hub id; None is the bundled reader.
-        folder: must not exist or be empty, unless ``overwrite``; it appears when all is well.
-        dtypes: one or more of "fp32", "fp16", "int8"; they stand beside each other. The first is
-            what transformers.js takes where it is not told.
+        folder: must not exist or be empty, unless ``overwrite``; it is created when all checks have
+            passed.
+        dtypes: one or more of "fp32", "fp16", "int8"; the first is transformers.js' default.
         revision: branch, tag or commit of a hub id.
         base, mmproj: as for :func:`smolstack.load`.
-        on_step: told what is about to be done, :func:`count_steps` times.
+        on_step: called with a description before each of :func:`count_steps` steps.
 
     Raises:
-        ConfigError: a dtype that does not exist, or a model that answers in no text.
-        CheckpointError: the model cannot be read, the folder is not free, or a graph does not
-            compute what torch computes. Nothing is left behind.
+        ConfigError: a dtype is unknown, or the model does not generate text.
+        CheckpointError: the model cannot be read, the folder is not empty, or a graph's results
+            differ from torch's. No output remains.
     """
     chosen = [_precision(name) for name in dict.fromkeys(dtypes)]
     if not chosen:
         raise ConfigError("no dtype was given, expected one or more of fp32, fp16, int8")
     step = on_step or (lambda message: None)
-    # An occupied folder is refused before any work.
+    # Check the folder before any work.
     with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
         step("Loading the model")
         where = locate(model, revision, base=base, mmproj=mmproj)
@@ -119,14 +119,16 @@ def export(
 
 
 def count_steps(dtypes: Sequence[str | Precision]) -> int:
-    """Steps that :func:`export` announces."""
+    """Return the number of steps that :func:`export` reports."""
     return 2 + len(NAMES) * len(set(dtypes))
 
 
 def write_graph(
     name: str, precision: Precision, path: Path, model: VisionLanguageModel, edge: int
 ) -> None:
-    """Write one of NAMES to ``path``; weights beyond protobuf's limit go to ``path``_data."""
+    """Write one of NAMES to ``path``; weights beyond protobuf's limit are written to
+    ``path``_data.
+    """
     weights = Weights(model.state_dict())
     external = _bytes_of(name, precision, model) > graphs.MAX_INLINE_BYTES
     data = path.with_name(f"{path.name}_data") if external else None
@@ -142,7 +144,7 @@ def write_graph(
 
 
 def _bytes_of(name: str, precision: Precision, model: VisionLanguageModel) -> int:
-    """Bytes of a graph's weights, nearly."""
+    """Return the approximate bytes of a graph's weights."""
     parts: dict[str, tuple[str, ...]] = {
         "vision_encoder": ("vision.", "connector."),
         "embed_tokens": ("decoder.embedding.",),
@@ -159,7 +161,9 @@ def _bytes_of(name: str, precision: Precision, model: VisionLanguageModel) -> in
 
 
 def _side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The processor's files; the chat template also where transformers.js looks for it."""
+    """Return the processor's files, with the chat template also where transformers.js expects
+    it.
+    """
     files = checkpoint.files
     side = complete_side_files(files, checkpoint.config, checkpoint.processor.settings)
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **files.tokenizer_config}
@@ -172,7 +176,9 @@ def _side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _prompt(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What stands before and after one question about one image; None if it cannot be told."""
+    """Return the text before and after a question about an image; None if it cannot be
+    determined.
+    """
     processor = checkpoint.processor
     text = processor.render([user_message(1, _QUESTION)])
     before, _, after = text.partition(_QUESTION)
@@ -184,10 +190,10 @@ def _prompt(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _transformers_js(folder: Path, first: Precision) -> dict[str, Any]:
-    """What transformers.js cannot see in a graph, and which graphs it takes unless it is told.
+    """Return transformers.js settings: properties that graphs do not contain, and default graphs.
 
-    Without ``dtype`` here it would look for 8-bit graphs of its own naming in a browser, and for
-    fp32 elsewhere, whichever were exported.
+    Without ``dtype``, it would load 8-bit graphs with its own file names in a browser and fp32
+    elsewhere, independent of the exported formats.
     """
     data = sorted(file.name.removesuffix("_data") for file in folder.glob("*.onnx_data"))
     settings: dict[str, Any] = {

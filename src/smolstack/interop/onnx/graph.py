@@ -1,9 +1,8 @@
-"""An ONNX graph, written node by node.
+"""Builds an ONNX graph node by node.
 
-torch's exporters trace a model; here it is written out from its config and weights instead. That
-takes seconds where tracing takes minutes, needs no exporter of a certain version, and leaves the
-choice of operators to us: plain ones of opset 18, that every runtime has. Whether it computes what
-torch computes is not taken on trust: check.py runs every graph beside torch.
+torch's exporters trace a model; this module writes the graph from config and weights. That takes
+seconds instead of minutes, does not depend on the version of an exporter, and uses only plain
+operators of opset 18, which every runtime supports. check.py compares every graph with torch.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from onnx import TensorProto, helper, numpy_helper
 from smolstack import __version__
 
 OPSET, IR_VERSION = 18, 8
-# A protobuf message ends at 2 GiB: the weights of larger graphs stand in a file beside it.
+# A protobuf message is limited to 2 GiB: weights of larger graphs are in a separate file.
 MAX_INLINE_BYTES = 1_900_000_000
-# Matrices keep 7 of their 8 bits: processors without VNNI add products of two 8-bit numbers in
-# pairs, in 16 bits, which larger codes would overflow without any error.
+# Matrices use 7 of their 8 bits: processors without VNNI add pairs of 8-bit products in 16 bits,
+# which larger values would silently overflow.
 LARGEST_CODE = 63
-ALIGNMENT = 4096  # of weights in that file, so that a runtime can map them into memory
+ALIGNMENT = 4096  # of weights in that file, so that runtimes can memory-map them
 
 Value: TypeAlias = str
 Array: TypeAlias = npt.NDArray[Any]
@@ -35,10 +34,10 @@ Dimensions: TypeAlias = Sequence[int | str]
 
 
 class Precision(str, Enum):
-    """Number formats of an export, by the names that users of this family know.
+    """Number formats of an export, by their usual names.
 
     int8 is onnxruntime's dynamic quantization: matrices in 8 bits with a scale per output channel,
-    what they are multiplied with quantized on the spot, everything else in float32.
+    their inputs quantized at run time, everything else in float32.
     """
 
     fp32 = "fp32"
@@ -47,20 +46,20 @@ class Precision(str, Enum):
 
     @property
     def suffix(self) -> str:
-        """What file names carry: nothing, ``_fp16`` or ``_int8``."""
+        """Suffix of file names: empty, ``_fp16`` or ``_int8``."""
         return "" if self is Precision.fp32 else f"_{self.value}"
 
 
 class Graph:
-    """Nodes, weights, inputs and outputs of one graph; a value is known by its name.
+    """Nodes, weights, inputs and outputs of one graph; values are identified by name.
 
     Args:
-        name: of the graph, and of its file without suffixes.
-        precision: of the weights and of what is computed with them.
-        data: file for the weights, when they are too many for the graph itself.
+        name: name of the graph, and of its file without suffixes.
+        precision: precision of the weights and computation.
+        data: file for the weights if they are too large for the graph itself.
 
     Attributes:
-        type: numpy type of what is computed: float16 or float32.
+        type: numpy type of the computation: float16 or float32.
     """
 
     def __init__(self, name: str, precision: Precision, data: Path | None = None) -> None:
@@ -78,19 +77,19 @@ class Graph:
     # Inputs and outputs
 
     def input(self, name: str, kind: type[Any], dimensions: Dimensions) -> Value:
-        """A named input; dimensions are numbers, or names where any number may come."""
+        """Add a named input; dimensions are numbers, or names if they are dynamic."""
         self.inputs.append(_value_info(name, kind, dimensions))
         return name
 
     def output(self, name: str, value: Value, kind: type[Any], dimensions: Dimensions) -> None:
-        """Give a value to the outside under ``name``."""
+        """Add a value as an output called ``name``."""
         self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
         self.outputs.append(_value_info(name, kind, dimensions))
 
     # Weights and constants
 
     def weight(self, name: str, array: Array, kind: type[Any] | None = None) -> Value:
-        """A weight under its own name, in the graph's number format or in ``kind``."""
+        """Add a named weight, in the graph's number format or in ``kind``."""
         array = np.ascontiguousarray(array.astype(kind or self.type, copy=False))
         if self.data is None:
             self.weights.append(numpy_helper.from_array(array, name))
@@ -116,7 +115,7 @@ class Graph:
         return name
 
     def constant(self, value: Any, kind: type[Any] | None = None) -> Value:
-        """A small array or number; equal ones are stored once. Integers are int64."""
+        """Add a small array or number; equal ones are stored once. Integers are int64."""
         array = np.asarray(value)
         if kind is None:
             kind = np.int64 if array.dtype.kind in "iu" else self.type.type
@@ -132,7 +131,7 @@ class Graph:
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Names of nodes made inside begin with ``name``: a profile then reads like the model."""
+        """Prefix the names of nodes created inside with ``name``, for readable profiles."""
         self._scope.append(name)
         yield
         self._scope.pop()
@@ -149,7 +148,9 @@ class Graph:
         return names
 
     def reshape(self, x: Value, *shape: int | Value) -> Value:
-        """As torch's; 0 keeps the axis of the input, a value is a length known at run time."""
+        """Like torch's reshape; 0 keeps the axis of the input, a value is a length known at run
+        time.
+        """
         if all(isinstance(length, int) for length in shape):
             return self.op("Reshape", x, self.constant(list(shape)))
         parts = [self.constant([length]) if isinstance(length, int) else length for length in shape]
@@ -165,7 +166,7 @@ class Graph:
         return self.op("Cast", x, to=_element(kind))
 
     def length(self, x: Value, axis: int) -> Value:
-        """The length of an axis at run time, as (1,) int64."""
+        """Return the length of an axis at run time, as (1,) int64."""
         return self.op("Shape", x, start=axis, end=axis + 1)
 
     def range(self, start: Value, end: Value) -> Value:
@@ -179,7 +180,7 @@ class Graph:
         )
 
     def linear(self, x: Value, name: str, weight: Array, bias: Array | None = None) -> Value:
-        """x · weightᵀ + bias, for a weight stored as torch stores it: (out, in)."""
+        """x · weightᵀ + bias, for a weight in torch's layout: (out, in)."""
         if self.precision is Precision.int8:
             out = self._linear_in_8_bits(x, name, weight)
         else:
@@ -187,8 +188,8 @@ class Graph:
         return out if bias is None else self.op("Add", out, self.weight(f"{name}.bias", bias))
 
     def _linear_in_8_bits(self, x: Value, name: str, weight: Array) -> Value:
-        """The nodes of onnxruntime's dynamic quantization, which it computes as one."""
-        if x not in self._quantized:  # query, key and value read the same input
+        """Add the nodes of onnxruntime's dynamic quantization, which it fuses."""
+        if x not in self._quantized:  # query, key and value share their input
             self._quantized[x] = self.ops("DynamicQuantizeLinear", x, outputs=3)
         codes, step, zero = self._quantized[x]
         scale, rows = rows_in_8_bits(weight, LARGEST_CODE)
@@ -202,7 +203,7 @@ class Graph:
         return _ACTIVATION[name](self, x)
 
     def bias_of(self, seen: Value) -> Value:
-        """What is added to attention scores: 0 where ``seen`` is true, else the least number."""
+        """Return the bias of attention scores: 0 where ``seen`` is true, else the lowest number."""
         kind = np.float16 if self.precision is Precision.fp16 else np.float32
         least = self.constant(np.finfo(kind).min)
         return self.op("Where", seen, self.constant(0.0), least)
@@ -210,7 +211,7 @@ class Graph:
     # The whole
 
     def model(self) -> onnx.ModelProto:
-        """The finished graph, as ONNX's own checker accepts it."""
+        """Return the finished graph, checked by ONNX."""
         graph = helper.make_graph(
             self.nodes, self.name, self.inputs, self.outputs, initializer=self.weights
         )
@@ -224,9 +225,10 @@ class Graph:
 
 
 def rows_in_8_bits(table: Array, largest: int = 127) -> tuple[Array, Array]:
-    """Scales (rows, 1) float32 and codes (rows, columns) int8, whose product is nearly the table.
+    """Return scales (rows, 1) float32 and codes (rows, columns) int8 whose product approximates the
+    table.
 
-    Codes lie between -largest and largest.
+    Codes are between -largest and largest.
     """
     scale = np.abs(table).max(axis=1, keepdims=True) / largest
     scale[scale == 0] = 1

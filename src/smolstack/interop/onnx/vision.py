@@ -17,8 +17,8 @@ from smolstack.interop.onnx.weights import Weights
 def vision_encoder(graph: Graph, config: ModelConfig, weights: Weights, edge: int) -> None:
     """pixel_values (B, I, 3, P, P), pixel_attention_mask (B, I, P, P) → image_features (N, S, D).
 
-    The mask is true on pixels that hold image. A tile that holds none is padding of the batch and
-    has no features; in one that is partly filled, the other patches are seen by nobody.
+    The mask is true on pixels that contain image. A tile without any is padding of the batch and
+    has no features; in a partly filled tile, the other patches are masked.
 
     Args:
         edge: P, the tile edge of the preprocessing.
@@ -54,9 +54,9 @@ def vision_encoder(graph: Graph, config: ModelConfig, weights: Weights, edge: in
 def _real_tiles(
     graph: Graph, vision: VisionConfig, pixels: Value, mask: Value, edge: int
 ) -> tuple[Value, Value]:
-    """Tiles that hold image (N, 3, P', P') and their filled patches (N, H, W) bool.
+    """Return tiles that contain image (N, 3, P', P') and their filled patches (N, H, W) bool.
 
-    P' leaves out the pixels past the last whole patch, which are never seen.
+    P' excludes pixels after the last complete patch, which are never used.
     """
     patch, side = vision.patch_size, edge // vision.patch_size
     tiles = graph.reshape(pixels, -1, vision.num_channels, edge, edge)
@@ -99,9 +99,9 @@ def _patches(
 
 
 def _position_ids(graph: Graph, vision: VisionConfig, filled: Value, side: int) -> Value:
-    """Ids into the table of positions: (N, H·W) int64; padding patches have id 0.
+    """Position ids: (N, H·W) int64; padding patches have id 0.
 
-    n filled rows are spread over the table: row i takes i · side // n, columns alike.
+    n filled rows are spread over the position table: row i has id i · side // n, columns likewise.
     """
     number = graph.cast(filled, np.int64)
     steps = graph.constant(np.arange(side) * vision.side)

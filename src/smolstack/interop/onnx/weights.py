@@ -1,4 +1,4 @@
-"""A model's weights as numpy arrays, by smolstack's names."""
+"""A model's weights as numpy arrays, by smolstack name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Weights:
-    """Weights under a prefix; each is converted to float32 when it is asked for.
+    """Weights under a prefix, converted to float32 on access.
 
     Args:
         state: a model's state dict.
-        prefix: what every name begins with, without the dot that follows it.
+        prefix: prefix of every name, without the following dot.
     """
 
     def __init__(self, state: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -27,7 +27,7 @@ class Weights:
         return found
 
     def get(self, name: str) -> npt.NDArray[np.float32] | None:
-        """A weight, or None where the model has none of that name."""
+        """Return a weight, or None if the model has none of that name."""
         tensor = self.state.get(self._full(name))
         if tensor is None:
             return None
@@ -35,7 +35,7 @@ class Weights:
         return array
 
     def under(self, prefix: str) -> Weights:
-        """Those of a part of the model."""
+        """Return the weights of a part of the model."""
         return Weights(self.state, self._full(prefix))
 
     def _full(self, name: str) -> str:

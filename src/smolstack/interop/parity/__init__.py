@@ -1,1 +1,3 @@
-"""``python -m smolstack.interop.parity``: every published shape against transformers, by stage."""
+"""``python -m smolstack.interop.parity``: compares every published shape with transformers, by
+stage.
+"""

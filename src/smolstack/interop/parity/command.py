@@ -1,4 +1,4 @@
-"""The command: options, progress on stderr, a table or JSON on stdout, the exit status."""
+"""The command: options, progress on stderr, a table or JSON on stdout, exit status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smolstack.errors import SmolstackError
 from smolstack.family import PRESETS, Preset, preset
 
 LAYERS = 2
-# One text layer where the embeddings alone, 128k tokens wide 4096, take 4 GB.
+# One text layer if the embeddings alone (128k tokens, width 4096) take 4 GB.
 FEWER_TEXT_LAYERS = {"idefics3-8b": 1}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -48,7 +48,7 @@ def parity(
 
 
 def _run(chosen: list[Preset], layers: int | None, as_json: bool) -> bool:
-    """Measure, print, and say whether anything is over its bound."""
+    """Measure and print; return whether all differences are within bounds."""
     from transformers.utils import logging as transformers_logging
 
     from smolstack.interop.parity.measure import BOUNDS, Measured, measure

@@ -1,4 +1,4 @@
-"""One published shape at full width, measured stage by stage."""
+"""Compares one published shape at full width, stage by stage."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from smolstack.processor.processor import Processor
 from smolstack.vlm import VLM
 
 NEW_TOKENS = 16
-# The largest difference allowed: absolute for pixels and states, a count for ids and tokens.
+# Bounds: absolute differences of pixels and states, counts of differing ids and tokens.
 BOUNDS: dict[str, float] = {
     "pixels": 1e-6,
     "token ids": 0,
@@ -55,12 +55,12 @@ BOUNDS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What one preset's comparison gave.
+    """The result of a preset's comparison.
 
     Attributes:
-        differences: largest difference by stage (see BOUNDS); a retrieval model's "logits" are
-            its embeddings, and it has no greedy tokens.
-        spread: standard deviation of the logits, which says how much agreement is worth.
+        differences: largest difference by stage (see BOUNDS); for a retrieval model, "logits" are
+            its embeddings, and there are no greedy tokens.
+        spread: standard deviation of the logits, to judge the differences by.
     """
 
     preset: str
@@ -72,7 +72,7 @@ class Measured:
 
     @property
     def over(self) -> list[str]:
-        """Stages whose difference is over its bound (or is no number)."""
+        """Stages whose difference exceeds its bound (or is NaN)."""
         return [name for name, value in self.differences.items() if not value <= BOUNDS[name]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Measured:
 def measure(
     preset: Preset, *, vision_layers: int, text_layers: int, say: Callable[[str], None]
 ) -> Measured:
-    """Compare a preset at its full width; ``say`` is told what is being done."""
+    """Compare a preset at its full width; ``say`` is called with progress messages."""
     began = perf_counter()
     config = preset.config.with_layers(vision_layers, text_layers)
     with tempfile.TemporaryDirectory() as name:
@@ -119,7 +119,7 @@ def measure(
 
 
 def _write_files(preset: Preset, config: ModelConfig, folder: Path) -> CheckpointFiles:
-    """A checkpoint folder without weights: processors need none."""
+    """Write a checkpoint folder without weights, which processors do not need."""
     for name, content in side_files(preset, config).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -128,7 +128,7 @@ def _write_files(preset: Preset, config: ModelConfig, folder: Path) -> Checkpoin
 
 
 def _count_wrong_ids(ours: Processor, theirs: Any) -> int:
-    """Token ids that differ over all chats, split and unsplit."""
+    """Count differing token ids over all chats, with and without splitting."""
     wrong = 0
     for chat, _ in chats():
         for split in (True, False):
@@ -175,7 +175,9 @@ def _stages(
 
 
 def _count_wrong_tokens(vlm: VLM, reference: Any) -> int:
-    """Greedy tokens that differ over all chats, those of one kind as one batch; none ends early."""
+    """Count differing greedy tokens over all chats, with chats of one kind as one batch; end tokens
+    are disabled.
+    """
     wrong = 0
     for split in (True, False):
         prompts = [chat for chat, kind in chats() if kind is split]
@@ -196,6 +198,6 @@ def _count_wrong_tokens(vlm: VLM, reference: Any) -> int:
 
 
 def _differing(ours: list[int], theirs: list[int]) -> int:
-    """Places at which two lists of ids differ, missing ones included."""
+    """Count positions at which two lists of ids differ, including missing ones."""
     wrong = sum(a != b for a, b in zip(ours, theirs, strict=False))
     return wrong + abs(len(ours) - len(theirs))

@@ -1,4 +1,4 @@
-"""transformers' cache, written in place, and seen by smolstack's decoder as its own."""
+"""A transformers cache that is written in place and shared with smolstack's decoder."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from transformers.cache_utils import Cache
 from smolstack.model.kv_cache import KVCache
 
 _DynamicLayer: Any = cache_utils.DynamicLayer
-STEP = 256  # tokens of room that a full buffer grows by, at least
+STEP = 256  # minimum number of tokens by which a full buffer grows
 
 
 class GrowingLayer(_DynamicLayer):  # type: ignore[misc]
-    """A layer of transformers' dynamic cache that does not copy itself for every token.
+    """A layer of transformers' dynamic cache that is not copied for every token.
 
-    Keys and values are views of larger buffers, (B, kv heads, room, K), written in place. All else
-    (cropping, reordering beams, repeating rows) is transformers' own.
+    Keys and values are views of larger buffers, (B, kv heads, room, K), written in place.
+    Everything else (cropping, reordering beams, repeating rows) is inherited from transformers.
     """
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append (B, kv heads, T, K); all that the layer now holds."""
+        """Append (B, kv heads, T, K); return all keys and values of the layer."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._append("keys", key_states)
@@ -43,9 +43,9 @@ class GrowingLayer(_DynamicLayer):  # type: ignore[misc]
         return buffer[:, :, :end]
 
     def _room(self, name: str, like: Tensor, end: int) -> Tensor:
-        """The buffer (B, kv heads, room ≥ end, K), with what is held at its beginning.
+        """Return the buffer (B, kv heads, room ≥ end, K), which begins with the current contents.
 
-        Reordered, repeated or cropped keys are tensors of their own by then: they are copied in.
+        Reordered, repeated or cropped keys are separate tensors and are copied into it.
         """
         held: Tensor = getattr(self, name)
         length = held.shape[-2] if held.numel() else 0
@@ -60,38 +60,39 @@ class GrowingLayer(_DynamicLayer):  # type: ignore[misc]
         return buffer
 
     def reserve(self, like: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Buffers of keys and values with room for ``end`` tokens; ``like`` is (B, kv heads, …, K).
+        """Return buffers of keys and values with room for ``end`` tokens; ``like`` is (B, kv heads,
+        …, K).
 
-        Whoever writes into them says so with :meth:`written`.
+        After writing into them, call :meth:`written`.
         """
         if not self.is_initialized:
             self.lazy_initialization(like, like)
         return self._room("keys", like, end), self._room("values", like, end)
 
     def written(self, end: int) -> None:
-        """The buffers of :meth:`reserve` hold ``end`` tokens now."""
+        """Record that the buffers of :meth:`reserve` contain ``end`` tokens."""
         self.keys, self.values = (self.__dict__[n][:, :, :end] for n in ("_keys", "_values"))
 
 
 def new_cache(layers: int) -> Cache:
-    """An empty DynamicCache of growing layers, for smolstack's and transformers' own models."""
+    """Return an empty DynamicCache of growing layers, for smolstack's and transformers' models."""
     dynamic: Any = cache_utils.DynamicCache
     cache: Cache = dynamic()
     cache.layers = [GrowingLayer() for _ in range(layers)]
-    cache.layer_class_to_replicate = None  # all layers are there
+    cache.layer_class_to_replicate = None  # all layers exist
     return cache
 
 
 class BorrowedCache(KVCache):
-    """A transformers cache as smolstack's decoder wants it.
+    """A transformers cache in the form that smolstack's decoder uses.
 
     Args:
-        cache: any cache of transformers whose layers return what they hold (not a static one).
+        cache: any transformers cache whose layers return their contents (not a static one).
         padding: (B,) left-padding tokens per row, or None.
     """
 
     def __init__(self, cache: Cache, padding: Tensor | None) -> None:
-        # None of the parent's buffers: the other cache keeps them.
+        # No buffers of the parent class: the other cache has them.
         self.cache = cache
         self.padding = padding
         self.length = int(cache.get_seq_length())
@@ -102,10 +103,11 @@ class BorrowedCache(KVCache):
 
 
 class ReservedCache(KVCache):
-    """A cache of growing layers as the compiled decoder wants it: whole buffers, written in place.
+    """A cache of growing layers in the form that the compiled decoder uses: complete buffers,
+    written in place.
 
     Args:
-        cache: of growing layers alone (:func:`grows` tells).
+        cache: a cache of growing layers only (see :func:`grows`).
         like: (B, kv heads, …, K) in the dtype of the keys and values.
         new: tokens that will be written, to all layers.
         padding: (B,) left-padding tokens per row, or None.
@@ -119,13 +121,13 @@ class ReservedCache(KVCache):
         self.capacity = self.keys[0].shape[-2]
 
     def advance(self, tokens: int) -> None:
-        """Count ``tokens`` as written, once every layer has them."""
+        """Record ``tokens`` tokens as written, once every layer has them."""
         super().advance(tokens)
         for layer in self.layers:
             layer.written(self.length)
 
 
 def grows(cache: Any, layers: int) -> bool:
-    """Whether a cache has so many layers and all of them are growing ones of one capacity."""
+    """Return whether a cache has the given number of layers, all growing and of equal capacity."""
     held = getattr(cache, "layers", [])
     return len(held) == layers and all(type(layer) is GrowingLayer for layer in held)

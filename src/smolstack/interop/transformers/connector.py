@@ -1,4 +1,4 @@
-"""smolstack's connector inside a loaded transformers model."""
+"""smolstack's connector in a loaded transformers model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from smolstack.model.connector import Idefics3Connector
 
 
 class BridgeConnector(nn.Module):
-    """Stands in the place, and under the weight name, of transformers' Idefics3 connector.
+    """Replaces transformers' Idefics3 connector, with the same weight name.
 
-    transformers calls its connector with the patches alone and takes their grid for a square. The
-    grid of the tiles that passed last through the vision tower is remembered here instead, so
-    oblong tiles are folded as they lie.
+    transformers calls its connector with the patches only and assumes a square grid. This class
+    remembers the grid of the last tiles in the vision tower, so that non-square tiles are
+    unshuffled correctly.
 
     Attributes:
-        modality_projection: holds the projection as ``proj``, shared with :attr:`bridge`.
-        bridge: the :class:`Idefics3Connector` that does the work.
+        modality_projection: contains the projection as ``proj``, shared with :attr:`bridge`.
+        bridge: the :class:`Idefics3Connector` that computes the result.
     """
 
     def __init__(self, projection: nn.Linear, scale: int) -> None:
@@ -32,11 +32,11 @@ class BridgeConnector(nn.Module):
         bridge.proj = projection
         self.modality_projection = nn.Module()
         self.modality_projection.proj = projection
-        self.__dict__["bridge"] = bridge  # not registered: the weight keeps its one name
+        self.__dict__["bridge"] = bridge  # not registered: the weight has one name
         self.grid: tuple[int, int] | None = None
 
     def forward(self, image_hidden_states: Tensor) -> Tensor:
-        """Visual tokens: (N, H·W, C) → (N, S, D)."""
+        """Return visual tokens: (N, H·W, C) → (N, S, D)."""
         bridge: Idefics3Connector = self.__dict__["bridge"]
         projection: nn.Linear = self.modality_projection.get_submodule("proj")  # type: ignore[assignment]
         bridge.proj = projection  # adapters may have replaced it
@@ -46,10 +46,10 @@ class BridgeConnector(nn.Module):
 
 
 def replace_connector(model: Any) -> Any:
-    """Put smolstack's connector into a transformers Idefics3 or SmolVLM model, in place.
+    """Replace the connector of a transformers Idefics3 or SmolVLM model by smolstack's, in place.
 
-    Results are the same for square tiles; tiles that are not square are no longer scrambled. The
-    names in the state dict stay as they are, and so does the weight's storage.
+    Results are the same for square tiles; non-square tiles are no longer scrambled. The names in
+    the state dict and the weight's storage do not change.
 
     Args:
         model: an Idefics3Model, SmolVLMModel, or one of the ``ForConditionalGeneration`` models.
@@ -58,7 +58,7 @@ def replace_connector(model: Any) -> Any:
         The same model.
 
     Raises:
-        ConfigError: it has no connector of this family.
+        ConfigError: the model has no connector of this family.
     """
     base = getattr(model, "model", model)
     theirs = getattr(base, "connector", None)

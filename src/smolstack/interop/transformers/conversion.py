@@ -1,4 +1,4 @@
-"""From one side to the other without copying a weight."""
+"""Converts models between smolstack and transformers without copying weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from smolstack.vlm import VLM
 
 
 def to_transformers(vlm: VLM | VisionLanguageModel) -> Any:
-    """transformers' model on smolstack's own weights: storage is shared, nothing is copied.
+    """Return transformers' model on smolstack's weights: storage is shared, nothing is copied.
 
     Returns:
         An ``Idefics3ForConditionalGeneration`` or ``SmolVLMForConditionalGeneration`` in
@@ -34,14 +34,14 @@ def to_transformers(vlm: VLM | VisionLanguageModel) -> Any:
 
 
 def from_transformers(model: Any, processor: Any = None) -> Any:
-    """smolstack's network on the weights of a transformers model: storage is shared.
+    """Return smolstack's model on the weights of a transformers model: storage is shared.
 
     Args:
         model: an Idefics3 or SmolVLM ``ForConditionalGeneration`` model.
-        processor: its transformers processor (with tokenizer); None for the network alone.
+        processor: its transformers processor (with tokenizer); None for the model alone.
 
     Returns:
-        A :class:`smolstack.VLM` where a processor is given, else a ``VisionLanguageModel``.
+        A :class:`smolstack.VLM` if a processor is given, else a ``VisionLanguageModel``.
 
     Raises:
         ConfigError: the model has parameters that this family does not have (adapters that were
@@ -68,10 +68,10 @@ def from_transformers(model: Any, processor: Any = None) -> Any:
 
 
 def _with_processor(network: VisionLanguageModel, model: Any, processor: Any) -> VLM:
-    """A VLM whose side files are those that the transformers processor writes."""
+    """Return a VLM with the side files that the transformers processor writes."""
     folder = tempfile.TemporaryDirectory(prefix="smolstack-")
     place = Path(folder.name)
-    # Part by part: SmolVLM's processor asks for a video processor, which images do not need.
+    # Separately: SmolVLM's processor requires a video processor, which images do not need.
     processor.tokenizer.save_pretrained(place)
     processor.image_processor.save_pretrained(place)
     _write_template(processor, place)

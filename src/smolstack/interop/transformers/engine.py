@@ -1,4 +1,4 @@
-"""A smolstack network on the parameters of a transformers model: the same tensors, twice named."""
+"""A smolstack model on the parameters of a transformers model: the same tensors under two names."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from smolstack.model.vlm import VisionLanguageModel
 
 
 def config_of(model: Any) -> ModelConfig:
-    """The config of a transformers Idefics3 or SmolVLM model."""
+    """Return the config of a transformers Idefics3 or SmolVLM model."""
     return ModelConfig.from_hf(model.config.to_dict())
 
 
 def build_engine(base: Any) -> VisionLanguageModel | None:
-    """A network without a head on the very parameters of an Idefics3Model or SmolVLMModel.
+    """Return a model without a head on the parameters of an Idefics3Model or SmolVLMModel.
 
-    Nothing is copied: gradients, moves between devices and changes of dtype are seen by both.
+    Nothing is copied: gradients, moves between devices and changes of dtype affect both.
 
     Returns:
-        None when the model is not plainly what its config says: adapters, layers of other classes,
-        modules that are spread over devices or have hooks (recognise.py).
+        None if the model differs from what its config describes: adapters, layers of other classes,
+            modules on several devices or with hooks (recognise.py).
     """
     try:
         config = replace(config_of(base), tied=True, embedding_dim=None)
@@ -50,13 +50,13 @@ def build_engine(base: Any) -> VisionLanguageModel | None:
         if getattr(owner, kind).shape != parameter.shape:
             return None
         setattr(owner, kind, parameter)
-    # transformers trains no padding token's embedding
+    # transformers does not train the padding token's embedding
     engine.decoder.embedding.padding_idx = base.get_input_embeddings().padding_idx
     return accelerate(engine.train(base.training))
 
 
 class EngineHolder:
-    """Builds the engine when it is first needed, and again when parameters were exchanged."""
+    """Builds the engine on first use, and again if parameters are replaced."""
 
     def __init__(self) -> None:
         self._engine: VisionLanguageModel | None = None
@@ -65,9 +65,9 @@ class EngineHolder:
         self._owner: weakref.ref[Any] | None = None
 
     def get(self, base: Any, *, check: bool) -> VisionLanguageModel | None:
-        """The engine of ``base``, None where it is not plainly transformers' own.
+        """Return the engine of ``base``, None if it is not an unmodified transformers model.
 
-        ``check`` looks whether its modules and parameters are still the same.
+        ``check``: check that its modules and parameters are still the same.
         """
         mine = self._owner is not None and self._owner() is base
         if check or not mine:
@@ -78,7 +78,7 @@ class EngineHolder:
         return None if self._drops else self._engine
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> EngineHolder:
-        return EngineHolder()  # a copy of the model has parameters of its own
+        return EngineHolder()  # a copy of the model has its own parameters
 
     def __reduce__(self) -> tuple[type[EngineHolder], tuple[()]]:
         return EngineHolder, ()

@@ -1,4 +1,4 @@
-"""Images as transformers passes them about: encoded, and put into the places of their tokens."""
+"""Encoded images in transformers' form, and merging them into embeddings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from smolstack.model import packer
 from smolstack.model.tile_passes import TILES_AT_ONCE
 from smolstack.model.vlm import VisionLanguageModel
 
-# Typed as Any: transformers' own annotations cover parts of it only.
+# Typed as Any: transformers is only partly annotated.
 Pooled: Any = BaseModelOutputWithPooling
 
 
 def image_outputs(mm_encoder_outputs: Any) -> Any:
-    """Images encoded before, however they are given, as transformers returns them."""
+    """Return previously encoded images, in any accepted form, as transformers returns them."""
     if isinstance(mm_encoder_outputs, dict):
         return mm_encoder_outputs.get("image")
     if isinstance(mm_encoder_outputs, Tensor):
@@ -28,7 +28,7 @@ def image_outputs(mm_encoder_outputs: Any) -> Any:
 def encode(
     engine: VisionLanguageModel, tiles: Tensor, filled: list[tuple[int, int]] | None
 ) -> tuple[Tensor, Tensor]:
-    """Patch states (N, H·W, C) and visual tokens (N, S, D), a few tiles at a time."""
+    """Return patch states (N, H·W, C) and visual tokens (N, S, D), a few tiles at a time."""
     grid = engine.vision.grid_of(tiles)
     states, visual = [], []
     for start in range(0, len(tiles), TILES_AT_ONCE):
@@ -47,7 +47,7 @@ def embed(
     inputs_embeds: Tensor | None,
     outputs: Any,
 ) -> Tensor:
-    """Embeddings of all tokens (B, T, D), visual tokens in their places and counted per row."""
+    """Return embeddings of all tokens (B, T, D) with visual tokens merged in, counted per row."""
     if input_ids is None:
         assert inputs_embeds is not None
         return inputs_embeds
@@ -57,9 +57,9 @@ def embed(
     pooled = outputs.pooler_output
     pooled = [pooled.flatten(0, -2)] if isinstance(pooled, Tensor) else list(pooled)
     visual = torch.cat(pooled)
-    # One image token counts as a tile of one: only numbers per row are known here.
+    # Each image token counts as a tile of one token: only counts per row are known here.
     counts = [len(part) for part in pooled]
     if len(counts) != len(input_ids):
         counts = (input_ids == engine.config.image_token_id).sum(dim=1).tolist()
-    places = packer.locate(input_ids, engine.config.image_token_id, counts, 1)
-    return packer.splice(embeddings, places, visual[:, None])
+    positions = packer.locate(input_ids, engine.config.image_token_id, counts, 1)
+    return packer.splice(embeddings, positions, visual[:, None])

@@ -1,4 +1,4 @@
-"""What transformers' masks and positions say, in smolstack's terms."""
+"""Interprets transformers' masks and positions for smolstack."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Set while a call runs on transformers' own modules whatever else is asked.
+# Set while a call must run on transformers' own modules.
 left_to_transformers: ContextVar[bool] = ContextVar("left_to_transformers", default=False)
 _MORE = ("output_attentions", "output_hidden_states")
 
 
 def asks_for_more(kwargs: Mapping[str, Any], config: Any) -> bool:
-    """Whether a call, or the config where the call says nothing, wants what only transformers' own
-    forward pass returns."""
+    """Return whether a call, or the config for options not in the call, requests outputs that only
+    transformers' own forward pass returns.
+    """
     parts = (config, config.text_config, config.vision_config)
     if kwargs.get("block_sequence_ids"):
         return True
@@ -29,24 +30,25 @@ def asks_for_more(kwargs: Mapping[str, Any], config: Any) -> bool:
 
 
 def trains_padding(labels: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether a label is predicted from a padding token, such as the first word's of a row that is
-    padded on the left. Both sides compute padding in their own way."""
+    """Return whether a label is predicted from a padding token, such as that of the first token in
+    a left-padded row. The two implementations compute padding differently.
+    """
     if labels is None or mask is None or mask.dim() != 2 or mask.shape != labels.shape:
         return False
     return bool(((labels[:, 1:] != -100) & (mask[:, :-1] == 0)).any())
 
 
 def left_padding(mask: Tensor | None, past: int, *, alone: bool) -> tuple[Tensor | None, bool]:
-    """Left-padding tokens per row, and whether the mask says nothing else.
+    """Return left-padding tokens per row, and whether the mask contains nothing else.
 
     Args:
         mask: (B, past + T), 1 on real tokens; None for no padding.
         past: tokens in the cache.
-        alone: nothing will follow these tokens. Then padding on the right does not matter: causal
-            attention never sees it.
+        alone: no tokens follow these. Right padding is then irrelevant, because of causal
+            attention.
 
     Returns:
-        (B,) int64 or None, and whether smolstack's decoder can honour the mask.
+        (B,) int64 or None, and whether smolstack's decoder supports the mask.
     """
     if mask is None:
         return None, True
@@ -63,7 +65,9 @@ def left_padding(mask: Tensor | None, past: int, *, alone: bool) -> tuple[Tensor
 def same_positions(
     position_ids: Tensor | None, padding: Tensor | None, past: int, new: int
 ) -> bool:
-    """Whether given rotary positions, (B, T), are those that smolstack counts on real tokens."""
+    """Return whether the given positions, (B, T), are those that smolstack computes from real
+    tokens.
+    """
     if position_ids is None:
         return True
     if position_ids.dim() != 2 or position_ids.shape[1] != new:
@@ -76,15 +80,15 @@ def same_positions(
 
 
 def filled_grids(masks: Tensor, patch: int) -> tuple[bool, list[tuple[int, int]] | None]:
-    """(rows, columns) of patches that hold image, per tile, from a mask of pixels.
+    """Return (rows, columns) of patches that contain image, per tile, from a mask of pixels.
 
     Args:
-        masks: (N, height, width), true on pixels that hold image.
-        patch: pixels of a patch's side.
+        masks: (N, height, width), true on pixels that contain image.
+        patch: patch edge in pixels.
 
     Returns:
-        Whether every tile is filled from its top left corner, as a rectangle; and the grids, None
-        when every tile is full.
+        Whether every tile is filled as a rectangle from its top left corner; and the grids, None if
+        every tile is full.
     """
     patches = masks.bool().unfold(1, patch, patch).unfold(2, patch, patch).any(dim=-1).any(dim=-1)
     if bool(patches.all()):

@@ -1,10 +1,10 @@
-"""Models that are transformers' own on the outside and compute with smolstack.
+"""Models with transformers' interface that compute with smolstack.
 
 Parameters, names, configs, loading, saving, ``generate`` and pipelines are transformers'. Only the
-base model's forward pass is exchanged: tower, connector, packer and decoder are smolstack's, on the
-same parameters. Where something is asked that smolstack does not do (attention weights, hidden
-states of every layer, adapters, static caches, masks that are no padding), transformers' own
-forward pass runs, with the same result.
+base model's forward pass is replaced: tower, connector, packer and decoder are smolstack's, on the
+same parameters. For requests that smolstack does not support (attention weights, hidden states of
+every layer, adapters, static caches, masks other than padding), transformers' own forward pass
+runs, with the same result.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from smolstack.interop.transformers.inputs import (
 )
 from smolstack.interop.transformers.steps import Steps, Task
 
-# Typed as Any: transformers' own annotations cover parts of it only.
+# Typed as Any: transformers is only partly annotated.
 _Idefics3Model: Any = modeling_idefics3.Idefics3Model
 _SmolVLMModel: Any = modeling_smolvlm.SmolVLMModel
 _Idefics3WithHead: Any = modeling_idefics3.Idefics3ForConditionalGeneration
@@ -41,7 +41,7 @@ _SmolVLMWithHead: Any = modeling_smolvlm.SmolVLMForConditionalGeneration
 
 
 class _ComputesWithSmolstack:
-    """The base model's forward pass and image encoding, by smolstack wherever it can."""
+    """The base model's forward pass and image encoding, by smolstack where possible."""
 
     config: Any
     training: bool
@@ -55,10 +55,10 @@ class _ComputesWithSmolstack:
     def get_image_features(
         self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Visual tokens as transformers returns them: one (n·S, D) per row in ``pooler_output``.
+        """Return visual tokens in transformers' form: one (n·S, D) per row in ``pooler_output``.
 
-        ``last_hidden_state`` is the tower's (N, H·W, C). Tiles that are zero throughout are
-        padding, as transformers has it.
+        ``last_hidden_state`` is the tower's (N, H·W, C). All-zero tiles are padding, as in
+        transformers.
         """
         more = asks_for_more(kwargs, self.config)
         engine = None if more else self._holder.get(self, check=True)
@@ -91,7 +91,7 @@ class _ComputesWithSmolstack:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """States of every token, normalized; arguments and result are transformers' own."""
+        """Return normalized states of every token; arguments and result are transformers'."""
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -111,9 +111,10 @@ class _ComputesWithSmolstack:
         )
 
     def smolstack_task(self, given: dict[str, Any], kwargs: Mapping[str, Any]) -> Task | None:
-        """A call's embeddings and cache for smolstack's decoder; None: transformers' own runs.
+        """Return a call's embeddings and cache for smolstack's decoder; None: transformers' own
+        runs.
 
-        ``given`` are the arguments of :meth:`forward`; ``use_cache`` is settled in place.
+        ``given`` are the arguments of :meth:`forward`; ``use_cache`` is set in place.
         """
         recomputes = self.training and getattr(self.text_model, "gradient_checkpointing", False)
         if given["use_cache"] is None:
@@ -191,7 +192,7 @@ class _GeneratesWithSmolstack:
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """Logits and loss; arguments and result are transformers' own."""
+        """Return logits and loss; arguments and result are transformers'."""
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -206,7 +207,7 @@ class _GeneratesWithSmolstack:
         last = isinstance(logits_to_keep, int) and (
             logits_to_keep == 1 or _length(input_ids, inputs_embeds) == 1
         )
-        # Without a gradient and for one position, as generate asks, kernels may do it all.
+        # Without gradients and for one position, as in generate, kernels can compute everything.
         task = None
         if last and labels is None and not torch.is_grad_enabled():
             task = self.model.smolstack_task(given, kwargs)
@@ -272,11 +273,11 @@ _REGISTERED: tuple[tuple[Any, Any, Any], ...] = (
 
 
 def register() -> None:
-    """Let transformers' auto classes and pipelines build these models from now on.
+    """Make transformers' auto classes and pipelines build these models.
 
     ``AutoModelForImageTextToText.from_pretrained``, ``AutoModel.from_pretrained`` and
     ``pipeline("image-text-to-text")`` then load Idefics3 and SmolVLM checkpoints as the classes of
-    this module. What they save is what transformers saves.
+    this module. Saved files are the same as those of transformers.
     """
     for auto, config, model in _REGISTERED:
         auto.register(config, model, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Whether a model is plainly transformers' own: only then may smolstack compute in its place.
+"""Whether a model is an unmodified transformers model, which smolstack can compute.
 
-People change models: they exchange layers (quantized, fake-quantized, an activation of their own),
-hang hooks on them, put a function in the place of ``forward``, train with dropout. Whatever is not
-exactly what transformers builds from the config is left to transformers' own forward pass.
+Users modify models: they replace layers (quantized, fake-quantized, with a custom activation),
+register hooks, replace ``forward``, or train with dropout. Anything that differs from what
+transformers builds from the config is left to transformers' own forward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DROPOUTS = ("attention_dropout", "dropout")
 
 
 def drops(base: nn.Module) -> bool:
-    """Whether a forward pass of a model in training leaves out attention at random."""
+    """Return whether a model in training mode uses attention dropout."""
     return any(
         part.training and any(_positive(getattr(part, name, 0.0)) for name in _DROPOUTS)
         for part in base.modules()
@@ -30,16 +30,16 @@ def drops(base: nn.Module) -> bool:
 
 
 def identity(base: nn.Module) -> tuple[Hashable, ...]:
-    """What changes when modules, their classes, parameters or hooks are exchanged."""
+    """Return a value that changes when modules, their classes, parameters or hooks are replaced."""
     parts = list(base.modules())
     return (any_watched(base), *map(id, parts), *map(type, parts), *map(id, base.parameters()))
 
 
 def is_plain(base: Any) -> bool:
-    """Whether every module has exactly the class that transformers gives it, and no hooks.
+    """Return whether every module has the class that transformers gives it, and no hooks.
 
     Args:
-        base: an Idefics3Model or SmolVLMModel of transformers, or of a class derived from one.
+        base: transformers' Idefics3Model or SmolVLMModel, or a derived class.
     """
     if any_watched(base):
         return False
@@ -49,7 +49,9 @@ def is_plain(base: Any) -> bool:
 
 
 def _classes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, set[type]]:
-    """The classes of modules by name, all layers taken together; the model's own is left out."""
+    """Return the classes of modules by name, with all layers merged, without the model's own
+    class.
+    """
     found: dict[str, set[type]] = {}
     for name, part in modules:
         if name:
@@ -58,7 +60,9 @@ def _classes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, set[type]]:
 
 
 def _reference(base: Any) -> nn.Module:
-    """The model that transformers builds from the same config, a layer a tower, without values."""
+    """Return the model that transformers builds from the same config, with one layer per tower, on
+    the meta device.
+    """
     config = copy.deepcopy(base.config)
     for part in (config.text_config, config.vision_config):
         part.num_hidden_layers = 1

@@ -1,4 +1,4 @@
-"""transformers' own model and smolstack behind its interface, in turn, in the same calls.
+"""Times transformers' model and smolstack behind its interface with the same alternating calls.
 
     python -m smolstack.interop.transformers.speed [MODEL] --new-tokens 32
 
@@ -29,12 +29,12 @@ from smolstack.vlm import load
 
 @dataclass(frozen=True)
 class Compared:
-    """Median seconds of the same call, by transformers' own model and by smolstack's.
+    """Median seconds of the same call with transformers' model and with smolstack's.
 
     Attributes:
-        call: what was called.
+        call: description of the call.
         theirs, ours: seconds.
-        same: whether the tokens are the same.
+        same: whether the tokens are equal.
     """
 
     call: str
@@ -52,14 +52,14 @@ def compare(
     split: bool | None,
     rounds: int,
 ) -> list[Compared]:
-    """Time ``generate`` on both models: the first token alone, and ``new_tokens`` of them.
+    """Time ``generate`` on both models, for the first token only and for ``new_tokens`` tokens.
 
     Args:
         folder: a checkpoint folder.
         dtype: "float32" or "bfloat16".
-        rows: prompts of one batch, an image each.
-        split: whether images are split into tiles; None as the checkpoint says.
-        rounds: runs of each, in turn, after one that is not counted.
+        rows: prompts per batch, with one image each.
+        split: whether images are split into tiles; None: the checkpoint's setting.
+        rounds: alternating runs of each, after an uncounted one.
     """
     vlm = load(folder, dtype=dtype, device="cpu")
     theirs = to_transformers(vlm)
@@ -89,7 +89,7 @@ def compare(
 def _in_turn(
     calls: list[Callable[[], torch.Tensor]], rounds: int
 ) -> tuple[list[float], list[torch.Tensor]]:
-    """Median seconds of every call, and its last result."""
+    """Return the median seconds of every call, and its last result."""
     seconds: list[list[float]] = [[] for _ in calls]
     results: list[torch.Tensor] = [call() for call in calls]
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""One forward pass as smolstack's decoder runs it, by torch or by the compiled kernels."""
+"""A forward pass of smolstack's decoder, by torch or by the compiled kernels."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from smolstack.model.vlm import VisionLanguageModel
 
 @dataclass
 class Task:
-    """What a call asks of the decoder.
+    """The inputs of a decoder call.
 
     Attributes:
-        engine: smolstack's network on the model's parameters.
-        embeddings: (B, T, D), visual tokens in their places.
+        engine: smolstack's model on the model's parameters.
+        embeddings: (B, T, D), with visual tokens merged in.
         padding: (B,) left-padding tokens per row, or None.
-        cache: transformers' cache, appended to; None for none.
-        images: what the tower and the connector made, as transformers returns it.
+        cache: transformers' cache, extended in place, or None.
+        images: outputs of tower and connector, as transformers returns them.
     """
 
     engine: VisionLanguageModel
@@ -34,21 +34,21 @@ class Task:
     images: Any
 
     def states(self) -> Tensor:
-        """States of every new token, normalized: (B, T, D)."""
+        """Return normalized states of every new token: (B, T, D)."""
         borrowed = None if self.cache is None else BorrowedCache(self.cache, self.padding)
         states: Tensor = self.engine.decoder(self.embeddings, padding=self.padding, cache=borrowed)
         return states
 
 
 class Steps:
-    """The compiled decoder of a model, made when it is first needed and when weights change."""
+    """The compiled decoder of a model, made on first use and when weights change."""
 
     def __init__(self) -> None:
         self._native: NativeDecoder | None = None
         self._made_for: tuple[int, int, torch.dtype] | None = None
 
     def next_logits(self, task: Task, head: Any) -> Tensor:
-        """Logits of the token after the new ones: (B, 1, V), in the model's dtype."""
+        """Return logits of the token after the new ones: (B, 1, V), in the model's dtype."""
         native = self._kernels(task, head)
         if native is not None and task.cache is not None:
             embeddings, text = task.embeddings, task.engine.config.text
@@ -63,7 +63,7 @@ class Steps:
         return logits
 
     def _kernels(self, task: Task, head: Any) -> NativeDecoder | None:
-        """The compiled decoder where it can take this task, otherwise None."""
+        """Return the compiled decoder if it supports this task, otherwise None."""
         engine, cache = task.engine, task.cache
         if torch.compiler.is_compiling() or type(head) is not nn.Linear or head.bias is not None:
             return None
@@ -81,7 +81,7 @@ class Steps:
         return native
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Steps:
-        return Steps()  # a copy of the model has weights of its own
+        return Steps()  # a copy of the model has its own weights
 
     def __reduce__(self) -> tuple[type[Steps], tuple[()]]:
         return Steps, ()
