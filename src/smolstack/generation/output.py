@@ -29,6 +29,7 @@ class Output:
         constraint: the form that it must keep to, or None.
         top_logprobs: likeliest tokens noted at each place; None notes nothing.
         rules: what is asked of single tokens.
+        continues: whether white space at its beginning and end is part of it.
     """
 
     prompt_tokens: int
@@ -39,6 +40,7 @@ class Output:
     constraint: Constraint | None = None
     top_logprobs: int | None = None
     rules: TokenRules = field(default_factory=TokenRules)
+    continues: bool = False
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -89,7 +91,7 @@ class Output:
     def text(self) -> str:
         """The answer so far: without surrounding white space, or exactly as its form has it."""
         if self.constraint is None or not self.constraint.exact:
-            return self.stream.text.strip()
+            return self.stream.text if self.continues else self.stream.text.strip()
         return self.stream.text[self.constraint.lead :]
 
     @property
@@ -118,7 +120,7 @@ class Output:
     def _after_lead(self, piece: str) -> str:
         """A piece without what the template leaves between prompt and answer to the model."""
         if self.constraint is None or not self.constraint.exact:
-            piece = piece if self._handed_out else piece.lstrip()
+            piece = piece if self._handed_out or self.continues else piece.lstrip()
         else:
             left = self.constraint.lead if self._lead_left < 0 else self._lead_left
             self._lead_left = max(0, left - len(piece))
@@ -160,6 +162,7 @@ def new_output(
         constraint=constraint,
         top_logprobs=options.logprobs,
         rules=options.rules,
+        continues=options.continues,
     )
 
 
