@@ -18,7 +18,6 @@ from smolstack.train.batches import MicroBatch
 from smolstack.train.loss_mask import IGNORED
 from smolstack.train.packed_rows import packed_rows
 
-
 LOGITS_AT_ONCE = 256  # states; of a vocabulary of 49,280 their logits are 50 MB
 
 
