@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from smolstack.bench import sizes
+from smolstack.bench.peers import transformers_training
 from smolstack.bench.peers.fresh import import_seconds
 from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.training_run import TrainingRun, TrainingTask
 from smolstack.bench.timing import Contender, Reading, later
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import BITS, QUESTION, Scene, Setting, torch_dtype
@@ -105,6 +107,9 @@ class Transformers(Side):
 
     def imports(self) -> Sequence[Contender]:
         return [Contender(NAME, lambda: Reading(import_seconds(NAME)))]
+
+    def train(self, task: TrainingTask) -> Sequence[TrainingRun]:
+        return transformers_training.runs(NAME, self.setting, task)
 
     def _peak(self, dtype: str, scene: Scene) -> Reading:
         work = f"{__name__}:asking"
