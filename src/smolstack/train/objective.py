@@ -77,7 +77,8 @@ class AnswerLoss(nn.Module):
         """
         if len(states) <= LOGITS_AT_ONCE:
             return self._some(states, wanted)
-        parts = zip(states.split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE), strict=True)
+        some = torch.split(states, LOGITS_AT_ONCE)
+        parts = list(zip(some, torch.split(wanted, LOGITS_AT_ONCE), strict=True))
         if not torch.is_grad_enabled():
             return torch.stack([self._some(*part) for part in parts]).sum()
         losses = [checkpoint(self._some, *part, use_reentrant=False) for part in parts]
