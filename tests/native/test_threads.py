@@ -93,3 +93,36 @@ def test_a_step_is_the_whole_pass_at_any_number_of_threads(
             assert alone is not None
             error = (alone - expected).norm() / expected.norm()
             assert error < (1e-4 if kind == "float32" else 0.05), (size, float(error))
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_a_prompt_is_the_whole_pass_at_any_number_of_threads(
+    kind: str, many_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = native.library()
+    # Elsewhere torch reads prompts of float32 models: it sums by the number of threads.
+    same = kind != "float32" or (kernels is not None and kernels.instructions.startswith("AVX"))
+    pick = random.Random(3)
+    for size in sizes(6):
+        model, count = model_of(**size), pick.randint(1, 60)
+        if kind.startswith("int"):
+            quantize_model(model, kind)
+        else:
+            model = model.to(getattr(torch, kind))
+        tokens = torch.randint(3, 100, (count,), generator=torch.Generator().manual_seed(count))
+        with torch.inference_mode():
+            monkeypatch.setattr(native, "library", lambda: None)
+            plain = copy.deepcopy(model).float()
+            expected = plain.logits(plain.decoder(plain.decoder.embedding(tokens[None])))[0, -1]
+            monkeypatch.setattr(native, "library", lambda: kernels)
+            embeddings = model.decoder.embedding(tokens[None])
+            alone = None
+            for threads in THREADS:
+                torch.set_num_threads(threads)
+                cache = KVCache(model.config.text, 1, count + 1, dtype=model.cache_dtype)
+                found = model.read(embeddings, cache)[0]
+                alone = found if alone is None else alone
+                assert not same or torch.equal(found, alone), (size, count, threads)
+            assert alone is not None
+            error = (alone - expected).norm() / expected.norm()
+            assert error < (1e-4 if kind == "float32" else 0.05), (size, count, float(error))

@@ -84,6 +84,20 @@ int dense_rows(const Linear *linear, const Norm *norm, const float *x, int64_t r
     int64_t bytes = block_bytes(some, linear->in);
     char *memory = malloc((size_t)(bytes * threads));
     if (!memory) return 1;
+    if (rows <= some) {  // one block, as for the logits of one token: the threads share the channels
+        int64_t share = rounded_up((linear->out + threads - 1) / threads, 16);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+        for (int64_t from = 0; from < linear->out; from += share) {
+            Block block;
+            Finish finish = {activation, NULL, plus ? plus + from : NULL, linear->out};
+            lay_out_block(&block, memory + this_thread() * bytes, rows, linear->in);
+            prepare_block(&block, linear, norm, x, linear->in);
+            multiply_block(linear, &block, from, least(from + share, linear->out), &finish,
+                           out + from, linear->out);
+        }
+        free(memory);
+        return 0;
+    }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t first = 0; first < rows; first += some) {
         Block block;
