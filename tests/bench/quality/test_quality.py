@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 import smolstack
 from smolstack.bench import plots
+from smolstack.bench.peers.onnxruntime import OnnxRuntime
+from smolstack.bench.peers.openvino import OpenVino
 from smolstack.bench.quality import images, llama_cpp, running
 from smolstack.bench.quality.own import Own
 from smolstack.bench.quality.running import IMAGES, OUTLIERS, TEXT, Choice, run_quality
@@ -22,6 +24,10 @@ from smolstack.errors import ConfigError, DataError
 OWN = ["smolstack float32", "smolstack bfloat16", "smolstack int8", "smolstack int4"]
 TYPES = ("F32", "Q8_0")  # each takes processes of its own
 PEERS = [f"llama.cpp {kind}" for kind in TYPES] if not llama_cpp.missing() else []
+TRANSFORMERS = "transformers bfloat16"
+SEEING = [TRANSFORMERS, *(["onnxruntime int8"] if not OnnxRuntime.missing() else [])]
+if not OpenVino.missing() and "bfloat16" in OpenVino.precisions():
+    SEEING.append("openvino bfloat16")
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +63,9 @@ def test_every_precision_and_peer_is_held_against_float32(
     choice = Choice(tiny_folder, also=[quantized], text=text, parts=(TEXT,), rounds=1)
     record = run_quality(choice)
     rows = record.studies[TEXT]
-    assert labels(rows) == [*OWN, "smolstack saved-int8", *PEERS]
-    own = {row["precision"]: row for row in rows}
+    assert labels(rows) == [*OWN, "smolstack saved-int8", TRANSFORMERS, *PEERS]
+    peer = rows[labels(rows).index(TRANSFORMERS)]
+    own = {row["precision"]: row for row in rows if row is not peer}
     assert own["float32"]["KL to float32"] == 0
     assert own["float32"]["same likeliest token"] == 1
     assert 0 < own["int8"]["KL to float32"] < 0.05
@@ -66,6 +73,8 @@ def test_every_precision_and_peer_is_held_against_float32(
     for name in ("KL to float32", "perplexity", "text tower, MB"):
         assert own["saved-int8"][name] == own["int8"][name]
     assert own["bfloat16"]["text tower, MB"] == own["float32"]["text tower, MB"] / 2
+    assert 0 < peer["KL to float32"] < 0.05
+    assert peer["text tower, MB"] == own["bfloat16"]["text tower, MB"]
     assert own["int4"]["text tower, MB"] < own["int8"]["text tower, MB"]
     assert all(row["seconds a token"] > 0 for row in rows)
     if PEERS:
@@ -87,7 +96,8 @@ def test_images_are_measured_by_visual_tokens_and_forced_answers(
     choice = Choice(tiny_folder, ("int8",), images=folder, parts=parts, folder=tmp_path / "kept")
     found = run_quality(choice).studies
     for part in parts:
-        exact, other = found[part]
+        exact, other, theirs = found[part]  # the towers alone know no tile that is partly filled
+        assert labels([theirs]) == [TRANSFORMERS]
         assert exact["images"] == other["images"] == 2
         assert exact["relative error of visual tokens"] < 1e-6
         assert exact["KL of forced answers"] < 1e-6
@@ -100,9 +110,10 @@ def test_images_are_measured_by_visual_tokens_and_forced_answers(
 
 def test_images_are_drawn_where_none_are_given(tiny_folder: Path, tmp_path: Path) -> None:
     choice = Choice(tiny_folder, ("int8",), parts=(IMAGES,), folder=tmp_path / "kept")
-    exact, other = run_quality(choice).studies[IMAGES]
+    exact, *others = run_quality(choice).studies[IMAGES]
     assert exact["images"] == exact["tiles"] == 1  # one image, which is not cut
-    assert 0 < other["relative error of visual tokens"] < 1
+    assert labels(others) == ["smolstack int8", *SEEING]
+    assert all(0 < row["relative error of visual tokens"] < 1 for row in others)
 
 
 def test_a_measurement_that_was_stopped_goes_on(
@@ -155,7 +166,7 @@ def test_a_peer_that_fails_is_named_and_takes_no_part(
     said: list[str] = []
     choice = Choice(tiny_folder, ("float32",), text=text, parts=(TEXT,), rounds=1)
     rows = run_quality(choice, note=said.append).studies[TEXT]
-    assert labels(rows) == ["smolstack float32"]
+    assert labels(rows) == ["smolstack float32", TRANSFORMERS]
     assert said[0].startswith("llama.cpp NO_SUCH_TYPE takes no part: ")
 
 

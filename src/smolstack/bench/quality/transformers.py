@@ -58,18 +58,26 @@ class Peer:
         return Decoding(self.model, ids, steps)
 
     def visual_tokens(self, batch: Batch) -> Tensor:
-        """Visual tokens (N, S, D) of a batch's tiles, all of which are filled."""
-        pixels = batch.tiles[None].to(self.model.dtype)
-        found = self.model.model.get_image_features(pixel_values=pixels)
-        visual: Tensor = getattr(found, "pooler_output", found)
-        return visual.float()
+        """Visual tokens (N, S, D) of a batch's tiles."""
+        found = self.model.model.get_image_features(**self._images(batch)).pooler_output
+        visual: Tensor = found if isinstance(found, Tensor) else torch.cat(list(found))
+        return visual.float().view(len(batch.tiles), -1, visual.shape[-1])
 
     def answer_scores(self, batch: Batch, count: int) -> Tensor:
         """Logits (count, V) of the last positions of a batch with its visual tokens."""
-        scores = self.model(
-            input_ids=batch.token_ids, pixel_values=batch.tiles[None].to(self.model.dtype)
-        ).logits[0, -count:]
+        scores = self.model(input_ids=batch.token_ids, **self._images(batch)).logits[0, -count:]
         return scores.float().contiguous()  # type: ignore[no-any-return]
+
+    def _images(self, batch: Batch) -> dict[str, Tensor]:
+        """The tiles of a batch of one, and which of their pixels are not padding."""
+        from smolstack.interop.reference import pixel_mask
+
+        inputs = {"pixel_values": batch.tiles[None].to(self.model.dtype)}
+        if batch.tile_grids is not None:
+            patch = self.model.config.vision_config.patch_size
+            mask = pixel_mask(list(batch.tile_grids), batch.tiles.shape[-1], patch)
+            inputs["pixel_attention_mask"] = mask[None]
+        return inputs
 
     def close(self) -> None:
         """Let the model go."""
