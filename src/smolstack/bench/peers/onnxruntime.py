@@ -32,8 +32,9 @@ def tower(graph: str, tile: str, precision: str, threads: int) -> Callable[..., 
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     feeds = {"pixel_values": np.load(tile)}
 
-    def run(give: bool = False) -> Any:
-        states = session.run(None, feeds)[0]
+    def run(give: bool = False, other: str | None = None) -> Any:
+        own = feeds if other is None else {"pixel_values": np.load(other)}
+        states = session.run(None, own)[0]
         return states.tolist() if give else None
 
     return run

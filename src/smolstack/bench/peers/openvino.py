@@ -45,8 +45,8 @@ def tower(graph: str, tile: str, precision: str, threads: int) -> Callable[..., 
     request = compiled.create_infer_request()
     pixels = np.load(tile)
 
-    def run(give: bool = False) -> Any:
-        states = request.infer({0: pixels})[0]
+    def run(give: bool = False, other: str | None = None) -> Any:
+        states = request.infer({0: pixels if other is None else np.load(other)})[0]
         return np.asarray(states, dtype=np.float32).tolist() if give else None
 
     return run

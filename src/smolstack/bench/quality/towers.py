@@ -6,8 +6,7 @@ decoder, so that what a row shows is the tower's loss.
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,7 @@ class TowerPeer:
     reference: Own
     folder: Path
     root: Path
+    _worker: Worker | None = field(default=None, repr=False)
 
     @property
     def label(self) -> str:
@@ -66,22 +66,25 @@ class TowerPeer:
         return self.reference.answer_scores(batch, count)
 
     def close(self) -> None:
-        """Nothing is held: a process lasts for one tile."""
+        """End the process."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
     def _states(self, tile: Tensor) -> Tensor:
         """Patch states (H·W, C) of a tile (3, P, P)."""
-        graph = graph_file(self.folder, self.root, int8=self.int8)
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "tile.npy"
-            np.save(path, tile[None].float().numpy())
-            with Worker(
+        path = self.root / f"{self.by}-tile.npy"
+        np.save(path, tile[None].float().numpy())
+        if self._worker is None:
+            graph = graph_file(self.folder, self.root, int8=self.int8)
+            self._worker = Worker(
                 self.work,
                 torch.get_num_threads(),
                 graph=str(graph),
                 tile=str(path),
                 precision=self.precision,
-            ) as worker:
-                value = worker.tell(give=True)["value"]
+            )
+        value = self._worker.tell(give=True, other=str(path))["value"]
         return torch.tensor(value)[0]
 
 
