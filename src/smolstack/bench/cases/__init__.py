@@ -1,4 +1,4 @@
-"""The cases of ``smolstack bench``: what every side is given to do, part by part."""
+"""The cases of ``smolstack bench``: the work given to every side, part by part."""
 
 from __future__ import annotations
 

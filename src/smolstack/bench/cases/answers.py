@@ -1,4 +1,4 @@
-"""What a form costs per token, and what is saved when one image is asked about several times."""
+"""Cost per token of structured output, and time saved with several questions about one image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMS: dict[str, AnswerOptions] = {
 
 
 def structured(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """A token of a free answer, and of one that keeps to a form."""
+    """Time per token of a free answer, and of a structured one."""
     for dtype in setting.dtypes:
         vlm = endless(setting, dtype)
         contenders = [Contender(OURS, partial(_write, vlm, {}), dtype)]
@@ -35,7 +35,7 @@ def structured(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
 
 
 def questions(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """Four questions about one image: read once, or anew each time."""
+    """Four questions about one image, encoded once or every time."""
     image = noise_image(WIDE)
     for dtype in setting.dtypes:
         vlm = endless(setting, dtype)
@@ -52,7 +52,7 @@ def questions(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
 
 
 def endless(setting: Setting, dtype: str) -> VLM:
-    """The setting's checkpoint, which never ends an answer by itself."""
+    """Return the setting's checkpoint, with answers that do not end by themselves."""
     vlm = load(setting.folder, dtype=dtype)
     vlm.eos_token_ids = ()
     return vlm

@@ -1,4 +1,4 @@
-"""The network's parts, each alone: connector, vision tower, prefill, decoding."""
+"""Parts of the model, each alone: connector, vision tower, prefill, decoding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def connector(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
 
 
 def vision(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """One tile through the tower."""
+    """Encode one tile with the vision tower."""
     vision = setting.config.vision
     tile = setting.noise(1, 3, vision.image_size, vision.image_size)
     yield Case(
@@ -50,7 +50,7 @@ def prefill(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
 
 
 def decode(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """New tokens one at a time, per token, after a context of some length."""
+    """Decode new tokens one at a time after a context, per token."""
     for length in CONTEXTS:
         ids = setting.ids(length)
         yield Case(
@@ -62,7 +62,7 @@ def decode(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
 
 
 def gather(sides: Sequence[Side], work: Callable[[Side], Sequence[Contender]]) -> list[Contender]:
-    """Every side's contenders for one case."""
+    """Return every side's contenders for one case."""
     return [contender for side in sides for contender in work(side)]
 
 

@@ -18,7 +18,7 @@ def images(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
 
 
 def ask(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """An image file and a question to an answer, greedily; nothing is known beforehand."""
+    """Answer a question about an image file, greedily, with empty caches."""
     for scene in setting.scenes:
         yield Case(
             f"ask, {_tiles(scene)}, {setting.new_tokens} tokens",
@@ -27,12 +27,12 @@ def ask(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
 
 
 def load(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """A checkpoint in bfloat16 to a model that can be asked, its files in the page cache."""
+    """Load a checkpoint in bfloat16, with its files in the page cache."""
     yield Case("load", gather(sides, lambda side: side.load()))
 
 
 def memory(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """Peak memory of a process of its own: load, and one answer."""
+    """Peak memory of a separate process that loads and answers once."""
     for scene in (setting.scenes[0], setting.scenes[-1]):
         yield Case(
             f"memory, {_tiles(scene)}, {setting.new_tokens} tokens",
@@ -43,7 +43,7 @@ def memory(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
 
 
 def imports(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """Importing the package in a fresh interpreter."""
+    """Import the package in a new interpreter."""
     yield Case("import", gather(sides, lambda side: side.imports()))
 
 

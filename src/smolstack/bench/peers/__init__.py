@@ -1,4 +1,4 @@
-"""smolstack and its peers, each with its way to do the parts that it can do."""
+"""smolstack and its peers, each with its implementations of the parts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PEERS: tuple[type[Side], ...] = (Transformers, OnnxRuntime, OpenVino, LlamaCpp)
 
 
 def sides(setting: Setting) -> list[Side]:
-    """smolstack first, then every peer that is installed."""
+    """Return smolstack, followed by every installed peer."""
     return [Ours(setting), *(peer(setting) for peer in PEERS if not peer.missing())]
 
 
 def absent() -> dict[str, list[str]]:
-    """Peers that are not installed, with the packages that they lack."""
+    """Return the peers that are not installed, with their missing packages."""
     return {peer.name: peer.missing() for peer in PEERS if peer.missing()}

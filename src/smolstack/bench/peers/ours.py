@@ -1,4 +1,4 @@
-"""smolstack's own contenders, one per precision."""
+"""smolstack's contenders, one per precision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAVED = "saved so"
 
 
 class Ours(Side):
-    """Models in every precision of the setting, loaded when first needed."""
+    """Models in every precision of the setting, loaded on first use."""
 
     name = OURS
 
@@ -33,9 +33,9 @@ class Ours(Side):
         self._loaded: dict[str, VLM] = {}
 
     def vlm(self, dtype: str) -> VLM:
-        """The checkpoint in one precision; no answer ends by itself."""
+        """Return the checkpoint in one precision; answers do not end by themselves."""
         if dtype not in self._loaded:
-            # Loaded in the midst of a measurement: the weights are to be ordinary tensors.
+            # May be loaded during a measurement: weights must not be inference tensors.
             with torch.inference_mode(False):
                 self._loaded[dtype] = _load(self.setting.folder, dtype)
         return self._loaded[dtype]
@@ -92,7 +92,7 @@ class Ours(Side):
         ]
 
     def load(self) -> Sequence[Contender]:
-        """From the checkpoint in bfloat16, and from one saved in the precision itself."""
+        """From the checkpoint in bfloat16, and from one saved in the precision."""
         return [
             *self._each(lambda dtype: partial(load, self.setting.folder, dtype=dtype)),
             *(
@@ -136,7 +136,7 @@ class Ours(Side):
 
 
 def decoding(vlm: VLM, ids: Tensor, steps: int) -> Callable[[], object]:
-    """Greedy steps after a prompt; the cache is cut back to the prompt before each run."""
+    """Greedy steps after a prompt; the cache is truncated to the prompt before each run."""
     model, batch = vlm.model, text_batch(ids)
     cache = model.new_cache(batch, ids.shape[1] + steps)
 
@@ -152,14 +152,14 @@ def decoding(vlm: VLM, ids: Tensor, steps: int) -> Callable[[], object]:
 
 
 def ask_once(vlm: VLM, path: Any, split: bool, tokens: int) -> None:
-    """Ask as for the first time: what earlier rounds left to reuse is dropped."""
+    """Ask with empty caches."""
     vlm.forget()
     answer = vlm.ask(path, QUESTION, max_new_tokens=tokens, split=split)
     assert answer.usage.completion_tokens == tokens
 
 
 def asking(folder: str, dtype: str, threads: int) -> Callable[..., None]:
-    """A worker's work: answers from image files."""
+    """A worker's work: answer questions about image files."""
     vlm = _load(folder, dtype)
     torch.set_num_threads(threads)
     return partial(_ask_by_worker, vlm)

@@ -1,4 +1,4 @@
-"""A side: smolstack or a peer, with its way to do each part that it can do."""
+"""A side: smolstack or a peer, with its implementations of the parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Side:
     """Whoever takes part; each method gives the contenders for one case, none unless overridden.
 
     Attributes:
-        name: as results show it.
+        name: name in results.
         packages: distributions that must be installed.
     """
 
@@ -27,7 +27,7 @@ class Side:
 
     @classmethod
     def missing(cls) -> list[str]:
-        """Distributions that are not installed."""
+        """Return the distributions that are not installed."""
         return [package for package in cls.packages if not _installed(package)]
 
     def connector(self, patches: Tensor) -> Sequence[Contender]:
@@ -35,7 +35,7 @@ class Side:
         return ()
 
     def vision(self, tile: Tensor) -> Sequence[Contender]:
-        """One tile (1, 3, P, P) through the tower."""
+        """Encode one tile (1, 3, P, P)."""
         return ()
 
     def prefill(self, ids: Tensor) -> Sequence[Contender]:
@@ -43,7 +43,7 @@ class Side:
         return ()
 
     def decode(self, ids: Tensor, steps: int) -> Sequence[Contender]:
-        """``steps`` tokens one at a time after a prompt (1, T)."""
+        """Decode ``steps`` tokens one at a time after a prompt (1, T)."""
         return ()
 
     def images(self, scene: Scene) -> Sequence[Contender]:
@@ -51,19 +51,19 @@ class Side:
         return ()
 
     def ask(self, scene: Scene) -> Sequence[Contender]:
-        """An image file and a question to ``setting.new_tokens`` tokens."""
+        """Answer a question about an image file with ``setting.new_tokens`` tokens."""
         return ()
 
     def load(self) -> Sequence[Contender]:
-        """The checkpoint folder to a model that can be asked."""
+        """Load the checkpoint folder."""
         return ()
 
     def memory(self, scene: Scene) -> Sequence[Contender]:
-        """Peak memory of a fresh process that loads the checkpoint and answers once."""
+        """Peak memory of a new process that loads the checkpoint and answers once."""
         return ()
 
     def imports(self) -> Sequence[Contender]:
-        """Importing the package in a fresh process."""
+        """Import the package in a new process."""
         return ()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Peers of the vision tower alone: a graph file and a process of its own for each precision."""
+"""Peers of the vision tower: a graph file and a separate process per precision."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from smolstack.bench.workload import BITS, Setting, made_once
 
 
 class Towers(Side):
-    """A side whose work is a function of a graph file and a tile, done by workers.
+    """A side whose work is a function of a graph file and a tile, run in workers.
 
     Attributes:
         work: "module:function" of the worker, called with ``graph``, ``tile`` (paths of an ONNX
             and a numpy file) and ``precision``.
-        precisions: that take part, and whether the graph's matrices are int8.
+        precisions: the precisions, and whether the graph's matrices are int8.
     """
 
     work = ""
@@ -50,7 +50,9 @@ class Towers(Side):
         ]
 
     def result(self, precision: str, tile: Tensor) -> Any:
-        """The states that the peer computes, (N, H·W, C): whether it does the same work."""
+        """Return the states that the peer computes, (N, H·W, C), to check that it computes the
+        same.
+        """
         self.vision(tile)
         with self._worker(precision, tile) as worker:
             return np.array(worker.tell(give=True)["value"], dtype=np.float32)

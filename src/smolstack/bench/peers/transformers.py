@@ -27,7 +27,7 @@ ATTENTIONS = ("sdpa", "eager")
 
 
 class Transformers(Side):
-    """Models loaded as their users load them, when first needed."""
+    """Models loaded in the usual way, on first use."""
 
     name = NAME
     packages = ("transformers",)
@@ -37,7 +37,7 @@ class Transformers(Side):
         self._loaded: dict[tuple[str, str], Any] = {}
 
     def model(self, dtype: str, attention: str = "sdpa") -> Any:
-        """The checkpoint as transformers loads it."""
+        """Return the checkpoint as transformers loads it."""
         key = (dtype, attention)
         if key not in self._loaded:
             self._loaded[key] = _load(str(self.setting.folder), dtype, attention)
@@ -162,7 +162,7 @@ class _Decoding:
 
 
 class _Prompts:
-    """Images through transformers' image processor; the prompt's token ids are given."""
+    """Images through transformers' image processor, with given prompt token ids."""
 
     def __init__(self, folder: Any) -> None:
         from smolstack.interop.reference import image_processor
@@ -172,7 +172,7 @@ class _Prompts:
         self.images = image_processor(self.processor.settings)
 
     def generate(self, model: Any, path: str, split: bool, tokens: int) -> None:
-        """An image file and a question to so many tokens, greedily."""
+        """Generate tokens for an image file and a question, greedily."""
         with Image.open(path) as image:
             pixels = self.images(images=[image], do_image_splitting=split, return_tensors="pt")
             prompt = self.processor.prepare((image, QUESTION), split=split)
@@ -190,7 +190,7 @@ class _Prompts:
 
 
 def asking(folder: str, dtype: str, threads: int) -> Callable[..., None]:
-    """A worker's work: answers from image files."""
+    """A worker's work: answer questions about image files."""
     torch.set_num_threads(threads)
     model, prompts = _load(folder, dtype), _Prompts(folder)
     return lambda path, split, tokens: prompts.generate(model, path, split, tokens)

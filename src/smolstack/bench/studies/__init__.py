@@ -1,6 +1,6 @@
-"""What is no race: how good each precision is, how cost grows, what a budget of tokens costs.
+"""Studies without peers: quality of precisions, growth of cost, and token budgets.
 
-A study gives rows of plain data, which are printed, kept as JSON and plotted.
+A study returns rows of plain data, which are printed, saved as JSON and plotted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How good each precision is: the bundled reader's answers, and a preset's logits."""
+"""Quality of each precision: the bundled reader's answers, and a preset's logits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from smolstack.vlm import VLM, load
 
 IMAGES = 400
 AT_ONCE = 16
-FORCED = 256  # tokens that a model is made to read one at a time
+FORCED = 256  # number of forced tokens
 REFERENCE = "float32"
 
 
 def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
-    """Every precision of the setting against float32."""
+    """Compare every precision of the setting with float32."""
     return {"quality of the bundled reader": reader(setting), "quality of logits": logits(setting)}
 
 
 def reader(setting: Setting) -> list[dict[str, Any]]:
-    """Exact match and character error rate on drawn numbers."""
+    """Return exact matches and character error rate on drawn numbers."""
     images = drawn_numbers(IMAGES)
     truths = [image.text for image in images]
     said = {dtype: _read(dtype, images) for dtype in _with_reference(setting)}
@@ -42,8 +42,9 @@ def reader(setting: Setting) -> list[dict[str, Any]]:
 
 
 def logits(setting: Setting) -> list[dict[str, Any]]:
-    """Differences of logits on an image and forced tokens, read as answers are made: the prompt
-    in one go, then one token at a time."""
+    """Return differences of logits on an image and forced tokens, read as in generation: the
+    prompt in one pass, then one token at a time.
+    """
     found = {dtype: _forced_logits(setting, dtype) for dtype in _with_reference(setting)}
     expected = found[REFERENCE]
     spread = float(expected.std())
@@ -70,13 +71,13 @@ def _with_reference(setting: Setting) -> list[str]:
 
 
 def _read(dtype: str, images: list[Any]) -> list[str]:
-    """The bundled reader's answers."""
+    """Return the bundled reader's answers."""
     vlm = load(dtype=dtype)
     return read_all(vlm, images)
 
 
 def read_all(vlm: VLM, images: list[Any], **tiling: Any) -> list[str]:
-    """Answers to "What does it say?" about each image, some at a time."""
+    """Return answers to "What does it say?" about each image, in batches."""
     answers: list[str] = []
     for start in range(0, len(images), AT_ONCE):
         prompts = [(p.image, QUESTION) for p in images[start : start + AT_ONCE]]
@@ -86,7 +87,7 @@ def read_all(vlm: VLM, images: list[Any], **tiling: Any) -> list[str]:
 
 
 def _forced_logits(setting: Setting, dtype: str) -> Tensor:
-    """Logits (tokens, V) while a prompt with an image is followed by the same random tokens."""
+    """Return logits (tokens, V) for a prompt with an image followed by fixed random tokens."""
     vlm = load(setting.folder, dtype=dtype)
     model, scene = vlm.model, setting.scenes[0]
     prompt = vlm.processor.prepare((str(scene.path), QUESTION), split=scene.split)
