@@ -20,7 +20,7 @@ OWN_PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")
 
 @dataclass(frozen=True)
 class Race:
-    """smolstack must be ``least`` times as fast as a peer (or need less memory by this factor)."""
+    """smolstack must be ``least`` times as fast as a peer (or need so much less memory)."""
 
     case: str
     peer: str
@@ -34,7 +34,7 @@ class Race:
         return f"{self.case}: {own} against {self.peer} {self.peer_precision}".strip()
 
     def measured(self, results: Results) -> float | None:
-        """Return the speed ratio, or None if one of them did not run."""
+        """How many times as fast, or None where one of them did not run."""
         own = OWN_PRECISIONS if self.precision is None else (self.precision,)
         ours = _least(results, self.case, OURS, own)
         theirs = _least(results, self.case, self.peer, (self.peer_precision,))

@@ -27,7 +27,7 @@ class Side:
 
     @classmethod
     def missing(cls) -> list[str]:
-        """Return the distributions that are not installed."""
+        """Distributions that are not installed."""
         return [package for package in cls.packages if not _installed(package)]
 
     def connector(self, patches: Tensor) -> Sequence[Contender]:

@@ -22,7 +22,7 @@ class Towers(Side):
     Attributes:
         work: "module:function" of the worker, called with ``graph``, ``tile`` (paths of an ONNX
             and a numpy file) and ``precision``.
-        precisions: the precisions, and whether the graph's matrices are int8.
+        precisions: that take part, and whether the graph's matrices are int8.
     """
 
     work = ""

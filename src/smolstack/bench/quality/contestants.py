@@ -54,7 +54,7 @@ def own_contestants(reference: Own, dtypes: Sequence[str], also: Sequence[Path])
 
 
 def peers(reference: Own, root: Path, room: int) -> list[llama_cpp.Peer]:
-    """Return llama.cpp's contestants, if it is installed.
+    """llama.cpp's, where it is installed.
 
     Args:
         root: folder of their files.

@@ -44,7 +44,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def draw_images(folder: Path) -> list[Path]:
-    """Draw images of printed numbers, the same in every run."""
+    """Images of printed numbers, for want of others; the same in every run."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"drawn-{index}.png" for index in range(DRAWN)]
     if not all(path.exists() for path in paths):
@@ -175,6 +175,6 @@ def _with_answer(batch: Batch, answer: Tensor) -> Batch:
 
 
 def _logits(vlm: VLM, batch: Batch, count: int) -> Tensor:
-    """Return logits (count, V) of the last positions."""
+    """Logits (count, V) of the last positions."""
     scores: Tensor = vlm.model(batch)[0, -count:]
     return scores.float().cpu().contiguous()

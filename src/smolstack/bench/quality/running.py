@@ -156,7 +156,7 @@ class Measurement:
         return rows
 
     def images(self, part: str) -> list[Row]:
-        """Return a row per smolstack contestant: visual tokens and forced answers."""
+        """A row per contestant of smolstack's: visual tokens and forced answers."""
         root = self.root / f"images-{self.run}"
         split = None
         paths = self.paths
@@ -167,7 +167,7 @@ class Measurement:
             root = self.root / f"outliers-{self.run}"
             folder = root / "model"
             reference = Own(REFERENCE, folder, REFERENCE)
-            # Additional folders have other weights, without the outliers.
+            # A folder that is given beside the model holds other weights: it has no outliers.
             contestants = [
                 Own(o.precision, folder, o.dtype) for o in contestants if o.dtype != "auto"
             ]
