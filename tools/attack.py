@@ -30,7 +30,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parent))
 import attacks
-from load import image
+from load import image_url
 from soak import resident
 
 TARGET = 2.0  # seconds that an honest client waits at most for its first word
@@ -63,7 +63,7 @@ async def first_word(client: httpx.AsyncClient, number: int, patience: float) ->
     """Seconds to the first word of a streamed answer; who is told to come back does."""
     began = time.perf_counter()
     content = [
-        {"type": "image_url", "image_url": {"url": image(number)}},
+        {"type": "image_url", "image_url": {"url": image_url(number)}},
         {"type": "text", "text": "What does it say?"},
     ]
     body = {

@@ -1,10 +1,12 @@
-"""Ten minutes of good and hostile requests: no good answer is lost, and memory does not grow.
+"""Honest and hostile requests for as long as is wished: no honest answer is lost or wrong, and
+memory does not grow.
 
-Good clients ask about images whose answers are known from ``ask``. Beside them others send
-truncated images, pixel bombs, deep and huge JSON, texts and schemas that are too large, half a
-request, or go away in mid-answer.
+Honest clients ask, whole and streamed, about images whose answers are known from ``ask``. Beside
+them others send images of every format, damaged, cut off and bombs, forms, deep and huge JSON,
+half requests, and go away in mid-answer (hostile.py). Every ten seconds the server's memory,
+threads and open files are noted in a JSON file; at the end its slope is told.
 
-    python tools/soak.py --minutes 10
+    python tools/soak.py --minutes 60 --json soak.json
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import io
 import json
+import os
+import platform
 import random
 import re
 import subprocess
@@ -24,103 +27,47 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from PIL import Image
 
 import smolstack
 
 sys.path.insert(0, str(Path(__file__).parent))
-from load import image
+from hostile import CHAT, Hostile, Images, body
+from load import image_url
 
-ABUSES = ["truncated", "bomb", "deep", "huge", "half", "vanish", "nonsense", "long", "form"]
-GOOD_IMAGES = 40
+GOOD_IMAGES = 20
+EVERY = 10  # seconds between two looks at the server
 PATIENCE = 1200  # seconds: on a machine that may stand still, only a lost answer takes so long
 
 
-def body(shown: str, **more: Any) -> dict[str, Any]:
-    content = [
-        {"type": "image_url", "image_url": {"url": shown}},
-        {"type": "text", "text": "What does it say?"},
-    ]
-    return {"messages": [{"role": "user", "content": content}], "max_tokens": 40, **more}
-
-
 async def good(client: httpx.AsyncClient, expected: dict[str, str], count: Counter[str]) -> None:
-    shown = random.choice(list(expected))
+    """Ask, and compare the answer; who is told to come back does."""
+    shown, stream = random.choice(list(expected)), random.random() < 0.5
     for _ in range(100):
-        response = await client.post("/v1/chat/completions", json=body(shown))
-        if response.status_code != 429:
+        status, said, wait = await answered(client, body(shown, stream=stream))
+        if status not in (429, 503):
             break
         count["asked to come back"] += 1
-        await asyncio.sleep(float(response.headers["Retry-After"]))
-    if response.status_code != 200:
-        count[f"LOST: {response.status_code} {response.text[:100]}"] += 1
-    elif response.json()["choices"][0]["message"]["content"] != expected[shown]:
-        count["WRONG"] += 1
+        await asyncio.sleep(wait)
+    if status != 200:
+        count[f"LOST: {status} {said[:100]}"] += 1
+    elif said != expected[shown]:
+        count[f"WRONG: {said[:50]!r} is not {expected[shown][:50]!r}"] += 1
     else:
         count["good"] += 1
 
 
-async def hostile(client: httpx.AsyncClient, kind: str, count: Counter[str]) -> None:
-    url, shown = "/v1/chat/completions", image(random.randrange(10**6))
-    accepted = {400, 413, 429}
-    if kind == "truncated":
-        response = await client.post(url, json=body(shown[: len(shown) // 8 * 4]))
-    elif kind == "bomb":
-        content = io.BytesIO()
-        Image.new("1", (20_000, 8_000)).save(content, "png")
-        coded = base64.b64encode(content.getvalue()).decode()
-        response = await client.post(url, json=body(f"data:image/png;base64,{coded}"))
-    elif kind == "deep":
-        response = await client.post(url, content=b'{"messages":' + b"[" * 200_000)
-    elif kind == "huge":
-        try:
-            response = await client.post(url, content=b'{"messages": "' + b"x" * (40 * 2**20))
-        except httpx.TransportError:  # the server hung up before all of it was sent
-            count[kind] += 1
-            return
-    elif kind == "long":
-        message = {"role": "user", "content": "hello world " * 150_000}
-        response = await client.post(url, json={"messages": [message]})
-    elif kind == "form":
-        response = await client.post(url, json=body(shown, response_format=form()))
-    elif kind == "nonsense":
-        response = await client.post(url, json={"messages": [{"role": "user"}], "n": -1})
-    else:
-        await vanish(client, body(shown, stream=True, max_tokens=500, temperature=5), kind)
-        count[kind] += 1
-        return
-    if response.status_code in accepted:
-        count[kind] += 1
-    else:
-        count[f"UNEXPECTED: {kind} {response.status_code}"] += 1
-
-
-def form() -> dict[str, Any]:
-    """A schema that nobody can keep to: nested too deeply, or with too many values."""
-    schema: dict[str, Any] = {"enum": [f"value number {i} of many" for i in range(120_000)]}
-    if random.random() < 0.5:
-        schema = {"type": "string"}
-        for _ in range(300):
-            schema = {"type": "object", "properties": {"in": schema}}
-    return {"type": "json_schema", "json_schema": {"schema": schema, "strict": True}}
-
-
-async def vanish(client: httpx.AsyncClient, request: dict[str, Any], kind: str) -> None:
-    """Send half a request, or a whole one and hang up after its first bytes."""
-    host, port = client.base_url.host, client.base_url.port
-    reader, writer = await asyncio.open_connection(host, port)
-    content = json.dumps(request).encode()
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n"
-    )
-    writer.write(head.encode() + content[: len(content) // 2 if kind == "half" else None])
-    await writer.drain()
-    if kind == "half":
-        writer.write_eof()
-    else:
-        await reader.read(300)
-    writer.close()
+async def answered(client: httpx.AsyncClient, asked: dict[str, Any]) -> tuple[int, str, float]:
+    """Status, text of the answer or of the error, and seconds after which to come back."""
+    async with client.stream("POST", CHAT, json=asked) as response:
+        content = await response.aread()
+    wait = float(response.headers.get("Retry-After", 1))
+    if response.status_code != 200:
+        return response.status_code, content.decode(), wait
+    if not asked["stream"]:
+        return 200, json.loads(content)["choices"][0]["message"]["content"], wait
+    events = [line[6:] for line in content.decode().splitlines() if line.startswith("data: {")]
+    pieces = [json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events]
+    return 200, "".join(pieces), wait
 
 
 class Awake:
@@ -140,20 +87,63 @@ class Awake:
             self.seconds += min(time.monotonic() - began, 5.0)
 
 
-async def soak(url: str, pid: int, minutes: float) -> int:
+class Record:
+    """What was seen of the server, and written down as it came.
+
+    Args:
+        warm_up: seconds that the slope leaves out.
+    """
+
+    def __init__(self, pid: int, path: Path | None, warm_up: float) -> None:
+        self.pid, self.path, self.warm_up = pid, path, warm_up
+        self.rows: list[dict[str, Any]] = []
+        self.count: Counter[str] = Counter()
+
+    def look(self, seconds: float) -> None:
+        row = {"seconds": round(seconds), "rss_mib": round(resident(self.pid), 1)}
+        row["threads"] = len(os.listdir(f"/proc/{self.pid}/task"))
+        row["files"] = len(os.listdir(f"/proc/{self.pid}/fd"))
+        self.rows.append(row)
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.summary(), indent=1) + "\n", encoding="utf-8")
+
+    def slope(self) -> float:
+        """MiB an hour after the warm-up, by least squares."""
+        points = [(r["seconds"], r["rss_mib"]) for r in self.rows if r["seconds"] >= self.warm_up]
+        if len(points) < 3:
+            return float("nan")
+        x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
+        spread = sum((a - x) ** 2 for a, _ in points)
+        return 3600 * sum((a - x) * (b - y) for a, b in points) / spread
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "requests": sum(n for name, n in self.count.items() if not name.startswith("status")),
+            "warm_up_seconds": self.warm_up,
+            "slope_mib_per_hour": round(self.slope(), 1) if len(self.rows) > 2 else None,
+            "counts": dict(self.count.most_common()),
+            "rows": self.rows,
+        }
+
+    @property
+    def bad(self) -> list[str]:
+        return [name for name in self.count if name.startswith(("LOST", "WRONG", "UNEXPECTED"))]
+
+
+async def soak(url: str, record: Record, options: argparse.Namespace) -> int:
     vlm = smolstack.load()
-    shown = [image(number) for number in random.sample(range(1000, 10**5), GOOD_IMAGES)]
+    shown = [image_url(number) for number in random.sample(range(1000, 10**5), GOOD_IMAGES)]
     expected = {
         each: vlm.ask(
             base64.b64decode(each.partition(",")[2]), "What does it say?", max_new_tokens=40
         ).text
         for each in shown
     }
-    vlm.forget()
-    count: Counter[str] = Counter()
-    clock = Awake(minutes * 60)
-    memory: list[tuple[float, float]] = []
+    images, count = Images(), record.count
+    clock = Awake(options.minutes * 60)
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, trust_env=False) as client:
+        hostile = Hostile(client, images, count)
 
         async def working(make: Any) -> None:
             while not clock.over:
@@ -164,28 +154,27 @@ async def soak(url: str, pid: int, minutes: float) -> int:
 
         async def watching() -> None:
             while not clock.over:
-                memory.append((clock.seconds, resident(pid)))
-                print(
-                    f"{memory[-1][0]:5.0f} s  {memory[-1][1]:6.0f} MiB  {dict(count)}", flush=True
-                )
-                await asyncio.sleep(30)
+                record.look(clock.seconds)
+                print(record.rows[-1], flush=True)
+                await asyncio.sleep(EVERY)
 
         await asyncio.gather(
             clock.run(),
             watching(),
-            *(working(lambda: good(client, expected, count)) for _ in range(4)),
-            *(working(lambda: hostile(client, random.choice(ABUSES), count)) for _ in range(3)),
+            *(working(lambda: good(client, expected, count)) for _ in range(options.honest)),
+            *(working(hostile.abuse) for _ in range(options.hostile)),
         )
-        for _ in range(50):
+        for _ in range(300):
             text = (await client.get("/metrics")).text
             running = float(re.findall(r"^smolstack_running (\S+)", text, re.M)[0])
             if running == 0:
                 break
             await asyncio.sleep(0.2)
-    memory.append((clock.seconds, resident(pid)))
-    print(json.dumps({"counts": count, "memory": memory, "still_running": running}, indent=2))
-    bad = [name for name in count if name.split(":")[0] in ("LOST", "WRONG", "UNEXPECTED")]
-    return 1 if bad or running or re.search(r'status="5', text) else 0
+    await asyncio.sleep(5)
+    record.look(clock.seconds)
+    print(json.dumps({**record.summary(), "rows": None, "still_running": running}, indent=2))
+    failed = re.findall(r'^.*status="50[0-24-9].*$', text, re.M)
+    return 1 if record.bad or running or failed else 0
 
 
 def resident(pid: int) -> float:
@@ -196,8 +185,15 @@ def resident(pid: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])  # type: ignore[union-attr]
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument(
+        "--warm-up", type=float, default=0.25, help="share that the slope leaves out"
+    )
+    parser.add_argument("--honest", type=int, default=3, help="clients")
+    parser.add_argument("--hostile", type=int, default=4, help="clients")
+    parser.add_argument("--json", type=Path, help="written every ten seconds")
+    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="of the server")
     options = parser.parse_args()
     command = [sys.executable, "-m", "smolstack.cli", "serve", "--port", "0"]
     # Caches small enough to be full within the first minutes.
@@ -207,12 +203,16 @@ def main() -> None:
     assert process.stderr is not None
     found = re.search(r"at (http://\S+)", process.stderr.readline())
     assert found, "the server did not start"
+    log = subprocess.Popen(
+        ["tee", str(options.log)], stdin=process.stderr, stdout=subprocess.DEVNULL
+    )
+    record = Record(process.pid, options.json, options.warm_up * options.minutes * 60)
     try:
-        code = asyncio.run(soak(found[1], process.pid, options.minutes))
+        code = asyncio.run(soak(found[1], record, options))
     finally:
         process.terminate()
-        print(process.stderr.read(), file=sys.stderr)
         process.wait()
+        log.wait()
     sys.exit(code or process.returncode)
 
 

@@ -107,6 +107,24 @@ def test_the_long_parts_run_for_all(
         assert all(r.unit == "B" and r.median > 2**20 for r in results)
 
 
+def test_training_is_timed_by_epoch_and_its_memory_by_process(
+    tiny: Setting, everyone: list[Side]
+) -> None:
+    cases = list(PARTS["train"](replace(tiny, train_steps=2), everyone))
+    assert [case.name for case in cases] == [
+        f"train {stage}, {what}"
+        for stage in ("connector", "lora")
+        for what in ("first epoch", "later epochs", "peak memory")
+    ]
+    wanted = (f"{OURS} int8", "transformers float32")
+    for case in cases[3:]:
+        chosen = [c for c in case.contenders if c.label.startswith(wanted)]
+        results = measure(replace(case, contenders=chosen), rounds=1)
+        assert [r.name for r in results] == [OURS, "transformers"]
+        assert _sane(results)
+        assert all(r.median > 2**20 for r in results if r.unit == "B")
+
+
 @pytest.mark.parametrize("part", ["structured", "questions", "reuse"])
 def test_our_own_ways_are_compared_with_the_plain_ones(
     tiny: Setting, part: str, monkeypatch: pytest.MonkeyPatch

@@ -35,7 +35,7 @@ def test_the_towers_of_onnxruntime_and_openvino_compute_the_same_states(
     tile = tiny.noise(1, 3, vision.image_size, vision.image_size)
     with torch.inference_mode():
         expected = load(tiny.folder, dtype="float32").model.vision(tile).numpy()
-    for precision in peer.precisions:
+    for precision in peer.precisions():
         found = peer(tiny).result(precision, tile)
         assert np.abs(found - expected).max() < BOUNDS[precision], precision
 

@@ -53,3 +53,27 @@ def test_langchain_gets_an_object_by_its_default_and_by_a_function(
         streamed = chunk if streamed is None else streamed + chunk
     assert streamed is not None
     assert streamed.tool_calls[0]["args"] == said.tool_calls[0]["args"]
+
+
+def test_pydantic_ai_and_langchain_by_responses(server: Process, number: str, says: str) -> None:
+    ai = pytest.importorskip("pydantic_ai")
+    models = pytest.importorskip("pydantic_ai.models.openai")
+    providers = pytest.importorskip("pydantic_ai.providers.openai")
+    provider = providers.OpenAIProvider(base_url=f"{server.url}/v1", api_key="none")
+    model = models.OpenAIResponsesModel(MODEL, provider=provider)
+    asked = ["What does it say?", ai.BinaryContent.from_data_uri(number)]
+    assert isinstance(ai.Agent(model, output_type=Reading).run_sync(asked).output, Reading)
+    said = ai.Agent(model).run_sync(asked)
+    assert said.output == says
+    again = ai.Agent(model).run_sync("And now?", message_history=said.all_messages())
+    assert isinstance(again.output, str)
+
+    langchain = pytest.importorskip("langchain_openai")
+    chat = langchain.ChatOpenAI(
+        model=MODEL, base_url=f"{server.url}/v1", api_key="none", use_responses_api=True
+    )
+    assert chat.invoke(asking(number)).text == says
+    assert "".join(chunk.text for chunk in chat.stream(asking(number))) == says
+    assert isinstance(chat.with_structured_output(Reading).invoke(asking(number)), Reading)
+    [call] = chat.bind_tools([Reading], tool_choice="any").invoke(asking(number)).tool_calls
+    assert call["name"] == "Reading"

@@ -62,6 +62,16 @@ def test_bodies_that_do_not_arrive_do_not_keep_others_out(small: Process) -> Non
     assert small.said == []
 
 
+def test_hundreds_that_wait_for_a_place_cost_nobody_a_turn_each(small: Process) -> None:
+    """Each would have its grace, one after the other, if the time in the queue did not count."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999\r\n\r\n"
+    others = [connected(small, (b"", b"GET / HTTP", head)[i % 3]) for i in range(600)]
+    assert httpx.get(f"{small.url}/health", timeout=10).status_code == 200
+    for each in others:
+        each.close()
+    assert small.said == []
+
+
 def test_sigterm_while_a_body_arrives_is_a_503(tiny_folder: Any) -> None:
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999\r\n\r\n"
     with serving("--model", str(tiny_folder), "--drain", "0.1") as server:

@@ -40,5 +40,5 @@ def test_no_request_is_a_server_error(fuzzed: Process, mode: Any) -> None:
 
         no_server_error()
         asked.add(operation.path)
-    assert {"/v1/chat/completions", "/plan"} <= asked
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/plan"} <= asked
     assert fuzzed.said == [], "the server logged an error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,18 +33,25 @@ def test_sigterm_lets_answers_finish(tiny_folder: Any) -> None:
 def test_an_answer_that_outlasts_the_drain_ends_with_an_error(tiny_folder: Any) -> None:
     with (
         serving("--model", str(tiny_folder), "--drain", "0.01") as server,
-        ThreadPoolExecutor(2) as pool,
+        ThreadPoolExecutor(3) as pool,
     ):
         asked = [pool.submit(post, server, {**ENDLESS, "stream": s}) for s in (False, True)]
-        while server.metric("decode_steps_total") < 3 or server.metric("running") < 2:
+        long = {"input": "?", "max_output_tokens": 800, "regex": ENDLESS["regex"], "stream": True}
+        asked.append(pool.submit(post, server, long, route="responses"))
+        while server.metric("decode_steps_total") < 3 or server.metric("running") < 3:
             assert not all(each.done() for each in asked), "answered before it could be stopped"
         assert server.stop() == 0
-        whole, streamed = (each.result() for each in asked)
+        whole, streamed, response = (each.result() for each in asked)
         assert server.said == []
     assert whole.status_code == 503
     assert "shutting down" in message(whole)
     assert streamed.status_code == 200
     assert "shutting down" in streamed.text.rstrip().rpartition("\n")[2]
+    name, last = response.text.rstrip().split("\n")[-2:]
+    assert name == "event: response.failed"
+    told = json.loads(last.removeprefix("data: "))["response"]
+    assert (told["status"], told["error"]["code"]) == ("failed", "server_error")
+    assert "shutting down" in told["error"]["message"]
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(server: Process) -> None:

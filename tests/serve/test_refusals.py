@@ -59,10 +59,15 @@ def bomb(side: int) -> bytes:
     )
 
 
-def post(server: Process, body: Any, headers: dict[str, str] | None = None) -> httpx.Response:
+def post(
+    server: Process,
+    body: Any,
+    headers: dict[str, str] | None = None,
+    route: str = "chat/completions",
+) -> httpx.Response:
     content = body if isinstance(body, (bytes, str)) else json.dumps(body)
     return httpx.post(
-        f"{server.url}/v1/chat/completions",
+        f"{server.url}/v1/{route}",
         content=content,
         headers={"Content-Type": "application/json", **(headers or {})},
         timeout=60,
@@ -250,14 +255,25 @@ def test_a_deadline_ends_a_request(tight: Process) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_stops_its_work(tight: Process, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [
+        ("chat/completions", {**LONG, "n": 2}),
+        ("completions", {"prompt": "?", "max_tokens": 300, "regex": LONG["regex"], "n": 2}),
+        ("responses", {"input": "?", "max_output_tokens": 300, "regex": LONG["regex"]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_client_that_goes_away_stops_its_work(
+    tight: Process, route: str, asked: dict[str, Any], stream: bool
+) -> None:
     before = tight.metric("answers_abandoned_total", "secret")
-    body = json.dumps({**LONG, "n": 2, "stream": stream}).encode()
+    body = json.dumps({**asked, "stream": stream}).encode()
     host, port = tight.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
-            b"Content-Type: application/json\r\n"
+            f"POST /v1/{route} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n".encode()
+            + b"Content-Type: application/json\r\n"
             + f"Content-Length: {len(body)}\r\n\r\n".encode()
             + body
         )

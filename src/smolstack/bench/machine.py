@@ -39,7 +39,7 @@ def describe() -> dict[str, Any]:
             continue
     return {
         "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "instructions": _instructions(),
+        "instructions": instructions(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "kernels": _kernels(),
         "threads": torch.get_num_threads(),
@@ -92,7 +92,8 @@ def _fastest(work: Callable[[], object]) -> float:
     return min(taken)
 
 
-def _instructions() -> list[str]:
+def instructions() -> list[str]:
+    """The processor's vector instructions, of those that matter here."""
     flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
     return [flag for flag in _FLAGS if flag in flags]
 

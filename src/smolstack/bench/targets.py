@@ -20,24 +20,32 @@ OWN_PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")
 
 @dataclass(frozen=True)
 class Race:
-    """smolstack must be ``least`` times as fast as a peer (or need so much less memory)."""
+    """smolstack must be ``least`` times as fast as a peer (or need so much less memory).
+
+    A precision of None is the best of all.
+    """
 
     case: str
     peer: str
-    peer_precision: str
+    peer_precision: str | None
     least: float
     precision: str | None = None
 
     def describe(self) -> str:
-        own = "best precision" if self.precision is None else self.precision
-        own = f"smolstack {own}".strip()
-        return f"{self.case}: {own} against {self.peer} {self.peer_precision}".strip()
+        own, theirs = (
+            f"{name} {'best precision' if precision is None else precision}".strip()
+            for name, precision in ((OURS, self.precision), (self.peer, self.peer_precision))
+        )
+        return f"{self.case}: {own} against {theirs}"
 
     def measured(self, results: Results) -> float | None:
         """How many times as fast, or None where one of them did not run."""
-        own = OWN_PRECISIONS if self.precision is None else (self.precision,)
+        own, other = (
+            OWN_PRECISIONS if precision is None else (precision,)
+            for precision in (self.precision, self.peer_precision)
+        )
         ours = _least(results, self.case, OURS, own)
-        theirs = _least(results, self.case, self.peer, (self.peer_precision,))
+        theirs = _least(results, self.case, self.peer, other)
         return None if ours is None or theirs is None else theirs / ours
 
 
@@ -77,6 +85,9 @@ def _races() -> Iterator[Race]:
         yield Race(f"ask, {case}", _TRANSFORMERS, "bfloat16", bfloat16)
         yield Race(f"ask, {case}", _TRANSFORMERS, "float32", float32)
         yield Race(f"memory, {case}", _TRANSFORMERS, "bfloat16", 1)
+    for stage in ("connector", "lora"):
+        for case, least in (("first epoch", 1.5), ("later epochs", 3.5), ("peak memory", 1)):
+            yield Race(f"train {stage}, {case}", _TRANSFORMERS, None, least)
 
 
 RACES = tuple(_races())

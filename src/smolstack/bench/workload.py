@@ -26,6 +26,7 @@ from smolstack.vlm import load
 
 QUESTION = "What does it say?"
 NEW_TOKENS = 64
+TRAIN_STEPS = 6  # of an epoch
 # (width, height) for a tile edge of 512, and whether they are split: 1, 5, 13 and 17 tiles.
 IMAGES = (((512, 512), False), ((1600, 300), True), ((1920, 1080), True), ((1024, 1024), True))
 BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "int8": 8.0, "int4": 4.5}
@@ -58,6 +59,7 @@ class Setting:
     dtypes: tuple[str, ...] = ("float32",)
     seed: int = 0
     new_tokens: int = NEW_TOKENS
+    train_steps: int = TRAIN_STEPS
     threads: int = field(default_factory=torch.get_num_threads)
 
     @property

@@ -28,6 +28,8 @@ EXAMPLES = """
 
 `smolstack bench quality --model ./SmolVLM-256M --also ./SmolVLM-256M-int4 --text letters.txt`
 
+`smolstack bench train --rounds 1 --save train.json`
+
 `smolstack bench --add vision.json --add text.json --markdown`
 """
 
@@ -47,6 +49,7 @@ class What(str, Enum):
     structured = "structured"
     questions = "questions"
     reuse = "reuse"
+    train = "train"
     quality = "quality"
     growth = "growth"
     budget = "budget"
@@ -150,10 +153,10 @@ def bench(
 ) -> None:
     """Measure smolstack, and every peer that is installed, in one run.
 
-    Peers: transformers; onnxruntime and OpenVINO for the vision tower; llama.cpp (llama-cpp-python)
-    for text. All run in turn on the same weights and inputs; medians are compared. growth, budget
-    and quality study smolstack alone; quality with --model measures a checkpoint's own weights, and
-    llama.cpp's types of the same beside it.
+    Peers: transformers (train: its Trainer, with peft); onnxruntime and OpenVINO for the vision
+    tower; llama.cpp (llama-cpp-python) for text. All run in turn on the same weights and inputs;
+    medians are compared. growth, budget and quality study smolstack alone; quality with --model
+    measures a checkpoint's own weights, and llama.cpp's types of the same beside it.
     """
     import torch
 

@@ -8,6 +8,7 @@ import ssl
 from pathlib import Path
 
 from smolstack.errors import GenerationError
+from smolstack.serve.listening import BACKLOG
 
 KEY = "SMOLSTACK_API_KEY"
 
@@ -71,7 +72,7 @@ def listen_at(path: Path) -> socket.socket:
                     raise GenerationError(f"cannot listen at {path}: a server is there already")
             path.unlink()
         made.bind(str(path))
-        made.listen(512)
+        made.listen(BACKLOG)
     except OSError as error:
         made.close()
         raise GenerationError(f"cannot listen at {path}: {error.strerror or error}") from None
@@ -82,7 +83,7 @@ def listen(host: str, port: int) -> socket.socket:
     """The socket, taken before the model is loaded: a port in use is told at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        made = socket.create_server((host, port), family=family, backlog=512)
+        made = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise GenerationError(
             f"cannot listen at {host} port {port}: {error.strerror or error}"

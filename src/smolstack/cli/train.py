@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,8 @@ EXAMPLES = """
 **Examples**
 
 `smolstack train recipe.toml`
+
+`smolstack train recipe.toml --vision-dtype int8`
 
 `smolstack train recipe.toml --resume`
 
@@ -52,6 +55,14 @@ def train(
         int | None,
         typer.Option(min=1, help="Number of CPU threads. Default: torch's."),
     ] = None,
+    vision_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What a frozen vision tower computes in: float32, bfloat16 or int8. "
+            "Without it, as the recipe says.",
+        ),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Say nothing but the result.")
     ] = False,
@@ -64,6 +75,8 @@ def train(
     from smolstack.train.recipe import Recipe
 
     read = Recipe.read(recipe)
+    if vision_dtype is not None:
+        read = replace(read, vision_dtype=vision_dtype)
     import torch
 
     from smolstack.train.trainer import train as run

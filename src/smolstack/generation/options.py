@@ -68,7 +68,12 @@ class AnswerOptions(Tiling, total=False):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The same options, checked, by what they are for."""
+    """The same options, checked, by what they are for.
+
+    Attributes:
+        continues: whether the answer continues a text, not a chat: its white space is kept, and
+            nothing of the chat template stands before a form.
+    """
 
     sampling: Sampling
     stopping: Stopping
@@ -77,6 +82,7 @@ class ReadOptions:
     structure: Structure | None = None
     logprobs: int | None = None
     rules: TokenRules = field(default_factory=TokenRules)
+    continues: bool = False
 
 
 def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> ReadOptions:

@@ -30,6 +30,7 @@ class Output:
         constraint: the form that it must keep to, or None.
         top_logprobs: likeliest tokens noted at each place; None notes nothing.
         rules: what is asked of single tokens.
+        continues: whether white space at its beginning and end is part of it.
     """
 
     prompt_tokens: int
@@ -40,6 +41,7 @@ class Output:
     constraint: Constraint | None = None
     top_logprobs: int | None = None
     rules: TokenRules = field(default_factory=TokenRules)
+    continues: bool = False
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -90,7 +92,7 @@ class Output:
     def text(self) -> str:
         """The answer so far, without surrounding white space unless its grammar makes it exact."""
         if self.constraint is None or not self.constraint.exact:
-            return self.stream.text.strip()
+            return self.stream.text if self.continues else self.stream.text.strip()
         return self.stream.text[self.constraint.lead :]
 
     @property
@@ -119,7 +121,7 @@ class Output:
     def _after_lead(self, piece: str) -> str:
         """Return a piece without the lead that the chat template leaves to the model."""
         if self.constraint is None or not self.constraint.exact:
-            piece = piece if self._handed_out else piece.lstrip()
+            piece = piece if self._handed_out or self.continues else piece.lstrip()
         else:
             left = self.constraint.lead if self._lead_left < 0 else self._lead_left
             self._lead_left = max(0, left - len(piece))
@@ -161,6 +163,7 @@ def new_output(
         constraint=constraint,
         top_logprobs=options.logprobs,
         rules=options.rules,
+        continues=options.continues,
     )
 
 

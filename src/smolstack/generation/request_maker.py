@@ -37,7 +37,7 @@ class RequestMaker:
         check: Callable[[Request], None],
     ) -> None:
         self.model, self.processor, self.images, self.check = model, processor, images, check
-        self._grammars: dict[tuple[int, ...], Grammars] = {}
+        self._grammars: dict[tuple[tuple[int, ...], str], Grammars] = {}
 
     def requests(
         self,
@@ -82,7 +82,7 @@ class RequestMaker:
             return None, 0
         # With kept special tokens the text contains them, but the grammar does not.
         pointing = not options.keep_special_tokens
-        grammars = self.grammars(options.stopping.eos_token_ids)
+        grammars = self.grammars(options.stopping.eos_token_ids, self._lead(options))
         made = self._constraint(grammars, grammar, options, pointing)
         return made.begin(), len(grammar)
 
@@ -100,7 +100,7 @@ class RequestMaker:
         positions = self.model.config.text.max_positions
         output = new_output(prompt.token_ids, options, decode, positions, constraint)
         if isinstance(options.structure, Choices):
-            lead, texts = self.processor.answer_lead, options.structure.texts
+            lead, texts = self._lead(options), options.structure.texts
             choices = continuations(self.processor, prompt, lead, texts, ends, shown=decode)
         return Request(
             prompt, "answer", options=options, output=output, choices=choices, deadline=deadline
@@ -126,19 +126,24 @@ class RequestMaker:
         structure = options.structure
         if structure is None or isinstance(structure, Choices):
             return None
-        return self.grammars(options.stopping.eos_token_ids).compile(structure)
+        return self.grammars(options.stopping.eos_token_ids, self._lead(options)).compile(structure)
 
-    def grammars(self, eos_token_ids: tuple[int, ...]) -> Grammars:
-        """Grammars over this checkpoint's vocabulary, for answers that these tokens end."""
-        if eos_token_ids not in self._grammars:
-            self._grammars[eos_token_ids] = Grammars(
+    def grammars(self, eos_token_ids: tuple[int, ...], lead: str | None = None) -> Grammars:
+        """Grammars over this checkpoint's vocabulary, for answers that these tokens end and that
+        come after ``lead``; None is the chat template's."""
+        key = (eos_token_ids, self.processor.answer_lead if lead is None else lead)
+        if key not in self._grammars:
+            self._grammars[key] = Grammars(
                 self.processor.tokenizer,
                 self.model.config.text.vocab_size,
-                eos_token_ids,
-                self.processor.answer_lead,
+                *key,
                 self.processor.pointing,
             )
-        return self._grammars[eos_token_ids]
+        return self._grammars[key]
+
+    def _lead(self, options: ReadOptions) -> str:
+        """What stands between a prompt and its answer."""
+        return "" if options.continues else self.processor.answer_lead
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Open and preprocess the images of requests that have not started. Thread-safe.

@@ -1,9 +1,8 @@
-// Attention of many queries over many keys: products of bfloat16 pairs, softmax in float.
-#include "smolstack.h"
+// Attention of many queries over many keys. Products are in float32, or in bfloat16 pairs where the
+// processor has instructions for them and the caller does not request float32. Softmax is in float32.
+#include "product.h"
 
 #include <stdlib.h>
-
-#include "vector.h"
 
 #define QUERY_ROWS 64   // queries per work item
 #define QUERIES 8       // queries scored at once
@@ -24,38 +23,68 @@ INLINE Floats load_cached(int64_t kind, const void *from, int64_t at, int64_t co
     return out;
 }
 
-// One head's keys as panels of 16 keys, a step being two channels.
+static int in_pairs(const Attention *a) { return PAIR_PRODUCTS && !a->exact; }
+
+// Bytes of a number in a product.
+static int64_t size_of(const Attention *a) { return in_pairs(a) ? 2 : 4; }
+
+// One head's keys as panels of 16 keys, a step being one channel, or two.
 static void pack_keys(const Attention *a, int64_t from, uint32_t *to) {
-    int64_t steps = (a->width + 1) / 2, padded = rounded_up(a->keys, LANES);
+    int pairs = in_pairs(a);
+    int64_t steps = pairs ? (a->width + 1) / 2 : a->width, padded = rounded_up(a->keys, LANES);
     for (int64_t j = 0; j < padded; j++) {
-        uint32_t pairs[MOST_WIDTH / 2], *panel = to + j / LANES * steps * LANES + j % LANES;
+        uint32_t numbers[MOST_WIDTH], *panel = to + j / LANES * steps * LANES + j % LANES;
         for (int64_t i = 0; i < a->width; i += LANES) {
             Floats some = splat(0);
             if (j < a->keys) some = load_cached(a->kind, a->key, from + j * a->key_stride + i, a->width - i);
-            store_bfloats((uint16_t *)pairs + i, some);
+            if (pairs)
+                store_bfloats((uint16_t *)numbers + i, some);
+            else
+                store_bytes(numbers + i, bits_of(some));
         }
-        for (int64_t s = 0; s < steps; s++) panel[s * LANES] = pairs[s];
+        for (int64_t s = 0; s < steps; s++) panel[s * LANES] = numbers[s];
     }
 }
 
-// One head's values as panels of 16 channels, a step being two keys.
+// One head's values as panels of 16 channels, a step being one key, or two.
 static void pack_values(const Attention *a, int64_t from, uint32_t *to) {
-    int64_t steps = rounded_up(a->keys, LANES) / 2;
+    int64_t padded = rounded_up(a->keys, LANES), each = in_pairs(a) ? 2 : 1;
     for (int64_t i = 0; i < a->width; i += LANES)
-        for (int64_t s = 0; s < steps; s++) {
-            uint16_t two[2][LANES], *pairs = (uint16_t *)(to + (i / LANES * steps + s) * LANES);
-            for (int64_t k = 0; k < 2; k++) {
-                int64_t at = from + (2 * s + k) * a->key_stride + i;
-                int there = 2 * s + k < a->keys;
-                store_bfloats(two[k], there ? load_cached(a->kind, a->value, at, a->width - i)
-                                            : splat(0));
+        for (int64_t j = 0; j < padded; j += each, to += LANES) {
+            Floats some[2];
+            for (int64_t k = 0; k < each; k++) {
+                int64_t at = from + (j + k) * a->key_stride + i;
+                some[k] = j + k < a->keys ? load_cached(a->kind, a->value, at, a->width - i) : splat(0);
             }
-            for (int64_t l = 0; l < LANES; l++) pairs[2 * l] = two[0][l], pairs[2 * l + 1] = two[1][l];
+            if (each == 1)
+                store((float *)to, some[0]);
+            else {
+                uint16_t two[2][LANES], *pairs = (uint16_t *)to;
+                store_bfloats(two[0], some[0]), store_bfloats(two[1], some[1]);
+                for (int64_t l = 0; l < LANES; l++)
+                    pairs[2 * l] = two[0][l], pairs[2 * l + 1] = two[1][l];
+            }
         }
 }
 
-// The first `end` scores of a row to weights, in bfloat16 up to `padded`; one over their sum.
-static float soften(float *scores, int64_t end, int64_t padded, char *to) {
+// Eight rows of numbers times panels.
+static void multiply_eight(const Attention *a, const void *x, int64_t stride, const char *panels,
+                           int64_t apart, int64_t numbers, int64_t count, float *out, int64_t wide) {
+#if PAIR_PRODUCTS
+    if (in_pairs(a)) {
+        multiply_pairs(x, stride * 2, panels, (apart + 1) / 2 * 64, (numbers + 1) / 2, QUERIES, count,
+                       out, wide);
+        return;
+    }
+#endif
+    (void)a;
+    multiply_singles(x, stride, (const float *)panels, apart * LANES, numbers, QUERIES, count, out,
+                     wide);
+}
+
+// The first `end` scores of a row to weights, as numbers of a product up to `padded`; one over their
+// sum.
+static float soften(int pairs, float *scores, int64_t end, int64_t padded, char *to) {
     Floats most = splat(-INFINITY), sum = splat(0);
     for (int64_t i = end; i < padded; i++) scores[i] = -INFINITY;
     for (int64_t i = 0; i < padded; i += LANES) most = max_lanes(most, load(scores + i));
@@ -65,7 +94,10 @@ static float soften(float *scores, int64_t end, int64_t padded, char *to) {
         // Positions after the end, and scores too small to matter, get weight 0.
         EACH power.part[k] = (vf)((vi)power.part[k] & (below.part[k] > -126.0f));
         sum = add(sum, power);
-        store_bfloats((uint16_t *)to + i, power);
+        if (pairs)
+            store_bfloats((uint16_t *)to + i, power);
+        else
+            store((float *)to + i, power);
     }
     return 1.0f / sum_lanes(sum);
 }
@@ -78,7 +110,7 @@ typedef struct {
 
 static int64_t scratch_bytes(const Attention *a) {
     int64_t keys = rounded_up(a->keys, LANES), width = rounded_up(a->width, LANES);
-    return rounded_up(QUERIES * (width * 6 + keys * 6), 64) + 64;
+    return rounded_up(QUERIES * (width * 8 + keys * 8), 64) + 64;
 }
 
 static Scratch scratch_at(const Attention *a, char *at) {
@@ -86,7 +118,7 @@ static Scratch scratch_at(const Attention *a, char *at) {
     Scratch s;
     s.scores = (float *)at, at += QUERIES * keys * 4;
     s.mixed = (float *)at, at += QUERIES * width * 4;
-    s.weights = at, at += QUERIES * keys * 2;
+    s.weights = at, at += QUERIES * keys * 4;
     s.query = at;
     return s;
 }
@@ -97,25 +129,27 @@ static void eight_queries(const Attention *a, int64_t head, int64_t row, const c
     int64_t width = rounded_up(a->width, LANES), padded = rounded_up(a->keys, LANES);
     int64_t count = least(QUERIES, a->rows - row), past = a->keys - a->rows;
     int64_t seen = a->causal ? past + row + count : a->keys, reach = rounded_up(seen, LANES);
-    int64_t steps = (a->width + 1) / 2, apart = steps * 64;
+    int64_t size = size_of(a);
+    int pairs = in_pairs(a);
     Floats scale = splat(LOG2_E / sqrtf((float)a->width));  // scores are powers of two
     for (int64_t r = 0; r < count; r++) {
         const float *from = a->query + (row + r) * a->query_stride + head * a->width;
         for (int64_t i = 0; i < width; i += 16) {
             Floats some = load_some(from + i, a->width - i);
-            store_bfloats((uint16_t *)s->query + r * width + i, mul(some, scale));
+            if (pairs)
+                store_bfloats((uint16_t *)s->query + r * width + i, mul(some, scale));
+            else
+                store((float *)s->query + r * width + i, mul(some, scale));
         }
     }
-    multiply_pairs(s->query, width * 2, keys, apart, steps, QUERIES, reach / LANES, s->scores,
-                   padded);
+    multiply_eight(a, s->query, width, keys, a->width, a->width, reach / LANES, s->scores, padded);
     float inverse[QUERIES];
     for (int64_t r = 0; r < count; r++) {
         int64_t end = a->causal ? past + row + r + 1 : a->keys;
-        inverse[r] = soften(s->scores + r * padded, end, reach, s->weights + r * padded * 2);
+        inverse[r] = soften(pairs, s->scores + r * padded, end, reach,
+                            s->weights + r * padded * size);
     }
-    apart = padded / 2 * 64;
-    multiply_pairs(s->weights, padded * 2, values, apart, reach / 2, QUERIES, width / LANES, s->mixed,
-                   width);
+    multiply_eight(a, s->weights, padded, values, padded, reach, width / LANES, s->mixed, width);
     for (int64_t r = 0; r < count; r++) {
         float *to = a->out + ((row + r) * a->heads + head) * a->width;
         for (int64_t i = 0; i < a->width; i += 16) {
@@ -128,8 +162,8 @@ static void eight_queries(const Attention *a, int64_t head, int64_t row, const c
 // All heads of one sequence. Returns 1 when memory runs out, else 0.
 int attend_rows(const Attention *a, int threads) {
     int64_t padded = rounded_up(a->keys, LANES), group = a->heads / a->kv_heads;
-    int64_t key_bytes = padded * (a->width + 1) / 2 * 4;
-    int64_t value_bytes = padded * rounded_up(a->width, LANES) * 2;
+    int64_t key_bytes = padded * rounded_up(a->width, 2) * size_of(a);
+    int64_t value_bytes = padded * rounded_up(a->width, LANES) * size_of(a);
     int64_t of_head = rounded_up(key_bytes + value_bytes, 64), own = scratch_bytes(a);
     int64_t blocks = (a->rows + QUERY_ROWS - 1) / QUERY_ROWS;
     char *memory = malloc((size_t)(a->kv_heads * of_head + own * threads + 64)), *packed;

@@ -10,7 +10,8 @@
 #endif
 
 
-#define BLOCK_ROWS 64
+#define BLOCK_ROWS 64   // a whole number of tiles: see INT8_ROWS and its kin
+#define FLOAT_BLOCK 48  // the same where the rows are the lanes, see FLOAT_PANELS
 
 // Requests huge pages for memory that will be read repeatedly: decoding a token reads all weights,
 // and thus touches every page once.
@@ -61,8 +62,10 @@ void put_aside(const void *memory, int64_t bytes) {
 #endif
 }
 
-static int64_t rows_of_block(int64_t rows, int threads) {
-    return least(BLOCK_ROWS, rounded_up((rows + threads - 1) / threads, 8));
+static int64_t rows_of_block(const Linear *linear, int64_t rows, int threads) {
+    int floats = linear->kind == FLOAT32;
+    int64_t share = rounded_up((rows + threads - 1) / threads, floats ? 16 : 8);
+    return least(floats ? FLOAT_BLOCK : BLOCK_ROWS, share);
 }
 
 static int this_thread(void) {
@@ -77,7 +80,8 @@ static int this_thread(void) {
 // (rows, out). Returns 1 when memory runs out, else 0.
 int dense_rows(const Linear *linear, const Norm *norm, const float *x, int64_t rows,
                int64_t activation, const float *plus, float *out, int threads) {
-    int64_t some = rows_of_block(rows, threads), bytes = block_bytes(some, linear->in);
+    int64_t some = rows_of_block(linear, rows, threads);
+    int64_t bytes = block_bytes(some, linear->in);
     char *memory = malloc((size_t)(bytes * threads));
     if (!memory) return 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -98,7 +102,8 @@ int dense_rows(const Linear *linear, const Norm *norm, const float *x, int64_t r
 int mixed_rows(const Norm *norm, const Linear *query, const Linear *key, const Linear *value,
                const float *x, int64_t rows, float *out, int threads) {
     const Linear *parts[3] = {query, key, value};
-    int64_t some = rows_of_block(rows, threads), bytes = block_bytes(some, query->in);
+    int64_t some = rows_of_block(query, rows, threads);
+    int64_t bytes = block_bytes(some, query->in);
     int64_t stride = query->out + key->out + value->out;
     char *memory = malloc((size_t)(bytes * threads));
     if (!memory) return 1;
@@ -123,7 +128,7 @@ int mixed_rows(const Norm *norm, const Linear *query, const Linear *key, const L
 int mlp_rows(const Norm *norm, const Linear *gate, const Linear *up, const Linear *down,
              int64_t activation, float *x, int64_t rows, int threads) {
     const Norm none = {NO_NORM, 0, NULL, NULL};
-    int64_t some = rows_of_block(rows, threads), inner = up->out, hidden = up->in;
+    int64_t some = rows_of_block(up, rows, threads), inner = up->out, hidden = up->in;
     int64_t widest = inner > hidden ? inner : hidden;
     int64_t scratch = rounded_up(some * inner * 4, 64);
     int64_t bytes = rounded_up(block_bytes(some, widest), 64) + scratch;

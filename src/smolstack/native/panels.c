@@ -4,11 +4,8 @@
 // belongs to 16 outputs and needs no horizontal sum. The same layout serves one row, which streams
 // the panels at memory speed, and many rows, which share them. The inner
 // loops are sum_bytes, sum_nibbles and sum_pairs.
-#include "smolstack.h"
+#include "product.h"
 
-#include "vector.h"
-
-#define PANEL 16       // output channels of a panel
 #define STEP_BYTES 64  // bytes of a panel per four bytes of a row
 #define AHEAD 2048     // prefetch distance in bytes, from memory for one row
 #define SOON 512       // and from the L2 cache for many
@@ -18,23 +15,20 @@
 #if defined(VECTOR_512)
 #define INT8_ROWS 8
 #define INT8_PANELS 3
-#define PAIR_ROWS 8
-#define PAIR_PANELS 3
 #define INT4_ROWS 8
 #elif defined(VECTOR_256)
 #define INT8_ROWS 4
 #define INT8_PANELS 1
-#define PAIR_ROWS 4
-#define PAIR_PANELS 1
 #define INT4_ROWS 4
 #else
 #define INT8_ROWS 2
 #define INT8_PANELS 1
-#define PAIR_ROWS 2
-#define PAIR_PANELS 1
 #define INT4_ROWS 2
 #endif
+#define PAIR_ROWS 8
+#define PAIR_PANELS 3
 #define MOST_ROWS 8
+#define MOST_PANELS 3
 
 static int64_t steps_of(int64_t kind, int64_t in) {
     int64_t numbers = kind == INT4 ? 8 : kind == INT8 ? 4 : 2;
@@ -162,22 +156,25 @@ void unpack_panels(int64_t kind, const void *panels, int64_t in, int64_t out, vo
     }
 }
 
-// Space for any kind of rows: two bytes per number, or four for floats; the smallest groups have 16
-// channels.
+// Space for any kind of rows: at most four bytes per number, a normalized copy of 16 rows, and panels
+// converted to float32; the smallest groups have 16 channels.
 int64_t block_bytes(int64_t rows, int64_t in) {
-    rows = rounded_up(rows, MOST_ROWS);
-    return rows * (rounded_up(in * 2, 256) + (in / 16 + 1) * 12) + rounded_up(in, LANES) * 4 + 512;
+    int64_t wide = rounded_up(in, LANES);
+    rows = rounded_up(rows, LANES);
+    return rows * (rounded_up(in * 4, 256) + (in / 16 + 1) * 12) +
+           wide * LANES * (FLOAT_PANELS + 1) * 4 + 512;
 }
 
 void lay_out_block(Block *block, void *memory, int64_t rows, int64_t in) {
     char *at = (char *)rounded_up((int64_t)(intptr_t)memory, 64);
-    int64_t padded = rounded_up(rows, MOST_ROWS), most = (in / 16 + 1) * 4;
+    int64_t padded = rounded_up(rows, LANES), most = (in / 16 + 1) * 4, wide = rounded_up(in, LANES);
     block->rows = rows, block->padded = padded;
     block->scale = (float *)at, at += padded * most;
     block->weighed = (float *)at, at += padded * most;
     block->offset = (int32_t *)at, at += padded * most;
     block->normed = (float *)(at = (char *)rounded_up((int64_t)(intptr_t)at, 64));
-    block->numbers = at + rounded_up(in, LANES) * 4;
+    block->widened = block->normed + wide * LANES;
+    block->numbers = (char *)(block->widened + wide * LANES * FLOAT_PANELS);
 }
 
 // Whether rows prepared for one layer can be used by another.
@@ -243,12 +240,34 @@ static void quantize_group(const Linear *linear, const float *x, int64_t count, 
     *offset = -WEIGHT_OFFSET * sum;
 }
 
+// Normalizes rows of x and lays them out as panels of 16.
+static void prepare_floats(Block *block, const Norm *norm, const float *x, int64_t stride,
+                           int64_t in) {
+    for (int64_t row = 0; row < block->rows; row += LANES) {
+        const float *from = x + row * stride;
+        int64_t apart = stride;
+        if (norm->kind != NO_NORM) {
+            apart = rounded_up(in, LANES);
+            for (int64_t r = 0; r < least(LANES, block->rows - row); r++)
+                normalized(norm, from + r * stride, in, block->normed + r * apart);
+            from = block->normed;
+        }
+        prepare_lanes(block, in, row, from, apart);
+    }
+}
+
 // Normalizes rows of x, `stride` floats apart, and converts them to the input format of `linear`.
 void prepare_block(Block *block, const Linear *linear, const Norm *norm, const float *x,
                    int64_t stride) {
     int64_t in = linear->in, integers = linear->kind == INT8 || linear->kind == INT4;
+    if (linear->kind == FLOAT32) {
+        prepare_floats(block, norm, x, stride, in);
+        return;
+    }
     block->plane = rounded_up(in, 64);
-    block->stride = integers ? block->plane * (linear->fine ? 2 : 1) : rounded_up(in * 2, 64);
+    block->stride = integers        ? block->plane * (linear->fine ? 2 : 1)
+                    : PAIR_PRODUCTS ? rounded_up(in * 2, 64)
+                                    : rounded_up(in * 4, 64);
     block->groups = integers ? groups_of(linear) : 0;
     for (int64_t row = 0; row < block->rows; row++) {
         const float *from = normalized(norm, x + row * stride, in, block->normed);
@@ -260,19 +279,15 @@ void prepare_block(Block *block, const Linear *linear, const Norm *norm, const f
             quantize_group(linear, from + begin, count, padded, (int8_t *)to + begin, block->plane,
                            block->scale + at, block->weighed + at, block->offset + at);
         }
-        for (int64_t i = 0; !integers && i < block->stride / 2; i += LANES)
-            store_bfloats((uint16_t *)to + i, i < in ? load_some(from + i, in - i) : splat(0));
+        for (int64_t i = 0; !integers && i < rounded_up(in, 32); i += LANES) {
+            Floats some = i < in ? load_some(from + i, in - i) : splat(0);
+            if (PAIR_PRODUCTS)
+                store_bfloats((uint16_t *)to + i, some);
+            else if (i < rounded_up(in, LANES))
+                store((float *)to + i, some);
+        }
     }
 }
-
-// The destination of a product: row and channel of `out`, which begins with channel `from`.
-typedef struct {
-    const Linear *linear;
-    const Block *x;
-    const Finish *finish;
-    float *out;
-    int64_t from, stride;
-} Target;
 
 // The panel that contains `channel`, and its groups' scales and zero points.
 INLINE const char *panel_of(const Linear *linear, int64_t channel) {
@@ -282,9 +297,9 @@ INLINE const char *panel_of(const Linear *linear, int64_t channel) {
 
 // A row's four bytes from `x` on times the 16 channels of `panels` panels, for steps from .. to.
 INLINE void sum_steps(int rows, int panels, const char *x, int64_t stride, const char *w,
-                      int64_t apart, int64_t from, int64_t to, Ints sum[MOST_ROWS][PAIR_PANELS]) {
+                      int64_t apart, int64_t from, int64_t to, Ints sum[MOST_ROWS][MOST_PANELS]) {
     for (int64_t s = from; s < to; s++) {
-        Ints weight[PAIR_PANELS];
+        Ints weight[MOST_PANELS];
         UNROLL for (int p = 0; p < panels; p++) {
             const char *at = w + p * apart + s * STEP_BYTES;
             weight[p] = load_bytes(at);
@@ -300,7 +315,7 @@ INLINE void sum_steps(int rows, int panels, const char *x, int64_t stride, const
 
 // 8-bit weights: integer sums within a group, multiplied by the group's scales afterwards.
 INLINE void sum_bytes(int fine, int rows, int panels, const Target *t, int64_t row,
-                      int64_t channel, Floats total[MOST_ROWS][PAIR_PANELS]) {
+                      int64_t channel, Floats total[MOST_ROWS][MOST_PANELS]) {
     const Linear *linear = t->linear;
     const Block *block = t->x;
     const char *x = block->numbers + row * block->stride, *w = panel_of(linear, channel);
@@ -313,7 +328,7 @@ INLINE void sum_bytes(int fine, int rows, int panels, const Target *t, int64_t r
         UNROLL for (int p = 0; p < panels; p++) total[r][p] = splat(0);
     for (int64_t from = 0; from < steps; from += of_group) {
         int64_t to = least(from + of_group, steps);
-        Ints sum[MOST_ROWS][PAIR_PANELS];
+        Ints sum[MOST_ROWS][MOST_PANELS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int p = 0; p < panels; p++) sum[r][p] = splat_int(fine ? 0 : offset[r]);
         sum_steps(rows, panels, x, block->stride, w, apart, from, to, sum);
@@ -337,7 +352,7 @@ INLINE void sum_bytes(int fine, int rows, int panels, const Target *t, int64_t r
 // 4-bit weights, one panel: a step is eight numbers of a row, the first four in the low halves of
 // the bytes. Zero points are subtracted with the sum of the row's numbers.
 INLINE void sum_nibbles(int rows, const Target *t, int64_t row, int64_t channel,
-                        Floats total[MOST_ROWS][PAIR_PANELS]) {
+                        Floats total[MOST_ROWS][MOST_PANELS]) {
     const Linear *linear = t->linear;
     const Block *block = t->x;
     const char *x = block->numbers + row * block->stride, *w = panel_of(linear, channel);
@@ -370,13 +385,14 @@ INLINE void sum_nibbles(int rows, const Target *t, int64_t row, int64_t channel,
     }
 }
 
+#if PAIR_PRODUCTS
 // bfloat16 weights: a step is two numbers of a row.
 INLINE void sum_pairs(int rows, int panels, const char *x, int64_t stride, const char *w,
-                      int64_t apart, int64_t steps, Floats total[MOST_ROWS][PAIR_PANELS]) {
+                      int64_t apart, int64_t steps, Floats total[MOST_ROWS][MOST_PANELS]) {
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int p = 0; p < panels; p++) total[r][p] = splat(0);
     for (int64_t s = 0; s < steps; s++) {
-        Ints weight[PAIR_PANELS];
+        Ints weight[MOST_PANELS];
         UNROLL for (int p = 0; p < panels; p++) {
             const char *at = w + p * apart + s * STEP_BYTES;
             weight[p] = load_bytes(at);
@@ -389,6 +405,33 @@ INLINE void sum_pairs(int rows, int panels, const char *x, int64_t stride, const
         }
     }
 }
+#else
+// One row of floats times panels of bfloat16 weights; a step is two numbers of the row. The order of
+// summation is that of multiply_singles, so that a row's result does not depend on other rows.
+INLINE void sum_widened(int panels, const float *x, const char *w, int64_t apart, int64_t steps,
+                        Floats *total) {
+    UNROLL for (int p = 0; p < panels; p++) total[p] = splat(0);
+    for (int64_t s = 0; s < steps; s++) {
+        Floats first = splat(x[2 * s]), second = splat(x[2 * s + 1]);
+        UNROLL for (int p = 0; p < panels; p++) {
+            Ints both = load_bytes(w + p * apart + s * STEP_BYTES);
+            prefetch(w + p * apart + s * STEP_BYTES + AHEAD);
+            total[p] = fma_lanes(first, from_bits(left(both, 16)), total[p]);
+            total[p] = fma_lanes(second, from_bits(and_int(both, (int32_t)0xffff0000)), total[p]);
+        }
+    }
+}
+
+// Converts panels of bfloat16 weights to panels of floats with one number per step.
+static void widen(const char *w, int64_t apart, int64_t steps, int64_t panels, float *to) {
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t s = 0; s < steps; s++, to += 2 * LANES) {
+            Ints both = load_bytes(w + p * apart + s * STEP_BYTES);
+            store(to, from_bits(left(both, 16)));
+            store(to + LANES, from_bits(and_int(both, (int32_t)0xffff0000)));
+        }
+}
+#endif
 
 // Applies bias, activation and the finish to one panel's channels of some rows, and writes them to
 // `out`. Compile-time constants at each use: whether all 16 channels exist, and the activation.
@@ -408,10 +451,9 @@ INLINE void put_panel(int whole, int64_t activation, const Target *t, int64_t ro
     }
 }
 
-// Finishes the sums of a tile, (rows, panels · 16). One function for all tiles, to keep their code
-// small.
-static __attribute__((noinline)) void put(const Target *t, int64_t rows, int64_t panels,
-                                          int64_t row, int64_t channel, const float *sums) {
+// One function for all tiles, to keep their code small.
+__attribute__((noinline)) void put_tile(const Target *t, int64_t rows, int64_t panels, int64_t row,
+                                        int64_t channel, const float *sums) {
     int64_t activation = t->finish->activation, apart = panels * LANES;
     rows = least(rows, t->x->rows - row);
     for (int64_t p = 0; p < panels; p++, channel += PANEL, sums += LANES) {
@@ -433,50 +475,88 @@ static __attribute__((noinline)) void put(const Target *t, int64_t rows, int64_t
     UNROLL for (int r = 0; r < ROWS; r++)                                                       \
         UNROLL for (int p = 0; p < PANELS; p++)                                                 \
             store(sums + (r * PANELS + p) * LANES, total[r][p]);                                \
-    put(t, ROWS, PANELS, row, channel, sums);
+    put_tile(t, ROWS, PANELS, row, channel, sums);
 #define BYTES(NAME, FINE, ROWS, PANELS)                                                         \
     static void NAME##_##ROWS##_##PANELS(const Target *t, int64_t row, int64_t channel) {       \
-        Floats total[MOST_ROWS][PAIR_PANELS];                                                   \
+        Floats total[MOST_ROWS][MOST_PANELS];                                                   \
         sum_bytes(FINE, ROWS, PANELS, t, row, channel, total);                                  \
         PUT(ROWS, PANELS)                                                                       \
     }
 #define NIBBLES(ROWS)                                                                           \
     static void nibbles_##ROWS(const Target *t, int64_t row, int64_t channel) {                 \
-        Floats total[MOST_ROWS][PAIR_PANELS];                                                   \
+        Floats total[MOST_ROWS][MOST_PANELS];                                                   \
         sum_nibbles(ROWS, t, row, channel, total);                                              \
         PUT(ROWS, 1)                                                                            \
     }
+#if PAIR_PRODUCTS
 #define PAIRS(ROWS, PANELS)                                                                     \
     static void pairs_##ROWS##_##PANELS(const Target *t, int64_t row, int64_t channel) {        \
-        Floats total[MOST_ROWS][PAIR_PANELS];                                                   \
+        Floats total[MOST_ROWS][MOST_PANELS];                                                   \
         int64_t steps = steps_of(BFLOAT16, t->linear->in);                                      \
         sum_pairs(ROWS, PANELS, t->x->numbers + row * t->x->stride, t->x->stride,               \
                   panel_of(t->linear, channel), steps * STEP_BYTES, steps, total);              \
         PUT(ROWS, PANELS)                                                                       \
     }
+#else
+// A block of one row, two panels at a time: two independent sums hide the latency of an addition.
+static void multiply_one_row(const Target *t, int64_t to) {
+    int64_t steps = steps_of(BFLOAT16, t->linear->in), end = (to + PANEL - 1) / PANEL, panels;
+    const float *x = (const float *)t->x->numbers;
+    for (int64_t panel = t->from / PANEL; panel < end; panel += panels) {
+        const char *w = panel_of(t->linear, panel * PANEL);
+        float sums[2 * LANES] __attribute__((aligned(64)));
+        Floats total[2];
+        panels = least(2, end - panel);
+        if (panels == 2)
+            sum_widened(2, x, w, steps * STEP_BYTES, steps, total);
+        else
+            sum_widened(1, x, w, steps * STEP_BYTES, steps, total);
+        for (int64_t p = 0; p < panels; p++) store(sums + p * LANES, total[p]);
+        put_tile(t, 1, panels, 0, panel * PANEL, sums);
+    }
+}
+
+// All rows of a block; each panel is converted once.
+static void multiply_widened(const Target *t, int64_t to) {
+    const Block *x = t->x;
+    int64_t steps = steps_of(BFLOAT16, t->linear->in), stride = x->stride / 4;
+    int64_t end = (to + PANEL - 1) / PANEL, panels;
+    for (int64_t panel = t->from / PANEL; panel < end; panel += panels) {
+        panels = least(FLOAT_PANELS, end - panel);
+        widen(panel_of(t->linear, panel * PANEL), steps * STEP_BYTES, steps, panels, x->widened);
+        for (int64_t row = 0; row < x->rows; row += FLOAT_ROWS) {
+            float sums[FLOAT_ROWS * FLOAT_PANELS * LANES] __attribute__((aligned(64)));
+            multiply_singles((const float *)x->numbers + row * stride, stride, x->widened,
+                             steps * 2 * LANES, t->linear->in, FLOAT_ROWS, panels, sums,
+                             panels * LANES);
+            put_tile(t, FLOAT_ROWS, panels, row, panel * PANEL, sums);
+        }
+    }
+}
+#endif
 typedef void Tile(const Target *, int64_t row, int64_t channel);
 
 // By kind of weight: for one row, then for many and one, two and three panels.
-BYTES(bytes, 0, 1, 1) BYTES(fine, 1, 1, 1) NIBBLES(1) PAIRS(1, 1)
+BYTES(bytes, 0, 1, 1) BYTES(fine, 1, 1, 1) NIBBLES(1)
+#if PAIR_PRODUCTS
+PAIRS(1, 1) PAIRS(8, 1) PAIRS(8, 2) PAIRS(8, 3)
+static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_8_1, pairs_8_2, pairs_8_3};
+#endif
 #if defined(VECTOR_512)
 BYTES(bytes, 0, 8, 1) BYTES(bytes, 0, 8, 2) BYTES(bytes, 0, 8, 3) BYTES(fine, 1, 8, 1) NIBBLES(8)
-PAIRS(8, 1) PAIRS(8, 2) PAIRS(8, 3)
 static Tile *const INT8_TILES[] = {bytes_1_1, bytes_8_1, bytes_8_2, bytes_8_3};
 static Tile *const FINE_TILES[] = {fine_1_1, fine_8_1};
 static Tile *const INT4_TILES[] = {nibbles_1, nibbles_8};
-static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_8_1, pairs_8_2, pairs_8_3};
 #elif defined(VECTOR_256)
-BYTES(bytes, 0, 4, 1) BYTES(fine, 1, 4, 1) NIBBLES(4) PAIRS(4, 1)
+BYTES(bytes, 0, 4, 1) BYTES(fine, 1, 4, 1) NIBBLES(4)
 static Tile *const INT8_TILES[] = {bytes_1_1, bytes_4_1};
 static Tile *const FINE_TILES[] = {fine_1_1, fine_4_1};
 static Tile *const INT4_TILES[] = {nibbles_1, nibbles_4};
-static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_4_1};
 #else
-BYTES(bytes, 0, 2, 1) BYTES(fine, 1, 2, 1) NIBBLES(2) PAIRS(2, 1)
+BYTES(bytes, 0, 2, 1) BYTES(fine, 1, 2, 1) NIBBLES(2)
 static Tile *const INT8_TILES[] = {bytes_1_1, bytes_2_1};
 static Tile *const FINE_TILES[] = {fine_1_1, fine_2_1};
 static Tile *const INT4_TILES[] = {nibbles_1, nibbles_2};
-static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_2_1};
 #endif
 
 // The number of panels to take next, avoiding a last tile with a single panel if possible.
@@ -492,14 +572,26 @@ void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t 
     const Target target = {linear, x, finish, out, from, stride};
     // A share may be empty; its first panel would then be another thread's last one.
     if (from >= to) return;
-    Tile *const *tiles = PAIR_TILES;
-    int64_t high = PAIR_ROWS;
-    int most = PAIR_PANELS;
-    if (linear->kind == INT8) {
-        tiles = linear->fine ? FINE_TILES : INT8_TILES;
-        high = INT8_ROWS, most = linear->fine ? 1 : INT8_PANELS;
-    } else if (linear->kind == INT4)
+    if (linear->kind == FLOAT32) {
+        multiply_lanes(&target, to);
+        return;
+    }
+    Tile *const *tiles = linear->fine ? FINE_TILES : INT8_TILES;
+    int64_t high = INT8_ROWS;
+    int most = linear->fine ? 1 : INT8_PANELS;
+    if (linear->kind == INT4)
         tiles = INT4_TILES, high = INT4_ROWS, most = 1;  // wider tiles would spill registers
+    if (linear->kind == BFLOAT16) {
+#if PAIR_PRODUCTS
+        tiles = PAIR_TILES, high = PAIR_ROWS, most = PAIR_PANELS;
+#else
+        if (x->rows == 1)
+            multiply_one_row(&target, to);
+        else
+            multiply_widened(&target, to);
+        return;
+#endif
+    }
     int64_t end = (to + PANEL - 1) / PANEL;
     for (int64_t panel = from / PANEL; panel < end;) {
         int count = x->rows == 1 ? 1 : next_panels(most, end - panel);
@@ -509,21 +601,20 @@ void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t 
     }
 }
 
+#if PAIR_PRODUCTS
 // Rows (a multiple of PAIR_ROWS) of bfloat16 pairs times panels, for attention: out (rows, panels ·
 // 16), `wide` floats apart.
 #define PRODUCT(PANELS)                                                                         \
     static void product_##PANELS(const char *x, int64_t stride, const char *w, int64_t apart,   \
                                  int64_t steps, float *out, int64_t wide) {                     \
-        Floats total[MOST_ROWS][PAIR_PANELS];                                                   \
+        Floats total[MOST_ROWS][MOST_PANELS];                                                   \
         sum_pairs(PAIR_ROWS, PANELS, x, stride, w, apart, steps, total);                        \
         UNROLL for (int r = 0; r < PAIR_ROWS; r++)                                              \
             UNROLL for (int p = 0; p < PANELS; p++)                                             \
                 store(out + r * wide + p * PANEL, total[r][p]);                                 \
     }
 PRODUCT(1)
-#if PAIR_PANELS == 3
 PRODUCT(2) PRODUCT(3)
-#endif
 
 void multiply_pairs(const char *x, int64_t stride, const char *w, int64_t apart, int64_t steps,
                     int64_t rows, int64_t panels, float *out, int64_t wide) {
@@ -532,13 +623,11 @@ void multiply_pairs(const char *x, int64_t stride, const char *w, int64_t apart,
         for (int64_t row = 0; row < rows; row += PAIR_ROWS) {
             const char *at = w + panel * apart, *from = x + row * stride;
             float *to = out + row * wide + panel * PANEL;
-#if PAIR_PANELS == 3
             if (count == 3) product_3(from, stride, at, apart, steps, to, wide);
             else if (count == 2) product_2(from, stride, at, apart, steps, to, wide);
-            else
-#endif
-                product_1(from, stride, at, apart, steps, to, wide);
+            else product_1(from, stride, at, apart, steps, to, wide);
         }
         panel += count;
     }
 }
+#endif

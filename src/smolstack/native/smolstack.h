@@ -93,6 +93,7 @@ typedef struct {
 typedef struct {
     int64_t rows, heads, kv_heads, width;
     int64_t keys, causal;  // the last `rows` keys belong to the queries' tokens
+    int64_t exact;         // products in float32; otherwise in bfloat16 pairs if that is faster
     int64_t kind, key_stride, head_stride, query_stride;
     const float *query;    // (rows, heads · width), query_stride apart
     const void *key, *value;
@@ -110,7 +111,8 @@ typedef struct {
     float *scale;     // (groups, padded)
     float *weighed;   // (groups, padded): the sum of a group's integers times its scale
     int32_t *offset;  // (groups, padded): what WEIGHT_OFFSET adds to a group's product, negative
-    float *normed;    // (in)
+    float *normed;    // (16, in): rows after their norm
+    float *widened;   // bfloat16 panels as floats, where there are no bfloat16 products
 } Block;
 
 // The epilogue applied to a sum: activation(sum) · times + plus.
@@ -129,8 +131,6 @@ void prepare_block(Block *block, const Linear *linear, const Norm *norm, const f
                    int64_t stride);
 void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t to,
                     const Finish *finish, float *out, int64_t stride);
-void multiply_pairs(const char *x, int64_t stride, const char *w, int64_t apart, int64_t steps,
-                    int64_t rows, int64_t panels, float *out, int64_t wide);
 int dense_rows(const Linear *linear, const Norm *norm, const float *x, int64_t rows,
                int64_t activation, const float *plus, float *out, int threads);
 int mixed_rows(const Norm *norm, const Linear *query, const Linear *key, const Linear *value,

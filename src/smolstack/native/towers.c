@@ -14,6 +14,7 @@ int encode_tiles(const Encoder *e, int64_t tiles, int64_t patches, float *x, int
     if (!mixed) return 1;
     Attention attention = {
         .rows = patches, .heads = e->heads, .kv_heads = e->heads, .width = width, .keys = patches,
+        .exact = e->layer->up.kind == FLOAT32,
         .kind = CACHE_FLOAT32, .key_stride = 3 * hidden, .head_stride = width,
         .query_stride = 3 * hidden, .query = mixed, .key = mixed + hidden,
         .value = mixed + 2 * hidden, .out = seen,
@@ -59,6 +60,7 @@ static int attend_sequence(const Decoder *d, int64_t rows, const CacheSlot *slot
     Attention attention = {
         .rows = rows, .heads = d->heads, .kv_heads = d->kv_heads, .width = width,
         .keys = slot->past + rows - slot->first, .causal = 1, .kind = d->cache,
+        .exact = d->layer->up.kind == FLOAT32,
         .key_stride = width, .head_stride = slot->capacity * width,
         .query_stride = (d->heads + 2 * d->kv_heads) * width, .query = mixed,
         .key = (const char *)keys + slot->first * width * size,

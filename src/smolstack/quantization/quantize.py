@@ -115,6 +115,7 @@ def quantize_model(
     work = _Work(model, formats, progress, keeper, fitted=fitted)
     if formats:
         work.vision(tiles or [drawn_tile(model.config.vision.patch_size, model.config.vision.side)])
+    if any(not name.startswith(("vision.", "connector.")) for name in formats):
         work.decoder(embeddings or [_drawn_embeddings(model)])
     name = scheme if isinstance(scheme, str) else name_of(formats, widths)
     tied = model.config.tied and model.head is None

@@ -1,4 +1,4 @@
-"""One chat request at work: its answers as they grow, given up when the client goes away."""
+"""One request at work: its answers as they grow, given up when the client goes away."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Asking:
         self._spoke = False
         self.answers: list[Answer | None] = []
 
-    def make(self, prompt: Prompt, options: list[ReadOptions], deadline: float) -> None:
-        """Make the answers, without any work on them; ``deadline`` is on time.monotonic's clock."""
-        prompts = [prompt] * len(options)
+    def make(self, prompts: list[Prompt], options: list[ReadOptions], deadline: float) -> None:
+        """Make the answers, one for each prompt and its options, without any work on them;
+        ``deadline`` is on time.monotonic's clock."""
         self._requests = self._engine.core.requests(prompts, options, deadline=deadline)
         for index, request in enumerate(self._requests):
             request.listener = self._listener(index)
@@ -85,6 +85,11 @@ class Asking:
                 self._open -= 1
                 self._metrics.count_answer(update.answer)
             yield index, update
+
+    @property
+    def complete(self) -> list[Answer]:
+        """The answers that are complete."""
+        return [answer for answer in self.answers if answer is not None]
 
     def close(self) -> None:
         """Stop what is still at work."""

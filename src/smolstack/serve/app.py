@@ -1,12 +1,8 @@
-"""The routes: chat completions, models, plans, health, metrics, and the page."""
+"""The routes: answers in each of OpenAI's forms, models, plans, health, metrics, and the page."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
-import math
-import time
 from collections.abc import AsyncIterator
 from importlib import resources
 from typing import Any
@@ -16,19 +12,27 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 
 from smolstack import __version__
-from smolstack.errors import DeadlineError
 from smolstack.generation.engine import Engine
 from smolstack.generation.pools import RankedPool
 from smolstack.processor.decoding_memory import MEMORY
-from smolstack.serve import embeddings, functions, request_reader, tokens, validation_errors
-from smolstack.serve.answers import Asking, EventStream, in_thread, unless_gone
+from smolstack.serve import (
+    embeddings,
+    functions,
+    request_reader,
+    text_completions,
+    tokens,
+    validation_errors,
+)
+from smolstack.serve.answering import Answering
+from smolstack.serve.answers import in_thread
 from smolstack.serve.bodies import Bodies
 from smolstack.serve.completions import Completion
-from smolstack.serve.entrance import Entrance, client_of, in_pool, reading_seconds
 from smolstack.serve.error_responses import RefusedError, add_handlers, as_refusal
 from smolstack.serve.metrics import Metrics
 from smolstack.serve.middleware import Guard
-from smolstack.serve.parsing import JsonRequest, JsonRoute
+from smolstack.serve.parsing import JsonRoute
+from smolstack.serve.response_requests import ResponsesRequest
+from smolstack.serve.responses import ResponseWriter
 from smolstack.serve.schemas import ChatRequest, PlanRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.serve.tool_calls import CallingCompletion
@@ -71,9 +75,7 @@ class Server:
         self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, images=images)
         self.metrics = Metrics(self.engine)
         self.readers = RankedPool(_READING_THREADS, _LONG_READING, "reading")
-        waiting = settings.scheduler.queued
-        together = None if waiting is None else max(64, settings.scheduler.running + waiting)
-        self.entrance = Entrance(together)
+        self.answering = Answering(vlm, settings, self.engine, self.metrics, self.readers)
         # FastAPI's own pages about the description load their scripts from elsewhere.
         self.app = FastAPI(
             title="smolstack",
@@ -116,6 +118,8 @@ class Server:
         app = self.app
         errors = {"responses": _ERRORS}
         app.post("/v1/chat/completions", response_model=None, **errors)(self.chat)  # type: ignore[arg-type]
+        text_completions.add_route(app, self.vlm, self.settings, self.answering, errors)
+        app.post("/v1/responses", response_model=None, **errors)(self.responses)  # type: ignore[arg-type]
         app.get("/v1/models", responses={401: _ERRORS[401]})(self.models)
         app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: {}})(self.one_model)
         app.post("/plan", response_model=None, **errors)(self.plan)  # type: ignore[arg-type]
@@ -133,93 +137,27 @@ class Server:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a chat, whole or as server-sent events."""
-        seconds = min(body.deadline or math.inf, self.settings.deadline)
-        if isinstance(request, JsonRequest):
-            request.forget()
-        try:
-            made = self.entrance.read(self._made(body, seconds))
-            asking = await unless_gone(request.receive, made)
-            if asking is None:
-                return _gone()
-            asking.begin(client_of(request, self.settings))
-        except Exception as error:
-            raise as_refusal(error, self._retry_after()) from None
-        kind = CallingCompletion if functions.offered(body) else Completion
-        completion = kind(body.model or self.settings.name, self.vlm.processor.tokenizer)
-        if body.stream:
-            return await self._stream(body, request, asking, completion)
-        try:
-            whole = await unless_gone(request.receive, _whole(asking, completion))
-        except Exception as error:
-            raise as_refusal(error) from None
-        finally:
-            asking.close()
-        return _gone() if whole is None else JSONResponse(whole)
 
-    async def _made(self, body: ChatRequest, seconds: float) -> Asking:
-        """The answers to a request, once its images are here and everything was checked."""
-        deadline = time.monotonic() + seconds
-        asking = Asking(self.engine, self.metrics, pieces=bool(body.stream))
+        def writer() -> Completion:
+            kind = CallingCompletion if functions.offered(body) else Completion
+            name, usage = body.model or self.settings.name, body.stream_options
+            return kind(
+                name,
+                self.vlm.processor.tokenizer,
+                with_usage=usage is not None and usage.include_usage,
+            )
 
-        async def reading_it() -> None:
-            urls = request_reader.image_urls(body, self.settings)
-            images = [await request_reader.read_image(url, self.settings) for url in urls]
-            urls.clear()
-            request_reader.forget_images(body)
-            took = reading_seconds(body)
-            await in_pool(self.readers, took, self._prepare, body, images, asking, deadline)
+        return await self.answering.answer(body, request, writer)
 
-        try:
-            await asyncio.wait_for(reading_it(), seconds)
-        except asyncio.TimeoutError:
-            raise DeadlineError("the request was not read before its deadline") from None
-        return asking
+    async def responses(self, body: ResponsesRequest, request: Request) -> Response:
+        """Answer an input of text and images, whole or as server-sent events."""
+        name, tokenizer = body.model or self.settings.name, self.vlm.processor.tokenizer
+        chat = body.chat()
 
-    def _prepare(
-        self, body: ChatRequest, images: list[bytes], asking: Asking, deadline: float
-    ) -> None:
-        prompt, options = request_reader.prepare(self.vlm, body, images, self.settings)
-        asking.make(prompt, options, deadline)
+        def writer() -> ResponseWriter:
+            return ResponseWriter(name, tokenizer, body, calls=bool(functions.offered(chat)))
 
-    async def _stream(
-        self, body: ChatRequest, request: Request, asking: Asking, completion: Completion
-    ) -> Response:
-        """The same as events. What fails before the first token still has a status of its own."""
-        updates = aiter(asking)
-        try:
-            first = await unless_gone(request.receive, anext(updates))
-        except Exception as error:
-            asking.close()
-            raise as_refusal(error) from None
-        except BaseException:
-            asking.close()
-            raise
-        if first is None:
-            asking.close()
-            return _gone()
-        usage = body.stream_options is not None and body.stream_options.include_usage
-
-        async def events() -> AsyncIterator[str]:
-            try:
-                for index in range(len(asking.answers)):
-                    yield _event(completion.first_chunk(index))
-                yield _update_event(completion, *first)
-                async for index, update in updates:
-                    yield _update_event(completion, index, update)
-                if usage:
-                    answers = [answer for answer in asking.answers if answer is not None]
-                    yield _event(completion.usage_chunk(answers))
-                yield "data: [DONE]\n\n"
-            except Exception as error:
-                yield _event(as_refusal(error).body())
-
-        return EventStream(events(), asking)
-
-    def _retry_after(self) -> int:
-        """Seconds until somebody who waits now would have left, by a mean answer's work."""
-        ahead = self.engine.queued + self.engine.running
-        seconds = ahead * self.metrics.mean_seconds / self.settings.scheduler.running
-        return max(1, min(60, math.ceil(seconds)))
+        return await self.answering.answer(chat, request, writer)
 
     async def models(self) -> dict[str, Any]:
         """The one model that is served."""
@@ -287,30 +225,6 @@ class Server:
     async def show_metrics(self) -> Response:
         """Counters for Prometheus."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
-
-
-def _gone() -> Response:
-    """What is answered to a client that went away: nobody reads it."""
-    return Response(status_code=499)
-
-
-async def _whole(asking: Asking, completion: Completion) -> dict[str, Any]:
-    async for _ in asking:
-        pass
-    return completion.whole([answer for answer in asking.answers if answer is not None])
-
-
-def _update_event(completion: Completion, index: int, update: Any) -> str:
-    chunks = []
-    if update.piece or update.logprobs:
-        chunks += completion.chunks(index, update.piece, update.logprobs)
-    if update.answer is not None:
-        chunks += completion.last_chunks(index, update.answer)
-    return "".join(map(_event, chunks))
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def _file(name: str, kind: str) -> Any:

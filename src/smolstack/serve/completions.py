@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from smolstack.generation.answer import Answer, TokenLogprob
+from smolstack.generation.request import Update
 from smolstack.processor.tokenizer import TextTokenizer
+from smolstack.serve.error_responses import RefusedError
 
-_REASONS = {"stop": "stop", "length": "length", "repetition": "length"}
+REASONS = {"stop": "stop", "length": "length", "repetition": "length"}
+LEAST = -9999.0  # JSON has no minus infinity; this is OpenAI's number for "very unlikely"
+DONE = "data: [DONE]\n\n"
 
 
 class Completion:
@@ -19,10 +24,11 @@ class Completion:
     Args:
         model: what the client called it.
         tokenizer: writes tokens as text, for logprobs.
+        with_usage: whether the last event of a stream says what was used.
     """
 
-    def __init__(self, model: str, tokenizer: TextTokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, model: str, tokenizer: TextTokenizer, *, with_usage: bool = False) -> None:
+        self.tokenizer, self.with_usage = tokenizer, with_usage
         self.frame = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -46,13 +52,13 @@ class Completion:
             "finish_reason": self._reason(answer),
             "logprobs": None if answer.logprobs is None else self._logprobs(answer.logprobs),
         }
-        return {**choice, **_probabilities(answer)}
+        return {**choice, **probabilities(answer)}
 
     def _message(self, answer: Answer) -> dict[str, Any]:
         return {"role": "assistant", "content": answer.text, "refusal": None}
 
     def _reason(self, answer: Answer) -> str:
-        return _REASONS[answer.finish_reason]
+        return REASONS[answer.finish_reason]
 
     def first_chunk(self, index: int) -> dict[str, Any]:
         """The chunk that names the role."""
@@ -69,9 +75,31 @@ class Completion:
         made = self._chunk(index, {})
         made["choices"][0] |= {
             "finish_reason": self._reason(answer),
-            **_probabilities(answer),
+            **probabilities(answer),
         }
         return [made]
+
+    def begin(self, count: int) -> str:
+        """The events that name the role."""
+        return "".join(event(self.first_chunk(index)) for index in range(count))
+
+    def update(self, index: int, update: Update) -> str:
+        """The events of what is new about one answer."""
+        made = []
+        if update.piece or update.logprobs:
+            made += self.chunks(index, update.piece, update.logprobs)
+        if update.answer is not None:
+            made += self.last_chunks(index, update.answer)
+        return "".join(map(event, made))
+
+    def end(self, answers: Sequence[Answer]) -> str:
+        """The events after the last word."""
+        used = event(self.usage_chunk(answers)) if self.with_usage else ""
+        return used + DONE
+
+    def failed(self, refusal: RefusedError) -> str:
+        """The event of an error in the midst of a stream."""
+        return event(refusal.body())
 
     def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The chunk that follows the last one, where the client asked for it."""
@@ -95,38 +123,49 @@ class Completion:
         return {**self.frame, "object": "chat.completion.chunk", "choices": [choice]}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return {
-            "content": [
-                {
-                    **self._token(one.token_id, one.logprob),
-                    "top_logprobs": [self._token(token, value) for token, value in one.top],
-                }
-                for one in logprobs
-            ],
-            "refusal": None,
-        }
+        return {"content": token_logprobs(logprobs, self.tokenizer), "refusal": None}
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self.tokenizer.decode([token_id], skip_special=False)
+
+def event(data: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def token_logprobs(
+    logprobs: Sequence[TokenLogprob], tokenizer: TextTokenizer
+) -> list[dict[str, Any]]:
+    """Log-probabilities in the shape of chat completions."""
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.decode([token_id], skip_special=False)
         # Part of a character has no text of its own.
         known = None if "\ufffd" in text else list(text.encode())
-        # JSON has no minus infinity; this is OpenAI's number for "very unlikely".
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": known}
+        return {"token": text, "logprob": max(logprob, LEAST), "bytes": known}
+
+    return [
+        {
+            **token(one.token_id, one.logprob),
+            "top_logprobs": [token(token_id, value) for token_id, value in one.top],
+        }
+        for one in logprobs
+    ]
 
 
-def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Tokens of all answers to one prompt."""
-    prompt = answers[0].usage
+def usage(answers: Sequence[Answer], each: int | None = None) -> dict[str, Any]:
+    """Tokens of all answers to one prompt, or of so many answers to each of several."""
+    prompts = [answer.usage for answer in answers[:: each or len(answers)]]
+    asked = sum(prompt.prompt_tokens for prompt in prompts)
+    visual = sum(prompt.visual_tokens for prompt in prompts)
     said = sum(answer.usage.completion_tokens for answer in answers)
     return {
-        "prompt_tokens": prompt.prompt_tokens,
+        "prompt_tokens": asked,
         "completion_tokens": said,
-        "total_tokens": prompt.prompt_tokens + said,
+        "total_tokens": asked + said,
         "prompt_tokens_details": {
-            "cached_tokens": prompt.cached_tokens,
-            "visual_tokens": prompt.visual_tokens,
-            "image_tokens": prompt.visual_tokens,  # as vLLM and OpenAI's newer API name them
-            "tiles": prompt.tiles,
+            "cached_tokens": sum(prompt.cached_tokens for prompt in prompts),
+            "visual_tokens": visual,
+            "image_tokens": visual,  # as vLLM and OpenAI's newer API name them
+            "tiles": sum(prompt.tiles for prompt in prompts),
         },
     }
 
@@ -143,7 +182,8 @@ def timings(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _probabilities(answer: Answer) -> dict[str, Any]:
+def probabilities(answer: Answer) -> dict[str, Any]:
+    """How likely each of the choices is, where the answer was one of some."""
     if answer.probabilities is None:
         return {}
     return {"probabilities": dict(answer.probabilities)}

@@ -2,8 +2,9 @@
 
 uvicorn counts none and times only idle ones. Here connections are accepted one by one while there
 is room; when there is none, whoever has kept the server waiting for longest gives way, and where
-nobody waits for a client, the listener pauses. So connections that say nothing cost strangers a
-second and nobody else anything, and there are always descriptors left for files.
+nobody waits for a client, the listener pauses. One that waited in the listener's queue counts as
+waited for since it came there. So connections that say nothing cost others no more than it takes to
+close them, and there are always descriptors left for files.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from smolstack.errors import GenerationError
+from smolstack.serve.listening import ListenerQueue, has_asked
 
 DEFAULT_CONNECTIONS = 512
 # Seconds for which a client may be waited for, however many others want its place: fewer where
@@ -80,13 +82,19 @@ class Connection(H11Protocol):
         super().__init__(*args, **named)
         self.door = door
         self.since = time.monotonic()
+        self.came = self.since  # to the listener's queue
+        self.entered = False  # whether what it had sent by then has been read
         self.begun = self.asked = False  # whether headers have begun to come, and came before
+        self.answered = False  # whether a request was
         self.received = 0  # bytes since then
         self.stuck: float | None = None  # since when the client reads nothing
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.door.open.add(self)
+        # The loop begins to read from it after this, and reads for the first time in its next
+        # round: until that is over, nothing is known of the client.
+        self.loop.call_soon(self.loop.call_soon, setattr, self, "entered", True)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -102,7 +110,7 @@ class Connection(H11Protocol):
             self.since, self.begun, self.asked, self.received = now, False, True, 0
 
     def on_response_complete(self) -> None:
-        self.since, self.begun = time.monotonic(), False
+        self.since, self.begun, self.answered = time.monotonic(), False, True
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -127,8 +135,8 @@ class Connection(H11Protocol):
         """Seconds for which the client is waited for; None where the client waits."""
         if self.stuck is not None:
             return now - self.stuck
-        if self.for_a_request or self.cycle.more_body:
-            return now - self.since
+        if self.entered and (self.for_a_request or self.cycle.more_body):
+            return now - (self.since if self.answered else self.came)
         return None
 
     def is_late(self, now: float) -> bool:
@@ -192,9 +200,8 @@ class Door:
         make: Callable[[], Connection],
         context: ssl.SSLContext | None,
     ) -> None:
-        loop, count = asyncio.get_running_loop(), 0
+        loop, count, queue = asyncio.get_running_loop(), 0, ListenerQueue(listener)
         while True:
-            await self._room()
             count += 1
             if count % _AT_A_TIME == 0:
                 await asyncio.sleep(0)
@@ -205,7 +212,18 @@ class Door:
                     self._make_room()
                     await asyncio.sleep(_LOOK)
                 continue  # it was gone before it was accepted
-            task = asyncio.create_task(self._enter(accepted, make, context))
+            came = queue.came()
+            if self._full:
+                waited = time.monotonic() - came > self._grace
+                if waited and not has_asked(accepted, context is not None):
+                    accepted.close()
+                    continue
+                try:
+                    await self._room()
+                except asyncio.CancelledError:
+                    accepted.close()
+                    raise
+            task = asyncio.create_task(self._enter(accepted, make, context, came))
             self._entering.add(task)
             task.add_done_callback(self._entered)
 
@@ -214,11 +232,17 @@ class Door:
         accepted: socket.socket,
         make: Callable[[], Connection],
         context: ssl.SSLContext | None,
+        came: float,
     ) -> None:
+        def made() -> Connection:
+            connection = make()
+            connection.came = came
+            return connection
+
         seconds = None if context is None else self.header_seconds
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                make, accepted, ssl=context, ssl_handshake_timeout=seconds
+                made, accepted, ssl=context, ssl_handshake_timeout=seconds
             )
         except (OSError, ssl.SSLError):  # no TLS, or gone
             accepted.close()
@@ -227,13 +251,22 @@ class Door:
         self._entering.discard(task)
         self._left.set()
 
+    @property
+    def _full(self) -> bool:
+        return len(self.open) + len(self._entering) >= self.limit
+
+    @property
+    def _grace(self) -> float:
+        """Seconds for which a client may be waited for where others want its place."""
+        return min(max(self.limit / _GRACE_PLACES, _GRACE[0]), _GRACE[1])
+
     async def _room(self) -> None:
         """Wait until there is room for one more."""
-        while len(self.open) + len(self._entering) >= self.limit:
+        while self._full:
             self._left.clear()
             if not self._make_room():
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._left.wait(), _LOOK)
+                    await asyncio.wait_for(self._left.wait(), min(_LOOK, self._grace))
                 continue
             await self._left.wait()
 
@@ -243,8 +276,7 @@ class Door:
         now = time.monotonic()
         waits = {c: c.waited(now) or 0.0 for c in self.open if not c.transport.is_closing()}
         idle = {c: seconds for c, seconds in waits.items() if c.idle}
-        grace = min(max(self.limit / _GRACE_PLACES, _GRACE[0]), _GRACE[1])
-        late = idle or {c: seconds for c, seconds in waits.items() if seconds > grace}
+        late = idle or {c: seconds for c, seconds in waits.items() if seconds > self._grace}
         order = sorted(late, key=lambda c: late[c] / (1 + c.received / _RATE), reverse=True)
         for connection in order[: max(1, self.limit // _TOGETHER)]:
             connection.hang_up()

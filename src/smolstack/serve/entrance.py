@@ -31,14 +31,15 @@ def client_of(request: Request, settings: ServerSettings) -> str:
     return request.client.host if request.client else ""
 
 
-def reading_seconds(body: ChatRequest) -> float:
-    """Roughly how long it takes to tokenize a request's texts and to compile its form."""
+def reading_seconds(body: ChatRequest, more: int = 0) -> float:
+    """Roughly how long it takes to tokenize a request's texts, and so many characters more, and to
+    compile its form."""
     texts = [
         part if isinstance(part, str) else getattr(part, "text", "")
         for message in body.messages
         for part in ([message.content] if isinstance(message.content, str) else message.content)
     ]
-    characters = sum(map(len, texts))
+    characters = sum(map(len, texts)) + more
     choices = body.choices or []
     seconds = (characters * (1 + len(choices)) + sum(map(len, choices))) * _CHARACTER
     return seconds + form_bytes(body) * _FORM

@@ -1,4 +1,4 @@
-"""Fields of a chat request under all the names that clients give them, and none in silence.
+"""Fields of a request under all the names that clients give them, and none in silence.
 
 OpenAI's API, vLLM's and llama.cpp's servers have fields of their own. Those that mean something
 that there is here are read; those that say nothing about the answer are let through; those that
@@ -102,8 +102,11 @@ _MESSAGE_HARMLESS = frozenset({"name", "annotations", "reasoning_content", "reas
 _PART_HARMLESS = frozenset({"cache_control", "annotations", "uuid"})
 
 
-def understood(data: Any) -> Any:
-    """A chat request's body under smolstack's own names; what is no object stays as it is.
+def understood(data: Any, own: Collection[str] = ()) -> Any:
+    """A request's body under smolstack's own names; what is no object stays as it is.
+
+    Args:
+        own: fields that mean something to this request, though not to a chat.
 
     Raises:
         RefusedError: a field that another one contradicts, or whose value is of no known form.
@@ -111,9 +114,9 @@ def understood(data: Any) -> Any:
     if not isinstance(data, Mapping):
         return data
     found = without_nulls(data)
-    for name in HARMLESS & set(found):
+    for name in (HARMLESS & set(found)).difference(own):
         del found[name]
-    for name in set(NEUTRAL) & set(found):
+    for name in (set(NEUTRAL) & set(found)).difference(own):
         if found[name] in ([], {}, "") or _is_one_of(found[name], NEUTRAL[name]):
             del found[name]
     for name in _OLDER & set(found):

@@ -105,30 +105,22 @@ def _images(request: ChatRequest) -> list[ImagePart]:
 
 def prepare(
     vlm: VLM, request: ChatRequest, images: list[bytes], settings: ServerSettings
-) -> tuple[Prompt, list[ReadOptions]]:
-    """The prompt and, for each of ``n`` answers, its options. Slow: call it in a thread.
+) -> tuple[list[Prompt], list[ReadOptions]]:
+    """The prompt of each of a chat's ``n`` answers, and its options. Slow: call it in a thread.
 
     Raises:
         RefusedError, SmolstackError: what is wrong with the request.
     """
-    _check_supported(request)
-    if (size := form_bytes(request)) > settings.form_bytes:
-        raise RefusedError(
-            400,
-            f"the answer's form has {size:,} characters, at most {settings.form_bytes:,} are "
-            "accepted",
-        )
-    count = request.n or 1
-    if count > settings.answers:
-        raise RefusedError(
-            400, f"n is {count}, at most {settings.answers} answers are given", param="n"
-        )
-    options = [
-        read_options(_options(request, settings, i), vlm.eos_token_ids) for i in range(count)
-    ]
+    options = answer_options(vlm, request, settings)
     for image in images:
         check_image(image, settings)
-    _check_length(vlm, request, settings)
+    characters = sum(
+        len(part if isinstance(part, str) else getattr(part, "text", ""))
+        for message in request.messages
+        for part in ([message.content] if isinstance(message.content, str) else message.content)
+    )
+    characters += functions.characters(request)
+    check_length(vlm, "the messages and tools hold", characters, settings)
     rest = iter(images)
     messages = [
         {
@@ -150,12 +142,41 @@ def prepare(
         prompt = functions.prepare(vlm.processor, request, messages, options[0].tiling)
     else:
         prompt = vlm.processor.prepare(messages, **options[0].tiling)
+    check_tokens(prompt, settings)
+    return [prompt] * len(options), options
+
+
+def answer_options(
+    vlm: VLM, request: ChatRequest, settings: ServerSettings, prompts: int = 1
+) -> list[ReadOptions]:
+    """The options of each of ``n`` answers to a prompt, of which there are so many.
+
+    Raises:
+        RefusedError, SmolstackError: what is wrong with them.
+    """
+    _check_supported(request)
+    if (size := form_bytes(request)) > settings.form_bytes:
+        raise RefusedError(
+            400,
+            f"the answer's form has {size:,} characters, at most {settings.form_bytes:,} are "
+            "accepted",
+        )
+    count = request.n or 1
+    if count * prompts > settings.answers:
+        of = "" if prompts == 1 else f" and there are {prompts} prompts"
+        raise RefusedError(
+            400, f"n is {count}{of}, at most {settings.answers} answers are given", param="n"
+        )
+    return [read_options(_options(request, settings, i), vlm.eos_token_ids) for i in range(count)]
+
+
+def check_tokens(prompt: Prompt, settings: ServerSettings) -> None:
+    """Refuse a prompt with more tokens than the server accepts."""
     limit = settings.prompt_tokens
     if limit is not None and len(prompt.token_ids) > limit:
         raise ContextLengthError(
             f"the prompt has {len(prompt.token_ids)} tokens, at most {limit} are accepted"
         )
-    return prompt, options
 
 
 def check_image(image: bytes, settings: ServerSettings) -> tuple[int, int]:
@@ -256,20 +277,13 @@ def _check_supported(request: ChatRequest) -> None:
         raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
 
 
-def _check_length(vlm: VLM, request: ChatRequest, settings: ServerSettings) -> None:
+def check_length(vlm: VLM, what: str, characters: int, settings: ServerSettings) -> None:
     """A text that cannot fit is refused before it is tokenized, which takes its time."""
     tokenizer, limit = vlm.processor.tokenizer, vlm.config.text.max_positions
     limit = min(limit, settings.prompt_tokens or limit)
-    count = sum(
-        len(part if isinstance(part, str) else getattr(part, "text", ""))
-        for message in request.messages
-        for part in ([message.content] if isinstance(message.content, str) else message.content)
-    )
-    count += functions.characters(request)
-    if count > limit * tokenizer.longest:
+    if characters > limit * tokenizer.longest:
         raise ContextLengthError(
-            f"the messages and tools hold {count:,} characters, at most {limit:,} tokens are "
-            "accepted"
+            f"{what} {characters:,} characters, at most {limit:,} tokens are accepted"
         )
 
 

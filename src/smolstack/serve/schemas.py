@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from smolstack.serve.request_fields import understood, without_nulls
 
-_Text = Annotated[str, Field(max_length=2_000_000)]
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Text = Annotated[str, Field(max_length=2_000_000)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 # Of a list or an object; pydantic takes true for 1 where it is not told otherwise.
 _Number = Annotated[float, Field(strict=True)]
-_Integer = Annotated[int, Field(strict=True)]
+Integer = Annotated[int, Field(strict=True)]
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -42,7 +42,7 @@ class ImageURL(Body):
 
 class TextPart(Body):
     type: Literal["text"]
-    text: _Text
+    text: Text
 
 
 class ImagePart(Body):
@@ -54,8 +54,8 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class CalledFunction(Body):
-    name: _Name
-    arguments: _Text = "{}"
+    name: Name
+    arguments: Text = "{}"
 
     @field_validator("arguments")
     @classmethod
@@ -75,7 +75,7 @@ class ToolCall(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Text | Annotated[list[Part], Field(min_length=1, max_length=1000)]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=1000)]
     tool_calls: list[ToolCall] | None = Field(default=None, max_length=100)
     tool_call_id: str | None = None
 
@@ -89,7 +89,7 @@ class ChatMessage(Body):
 
 
 class Function(Body):
-    name: _Name
+    name: Name
     description: str = ""
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -128,32 +128,23 @@ class ResponseFormat(Body):
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class ChatRequest(_Numbers):
-    """A chat completion. The last block holds what OpenAI's API does not have.
+class AnswerFields(_Numbers):
+    """What may be asked of an answer, whichever way it is asked for. The last block holds what
+    OpenAI's API does not have.
 
     Other servers' names for the same things, fields that say nothing about the answer, and fields
     whose value asks for nothing are accepted too (docs/serving.md lists them).
     """
 
     model: str = ""
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    n: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
-    json_schema: dict[str, Any] | bool | None = None
-    tools: list[Tool] | None = Field(default=None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
 
+    json_schema: dict[str, Any] | bool | None = None
     top_k: int | None = Field(default=None, ge=0, le=10**6)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
@@ -164,7 +155,7 @@ class ChatRequest(_Numbers):
     )
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
-    stop_token_ids: list[_Integer] | None = Field(default=None, max_length=128)
+    stop_token_ids: list[Integer] | None = Field(default=None, max_length=128)
     bad_words: list[_Stop] | None = Field(default=None, max_length=128)
     stop_on_repetition: bool = False
     keep_special_tokens: bool = False
@@ -173,9 +164,6 @@ class ChatRequest(_Numbers):
     choices: list[Annotated[str, Field(min_length=1, max_length=1000)]] | None = Field(
         default=None, min_length=1, max_length=100
     )
-    split: bool | None = None
-    max_image_tokens: int | None = Field(default=None, ge=1)
-    upscale: bool = True
     deadline: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -183,17 +171,41 @@ class ChatRequest(_Numbers):
     def _understood(cls, data: Any) -> Any:
         return understood(data)
 
+    def shared(self) -> dict[str, Any]:
+        """The fields that every way of asking has."""
+        return {name: getattr(self, name) for name in AnswerFields.model_fields}
 
-class PlanRequest(_Numbers):
+
+class ImageFields(Body):
+    """How images are cut."""
+
+    split: bool | None = None
+    max_image_tokens: int | None = Field(default=None, ge=1)
+    upscale: bool = True
+
+
+class ChatRequest(AnswerFields, ImageFields):
+    """A chat completion."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class PlanRequest(_Numbers, ImageFields):
     """An image, or its size, whose tiles and tokens are asked for."""
 
     image_url: ImageURL | None = None
     width: int | None = Field(default=None, ge=1, le=10**6)
     height: int | None = Field(default=None, ge=1, le=10**6)
-    text: _Text = ""
-    split: bool | None = None
-    max_image_tokens: int | None = Field(default=None, ge=1)
-    upscale: bool = True
+    text: Text = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -209,8 +221,8 @@ class TokenizeRequest(Body):
     whose tokens are asked for."""
 
     model: str = ""
-    prompt: _Text | None = None
-    content: _Text | None = None
+    prompt: Text | None = None
+    content: Text | None = None
     messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=1000)
     add_special_tokens: bool | None = None
     add_special: bool | None = None

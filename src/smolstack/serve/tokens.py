@@ -30,7 +30,7 @@ def add_routes(
 
     def chat(body: TokenizeRequest, images: list[bytes]) -> list[int]:
         request = ChatRequest.model_construct(messages=body.messages)
-        prompt, _ = request_reader.prepare(vlm, request, images, settings)
+        (prompt,), _ = request_reader.prepare(vlm, request, images, settings)
         return [int(token) for token in prompt.token_ids]
 
     def text(body: TokenizeRequest) -> list[int]:

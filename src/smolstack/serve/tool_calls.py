@@ -124,8 +124,8 @@ class CallReader:
 class CallingCompletion(Completion):
     """A completion whose answers may be calls."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._readers: dict[int, CallReader] = defaultdict(CallReader)
 
     def _message(self, answer: Answer) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class CallingCompletion(Completion):
         reader.push(answer.text)
         calls = [call.whole() for call in reader.calls if call.complete]
         message = super()._message(answer)
-        if not calls and not _cut_off(answer):
+        if not calls and not cut_off(answer):
             return message
         # A call that was cut off is no call: its arguments are no JSON.
         return {**message, "content": None, **({"tool_calls": calls} if calls else {})}
@@ -156,12 +156,12 @@ class CallingCompletion(Completion):
         ]
 
     def last_chunks(self, index: int, answer: Answer) -> list[dict[str, Any]]:
-        left = [] if _cut_off(answer) else self._readers[index].finish()
+        left = [] if cut_off(answer) else self._readers[index].finish()
         made = [self._chunk(index, delta) for delta in left]
         return [*made, *super().last_chunks(index, answer)]
 
 
-def _cut_off(answer: Answer) -> bool:
+def cut_off(answer: Answer) -> bool:
     """Whether an answer ended within a call, or within the mark that begins one."""
     begun = answer.text.lstrip()
     called = begun.startswith(CALL_BEGIN) or (begun != "" and CALL_BEGIN.startswith(begun))

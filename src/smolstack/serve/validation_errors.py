@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
-from smolstack.serve import schemas
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.parsing import TooDeepError, line_and_column
 from smolstack.serve.request_fields import ALIASES, HARMLESS, NEUTRAL, nearest
@@ -22,19 +23,25 @@ def add_handlers(app: FastAPI) -> None:
     """Say in one sentence what is wrong with a request that reached no route."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # Of the branches of a union, the one that came furthest is the one that was meant: the
-        # deepest, and not one that met another type from the first.
+        # deepest, and not one that met another type from the first. A field that is not known is
+        # more likely the misspelt name of one that is missing than one too many.
         first = max(
             error.errors(),
-            key=lambda each: (len(each["loc"]), not str(each["type"]).endswith("_type")),
+            key=lambda each: (
+                len(each["loc"]),
+                not str(each["type"]).endswith("_type"),
+                each["type"] == "extra_forbidden",
+            ),
         )
         if first["type"] == "json_invalid":
             return RefusedError(400, _no_json(first, error.body)).response()
         param = ".".join(_place(first["loc"][1:], error.body)) or None
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
-            return RefusedError(400, _unknown(name, param, first), param=param).response()
+            fields = _fields(request.scope.get("route"))
+            return RefusedError(400, _unknown(name, param, first, fields), param=param).response()
         where = f"{param}: " if param else ""
         return RefusedError(400, f"{where}{first['msg']}"[:500], param=param).response()
 
@@ -76,20 +83,32 @@ def _place(steps: Sequence[Any], body: Any) -> list[str]:
     return found
 
 
-def _unknown(name: str, param: str | None, found: Mapping[str, Any]) -> str:
+def _unknown(name: str, param: str | None, found: Mapping[str, Any], fields: set[str]) -> str:
     """A field that would change the answer in a way that is not known here."""
     if name in NEUTRAL and param == name:
         return f"{name} is not supported (found {found['input']!r:.60}); leave it out"
-    known = {*NEUTRAL, *HARMLESS, *ALIASES, *_fields()}
+    known = {*NEUTRAL, *HARMLESS, *ALIASES, *fields} - {name}
     return f"{param or name}: no such field{nearest(name, known)}"
 
 
-def _fields() -> set[str]:
-    models = (schemas.ChatRequest, schemas.PlanRequest, schemas.ChatMessage, schemas.ImageURL,
-              schemas.TextPart, schemas.ImagePart, schemas.ResponseFormat, schemas.JsonSchema,
-              schemas.StreamOptions, schemas.Tool, schemas.Function, schemas.NamedTool,
-              schemas.NamedFunction, schemas.ToolCall, schemas.CalledFunction)  # fmt: skip
-    return {field.alias or name for model in models for name, field in model.model_fields.items()}
+def _fields(route: Any) -> set[str]:
+    """The fields that a route's body and what is in it have."""
+    body = getattr(route, "body_field", None)
+    found: set[type[BaseModel]] = set()
+    if body is not None:
+        _find_models(body.field_info.annotation, found)
+    return {field.alias or name for model in found for name, field in model.model_fields.items()}
+
+
+def _find_models(annotation: Any, found: set[type[BaseModel]]) -> None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation not in found:
+            found.add(annotation)
+            for field in annotation.model_fields.values():
+                _find_models(field.annotation, found)
+        return
+    for part in typing.get_args(annotation):
+        _find_models(part, found)
 
 
 def _routes(app: FastAPI) -> str:

@@ -23,10 +23,11 @@ class MicroBatch:
     """The inputs of one forward pass.
 
     Padding stands on the right: a causal decoder never lets it reach a real token, so there is
-    no mask.
+    no mask. (On a CPU the decoder is given the real tokens alone, see AnswerLoss.)
 
     Attributes:
         token_ids: (B, T) int64.
+        lengths: tokens of each row without its padding, length B; empty: T each.
         labels: (B, T) int64, the token's own id where it carries loss, IGNORED elsewhere.
         tiles_per_sequence: tiles of each row, length B.
         images: every image with its plan, in order.
@@ -37,6 +38,7 @@ class MicroBatch:
     token_ids: Tensor
     labels: Tensor
     tiles_per_sequence: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
     images: tuple[tuple[ImageInput, TilePlan], ...] = ()
     pixels: Tensor | None = None
     states: Tensor | None = None
@@ -80,6 +82,7 @@ def collate(
         token_ids,
         labels,
         tuple(sum(plan.tiles for plan in tokenized.plans) for tokenized in tokenized_examples),
+        tuple(len(tokenized.token_ids) for tokenized in tokenized_examples),
         images,
         pixels,
     )

@@ -4,6 +4,9 @@ The connector folds s² patches into one visual token before it projects them. F
 tower's output has the same size; it is kept folded, in the number format that the projection reads
 it in (under bfloat16 autocast that is bfloat16, half the size and exact). When the connector is
 frozen too, its outputs are kept instead, which are smaller.
+
+The tower may compute in another precision than the rest of the model (tower_precision.py), which is
+part of an entry's name.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from smolstack.model.connector import Idefics3Connector
 from smolstack.model.digest import weights_digest
 from smolstack.model.tile_passes import in_passes
+from smolstack.model.vision import VisionTower
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.output_files import whole_file
 from smolstack.processor.geometry import TilePlan
@@ -28,6 +32,7 @@ from smolstack.processor.inputs import ImageInput
 from smolstack.processor.processor import Processor
 from smolstack.processor.tiles import ImageSource
 from smolstack.train.batches import as_source
+from smolstack.train.tower_precision import tower_in
 
 FORMAT = b"2"  # changes when the meaning of the stored tensors changes
 
@@ -42,7 +47,8 @@ class FrozenTower:
         model: its vision tower is frozen.
         processor: cuts images.
         projected: the connector is frozen as well and part of what is kept.
-        autocast: compute in bfloat16.
+        autocast: compute in bfloat16 (the tower too, if its precision is float32).
+        precision: of the tower, one of tower_precision.PRECISIONS.
         cache: the folder of the cache, or None to compute every time.
 
     Attributes:
@@ -56,11 +62,13 @@ class FrozenTower:
         *,
         projected: bool,
         autocast: bool = False,
+        precision: str = "float32",
         cache: Path | None = None,
     ) -> None:
         self.model, self.processor, self.cache = model, processor, cache
-        self.projected, self.autocast = projected, autocast
+        self.projected, self.autocast, self.precision = projected, autocast, precision
         self.computed = self.read = 0
+        self._tower: VisionTower | None = None  # made when the first image is computed
         modules: list[nn.Module] = [model.vision, *([model.connector] if projected else [])]
         self._constant = b"|".join(
             (
@@ -68,6 +76,7 @@ class FrozenTower:
                 weights_digest(p for module in modules for p in module.parameters()),
                 repr((processor.settings, model.config.vision, model.config.scale)).encode(),
                 repr((projected, autocast, model.device.type)).encode(),
+                *([] if precision == "float32" else [precision.encode()]),
             )
         )
 
@@ -97,10 +106,16 @@ class FrozenTower:
     def _compute(self, tiles: Tensor) -> dict[str, Tensor]:
         """Return the outputs of the distinct tiles, and the index of each tile among them."""
         model = self.model
-        grid = model.vision.grid_of(tiles)
+        if self._tower is None:
+            self._tower = tower_in(model, self.precision)
+        tower = self._tower
+        grid = tower.grid_of(tiles)
+        number = torch.bfloat16 if self.precision == "bfloat16" else model.dtype
+        rounds = self.autocast and self.precision == "float32"
 
         def encode(some: Tensor, parts: Sequence[tuple[int, int]] | None) -> Tensor:
-            patches = model.vision(some.to(model.device, model.dtype), parts)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=rounds):
+                patches = tower(some.to(model.device, number), parts).to(model.dtype)
             if self.projected:
                 visual: Tensor = model.connector(patches, grid)
                 return visual

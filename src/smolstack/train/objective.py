@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,9 @@ from smolstack.model import packer
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.train.batches import MicroBatch
 from smolstack.train.loss_mask import IGNORED
+from smolstack.train.packed_rows import packed_rows
+
+LOGITS_AT_ONCE = 256  # states; of a vocabulary of 49,280 their logits are 50 MB
 
 
 class AnswerLoss(nn.Module):
@@ -46,12 +49,43 @@ class AnswerLoss(nn.Module):
                 visual.shape[1],
             )
             embeddings = packer.splice(embeddings, places, visual)
-        states = model.decoder(embeddings)[:, :-1]
-        wanted = batch.labels[:, 1:]
+        wanted = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        if embeddings.device.type == "cpu" and len(set(batch.lengths)) > 1:
+            states, wanted = self._packed(embeddings, wanted, batch.lengths)
+        else:
+            states = model.decoder(embeddings)
         carrying = wanted != IGNORED
-        logits = model.logits(states[carrying]).float()
-        loss = functional.cross_entropy(logits, wanted[carrying], reduction="sum")
+        loss = self._cross_entropy(states[carrying], wanted[carrying])
         return loss if unused is None else loss + 0 * unused.float().sum()
+
+    def _packed(
+        self, embeddings: Tensor, wanted: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """States and targets of the real tokens alone, one row after another: (1, ΣT, D), (1, ΣT).
+
+        A CPU takes as long for a padding token as for a real one. Every row attends to itself.
+        """
+        real = torch.arange(embeddings.shape[1])[None] < torch.tensor(lengths)[:, None]
+        states = self.model.decoder(embeddings[real][None], cache=packed_rows(lengths))
+        return states, wanted[real][None]
+
+    def _cross_entropy(self, states: Tensor, wanted: Tensor) -> Tensor:
+        """Summed over states (R, D) and tokens (R,).
+
+        The logits of more than LOGITS_AT_ONCE states are never held together: they are computed
+        some at a time, and again for the gradient.
+        """
+        if len(states) <= LOGITS_AT_ONCE:
+            return self._some(states, wanted)
+        parts = zip(states.split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.stack([self._some(*part) for part in parts]).sum()
+        losses = [checkpoint(self._some, *part, use_reentrant=False) for part in parts]
+        return torch.stack(losses).sum()
+
+    def _some(self, states: Tensor, wanted: Tensor) -> Tensor:
+        logits = self.model.logits(states).float()
+        return functional.cross_entropy(logits, wanted, reduction="sum")
 
     def _visual_tokens(self, batch: MicroBatch) -> Tensor | None:
         """Return (N, S, D), or None if there are no images and no part of the image path is

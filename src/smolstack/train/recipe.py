@@ -13,6 +13,7 @@ from smolstack.errors import ConfigError
 TRAINED = ("connector", "connector+text", "full", "lora")
 PARTS = ("vision", "connector", "text")
 AUTOCAST = ("none", "bfloat16")
+VISION = ("float32", "bfloat16", "int8")
 PARALLEL = ("ddp", "fsdp")
 SAVED = ("auto", "float32", "bfloat16", "float16")
 
@@ -127,6 +128,8 @@ class Recipe:
         seed: of the order of examples, adapters and dropout.
         stages: one after the other, each on the weights of the last.
         autocast: "bfloat16" computes matrix products in it; weights stay float32.
+        vision_dtype: what a frozen vision tower computes in: "float32", or "bfloat16" or "int8" by
+            the compiled kernels. A tower that is trained computes as ``autocast`` says.
         gradient_checkpointing: layers are computed again in the backward pass, to save memory.
         cache: keep a frozen tower's outputs on disk, so that it runs once per image.
         cache_folder: where; empty is the run's folder ``cache``.
@@ -145,6 +148,7 @@ class Recipe:
     seed: int = 0
     evaluation: Evaluation = field(default_factory=Evaluation)
     autocast: str = "none"
+    vision_dtype: str = "float32"
     gradient_checkpointing: bool = False
     cache: bool = True
     cache_folder: str = ""
@@ -202,6 +206,7 @@ def check(recipe: Recipe) -> None:
     _require(bool(recipe.stages), "stages", list(recipe.stages), "at least one [[stages]]")
     _require(bool(recipe.data.train), "data.train", recipe.data.train, "training data")
     _one_of("autocast", recipe.autocast, AUTOCAST)
+    _one_of("vision_dtype", recipe.vision_dtype, VISION)
     _one_of("parallel", recipe.parallel, PARALLEL)
     _one_of("save_dtype", recipe.save_dtype, SAVED)
     _require(recipe.checkpoint_every > 0, "checkpoint_every", recipe.checkpoint_every, "1 or more")

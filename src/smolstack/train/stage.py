@@ -98,6 +98,7 @@ class RunningStage:
             run.vlm.processor,
             projected=projected,
             autocast=run.recipe.autocast == "bfloat16",
+            precision=run.recipe.vision_dtype,
             cache=run.cache_folder,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -292,9 +291,9 @@ class Trainer:
     def _save_model(self) -> Path:
         target = self.folder / MODEL
         if self.processes.first:
-            model = self.vlm.model.eval()
-            if self.save_dtype != model.dtype:
-                model = copy.deepcopy(model).to(self.save_dtype)
+            # In place, weight by weight: nothing is trained after this, and a copy of the whole
+            # model would be the most memory that a run ever takes.
+            model = self.vlm.model.eval().to(self.save_dtype)
             side = complete_side_files(
                 self.checkpoint.files, self.vlm.config, self.vlm.processor.settings
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +13,7 @@ from smolstack.backends.cpu.linear import multiply
 from smolstack.config import VisionConfig
 from smolstack.model.backend import Backend
 from smolstack.model.decoder import Decoder
+from smolstack.model.hooks import any_watched
 from smolstack.model.kv_cache import KVCache, RaggedKVCache
 from smolstack.model.quantized import QuantizedLinear
 from smolstack.native import library as native
@@ -33,12 +33,10 @@ class CpuBackend(Backend):
         self._decoders: WeakKeyDictionary[nn.Module, NativeDecoder | None] = WeakKeyDictionary()
 
     def encode(self, layers: nn.ModuleList, config: VisionConfig, patches: Tensor) -> Tensor | None:
-        """Taken for bfloat16 and quantized weights, when no gradients are required."""
-        first: Any = layers[0]
-        quantized = isinstance(first.up, QuantizedLinear)
-        if not quantized and getattr(first.up, "weight", patches).dtype != torch.bfloat16:
-            return None
+        """Taken when no gradients are required and no module has a hook."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in layers.parameters()):
+            return None
+        if any_watched(layers):
             return None
         encoder = self._encoders.get(layers)
         if encoder is None or not encoder.current():
@@ -57,9 +55,9 @@ class CpuBackend(Backend):
         *,
         every: bool,
     ) -> Tensor | None:
-        """Taken for bfloat16 and quantized weights."""
+        """Taken when no module has a hook."""
         kernels = self._decoder(decoder, head, embeddings, cache)
-        if kernels is None or not kernels.reads_prompts:
+        if kernels is None or not kernels.reads_prompts or any_watched(decoder):
             return None
         return kernels.prefill(embeddings, cache, every=every)
 
@@ -86,7 +84,7 @@ class CpuBackend(Backend):
             return f"torch (no compiled kernels: {native.reason()})"
         if dtype == torch.float16:
             return "torch"
-        if not quantized and dtype == torch.float32:
+        if not quantized and dtype == torch.float32 and not kernels.instructions.startswith("AVX"):
             return f"torch; one token at a time compiled kernels ({kernels.instructions})"
         return f"compiled kernels ({kernels.instructions})"
 

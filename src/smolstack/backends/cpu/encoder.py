@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolstack.backends.cpu.packed_model import PackedModel, device_of, floats_alone, packs
+from smolstack.backends.cpu.packed_model import PackedModel, computes, device_of
 from smolstack.config import VisionConfig
 from smolstack.native import library as native
 
@@ -75,7 +75,7 @@ def native_encoder(config: VisionConfig, layers: nn.ModuleList) -> NativeEncoder
     if any(device_of(layer).type != "cpu" for layer in linears):
         return None
     kernels = native.library()
-    if kernels is None or not all(packs(layer) and not floats_alone(layer) for layer in linears):
+    if kernels is None or not all(computes(kernels, layer) for layer in linears):
         return None
     return NativeEncoder(kernels, config, layers)
 

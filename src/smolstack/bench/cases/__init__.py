@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
-from smolstack.bench.cases import answers, caches, components, end_to_end
+from smolstack.bench.cases import answers, caches, components, end_to_end, training
 from smolstack.bench.peers.side import Side
 from smolstack.bench.timing import Case
 from smolstack.bench.workload import Setting
@@ -25,4 +25,5 @@ PARTS: dict[str, Part] = {
     "structured": answers.structured,
     "questions": answers.questions,
     "reuse": caches.reuse,
+    "train": training.train,
 }

@@ -16,7 +16,10 @@ class OnnxRuntime(Towers):
     name = "onnxruntime"
     packages = ("onnx", "onnxruntime")
     work = f"{__name__}:tower"
-    precisions = {"float32": False, "int8": True}  # noqa: RUF012 (read only)
+
+    @classmethod
+    def precisions(cls) -> dict[str, bool]:
+        return {"float32": False, "int8": True}
 
 
 def tower(graph: str, tile: str, precision: str, threads: int) -> Callable[..., Any]:

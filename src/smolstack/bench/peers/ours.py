@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from smolstack.bench import sizes
+from smolstack.bench.peers import ours_training
 from smolstack.bench.peers.fresh import import_seconds
 from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.training_run import TrainingRun, TrainingTask
 from smolstack.bench.timing import OURS, Contender, Reading, later
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import BITS, QUESTION, Scene, Setting, text_batch
@@ -114,6 +116,9 @@ class Ours(Side):
 
     def imports(self) -> Sequence[Contender]:
         return [Contender(OURS, lambda: Reading(import_seconds("smolstack")))]
+
+    def train(self, task: TrainingTask) -> Sequence[TrainingRun]:
+        return ours_training.runs(self.setting, task)
 
     def _peak(self, dtype: str, form: str, scene: Scene) -> Reading:
         folder = self.setting.saved(dtype) if form == SAVED else self.setting.folder

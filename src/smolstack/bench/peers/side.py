@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 
 from torch import Tensor
 
+from smolstack.bench.peers.training_run import TrainingRun, TrainingTask
 from smolstack.bench.timing import Contender
 from smolstack.bench.workload import Scene, Setting
 
@@ -28,7 +29,7 @@ class Side:
     @classmethod
     def missing(cls) -> list[str]:
         """Distributions that are not installed."""
-        return [package for package in cls.packages if not _installed(package)]
+        return [package for package in cls.packages if not installed(package)]
 
     def connector(self, patches: Tensor) -> Sequence[Contender]:
         """Patch states (N, H·W, C) to visual tokens."""
@@ -66,11 +67,16 @@ class Side:
         """Import the package in a new process."""
         return ()
 
+    def train(self, task: TrainingTask) -> Sequence[TrainingRun]:
+        """A stage of training, in a fresh process."""
+        return ()
+
     def close(self) -> None:
         """End child processes."""
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Whether a distribution is there."""
     try:
         distribution(package)
     except PackageNotFoundError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from smolstack.bench import sizes
@@ -22,11 +23,14 @@ class Towers(Side):
     Attributes:
         work: "module:function" of the worker, called with ``graph``, ``tile`` (paths of an ONNX
             and a numpy file) and ``precision``.
-        precisions: that take part, and whether the graph's matrices are int8.
     """
 
     work = ""
-    precisions: dict[str, bool]
+
+    @classmethod
+    def precisions(cls) -> dict[str, bool]:
+        """Precisions that take part here → whether the graph's matrices are int8."""
+        raise NotImplementedError
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -46,7 +50,7 @@ class Towers(Side):
                 precision,
                 bytes_read=weights * BITS[precision] / 8,
             )
-            for precision in self.precisions
+            for precision in self.precisions()
         ]
 
     def result(self, precision: str, tile: Tensor) -> Any:
@@ -68,21 +72,27 @@ class Towers(Side):
         return Worker(
             self.work,
             self.setting.threads,
-            graph=str(self._graph(int8=self.precisions[precision])),
+            graph=str(self._graph(int8=self.precisions()[precision])),
             tile=str(saved),
             precision=precision,
         )
 
     def _graph(self, *, int8: bool) -> Path:
-        from smolstack.bench.peers.tower_graph import write_tower
-        from smolstack.vlm import load
+        return graph_file(self.setting.folder, self.setting.root, int8=int8)
 
-        path = self.setting.root / f"tower-{'int8' if int8 else 'float32'}.onnx"
-        if not path.exists():
-            model = load(self.setting.folder, dtype="float32").model
-            with made_once(path) as partial:
-                write_tower(partial, self.setting.config.vision, model, int8=int8)
-        return path
+
+def graph_file(folder: Path, root: Path, *, int8: bool) -> Path:
+    """The vision tower of a checkpoint folder as an ONNX file in ``root``, written once."""
+    from smolstack.bench.peers.tower_graph import write_tower
+    from smolstack.vlm import load
+
+    path = root / f"tower-{'int8' if int8 else 'float32'}.onnx"
+    if not path.exists():
+        with torch.inference_mode(False):
+            model = load(folder, dtype="float32").model
+        with made_once(path) as partial:
+            write_tower(partial, model.config.vision, model, int8=int8)
+    return path
 
 
 def _bound(run: Any, precision: str) -> Any:

@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from smolstack.bench import sizes
+from smolstack.bench.peers import transformers_training
 from smolstack.bench.peers.fresh import import_seconds
 from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.training_run import TrainingRun, TrainingTask
 from smolstack.bench.timing import Contender, Reading, later
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import BITS, QUESTION, Scene, Setting, torch_dtype
@@ -40,7 +42,7 @@ class Transformers(Side):
         """Return the checkpoint as transformers loads it."""
         key = (dtype, attention)
         if key not in self._loaded:
-            self._loaded[key] = _load(str(self.setting.folder), dtype, attention)
+            self._loaded[key] = load(str(self.setting.folder), dtype, attention)
         return self._loaded[key]
 
     def connector(self, patches: Tensor) -> Sequence[Contender]:
@@ -65,7 +67,7 @@ class Transformers(Side):
 
     def decode(self, ids: Tensor, steps: int) -> Sequence[Contender]:
         def make(dtype: str, attention: str) -> Callable[[], object]:
-            return _Decoding(self.model(dtype, attention), ids, steps)
+            return Decoding(self.model(dtype, attention), ids, steps)
 
         return self._each(make, steps * sizes.decoder(self.setting.config))
 
@@ -98,13 +100,16 @@ class Transformers(Side):
 
     def load(self) -> Sequence[Contender]:
         folder = str(self.setting.folder)
-        return [Contender(NAME, partial(_load, folder, dtype), dtype) for dtype in DTYPES]
+        return [Contender(NAME, partial(load, folder, dtype), dtype) for dtype in DTYPES]
 
     def memory(self, scene: Scene) -> Sequence[Contender]:
         return [Contender(NAME, partial(self._peak, dtype, scene), dtype) for dtype in DTYPES]
 
     def imports(self) -> Sequence[Contender]:
         return [Contender(NAME, lambda: Reading(import_seconds(NAME)))]
+
+    def train(self, task: TrainingTask) -> Sequence[TrainingRun]:
+        return transformers_training.runs(NAME, self.setting, task)
 
     def _peak(self, dtype: str, scene: Scene) -> Reading:
         work = f"{__name__}:asking"
@@ -135,13 +140,13 @@ def _forms() -> Iterator[tuple[str, str]]:
     return ((dtype, attention) for dtype in DTYPES for attention in ATTENTIONS)
 
 
-def _load(folder: str, dtype: str, attention: str = "sdpa") -> Any:
+def load(folder: str, dtype: str, attention: str = "sdpa") -> Any:
     from smolstack.interop.reference import load_model
 
     return load_model(folder, dtype, attention)
 
 
-class _Decoding:
+class Decoding:
     """Greedy steps after a prompt; the cache is cropped back to the prompt before each run."""
 
     def __init__(self, model: Any, ids: Tensor, steps: int) -> None:
@@ -192,5 +197,5 @@ class _Prompts:
 def asking(folder: str, dtype: str, threads: int) -> Callable[..., None]:
     """A worker's work: answer questions about image files."""
     torch.set_num_threads(threads)
-    model, prompts = _load(folder, dtype), _Prompts(folder)
+    model, prompts = load(folder, dtype), _Prompts(folder)
     return lambda path, split, tokens: prompts.generate(model, path, split, tokens)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from smolstack.bench.quality import llama_cpp
+from smolstack.bench.peers.transformers import Transformers
+from smolstack.bench.quality import llama_cpp, transformers
 from smolstack.bench.quality.own import Own
 from smolstack.bench.quality.passages import TEST_TEXT, WINDOW, read_text
+from smolstack.bench.quality.towers import TowerPeer, tower_peers
 from smolstack.errors import ConfigError
 from smolstack.processor.prompt import user_message
 from smolstack.vlm import VLM
 
-Contestant: TypeAlias = "Own | llama_cpp.Peer"
+Contestant: TypeAlias = "Own | llama_cpp.Peer | transformers.Peer"
+ImagePeer: TypeAlias = "TowerPeer | transformers.Peer"
 REFERENCE = "float32"
 
 
@@ -53,20 +56,39 @@ def own_contestants(reference: Own, dtypes: Sequence[str], also: Sequence[Path])
     return found
 
 
-def peers(reference: Own, root: Path, room: int) -> list[llama_cpp.Peer]:
-    """llama.cpp's, where it is installed.
+def peers(reference: Own, root: Path, room: int) -> list[Contestant]:
+    """transformers' and llama.cpp's, where they are installed.
 
     Args:
         root: folder of their files.
         room: maximum number of tokens read beyond a window.
     """
+    found: list[Contestant] = _transformers(reference.folder)
     if llama_cpp.missing():
-        return []
+        return found
     context = min(reference.vlm.config.text.max_positions, WINDOW + room)
     threads = torch.get_num_threads()
-    return [
+    return found + [
         llama_cpp.Peer(kind, reference.folder, root, threads, context) for kind in llama_cpp.TYPES
     ]
+
+
+def image_peers(reference: Own, folder: Path, root: Path) -> list[ImagePeer]:
+    """transformers', and the runtimes that compute the vision tower alone.
+
+    Args:
+        reference: the model in float32.
+        folder: its checkpoint.
+        root: keeps the towers' graphs.
+    """
+    return [*_transformers(folder), *tower_peers(reference, folder, root)]
+
+
+def _transformers(folder: Path) -> list[Any]:
+    """transformers is imported only where it is installed."""
+    if Transformers.missing():
+        return []
+    return [transformers.Peer(folder)]
 
 
 def _check(reference: Own, other: Own) -> None:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +25,21 @@ from smolstack.vlm import VLM
 QUESTION = "Can you describe this image?"
 LEAST, ANSWER = 16, 32  # tokens of a forced answer: short ones would not be informative
 DRAWN = 6  # number of images drawn if none are given
+
+
+class ImageContestant(Protocol):
+    """Whoever makes visual tokens of tiles, and reads answers with them."""
+
+    by: str
+    precision: str
+
+    def visual_tokens(self, batch: Batch) -> Tensor:
+        """Visual tokens (N, S, D) of a batch's tiles."""
+        ...
+
+    def answer_scores(self, batch: Batch, count: int) -> Tensor:
+        """Logits (count, V) of the last positions of a batch with its visual tokens."""
+        ...
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -44,14 +60,25 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def draw_images(folder: Path) -> list[Path]:
-    """Images of printed numbers, for want of others; the same in every run."""
+    """Images of printed numbers, for want of others; the same in every run.
+
+    They are square, so that they fill a tile: peers' towers know nothing of padding.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"drawn-{index}.png" for index in range(DRAWN)]
     if not all(path.exists() for path in paths):
         for path, drawn in zip(paths, drawn_numbers(DRAWN), strict=True):
             with made_once(path) as partial:
-                drawn.image.save(partial, format="PNG")
+                _square(drawn.image).save(partial, format="PNG")
     return paths
+
+
+def _square(image: Image.Image) -> Image.Image:
+    """An image in the middle of a white square."""
+    edge = max(image.size)
+    square = Image.new("RGB", (edge, edge), "white")
+    square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
+    return square
 
 
 @dataclass
@@ -98,7 +125,8 @@ class Samples:
             visual = vlm.model.encode_tiles(batch.tiles, batch.tile_grids)
             answer = _answer(vlm, replace(batch, visual_tokens=visual))
             forced = _with_answer(batch, answer)
-            logits = _logits(vlm, replace(forced, visual_tokens=visual), len(answer))
+            seen = replace(forced, visual_tokens=visual)
+            logits = self.reference.answer_scores(seen, len(answer))
             with made_once(kept) as partial:
                 save_file({"visual": visual, "answer": answer, "logits": logits}, str(partial))
         held = load_file(kept)
@@ -108,7 +136,7 @@ class Samples:
 
 
 def measure_images(
-    contestant: Own, samples: Samples, advance: Callable[[], None] = lambda: None
+    contestant: ImageContestant, samples: Samples, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Return a table row with the errors of a precision's visual tokens and forced answers.
 
@@ -120,14 +148,13 @@ def measure_images(
     told = Divergence()
     for index in range(len(samples)):
         sample = samples.sample(index)
-        vlm = contestant.vlm
-        visual = vlm.model.encode_tiles(sample.batch.tiles, sample.batch.tile_grids)
+        visual = contestant.visual_tokens(sample.batch)
         expected = sample.visual.double()
         difference += float((visual.double().cpu() - expected).square().sum())
         norm += float(expected.square().sum())
         tiles += len(visual)
         forced = replace(sample.batch, visual_tokens=visual)
-        found = _logits(vlm, forced, len(sample.answer))
+        found = contestant.answer_scores(forced, len(sample.answer))
         told.add(sample.logits, found, sample.answer)
         advance()
     return {
@@ -172,9 +199,3 @@ def _with_answer(batch: Batch, answer: Tensor) -> Batch:
         token_ids=torch.cat((batch.token_ids, rest), dim=1),
         attention_mask=torch.cat((batch.attention_mask, seen), dim=1),
     )
-
-
-def _logits(vlm: VLM, batch: Batch, count: int) -> Tensor:
-    """Logits (count, V) of the last positions."""
-    scores: Tensor = vlm.model(batch)[0, -count:]
-    return scores.float().cpu().contiguous()

@@ -48,6 +48,15 @@ class Own:
         scores: Tensor = self.vlm.model(batch)[0]
         return scores.float()
 
+    def visual_tokens(self, batch: Batch) -> Tensor:
+        """Visual tokens (N, S, D) of a batch's tiles."""
+        return self.vlm.model.encode_tiles(batch.tiles, batch.tile_grids)
+
+    def answer_scores(self, batch: Batch, count: int) -> Tensor:
+        """Logits (count, V) of the last positions of a batch with its visual tokens."""
+        scores: Tensor = self.vlm.model(batch)[0, -count:]
+        return scores.float().cpu().contiguous()
+
     def text_bytes(self) -> int:
         """Return the bytes read per decoded token: the decoder's layers, its norms and the head.
 

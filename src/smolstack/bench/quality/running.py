@@ -27,6 +27,8 @@ from smolstack.bench.quality import llama_cpp, passages
 from smolstack.bench.quality.contestants import (
     REFERENCE,
     Contestant,
+    ImagePeer,
+    image_peers,
     own_contestants,
     peers,
     reference_of,
@@ -156,27 +158,30 @@ class Measurement:
         return rows
 
     def images(self, part: str) -> list[Row]:
-        """A row per contestant of smolstack's: visual tokens and forced answers."""
-        root = self.root / f"images-{self.run}"
+        """A row per contestant that sees: visual tokens and forced answers."""
+        root, folder = self.root / f"images-{self.run}", self.choice.model
         split = None
         paths = self.paths
         if paths is None:
             paths, split = draw_images(root / "drawn"), False
-        reference, contestants = self.reference, self.own
+        reference, own = self.reference, self.own
         if part == OUTLIERS:
             root = self.root / f"outliers-{self.run}"
             folder = root / "model"
             reference = Own(REFERENCE, folder, REFERENCE)
             # A folder that is given beside the model holds other weights: it has no outliers.
-            contestants = [
-                Own(o.precision, folder, o.dtype) for o in contestants if o.dtype != "auto"
-            ]
+            own = [Own(o.precision, folder, o.dtype) for o in own if o.dtype != "auto"]
+            self._plant(folder)
         samples = Samples(reference, paths, root, split)
         rows = []
-        for one in contestants:
+        for one in (*own, *filter(self._wanted, image_peers(reference, folder, root))):
             make = partial(self._images, one, samples, part)
-            rows.append(self.state.row(f"{part} {self._key(one)}", make))
-            one.close()
+            try:
+                rows.append(self.state.row(f"{part} {self._key(one)}", make))
+            except WorkerError as error:
+                self.note(f"{one.label} takes no part in {part}: {error}")
+            finally:
+                one.close()
         return rows
 
     def close(self) -> None:
@@ -229,10 +234,13 @@ class Measurement:
                 np.save(file, self.reference.scores(batch).numpy())
         return torch.from_numpy(np.load(path))
 
-    def _images(self, one: Own, samples: Samples, part: str) -> Row:
-        if part == OUTLIERS and not one.folder.exists():
+    def _plant(self, folder: Path) -> None:
+        """The model with outliers, unless an earlier run has made it."""
+        if not folder.exists():
             with self.progress("planting outliers", 1), torch.inference_mode(False):
-                outlier_folder(self.choice.model, one.folder, towers=("vision",))
+                outlier_folder(self.choice.model, folder, towers=("vision",))
+
+    def _images(self, one: ImagePeer | Own, samples: Samples, part: str) -> Row:
         with self.progress(f"{one.label}: {part}", len(samples)) as advance:
             return measure_images(one, samples, advance)
 
@@ -261,15 +269,15 @@ class Measurement:
                 one.close()
         return {result.contender: result.median for result in results}
 
-    def _peers(self) -> list[llama_cpp.Peer]:
+    def _peers(self) -> list[Contestant]:
         found = peers(self.reference, self.root, CONTEXT + STEPS)
         return [peer for peer in found if self._wanted(peer)]
 
-    def _wanted(self, one: Contestant) -> bool:
+    def _wanted(self, one: Contestant | ImagePeer) -> bool:
         only = self.choice.only
         return not only or any(text in one.label for text in only)
 
-    def _key(self, one: Contestant) -> str:
+    def _key(self, one: Contestant | ImagePeer) -> str:
         beside = one.folder != self.choice.model and isinstance(one, Own) and one.dtype == "auto"
         return f"{one.label} {digest(files(one.folder))}" if beside else one.label
 

@@ -9,34 +9,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_modules
+
+from smolstack.model.hooks import any_watched
 
 _LAYER = re.compile(r"\.layers\.\d+")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL = tuple(f"_global{name}" for name in _HOOKS)
 _DROPOUTS = ("attention_dropout", "dropout")
-
-
-def is_watched(part: nn.Module) -> bool:
-    """Return whether a module has a foreign hook, or its forward pass was replaced.
-
-    transformers' own hooks collect states and attentions for calls that request them; such calls
-    run on transformers' own modules anyway.
-    """
-    own = vars(part)
-    if "_hf_hook" in own or "forward" in own:
-        return True
-    return any(_of_others(own.get(name)) for name in _HOOKS)
-
-
-def watched_everywhere() -> bool:
-    """Return whether there are global module hooks in this process."""
-    return any(_of_others(vars(torch_modules).get(name)) for name in _GLOBAL)
 
 
 def drops(base: nn.Module) -> bool:
@@ -50,8 +32,7 @@ def drops(base: nn.Module) -> bool:
 def identity(base: nn.Module) -> tuple[Hashable, ...]:
     """Return a value that changes when modules, their classes, parameters or hooks are replaced."""
     parts = list(base.modules())
-    watched = watched_everywhere() or any(map(is_watched, parts))
-    return (watched, *map(id, parts), *map(type, parts), *map(id, base.parameters()))
+    return (any_watched(base), *map(id, parts), *map(type, parts), *map(id, base.parameters()))
 
 
 def is_plain(base: Any) -> bool:
@@ -60,7 +41,7 @@ def is_plain(base: Any) -> bool:
     Args:
         base: transformers' Idefics3Model or SmolVLMModel, or a derived class.
     """
-    if watched_everywhere() or any(map(is_watched, base.modules())):
+    if any_watched(base):
         return False
     expected = _classes(_reference(base).named_modules())
     found = _classes(base.named_modules())
@@ -89,11 +70,6 @@ def _reference(base: Any) -> nn.Module:
     with torch.device("meta"):
         built: nn.Module = own(config)
     return built
-
-
-def _of_others(hooks: Mapping[int, Any] | None) -> bool:
-    owners = (str(getattr(hook, "__module__", "")) for hook in (hooks or {}).values())
-    return not all(owner.startswith("transformers.") for owner in owners)
 
 
 def _positive(value: Any) -> bool:

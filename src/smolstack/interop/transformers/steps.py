@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from smolstack.backends.cpu.decoder import NativeDecoder, native_decoder, suits
 from smolstack.interop.transformers.cache import BorrowedCache, ReservedCache, grows
-from smolstack.interop.transformers.recognise import is_watched
+from smolstack.model.hooks import is_watched
 from smolstack.model.vlm import VisionLanguageModel
 
 

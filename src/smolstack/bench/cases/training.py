@@ -1,0 +1,49 @@
+"""Steps of training with a frozen vision tower: the connector alone, and adapters."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.training_run import BATCH, FIRST, LATER, MEMORY, TrainingTask
+from smolstack.bench.timing import Case
+from smolstack.bench.workload import QUESTION, Setting
+
+STAGES = ("connector", "lora")
+_CASES = ((FIRST, "first epoch", "s"), (LATER, "later epochs", "s"), (MEMORY, "peak memory", "B"))
+ROUNDS = 3  # at most; a run takes minutes
+
+
+def train(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
+    """Seconds a step of BATCH images, one tile each, and the process's peak memory.
+
+    All three cases of a stage come out of the same runs. The peak is that of loading, two epochs
+    and, of smolstack, saving.
+    """
+    rows = _draw(setting, BATCH * setting.train_steps)
+    for stage in STAGES:
+        task = TrainingTask(stage, rows, setting.train_steps)
+        runs = [run for side in sides for run in side.train(task)]
+        for what, name, unit in _CASES:
+            contenders = [run.contender(what) for run in runs]
+            yield Case(f"train {stage}, {name}", contenders, unit=unit, rounds=ROUNDS)
+
+
+def _draw(setting: Setting, count: int) -> list[dict[str, str]]:
+    """Images of numbers with questions and answers, as rows of training data."""
+    folder = setting.root / "training"
+    folder.mkdir(exist_ok=True)
+    rng, edge = random.Random(0), setting.config.vision.image_size
+    rows = []
+    for number in range(count):
+        answer = str(rng.randrange(10 ** rng.randint(1, 6)))
+        path = folder / f"{number}.png"
+        image = Image.new("RGB", (edge, edge), tuple(rng.randrange(200, 256) for _ in range(3)))
+        place = (rng.randrange(edge // 4), rng.randrange(edge // 2))
+        ImageDraw.Draw(image).text(place, answer, "black", ImageFont.load_default(edge / 9))
+        image.save(path)
+        rows.append({"image": str(path), "question": QUESTION, "text": answer})
+    return rows

@@ -1,0 +1,74 @@
+"""smolstack's training run, as a worker does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from smolstack.bench.peers.training_run import BATCH, TrainingRun, TrainingTask
+from smolstack.bench.timing import OURS
+from smolstack.bench.workload import Setting
+from smolstack.train.metrics import METRICS, read_metrics
+from smolstack.train.recipe import VISION, Data, Evaluation, Recipe, Stage
+from smolstack.train.trainer import train
+
+
+def runs(setting: Setting, task: TrainingTask) -> list[TrainingRun]:
+    """One for each precision of the frozen tower."""
+    autocast = "bfloat16" if _has_bfloat16() else "none"
+    return [
+        TrainingRun(
+            OURS,
+            dtype,
+            "" if autocast == "none" else "autocast",
+            f"{__name__}:training",
+            setting.threads,
+            folder=str(setting.folder),
+            task=asdict(task),
+            vision_dtype=dtype,
+            autocast=autocast,
+        )
+        for dtype in setting.dtypes
+        if dtype in VISION
+    ]
+
+
+def training(
+    folder: str,
+    task: dict[str, Any],
+    vision_dtype: str,
+    autocast: str,
+    threads: int,
+) -> Callable[[], list[list[float]]]:
+    """A worker's work: two epochs, the second of which reads what a frozen tower made."""
+    torch.set_num_threads(threads)
+    given = TrainingTask(**task)
+
+    def run() -> list[list[float]]:
+        with TemporaryDirectory(prefix="smolstack-bench-") as place:
+            recipe = Recipe(
+                output=place,
+                model=folder,
+                data=Data(train="images", split=False, check=False),
+                evaluation=Evaluation(answers=0),
+                stages=(Stage(given.stage, epochs=2, batch=BATCH),),
+                vision_dtype=vision_dtype,
+                autocast=autocast,
+                checkpoint_every=10**9,
+            )
+            train(recipe, rows=given.rows, quiet=True, overwrite=True)
+            seconds = [line["seconds"] for line in read_metrics(Path(place) / METRICS)]
+        return [seconds[: given.steps], seconds[given.steps :]]
+
+    return run
+
+
+def _has_bfloat16() -> bool:
+    """Whether this CPU has instructions for matrix products in bfloat16."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)

@@ -1,0 +1,173 @@
+"""transformers' Trainer with peft on the same weights, images and labels, as a worker does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+from PIL import Image
+
+from smolstack.bench.peers.side import installed
+from smolstack.bench.peers.training_run import BATCH, TrainingRun, TrainingTask
+from smolstack.bench.workload import Setting
+from smolstack.checkpoint.files import read_files
+from smolstack.checkpoint.processor_files import build_processor, end_tokens
+from smolstack.config import ModelConfig
+from smolstack.train.batches import collate
+from smolstack.train.data import Rows
+from smolstack.train.loss_mask import Supervisor
+from smolstack.train.recipe import Lora, Stage
+
+PACKAGES = ("peft", "accelerate")
+
+
+def runs(name: str, setting: Setting, task: TrainingTask) -> list[TrainingRun]:
+    """Plain, and under bfloat16 autocast; none where peft is not installed."""
+    if not all(installed(package) for package in PACKAGES):
+        return []
+    return [
+        TrainingRun(
+            name,
+            precision,
+            form,
+            f"{__name__}:training",
+            setting.threads,
+            folder=str(setting.folder),
+            task=asdict(task),
+            autocast=bool(form),
+        )
+        for precision, form in (("float32", ""), ("bfloat16", "autocast"))
+    ]
+
+
+def training(
+    folder: str,
+    task: dict[str, Any],
+    autocast: bool,
+    threads: int,
+) -> Callable[[], list[list[float]]]:
+    """A worker's work: one epoch; another would cost the same."""
+    torch.set_num_threads(threads)
+    given = TrainingTask(**task)
+
+    def run() -> list[list[float]]:
+        import transformers
+
+        from smolstack.interop.reference import load_model
+
+        settings = Stage(given.stage, steps=given.steps)
+        model = _only_trained(load_model(folder), given.stage)
+        clock = _Clock()
+        with TemporaryDirectory(prefix="smolstack-bench-") as place:
+            trainer = transformers.Trainer(
+                model=model,
+                args=transformers.TrainingArguments(
+                    output_dir=place,
+                    max_steps=given.steps,
+                    per_device_train_batch_size=BATCH,
+                    learning_rate=settings.learning_rate,
+                    weight_decay=settings.weight_decay,
+                    max_grad_norm=settings.clip,
+                    use_cpu=True,
+                    bf16=autocast,
+                    report_to=[],
+                    save_strategy="no",
+                    logging_strategy="no",
+                    disable_tqdm=True,
+                    remove_unused_columns=False,
+                    dataloader_pin_memory=False,
+                ),
+                train_dataset=_examples(folder, given.rows),
+                data_collator=_Collator(folder),
+                callbacks=[clock.callback()],
+            )
+            trainer.train()
+        return [clock.seconds]
+
+    return run
+
+
+class _Clock:
+    """Seconds from one step's end to the next one's, reading images included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def callback(self) -> Any:
+        """What the Trainer is to call."""
+        import transformers
+
+        clock = self
+
+        class Callback(transformers.TrainerCallback):
+            def on_train_begin(self, *_given: Any, **_more: Any) -> None:
+                clock._began = perf_counter()
+
+            def on_step_end(self, *_given: Any, **_more: Any) -> None:
+                now = perf_counter()
+                clock.seconds.append(now - clock._began)
+                clock._began = now
+
+        return Callback()
+
+
+class _Collator:
+    """Rows as the model reads them: images by transformers' processor, padding on the right."""
+
+    def __init__(self, folder: str) -> None:
+        from smolstack.interop.reference import image_processor
+
+        self.pad_id = _processor(folder).pad_id
+        self.images = image_processor(_processor(folder).settings)
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        batch = collate(examples, self.pad_id, None)
+        opened = [[Image.open(e.images[0]).convert("RGB")] for e in examples]
+        pixels = self.images(images=opened, do_image_splitting=False, return_tensors="pt")
+        lengths = torch.tensor(batch.lengths)[:, None]
+        return {
+            "input_ids": batch.token_ids,
+            "attention_mask": (torch.arange(batch.token_ids.shape[1])[None] < lengths).long(),
+            "labels": batch.labels,
+            "pixel_values": pixels["pixel_values"],
+            "pixel_attention_mask": pixels["pixel_attention_mask"],
+        }
+
+
+def _examples(folder: str, rows: list[dict[str, str]]) -> Any:
+    """Every row's tokens and labels, those that smolstack trains on."""
+    files = read_files(Path(folder))
+    processor = _processor(folder)
+    ends = end_tokens(files, ModelConfig.from_hf(files.config), processor)
+    supervisor = Supervisor(processor, ends, tiling={"split": False})
+    source = Rows("images", rows, "")
+    return [supervisor(source[index]) for index in range(len(source))]
+
+
+def _processor(folder: str) -> Any:
+    files = read_files(Path(folder))
+    return build_processor(files, ModelConfig.from_hf(files.config))
+
+
+def _only_trained(model: Any, stage: str) -> Any:
+    """The model with the weights of a stage to be trained alone."""
+    if stage == "connector":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".connector." in name)
+        return model
+    import peft
+
+    lora = Lora()
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=r".*text_model\.layers\.\d+\.self_attn\.(q_proj|v_proj)",
+    )
+    return peft.get_peft_model(model, config)

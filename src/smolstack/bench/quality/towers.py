@@ -1,0 +1,96 @@
+"""Contestants that compute the vision tower alone: onnxruntime's int8, OpenVINO's bfloat16.
+
+Their patch states pass through the float32 model's connector, and their visual tokens into its
+decoder, so that what a row shows is the tower's loss.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smolstack.batch import Batch
+from smolstack.bench.peers.onnxruntime import OnnxRuntime
+from smolstack.bench.peers.openvino import OpenVino
+from smolstack.bench.peers.towers import graph_file
+from smolstack.bench.quality.own import Own
+from smolstack.bench.worker import Worker, WorkerError
+
+
+@dataclass
+class TowerPeer:
+    """A runtime's tower in one precision.
+
+    Attributes:
+        work: "module:function" of the worker that computes a tile.
+        int8: whether the graph's matrices are int8.
+        reference: the model in float32, whose connector and decoder are used.
+        folder: the float checkpoint whose tower it is.
+        root: a folder for the graph.
+    """
+
+    by: str
+    precision: str
+    work: str
+    int8: bool
+    reference: Own
+    folder: Path
+    root: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.by} {self.precision}"
+
+    def visual_tokens(self, batch: Batch) -> Tensor:
+        """Visual tokens (N, S, D) of a batch's tiles.
+
+        Raises:
+            WorkerError: a tile is partly filled, which the graph does not know, or the runtime
+                failed.
+        """
+        model = self.reference.vlm.model
+        grid = model.vision.grid_of(batch.tiles)
+        if any(filled != grid for filled in batch.tile_grids or ()):
+            raise WorkerError(f"an image does not fill its tile of {grid[0]}×{grid[1]} patches")
+        states = torch.stack([self._states(tile) for tile in batch.tiles])
+        visual: Tensor = model.connector(states, grid)
+        return visual
+
+    def answer_scores(self, batch: Batch, count: int) -> Tensor:
+        """Logits (count, V) of the last positions, by the float32 decoder."""
+        return self.reference.answer_scores(batch, count)
+
+    def close(self) -> None:
+        """Nothing is held: a process lasts for one tile."""
+
+    def _states(self, tile: Tensor) -> Tensor:
+        """Patch states (H·W, C) of a tile (3, P, P)."""
+        graph = graph_file(self.folder, self.root, int8=self.int8)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "tile.npy"
+            np.save(path, tile[None].float().numpy())
+            with Worker(
+                self.work,
+                torch.get_num_threads(),
+                graph=str(graph),
+                tile=str(path),
+                precision=self.precision,
+            ) as worker:
+                value = worker.tell(give=True)["value"]
+        return torch.tensor(value)[0]
+
+
+def tower_peers(reference: Own, folder: Path, root: Path) -> list[TowerPeer]:
+    """Those that are installed, in precisions that lose something."""
+    return [
+        TowerPeer(side.name, precision, side.work, int8, reference, folder, root)
+        for side in (OnnxRuntime, OpenVino)
+        if not side.missing()
+        for precision, int8 in side.precisions().items()
+        if precision != "float32"
+    ]

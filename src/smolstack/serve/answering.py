@@ -1,0 +1,179 @@
+"""From a request that was read to its response: one way for every form of OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from smolstack.errors import DeadlineError
+from smolstack.generation.answer import Answer
+from smolstack.generation.engine import Engine
+from smolstack.generation.options import ReadOptions
+from smolstack.generation.pools import RankedPool
+from smolstack.generation.request import Update
+from smolstack.processor.processor import Prompt
+from smolstack.serve import request_reader
+from smolstack.serve.answers import Asking, EventStream, unless_gone
+from smolstack.serve.entrance import Entrance, client_of, in_pool, reading_seconds
+from smolstack.serve.error_responses import RefusedError, as_refusal
+from smolstack.serve.metrics import Metrics
+from smolstack.serve.parsing import JsonRequest
+from smolstack.serve.schemas import ChatRequest
+from smolstack.serve.settings import ServerSettings
+from smolstack.vlm import VLM
+
+# Makes, from a request and its images, a prompt and options for each of its answers.
+Prepare: TypeAlias = Callable[
+    [VLM, ChatRequest, list[bytes], ServerSettings], tuple[list[Prompt], list[ReadOptions]]
+]
+GONE = 499  # the status of what is answered to a client that went away: nobody reads it
+
+
+class Writer(Protocol):
+    """Writes the answers to one request in the form in which they were asked for.
+
+    A stream is the texts of ``begin``, of ``update`` for every update, and of ``end``, or of
+    ``failed`` where an error ends it; each is any number of server-sent events.
+    """
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The body of a response that is no stream."""
+
+    def begin(self, count: int) -> str:
+        """The events before anything is said, for so many answers."""
+
+    def update(self, index: int, update: Update) -> str:
+        """The events of what is new about one answer."""
+
+    def end(self, answers: Sequence[Answer]) -> str:
+        """The events after the last word."""
+
+    def failed(self, refusal: RefusedError) -> str:
+        """The event of an error in the midst of a stream."""
+
+
+class Answering:
+    """Reads requests, has the engine answer them, and sends what a writer makes of the answers."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        settings: ServerSettings,
+        engine: Engine,
+        metrics: Metrics,
+        readers: RankedPool,
+    ) -> None:
+        self.vlm, self.settings = vlm, settings
+        self.engine, self.metrics, self.readers = engine, metrics, readers
+        waiting = settings.scheduler.queued
+        together = None if waiting is None else max(64, settings.scheduler.running + waiting)
+        self.entrance = Entrance(together)
+
+    async def answer(
+        self,
+        body: ChatRequest,
+        request: Request,
+        writer: Callable[[], Writer],
+        *,
+        prepare: Prepare = request_reader.prepare,
+        characters: int = 0,
+    ) -> Response:
+        """The response to a request, whole or as server-sent events.
+
+        Args:
+            body: the request, as a chat; one without messages where ``prepare`` has the prompts.
+            writer: makes the writer, once the request is known to be good.
+            prepare: makes the prompts and options, in a thread.
+            characters: of prompts that are no messages.
+
+        Raises:
+            RefusedError: it is not answered.
+        """
+        seconds = min(body.deadline or math.inf, self.settings.deadline)
+        if isinstance(request, JsonRequest):
+            request.forget()
+        try:
+            made = self.entrance.read(self._made(body, seconds, prepare, characters))
+            asking = await unless_gone(request.receive, made)
+            if asking is None:
+                return Response(status_code=GONE)
+            asking.begin(client_of(request, self.settings))
+        except Exception as error:
+            raise as_refusal(error, self._retry_after()) from None
+        if body.stream:
+            return await self._stream(request, asking, writer())
+        try:
+            whole = await unless_gone(request.receive, _whole(asking, writer()))
+        except Exception as error:
+            raise as_refusal(error) from None
+        finally:
+            asking.close()
+        return Response(status_code=GONE) if whole is None else JSONResponse(whole)
+
+    async def _made(
+        self, body: ChatRequest, seconds: float, prepare: Prepare, characters: int
+    ) -> Asking:
+        """The answers to a request, once its images are here and everything was checked."""
+        deadline = time.monotonic() + seconds
+        asking = Asking(self.engine, self.metrics, pieces=bool(body.stream))
+
+        def make(images: list[bytes]) -> None:
+            asking.make(*prepare(self.vlm, body, images, self.settings), deadline)
+
+        async def reading_it() -> None:
+            urls = request_reader.image_urls(body, self.settings)
+            images = [await request_reader.read_image(url, self.settings) for url in urls]
+            urls.clear()
+            request_reader.forget_images(body)
+            await in_pool(self.readers, reading_seconds(body, characters), make, images)
+
+        try:
+            await asyncio.wait_for(reading_it(), seconds)
+        except asyncio.TimeoutError:
+            raise DeadlineError("the request was not read before its deadline") from None
+        return asking
+
+    async def _stream(self, request: Request, asking: Asking, writer: Writer) -> Response:
+        """The same as events. What fails before the first token still has a status of its own."""
+        updates = aiter(asking)
+        try:
+            first = await unless_gone(request.receive, anext(updates))
+        except Exception as error:
+            asking.close()
+            raise as_refusal(error) from None
+        except BaseException:
+            asking.close()
+            raise
+        if first is None:
+            asking.close()
+            return Response(status_code=GONE)
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                yield writer.begin(len(asking.answers))
+                yield writer.update(*first)
+                async for index, update in updates:
+                    yield writer.update(index, update)
+                yield writer.end(asking.complete)
+            except Exception as error:
+                yield writer.failed(as_refusal(error))
+
+        return EventStream(events(), asking)
+
+    def _retry_after(self) -> int:
+        """Seconds until somebody who waits now would have left, by a mean answer's work."""
+        ahead = self.engine.queued + self.engine.running
+        seconds = ahead * self.metrics.mean_seconds / self.settings.scheduler.running
+        return max(1, min(60, math.ceil(seconds)))
+
+
+async def _whole(asking: Asking, writer: Writer) -> dict[str, Any]:
+    async for _ in asking:
+        pass
+    return writer.whole(asking.complete)

@@ -1,0 +1,106 @@
+"""Requests of OpenAI's completions, and what they ask of answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.request_fields import understood
+from smolstack.serve.schemas import AnswerFields, ChatRequest, ResponseFormat, Text
+
+_MAX_TOKENS = 16  # OpenAI's default
+_OWN = frozenset({"echo", "add_special_tokens", "best_of"})
+_ELSEWHERE = {
+    "messages": "a chat is asked for at /v1/chat/completions; send prompt",
+    "suffix": "suffix is not supported: what comes after an answer is unknown to the model; leave "
+    "it out",
+}
+
+
+def _kind(prompt: Any) -> str | None:
+    """Which of its four forms a prompt has, by its first element."""
+    kinds = {str: "texts", int: "tokens", list: "lists of tokens"}
+    if isinstance(prompt, list) and prompt:
+        return kinds.get(type(prompt[0]))
+    return "text" if isinstance(prompt, str) else None
+
+
+_One = Annotated[Text, Field(min_length=1)]
+_Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Tokens = Annotated[list[_Token], Field(min_length=1, max_length=1_000_000)]
+_Prompt = Annotated[
+    Annotated[_One, Tag("text")]
+    | Annotated[list[_One], Field(max_length=1000), Tag("texts")]
+    | Annotated[_Tokens, Tag("tokens")]
+    | Annotated[list[_Tokens], Field(max_length=1000), Tag("lists of tokens")],
+    Discriminator(
+        _kind,
+        custom_error_type="prompt",
+        custom_error_message="expected a text, texts, the tokens of one, or of several",
+    ),
+]
+
+
+class CompletionRequest(AnswerFields):
+    """A text completion: a prompt, or several, which no chat template stands around."""
+
+    prompt: _Prompt
+    max_tokens: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1)
+    best_of: int | None = Field(default=None, ge=1)
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _understood(cls, data: Any) -> Any:
+        found = understood(data, _OWN)
+        if isinstance(found, dict):
+            for name, sentence in _ELSEWHERE.items():
+                if name in found and found[name] != "":
+                    raise RefusedError(400, sentence, param=name)
+                found.pop(name, None)
+        return found
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or more."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    def options(self) -> ChatRequest:
+        """What is asked of the answers, as a chat without messages asks it.
+
+        Raises:
+            RefusedError: fields that cannot be had together.
+        """
+        if self.best_of not in (None, self.n or 1):
+            raise RefusedError(
+                400,
+                f"best_of is {self.best_of} and n {self.n or 1}: answers are not chosen from, "
+                "expected the same number",
+                param="best_of",
+            )
+        if self.echo and self.logprobs is not None:
+            raise RefusedError(
+                400,
+                "found echo and logprobs: a prompt's own log-probabilities are not computed; "
+                "leave one out",
+                param="echo",
+            )
+        return ChatRequest.model_construct(
+            **self.shared(),
+            messages=[],
+            n=self.n,
+            max_tokens=self.max_tokens or _MAX_TOKENS,
+            logprobs=self.logprobs is not None,
+            top_logprobs=self.logprobs,
+            response_format=self.response_format,
+        )

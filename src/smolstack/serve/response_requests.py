@@ -1,0 +1,296 @@
+"""Requests of OpenAI's responses API, and the chats that they amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.request_fields import understood
+from smolstack.serve.schemas import (
+    AnswerFields,
+    Body,
+    CalledFunction,
+    ChatMessage,
+    ChatRequest,
+    Function,
+    ImageFields,
+    ImagePart,
+    ImageURL,
+    JsonSchema,
+    NamedFunction,
+    NamedTool,
+    ResponseFormat,
+    Text,
+    TextPart,
+    Tool,
+    ToolCall,
+)
+
+_OWN = frozenset({"metadata", "store", "user"})
+_LOGPROBS = "message.output_text.logprobs"
+# Field → values that ask for nothing, and what is said of any other.
+_NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "background": ((False,), "answers are given at once; leave background out, or stream"),
+    "truncation": (("disabled",), "truncation is not supported; send what is to be read"),
+    "previous_response_id": (
+        (),
+        "no response is stored on this server, so none can be gone on from; send the whole "
+        "conversation as input",
+    ),
+    "conversation": (
+        (),
+        "no conversation is stored on this server; send the whole conversation as input",
+    ),
+    "prompt": ((), "no prompts are stored on this server; send instructions and input"),
+    "max_tool_calls": ((), "max_tool_calls is about tools that a server calls; leave it out"),
+    "max_tokens": ((), "max_tokens is called max_output_tokens at this route"),
+    "max_completion_tokens": (
+        (),
+        "max_completion_tokens is called max_output_tokens at this route",
+    ),
+    "messages": ((), "messages are called input at this route"),
+    "response_format": ((), "response_format is called text.format at this route"),
+    "n": ((1,), "one response has one answer; ask several times"),
+    "logprobs": ((False,), f"logprobs are asked for by {_LOGPROBS} in include"),
+}
+# Of items and their parts: what other turns were answered with, and is no part of what is read.
+_ITEM_HARMLESS = frozenset({"id", "status", "phase"})
+_PART_HARMLESS = frozenset({"annotations", "logprobs", "cache_control"})
+
+
+class InputText(Body):
+    """A text: of the user, or (``output_text``) of an earlier answer."""
+
+    type: Literal["input_text", "output_text"]
+    text: Text
+
+
+class InputImage(Body):
+    """An image: a data URL, or the address of one where that is allowed."""
+
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+InputPart = Annotated[InputText | InputImage, Field(discriminator="type")]
+_Content = Text | Annotated[list[InputPart], Field(min_length=1, max_length=1000)]
+
+
+class MessageItem(Body):
+    type: Literal["message"]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: _Content
+
+
+class FunctionCallItem(CalledFunction):
+    """A call that an earlier answer made."""
+
+    type: Literal["function_call"]
+    call_id: str = ""
+
+
+class FunctionCallOutputItem(Body):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: _Content
+
+
+Item = Annotated[
+    MessageItem | FunctionCallItem | FunctionCallOutputItem, Field(discriminator="type")
+]
+
+
+class FunctionTool(Function):
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_function(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("type") != "function":
+            raise ValueError(f"found the type {data.get('type')!r:.50}, expected function")
+        return data
+
+    @field_validator("parameters")
+    @classmethod
+    def _of_an_object(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+        kind = (parameters or {}).get("type", "object")
+        if kind != "object":
+            raise ValueError(f"found the type {kind!r:.50}, expected object")
+        return parameters
+
+
+class FunctionChoice(NamedFunction):
+    type: Literal["function"]
+
+
+class TextFormat(JsonSchema):
+    """The form of an answer; a ``json_schema`` has its schema beside its name."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> TextFormat:
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError("found json_schema without schema, expected one")
+        return self
+
+
+class TextSettings(Body):
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(AnswerFields, ImageFields):
+    """A response: text and images in, text or calls of functions out. Nothing is stored."""
+
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=1000)]
+    instructions: Text | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    text: TextSettings | None = None
+    tools: list[FunctionTool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
+        Field(default=None, max_length=16)
+    )
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    metadata: dict[str, str] | None = Field(default=None, max_length=16)
+    user: str | None = None
+    store: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _understood(cls, data: Any) -> Any:
+        found = understood(data, _OWN)
+        if not isinstance(found, dict):
+            return found
+        found.pop("reasoning", None)  # like reasoning_effort
+        for name, (neutral, sentence) in _NEUTRAL.items():
+            if name not in found:
+                continue
+            if found[name] not in (*neutral, "", [], {}) or found[name] is True:
+                raise RefusedError(400, sentence, param=name)
+            del found[name]
+        if isinstance(text := found.get("text"), dict):
+            found["text"] = {key: value for key, value in text.items() if key != "verbosity"}
+        if isinstance(items := found.get("input"), list):
+            found["input"] = [
+                _item(item, f"input.{number}")
+                for number, item in enumerate(items)
+                if not (isinstance(item, dict) and item.get("type") == "reasoning")
+            ]
+        return found
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return _LOGPROBS in (self.include or ())
+
+    def chat(self) -> ChatRequest:
+        """The same as a chat. The input is let go of: its images are large.
+
+        Raises:
+            RefusedError: fields that mean nothing by themselves.
+        """
+        if self.top_logprobs and not self.wants_logprobs:
+            raise RefusedError(
+                400, f"top_logprobs needs {_LOGPROBS} in include", param="top_logprobs"
+            )
+        messages = _messages(self)
+        self.input = ""
+        named = isinstance(self.tool_choice, FunctionChoice)
+        return ChatRequest.model_construct(
+            **self.shared(),
+            **{name: getattr(self, name) for name in ImageFields.model_fields},
+            messages=messages,
+            max_tokens=self.max_output_tokens,
+            logprobs=self.wants_logprobs,
+            top_logprobs=self.top_logprobs if self.wants_logprobs else None,
+            response_format=_form(self.text),
+            tools=[
+                Tool(type="function", function=Function(**tool.model_dump(exclude={"type"})))
+                for tool in self.tools or ()
+            ],
+            tool_choice=NamedTool(
+                type="function",
+                function=NamedFunction(name=self.tool_choice.name),  # type: ignore[union-attr]
+            )
+            if named
+            else self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+        )
+
+
+def _item(item: Any, where: str) -> Any:
+    """An item of the input without what says nothing to the model."""
+    if not isinstance(item, dict):
+        return item
+    found = {key: value for key, value in item.items() if key not in _ITEM_HARMLESS}
+    kind = found.get("type", "message")
+    if kind == "item_reference":
+        raise RefusedError(
+            400, f"{where} refers to a stored item; nothing is stored on this server", param=where
+        )
+    found["type"] = kind
+    for name in ("content", "output"):
+        if isinstance(parts := found.get(name), list):
+            found[name] = [_part(part, f"{where}.{name}.{n}") for n, part in enumerate(parts)]
+    return found
+
+
+def _part(part: Any, where: str) -> Any:
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "input_image" and "file_id" in part:
+        raise RefusedError(
+            400, f"{where} has a file_id; no files are stored on this server, send image_url",
+            param=where,
+        )  # fmt: skip
+    return {key: value for key, value in part.items() if key not in _PART_HARMLESS}
+
+
+def _messages(request: ResponsesRequest) -> list[ChatMessage]:
+    """The messages of the chat that a request continues."""
+    found: list[ChatMessage] = []
+    if request.instructions:
+        found.append(ChatMessage(role="system", content=request.instructions))
+    if isinstance(request.input, str):
+        return [*found, ChatMessage(role="user", content=request.input)]
+    for item in request.input:
+        if isinstance(item, MessageItem):
+            found.append(ChatMessage(role=item.role, content=_content(item.content)))
+        elif isinstance(item, FunctionCallOutputItem):
+            told = _content(item.output)
+            found.append(ChatMessage(role="tool", content=told, tool_call_id=item.call_id))
+        else:
+            function = CalledFunction(name=item.name, arguments=item.arguments)
+            call = ToolCall(id=item.call_id, function=function)
+            if not found or found[-1].role != "assistant":
+                found.append(ChatMessage(role="assistant", content=""))
+            found[-1].tool_calls = [*(found[-1].tool_calls or ()), call]
+    return found
+
+
+def _content(content: str | list[InputText | InputImage]) -> str | list[Any]:
+    if isinstance(content, str):
+        return content
+    return [
+        TextPart(type="text", text=part.text)
+        if isinstance(part, InputText)
+        else ImagePart(type="image_url", image_url=ImageURL(url=part.image_url, detail=part.detail))
+        for part in content
+    ]
+
+
+def _form(text: TextSettings | None) -> ResponseFormat | None:
+    form = None if text is None else text.format
+    if form is None:
+        return None
+    schema = None
+    if form.type == "json_schema":
+        schema = JsonSchema.model_validate(form.model_dump(by_alias=True, exclude={"type"}))
+    return ResponseFormat(type=form.type, json_schema=schema)

@@ -1,0 +1,191 @@
+"""The requests of soak.py: honest ones whose answers are known, and hostile ones of many kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.bombs import icon, tiff
+from tests.processor.test_damaged import damaged
+
+CHAT = "/v1/chat/completions"
+TYPE = {"Content-Type": "application/json"}
+# What a server may answer to a request that it does not answer as asked.
+REFUSED = {400, 408, 413, 429, 503}
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO")
+ABUSES = (
+    "damaged", "damaged", "damaged", "half image", "large image", "tiff bomb", "icon", "bomb",
+    "deep", "huge", "half", "vanish", "vanish early", "nonsense", "long", "form", "regex",
+    "unread", "animation",
+)  # fmt: skip
+
+
+def body(shown: str | list[str], text: str = "What does it say?", **more: Any) -> dict[str, Any]:
+    urls = [shown] if isinstance(shown, str) else shown
+    content: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content.append({"type": "text", "text": text})
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 40, **more}
+
+
+def url_of(content: bytes) -> str:
+    return f"data:image/x;base64,{base64.b64encode(content).decode()}"
+
+
+def saved(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+class Images:
+    """Image files that are made before the server is asked anything.
+
+    Attributes:
+        small: an image of every format that is served.
+        large: forty megapixels in some formats.
+        bombs: a PNG of 160 megapixels.
+        animation: a GIF of 200 frames.
+    """
+
+    def __init__(self) -> None:
+        noise = np.random.default_rng(3).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+        small = Image.fromarray(noise).resize((320, 200))
+        large = Image.fromarray(noise).resize((8000, 5000), Image.Resampling.BILINEAR)
+        sizes: dict[str, dict[str, Any]] = {"ICO": {"sizes": [(64, 64)]}}
+        self.small = {form: saved(small, form, **sizes.get(form, {})) for form in FORMATS}
+        self.large = {
+            "JPEG": saved(large, "JPEG", quality=20),
+            "progressive JPEG": saved(large, "JPEG", quality=20, progressive=True),
+            "WEBP": saved(large, "WEBP", quality=5, method=0),
+            "PNG": saved(large.convert("L"), "PNG", compress_level=1),
+            "TIFF": saved(large.convert("L"), "TIFF", compression="tiff_lzw"),
+            "AVIF": saved(large, "AVIF", quality=5, speed=10),
+            "GIF": saved(large.convert("L"), "GIF"),
+        }
+        self.bomb = saved(Image.new("1", (20_000, 8_000)), "PNG")
+        frames = [Image.new("RGB", (400, 300), (n, 2 * n % 256, 90)) for n in range(200)]
+        self.animation = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+        self.tiff_bombs = [tiff(16, 30_000), tiff(500, 1500), tiff(3000, 6000)]
+        self.icons = [icon(13_000), icon(1000)]
+
+
+class Hostile:
+    """A client that abuses a server in a manner of its choice.
+
+    Args:
+        count: what came of it, by kind; what may not happen begins with UNEXPECTED.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, images: Images, count: Counter[str]) -> None:
+        self.client, self.images, self.count = client, images, count
+
+    async def abuse(self) -> None:
+        kind = random.choice(ABUSES)
+        if kind in ("half", "vanish", "vanish early", "unread"):
+            await self._raw(kind)
+            self.count[kind] += 1
+            return
+        try:
+            content, accepted = self._request(kind)
+            response = await self.client.post(CHAT, content=content, headers=TYPE)
+        except httpx.TransportError:
+            # The server hangs up before all of a body that is too large was sent.
+            self.count[kind if kind == "huge" else f"UNEXPECTED: {kind} ended"] += 1
+            return
+        if response.status_code in accepted:
+            self.count[kind] += 1
+            self.count[f"status {response.status_code}"] += 1
+        else:
+            said = response.text[:150]
+            self.count[f"UNEXPECTED: {kind} {response.status_code} {said}"] += 1
+
+    def _request(self, kind: str) -> tuple[bytes, set[int]]:
+        """A body, and the statuses that it may have."""
+        images, stream = self.images, random.random() < 0.3
+        fixed: dict[str, Any] = {
+            "bomb": lambda: body(url_of(images.bomb)),
+            "long": lambda: body([], "hello world " * 150_000),
+            "form": lambda: body([], response_format=form()),
+            "nonsense": lambda: {"messages": [{"role": "user"}], "n": -1},
+        }
+        some: dict[str, Any] = {
+            "damaged": lambda: body([url_of(each) for each in self._damaged()], stream=stream),
+            "half image": lambda: body(url_of(self._half()), stream=stream),
+            "large image": lambda: body(url_of(self._large()), stream=stream),
+            "tiff bomb": lambda: body([url_of(random.choice(images.tiff_bombs))] * 4),
+            "icon": lambda: body([url_of(random.choice(images.icons))] * 4),
+            "animation": lambda: body(url_of(images.animation), stream=stream),
+            "regex": lambda: body([], regex=regex(), n=4, temperature=1.0, stream=stream),
+        }
+        if kind == "deep":
+            return b'{"messages":' + b"[" * 200_000, REFUSED
+        if kind == "huge":
+            return b'{"messages": "' + b"x" * (40 * 2**20), REFUSED
+        if kind in fixed:
+            return encoded(fixed[kind]()), REFUSED
+        return encoded(some[kind]()), REFUSED | {200}
+
+    def _damaged(self) -> list[bytes]:
+        generator = np.random.default_rng(random.randrange(2**32))
+        some = random.choices(list(self.images.small.values()), k=random.choice((1, 1, 4)))
+        return [damaged(content, generator) for content in some]
+
+    def _large(self) -> bytes:
+        return random.choice(list(self.images.large.values()))
+
+    def _half(self) -> bytes:
+        whole = self._large()
+        return whole[: random.randrange(len(whole) // 4, len(whole) - 100)]
+
+    async def _raw(self, kind: str) -> None:
+        """Send half a request, or a whole one and hang up at once, after its first bytes, or
+        without reading them."""
+        shown = url_of(random.choice(list(self.images.small.values())))
+        content = encoded(body(shown, stream=True, max_tokens=500, temperature=5))
+        if kind == "unread":
+            content = encoded(body([], stream=True, max_tokens=500, temperature=5, n=4))
+        host, port = self.client.base_url.host, self.client.base_url.port
+        reader, writer = await asyncio.open_connection(host, port)
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        writer.write(head.encode() + content[: len(content) // 2 if kind == "half" else None])
+        await writer.drain()
+        if kind == "half":
+            writer.write_eof()
+        elif kind == "vanish":
+            await reader.read(300)
+        elif kind == "unread":
+            await asyncio.sleep(2)
+        writer.close()
+
+
+def encoded(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode()
+
+
+def regex() -> str:
+    return f"([a-z]{{1,{random.randrange(50, 900)}}}x){{1,40}}"
+
+
+def form() -> dict[str, Any]:
+    """A schema that nobody can keep to: nested too deeply, or with too many values."""
+    schema: dict[str, Any] = {"enum": [f"value number {i} of many" for i in range(120_000)]}
+    if random.random() < 0.5:
+        schema = {"type": "string"}
+        for _ in range(300):
+            schema = {"type": "object", "properties": {"in": schema}}
+    return {"type": "json_schema", "json_schema": {"schema": schema, "strict": True}}
