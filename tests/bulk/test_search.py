@@ -69,7 +69,7 @@ def test_tables_of_something_else_are_refused(
 ) -> None:
     queries = colsmol.embed_queries(["?"])
     job(photos, embed="tokens", out=tmp_path / "tokens.parquet")
-    with pytest.raises(BulkError, match="is no table of smolstack map --embed retrieval"):
+    with pytest.raises(BulkError, match="smolstack map --embed retrieval"):
         search_pages(tmp_path / "tokens.parquet", queries)
     with pytest.raises(BulkError, match="is no file, expected a table of pages"):
         search_pages(tmp_path / "gone.parquet", queries)

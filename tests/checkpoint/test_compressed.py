@@ -289,7 +289,7 @@ def test_scales_that_differ_within_a_group_are_refused(ragged: Path, tmp_path: P
 
     _, place = _saved(ragged, "int8", tmp_path / "saved")
     damaged = _rewritten(place, tmp_path / "damaged", change)
-    with pytest.raises(CheckpointError, match=r"fc2 has scales .* differ within groups of 256"):
+    with pytest.raises(CheckpointError, match=r"fc2 .*256"):
         smolstack.load(damaged)
 
 
@@ -468,5 +468,5 @@ def test_an_adapter_is_merged_before_its_model_is_quantized(whole: Path, tmp_pat
     assert torch.equal(_logits(smolstack.load(place)), _logits(vlm))
     settings["base_model_name_or_path"] = str(place)
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="which holds int8 weights, expected float weights"):
+    with pytest.raises(ConfigError, match="int8.*float"):
         smolstack.load(adapter)

@@ -96,7 +96,7 @@ def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
     older = tmp_path / "about.c"
     older.write_text(source.replace("return ABI_VERSION", "return 7"), encoding="utf-8")
     made = compiled(tmp_path, f"-I{NATIVE}", str(older))
-    with pytest.raises(KernelError, match=r"kernels_test\.so has ABI version 7, expected 1"):
+    with pytest.raises(KernelError, match=r"kernels_test\.so .*version 7, expected 1"):
         native.Library(made)
 
 
@@ -106,7 +106,7 @@ def test_a_structure_of_another_size_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "about.c"
     other.write_text(source.replace("sizeof(CacheSlot)", "sizeof(CacheSlot) + 8"), encoding="utf-8")
     made = compiled(tmp_path, f"-I{NATIVE}", str(other))
-    with pytest.raises(KernelError, match="takes CacheSlot to have 32 bytes, expected 24"):
+    with pytest.raises(KernelError, match="CacheSlot .*32.* 24"):
         native.Library(made)
 
 

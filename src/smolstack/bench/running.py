@@ -11,10 +11,10 @@ from typing import Any
 
 from smolstack.bench import machine, report
 from smolstack.bench.cases import PARTS
-from smolstack.bench.peers import absent, sides
+from smolstack.bench.peers import absent, implementations
 from smolstack.bench.studies import STUDIES
 from smolstack.bench.timing import Case, Result, measure
-from smolstack.bench.workload import setting
+from smolstack.bench.workload import workload_of
 from smolstack.errors import ConfigError
 from smolstack.family import Preset
 
@@ -93,8 +93,8 @@ def run(preset: Preset, choice: Choice, progress: Progress) -> Record:
     with progress("Measuring the machine …"):
         limits = machine.limits() if choice.parts else {}
     record = Record(preset.name, machine.describe(), limits)
-    with setting(preset, choice.dtypes, choice.folder) as shared:
-        everyone = sides(shared)
+    with workload_of(preset, choice.dtypes, choice.folder) as shared:
+        everyone = implementations(shared)
         try:
             for part in choice.parts:
                 if part in STUDIES:
@@ -105,8 +105,8 @@ def run(preset: Preset, choice: Choice, progress: Progress) -> Record:
                     with progress(f"Measuring {case.name} …"):
                         record.results += measure(case, choice.rounds, seconds=choice.seconds)
         finally:
-            for side in everyone:
-                side.close()
+            for implementation in everyone:
+                implementation.close()
     return record
 
 

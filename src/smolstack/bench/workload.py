@@ -46,7 +46,7 @@ class Scene:
 
 
 @dataclass
-class Setting:
+class Workload:
     """A preset's shape with random weights, in a folder that every contender loads.
 
     Attributes:
@@ -108,19 +108,19 @@ class Setting:
 
 
 @contextmanager
-def setting(
+def workload_of(
     preset: Preset, dtypes: tuple[str, ...] = ("float32",), folder: Path | None = None
-) -> Iterator[Setting]:
-    """Yield a setting whose files last as long as the context, or stay in a folder for later
+) -> Iterator[Workload]:
+    """Yield a workload whose files last as long as the context, or stay in a folder for later
     runs.
     """
     if folder is not None:
         root = folder / preset.name
         root.mkdir(parents=True, exist_ok=True)
-        yield Setting(preset, root, dtypes)
+        yield Workload(preset, root, dtypes)
         return
     with TemporaryDirectory(prefix="smolstack-bench-") as temporary:
-        yield Setting(preset, Path(temporary), dtypes)
+        yield Workload(preset, Path(temporary), dtypes)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from functools import partial
 
 from PIL import Image
 
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import OURS, Case, Contender
-from smolstack.bench.workload import Setting, noise_image
+from smolstack.bench.workload import Workload, noise_image
 from smolstack.generation.options import AnswerOptions
 from smolstack.vlm import VLM, load
 
@@ -22,10 +22,10 @@ FORMS: dict[str, AnswerOptions] = {
 }
 
 
-def structured(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
+def structured(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
     """Time per token of a free answer, and of a structured one."""
-    for dtype in setting.dtypes:
-        vlm = endless(setting, dtype)
+    for dtype in workload.dtypes:
+        vlm = endless(workload, dtype)
         contenders = [Contender(OURS, partial(_write, vlm, {}), dtype)]
         contenders += [
             Contender(f"with a {name}", partial(_write, vlm, form), dtype)
@@ -34,11 +34,11 @@ def structured(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
         yield Case(f"structured, per token, {dtype}", contenders, units=TOKENS)
 
 
-def questions(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
+def questions(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
     """Four questions about one image, encoded once or every time."""
     image = noise_image(WIDE)
-    for dtype in setting.dtypes:
-        vlm = endless(setting, dtype)
+    for dtype in workload.dtypes:
+        vlm = endless(workload, dtype)
         tiles = vlm.plan(image).tiles
         yield Case(
             f"{len(QUESTIONS)} questions, one image of {tiles} tiles, {dtype}",
@@ -51,9 +51,9 @@ def questions(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
         )
 
 
-def endless(setting: Setting, dtype: str) -> VLM:
-    """Return the setting's checkpoint, with answers that do not end by themselves."""
-    vlm = load(setting.folder, dtype=dtype)
+def endless(workload: Workload, dtype: str) -> VLM:
+    """Return the workload's checkpoint, with answers that do not end by themselves."""
+    vlm = load(workload.folder, dtype=dtype)
     vlm.eos_token_ids = ()
     return vlm
 

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from smolstack.bench.cases.answers import endless
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import OURS, Case, Contender
-from smolstack.bench.workload import QUESTION, Setting
+from smolstack.bench.workload import QUESTION, Workload
 from smolstack.vlm import VLM
 
 PAGE = (1448, 2048)  # A4 upright
@@ -21,12 +21,12 @@ TOKENS = 8
 _LINES = ("Invoice 4711", "Two chairs, one table", "Total 318.00")
 
 
-def reuse(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
+def reuse(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
     """Each cached operation, and the same work without the cache."""
     image = page()
-    for dtype in setting.dtypes:
-        folder = setting.folder / f"images-{dtype}"
-        vlm = endless(setting, dtype)
+    for dtype in workload.dtypes:
+        folder = workload.folder / f"images-{dtype}"
+        vlm = endless(workload, dtype)
         tiles = _tiles(vlm, image)
         different = len({tile.numpy().tobytes() for tile in tiles})
         yield Case(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.peers.llama_cpp import LlamaCpp
 from smolstack.bench.peers.onnxruntime import OnnxRuntime
 from smolstack.bench.peers.openvino import OpenVino
 from smolstack.bench.peers.ours import Ours
-from smolstack.bench.peers.side import Side
 from smolstack.bench.peers.transformers import Transformers
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 
-PEERS: tuple[type[Side], ...] = (Transformers, OnnxRuntime, OpenVino, LlamaCpp)
+PEERS: tuple[type[Implementation], ...] = (Transformers, OnnxRuntime, OpenVino, LlamaCpp)
 
 
-def sides(setting: Setting) -> list[Side]:
+def implementations(workload: Workload) -> list[Implementation]:
     """Return smolstack, followed by every installed peer."""
-    return [Ours(setting), *(peer(setting) for peer in PEERS if not peer.missing())]
+    return [Ours(workload), *(peer(workload) for peer in PEERS if not peer.missing())]
 
 
 def absent() -> dict[str, list[str]]:

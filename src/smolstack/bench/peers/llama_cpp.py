@@ -12,24 +12,24 @@ import numpy.typing as npt
 from torch import Tensor
 
 from smolstack.bench import sizes
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import Contender, Reading
 from smolstack.bench.worker import Worker
-from smolstack.bench.workload import BITS, Setting, made_once
+from smolstack.bench.workload import BITS, Workload, made_once
 
 # Q8_0 has a 16-bit scale per 32 weights.
 _BITS = {**BITS, "int8": 8.5}
 FORMATS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
-class LlamaCpp(Side):
+class LlamaCpp(Implementation):
     """The decoder in each format, each in a separate process."""
 
     name = "llama.cpp"
     packages = ("gguf", "llama-cpp-python")
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
         self._workers: dict[str, Worker] = {}
 
     def prefill(self, ids: Tensor) -> Sequence[Contender]:
@@ -59,7 +59,7 @@ class LlamaCpp(Side):
         return [int(token) for token in told["value"]]
 
     def _contender(self, precision: str, passes: float, run: Callable[[], object]) -> Contender:
-        read = passes * sizes.decoder(self.setting.config) * _BITS[precision] / 8
+        read = passes * sizes.decoder(self.workload.config) * _BITS[precision] / 8
         return Contender(self.name, run, precision, FORMATS[precision], bytes_read=read)
 
     def _run(self, precision: str, prompt: list[int], steps: int) -> Reading:
@@ -69,15 +69,15 @@ class LlamaCpp(Side):
         if precision not in self._workers:
             from smolstack.bench.peers.gguf_file import write_decoder
 
-            path = self.setting.root / f"decoder-{FORMATS[precision]}.gguf"
+            path = self.workload.root / f"decoder-{FORMATS[precision]}.gguf"
             if not path.exists():
                 with made_once(path) as partial_file:
-                    write_decoder(self.setting.folder, partial_file, precision)
+                    write_decoder(self.workload.folder, partial_file, precision)
             self._workers[precision] = Worker(
                 f"{__name__}:decoder",
-                self.setting.threads,
+                self.workload.threads,
                 file=str(path),
-                context=min(2048, self.setting.config.text.max_positions),
+                context=min(2048, self.workload.config.text.max_positions),
             )
         return self._workers[precision]
 

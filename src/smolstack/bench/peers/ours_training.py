@@ -12,13 +12,13 @@ import torch
 
 from smolstack.bench.peers.training_run import BATCH, TrainingRun, TrainingTask
 from smolstack.bench.timing import OURS
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 from smolstack.train.metrics import METRICS, read_metrics
 from smolstack.train.recipe import VISION, Data, Evaluation, Recipe, Stage
 from smolstack.train.trainer import train
 
 
-def runs(setting: Setting, task: TrainingTask) -> list[TrainingRun]:
+def runs(workload: Workload, task: TrainingTask) -> list[TrainingRun]:
     """One for each precision of the frozen tower."""
     autocast = "bfloat16" if _has_bfloat16() else "none"
     return [
@@ -27,13 +27,13 @@ def runs(setting: Setting, task: TrainingTask) -> list[TrainingRun]:
             dtype,
             "" if autocast == "none" else "autocast",
             f"{__name__}:training",
-            setting.threads,
-            folder=str(setting.folder),
+            workload.threads,
+            folder=str(workload.folder),
             task=asdict(task),
             vision_dtype=dtype,
             autocast=autocast,
         )
-        for dtype in setting.dtypes
+        for dtype in workload.dtypes
         if dtype in VISION
     ]
 

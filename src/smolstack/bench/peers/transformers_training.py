@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from smolstack.bench.peers.side import installed
+from smolstack.bench.peers.implementation import installed
 from smolstack.bench.peers.training_run import BATCH, TrainingRun, TrainingTask
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 from smolstack.checkpoint.files import read_files
 from smolstack.checkpoint.processor_files import build_processor, end_tokens
 from smolstack.config import ModelConfig
@@ -26,7 +26,7 @@ from smolstack.train.recipe import Lora, Stage
 PACKAGES = ("peft", "accelerate")
 
 
-def runs(name: str, setting: Setting, task: TrainingTask) -> list[TrainingRun]:
+def runs(name: str, workload: Workload, task: TrainingTask) -> list[TrainingRun]:
     """Plain, and under bfloat16 autocast; none where peft is not installed."""
     if not all(installed(package) for package in PACKAGES):
         return []
@@ -36,8 +36,8 @@ def runs(name: str, setting: Setting, task: TrainingTask) -> list[TrainingRun]:
             precision,
             form,
             f"{__name__}:training",
-            setting.threads,
-            folder=str(setting.folder),
+            workload.threads,
+            folder=str(workload.folder),
             task=asdict(task),
             autocast=bool(form),
         )

@@ -88,9 +88,11 @@ class TowerPeer:
 def tower_peers(reference: Own, folder: Path, root: Path) -> list[TowerPeer]:
     """Those that are installed, in precisions that lose something."""
     return [
-        TowerPeer(side.name, precision, side.work, int8, reference, folder, root)
-        for side in (OnnxRuntime, OpenVino)
-        if not side.missing()
-        for precision, int8 in side.precisions().items()
+        TowerPeer(
+            implementation.name, precision, implementation.work, int8, reference, folder, root
+        )
+        for implementation in (OnnxRuntime, OpenVino)
+        if not implementation.missing()
+        for precision, int8 in implementation.precisions().items()
         if precision != "float32"
     ]

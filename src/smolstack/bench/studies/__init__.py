@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from smolstack.bench.studies import budget, growth, quality
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 
 Row: TypeAlias = dict[str, Any]
 
-STUDIES: dict[str, Callable[[Setting], dict[str, list[Row]]]] = {
+STUDIES: dict[str, Callable[[Workload], dict[str, list[Row]]]] = {
     "quality": quality.study,
     "growth": growth.study,
     "budget": budget.study,

@@ -7,18 +7,18 @@ from typing import Any
 
 from smolstack.bench.studies.drawn import character_error_rate, drawn_numbers, exact_share
 from smolstack.bench.studies.quality import read_all
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 from smolstack.vlm import load
 
 IMAGES = 200
 
 
-def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
+def study(workload: Workload) -> dict[str, list[dict[str, Any]]]:
     """Run the reader with every budget that changes a plan, per precision."""
     images = drawn_numbers(IMAGES, seed=1)
     truths = [image.text for image in images]
     rows = []
-    for dtype in setting.dtypes:
+    for dtype in workload.dtypes:
         vlm = load(dtype=dtype)
         per_tile = vlm.config.tokens_per_tile
         most = max(vlm.plan(image.image).tiles for image in images)

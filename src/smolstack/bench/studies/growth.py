@@ -16,7 +16,7 @@ import torch
 
 from smolstack.bench import sizes
 from smolstack.bench.worker import Worker
-from smolstack.bench.workload import Setting, text_batch
+from smolstack.bench.workload import Workload, text_batch
 from smolstack.config import ModelConfig
 from smolstack.vlm import VLM, load
 
@@ -38,25 +38,25 @@ FORMS = {TOWER: (1,), PROMPT: (1, 2), TOKEN: (0, 1), ANSWERS: (0, 1)}
 REPEATS = 3  # for runs of less than two seconds
 
 
-def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
+def study(workload: Workload) -> dict[str, list[dict[str, Any]]]:
     """Return rows of every curve and precision. The expected values are the theoretical form of
     each curve, fitted to it: if cost grew faster, the largest sizes would be above it.
     """
-    room = setting.config.text.max_positions - STEPS - 1
+    room = workload.config.text.max_positions - STEPS - 1
     contexts = tuple(length for length in CONTEXTS if length <= room)
     rows = []
-    for dtype in setting.dtypes:
+    for dtype in workload.dtypes:
         for curve, counts in (("tiles", TILES), ("context", contexts), ("batch", BATCHES)):
-            rows += _curve(setting, dtype, curve, counts)
+            rows += _curve(workload, dtype, curve, counts)
     return {"growth": rows}
 
 
 def _curve(
-    setting: Setting, dtype: str, curve: str, counts: tuple[int, ...]
+    workload: Workload, dtype: str, curve: str, counts: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    arguments = {"folder": str(setting.saved(dtype)), "dtype": dtype}
+    arguments = {"folder": str(workload.saved(dtype)), "dtype": dtype}
     told = []
-    with Worker(f"{__name__}:growing", setting.threads, **arguments) as worker:
+    with Worker(f"{__name__}:growing", workload.threads, **arguments) as worker:
         worker.tell(curve=curve, count=counts[0])  # a warm-up
         for count in counts:
             told.append(worker.tell(curve=curve, count=count))
@@ -65,7 +65,7 @@ def _curve(
         taken = [answer["value"][name] for answer in told]
         expected = fitted(counts, taken, FORMS[name])
         for count, seconds, likely, answer in zip(counts, taken, expected, told, strict=True):
-            held = _bytes(setting.config, curve, count) - _bytes(setting.config, curve, counts[0])
+            held = _bytes(workload.config, curve, count) - _bytes(workload.config, curve, counts[0])
             rows.append(
                 {
                     "precision": dtype,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smolstack.bench.studies.drawn import character_error_rate, drawn_numbers, exact_share
-from smolstack.bench.workload import QUESTION, Setting
+from smolstack.bench.workload import QUESTION, Workload
 from smolstack.vlm import VLM, load
 
 IMAGES = 400
@@ -17,16 +17,19 @@ FORCED = 256  # number of forced tokens
 REFERENCE = "float32"
 
 
-def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
-    """Compare every precision of the setting with float32."""
-    return {"quality of the bundled reader": reader(setting), "quality of logits": logits(setting)}
+def study(workload: Workload) -> dict[str, list[dict[str, Any]]]:
+    """Compare every precision of the workload with float32."""
+    return {
+        "quality of the bundled reader": reader(workload),
+        "quality of logits": logits(workload),
+    }
 
 
-def reader(setting: Setting) -> list[dict[str, Any]]:
+def reader(workload: Workload) -> list[dict[str, Any]]:
     """Return exact matches and character error rate on drawn numbers."""
     images = drawn_numbers(IMAGES)
     truths = [image.text for image in images]
-    said = {dtype: _read(dtype, images) for dtype in _with_reference(setting)}
+    said = {dtype: _read(dtype, images) for dtype in _with_reference(workload)}
     return [
         {
             "precision": dtype,
@@ -41,17 +44,17 @@ def reader(setting: Setting) -> list[dict[str, Any]]:
     ]
 
 
-def logits(setting: Setting) -> list[dict[str, Any]]:
+def logits(workload: Workload) -> list[dict[str, Any]]:
     """Return differences of logits on an image and forced tokens, read as in generation: the
     prompt in one pass, then one token at a time.
     """
-    found = {dtype: _forced_logits(setting, dtype) for dtype in _with_reference(setting)}
+    found = {dtype: _forced_logits(workload, dtype) for dtype in _with_reference(workload)}
     expected = found[REFERENCE]
     spread = float(expected.std())
     best = expected.topk(2, dim=-1).values
     return [
         {
-            "preset": setting.preset.name,
+            "preset": workload.preset.name,
             "precision": dtype,
             "tokens": len(scores),
             "largest difference": float((scores - expected).abs().max()),
@@ -66,8 +69,8 @@ def logits(setting: Setting) -> list[dict[str, Any]]:
     ]
 
 
-def _with_reference(setting: Setting) -> list[str]:
-    return list(dict.fromkeys((REFERENCE, *setting.dtypes)))
+def _with_reference(workload: Workload) -> list[str]:
+    return list(dict.fromkeys((REFERENCE, *workload.dtypes)))
 
 
 def _read(dtype: str, images: list[Any]) -> list[str]:
@@ -86,14 +89,14 @@ def read_all(vlm: VLM, images: list[Any], **tiling: Any) -> list[str]:
     return answers
 
 
-def _forced_logits(setting: Setting, dtype: str) -> Tensor:
+def _forced_logits(workload: Workload, dtype: str) -> Tensor:
     """Return logits (tokens, V) for a prompt with an image followed by fixed random tokens."""
-    vlm = load(setting.folder, dtype=dtype)
-    model, scene = vlm.model, setting.scenes[0]
+    vlm = load(workload.folder, dtype=dtype)
+    model, scene = vlm.model, workload.scenes[0]
     prompt = vlm.processor.prepare((str(scene.path), QUESTION), split=scene.split)
     batch = vlm.processor.batch([prompt])
-    count = min(FORCED, setting.config.text.max_positions - batch.token_ids.shape[1] - 1)
-    forced = setting.ids(count)[0]
+    count = min(FORCED, workload.config.text.max_positions - batch.token_ids.shape[1] - 1)
+    forced = workload.ids(count)[0]
     with torch.inference_mode():
         cache = model.new_cache(batch, batch.token_ids.shape[1] + count)
         scores = [model.prefill(batch, cache)]

@@ -1,4 +1,4 @@
-"""A side: smolstack or a peer, with its implementations of the parts."""
+"""An implementation: smolstack or a peer, with a method for each part."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from smolstack.bench.peers.training_run import TrainingRun, TrainingTask
 from smolstack.bench.timing import Contender
-from smolstack.bench.workload import Scene, Setting
+from smolstack.bench.workload import Scene, Workload
 
 
-class Side:
+class Implementation:
     """Whoever takes part; each method gives the contenders for one case, none unless overridden.
 
     Attributes:
@@ -23,8 +23,8 @@ class Side:
     name = ""
     packages: tuple[str, ...] = ()
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
 
     @classmethod
     def missing(cls) -> list[str]:
@@ -52,7 +52,7 @@ class Side:
         return ()
 
     def ask(self, scene: Scene) -> Sequence[Contender]:
-        """Answer a question about an image file with ``setting.new_tokens`` tokens."""
+        """Answer a question about an image file with ``workload.new_tokens`` tokens."""
         return ()
 
     def load(self) -> Sequence[Contender]:
