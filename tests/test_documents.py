@@ -265,7 +265,7 @@ def test_a_page_without_elements_is_named_and_no_page_with_any_is_an_error(
             convert(table, tmp_path / f"none{suffix}")
         assert not (tmp_path / f"none{suffix}").exists()
     table = answered(tmp_path / "pages.parquet", None, None)
-    with pytest.raises(BulkError, match="page 0, page 1; .*: no"):
+    with pytest.raises(BulkError, match=r"page 0, page 1; .*: no"):
         convert(table, tmp_path / "none.md")
 
 

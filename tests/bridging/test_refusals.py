@@ -110,9 +110,7 @@ def test_text_towers_that_are_something_else(
 def test_a_folder_without_a_fast_tokenizer(make_vision: MakeVision, make_text: MakeText) -> None:
     text = make_text()
     (text / "tokenizer.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"tokenizer.json.*AutoTokenizer"
-    ):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json.*AutoTokenizer"):
         plan_bridge(make_vision(), text)
 
 

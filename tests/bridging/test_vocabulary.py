@@ -184,5 +184,5 @@ def test_a_template_that_loses_the_image_is_refused(
         plan_bridge(make_vision(), make_text(), chat_template=file)
     with pytest.raises(ConfigError, match="expected 'text', 'family' or a Jinja file"):
         plan_bridge(make_vision(), make_text(), chat_template="mine")
-    with pytest.raises(ConfigError, match="no chat template.*'family'"):
+    with pytest.raises(ConfigError, match=r"no chat template.*'family'"):
         plan_bridge(make_vision(), make_text(chat=None), chat_template="text")

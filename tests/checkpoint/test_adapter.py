@@ -170,7 +170,7 @@ def test_a_base_that_is_not_there_is_given_another_way(adapter: Path, tiny_folde
 
 
 def test_a_base_is_for_adapters_alone(tiny_folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is no adapter .* and a base was given"):
+    with pytest.raises(CheckpointError, match=r"is not an adapter .* and a base was given"):
         smolstack.load(tiny_folder, base=tiny_folder)
 
 

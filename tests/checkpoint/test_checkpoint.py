@@ -66,7 +66,7 @@ def test_every_weight_has_one_name_in_each_world() -> None:
     ],
 )
 def test_an_unknown_weight_name_is_an_error(name: str) -> None:
-    with pytest.raises(CheckpointError, match="is no weight of the"):
+    with pytest.raises(CheckpointError, match="is not a weight of the"):
         keys.from_hf(name)
     assert keys.unknown_to_hf([name]) == [name]
 

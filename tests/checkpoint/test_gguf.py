@@ -123,7 +123,7 @@ def test_each_file_is_asked_for_by_name(files: tuple[Path, Path], wide_folder: P
         smolstack.load(tower, mmproj=text)
     with pytest.raises(CheckpointError, match=r"'llama'.*\(clip\)"):
         smolstack.load(text, mmproj=text)
-    with pytest.raises(CheckpointError, match="GGUF file.*vision tower"):
+    with pytest.raises(CheckpointError, match=r"GGUF file.*vision tower"):
         smolstack.load(wide_folder, mmproj=tower)
     with pytest.raises(CheckpointError, match="expected a GGUF file"):
         smolstack.load(text, mmproj="nowhere.gguf")

@@ -231,7 +231,7 @@ def test_pixels_and_image_tokens_that_disagree_are_refused_by_row(model: Any, ba
         model.merge(odd, pixel_values=tiles)
     with pytest.raises(GridError, match=r"\(N, 3, P, P\).*\(B, tiles, 3, P, P\)"):
         model.merge(ids, pixel_values=tiles[0])
-    with pytest.raises(GridError, match="8x8.*4x4"):
+    with pytest.raises(GridError, match=r"8x8.*4x4"):
         model.encode_tiles(torch.zeros(1, 3, 64, 64))
     ragged = torch.zeros(tiles.shape[0], 32, 32, dtype=torch.bool)
     ragged[:, :8, :8] = ragged[:, 16:, 16:] = True
@@ -351,7 +351,7 @@ def test_a_checkpoint_that_lacks_or_adds_weights_is_refused(
     norm = "model.text_model.norm.weight"
     with pytest.raises(CheckpointError, match=r"lacks 1 weights .*base_model\.dec_norm"):
         load({name: tensor for name, tensor in weights.items() if name != norm})
-    with pytest.raises(CheckpointError, match=r"'model.resampler.weight' is no weight"):
+    with pytest.raises(CheckpointError, match=r"'model.resampler.weight' is not a weight"):
         load({**weights, "model.resampler.weight": weights[norm].clone()})
 
 

@@ -132,7 +132,7 @@ def test_patches_that_do_not_fit_are_refused_with_their_numbers(
 
 def test_a_wrong_width_is_refused_before_any_work() -> None:
     connector = Idefics3Connector(vision_hidden=8, text_hidden=6, scale=2)
-    with pytest.raises(GridError, match="7 channels.* 8 channels"):
+    with pytest.raises(GridError, match=r"7 channels.* 8 channels"):
         connector(torch.zeros(1, 16, 7))
 
 

@@ -140,5 +140,5 @@ def test_who_fails_gives_back_what_it_held() -> None:
     with pytest.raises(RuntimeError), memory.hold(80, "it"):
         raise RuntimeError
     assert memory.held == 0
-    with pytest.raises(ImageError, match="101 bytes.* 100"):
+    with pytest.raises(ImageError, match=r"101 bytes.* 100"):
         memory.hold(101, "it").__enter__()

@@ -70,7 +70,9 @@ class Record:
             data: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             earlier, studies = report.from_dict(data), dict(data["studies"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is no record of smolstack bench --save: {error}") from None
+            raise ConfigError(
+                f"{path} is not a record of smolstack bench --save: {error}"
+            ) from None
         anew = {result.case for result in self.results}
         self.results = [r for r in earlier if r.case not in anew] + self.results
         for name, rows in studies.items():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smolstack.cli import file_options, model_options, options
-from smolstack.cli.ask import plan_line, tell_ending, video_line
+from smolstack.cli.ask import plan_line, print_ending, video_line
 from smolstack.cli.console import error, note, progress, write_piece
 from smolstack.errors import PromptError, SmolstackError
 
@@ -90,7 +90,7 @@ class Conversation:
         self.waiting = []
         write_piece("\n")
         if complete:
-            tell_ending(stream.answer, verbose=self.verbose)
+            print_ending(stream.answer, verbose=self.verbose)
 
     @staticmethod
     def _print(stream: AnswerStream, pieces: list[str], interruptible: bool) -> bool:
@@ -199,7 +199,7 @@ def _turn(conversation: Conversation, line: str, *, interactive: bool) -> bool:
     elif command == "/image":
         _add_images(conversation, rest.strip(), interactive=interactive)
     else:
-        raise PromptError(f"{command} is no command; /help lists them")
+        raise PromptError(f"{command} is not a command; /help lists them")
     return True
 
 

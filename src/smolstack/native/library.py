@@ -244,7 +244,9 @@ def _check(handle: ctypes.CDLL, path: Path) -> None:
         found = handle.abi_version()
         sizes = [handle.struct_bytes(at) for at in range(len(STRUCTURES) + 1)]
     except AttributeError as error:
-        raise KernelError(f"{path.name} is no library of smolstack's kernels: {error}") from error
+        raise KernelError(
+            f"{path.name} is not a library of smolstack's kernels: {error}"
+        ) from error
     if found != ABI_VERSION:
         raise KernelError(f"{path.name} has ABI version {found}, expected {ABI_VERSION}")
     for one, size in zip(STRUCTURES, sizes, strict=False):

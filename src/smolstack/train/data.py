@@ -74,10 +74,10 @@ def open_source(
     if (path / "dataset_dict.json").is_file():
         inside = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise DataError(f"{path} holds several datasets; name one of them: {inside}")
-    return ImageCacheFolder(path, question)
+    return ImageFolder(path, question)
 
 
-class ImageCacheFolder(Source):
+class ImageFolder(Source):
     """Images, each with a .txt file of the same name that holds its answer."""
 
     def __init__(self, folder: Path, question: str) -> None:

@@ -171,7 +171,7 @@ class Recipe:
         """
         path = Path(path)
         if not path.is_file():
-            raise ConfigError(f"{path} is no file, expected a recipe in TOML")
+            raise ConfigError(f"{path} is not a file, expected a recipe in TOML")
         if sys.version_info >= (3, 11):
             import tomllib
         else:

@@ -194,7 +194,7 @@ def test_what_cannot_be_compared_is_refused(
     tiny_folder: Path, retrieval_folder: Path, tmp_path: Path
 ) -> None:
     quantized = smolstack.load(tiny_folder, dtype="int8").save(tmp_path / "int8")
-    with pytest.raises(ConfigError, match="int8 .*float32"):
+    with pytest.raises(ConfigError, match=r"int8 .*float32"):
         run_quality(Choice(quantized))
     with pytest.raises(ConfigError, match="'int8'"):
         run_quality(Choice(tiny_folder, also=[quantized]))

@@ -66,15 +66,15 @@ def _write(vlm: VLM, form: AnswerOptions) -> None:
 
 
 def _together(vlm: VLM, image: Image.Image) -> None:
-    vlm.forget()
+    vlm.clear_caches()
     vlm.ask_many([(image, question) for question in QUESTIONS], max_new_tokens=4)
 
 
 def _question(vlm: VLM, image: Image.Image, *, images: bool = False, prefix: bool = False) -> None:
-    vlm.forget()
+    vlm.clear_caches()
     for question in QUESTIONS:
         vlm.ask(image, question, max_new_tokens=4)
         if not images:
             vlm.image_cache.clear()
         if not prefix:
-            vlm.forget_conversation()
+            vlm.clear_prefix_cache()

@@ -70,13 +70,13 @@ def _again(vlm: VLM, image: Image.Image, image_kept: bool = False) -> None:
     dropped.
     """
     if not image_kept:
-        vlm.forget()
+        vlm.clear_caches()
     vlm.ask(image, QUESTION, max_new_tokens=TOKENS)
 
 
 def _from_disk(vlm: VLM, image: Image.Image, folder: Path) -> None:
     """As in a new process: nothing in memory, visual tokens in a folder."""
-    vlm.forget()
+    vlm.clear_caches()
     vlm.image_cache.folder = folder
     try:
         vlm.ask(image, QUESTION, max_new_tokens=TOKENS)
@@ -85,5 +85,5 @@ def _from_disk(vlm: VLM, image: Image.Image, folder: Path) -> None:
 
 
 def _image_alone(vlm: VLM, image: Image.Image) -> None:
-    vlm.forget_conversation()
+    vlm.clear_prefix_cache()
     vlm.ask(image, QUESTION, max_new_tokens=TOKENS)

@@ -158,7 +158,7 @@ def decoding(vlm: VLM, ids: Tensor, steps: int) -> Callable[[], object]:
 
 def ask_once(vlm: VLM, path: Any, split: bool, tokens: int) -> None:
     """Ask with empty caches."""
-    vlm.forget()
+    vlm.clear_caches()
     answer = vlm.ask(path, QUESTION, max_new_tokens=tokens, split=split)
     assert answer.usage.completion_tokens == tokens
 

@@ -28,7 +28,7 @@ def study(workload: Workload) -> dict[str, list[dict[str, Any]]]:
             if plans == seen:
                 continue
             seen = plans
-            vlm.forget()
+            vlm.clear_caches()
             began = perf_counter()
             answers = read_all(vlm, images, max_image_tokens=budget)
             rows.append(

@@ -147,7 +147,7 @@ def _batch(vlm: VLM, count: int) -> dict[str, float]:
     prompts = [f"What does line {number} say?" for number in range(count)]
 
     def run() -> None:
-        vlm.forget()
+        vlm.clear_caches()
         vlm.ask_many(prompts, max_new_tokens=NEW_TOKENS)
 
     return {ANSWERS: _seconds(run)}
