@@ -164,8 +164,8 @@ def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
     if not path.is_file() or (whole and not held):
         if base is not None:
             raise CheckpointError(
-                f"{folder} is not an adapter (it has no {path.name} with {WEIGHTS}), and a base was "
-                f"given for it: {base}"
+                f"{folder} is not an adapter (it has no {path.name} with {WEIGHTS}), and a base "
+                f"was given for it: {base}"
             )
         return None
     settings = read_json(path)

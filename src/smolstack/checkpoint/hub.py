@@ -95,7 +95,8 @@ def _download(repo: str, revision: str | None) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
-            f"{repo} is not a local folder; to download it from the hub, pip install 'smolstack[hf]'"
+            f"{repo} is not a local folder; to download it from the hub, "
+            "pip install 'smolstack[hf]'"
         ) from None
     try:
         folder: str = snapshot_download(repo, revision=revision, allow_patterns=PATTERNS)
