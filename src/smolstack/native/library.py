@@ -275,7 +275,7 @@ def _fresh(path: Path) -> Library:
     """A prebuilt library, unless its sources have changed since it was built."""
     opened = Library(path)
     if opened.sources != fingerprint_of_sources():
-        raise KernelError(f"{path.name} was made of other sources than those beside it")
+        raise KernelError(f"{path.name} was compiled from other sources than those in its folder")
     return opened
 
 

@@ -18,7 +18,7 @@ from smolstack.processor.folders import PassedOver, search
 SUFFIXES = frozenset([*formats.SUFFIXES, *pages.SUFFIXES])  # of images and PDF files, as for ask
 _log = logging.getLogger("smolstack")
 # Advice about an empty answer, which would train the model to answer nothing.
-NO_WORDS = "leave the example out, or let it say what there is (none, say)"
+NO_WORDS = 'leave the example out, or give it an answer, such as "none"'
 METADATA = "metadata.jsonl"
 FILE_KEYS, ANSWER_KEYS = ("file_name", "image", "picture"), ("text", "answer", "caption")
 

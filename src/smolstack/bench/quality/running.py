@@ -130,7 +130,7 @@ class Measurement:
         found = self._peers() if TEXT in choice.parts else []
         self.everyone: list[Contestant] = [*self.own, *found]
         if not self.everyone:
-            raise ConfigError(f"nobody takes part whose name contains one of {list(choice.only)}")
+            raise ConfigError(f"no contestant's name contains one of {list(choice.only)}")
         run = digest([*environment(), self.passage, *files(*(self.paths or ()))])
         self.state = State(self.root / f"rows-{run}.json")
         self.run = run
