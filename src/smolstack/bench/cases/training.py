@@ -18,7 +18,7 @@ ROUNDS = 3  # at most; a run takes minutes
 
 
 def train(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
-    """Seconds a step of BATCH images, one tile each, and the process's peak memory.
+    """Seconds per step of BATCH images, one tile each, and the process's peak memory.
 
     All three cases of a stage come out of the same runs. The peak is that of loading, two epochs
     and, of smolstack, saving.

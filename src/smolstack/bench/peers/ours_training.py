@@ -1,4 +1,4 @@
-"""smolstack's training run, as a worker does it."""
+"""smolstack's training run in a worker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from smolstack.train.trainer import train
 
 
 def runs(workload: Workload, task: TrainingTask) -> list[TrainingRun]:
-    """One for each precision of the frozen tower."""
+    """Return one run for each precision of the frozen tower."""
     autocast = "bfloat16" if _has_bfloat16() else "none"
     return [
         TrainingRun(
@@ -45,7 +45,7 @@ def training(
     autocast: str,
     threads: int,
 ) -> Callable[[], list[list[float]]]:
-    """A worker's work: two epochs, the second of which reads what a frozen tower made."""
+    """A worker's work: two epochs, the second of which reads cached outputs of the frozen tower."""
     torch.set_num_threads(threads)
     given = TrainingTask(**task)
 
@@ -69,6 +69,6 @@ def training(
 
 
 def _has_bfloat16() -> bool:
-    """Whether this CPU has instructions for matrix products in bfloat16."""
+    """Return whether this CPU has instructions for matrix products in bfloat16."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)

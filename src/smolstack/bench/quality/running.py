@@ -169,7 +169,7 @@ class Measurement:
             root = self.root / f"outliers-{self.run}"
             folder = root / "model"
             reference = Own(REFERENCE, folder, REFERENCE)
-            # A folder that is given beside the model holds other weights: it has no outliers.
+            # Additional folders have other weights, without the outliers.
             own = [Own(o.precision, folder, o.dtype) for o in own if o.dtype != "auto"]
             self._plant(folder)
         samples = Samples(reference, paths, root, split)
