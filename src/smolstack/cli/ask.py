@@ -134,7 +134,7 @@ def ask(
         show_json(answer_json(answer, [_seen_json(*one) for one in seen]))
     else:
         write_piece("\n")
-    print_ending(answer, verbose=verbose)
+    tell_ending(answer, verbose=verbose)
 
 
 def check_question(images: list[str], text: str) -> None:
@@ -226,7 +226,7 @@ def video_line(name: str, video: Video, plans: list[TilePlan]) -> str:
     )
 
 
-def print_ending(answer: Answer, *, verbose: bool) -> None:
+def tell_ending(answer: Answer, *, verbose: bool) -> None:
     """Print an answer's finish reason and timings on stderr; on a terminal, always report a
     cut-off answer.
     """

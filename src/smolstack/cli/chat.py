@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smolstack.cli import file_options, model_options, options
-from smolstack.cli.ask import plan_line, print_ending, video_line
+from smolstack.cli.ask import plan_line, tell_ending, video_line
 from smolstack.cli.console import error, note, progress, write_piece
 from smolstack.errors import PromptError, SmolstackError
 
@@ -90,7 +90,7 @@ class Conversation:
         self.waiting = []
         write_piece("\n")
         if complete:
-            print_ending(stream.answer, verbose=self.verbose)
+            tell_ending(stream.answer, verbose=self.verbose)
 
     @staticmethod
     def _print(stream: AnswerStream, pieces: list[str], interruptible: bool) -> bool:
