@@ -265,7 +265,7 @@ def test_a_page_without_elements_is_named_and_no_page_with_any_is_an_error(
             convert(table, tmp_path / f"none{suffix}")
         assert not (tmp_path / f"none{suffix}").exists()
     table = answered(tmp_path / "pages.parquet", None, None)
-    with pytest.raises(BulkError, match="no page could be read: page 0, page 1; the first: no"):
+    with pytest.raises(BulkError, match=r"page 0, page 1; .*: no"):
         convert(table, tmp_path / "none.md")
 
 
@@ -297,7 +297,7 @@ def test_a_pdf_file_is_read_page_by_page(tiny_vlm: smolstack.VLM, tmp_path: Path
     report = document(tmp_path / "report.pdf", [(100, 50), (60, 80)])
     out = tmp_path / "report.doctags"
     # Random weights write no DocTags: the answers are kept beside, for whoever wants to see them.
-    with pytest.raises(BulkError, match=r"no page gave any element.*; the answers stand in "):
+    with pytest.raises(BulkError, match=r"no page .*; the answers "):
         convert(report, out, model=tiny_vlm, max_new_tokens=6)
     expected = [
         tiny_vlm.ask(

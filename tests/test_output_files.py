@@ -97,7 +97,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="which is a file, expected a folder"):
         check_folder(tmp_path / "file", "--image-cache", ConfigError)
-    with pytest.raises(ConfigError, match="where nothing can be written: Not a directory"):
+    with pytest.raises(ConfigError, match="Not a directory"):
         check_folder(tmp_path / "file" / "inside", "--image-cache", ConfigError)
     check_folder(tmp_path / "new" / "one", "--image-cache", ConfigError)
     assert list((tmp_path / "new" / "one").iterdir()) == []

@@ -93,9 +93,9 @@ def test_fewer_tokens_on_request(colsmol: smolstack.VLM, images: list[Image.Imag
 def test_what_cannot_be_embedded_is_refused(
     colsmol: smolstack.VLM, tiny_vlm: smolstack.VLM, images: list[Image.Image]
 ) -> None:
-    with pytest.raises(ConfigError, match="ends in a language head, expected a retrieval model"):
+    with pytest.raises(ConfigError, match=r"language head.*retrieval model"):
         tiny_vlm.embed_pages(images[0])
-    with pytest.raises(ConfigError, match="ends in a language head, expected a retrieval model"):
+    with pytest.raises(ConfigError, match=r"language head.*retrieval model"):
         tiny_vlm.embed_queries(["?"])
     with pytest.raises(PromptError, match="query 1 is ' ', expected some text"):
         colsmol.embed_queries(["profit", " "])
@@ -189,5 +189,5 @@ def test_a_template_that_drops_the_page_is_refused(retrieval_folder: Path, tmp_p
     folder = smolstack.load(retrieval_folder).save(tmp_path / "newer")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "sentence_transformers.jinja").write_text("nothing")
-    with pytest.raises(PromptError, match="makes 'nothing' of a page and 'nothing' of a query"):
+    with pytest.raises(PromptError, match=r"'nothing'.*'nothing'"):
         smolstack.load(folder).embed_queries(["What?"])

@@ -296,14 +296,14 @@ class VLM(PageEmbedder):
         """
         return self._images
 
-    def forget_conversation(self) -> None:
-        """Drop the KV caches of past conversations; the image cache is kept."""
+    def clear_prefix_cache(self) -> None:
+        """Clear the prefix cache; the image cache is kept."""
         self._inline.core.prefixes.clear()
 
-    def forget(self) -> None:
-        """Drop everything cached: images, and KV caches of past conversations."""
+    def clear_caches(self) -> None:
+        """Clear the image cache in memory and the prefix cache."""
         self._images.clear()
-        self.forget_conversation()
+        self.clear_prefix_cache()
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint as a Hugging Face folder, atomically."""

@@ -1,4 +1,4 @@
-"""A setting of the tiny preset: every side loads one small checkpoint."""
+"""A workload of the tiny preset: every implementation loads one small checkpoint."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from smolstack.bench.peers import sides
-from smolstack.bench.peers.side import Side
-from smolstack.bench.workload import Setting, setting
+from smolstack.bench.peers import implementations
+from smolstack.bench.peers.implementation import Implementation
+from smolstack.bench.workload import Workload, workload_of
 from smolstack.family import Preset
 
 DTYPES = ("float32", "int8")
@@ -20,15 +20,15 @@ def _limits_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_preset: Preset) -> Iterator[Setting]:
-    with setting(tiny_preset, DTYPES) as made:
+def tiny(tiny_preset: Preset) -> Iterator[Workload]:
+    with workload_of(tiny_preset, DTYPES) as made:
         made.new_tokens = 3
         yield made
 
 
 @pytest.fixture(scope="module")
-def everyone(tiny: Setting) -> Iterator[list[Side]]:
-    made = sides(tiny)
+def everyone(tiny: Workload) -> Iterator[list[Implementation]]:
+    made = implementations(tiny)
     yield made
-    for side in made:
-        side.close()
+    for implementation in made:
+        implementation.close()

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from smolstack.bench.cases import PARTS, answers, components
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import OURS, Case, Contender, Reading, Result, later, measure
 from smolstack.bench.worker import Worker, WorkerError
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 
 
 def runner(order: list[str], name: str) -> Callable[[], None]:
@@ -80,9 +80,15 @@ def test_models_that_nobody_measures_are_not_loaded() -> None:
 
 
 @pytest.mark.parametrize("part", ["connector", "vision", "prefill", "images"])
-def test_transformers_does_the_same_work(tiny: Setting, everyone: list[Side], part: str) -> None:
-    torch_sides = [side for side in everyone if side.name in (OURS, "transformers")]
-    for case in PARTS[part](tiny, torch_sides):
+def test_transformers_does_the_same_work(
+    tiny: Workload, everyone: list[Implementation], part: str
+) -> None:
+    torch_implementations = [
+        implementation
+        for implementation in everyone
+        if implementation.name in (OURS, "transformers")
+    ]
+    for case in PARTS[part](tiny, torch_implementations):
         exact = [c for c in case.contenders if c.precision in ("", "float32")]
         assert {c.name for c in exact} == {OURS, "transformers"}
         with torch.inference_mode():
@@ -93,7 +99,7 @@ def test_transformers_does_the_same_work(tiny: Setting, everyone: list[Side], pa
 
 @pytest.mark.parametrize("part", ["decode", "ask", "load", "memory", "import"])
 def test_the_long_parts_run_for_all(
-    tiny: Setting, everyone: list[Side], part: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Workload, everyone: list[Implementation], part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(components, "CONTEXTS", (20,))
     monkeypatch.setattr(components, "STEPS", 2)
@@ -108,7 +114,7 @@ def test_the_long_parts_run_for_all(
 
 
 def test_training_is_timed_by_epoch_and_its_memory_by_process(
-    tiny: Setting, everyone: list[Side]
+    tiny: Workload, everyone: list[Implementation]
 ) -> None:
     cases = list(PARTS["train"](replace(tiny, train_steps=2), everyone))
     assert [case.name for case in cases] == [
@@ -127,7 +133,7 @@ def test_training_is_timed_by_epoch_and_its_memory_by_process(
 
 @pytest.mark.parametrize("part", ["structured", "questions", "reuse"])
 def test_our_own_ways_are_compared_with_the_plain_ones(
-    tiny: Setting, part: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Workload, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answers, "TOKENS", 3)
     for case in PARTS[part](tiny, []):
@@ -139,7 +145,7 @@ def test_our_own_ways_are_compared_with_the_plain_ones(
 
 
 def test_a_child_process_does_what_it_is_told_until_it_is_closed(
-    tiny: Setting, tmp_path: Path
+    tiny: Workload, tmp_path: Path
 ) -> None:
     scene = tiny.scenes[0]
     with Worker(

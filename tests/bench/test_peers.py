@@ -9,14 +9,14 @@ import torch
 from smolstack.bench import peers
 from smolstack.bench.cases import PARTS, components
 from smolstack.bench.peers import PEERS, absent
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.peers.llama_cpp import LlamaCpp
 from smolstack.bench.peers.onnxruntime import OnnxRuntime
 from smolstack.bench.peers.openvino import OpenVino
-from smolstack.bench.peers.side import Side
 from smolstack.bench.peers.towers import Towers
 from smolstack.bench.running import absences
 from smolstack.bench.timing import OURS, measure
-from smolstack.bench.workload import Setting, text_batch
+from smolstack.bench.workload import Workload, text_batch
 from smolstack.vlm import load
 
 # Of states whose spread is about 1: what each number format may lose in two layers.
@@ -29,7 +29,7 @@ needs_llama_cpp = pytest.mark.skipif(
 
 @pytest.mark.parametrize("peer", TOWERS, ids=lambda peer: peer.name)
 def test_the_towers_of_onnxruntime_and_openvino_compute_the_same_states(
-    tiny: Setting, peer: type[Towers]
+    tiny: Workload, peer: type[Towers]
 ) -> None:
     vision = tiny.config.vision
     tile = tiny.noise(1, 3, vision.image_size, vision.image_size)
@@ -41,7 +41,7 @@ def test_the_towers_of_onnxruntime_and_openvino_compute_the_same_states(
 
 
 def test_the_vision_case_holds_every_side_that_is_installed(
-    tiny: Setting, everyone: list[Side]
+    tiny: Workload, everyone: list[Implementation]
 ) -> None:
     results = measure(next(PARTS["vision"](tiny, everyone)), rounds=1)
     expected = {OURS, *(peer.name for peer in PEERS[:3] if not peer.missing())}
@@ -53,23 +53,23 @@ def test_the_vision_case_holds_every_side_that_is_installed(
 
 
 @needs_llama_cpp
-def test_llama_cpp_reads_the_same_decoder(tiny: Setting) -> None:
+def test_llama_cpp_reads_the_same_decoder(tiny: Workload) -> None:
     ids = tiny.ids(12)
     model = load(tiny.folder, dtype="float32").model
     batch = text_batch(ids)
     with torch.inference_mode():
         scores = model.prefill(batch, model.new_cache(batch, 13))[0]
-    side = LlamaCpp(tiny)
+    implementation = LlamaCpp(tiny)
     try:
-        best = side.top_tokens("bfloat16", ids)
+        best = implementation.top_tokens("bfloat16", ids)
     finally:
-        side.close()
+        implementation.close()
     assert len(set(best) & set(scores.topk(10).indices.tolist())) >= 8
 
 
 @needs_llama_cpp
 def test_llama_cpp_takes_part_in_prefill_and_decoding(
-    tiny: Setting, everyone: list[Side], monkeypatch: pytest.MonkeyPatch
+    tiny: Workload, everyone: list[Implementation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(components, "PROMPTS", (20,))
     monkeypatch.setattr(components, "CONTEXTS", (20,))
@@ -80,10 +80,10 @@ def test_llama_cpp_takes_part_in_prefill_and_decoding(
 
 
 def test_peers_that_are_not_installed_are_named_and_take_no_part(
-    tiny: Setting, monkeypatch: pytest.MonkeyPatch
+    tiny: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OpenVino, "packages", ("onnx", "no-such-package"))
     assert absent()["openvino"] == ["no-such-package"]
     assert "openvino takes no part: no-such-package not installed" in absences(["vision"])
-    assert "openvino" not in [side.name for side in peers.sides(tiny)]
+    assert "openvino" not in [implementation.name for implementation in peers.implementations(tiny)]
     assert absences(["quality"]) == []

@@ -84,7 +84,7 @@ def test_earlier_runs_are_added_and_measured_again_replaced(tmp_path: Path) -> N
 def test_what_is_no_record_is_refused_in_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("{}")
-    with pytest.raises(ConfigError, match=r"x\.json is no record of smolstack bench --save"):
+    with pytest.raises(ConfigError, match=r"x\.json .*bench --save"):
         Record("tiny", {}, {}).add(path)
 
 

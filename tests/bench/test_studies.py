@@ -10,7 +10,7 @@ import pytest
 
 from smolstack.bench import plots
 from smolstack.bench.studies import budget, drawn, growth, quality
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 
 
 def test_the_drawn_numbers_are_always_the_same_and_stand_in_their_images() -> None:
@@ -37,7 +37,7 @@ def test_character_errors_are_counted_per_character_of_the_truth() -> None:
 
 
 def test_every_precision_is_held_against_float32(
-    tiny: Setting, monkeypatch: pytest.MonkeyPatch
+    tiny: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality, "IMAGES", 3)
     monkeypatch.setattr(quality, "FORCED", 12)
@@ -56,7 +56,7 @@ def test_every_precision_is_held_against_float32(
 
 
 def test_growth_is_measured_beside_what_is_expected_and_drawn(
-    tiny: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: Workload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(growth, "TILES", (1, 2))
     monkeypatch.setattr(growth, "CONTEXTS", (20, 40, 100_000))
@@ -90,7 +90,7 @@ def test_what_is_expected_is_the_nearest_curve_of_its_form() -> None:
 
 
 def test_the_reader_is_asked_with_every_budget_that_changes_a_plan(
-    tiny: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: Workload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(budget, "IMAGES", 2)
     rows = budget.study(tiny)["budget of the bundled reader"]

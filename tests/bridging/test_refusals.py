@@ -110,9 +110,7 @@ def test_text_towers_that_are_something_else(
 def test_a_folder_without_a_fast_tokenizer(make_vision: MakeVision, make_text: MakeText) -> None:
     text = make_text()
     (text / "tokenizer.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"has no tokenizer.json; transformers' AutoTokenizer"
-    ):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json.*AutoTokenizer"):
         plan_bridge(make_vision(), text)
 
 
@@ -140,9 +138,9 @@ def test_files_of_other_times_are_read(
 def test_a_tower_alone_is_told_what_makes_a_model_of_it(
     make_vision: MakeVision, make_text: MakeText
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"is a language model alone .* smolstack bridge VIS"):
+    with pytest.raises(CheckpointError, match=r"language model.* smolstack bridge VIS"):
         smolstack.load(make_text())
-    with pytest.raises(CheckpointError, match=r"is a vision tower alone .* smolstack bridge /"):
+    with pytest.raises(CheckpointError, match=r"vision tower .* smolstack bridge /"):
         smolstack.load(make_vision(whole=True))
 
 

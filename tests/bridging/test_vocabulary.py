@@ -180,9 +180,9 @@ def test_a_template_that_loses_the_image_is_refused(
 ) -> None:
     file = tmp_path / "lossy.jinja"
     file.write_text("{% for m in messages %}{{ m['role'] }}{% endfor %}")
-    with pytest.raises(ConfigError, match=r"lossy.jinja makes 'user' of .*expected one <image>"):
+    with pytest.raises(ConfigError, match=r"lossy.jinja .*'user'.*<image>"):
         plan_bridge(make_vision(), make_text(), chat_template=file)
     with pytest.raises(ConfigError, match="expected 'text', 'family' or a Jinja file"):
         plan_bridge(make_vision(), make_text(), chat_template="mine")
-    with pytest.raises(ConfigError, match="has no chat template; expected chat_template 'family'"):
+    with pytest.raises(ConfigError, match=r"no chat template.*'family'"):
         plan_bridge(make_vision(), make_text(chat=None), chat_template="text")

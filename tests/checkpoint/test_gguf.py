@@ -117,15 +117,15 @@ def test_it_is_saved_as_a_folder(
 
 def test_each_file_is_asked_for_by_name(files: tuple[Path, Path], wide_folder: Path) -> None:
     text, tower = files
-    with pytest.raises(CheckpointError, match=r"language model alone.*--mmproj.*mmproj\.gguf"):
+    with pytest.raises(CheckpointError, match=r"--mmproj.*mmproj\.gguf"):
         smolstack.load(text)
     with pytest.raises(CheckpointError, match="holds a vision tower; give it as mmproj"):
         smolstack.load(tower, mmproj=text)
-    with pytest.raises(CheckpointError, match=r"holds 'llama', expected a vision tower \(clip\)"):
+    with pytest.raises(CheckpointError, match=r"'llama'.*\(clip\)"):
         smolstack.load(text, mmproj=text)
-    with pytest.raises(CheckpointError, match="is no GGUF file, and a file of its vision tower"):
+    with pytest.raises(CheckpointError, match=r"GGUF file.*vision tower"):
         smolstack.load(wide_folder, mmproj=tower)
-    with pytest.raises(CheckpointError, match="found nothing, expected a GGUF file of a vision"):
+    with pytest.raises(CheckpointError, match="expected a GGUF file"):
         smolstack.load(text, mmproj="nowhere.gguf")
 
 

@@ -47,7 +47,7 @@ def make(kind: str, folder: Path) -> Path:
     [
         ("missing", "found no file, expected an image"),
         ("folder", "found a folder, expected an image"),
-        ("text", "is no image of a format that is read"),
+        ("text", "is not an image in a supported format"),
         ("empty", "is empty (0 bytes)"),
         ("truncated", "is damaged or truncated"),
         ("bomb", "is too large to decode"),
@@ -78,7 +78,7 @@ def test_a_plan_of_a_damaged_image_leaves_no_drawing(
 
 def test_bytes_that_are_no_image_are_refused(refuses: Run, tiny_folder: Path) -> None:
     told = refuses("ask", "-", "What?", "--model", tiny_folder, input=b"not an image")
-    assert "is no image of a format that is read" in told
+    assert "is not an image in a supported format" in told
 
 
 def test_a_web_address_is_not_fetched(refuses: Run, tiny_folder: Path) -> None:

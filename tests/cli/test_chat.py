@@ -89,7 +89,7 @@ def test_no_questions_are_no_error(run: Run, tiny_folder: Path) -> None:
         ("/image nothing.png", "nothing.png: found no file"),
         ("/image", "/image needs a file"),
         ("/image 'half", "No closing quotation"),
-        ("/dance", "/dance is no command"),
+        ("/dance", "/dance is not a command"),
         ("word " * 600, "the model's context holds 512"),
     ],
 )

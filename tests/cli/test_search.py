@@ -56,4 +56,4 @@ def test_a_file_that_is_no_table_is_refused(
     refuses: Run, retrieval_folder: Path, tmp_path: Path
 ) -> None:
     missing = tmp_path / "gone.parquet"
-    assert "is no file" in refuses("search", missing, "?", "-m", retrieval_folder)
+    assert "is not a file" in refuses("search", missing, "?", "-m", retrieval_folder)

@@ -61,7 +61,7 @@ def test_a_finished_run_is_kept_until_something_is_said(
     assert run("train", recipe, "--quiet").exit_code == 0
     said = refuses("train", recipe)
     assert "holds an earlier run" in said
-    assert "(--resume) goes on with it, overwrite=True (--overwrite) removes it" in said
+    assert "(--resume) continues it, overwrite=True (--overwrite) removes it" in said
     assert run("train", recipe, "--resume", "--quiet").exit_code == 0
     again = run("train", recipe, "--overwrite", "--quiet")
     assert again.exit_code == 0
@@ -71,7 +71,7 @@ def test_a_finished_run_is_kept_until_something_is_said(
 def test_bad_recipes_and_data_are_refused_in_a_sentence(
     run: Run, refuses: Run, recipe: Path, tmp_path: Path
 ) -> None:
-    assert "is no file" in refuses("train", tmp_path / "none.toml")
+    assert "is not a file" in refuses("train", tmp_path / "none.toml")
     good = recipe.read_text()
     recipe.write_text(good.replace('"connector"', '"everything"'))
     assert "expected one of ['connector'" in refuses("train", recipe)

@@ -117,7 +117,7 @@ def test_what_transformers_refuses_is_said(run: Run, spoilt: Path) -> None:
     data = json.loads(run("verify", spoilt, "--json").stdout)
     (remark,) = data["checks"][0]["remarks"]
     assert remark == (
-        "transformers refuses this config.json: hidden_size 48 of text_config is no multiple of "
+        "transformers refuses this config.json: hidden_size 48 of text_config is not a multiple of "
         "its 5 attention heads, which head_dim 8 makes no difference to"
     )
 
@@ -176,7 +176,7 @@ def test_token_ids_are_compared(problems: Callable[..., list[str]], spoilt: Path
     edit(spoilt / "generation_config.json", lambda data: data.update(eos_token_id=[900, 5000]))
     found = "\n".join(problems())
     assert "gives <image> the id 861, config.json's image_token_id is 860" in found
-    assert "generation_config.json eos_token_id is 5000, which is no token" in found
+    assert "generation_config.json eos_token_id is 5000, which is not a token" in found
 
 
 def test_preprocessing_is_compared_with_the_tower(
@@ -235,9 +235,9 @@ def test_a_hostile_weight_file(
     problems: Callable[..., list[str]], refuses: Run, spoilt: Path, sign: Path, content: bytes
 ) -> None:
     (spoilt / "model.safetensors").write_bytes(content)
-    assert any("is no complete safetensors file" in problem for problem in problems())
+    assert any("is not a complete safetensors file" in problem for problem in problems())
     for command in (("ask", sign, "Hi", "--model"), ("inspect",)):
-        assert "is no complete safetensors file" in refuses(*command, spoilt)
+        assert "is not a complete safetensors file" in refuses(*command, spoilt)
 
 
 def test_a_truncated_weight_file(
@@ -245,7 +245,7 @@ def test_a_truncated_weight_file(
 ) -> None:
     path = spoilt / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert any("is no complete safetensors file" in problem for problem in problems())
+    assert any("is not a complete safetensors file" in problem for problem in problems())
     assert "model.safetensors" in refuses("ask", sign, "Hi", "--model", spoilt)
 
 
@@ -259,7 +259,7 @@ def test_shards_that_do_not_keep_the_index_s_promise(
     (spoilt / "a.safetensors").write_bytes(b"oops")
     (spoilt / "b.safetensors").unlink()
     found = "\n".join(problems())
-    assert "a.safetensors (4 bytes) is no complete safetensors file" in found
+    assert "a.safetensors (4 bytes) is not a complete safetensors file" in found
     assert "b.safetensors does not exist" in found
     edit(index, lambda data: data["weight_map"].update(ghost="../../secret.safetensors"))
     assert any("expected a .safetensors file" in problem for problem in problems())

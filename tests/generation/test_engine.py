@@ -169,7 +169,7 @@ def test_other_weights_read_a_prompt_anew(vlm: smolstack.VLM) -> None:
         for layer in vlm.model.decoder.layers:
             layer.attention.value.weight.mul_(-1)  # type: ignore[union-attr,operator]
     changed = vlm.ask(text=question, **OPTIONS)
-    vlm.forget()
+    vlm.clear_caches()
     assert changed.token_ids == vlm.ask(text=question, **OPTIONS).token_ids
 
 

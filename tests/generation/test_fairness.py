@@ -41,14 +41,14 @@ def test_a_cheap_request_goes_first_and_an_expensive_one_gives_way(
     long = [made(tiny_vlm, engine, "Tell all.", max_new_tokens=250) for _ in range(3)]
     for request in long[:2]:
         engine.enter([request], client="a")
-    with pytest.raises(QueueFullError, match="0 answers are at work and 2 wait, the limit is 2"):
+    with pytest.raises(QueueFullError, match=r"0 answers .* 2 wait.* 2"):
         engine.enter([long[2]], client="a")
     short = made(tiny_vlm, engine, "Hi.", max_new_tokens=2)
     engine.enter([short], client="a")
     assert [request.given_up is None for request in long[:2]] == [True, False]
     for request in engine._inbox:
         engine.core.add(request)
-    engine.core.clear_out()
+    engine.core.remove_ended()
     assert scheduler.admit() == [short]
 
 

@@ -228,7 +228,7 @@ def test_what_the_prompts_of_a_batch_begin_with_is_read_once(
     questions = ["What?", "And what else is to be seen in this image?", "Is it red or blue?"]
     alone = [vlm.ask(images[0], question, max_new_tokens=6) for question in questions]
     lengths = [answer.usage.prompt_tokens for answer in alone]
-    vlm.forget()
+    vlm.clear_caches()
     work.update(tiles=0, tokens=0)
     together = vlm.ask_many([(images[0], q) for q in questions], max_new_tokens=6)
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
@@ -242,7 +242,7 @@ def test_prompts_that_begin_otherwise_share_nothing(
 ) -> None:
     prompts: list[Any] = [(images[0], "What?"), (images[1], "What?"), ([], "What?")]
     alone = [vlm.ask(*prompt, max_new_tokens=4).token_ids for prompt in prompts]
-    vlm.forget()
+    vlm.clear_caches()
     work.update(tokens=0)
     together = vlm.ask_many(prompts, max_new_tokens=4)
     assert [answer.token_ids for answer in together] == alone

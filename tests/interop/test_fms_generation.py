@@ -229,13 +229,13 @@ def test_pixels_and_image_tokens_that_disagree_are_refused_by_row(model: Any, ba
     odd[1, -1] = model.config.image_token_id
     with pytest.raises(AlignmentError, match="sequence 1 has 1 image tokens, expected 0"):
         model.merge(odd, pixel_values=tiles)
-    with pytest.raises(GridError, match=r"expected \(N, 3, P, P\) or \(B, tiles, 3, P, P\)"):
+    with pytest.raises(GridError, match=r"\(N, 3, P, P\).*\(B, tiles, 3, P, P\)"):
         model.merge(ids, pixel_values=tiles[0])
-    with pytest.raises(GridError, match="give a 8x8 patch grid; the tower's table holds 4x4"):
+    with pytest.raises(GridError, match=r"8x8.*4x4"):
         model.encode_tiles(torch.zeros(1, 3, 64, 64))
     ragged = torch.zeros(tiles.shape[0], 32, 32, dtype=torch.bool)
     ragged[:, :8, :8] = ragged[:, 16:, 16:] = True
-    with pytest.raises(GridError, match="tile 0 is no rectangle from the top left corner"):
+    with pytest.raises(GridError, match="tile 0 "):
         model.merge(ids, pixel_values=tiles, pixel_attention_mask=ragged)
 
 
@@ -306,7 +306,7 @@ def test_processes_that_do_not_divide_the_heads_are_refused_in_words() -> None:
     config = bridge.to_fms_config(PRESETS["smolvlm-256m"].config)
     with (
         torch.device("meta"),
-        pytest.raises(ConfigError, match=r"over 2 processes, which must divide .* 9 attention"),
+        pytest.raises(ConfigError, match=r"2 processes.* 9 attention"),
     ):
         bridge.Idefics3(config, distributed_strategy=strategy)
 
@@ -317,7 +317,7 @@ def test_a_retrieval_model_writes_no_text() -> None:
     from smolstack.interop.miniature import miniature
 
     retrieval = bridge.from_smolstack(random_model(miniature(PRESETS["colsmol-256m"]).config))
-    with pytest.raises(ConfigError, match="ends in an embedding head; it writes no text"):
+    with pytest.raises(ConfigError, match="embedding head"):
         retrieval.prepare_inputs_for_generation(0, torch.zeros(1, 2, dtype=torch.long), {})
 
 
@@ -351,7 +351,7 @@ def test_a_checkpoint_that_lacks_or_adds_weights_is_refused(
     norm = "model.text_model.norm.weight"
     with pytest.raises(CheckpointError, match=r"lacks 1 weights .*base_model\.dec_norm"):
         load({name: tensor for name, tensor in weights.items() if name != norm})
-    with pytest.raises(CheckpointError, match=r"'model.resampler.weight' is no weight"):
+    with pytest.raises(CheckpointError, match=r"'model.resampler.weight' is not a weight"):
         load({**weights, "model.resampler.weight": weights[norm].clone()})
 
 

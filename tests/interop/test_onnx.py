@@ -301,14 +301,14 @@ def test_a_graph_that_computes_something_else_is_never_written(
         "smolstack.interop.onnx.decoder.rope_frequencies",
         lambda rope, head_dim: torch.ones(head_dim // 2),
     )
-    with pytest.raises(CheckpointError, match=r"decoder_model_merged\.onnx differs from torch by"):
+    with pytest.raises(CheckpointError, match=r"decoder_model_merged\.onnx .*torch"):
         export(tiny_folder, tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_answers_in_no_text_is_refused(tmp_path: Path) -> None:
     folder = new_checkpoint(miniature(PRESETS["colsmol-256m"], layers=1), tmp_path / "model")
-    with pytest.raises(ConfigError, match="ends in an embedding head, expected a model that"):
+    with pytest.raises(ConfigError, match="embedding head"):
         export(folder, tmp_path / "exported")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 

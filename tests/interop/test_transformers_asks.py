@@ -277,5 +277,5 @@ def test_a_prompt_is_never_cut_off_inside_an_image(folder: Folder) -> None:
     """transformers cuts where ``max_length`` says and then notices; here it is refused before."""
     processor = folder.vlm().processor
     question = "What? " * processor.config.text.max_positions
-    with pytest.raises(ContextLengthError, match=r"of them visual\), the model's context holds"):
+    with pytest.raises(ContextLengthError, match=r"visual\).*context"):
         processor.prepare((random_image(80, 40), question))

@@ -132,7 +132,7 @@ def test_patches_that_do_not_fit_are_refused_with_their_numbers(
 
 def test_a_wrong_width_is_refused_before_any_work() -> None:
     connector = Idefics3Connector(vision_hidden=8, text_hidden=6, scale=2)
-    with pytest.raises(GridError, match="patches have 7 channels; a connector of 8 channels"):
+    with pytest.raises(GridError, match=r"7 channels.* 8 channels"):
         connector(torch.zeros(1, 16, 7))
 
 
@@ -141,7 +141,7 @@ def test_sizes_that_are_not_positive_are_refused() -> None:
         Idefics3Connector(scale=0)
     with pytest.raises(GridError, match=r"scale is 4\.0, expected an integer"):
         Idefics3Connector(scale=4.0)  # type: ignore[arg-type]
-    with pytest.raises(GridError, match=r"vision_hidden is 768\.0, expected an integer"):
+    with pytest.raises(GridError, match=r"vision_hidden .*768\.0"):
         Idefics3Connector(vision_hidden=768.0)  # type: ignore[arg-type]
 
 

@@ -58,7 +58,7 @@ def test_visual_tokens_of_another_width_are_refused() -> None:
     positions = locate(torch.tensor([[9, 9]]), IMAGE, [1], 2)
     with pytest.raises(AlignmentError, match="visual tokens are 3 wide, text embeddings 4"):
         splice(torch.zeros(1, 2, 4), positions, torch.zeros(1, 2, 3))
-    with pytest.raises(AlignmentError, match="4 visual tokens for 2 positions"):
+    with pytest.raises(AlignmentError, match="4 visual tokens for 2 "):
         splice(torch.zeros(1, 2, 4), positions, torch.zeros(2, 2, 4))
 
 

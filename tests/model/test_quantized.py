@@ -237,7 +237,7 @@ def test_stored_integers_are_not_loaded_as_something_else(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     saved = smolstack.load(tiny_folder, dtype="int8").save(tmp_path / "saved")
-    with pytest.raises(ConfigError, match="holds int8 weights, which do not become float32 ones"):
+    with pytest.raises(ConfigError, match=r"int8 .*float32"):
         smolstack.load(saved, dtype="float32")
     config = json.loads((saved / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"

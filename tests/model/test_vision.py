@@ -121,7 +121,7 @@ def test_a_compiled_tower_is_compiled_once_whatever_the_images_sizes(tiny_folder
     sizes = ((40, 30), (60, 20), (25, 70), (64, 64), (90, 15))
     images = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     expected = [vlm.encode(image).tokens for image in images]
-    vlm.forget()
+    vlm.clear_caches()
     graphs: list[object] = []
 
     def backend(graph: Any, _: object) -> Any:

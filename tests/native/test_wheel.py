@@ -96,7 +96,7 @@ def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
     older = tmp_path / "about.c"
     older.write_text(source.replace("return ABI_VERSION", "return 7"), encoding="utf-8")
     made = compiled(tmp_path, f"-I{NATIVE}", str(older))
-    with pytest.raises(KernelError, match=r"kernels_test\.so has ABI version 7, expected 1"):
+    with pytest.raises(KernelError, match=r"kernels_test\.so .*version 7, expected 1"):
         native.Library(made)
 
 
@@ -106,7 +106,7 @@ def test_a_structure_of_another_size_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "about.c"
     other.write_text(source.replace("sizeof(CacheSlot)", "sizeof(CacheSlot) + 8"), encoding="utf-8")
     made = compiled(tmp_path, f"-I{NATIVE}", str(other))
-    with pytest.raises(KernelError, match="takes CacheSlot to have 32 bytes, expected 24"):
+    with pytest.raises(KernelError, match=r"CacheSlot .*32.* 24"):
         native.Library(made)
 
 
@@ -114,7 +114,7 @@ def test_a_structure_of_another_size_is_refused(tmp_path: Path) -> None:
 def test_a_library_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "other.c"
     other.write_text("int nothing(void) { return 0; }\n", encoding="utf-8")
-    with pytest.raises(KernelError, match="is no library of smolstack's kernels"):
+    with pytest.raises(KernelError, match="is not a library of smolstack's kernels"):
         native.Library(compiled(tmp_path, str(other)))
 
 
@@ -164,7 +164,7 @@ def test_a_built_library_needs_no_compiler_and_stale_ones_are_left(
     monkeypatch.delenv(native.SWITCH)
     monkeypatch.setattr(native, "fingerprint_of_sources", lambda: "another")
     expected = (
-        "kernels_test.so was made of other sources than those beside it; "
+        "kernels_test.so was compiled from other sources than those in its folder; "
         "there is no C compiler (cc, gcc or clang)"
     )
     assert load() == (None, expected)

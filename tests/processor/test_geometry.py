@@ -104,7 +104,7 @@ def test_a_token_budget_takes_the_largest_grid_that_fits(
 
 
 def test_a_budget_below_one_tile_is_refused() -> None:
-    with pytest.raises(ImageError, match="max_image_tokens is 63, below the 64 visual tokens"):
+    with pytest.raises(ImageError, match=r"max_image_tokens .*63.* 64"):
         plan_tiles((1920, 1080), SMALL, 64, max_image_tokens=63)
 
 

@@ -67,7 +67,7 @@ def test_the_frame_inside_an_avif_file_counts(limit: DecodingMemory) -> None:
     data = small_avif_of_a_large_frame(4000)
     assert coded_pixels(data) == 16_000_000
     limit.limit = 100_000_000
-    with pytest.raises(ImageError, match=r"takes 3\d\d,\d\d\d,\d\d\d bytes to decode, more than"):
+    with pytest.raises(ImageError, match=r"3\d\d,\d\d\d,\d\d\d bytes"):
         open_image(data)
 
 
@@ -80,7 +80,7 @@ def test_an_image_that_takes_more_than_the_limit_is_refused(
     assert open_image(buffer.getvalue()).size == (400, 300)
     limit.limit = 400 * 300 * 4
     for act in (open_image, image_size):
-        with pytest.raises(ImageError, match="bytes to decode, more than the 480,000 that are"):
+        with pytest.raises(ImageError, match="480,000"):
             act(buffer.getvalue())
 
 
@@ -140,5 +140,5 @@ def test_who_fails_gives_back_what_it_held() -> None:
     with pytest.raises(RuntimeError), memory.hold(80, "it"):
         raise RuntimeError
     assert memory.held == 0
-    with pytest.raises(ImageError, match="it takes 101 bytes to decode, more than the 100"):
+    with pytest.raises(ImageError, match=r"101 bytes.* 100"):
         memory.hold(101, "it").__enter__()

@@ -42,9 +42,9 @@ def test_each_page_has_its_own_size_and_pixels(tmp_path: Path) -> None:
 def test_which_page_has_to_be_said(tmp_path: Path) -> None:
     path = scan(tmp_path / "scan.tif")
     for act in (open_image, image_size):
-        with pytest.raises(ImageError, match=r"has 3 pages, expected one of them, as in .*#page=1"):
+        with pytest.raises(ImageError, match=r"3 pages.*#page=1"):
             act(path)
-        with pytest.raises(ImageError, match="has 3 pages, expected each as a file of its own"):
+        with pytest.raises(ImageError, match="3 pages"):
             act(path.read_bytes())
     for number in (0, 4):
         with pytest.raises(ImageError, match=f"has 3 pages, expected no page {number}"):
@@ -120,5 +120,5 @@ def test_heic_files_are_read_or_the_package_is_named(
     assert open_image(path).size == image_size(path) == (24, 20)
     for name in ("smolstack.processor.formats", "smolstack.processor.decoding"):
         monkeypatch.setattr(f"{name}.can_read_heif", lambda: False)
-    with pytest.raises(ImageError, match=r"IMG_1\.HEIC is a HEIC .* package pillow-heif"):
+    with pytest.raises(ImageError, match=r"IMG_1\.HEIC .*pillow-heif"):
         open_image(path)

@@ -72,7 +72,7 @@ def test_several_threads_may_ask(report: Path) -> None:
 
 
 def test_what_is_no_page_is_refused_by_name(report: Path, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"has 3 pages, expected one of them, as in .*#page=1"):
+    with pytest.raises(ImageError, match=r"3 pages.*#page=1"):
         open_image(report)
     for number in (0, 4):
         with pytest.raises(ImageError, match=f"has 3 pages, expected no page {number}"):
@@ -141,7 +141,7 @@ def test_a_locked_file_says_what_to_do_and_opens_with_its_password(
 ) -> None:
     path = locked(tmp_path / "locked.pdf", b"sesame")
     for act in (open_image, image_size, count_pages):
-        with pytest.raises(ImageError, match=r"locked\.pdf is locked; give its password \(--passw"):
+        with pytest.raises(ImageError, match=r"locked\.pdf .*--passw"):
             act(path)
     with pytest.raises(ImageError, match="the password that was given does not open it"):
         count_pages(path, "wrong")

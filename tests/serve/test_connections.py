@@ -116,7 +116,7 @@ def test_bodies_together_have_a_limit() -> None:
         slow.close()
         await asyncio.wait_for(waiting, 30)
         assert bodies.held == 5 * megabyte
-        with pytest.raises(RefusedError, match="the bodies of other requests take the 16,777,216"):
+        with pytest.raises(RefusedError, match="16,777,216"):
             await bodies.begin().take(12 * megabyte, time.monotonic())
         for each in (small, large):
             each.close()
@@ -126,7 +126,7 @@ def test_bodies_together_have_a_limit() -> None:
 
 
 def test_a_limit_of_all_bodies_leaves_room_for_one() -> None:
-    with pytest.raises(GenerationError, match="expected a third more than the 33,554,432 of one"):
+    with pytest.raises(GenerationError, match="33,554,432"):
         ServerSettings(bodies_bytes=40_000_000)
 
 

@@ -115,7 +115,7 @@ def message(response: httpx.Response) -> str:
         ({"messages": asking(data_url(b""))}, "empty"),
         ({"messages": asking(data_url(tiff(16, 30_000)))}, "in tiles of 30000x30000"),
         ({"messages": asking(data_url(icon(5000)))}, "holds an image of 5000x5000"),
-        ({"messages": asking(data_url(b"not an image"))}, "is no image of a format"),
+        ({"messages": asking(data_url(b"not an image"))}, "is not an image in a supported format"),
         ({"messages": asking(data_url(png(64, 64)[:60]))}, "damaged or truncated"),
         (
             {"messages": asking(data_url(bomb(10_000)))},
@@ -125,7 +125,7 @@ def message(response: httpx.Response) -> str:
         ({"messages": asking(*[data_url(png(8, 8))] * 17)}, "17 images, at most 16"),
         ({"messages": [{"role": "user", "content": "long " * 3000}]}, "the model's context holds"),
         ({"messages": [{"role": "user", "content": "long " * 90_000}]}, "450,000 characters"),
-        ({"messages": asking(data_url(saved("tga")))}, "is no image of a format that is read"),
+        ({"messages": asking(data_url(saved("tga")))}, "is not an image in a supported format"),
         ({"response_format": nested(300)}, "nested too deeply"),
     ],
     ids=lambda value: str(value)[:40],

@@ -123,7 +123,7 @@ def test_rows_that_are_none_are_named(rows: Any, words: str) -> None:
         ('{"file_name": "a.png", "text": ""}', "an answer without words"),
         (
             '{"file_name": "a.png", "text": "  "}',
-            "leave the example out, or let it say what there is",
+            "leave the example out, or give it an answer",
         ),
         (
             '{"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}]}',

@@ -171,7 +171,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_does_harm(
         return loss * float("nan") if next(calls) == 6 else loss  # in the fourth step
 
     monkeypatch.setattr(AnswerLoss, "forward", forward)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 4 .*last good one is .*02"):
+    with pytest.raises(TrainingError, match=r"nan at step 4 .*02"):
         train(recipe, quiet=True)
     assert [line["step"] for line in log(recipe)] == [1, 2, 3]
     train(recipe, resume=True, quiet=True)

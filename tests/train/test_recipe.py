@@ -80,7 +80,7 @@ def test_what_has_no_meaning_is_named(change: dict[str, Any], words: str) -> Non
 
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="is not a file"):
         Recipe.read(path)
     path.write_text("output = ")
     with pytest.raises(ConfigError, match="not valid TOML"):

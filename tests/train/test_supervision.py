@@ -98,7 +98,7 @@ def test_a_template_that_hides_the_answers_place_is_refused(
 def test_an_example_that_would_be_cut_is_refused_by_name(vlm: VLM) -> None:
     length = len(supervise(vlm, conversation("short")).token_ids)
     assert len(supervise(vlm, conversation("short"), max_tokens=length).token_ids) == length
-    with pytest.raises(DataError, match=rf"the example has {length} tokens \(4 of them visual\)"):
+    with pytest.raises(DataError, match=rf"{length} tokens \(4 of them visual\)"):
         supervise(vlm, conversation("short"), max_tokens=length - 1)
 
 

@@ -154,7 +154,7 @@ def test_bad_examples_are_named_before_the_first_step(
     good = (data / "train.jsonl").read_text().replace("images/", f"{data}/images/")
     path.write_text(good + '{"file_name": "no.png", "text": "x"}\n')
     recipe = make_recipe(data={"train": str(path)})
-    with pytest.raises(DataError, match=r"bad\.jsonl, example 11: .*no\.png: found no file"):
+    with pytest.raises(DataError, match=r"bad\.jsonl, example 11: .*no\.png"):
         run(recipe)
     assert not (Path(recipe.output) / "metrics.jsonl").exists()
 
@@ -206,7 +206,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(make_recipe: MakeRecipe) -> N
     with pytest.raises(TrainingError, match="holds an earlier run"):
         run(recipe)
     run(recipe, overwrite=True)
-    with pytest.raises(TrainingError, match=r"stages\[0\].learning_rate is 0.5, the run .* 0.001"):
+    with pytest.raises(TrainingError, match=r"stages\[0\].learning_rate .*0.5.* 0.001"):
         run(make_recipe({"steps": 1, "learning_rate": 0.5}), resume=True)
 
 

@@ -1,4 +1,4 @@
-"""Where benchmarks keep what is worth having again: downloads, and measurements begun."""
+"""Cache folders of benchmarks: downloads, and unfinished measurements."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 
 
 def kept_folder(name: str) -> Path:
-    """A folder of the user's cache (``$XDG_CACHE_HOME/smolstack/bench/NAME``), made if missing.
+    """Return a folder of the user's cache (``$XDG_CACHE_HOME/smolstack/bench/NAME``), created if
+    missing.
 
-    Where no cache can be written, the system's folder for temporary files stands in.
+    If no cache can be written, a folder in the system's temporary folder is used.
     """
     home = os.environ.get("XDG_CACHE_HOME")
     places = [Path(home)] if home else []
     if not home:
         try:
             places.append(Path.home() / ".cache")
-        except RuntimeError:  # no home directory can be found
+        except RuntimeError:  # there is no home directory
             places = []
     user = os.getuid() if hasattr(os, "getuid") else 0
     last = Path(tempfile.gettempdir()) / f"smolstack-{user}" / "bench" / name

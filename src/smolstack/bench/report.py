@@ -1,4 +1,4 @@
-"""Results as tables for people, as Markdown for pages, and as JSON for programs."""
+"""Results as tables, as Markdown, and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def table(results: Sequence[Result], limits: Mapping[str, float]) -> Table:
-    """One row per contender and case; rates stand beside their share of the machine's limit."""
+    """Return one row per contender and case; rates are shown with their share of the machine's
+    limit.
+    """
     out = Table(box=None, padding=(0, 2), title_justify="left")
     for name in ("case", "contender"):
         out.add_column(name, no_wrap=True)
@@ -38,7 +40,7 @@ def table(results: Sequence[Result], limits: Mapping[str, float]) -> Table:
 
 
 def rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of a study."""
+    """Return the rows of a study as a table."""
     out = Table(box=None, padding=(0, 2), title=title, title_justify="left")
     for name in rows[0]:
         out.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
@@ -53,7 +55,7 @@ def to_dict(
     machine: Mapping[str, Any],
     limits: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything, as plain data; times in seconds, memory in bytes."""
+    """Return everything as plain data; times in seconds, memory in bytes."""
     return {
         "machine": dict(machine),
         "limits": dict(limits),
@@ -63,7 +65,7 @@ def to_dict(
 
 
 def from_dict(data: Mapping[str, Any]) -> list[Result]:
-    """The results of :func:`to_dict`."""
+    """Return the results of :func:`to_dict`."""
     return [Result(**result) for result in data["results"]]
 
 
@@ -72,7 +74,7 @@ def markdown(
     studies: Mapping[str, Sequence[Mapping[str, Any]]],
     limits: Mapping[str, float],
 ) -> str:
-    """Tables for a page: one per case, one per study."""
+    """Return Markdown tables: one per case, one per study."""
     lines: list[str] = []
     for case, group in _by_case(results):
         lines += [f"**{case}**", "", "| contender | median | range | rate | times smolstack |"]
@@ -94,7 +96,7 @@ def markdown(
 
 
 def machine_line(machine: Mapping[str, Any], limits: Mapping[str, float]) -> str:
-    """Processor, threads, what it can do at most, and versions."""
+    """Describe processor, threads, measured limits and versions in one line."""
     said = [f"{machine['processor']} ({', '.join(machine['instructions'])})"]
     said += [f"{machine['threads']} threads", f"kernels: {machine['kernels']}"]
     if limits:
@@ -108,7 +110,7 @@ def machine_line(machine: Mapping[str, Any], limits: Mapping[str, float]) -> str
 
 
 def amount(value: float, unit: str) -> str:
-    """Three significant figures: seconds in µs, ms or s, bytes in MiB or GiB."""
+    """Format with three significant figures: seconds in µs, ms or s, bytes in MiB or GiB."""
     if unit == "B":
         return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
     if value < 0.001:
@@ -124,7 +126,7 @@ def _by_case(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
 
 
 def _ratios(result: Result) -> str:
-    """A contender's median in units of smolstack's, in each of smolstack's precisions."""
+    """Return a contender's median relative to smolstack's, for each of smolstack's precisions."""
     if result.name == OURS:
         return ""
     return ", ".join(
@@ -133,7 +135,9 @@ def _ratios(result: Result) -> str:
 
 
 def _rate(result: Result, limits: Mapping[str, float]) -> tuple[str, str]:
-    """What a contender reaches, by the limit that it is nearer to: arithmetic or memory."""
+    """Return a contender's rate relative to the limit that it is closer to: arithmetic or
+    memory.
+    """
     rate, share = "", 0.0
     limit = limits.get({"int4": "int8"}.get(result.precision, result.precision), 0.0)
     if result.flops and limit:

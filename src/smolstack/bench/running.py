@@ -1,4 +1,4 @@
-"""A whole run: the parts asked for, one after another, and what earlier runs have kept."""
+"""Runs the requested parts, and combines results with those of earlier runs."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 
 from smolstack.bench import machine, report
 from smolstack.bench.cases import PARTS
-from smolstack.bench.peers import absent, sides
+from smolstack.bench.peers import absent, implementations
 from smolstack.bench.studies import STUDIES
 from smolstack.bench.timing import Case, Result, measure
-from smolstack.bench.workload import setting
+from smolstack.bench.workload import workload_of
 from smolstack.errors import ConfigError
 from smolstack.family import Preset
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is measured, and how.
+    """What to measure, and how.
 
     Attributes:
         parts: keys of PARTS and STUDIES.
-        dtypes: smolstack's own precisions.
-        rounds: of each contender, in turn.
-        seconds: of one case, after which no further round begins.
-        only: contenders whose label contains one of these; all when empty.
-        match: cases whose name contains one of these; all when empty.
-        folder: keeps the checkpoint and what peers need of it, for the next run.
+        dtypes: smolstack's precisions.
+        rounds: alternating runs of each contender.
+        seconds: time per case after which no further round starts.
+        only: contenders whose label contains one of these; all if empty.
+        match: cases whose name contains one of these; all if empty.
+        folder: folder for the checkpoint and the peers' versions of it, for later runs.
     """
 
     parts: Sequence[str]
@@ -44,7 +44,7 @@ class Choice:
 
 @dataclass
 class Record:
-    """What a run, or several, found."""
+    """The results of one or more runs."""
 
     preset: str
     machine: dict[str, Any]
@@ -53,24 +53,26 @@ class Record:
     studies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for a file."""
+        """Plain data, for a file."""
         return {
             "preset": self.preset,
             **report.to_dict(self.results, self.studies, self.machine, self.limits),
         }
 
     def add(self, path: Path) -> None:
-        """Put the results of a file before these; a case (or a
-        study's precision) measured anew takes the old one's place.
+        """Insert the results of a file before these; repeated measurements of a case (or of a
+        study's precision) replace the older ones.
 
         Raises:
-            ConfigError: the file is no record of a run.
+            ConfigError: the file is not a record of a run.
         """
         try:
             data: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             earlier, studies = report.from_dict(data), dict(data["studies"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is no record of smolstack bench --save: {error}") from None
+            raise ConfigError(
+                f"{path} is not a record of smolstack bench --save: {error}"
+            ) from None
         anew = {result.case for result in self.results}
         self.results = [r for r in earlier if r.case not in anew] + self.results
         for name, rows in studies.items():
@@ -85,16 +87,16 @@ Progress = Callable[[str], AbstractContextManager[object]]
 
 
 def run(preset: Preset, choice: Choice, progress: Progress) -> Record:
-    """Measure everything that was chosen.
+    """Run all chosen measurements.
 
     Args:
-        progress: a context for each step, given what it does.
+        progress: returns a context for each step, given its description.
     """
     with progress("Measuring the machine …"):
         limits = machine.limits() if choice.parts else {}
     record = Record(preset.name, machine.describe(), limits)
-    with setting(preset, choice.dtypes, choice.folder) as shared:
-        everyone = sides(shared)
+    with workload_of(preset, choice.dtypes, choice.folder) as shared:
+        everyone = implementations(shared)
         try:
             for part in choice.parts:
                 if part in STUDIES:
@@ -105,13 +107,13 @@ def run(preset: Preset, choice: Choice, progress: Progress) -> Record:
                     with progress(f"Measuring {case.name} …"):
                         record.results += measure(case, choice.rounds, seconds=choice.seconds)
         finally:
-            for side in everyone:
-                side.close()
+            for implementation in everyone:
+                implementation.close()
     return record
 
 
 def absences(parts: Sequence[str]) -> list[str]:
-    """A sentence for each peer that is not installed, where one could have taken part."""
+    """Return a sentence for each peer that could take part but is not installed."""
     if not any(part in PARTS for part in parts):
         return []
     return [

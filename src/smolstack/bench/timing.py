@@ -1,4 +1,4 @@
-"""Timing contenders in turn, so that whatever else the machine does falls on all of them."""
+"""Times contenders in turn, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ OURS = "smolstack"
 
 @dataclass(frozen=True)
 class Reading:
-    """What a contender measured by itself, in the unit of its case: another process's seconds, or
-    bytes."""
+    """A measurement that a contender made itself, in the unit of its case: another process's
+    seconds, or bytes.
+    """
 
     value: float
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the work of a case.
+    """One implementation of the work of a case.
 
     Attributes:
-        name: whose way it is: OURS or a peer's name.
-        run: does the work once; what a run must prepare, the first one prepares (see
-            :func:`later`).
-        precision: number format of the weights, "" where there are none.
-        form: what else tells it apart, e.g. "sdpa".
-        bytes_read: bytes of weights that one run must read, 0 when that is no measure of it.
-        warm: what the warm-up does instead of a run that takes long.
+        name: OURS or a peer's name.
+        run: does the work once; the first run prepares what is needed (see :func:`later`).
+        precision: number format of the weights, "" if there are none.
+        form: further distinction, e.g. "sdpa".
+        bytes_read: bytes of weights that one run must read, 0 if not applicable.
+        warm: replaces a long run in the warm-up.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Case:
     """The same work for every contender.
 
     Attributes:
-        name: what is done, e.g. "connector, 17 tiles".
-        contenders: smolstack's own first.
-        flops: floating-point operations of one run, 0 when that is no measure of it.
-        units: results are given per this many units of work (64 for "64 tokens").
+        name: description of the work, e.g. "connector, 17 tiles".
+        contenders: smolstack's first.
+        flops: floating-point operations of one run, 0 if not applicable.
+        units: results are divided by this number of units of work (64 for "64 tokens").
         unit: "s" for seconds, "B" for bytes.
-        rounds: at most so many rounds, where one says as much as many (memory).
+        rounds: maximum number of rounds, if repetition is useless (memory).
     """
 
     name: str
@@ -70,10 +70,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What one contender's runs took, per unit of work.
+    """The measurements of one contender, per unit of work.
 
     Attributes:
-        values: every round's, in the order of rounds; seconds or bytes, as ``unit`` says.
+        values: of every round, in order; seconds or bytes according to ``unit``.
         flops, bytes_read: of one unit of work, 0 when not counted.
         ratios: this contender's median over smolstack's in each precision: above 1, smolstack
             needs less.
@@ -99,17 +99,17 @@ class Result:
 
     @property
     def gflops(self) -> float:
-        """10⁹ floating-point operations a second, 0 when not counted."""
+        """10⁹ floating-point operations per second, 0 if not counted."""
         return self.flops / self.median / 1e9
 
     @property
     def gigabytes(self) -> float:
-        """10⁹ bytes of weights a second, 0 when not counted."""
+        """10⁹ bytes of weights per second, 0 if not counted."""
         return self.bytes_read / self.median / 1e9
 
 
 def later(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """A run that is made when it is first called: models that nobody measures are not loaded."""
+    """Return a run that is made on its first call, so that models are only loaded if measured."""
     made: list[Callable[[], object]] = []
 
     def run() -> object:
@@ -124,7 +124,8 @@ def measure(case: Case, rounds: int, warmup: int = 1, seconds: float | None = No
     """Run every contender ``warmup`` times, then all of them in turn, ``rounds`` times.
 
     Args:
-        seconds: after the first round no other begins once the rounds have taken so long.
+        seconds: no further round starts once the rounds have taken this long; the first one always
+            runs.
     """
     rounds = min(rounds, case.rounds or rounds)
     values: dict[str, list[float]] = {contender.label: [] for contender in case.contenders}

@@ -1,9 +1,9 @@
-"""Child processes that prepare work once, stay alive, and do it when told.
+"""Child processes that prepare work once and then run it on request.
 
-Contenders whose threads or libraries must not meet (two OpenMP runtimes, a thread pool that
-spins), and everything whose memory is measured, run in one of these. Parent and child talk in
-lines of JSON over the child's own pipe; what libraries print goes to stderr, and nowhere unless
-the environment variable SMOLSTACK_DEBUG is set.
+Contenders whose threads or libraries conflict (two OpenMP runtimes, a spinning thread pool), and
+everything whose memory is measured, run in such a process. Parent and child communicate with lines
+of JSON over a pipe; output of libraries goes to stderr if the environment variable SMOLSTACK_DEBUG
+is set, and is discarded otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smolstack.bench.timing import Reading
 
 
 class WorkerError(RuntimeError):
-    """A child process could not prepare or do its work."""
+    """A child process failed to prepare or do its work."""
 
 
 class Worker:
@@ -40,16 +40,18 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, **arguments: Any) -> Reading:
-        """Do the work once: the seconds that it took in the child."""
+        """Do the work once; return the seconds that it took in the child."""
         return Reading(float(self.tell(**arguments)["seconds"]))
 
     def tell(self, **arguments: Any) -> dict[str, Any]:
-        """Do the work once: its ``seconds``, the child's ``peak_bytes`` so far, the ``value``."""
+        """Do the work once; return its ``seconds``, the child's ``peak_bytes`` so far, and the
+        ``value``.
+        """
         self.start()
         return self._ask(arguments)
 
     def start(self) -> None:
-        """Start the child and wait until its work is prepared; once is enough."""
+        """Start the child, if not started, and wait until its work is prepared."""
         if self._process is not None:
             return
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
@@ -103,10 +105,10 @@ class Worker:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far, mapped files included."""
+    """Return the peak memory of this process so far, including mapped files."""
     status = Path("/proc/self/status")
     if status.is_file():
-        # Not getrusage: there a child begins with the peak of the process that started it.
+        # Not getrusage: its value for a child starts with the peak of the parent process.
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -117,8 +119,8 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """The child: one answer per line that is read."""
-    # Libraries print on stdout as well, some of them from C: the parent's pipe becomes ours alone.
+    """Run the child: one answer per line of input."""
+    # Libraries also print on stdout, some of them from C: keep the parent's pipe for our output.
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     work: Callable[..., Any] | None = None
@@ -133,7 +135,7 @@ def main() -> None:
                 value = work(**message)
                 seconds = perf_counter() - began
                 answer = {"seconds": seconds, "peak_bytes": peak_bytes(), "value": value}
-        except Exception as error:  # whatever a peer raises, the parent is to hear of it
+        except Exception as error:  # report any exception to the parent
             answer = {"error": f"{type(error).__name__}: {error}"}
         pipe.write(json.dumps(answer) + "\n")
         pipe.flush()

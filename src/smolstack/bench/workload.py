@@ -1,4 +1,6 @@
-"""What all contenders share: one checkpoint with random weights, the same inputs, threads."""
+"""The workload of all contenders: one checkpoint with random weights, the same inputs and
+threads.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "int8": 8.0, "int4":
 
 @dataclass(frozen=True)
 class Scene:
-    """An image file and how it is cut."""
+    """An image file and how it is split."""
 
     path: Path
     split: bool
@@ -44,12 +46,12 @@ class Scene:
 
 
 @dataclass
-class Setting:
+class Workload:
     """A preset's shape with random weights, in a folder that every contender loads.
 
     Attributes:
         dtypes: precisions of smolstack's own contenders.
-        root: a folder for the checkpoint, images and what peers need of it in their formats.
+        root: a folder for the checkpoint, the images, and the checkpoint in the peers' formats.
     """
 
     preset: Preset
@@ -66,25 +68,25 @@ class Setting:
 
     @cached_property
     def folder(self) -> Path:
-        """The checkpoint, in bfloat16 as the family's are published."""
+        """The checkpoint, in bfloat16 like the published ones."""
         path = self.root / "model"
         if not path.exists():
             new_checkpoint(self.preset, path, seed=self.seed, dtype="bfloat16")
         return path
 
     def saved(self, dtype: str) -> Path:
-        """The checkpoint as it is saved in a precision: quantized, or the one that all load."""
+        """Return the checkpoint saved in a precision: a quantized one, or the common one."""
         if dtype not in QUANTIZED:
             return self.folder
         path = self.root / f"model-{dtype}"
         if not path.exists():
-            with torch.inference_mode(False):  # in the midst of a measurement
+            with torch.inference_mode(False):  # may be called during a measurement
                 load(self.folder, dtype=dtype).save(path)
         return path
 
     @cached_property
     def scenes(self) -> list[Scene]:
-        """Images as files (JPEG, as a camera leaves them); no two tiles of one are equal."""
+        """Image files (JPEG, as from a camera); all tiles of an image are different."""
         made = []
         for size, split in IMAGES:
             plan = plan_tiles(size, self.preset.settings, self.config.tokens_per_tile, split)
@@ -94,47 +96,49 @@ class Setting:
         return made
 
     def noise(self, *shape: int) -> Tensor:
-        """Normal noise, float32; the same for the same shape."""
+        """Return normal noise, float32; the same for the same shape."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(shape, generator=generator)
 
     def ids(self, length: int, batch: int = 1) -> Tensor:
-        """Tokens of text, (batch, length)."""
+        """Return text tokens, (batch, length)."""
         generator = torch.Generator().manual_seed(self.seed)
         limit = min(self.config.image_token_id, 40_000)
         return torch.randint(3, limit, (batch, length), generator=generator)
 
 
 @contextmanager
-def setting(
+def workload_of(
     preset: Preset, dtypes: tuple[str, ...] = ("float32",), folder: Path | None = None
-) -> Iterator[Setting]:
-    """A setting whose files last as long as the context, or stay in a folder for the next one."""
+) -> Iterator[Workload]:
+    """Yield a workload whose files last as long as the context, or stay in a folder for later
+    runs.
+    """
     if folder is not None:
         root = folder / preset.name
         root.mkdir(parents=True, exist_ok=True)
-        yield Setting(preset, root, dtypes)
+        yield Workload(preset, root, dtypes)
         return
     with TemporaryDirectory(prefix="smolstack-bench-") as temporary:
-        yield Setting(preset, Path(temporary), dtypes)
+        yield Workload(preset, Path(temporary), dtypes)
 
 
 @contextmanager
 def made_once(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes ``path`` when it is complete."""
+    """Yield a temporary path that is renamed to ``path`` when the file is complete."""
     partial = path.with_name(f"{path.name}.partial")
     yield partial
     partial.replace(path)
 
 
 def text_batch(ids: Tensor) -> Batch:
-    """A batch of prompts without images."""
+    """Return a batch of prompts without images."""
     mask = torch.ones_like(ids, dtype=torch.bool)
     return Batch(ids, mask, torch.empty(0, 3, 1, 1), (), (0,) * len(ids))
 
 
 def noise_image(size: tuple[int, int]) -> Image.Image:
-    """Noise that is smooth enough to be an image."""
+    """Return smooth noise as an image."""
     width, height = size
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
@@ -142,5 +146,5 @@ def noise_image(size: tuple[int, int]) -> Image.Image:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a precision's activations."""
+    """Return the dtype of a precision's activations."""
     return DTYPES.get(name, torch.float32)

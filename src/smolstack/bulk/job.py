@@ -232,7 +232,7 @@ class _Job:
             raise BulkError(
                 f"{error.filename or self.parts.folder}: {reason}; "
                 f"{self.done:,} of {len(self.reader):,} images are done and kept, and the same "
-                "call goes on from there"
+                "call continues from there"
             ) from error
 
     def _tell(self, rows: int) -> None:

@@ -37,7 +37,7 @@ class Row:
             raise ImageError(self.error)
         source = self.path if self.content is None else self.content
         if source is None:
-            raise ImageError("neither a path nor bytes stand here, expected an image")
+            raise ImageError("found neither a path nor bytes, expected an image")
         return source
 
 

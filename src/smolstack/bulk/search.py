@@ -77,7 +77,7 @@ def search_pages(
 
 def _open(index: Path, shape: str | None) -> pq.ParquetFile:
     if not index.is_file():
-        raise BulkError(f"{index} is no file, expected a table of pages")
+        raise BulkError(f"{index} is not a file, expected a table of pages")
     try:
         table = pq.ParquetFile(index)
     except (OSError, pa.ArrowInvalid) as error:
@@ -86,7 +86,7 @@ def _open(index: Path, shape: str | None) -> pq.ParquetFile:
     about = {key.decode(): value.decode() for key, value in (table.metadata.metadata or {}).items()}
     if about.get(EMBED) != RETRIEVAL:
         raise BulkError(
-            f"{index} is no table of smolstack map --embed {RETRIEVAL}, expected one (.parquet)"
+            f"{index} is not a table of smolstack map --embed {RETRIEVAL}, expected one (.parquet)"
         )
     if shape is not None and about.get(SHAPE) != shape:
         raise BulkError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolstack.checkpoint.adapter_targets import words_nowhere
+from smolstack.checkpoint.adapter_targets import unmatched_targets
 from smolstack.checkpoint.files import ADAPTER_CONFIG, read_json
 from smolstack.checkpoint.hub import BUNDLED, find
 from smolstack.checkpoint.weights import INDEX, SINGLE, Entry, open_weights
@@ -164,8 +164,8 @@ def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
     if not path.is_file() or (whole and not held):
         if base is not None:
             raise CheckpointError(
-                f"{folder} is no adapter (it has no {path.name} with {WEIGHTS}), and a base was "
-                f"given for it: {base}"
+                f"{folder} is not an adapter (it has no {path.name} with {WEIGHTS}), and a base "
+                f"was given for it: {base}"
             )
         return None
     settings = read_json(path)
@@ -256,7 +256,7 @@ def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
         name: _checked(adapter, name, pair, shapes, entries[name].shape)
         for name, pair in pairs.items()
     }
-    absent = words_nowhere(adapter.settings.get("target_modules"), entries)
+    absent = unmatched_targets(adapter.settings.get("target_modules"), entries)
     notes = [f"target_modules names {word}, which the base has nowhere" for word in absent]
     return Changes(path, low_rank, whole, rows, (*adapter.notes, *notes))
 

@@ -9,7 +9,7 @@ from typing import Any
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def words_nowhere(targets: Any, names: Iterable[str]) -> list[str]:
+def unmatched_targets(targets: Any, names: Iterable[str]) -> list[str]:
     """Return the layer names in ``target_modules`` that occur in no weight's name.
 
     Args:

@@ -179,7 +179,8 @@ def _check(name: str, entries: Mapping[str, Entry], tensors: Mapping[str, _Expec
     extra = sorted((others & set(entries)) - {f"{name}.{end}" for end in tensors})
     if extra:
         raise CheckpointError(
-            f"{extra[0]} stands beside the layer's integers, expected {', '.join(tensors)} alone"
+            f"{extra[0]} is an extra tensor of a quantized layer, "
+            f"expected only {', '.join(tensors)}"
         )
 
 

@@ -150,7 +150,7 @@ def _unlike_transformers(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or not hidden % heads:
         return []
     return [
-        f"transformers refuses this config.json: hidden_size {hidden} of text_config is no "
+        f"transformers refuses this config.json: hidden_size {hidden} of text_config is not a "
         f"multiple of its {heads} attention heads, which head_dim {sizes.get('head_dim')} makes no "
         "difference to"
     ]

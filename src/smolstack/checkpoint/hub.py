@@ -95,13 +95,14 @@ def _download(repo: str, revision: str | None) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
-            f"{repo} is no folder here; to fetch it from the hub, pip install 'smolstack[hf]'"
+            f"{repo} is not a local folder; to download it from the hub, "
+            "pip install 'smolstack[hf]'"
         ) from None
     try:
         folder: str = snapshot_download(repo, revision=revision, allow_patterns=PATTERNS)
     except Exception as error:  # the hub client raises many error types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{repo} is no folder here and could not be fetched from the hub: {reason}"
+            f"{repo} is not a local folder and could not be downloaded from the hub: {reason}"
         ) from error
     return Path(folder)

@@ -81,7 +81,7 @@ def _translate(name: str, table: dict[str, str]) -> str:
     index = _INDEX.search(module + ".")
     pattern = module if index is None else _INDEX.sub(".{i}", module + ".", count=1)[:-1]
     if kind not in KINDS or pattern not in table:
-        raise CheckpointError(f"{name!r} is no weight of the Idefics3 / SmolVLM family")
+        raise CheckpointError(f"{name!r} is not a weight of the Idefics3 / SmolVLM family")
     target = table[pattern]
     if index is not None:
         target = target.replace("{i}", index.group(1))

@@ -175,8 +175,8 @@ def _layer(
     ):
         raise CheckpointError(
             f"{folder} holds {name} {list(packed)} with scales and biases "
-            f"{[shape and list(shape) for shape in shapes]}, which is no weight of {bits} bits in "
-            f"groups of {group}"
+            f"{[shape and list(shape) for shape in shapes]}, which is not a weight of {bits} bits "
+            f"in groups of {group}"
         )
     return _Layer(bits, columns, found[names[0]].dtype, names)
 

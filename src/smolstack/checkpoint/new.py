@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-# Enough text for a few hundred merges, so that prompts are tokenized into words, not bytes.
+# Enough text for a few hundred merges, so that prompts tokenize into words and not bytes.
 _CORPUS = """What does it say? What is written in this picture? Describe the image in detail.
 Can you read the text on the sign? How many lines are there? Read line two of the document.
 User: Assistant: The image shows a page with a table, a title and three paragraphs of text.

@@ -90,7 +90,7 @@ def read_schemes(config: Mapping[str, Any]) -> Schemes:
     method = data.get("quant_method") if isinstance(data, Mapping) else data
     if method == "smolstack":
         raise ConfigError(
-            f"config.json's {KEY} is smolstack's own of before; make the folder anew from its "
+            f"config.json's {KEY} is an older form of smolstack's; make the folder again from its "
             "float checkpoint: smolstack.load(MODEL, dtype=…).save(FOLDER)"
         )
     if method != METHOD:

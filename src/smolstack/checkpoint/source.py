@@ -28,7 +28,7 @@ BARE = ("vision_model.", "text_model.", "connector.")  # prefixes of names in a 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened checkpoint; weights stay on disk until they are asked for.
+    """An opened checkpoint; weights stay on disk until they are read.
 
     Attributes:
         where: location of the files.
@@ -36,7 +36,7 @@ class Source:
         weights: weights under Hugging Face names, without the adapter's changes.
         kind: "safetensors", "MLX" or "GGUF".
         changes: what an adapter does to them.
-        notes: what was derived or is unusual and not wrong, a sentence each.
+        notes: derived values and unusual but valid findings, one sentence each.
     """
 
     where: ModelPath

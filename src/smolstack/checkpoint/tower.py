@@ -36,7 +36,7 @@ class VisionSource:
         scale: the scale of its connector, None for a tower without one.
         weights: (smolstack's name, tensor) pairs, memory-mapped.
         dtype: what most of its weights are stored in.
-        notes: what is left out or was derived, a sentence each.
+        notes: what is left out or was derived, one sentence each.
     """
 
     where: Path
@@ -63,7 +63,7 @@ class TextSource:
         chat_template: the Jinja source, or None.
         generation: generation_config.json.
         family: the files if it is a checkpoint of the family, None for a plain language model.
-        notes: what is left out or was derived, a sentence each.
+        notes: what is left out or was derived, one sentence each.
     """
 
     where: Path

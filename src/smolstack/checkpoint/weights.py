@@ -121,7 +121,7 @@ class open_weights:  # noqa: N801 - used like a function, as open() is
             self.handle: Any = safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
-                f"{path} ({path.stat().st_size} bytes) is no complete safetensors file: {error}"
+                f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}"
             ) from error
 
     def __enter__(self) -> Any:
@@ -141,5 +141,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
             or Path(name).name != name
             or not name.endswith(".safetensors")
         ):
-            raise CheckpointError(f"{index} names {name!r}, expected a .safetensors file beside it")
+            raise CheckpointError(
+                f"{index} names {name!r}, expected a .safetensors file in its folder"
+            )
     return weight_map

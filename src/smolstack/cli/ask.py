@@ -145,7 +145,7 @@ def check_question(images: list[str], text: str) -> None:
             "after it"
         )
     if images.count(STDIN) > 1:
-        raise ImageError(f"- stands {images.count(STDIN)} times, but stdin holds one image")
+        raise ImageError(f"- is given {images.count(STDIN)} times, but stdin holds one image")
 
 
 def read_image(image: str) -> str | bytes:

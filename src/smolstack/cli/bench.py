@@ -205,7 +205,7 @@ def bench(
 
 
 def _show(record: Record, *, json: bool, markdown: bool) -> None:
-    """Results on stdout, in the form that was asked for."""
+    """Print the results on stdout in the requested format."""
     from smolstack.bench import report, targets
 
     reached = targets.reached(record.results, record.studies)
@@ -226,7 +226,7 @@ _OF_A_PRESET = ("preset", "seconds", "match")
 
 
 def _check_quality(context: typer.Context, parts: list[str]) -> None:
-    """Refuse what has no meaning beside --model, before anything is loaded."""
+    """Raise an error for options that do not apply with --model, before anything is loaded."""
     from smolstack.errors import ConfigError
 
     if parts != [What.quality.value]:

@@ -59,35 +59,36 @@ def bridge(
         int | None,
         typer.Option(
             min=1,
-            help="Visual tokens of a tile; without it and --scale, the vision checkpoint's own, "
-            "or for a SigLIP as near to 64 as its grid allows.",
+            help="Visual tokens per tile. Default, without --scale: the vision checkpoint's, or "
+            "for a SigLIP as close to 64 as its grid allows.",
         ),
     ] = None,
     scale: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Instead: edge of the square of patches that becomes one visual token."
+            min=1,
+            help="Alternatively, the edge of the square of patches that becomes one visual token.",
         ),
     ] = None,
     longest_edge: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Pixels that an image's longer side is resized to before it is cut into tiles; "
-            "without it, the vision checkpoint's own, or for a SigLIP four tiles.",
+            help="Pixels to which an image's longer side is resized before it is split into tiles. "
+            "Default: the vision checkpoint's, or four tiles for a SigLIP.",
         ),
     ] = None,
     chat_template: Annotated[
         str | None,
         typer.Option(
             metavar="text|family|FILE",
-            help="The text model's own with images in it, that of Idefics3, or a Jinja file; "
-            "without it, the text model's own if it has one.",
+            help="The text model's template with images added, that of Idefics3, or a Jinja file. "
+            "Default: the text model's, if it has one.",
         ),
     ] = None,
     dtype: Annotated[
         BridgedDtype,
-        typer.Option(help="Number format of the weights; auto holds both towers as they are."),
+        typer.Option(help="Number format of the weights; auto preserves both towers exactly."),
     ] = BridgedDtype.auto,
     seed: Annotated[
         int, typer.Option(help="Of the connector and of the new tokens' embeddings.")

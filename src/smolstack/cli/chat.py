@@ -199,7 +199,7 @@ def _turn(conversation: Conversation, line: str, *, interactive: bool) -> bool:
     elif command == "/image":
         _add_images(conversation, rest.strip(), interactive=interactive)
     else:
-        raise PromptError(f"{command} is no command; /help lists them")
+        raise PromptError(f"{command} is not a command; /help lists them")
     return True
 
 

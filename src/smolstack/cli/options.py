@@ -51,7 +51,7 @@ _MODEL_HELP = "A checkpoint folder, a GGUF file or a hub id"
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}.")]
 OptionalModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}; without it, the bundled reader."),
+    typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}. Default: the bundled reader."),
 ]
 DtypeOption = Annotated[
     Dtype,

@@ -78,7 +78,7 @@ def plan(
     if out is not None and len(images) != 1:
         raise ImageError(f"--out draws one image, found {len(images)}")
     if images.count(STDIN) > 1:
-        raise ImageError(f"- stands {images.count(STDIN)} times, but stdin holds one image")
+        raise ImageError(f"- is given {images.count(STDIN)} times, but stdin holds one image")
     with progress("Planning …"):
         from smolstack.checkpoint.hub import locate
 

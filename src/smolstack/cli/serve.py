@@ -38,21 +38,21 @@ def serve(
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     image_cache: options.ImageCacheFolder = None,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8000,
     uds: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Listen at a Unix socket there, and at no port."),
+        typer.Option(metavar="PATH", help="Listen on this Unix socket instead of a port."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What /v1/models calls the model; without it, its folder.")
+        str | None, typer.Option(help="Name of the model in /v1/models. Default: its folder.")
     ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY",
-            help="A key of which clients must send one; may be given several times. Other users "
-            f"of the machine see it here; the variable {serve_address.KEY} hides it from them.",
+            help="An API key that clients must send; repeatable. Other users can see "
+            f"command line arguments; set {serve_address.KEY} instead to hide it.",
             rich_help_panel=_ACCESS,
         ),
     ] = None,
@@ -60,8 +60,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A name by which the server may be asked for, beside its own; * is any. May be "
-            "given several times.",
+            help="An additional accepted host name in requests; *: any. Repeatable.",
             rich_help_panel=_ACCESS,
         ),
     ] = None,
@@ -69,8 +68,8 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="ORIGIN",
-            help="Pages of this origin may ask (CORS), such as https://example.org; * is any. May "
-            "be given several times.",
+            help="Allow requests from pages of this origin (CORS), e.g. https://example.org; "
+            "*: any. Repeatable.",
             rich_help_panel=_ACCESS,
         ),
     ] = None,
@@ -84,19 +83,19 @@ def serve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The certificate's key; without it, it is in the certificate's file.",
+            help="The certificate's private key. Default: in the certificate's file.",
             rich_help_panel=_ACCESS,
         ),
     ] = None,
     max_body_bytes: Annotated[
-        int, typer.Option(min=1, help="Largest request body.", rich_help_panel=_LIMITS)
+        int, typer.Option(min=1, help="Maximum request body, in bytes.", rich_help_panel=_LIMITS)
     ] = 32 * 2**20,
     max_body_bytes_in_flight: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Bodies of all requests together, from their arrival to the requests' end; "
-            "without it, 256 MiB, or twice the largest body.",
+            help="Maximum bytes of all request bodies together, until the requests end. "
+            "Default: 256 MiB, or twice the largest body.",
             rich_help_panel=_LIMITS,
         ),
     ] = None,
@@ -104,47 +103,53 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            help="Connections at a time; without it, 512, or what the limit of open files leaves.",
+            help="Maximum number of connections. Default: 512, or as open files allow.",
             rich_help_panel=_LIMITS,
         ),
     ] = None,
     header_seconds: Annotated[
-        float, typer.Option(help="Longest wait for a request's headers.", rich_help_panel=_LIMITS)
+        float,
+        typer.Option(help="Timeout for a request's headers, in seconds.", rich_help_panel=_LIMITS),
     ] = 10.0,
     body_seconds: Annotated[
-        float, typer.Option(help="Longest wait for a request's body.", rich_help_panel=_LIMITS)
+        float,
+        typer.Option(help="Timeout for a request's body, in seconds.", rich_help_panel=_LIMITS),
     ] = 60.0,
     max_pixels: Annotated[
-        int, typer.Option(min=1, help="Largest image, in pixels.", rich_help_panel=_LIMITS)
+        int, typer.Option(min=1, help="Maximum image size, in pixels.", rich_help_panel=_LIMITS)
     ] = 40_000_000,
     max_decode_bytes: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Memory that images may take together while they are decoded.",
+            help="Memory limit for decoding images, all images together, in bytes.",
             rich_help_panel=_LIMITS,
         ),
     ] = 2**30,
     max_images: Annotated[
-        int, typer.Option(min=1, help="Most images of a request.", rich_help_panel=_LIMITS)
+        int, typer.Option(min=1, help="Maximum images per request.", rich_help_panel=_LIMITS)
     ] = 16,
     max_prompt_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Longest prompt, visual tokens included; without it, the model's context.",
+            help="Maximum prompt tokens, including visual tokens. Default: the model's context.",
             rich_help_panel=_LIMITS,
         ),
     ] = None,
     max_new_tokens: Annotated[
         int,
-        typer.Option(min=1, help="Longest answer, whatever is asked for.", rich_help_panel=_LIMITS),
+        typer.Option(
+            min=1,
+            help="Maximum answer tokens, whatever the request asks for.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = 2048,
     max_form_bytes: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Characters of a request's schema, expression and choices together.",
+            help="Maximum characters of a request's schema, expression and choices together.",
             rich_help_panel=_LIMITS,
         ),
     ] = 64 * 2**10,
@@ -152,44 +157,48 @@ def serve(
         bool,
         typer.Option(
             "--special-tokens-in-text",
-            help="Control tokens that a message's text spells become these tokens, as in "
-            "transformers; whoever writes the text can forge turns then.",
+            help="Convert the text of special tokens in messages to these tokens, as in "
+            "transformers; authors of the text can then forge turns.",
             rich_help_panel=_LIMITS,
         ),
     ] = False,
     max_answers: Annotated[
-        int, typer.Option(min=1, help="Most answers of a request (n).", rich_help_panel=_LIMITS)
+        int, typer.Option(min=1, help="Maximum answers per request (n).", rich_help_panel=_LIMITS)
     ] = 8,
     deadline: Annotated[
         float,
         typer.Option(
-            help="Seconds that a request may take, waiting included.", rich_help_panel=_LIMITS
+            help="Time limit of a request in seconds, including waiting.", rich_help_panel=_LIMITS
         ),
     ] = 300.0,
     drain: Annotated[
         float,
         typer.Option(
-            help="Seconds that requests at work get after SIGTERM.", rich_help_panel=_LIMITS
+            help="Seconds that running requests get after SIGTERM.", rich_help_panel=_LIMITS
         ),
     ] = 30.0,
     running: Annotated[
-        int, typer.Option(min=1, help="Answers at work together.", rich_help_panel=_WORK)
+        int, typer.Option(min=1, help="Maximum number of running answers.", rich_help_panel=_WORK)
     ] = 16,
     queued: Annotated[
         int,
-        typer.Option(min=0, help="Answers that may wait; beyond, 429.", rich_help_panel=_WORK),
+        typer.Option(
+            min=0,
+            help="Maximum number of waiting answers; more get status 429.",
+            rich_help_panel=_WORK,
+        ),
     ] = 64,
     tiles: Annotated[
-        int, typer.Option(min=1, help="Tiles of one vision micro-batch.", rich_help_panel=_WORK)
+        int, typer.Option(min=1, help="Tiles per vision micro-batch.", rich_help_panel=_WORK)
     ] = 4,
     prefill_tokens: Annotated[
-        int, typer.Option(min=1, help="Prompt tokens read in one piece.", rich_help_panel=_WORK)
+        int, typer.Option(min=1, help="Prompt tokens per prefill chunk.", rich_help_panel=_WORK)
     ] = 512,
     image_cache_bytes: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Visual tokens of past images, for those that come again.",
+            help="Size of the image cache, in bytes.",
             rich_help_panel=_WORK,
         ),
     ] = 128 * 2**20,
@@ -197,7 +206,7 @@ def serve(
         int,
         typer.Option(
             min=0,
-            help="KV caches of past prompts, for those that begin alike.",
+            help="Size of the prefix cache, in bytes.",
             rich_help_panel=_WORK,
         ),
     ] = 256 * 2**20,
@@ -205,7 +214,7 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            help="KV caches altogether; without it, half of the memory that is free.",
+            help="Memory limit of all KV caches, in bytes. Default: half of the free memory.",
             rich_help_panel=_WORK,
         ),
     ] = None,
@@ -213,15 +222,18 @@ def serve(
         bool,
         typer.Option(
             "--allow-remote-images",
-            help="Fetch images from public addresses; private ones are always refused.",
+            help="Download images from public addresses; private ones are always refused.",
             rich_help_panel=_REMOTE,
         ),
     ] = False,
     max_remote_bytes: Annotated[
-        int, typer.Option(min=1, help="Largest image fetched.", rich_help_panel=_REMOTE)
+        int,
+        typer.Option(
+            min=1, help="Maximum size of a downloaded image, in bytes.", rich_help_panel=_REMOTE
+        ),
     ] = 16 * 2**20,
     remote_seconds: Annotated[
-        float, typer.Option(help="Longest fetch, in seconds.", rich_help_panel=_REMOTE)
+        float, typer.Option(help="Timeout of a download, in seconds.", rich_help_panel=_REMOTE)
     ] = 10.0,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log every request on stderr.")

@@ -1,4 +1,4 @@
-"""Where a server listens, and who may ask: checked before the model is loaded."""
+"""Where a server listens, and who has access; checked before the model is loaded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ KEY = "SMOLSTACK_API_KEY"
 
 
 def keys(given: list[str]) -> tuple[str, ...]:
-    """The API keys, of the command line and of the environment.
+    """Return the API keys of the command line and the environment.
 
     Raises:
-        GenerationError: one is empty: a server that was meant to have a key would have none.
+        GenerationError: a key is empty, which would leave the server unprotected.
     """
     origins = [("--api-key", key) for key in given]
     if KEY in os.environ:
@@ -31,7 +31,7 @@ def keys(given: list[str]) -> tuple[str, ...]:
 def hosts(
     host: str, uds: Path | None, keys: tuple[str, ...], allowed: list[str]
 ) -> tuple[str, ...] | None:
-    """The names that are looked for in Host; None where a key or a Unix socket keep others out."""
+    """Return the accepted Host names; None if a key or a Unix socket restricts access."""
     from smolstack.serve.origins import own_names
 
     names = tuple(name.lower() for name in allowed)
@@ -41,7 +41,7 @@ def hosts(
 
 
 def certificate(cert: Path | None, key: Path | None) -> tuple[Path, Path | None] | None:
-    """The files of a certificate, tried before the model is loaded."""
+    """Return the certificate's files, after loading them once."""
     if cert is None:
         if key is not None:
             raise GenerationError("--ssl-keyfile was given without --ssl-certfile")
@@ -50,7 +50,7 @@ def certificate(cert: Path | None, key: Path | None) -> tuple[Path, Path | None]
         if path is not None and not path.is_file():
             raise GenerationError(f"{path}: found no file, expected one in PEM")
     try:
-        # Without a password of its own, an encrypted key would ask for one on the terminal.
+        # Without an explicit password, an encrypted key would ask for one on the terminal.
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
             cert, key, password=lambda: b""
         )
@@ -63,7 +63,7 @@ def certificate(cert: Path | None, key: Path | None) -> tuple[Path, Path | None]
 
 
 def listen_at(path: Path) -> socket.socket:
-    """A Unix socket; what a server that ended left there is replaced, one that answers is not."""
+    """Return a Unix socket, replacing one left by a dead server but not one that answers."""
     made = socket.socket(socket.AF_UNIX)
     try:
         if path.is_socket():
@@ -80,7 +80,9 @@ def listen_at(path: Path) -> socket.socket:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The socket, taken before the model is loaded: a port in use is told at once."""
+    """Return the socket, opened before the model is loaded, so that a port in use is reported at
+    once.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         made = socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -88,6 +90,6 @@ def listen(host: str, port: int) -> socket.socket:
         raise GenerationError(
             f"cannot listen at {host} port {port}: {error.strerror or error}"
         ) from None
-    # asyncio sends small events at once only where a socket names its protocol; without it, the
-    # first words of an answer wait for the client's delayed acknowledgement, some 40 ms.
+    # asyncio disables Nagle's algorithm only if the socket names its protocol; otherwise the first
+    # words of an answer wait for the client's delayed acknowledgement, about 40 ms.
     return socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())

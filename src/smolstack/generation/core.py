@@ -123,7 +123,7 @@ class EngineCore:
             except Exception as error:
                 self._fail(request, error)
 
-    def forget(self) -> None:
+    def clear_caches(self) -> None:
         """Clear the image cache in memory and the prefix cache."""
         self.images.cache.clear()
         self.prefixes.clear()
@@ -138,7 +138,7 @@ class EngineCore:
     def step(self) -> bool:
         """Run one step; return False if there was nothing to do."""
         before = len(self.scheduler)
-        self.clear_out()
+        self.remove_ended()
         self.shares.rank([*self.scheduler.waiting, *self.scheduler.running], self.clock())
         self._admit()
         self._collect()
@@ -153,7 +153,7 @@ class EngineCore:
             raise
         return True
 
-    def clear_out(self) -> None:
+    def remove_ended(self) -> None:
         """Remove requests that were cancelled, given up, or have passed their deadline."""
         now = self.clock()
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
@@ -342,4 +342,4 @@ class EngineCore:
 
     def _leave(self, request: Request) -> None:
         self.scheduler.leave(request)
-        request.let_go()
+        request.release()

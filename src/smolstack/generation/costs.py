@@ -16,14 +16,14 @@ from smolstack.batch import VisualTokens
 if TYPE_CHECKING:
     from smolstack.generation.request import Request
 
-_PATIENCE = 4.0  # seconds that a request waits for cheaper ones, per second of its work
-_MOST_DEBT = 60.0  # seconds; upper bound of the delay from a client's use
-_HALF_LIFE = 30.0  # seconds in which a client's recorded use is halved
-_CLIENTS = 4096  # number of clients remembered
-_PIXEL = 3e-8  # seconds per pixel for opening an image
-_FORM = 1e-5  # seconds per byte of a schema or regular expression
-_TOKENS = 256  # upper bound of the expected length: limits are often higher than actual lengths
-_NEW = 0.1  # weight of a new measurement in the moving average
+_PATIENCE = 4.0  # seconds that a request waits for cheaper ones, for each second of its work
+_MOST_DEBT = 60.0  # seconds that a client waits for others
+_HALF_LIFE = 30.0  # seconds after which half of what a client had is forgotten
+_CLIENTS = 4096  # that are remembered
+_PIXEL = 3e-8  # seconds to open a pixel of an image
+_FORM = 1e-5  # seconds for a byte of a schema or a regular expression
+_TOKENS = 256  # of an answer that are expected at most: a limit is often higher than what comes
+_NEW = 0.1  # share of a new measurement
 
 
 class Costs:

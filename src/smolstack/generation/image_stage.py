@@ -19,7 +19,7 @@ from smolstack.generation.request import Request
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource
 
-_HEAVY = 8_000_000  # pixels; larger images take long to open
+_HEAVY = 8_000_000  # pixels of an image that takes long to open
 
 
 class ImageStage:

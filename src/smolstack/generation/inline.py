@@ -101,7 +101,7 @@ class InlineEngine:
         if self._changed.acquire(blocking=False):
             try:
                 if not self._stepping:
-                    self.core.clear_out()
+                    self.core.remove_ended()
             finally:
                 self._changed.release()
 

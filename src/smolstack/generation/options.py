@@ -68,7 +68,7 @@ class AnswerOptions(Tiling, total=False):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The same options, checked, by what they are for.
+    """The validated options, by purpose.
 
     Attributes:
         continues: whether the answer continues a text, not a chat: its white space is kept, and

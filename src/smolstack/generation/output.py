@@ -27,9 +27,9 @@ class Output:
     """An answer in progress, extended one token at a time.
 
     Attributes:
-        constraint: the form that it must keep to, or None.
-        top_logprobs: likeliest tokens noted at each place; None notes nothing.
-        rules: what is asked of single tokens.
+        constraint: its grammar, or None.
+        top_logprobs: number of most likely tokens recorded at each position; None: none.
+        rules: rules about single tokens.
         continues: whether white space at its beginning and end is part of it.
     """
 

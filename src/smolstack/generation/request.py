@@ -166,7 +166,7 @@ class Request:
         if self.listener is not None:
             self.listener(update)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free large objects, and finish."""
         self.stage = "finished"
         for image in self.images or []:

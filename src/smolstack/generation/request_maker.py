@@ -129,8 +129,7 @@ class RequestMaker:
         return self.grammars(options.stopping.eos_token_ids, self._lead(options)).compile(structure)
 
     def grammars(self, eos_token_ids: tuple[int, ...], lead: str | None = None) -> Grammars:
-        """Grammars over this checkpoint's vocabulary, for answers that these tokens end and that
-        come after ``lead``; None is the chat template's."""
+        """Return grammars over this checkpoint's vocabulary, for answers with these end tokens."""
         key = (eos_token_ids, self.processor.answer_lead if lead is None else lead)
         if key not in self._grammars:
             self._grammars[key] = Grammars(
@@ -142,7 +141,7 @@ class RequestMaker:
         return self._grammars[key]
 
     def _lead(self, options: ReadOptions) -> str:
-        """What stands between a prompt and its answer."""
+        """Return the text between a prompt and its answer."""
         return "" if options.continues else self.processor.answer_lead
 
     def prepare(self, requests: Sequence[Request]) -> None:

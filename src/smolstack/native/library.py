@@ -244,7 +244,9 @@ def _check(handle: ctypes.CDLL, path: Path) -> None:
         found = handle.abi_version()
         sizes = [handle.struct_bytes(at) for at in range(len(STRUCTURES) + 1)]
     except AttributeError as error:
-        raise KernelError(f"{path.name} is no library of smolstack's kernels: {error}") from error
+        raise KernelError(
+            f"{path.name} is not a library of smolstack's kernels: {error}"
+        ) from error
     if found != ABI_VERSION:
         raise KernelError(f"{path.name} has ABI version {found}, expected {ABI_VERSION}")
     for one, size in zip(STRUCTURES, sizes, strict=False):
@@ -273,7 +275,7 @@ def _fresh(path: Path) -> Library:
     """A prebuilt library, unless its sources have changed since it was built."""
     opened = Library(path)
     if opened.sources != fingerprint_of_sources():
-        raise KernelError(f"{path.name} was made of other sources than those beside it")
+        raise KernelError(f"{path.name} was compiled from other sources than those in its folder")
     return opened
 
 

@@ -204,7 +204,7 @@ def _no_image(name: str, file: str | Path | bytes, formats: tuple[str, ...]) -> 
             "(pip install 'smolstack[heif]'), or has to be saved as JPEG first"
         )
     known = ", ".join(sorted(accepted(formats)))
-    return f"{name} is no image of a format that is read ({known}), or its beginning is damaged"
+    return f"{name} is not an image in a supported format ({known}), or its beginning is damaged"
 
 
 def _beginning(path: Path) -> bytes:

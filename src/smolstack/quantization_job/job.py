@@ -103,7 +103,7 @@ def quantize(
         tell("measuring the float model", 0, 1)
         reference = Reference.of(vlm, engine, samples.held_out)
         formats = _formats(vlm, bits, shapes, embeddings, state, tell)
-        engine.core.forget()
+        engine.core.clear_caches()
         quantize_model(
             network,
             formats,

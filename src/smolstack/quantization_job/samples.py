@@ -129,7 +129,7 @@ def text_samples(name: str, text: str, processor: Processor, tokens: int) -> lis
     """A text in pieces of about equal length, each of WINDOW tokens or fewer."""
     ids = list(processor.tokenizer.encode(text, special=False))
     if processor.config.image_token_id in ids:
-        raise DataError(f"{name} has {processor.markers.image} in it, which stands for an image")
+        raise DataError(f"{name} has {processor.markers.image} in it, which represents an image")
     first = processor.tokenizer.encode("", special=True)
     room = min(WINDOW, processor.config.text.max_positions) - len(first)
     count = max(2, math.ceil(len(ids) / room))

@@ -22,13 +22,13 @@ from smolstack.train.loss_mask import IGNORED, Supervisor, TokenizedExample
 class MicroBatch:
     """The inputs of one forward pass.
 
-    Padding stands on the right: a causal decoder never lets it reach a real token, so there is
-    no mask. (On a CPU the decoder is given the real tokens alone, see AnswerLoss.)
+    Padding is on the right: with causal attention it does not affect real tokens, so there is no
+    mask. (On a CPU the decoder is given the real tokens alone, see AnswerLoss.)
 
     Attributes:
         token_ids: (B, T) int64.
         lengths: tokens of each row without its padding, length B; empty: T each.
-        labels: (B, T) int64, the token's own id where it carries loss, IGNORED elsewhere.
+        labels: (B, T) int64, the token's id where it carries loss, IGNORED elsewhere.
         tiles_per_sequence: tiles of each row, length B.
         images: every image with its plan, in order.
         pixels: (N, 3, P, P) normalized tiles of all images, if the vision tower is trained.

@@ -18,7 +18,7 @@ from smolstack.processor.folders import PassedOver, search
 SUFFIXES = frozenset([*formats.SUFFIXES, *pages.SUFFIXES])  # of images and PDF files, as for ask
 _log = logging.getLogger("smolstack")
 # Advice about an empty answer, which would train the model to answer nothing.
-NO_WORDS = "leave the example out, or let it say what there is (none, say)"
+NO_WORDS = 'leave the example out, or give it an answer, such as "none"'
 METADATA = "metadata.jsonl"
 FILE_KEYS, ANSWER_KEYS = ("file_name", "image", "picture"), ("text", "answer", "caption")
 
@@ -74,10 +74,10 @@ def open_source(
     if (path / "dataset_dict.json").is_file():
         inside = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise DataError(f"{path} holds several datasets; name one of them: {inside}")
-    return ImageCacheFolder(path, question)
+    return ImageFolder(path, question)
 
 
-class ImageCacheFolder(Source):
+class ImageFolder(Source):
     """Images, each with a .txt file of the same name that holds its answer."""
 
     def __init__(self, folder: Path, question: str) -> None:

@@ -1,9 +1,9 @@
-"""Seconds per epoch with a frozen tower's outputs kept and without.
+"""Seconds per epoch with and without the cache of a frozen tower's outputs.
 
     python -m smolstack.train.epoch_timing [MODEL] --images 128 --train connector
 
-Images are drawn on the spot. Runs with and without the cache take turns; of every kind the
-fastest is shown.
+Images are drawn for the measurement. Runs with and without the cache alternate; the fastest of each
+kind is reported.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Epochs:
 
     Attributes:
         without: the tower runs in every epoch.
-        first, later: it runs in the first one; later ones read what it made.
-        cache_bytes: what is kept on the disk.
+        first, later: the tower runs in the first epoch; later ones read its cached outputs.
+        cache_bytes: size of the cache on disk.
     """
 
     without: float
@@ -51,14 +51,14 @@ def measure_epochs(
     rounds: int = 2,
     seed: int = 0,
 ) -> Epochs:
-    """Train for a few epochs with and without the cache, in turn, ``rounds`` times.
+    """Train for a few epochs with and without the cache, alternating ``rounds`` times.
 
     Args:
         model: a checkpoint folder or hub id; None is the bundled reader.
         stage: what is trained; the vision tower is frozen in all of STAGES.
-        images: how many are drawn, ``size`` pixels each.
+        images: number of drawn images, ``size`` pixels each.
         batch: examples per step.
-        split: whether images are split into tiles; None as the checkpoint says.
+        split: whether images are split into tiles; None: the checkpoint's setting.
         rounds: runs of each kind; the fastest counts.
     """
     kept: list[list[float]] = []
@@ -93,7 +93,7 @@ def measure_epochs(
 
 
 def _draw(folder: Path, count: int, size: tuple[int, int], seed: int) -> list[dict[str, str]]:
-    """Images of numbers, as rows of training data; no two are alike."""
+    """Draw different images of numbers, as rows of training data."""
     rng = random.Random(seed)
     rows = []
     for number in range(count):

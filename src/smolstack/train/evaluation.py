@@ -110,7 +110,7 @@ class Evaluator:
             answered = self._answers(tower)
         finally:
             model.train(was_training)
-            self.vlm.forget()
+            self.vlm.clear_caches()
         if not answered:
             return Evaluated(total)
         truths, answers = [a.truth for a in answered], [a.answer for a in answered]

@@ -49,8 +49,8 @@ def claim_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Saved | No
     used = [name for name in (RECIPE, METRICS, MODEL, CHECKPOINTS) if (folder / name).exists()]
     if used and not (overwrite or resume):
         raise TrainingError(
-            f"{folder} holds an earlier run ({', '.join(used)}); resume=True (--resume) goes on "
-            "with it, overwrite=True (--overwrite) removes it"
+            f"{folder} holds an earlier run ({', '.join(used)}); resume=True (--resume) "
+            "continues it, overwrite=True (--overwrite) removes it"
         )
     return None
 

@@ -1,9 +1,9 @@
 """Caches the outputs of a frozen vision tower on disk, by image content.
 
-The connector folds s² patches into one visual token before it projects them. Folded or not, the
-tower's output has the same size; it is kept folded, in the number format that the projection reads
-it in (under bfloat16 autocast that is bfloat16, half the size and exact). When the connector is
-frozen too, its outputs are kept instead, which are smaller.
+The connector concatenates s² patches before the projection. The tower's output is cached in this
+form, which has the same size, and in the dtype of the projection's input (bfloat16 under bfloat16
+autocast, which is half the size and exact). If the connector is frozen too, its smaller outputs are
+cached instead.
 
 The tower may compute in another precision than the rest of the model (tower_precision.py), which is
 part of an entry's name.
@@ -46,7 +46,7 @@ class FrozenTower:
     Args:
         model: its vision tower is frozen.
         processor: cuts images.
-        projected: the connector is frozen as well and part of what is kept.
+        projected: the connector is frozen too, and its outputs are cached.
         autocast: compute in bfloat16 (the tower too, if its precision is float32).
         precision: of the tower, one of tower_precision.PRECISIONS.
         cache: the folder of the cache, or None to compute every time.

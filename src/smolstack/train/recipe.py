@@ -123,18 +123,18 @@ class Recipe:
     """A whole training run.
 
     Attributes:
-        output: the run's folder; the trained checkpoint is its folder ``model``.
-        model: a checkpoint folder or hub id; empty is the bundled reader.
-        seed: of the order of examples, adapters and dropout.
-        stages: one after the other, each on the weights of the last.
+        output: the run's folder; the trained checkpoint is its subfolder ``model``.
+        model: a checkpoint folder or hub id; empty: the bundled reader.
+        seed: seed of the order of examples, adapters and dropout.
+        stages: stages in order, each on the weights of the previous one.
         autocast: "bfloat16" computes matrix products in it; weights stay float32.
         vision_dtype: what a frozen vision tower computes in: "float32", or "bfloat16" or "int8" by
             the compiled kernels. A tower that is trained computes as ``autocast`` says.
-        gradient_checkpointing: layers are computed again in the backward pass, to save memory.
-        cache: keep a frozen tower's outputs on disk, so that it runs once per image.
-        cache_folder: where; empty is the run's folder ``cache``.
-        checkpoint_every: steps between checkpoints (there is one at the end of each stage too).
-        keep_checkpoints: older ones are removed.
+        gradient_checkpointing: recompute layers in the backward pass, to save memory.
+        cache: cache a frozen tower's outputs on disk, so that it runs once per image.
+        cache_folder: folder of the cache; empty: the run's subfolder ``cache``.
+        checkpoint_every: steps between checkpoints (there is also one at the end of each stage).
+        keep_checkpoints: number of checkpoints kept.
         device: "auto", "cpu", "cuda", …
         parallel: "ddp" or "fsdp", under torchrun.
         save_dtype: dtype of the trained checkpoint; "auto": that of the base model.
@@ -171,7 +171,7 @@ class Recipe:
         """
         path = Path(path)
         if not path.is_file():
-            raise ConfigError(f"{path} is no file, expected a recipe in TOML")
+            raise ConfigError(f"{path} is not a file, expected a recipe in TOML")
         if sys.version_info >= (3, 11):
             import tomllib
         else:

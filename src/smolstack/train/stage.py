@@ -102,7 +102,7 @@ class RunningStage:
             cache=run.cache_folder,
         )
 
-    def go(self) -> None:
+    def train(self) -> None:
         """Train to the end of the stage.
 
         Raises:

@@ -1,4 +1,4 @@
-"""A frozen vision tower in a precision that the compiled kernels multiply quickly."""
+"""A frozen vision tower in a precision for which the compiled kernels are fast."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 def tower_in(model: VisionLanguageModel, precision: str) -> VisionTower:
-    """The model's vision tower in ``precision``, for inference; the model stays as it is.
+    """The model's vision tower in ``precision``, for inference; the model is not changed.
 
-    "float32" is the model's own tower. Another precision is a copy: what is not rounded shares its
-    memory with the model. "int8" is what ``smolstack.load(…, dtype="int8")`` makes of a tower.
+    "float32" is the model's own tower. Another precision is a copy whose unrounded weights share
+    memory with the model. "int8" is the same as the tower of ``smolstack.load(…, dtype="int8")``.
 
     Raises:
         ConfigError: "int8" on another device than the CPU.

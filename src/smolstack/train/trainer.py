@@ -175,7 +175,7 @@ class Trainer:
                 saved = self.saved if number == begin else None
                 running = RunningStage(self, number, saved)
                 self.display.say(*self._announced(running))
-                running.go()
+                running.train()
                 self._finish(running)
             return Trained(self._save_model(), self.total, self.evaluated, self.processes.rank)
         finally:

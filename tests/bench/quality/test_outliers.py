@@ -75,7 +75,7 @@ def test_the_vision_tower_alone_can_be_changed(tiny_folder: Path) -> None:
 
 
 def test_only_float32_takes_outliers(tiny_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="the weights are int8, outliers are planted in float32"):
+    with pytest.raises(ConfigError, match=r"int8.*float32"):
         plant_outliers(smolstack.load(tiny_folder, dtype="int8"))
     with pytest.raises(ConfigError, match="tower is 'audio', expected some of"):
         plant_outliers(smolstack.load(tiny_folder, dtype="float32"), towers=("audio",))

@@ -206,11 +206,11 @@ def test_what_cannot_be_compared_is_refused(
     tiny_folder: Path, retrieval_folder: Path, tmp_path: Path
 ) -> None:
     quantized = smolstack.load(tiny_folder, dtype="int8").save(tmp_path / "int8")
-    with pytest.raises(ConfigError, match="holds int8 weights, which do not become float32"):
+    with pytest.raises(ConfigError, match=r"int8 .*float32"):
         run_quality(Choice(quantized))
-    with pytest.raises(ConfigError, match="would be shown as 'int8', expected another name"):
+    with pytest.raises(ConfigError, match="'int8'"):
         run_quality(Choice(tiny_folder, also=[quantized]))
-    with pytest.raises(ConfigError, match=r"nobody takes part whose name contains .*'gpt'"):
+    with pytest.raises(ConfigError, match=r"'gpt'"):
         run_quality(Choice(tiny_folder, only=["gpt"]))
     with pytest.raises(ConfigError, match="is a retrieval model, which gives no logits"):
         run_quality(Choice(retrieval_folder))

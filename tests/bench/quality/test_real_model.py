@@ -142,7 +142,7 @@ def test_a_language_model_of_another_shape_is_refused(
     found = smollm2.read_gguf(gguf_file)
     weights = {**found.weights, "blk.1.ffn_up.weight": torch.zeros(3, 48)}
     other = smollm2.LanguageModel(found.fields, weights)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.up\.weight has shape \(3, 48\), exp"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.up\.weight .*\(3, 48\)"):
         write_checkpoint(other, tiny_preset, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

@@ -1,4 +1,4 @@
-"""The cases of ``smolstack bench``: what every side is given to do, part by part."""
+"""The cases of ``smolstack bench``: the work given to every implementation, part by part."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 from smolstack.bench.cases import answers, caches, components, end_to_end, training
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import Case
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 
-Part: TypeAlias = Callable[[Setting, Sequence[Side]], Iterator[Case]]
+Part: TypeAlias = Callable[[Workload, Sequence[Implementation]], Iterator[Case]]
 
 PARTS: dict[str, Part] = {
     "connector": components.connector,

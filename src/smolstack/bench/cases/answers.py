@@ -1,4 +1,4 @@
-"""What a form costs per token, and what is saved when one image is asked about several times."""
+"""Cost per token of structured output, and time saved with several questions about one image."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import partial
 
 from PIL import Image
 
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import OURS, Case, Contender
-from smolstack.bench.workload import Setting, noise_image
+from smolstack.bench.workload import Workload, noise_image
 from smolstack.generation.options import AnswerOptions
 from smolstack.vlm import VLM, load
 
@@ -22,10 +22,10 @@ FORMS: dict[str, AnswerOptions] = {
 }
 
 
-def structured(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """A token of a free answer, and of one that keeps to a form."""
-    for dtype in setting.dtypes:
-        vlm = endless(setting, dtype)
+def structured(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
+    """Time per token of a free answer, and of a structured one."""
+    for dtype in workload.dtypes:
+        vlm = endless(workload, dtype)
         contenders = [Contender(OURS, partial(_write, vlm, {}), dtype)]
         contenders += [
             Contender(f"with a {name}", partial(_write, vlm, form), dtype)
@@ -34,11 +34,11 @@ def structured(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
         yield Case(f"structured, per token, {dtype}", contenders, units=TOKENS)
 
 
-def questions(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """Four questions about one image: read once, or anew each time."""
+def questions(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
+    """Four questions about one image, encoded once or every time."""
     image = noise_image(WIDE)
-    for dtype in setting.dtypes:
-        vlm = endless(setting, dtype)
+    for dtype in workload.dtypes:
+        vlm = endless(workload, dtype)
         tiles = vlm.plan(image).tiles
         yield Case(
             f"{len(QUESTIONS)} questions, one image of {tiles} tiles, {dtype}",
@@ -51,9 +51,9 @@ def questions(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
         )
 
 
-def endless(setting: Setting, dtype: str) -> VLM:
-    """The setting's checkpoint, which never ends an answer by itself."""
-    vlm = load(setting.folder, dtype=dtype)
+def endless(workload: Workload, dtype: str) -> VLM:
+    """Return the workload's checkpoint, with answers that do not end by themselves."""
+    vlm = load(workload.folder, dtype=dtype)
     vlm.eos_token_ids = ()
     return vlm
 
@@ -66,15 +66,15 @@ def _write(vlm: VLM, form: AnswerOptions) -> None:
 
 
 def _together(vlm: VLM, image: Image.Image) -> None:
-    vlm.forget()
+    vlm.clear_caches()
     vlm.ask_many([(image, question) for question in QUESTIONS], max_new_tokens=4)
 
 
 def _question(vlm: VLM, image: Image.Image, *, images: bool = False, prefix: bool = False) -> None:
-    vlm.forget()
+    vlm.clear_caches()
     for question in QUESTIONS:
         vlm.ask(image, question, max_new_tokens=4)
         if not images:
             vlm.image_cache.clear()
         if not prefix:
-            vlm.forget_conversation()
+            vlm.clear_prefix_cache()

@@ -1,4 +1,4 @@
-"""What is saved by work that is not done again: equal tiles, known images, known beginnings."""
+"""Time saved by caches: equal tiles, known images, known prefixes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from smolstack.bench.cases.answers import endless
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import OURS, Case, Contender
-from smolstack.bench.workload import QUESTION, Setting
+from smolstack.bench.workload import QUESTION, Workload
 from smolstack.vlm import VLM
 
 PAGE = (1448, 2048)  # A4 upright
@@ -21,12 +21,12 @@ TOKENS = 8
 _LINES = ("Invoice 4711", "Two chairs, one table", "Total 318.00")
 
 
-def reuse(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """Each saving beside the same work without it."""
+def reuse(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
+    """Each cached operation, and the same work without the cache."""
     image = page()
-    for dtype in setting.dtypes:
-        folder = setting.folder / f"images-{dtype}"
-        vlm = endless(setting, dtype)
+    for dtype in workload.dtypes:
+        folder = workload.folder / f"images-{dtype}"
+        vlm = endless(workload, dtype)
         tiles = _tiles(vlm, image)
         different = len({tile.numpy().tobytes() for tile in tiles})
         yield Case(
@@ -48,7 +48,7 @@ def reuse(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
 
 
 def page() -> Image.Image:
-    """A page whose text stands at its top; the rest is white."""
+    """Return a page with text at the top; the rest is white."""
     image = Image.new("RGB", PAGE, "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(48)
     for row, line in enumerate(_LINES):
@@ -61,20 +61,22 @@ def _tiles(vlm: VLM, image: Image.Image) -> Tensor:
 
 
 def _one_by_one(vlm: VLM, tiles: Tensor) -> Tensor:
-    """Every tile by itself: nothing that could be seen to be equal."""
+    """Encode every tile separately, so that equal tiles are not detected."""
     return torch.cat([vlm.model.encode_tiles(tile[None]) for tile in tiles])
 
 
 def _again(vlm: VLM, image: Image.Image, image_kept: bool = False) -> None:
-    """The question once more; the round before has left image and beginning, unless dropped."""
+    """Ask the question again; the previous round has left image and prefix in the caches, unless
+    dropped.
+    """
     if not image_kept:
-        vlm.forget()
+        vlm.clear_caches()
     vlm.ask(image, QUESTION, max_new_tokens=TOKENS)
 
 
 def _from_disk(vlm: VLM, image: Image.Image, folder: Path) -> None:
-    """As a new process would: nothing in memory, the visual tokens in a folder."""
-    vlm.forget()
+    """As in a new process: nothing in memory, visual tokens in a folder."""
+    vlm.clear_caches()
     vlm.image_cache.folder = folder
     try:
         vlm.ask(image, QUESTION, max_new_tokens=TOKENS)
@@ -83,5 +85,5 @@ def _from_disk(vlm: VLM, image: Image.Image, folder: Path) -> None:
 
 
 def _image_alone(vlm: VLM, image: Image.Image) -> None:
-    vlm.forget_conversation()
+    vlm.clear_prefix_cache()
     vlm.ask(image, QUESTION, max_new_tokens=TOKENS)

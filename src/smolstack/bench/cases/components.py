@@ -1,13 +1,13 @@
-"""The network's parts, each alone: connector, vision tower, prefill, decoding."""
+"""Parts of the model, each alone: connector, vision tower, prefill, decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
 from smolstack.bench import sizes
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import Case, Contender
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 
 TILES = (1, 5, 17)
 PROMPTS = (94, 1188)
@@ -15,55 +15,57 @@ CONTEXTS = (100, 1200)
 STEPS = 16
 
 
-def connector(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
+def connector(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
     """Patch states to visual tokens."""
-    config = setting.config
+    config = workload.config
     for tiles in TILES:
-        patches = setting.noise(tiles, config.vision.side**2, config.vision.hidden_size)
+        patches = workload.noise(tiles, config.vision.side**2, config.vision.hidden_size)
         yield Case(
             f"connector, {_tiles(tiles)}",
-            gather(sides, lambda side, x=patches: side.connector(x)),  # type: ignore[misc]
+            gather(implementations, lambda implementation, x=patches: implementation.connector(x)),  # type: ignore[misc]
             flops=2 * tiles * config.tokens_per_tile * sizes.connector(config),
         )
 
 
-def vision(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """One tile through the tower."""
-    vision = setting.config.vision
-    tile = setting.noise(1, 3, vision.image_size, vision.image_size)
+def vision(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
+    """Encode one tile with the vision tower."""
+    vision = workload.config.vision
+    tile = workload.noise(1, 3, vision.image_size, vision.image_size)
     yield Case(
         "vision, 1 tile",
-        gather(sides, lambda side: side.vision(tile)),
-        flops=sizes.tower_flops(setting.config),
+        gather(implementations, lambda implementation: implementation.vision(tile)),
+        flops=sizes.tower_flops(workload.config),
     )
 
 
-def prefill(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
+def prefill(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
     """A prompt of text tokens, up to the logits of the token after it."""
     for length in PROMPTS:
-        ids = setting.ids(length)
+        ids = workload.ids(length)
         yield Case(
             f"prefill, {length} tokens",
-            gather(sides, lambda side, x=ids: side.prefill(x)),  # type: ignore[misc]
-            flops=sizes.prefill_flops(setting.config, length),
+            gather(implementations, lambda implementation, x=ids: implementation.prefill(x)),  # type: ignore[misc]
+            flops=sizes.prefill_flops(workload.config, length),
         )
 
 
-def decode(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """New tokens one at a time, per token, after a context of some length."""
+def decode(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
+    """Decode new tokens one at a time after a context, per token."""
     for length in CONTEXTS:
-        ids = setting.ids(length)
+        ids = workload.ids(length)
         yield Case(
             f"decode, after {length} tokens",
-            gather(sides, lambda side, x=ids: side.decode(x, STEPS)),  # type: ignore[misc]
-            flops=2 * STEPS * sizes.decoder(setting.config),
+            gather(implementations, lambda implementation, x=ids: implementation.decode(x, STEPS)),  # type: ignore[misc]
+            flops=2 * STEPS * sizes.decoder(workload.config),
             units=STEPS,
         )
 
 
-def gather(sides: Sequence[Side], work: Callable[[Side], Sequence[Contender]]) -> list[Contender]:
-    """Every side's contenders for one case."""
-    return [contender for side in sides for contender in work(side)]
+def gather(
+    implementations: Sequence[Implementation], work: Callable[[Implementation], Sequence[Contender]]
+) -> list[Contender]:
+    """Return every implementation's contenders for one case."""
+    return [contender for implementation in implementations for contender in work(implementation)]
 
 
 def _tiles(count: int) -> str:

@@ -6,57 +6,57 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from smolstack.bench.cases.components import gather
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import Case, Contender
-from smolstack.bench.workload import Scene, Setting
+from smolstack.bench.workload import Scene, Workload
 
 
-def images(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
+def images(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
     """A decoded image to normalized tiles."""
-    for scene in setting.scenes:
-        yield Case(f"images, {_tiles(scene)}", gather(sides, partial(_images, scene)))
+    for scene in workload.scenes:
+        yield Case(f"images, {_tiles(scene)}", gather(implementations, partial(_images, scene)))
 
 
-def ask(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """An image file and a question to an answer, greedily; nothing is known beforehand."""
-    for scene in setting.scenes:
+def ask(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
+    """Answer a question about an image file, greedily, with empty caches."""
+    for scene in workload.scenes:
         yield Case(
-            f"ask, {_tiles(scene)}, {setting.new_tokens} tokens",
-            gather(sides, partial(_ask, scene)),
+            f"ask, {_tiles(scene)}, {workload.new_tokens} tokens",
+            gather(implementations, partial(_ask, scene)),
         )
 
 
-def load(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """A checkpoint in bfloat16 to a model that can be asked, its files in the page cache."""
-    yield Case("load", gather(sides, lambda side: side.load()))
+def load(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
+    """Load a checkpoint in bfloat16, with its files in the page cache."""
+    yield Case("load", gather(implementations, lambda implementation: implementation.load()))
 
 
-def memory(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """Peak memory of a process of its own: load, and one answer."""
-    for scene in (setting.scenes[0], setting.scenes[-1]):
+def memory(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
+    """Peak memory of a separate process that loads and answers once."""
+    for scene in (workload.scenes[0], workload.scenes[-1]):
         yield Case(
-            f"memory, {_tiles(scene)}, {setting.new_tokens} tokens",
-            gather(sides, partial(_memory, scene)),
+            f"memory, {_tiles(scene)}, {workload.new_tokens} tokens",
+            gather(implementations, partial(_memory, scene)),
             unit="B",
             rounds=1,
         )
 
 
-def imports(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """Importing the package in a fresh interpreter."""
-    yield Case("import", gather(sides, lambda side: side.imports()))
+def imports(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
+    """Import the package in a new interpreter."""
+    yield Case("import", gather(implementations, lambda implementation: implementation.imports()))
 
 
-def _images(scene: Scene, side: Side) -> Sequence[Contender]:
-    return side.images(scene)
+def _images(scene: Scene, implementation: Implementation) -> Sequence[Contender]:
+    return implementation.images(scene)
 
 
-def _ask(scene: Scene, side: Side) -> Sequence[Contender]:
-    return side.ask(scene)
+def _ask(scene: Scene, implementation: Implementation) -> Sequence[Contender]:
+    return implementation.ask(scene)
 
 
-def _memory(scene: Scene, side: Side) -> Sequence[Contender]:
-    return side.memory(scene)
+def _memory(scene: Scene, implementation: Implementation) -> Sequence[Contender]:
+    return implementation.memory(scene)
 
 
 def _tiles(scene: Scene) -> str:

@@ -7,36 +7,36 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.peers.training_run import BATCH, FIRST, LATER, MEMORY, TrainingTask
 from smolstack.bench.timing import Case
-from smolstack.bench.workload import QUESTION, Setting
+from smolstack.bench.workload import QUESTION, Workload
 
 STAGES = ("connector", "lora")
 _CASES = ((FIRST, "first epoch", "s"), (LATER, "later epochs", "s"), (MEMORY, "peak memory", "B"))
 ROUNDS = 3  # at most; a run takes minutes
 
 
-def train(setting: Setting, sides: Sequence[Side]) -> Iterator[Case]:
-    """Seconds a step of BATCH images, one tile each, and the process's peak memory.
+def train(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
+    """Seconds per step of BATCH images, one tile each, and the process's peak memory.
 
     All three cases of a stage come out of the same runs. The peak is that of loading, two epochs
     and, of smolstack, saving.
     """
-    rows = _draw(setting, BATCH * setting.train_steps)
+    rows = _draw(workload, BATCH * workload.train_steps)
     for stage in STAGES:
-        task = TrainingTask(stage, rows, setting.train_steps)
-        runs = [run for side in sides for run in side.train(task)]
+        task = TrainingTask(stage, rows, workload.train_steps)
+        runs = [run for implementation in implementations for run in implementation.train(task)]
         for what, name, unit in _CASES:
             contenders = [run.contender(what) for run in runs]
             yield Case(f"train {stage}, {name}", contenders, unit=unit, rounds=ROUNDS)
 
 
-def _draw(setting: Setting, count: int) -> list[dict[str, str]]:
+def _draw(workload: Workload, count: int) -> list[dict[str, str]]:
     """Images of numbers with questions and answers, as rows of training data."""
-    folder = setting.root / "training"
+    folder = workload.root / "training"
     folder.mkdir(exist_ok=True)
-    rng, edge = random.Random(0), setting.config.vision.image_size
+    rng, edge = random.Random(0), workload.config.vision.image_size
     rows = []
     for number in range(count):
         answer = str(rng.randrange(10 ** rng.randint(1, 6)))

@@ -1,4 +1,4 @@
-"""What a fresh interpreter takes to import a module."""
+"""Time to import a module in a new interpreter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ print(perf_counter() - began)
 
 
 def import_seconds(module: str) -> float:
-    """Seconds of ``import module`` in a fresh interpreter, its own start not counted."""
+    """Return the seconds of ``import module`` in a new interpreter, without its own start."""
     program = _PROGRAM.format(module=module)
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -1,7 +1,7 @@
-"""The decoder of a checkpoint as a GGUF file, in llama.cpp's number formats.
+"""Writes the decoder of a checkpoint as a GGUF file, in llama.cpp's number formats.
 
-Matrices are quantized by the package ``gguf`` itself, head and token table included; a vocabulary
-is not written, since token ids are given.
+Matrices, including head and token embedding, are quantized by the package ``gguf``. No vocabulary
+is written, because token ids are given.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def write_decoder(folder: Path, path: Path, precision: str) -> Path:
         if array.ndim == 1:
             writer.add_tensor(known, array.astype(np.float32))
         else:
-            # Rows that no block divides stay in 16 bits, as llama.cpp's own quantizer leaves them.
+            # Rows that are not a multiple of the block size stay in 16 bits, as in llama.cpp's
+            # quantizer.
             fits = array.shape[1] % block == 0
             kind = wanted if fits else gguf.GGMLQuantizationType.F16
             writer.add_tensor(known, gguf.quants.quantize(array, kind), raw_dtype=kind)
@@ -73,6 +74,6 @@ def _describe(writer: Any, text: TextConfig) -> None:
 
 
 def rotation_order(weight: Any, heads: int) -> Any:
-    """Rows in the order of llama.cpp's rotation: pairs (2i, 2i + 1), not (i, i + K/2)."""
+    """Return rows in llama.cpp's rotation order: pairs (2i, 2i + 1), not (i, i + K/2)."""
     halves = weight.reshape(heads, 2, -1, weight.shape[1])
     return halves.swapaxes(1, 2).reshape(weight.shape)

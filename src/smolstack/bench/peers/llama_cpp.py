@@ -12,24 +12,24 @@ import numpy.typing as npt
 from torch import Tensor
 
 from smolstack.bench import sizes
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import Contender, Reading
 from smolstack.bench.worker import Worker
-from smolstack.bench.workload import BITS, Setting, made_once
+from smolstack.bench.workload import BITS, Workload, made_once
 
-# Of Q8_0: a scale of 16 bits for 32 weights.
+# Q8_0 has a 16-bit scale per 32 weights.
 _BITS = {**BITS, "int8": 8.5}
 FORMATS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
-class LlamaCpp(Side):
-    """The decoder in each format, each in a process of its own."""
+class LlamaCpp(Implementation):
+    """The decoder in each format, each in a separate process."""
 
     name = "llama.cpp"
     packages = ("gguf", "llama-cpp-python")
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
         self._workers: dict[str, Worker] = {}
 
     def prefill(self, ids: Tensor) -> Sequence[Contender]:
@@ -52,12 +52,14 @@ class LlamaCpp(Side):
         self._workers.clear()
 
     def top_tokens(self, precision: str, ids: Tensor) -> list[int]:
-        """The likeliest next tokens after a prompt, best first: whether it does the same work."""
+        """Return the most likely next tokens after a prompt, best first, to check that it
+        computes the same.
+        """
         told = self._worker(precision).tell(prompt=ids[0].tolist(), steps=0, give=True)
         return [int(token) for token in told["value"]]
 
     def _contender(self, precision: str, passes: float, run: Callable[[], object]) -> Contender:
-        read = passes * sizes.decoder(self.setting.config) * _BITS[precision] / 8
+        read = passes * sizes.decoder(self.workload.config) * _BITS[precision] / 8
         return Contender(self.name, run, precision, FORMATS[precision], bytes_read=read)
 
     def _run(self, precision: str, prompt: list[int], steps: int) -> Reading:
@@ -67,30 +69,30 @@ class LlamaCpp(Side):
         if precision not in self._workers:
             from smolstack.bench.peers.gguf_file import write_decoder
 
-            path = self.setting.root / f"decoder-{FORMATS[precision]}.gguf"
+            path = self.workload.root / f"decoder-{FORMATS[precision]}.gguf"
             if not path.exists():
                 with made_once(path) as partial_file:
-                    write_decoder(self.setting.folder, partial_file, precision)
+                    write_decoder(self.workload.folder, partial_file, precision)
             self._workers[precision] = Worker(
                 f"{__name__}:decoder",
-                self.setting.threads,
+                self.workload.threads,
                 file=str(path),
-                context=min(2048, self.setting.config.text.max_positions),
+                context=min(2048, self.workload.config.text.max_positions),
             )
         return self._workers[precision]
 
 
 def decoder(file: str, context: int, threads: int) -> Callable[..., Any]:
-    """A worker's work: a prompt, then so many tokens one at a time.
+    """A worker's work: read a prompt, then decode tokens one at a time.
 
-    The context keeps its prompt from run to run: only with ``steps=0`` is it read anew.
+    The context keeps its prompt between runs; only ``steps=0`` reads it again.
     """
     model = Model(file, context, threads)
     return model.run
 
 
 class Model:
-    """llama.cpp's own interface, as thin as it is: no Python per token but one call."""
+    """A minimal wrapper of llama.cpp's interface: one Python call per token."""
 
     def __init__(self, file: str, context: int, threads: int) -> None:
         import llama_cpp
@@ -104,7 +106,7 @@ class Model:
             raise RuntimeError(f"llama.cpp does not load {file}")
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = context
-        parameters.n_batch = context  # a prompt in one call
+        parameters.n_batch = context  # the whole prompt in one call
         parameters.n_threads = parameters.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
         vocabulary = llama_cpp.llama_model_get_vocab(self.model)
@@ -112,7 +114,7 @@ class Model:
         self.held: list[int] = []
 
     def run(self, prompt: list[int], steps: int, give: bool = False) -> Any:
-        """Seconds of reading the prompt (``steps=0``) or of the steps after it."""
+        """Return the seconds of reading the prompt (``steps=0``) or of the steps after it."""
         from time import perf_counter
 
         memory = self.api.llama_get_memory(self.context)
@@ -142,7 +144,7 @@ class Model:
             raise RuntimeError(f"llama_decode ended with {failed}")
 
     def _logits(self) -> npt.NDArray[np.float32]:
-        """Scores after the last token that was read."""
+        """Return the logits after the last token."""
         pointer = self.api.llama_get_logits_ith(self.context, -1)
         address = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(address, shape=(self.tokens,))

@@ -1,4 +1,4 @@
-"""onnxruntime for the vision tower: float32, and its dynamic quantization to int8."""
+"""onnxruntime for the vision tower: float32, and dynamic quantization to int8."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smolstack.bench.peers.towers import Towers
 
 
 class OnnxRuntime(Towers):
-    """The tower's graph in a process of its own."""
+    """The tower's graph in a separate process."""
 
     name = "onnxruntime"
     packages = ("onnx", "onnxruntime")
@@ -23,7 +23,7 @@ class OnnxRuntime(Towers):
 
 
 def tower(graph: str, tile: str, precision: str, threads: int) -> Callable[..., Any]:
-    """A worker's work: one tile through the graph."""
+    """A worker's work: run one tile through the graph."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""OpenVINO for the vision tower: float32 and bfloat16, by its hint for the precision."""
+"""OpenVINO for the vision tower: float32 and bfloat16, selected by its precision hint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smolstack.bench.peers.towers import Towers
 
 
 class OpenVino(Towers):
-    """The tower's graph in a process of its own."""
+    """The tower's graph in a separate process."""
 
     name = "openvino"
     packages = ("onnx", "openvino")
@@ -29,7 +29,7 @@ class OpenVino(Towers):
 
 
 def tower(graph: str, tile: str, precision: str, threads: int) -> Callable[..., Any]:
-    """A worker's work: one tile through the graph."""
+    """A worker's work: run one tile through the graph."""
     import openvino
 
     core = openvino.Core()

@@ -1,4 +1,4 @@
-"""smolstack's own contenders, one per precision."""
+"""smolstack's contenders, one per precision."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from smolstack.bench import sizes
 from smolstack.bench.peers import ours_training
 from smolstack.bench.peers.fresh import import_seconds
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.peers.training_run import TrainingRun, TrainingTask
 from smolstack.bench.timing import OURS, Contender, Reading, later
 from smolstack.bench.worker import Worker
-from smolstack.bench.workload import BITS, QUESTION, Scene, Setting, text_batch
+from smolstack.bench.workload import BITS, QUESTION, Scene, Workload, text_batch
 from smolstack.checkpoint.load import QUANTIZED
 from smolstack.processor.tiles import cut_tiles, normalize
 from smolstack.vlm import VLM, load
@@ -25,21 +25,21 @@ from smolstack.vlm import VLM, load
 SAVED = "saved so"
 
 
-class Ours(Side):
-    """Models in every precision of the setting, loaded when first needed."""
+class Ours(Implementation):
+    """Models in every precision of the workload, loaded on first use."""
 
     name = OURS
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
         self._loaded: dict[str, VLM] = {}
 
     def vlm(self, dtype: str) -> VLM:
-        """The checkpoint in one precision; no answer ends by itself."""
+        """Return the checkpoint in one precision; answers do not end by themselves."""
         if dtype not in self._loaded:
-            # Loaded in the midst of a measurement: the weights are to be ordinary tensors.
+            # May be loaded during a measurement: weights must not be inference tensors.
             with torch.inference_mode(False):
-                self._loaded[dtype] = _load(self.setting.folder, dtype)
+                self._loaded[dtype] = _load(self.workload.folder, dtype)
         return self._loaded[dtype]
 
     def connector(self, patches: Tensor) -> Sequence[Contender]:
@@ -54,31 +54,31 @@ class Ours(Side):
             model = self.vlm(dtype).model
             return partial(model.vision, tile.to(model.dtype))
 
-        return self._each(make, sizes.tower(self.setting.config))
+        return self._each(make, sizes.tower(self.workload.config))
 
     def prefill(self, ids: Tensor) -> Sequence[Contender]:
         def make(dtype: str) -> Callable[[], object]:
             model, batch = self.vlm(dtype).model, text_batch(ids)
             return lambda: model.prefill(batch, model.new_cache(batch, ids.shape[1] + 1))
 
-        return self._each(make, sizes.decoder(self.setting.config))
+        return self._each(make, sizes.decoder(self.workload.config))
 
     def decode(self, ids: Tensor, steps: int) -> Sequence[Contender]:
         return self._each(
             lambda dtype: decoding(self.vlm(dtype), ids, steps),
-            steps * sizes.decoder(self.setting.config),
+            steps * sizes.decoder(self.workload.config),
         )
 
     def images(self, scene: Scene) -> Sequence[Contender]:
-        settings = self.setting.preset.settings
+        settings = self.workload.preset.settings
         image = Image.open(scene.path).convert("RGB")
         return [
             Contender(OURS, lambda: normalize(cut_tiles(image, scene.plan, settings), settings))
         ]
 
     def ask(self, scene: Scene) -> Sequence[Contender]:
-        tokens = self.setting.new_tokens
-        small = self.setting.scenes[0]
+        tokens = self.workload.new_tokens
+        small = self.workload.scenes[0]
 
         def run(dtype: str, scene: Scene, tokens: int) -> None:
             ask_once(self.vlm(dtype), scene.path, scene.split, tokens)
@@ -90,16 +90,16 @@ class Ours(Side):
                 dtype,
                 warm=partial(run, dtype, small, 2),
             )
-            for dtype in self.setting.dtypes
+            for dtype in self.workload.dtypes
         ]
 
     def load(self) -> Sequence[Contender]:
-        """From the checkpoint in bfloat16, and from one saved in the precision itself."""
+        """From the checkpoint in bfloat16, and from one saved in the precision."""
         return [
-            *self._each(lambda dtype: partial(load, self.setting.folder, dtype=dtype)),
+            *self._each(lambda dtype: partial(load, self.workload.folder, dtype=dtype)),
             *(
                 Contender(OURS, later(partial(self._loading_saved, dtype)), dtype, SAVED)
-                for dtype in self.setting.dtypes
+                for dtype in self.workload.dtypes
                 if dtype in QUANTIZED
             ),
         ]
@@ -107,25 +107,25 @@ class Ours(Side):
     def memory(self, scene: Scene) -> Sequence[Contender]:
         return [
             Contender(OURS, partial(self._peak, dtype, form, scene), dtype, form)
-            for dtype in self.setting.dtypes
+            for dtype in self.workload.dtypes
             for form in (("", SAVED) if dtype in QUANTIZED else ("",))
         ]
 
     def _loading_saved(self, dtype: str) -> Callable[[], object]:
-        return partial(load, self.setting.saved(dtype))
+        return partial(load, self.workload.saved(dtype))
 
     def imports(self) -> Sequence[Contender]:
         return [Contender(OURS, lambda: Reading(import_seconds("smolstack")))]
 
     def train(self, task: TrainingTask) -> Sequence[TrainingRun]:
-        return ours_training.runs(self.setting, task)
+        return ours_training.runs(self.workload, task)
 
     def _peak(self, dtype: str, form: str, scene: Scene) -> Reading:
-        folder = self.setting.saved(dtype) if form == SAVED else self.setting.folder
+        folder = self.workload.saved(dtype) if form == SAVED else self.workload.folder
         work = f"{__name__}:asking"
-        with Worker(work, self.setting.threads, folder=str(folder), dtype=dtype) as worker:
+        with Worker(work, self.workload.threads, folder=str(folder), dtype=dtype) as worker:
             told = worker.tell(
-                path=str(scene.path), split=scene.split, tokens=self.setting.new_tokens
+                path=str(scene.path), split=scene.split, tokens=self.workload.new_tokens
             )
         return Reading(float(told["peak_bytes"]))
 
@@ -136,12 +136,12 @@ class Ours(Side):
             Contender(
                 OURS, later(partial(make, dtype)), dtype, bytes_read=weights * BITS[dtype] / 8
             )
-            for dtype in self.setting.dtypes
+            for dtype in self.workload.dtypes
         ]
 
 
 def decoding(vlm: VLM, ids: Tensor, steps: int) -> Callable[[], object]:
-    """Greedy steps after a prompt; the cache is cut back to the prompt before each run."""
+    """Greedy steps after a prompt; the cache is truncated to the prompt before each run."""
     model, batch = vlm.model, text_batch(ids)
     cache = model.new_cache(batch, ids.shape[1] + steps)
 
@@ -157,14 +157,14 @@ def decoding(vlm: VLM, ids: Tensor, steps: int) -> Callable[[], object]:
 
 
 def ask_once(vlm: VLM, path: Any, split: bool, tokens: int) -> None:
-    """Ask as for the first time: what earlier rounds left to reuse is dropped."""
-    vlm.forget()
+    """Ask with empty caches."""
+    vlm.clear_caches()
     answer = vlm.ask(path, QUESTION, max_new_tokens=tokens, split=split)
     assert answer.usage.completion_tokens == tokens
 
 
 def asking(folder: str, dtype: str, threads: int) -> Callable[..., None]:
-    """A worker's work: answers from image files."""
+    """A worker's work: answer questions about image files."""
     vlm = _load(folder, dtype)
     torch.set_num_threads(threads)
     return partial(_ask_by_worker, vlm)

@@ -1,4 +1,4 @@
-"""smolstack's training run, as a worker does it."""
+"""smolstack's training run in a worker."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 from smolstack.bench.peers.training_run import BATCH, TrainingRun, TrainingTask
 from smolstack.bench.timing import OURS
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 from smolstack.train.metrics import METRICS, read_metrics
 from smolstack.train.recipe import VISION, Data, Evaluation, Recipe, Stage
 from smolstack.train.trainer import train
 
 
-def runs(setting: Setting, task: TrainingTask) -> list[TrainingRun]:
-    """One for each precision of the frozen tower."""
+def runs(workload: Workload, task: TrainingTask) -> list[TrainingRun]:
+    """Return one run for each precision of the frozen tower."""
     autocast = "bfloat16" if _has_bfloat16() else "none"
     return [
         TrainingRun(
@@ -27,13 +27,13 @@ def runs(setting: Setting, task: TrainingTask) -> list[TrainingRun]:
             dtype,
             "" if autocast == "none" else "autocast",
             f"{__name__}:training",
-            setting.threads,
-            folder=str(setting.folder),
+            workload.threads,
+            folder=str(workload.folder),
             task=asdict(task),
             vision_dtype=dtype,
             autocast=autocast,
         )
-        for dtype in setting.dtypes
+        for dtype in workload.dtypes
         if dtype in VISION
     ]
 
@@ -45,7 +45,7 @@ def training(
     autocast: str,
     threads: int,
 ) -> Callable[[], list[list[float]]]:
-    """A worker's work: two epochs, the second of which reads what a frozen tower made."""
+    """A worker's work: two epochs, the second of which reads cached outputs of the frozen tower."""
     torch.set_num_threads(threads)
     given = TrainingTask(**task)
 
@@ -69,6 +69,6 @@ def training(
 
 
 def _has_bfloat16() -> bool:
-    """Whether this CPU has instructions for matrix products in bfloat16."""
+    """Return whether this CPU has instructions for matrix products in bfloat16."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)

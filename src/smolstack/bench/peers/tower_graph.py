@@ -1,7 +1,7 @@
-"""The vision tower alone as an ONNX graph, in the operators that runtimes know how to fuse.
+"""The vision tower as an ONNX graph, with operators that runtimes can fuse.
 
-The graphs that smolstack exports (interop/onnx) look at a mask of padding and end behind the
-connector; a peer that is timed is given neither.
+The graphs that smolstack exports (interop/onnx) also evaluate a padding mask and include the
+connector; the timed graphs do neither.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPSET = 20  # the first with Gelu
 
 
 class _Graph(Graph):
-    """With gelu as one node."""
+    """A graph with gelu as one node."""
 
     def activation(self, x: Value, name: str) -> Value:
         if name == "gelu_pytorch_tanh":
@@ -33,8 +33,8 @@ def write_tower(path: Path, vision: VisionConfig, model: nn.Module, *, int8: boo
     """Write pixel_values (N, 3, P, P) → last_hidden_state (N, H·W, C).
 
     Args:
-        model: the whole float model; its tower's weights are written.
-        int8: matrices as onnxruntime's dynamic quantization has them, else float32.
+        model: the complete float model, whose tower's weights are written.
+        int8: quantize matrices as in onnxruntime's dynamic quantization, else float32.
     """
     graph = _Graph("vision_tower", Precision.int8 if int8 else Precision.fp32)
     weights = Weights(model.state_dict()).under("vision")
@@ -55,7 +55,7 @@ def write_tower(path: Path, vision: VisionConfig, model: nn.Module, *, int8: boo
 
 
 def _patches(graph: Graph, vision: VisionConfig, weights: Weights, pixels: Value) -> Value:
-    """Patch embedding as the convolution that it is: (N, 3, P, P) → (N, H·W, C)."""
+    """Patch embedding as a convolution: (N, 3, P, P) → (N, H·W, C)."""
     patch = vision.patch_size
     x = graph.op(
         "Conv",

@@ -1,4 +1,4 @@
-"""Peers of the vision tower alone: a graph file and a process of its own for each precision."""
+"""Peers of the vision tower: a graph file and a separate process per precision."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from smolstack.bench import sizes
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import Contender, Reading
 from smolstack.bench.worker import Worker
-from smolstack.bench.workload import BITS, Setting, made_once
+from smolstack.bench.workload import BITS, Workload, made_once
 
 
-class Towers(Side):
-    """A side whose work is a function of a graph file and a tile, done by workers.
+class Towers(Implementation):
+    """An implementation whose work is a function of a graph file and a tile, run in workers.
 
     Attributes:
         work: "module:function" of the worker, called with ``graph``, ``tile`` (paths of an ONNX
@@ -32,8 +32,8 @@ class Towers(Side):
         """Precisions that take part here → whether the graph's matrices are int8."""
         raise NotImplementedError
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
         self._workers: dict[str, Worker] = {}
 
     def vision(self, tile: Tensor) -> Sequence[Contender]:
@@ -42,7 +42,7 @@ class Towers(Side):
                 self._workers[precision] = self._worker(precision, tile)
             return self._workers[precision].run()
 
-        weights = sizes.tower(self.setting.config)
+        weights = sizes.tower(self.workload.config)
         return [
             Contender(
                 self.name,
@@ -54,7 +54,9 @@ class Towers(Side):
         ]
 
     def result(self, precision: str, tile: Tensor) -> Any:
-        """The states that the peer computes, (N, H·W, C): whether it does the same work."""
+        """Return the states that the peer computes, (N, H·W, C), to check that it computes the
+        same.
+        """
         self.vision(tile)
         with self._worker(precision, tile) as worker:
             return np.array(worker.tell(give=True)["value"], dtype=np.float32)
@@ -65,18 +67,18 @@ class Towers(Side):
         self._workers.clear()
 
     def _worker(self, precision: str, tile: Tensor) -> Worker:
-        saved = self.setting.root / "tile.npy"
+        saved = self.workload.root / "tile.npy"
         np.save(saved, tile.float().numpy())
         return Worker(
             self.work,
-            self.setting.threads,
+            self.workload.threads,
             graph=str(self._graph(int8=self.precisions()[precision])),
             tile=str(saved),
             precision=precision,
         )
 
     def _graph(self, *, int8: bool) -> Path:
-        return graph_file(self.setting.folder, self.setting.root, int8=int8)
+        return graph_file(self.workload.folder, self.workload.root, int8=int8)
 
 
 def graph_file(folder: Path, root: Path, *, int8: bool) -> Path:

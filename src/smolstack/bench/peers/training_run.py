@@ -1,6 +1,6 @@
-"""A short training run of one contender: seconds a step in each epoch, and peak memory.
+"""A short training run of one contender: seconds per step in each epoch, and peak memory.
 
-The run happens once a round, in a process of its own; the cases of a stage share what it measured.
+The run takes place once per round in a separate process; the cases of a stage share its results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What every contender trains.
+    """The training task of all contenders.
 
     Attributes:
         stage: "connector" or "lora".
@@ -34,7 +34,7 @@ class TrainingTask:
 
 
 class TrainingRun:
-    """A contender's runs; what each measured is kept until every case has asked for it.
+    """A contender's runs; each result is kept until every case has used it.
 
     Args:
         name, precision, form: the contender's.

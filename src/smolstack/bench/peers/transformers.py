@@ -14,11 +14,11 @@ from torch import Tensor
 from smolstack.bench import sizes
 from smolstack.bench.peers import transformers_training
 from smolstack.bench.peers.fresh import import_seconds
-from smolstack.bench.peers.side import Side
+from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.peers.training_run import TrainingRun, TrainingTask
 from smolstack.bench.timing import Contender, Reading, later
 from smolstack.bench.worker import Worker
-from smolstack.bench.workload import BITS, QUESTION, Scene, Setting, torch_dtype
+from smolstack.bench.workload import BITS, QUESTION, Scene, Workload, torch_dtype
 from smolstack.checkpoint.files import read_files
 from smolstack.checkpoint.processor_files import build_processor
 from smolstack.config import ModelConfig
@@ -28,21 +28,21 @@ DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("sdpa", "eager")
 
 
-class Transformers(Side):
-    """Models loaded as their users load them, when first needed."""
+class Transformers(Implementation):
+    """Models loaded in the usual way, on first use."""
 
     name = NAME
     packages = ("transformers",)
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
         self._loaded: dict[tuple[str, str], Any] = {}
 
     def model(self, dtype: str, attention: str = "sdpa") -> Any:
-        """The checkpoint as transformers loads it."""
+        """Return the checkpoint as transformers loads it."""
         key = (dtype, attention)
         if key not in self._loaded:
-            self._loaded[key] = load(str(self.setting.folder), dtype, attention)
+            self._loaded[key] = load(str(self.workload.folder), dtype, attention)
         return self._loaded[key]
 
     def connector(self, patches: Tensor) -> Sequence[Contender]:
@@ -56,25 +56,25 @@ class Transformers(Side):
             tower = self.model(dtype, attention).model.vision_model
             return partial(tower, pixel_values=tile.to(torch_dtype(dtype)))
 
-        return self._each(make, sizes.tower(self.setting.config))
+        return self._each(make, sizes.tower(self.workload.config))
 
     def prefill(self, ids: Tensor) -> Sequence[Contender]:
         def make(dtype: str, attention: str) -> Callable[[], object]:
             model = self.model(dtype, attention)
             return partial(model, input_ids=ids, logits_to_keep=1, use_cache=True)
 
-        return self._each(make, sizes.decoder(self.setting.config))
+        return self._each(make, sizes.decoder(self.workload.config))
 
     def decode(self, ids: Tensor, steps: int) -> Sequence[Contender]:
         def make(dtype: str, attention: str) -> Callable[[], object]:
             return Decoding(self.model(dtype, attention), ids, steps)
 
-        return self._each(make, steps * sizes.decoder(self.setting.config))
+        return self._each(make, steps * sizes.decoder(self.workload.config))
 
     def images(self, scene: Scene) -> Sequence[Contender]:
         from smolstack.interop.reference import image_processor
 
-        processor = image_processor(self.setting.preset.settings)
+        processor = image_processor(self.workload.preset.settings)
         image = Image.open(scene.path).convert("RGB")
         run = partial(
             processor, images=[image], do_image_splitting=scene.split, return_tensors="pt"
@@ -82,8 +82,8 @@ class Transformers(Side):
         return [Contender(NAME, run)]
 
     def ask(self, scene: Scene) -> Sequence[Contender]:
-        prompts = _Prompts(self.setting.folder)
-        small, tokens = self.setting.scenes[0], self.setting.new_tokens
+        prompts = _Prompts(self.workload.folder)
+        small, tokens = self.workload.scenes[0], self.workload.new_tokens
 
         def run(dtype: str, scene: Scene, tokens: int) -> None:
             prompts.generate(self.model(dtype), str(scene.path), scene.split, tokens)
@@ -99,7 +99,7 @@ class Transformers(Side):
         ]
 
     def load(self) -> Sequence[Contender]:
-        folder = str(self.setting.folder)
+        folder = str(self.workload.folder)
         return [Contender(NAME, partial(load, folder, dtype), dtype) for dtype in DTYPES]
 
     def memory(self, scene: Scene) -> Sequence[Contender]:
@@ -109,15 +109,15 @@ class Transformers(Side):
         return [Contender(NAME, lambda: Reading(import_seconds(NAME)))]
 
     def train(self, task: TrainingTask) -> Sequence[TrainingRun]:
-        return transformers_training.runs(NAME, self.setting, task)
+        return transformers_training.runs(NAME, self.workload, task)
 
     def _peak(self, dtype: str, scene: Scene) -> Reading:
         work = f"{__name__}:asking"
         with Worker(
-            work, self.setting.threads, folder=str(self.setting.folder), dtype=dtype
+            work, self.workload.threads, folder=str(self.workload.folder), dtype=dtype
         ) as worker:
             told = worker.tell(
-                path=str(scene.path), split=scene.split, tokens=self.setting.new_tokens
+                path=str(scene.path), split=scene.split, tokens=self.workload.new_tokens
             )
         return Reading(float(told["peak_bytes"]))
 
@@ -167,7 +167,7 @@ class Decoding:
 
 
 class _Prompts:
-    """Images through transformers' image processor; the prompt's token ids are given."""
+    """Images through transformers' image processor, with given prompt token ids."""
 
     def __init__(self, folder: Any) -> None:
         from smolstack.interop.reference import image_processor
@@ -177,7 +177,7 @@ class _Prompts:
         self.images = image_processor(self.processor.settings)
 
     def generate(self, model: Any, path: str, split: bool, tokens: int) -> None:
-        """An image file and a question to so many tokens, greedily."""
+        """Generate tokens for an image file and a question, greedily."""
         with Image.open(path) as image:
             pixels = self.images(images=[image], do_image_splitting=split, return_tensors="pt")
             prompt = self.processor.prepare((image, QUESTION), split=split)
@@ -195,7 +195,7 @@ class _Prompts:
 
 
 def asking(folder: str, dtype: str, threads: int) -> Callable[..., None]:
-    """A worker's work: answers from image files."""
+    """A worker's work: answer questions about image files."""
     torch.set_num_threads(threads)
     model, prompts = load(folder, dtype), _Prompts(folder)
     return lambda path, split, tokens: prompts.generate(model, path, split, tokens)

@@ -1,4 +1,4 @@
-"""transformers' Trainer with peft on the same weights, images and labels, as a worker does it."""
+"""transformers' Trainer with peft on the same weights, images and labels, in a worker."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from smolstack.bench.peers.side import installed
+from smolstack.bench.peers.implementation import installed
 from smolstack.bench.peers.training_run import BATCH, TrainingRun, TrainingTask
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 from smolstack.checkpoint.files import read_files
 from smolstack.checkpoint.processor_files import build_processor, end_tokens
 from smolstack.config import ModelConfig
@@ -26,8 +26,8 @@ from smolstack.train.recipe import Lora, Stage
 PACKAGES = ("peft", "accelerate")
 
 
-def runs(name: str, setting: Setting, task: TrainingTask) -> list[TrainingRun]:
-    """Plain, and under bfloat16 autocast; none where peft is not installed."""
+def runs(name: str, workload: Workload, task: TrainingTask) -> list[TrainingRun]:
+    """Return runs without and with bfloat16 autocast; none if peft is not installed."""
     if not all(installed(package) for package in PACKAGES):
         return []
     return [
@@ -36,8 +36,8 @@ def runs(name: str, setting: Setting, task: TrainingTask) -> list[TrainingRun]:
             precision,
             form,
             f"{__name__}:training",
-            setting.threads,
-            folder=str(setting.folder),
+            workload.threads,
+            folder=str(workload.folder),
             task=asdict(task),
             autocast=bool(form),
         )
@@ -93,14 +93,14 @@ def training(
 
 
 class _Clock:
-    """Seconds from one step's end to the next one's, reading images included."""
+    """Seconds between the ends of steps, including reading images."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._began = 0.0
 
     def callback(self) -> Any:
-        """What the Trainer is to call."""
+        """Return the callback for the Trainer."""
         import transformers
 
         clock = self
@@ -118,7 +118,7 @@ class _Clock:
 
 
 class _Collator:
-    """Rows as the model reads them: images by transformers' processor, padding on the right."""
+    """Batches rows for the model: images by transformers' processor, padding on the right."""
 
     def __init__(self, folder: str) -> None:
         from smolstack.interop.reference import image_processor
@@ -141,7 +141,7 @@ class _Collator:
 
 
 def _examples(folder: str, rows: list[dict[str, str]]) -> Any:
-    """Every row's tokens and labels, those that smolstack trains on."""
+    """Return every row's tokens and labels, the same that smolstack trains on."""
     files = read_files(Path(folder))
     processor = _processor(folder)
     ends = end_tokens(files, ModelConfig.from_hf(files.config), processor)
@@ -156,7 +156,7 @@ def _processor(folder: str) -> Any:
 
 
 def _only_trained(model: Any, stage: str) -> Any:
-    """The model with the weights of a stage to be trained alone."""
+    """Return the model with gradients only for the weights of a stage."""
     if stage == "connector":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".connector." in name)

@@ -1,7 +1,6 @@
-"""What a precision costs in quality, measured on a checkpoint's own weights.
+"""Quality loss of precisions, measured on a checkpoint's own weights.
 
-Every precision of smolstack, every quantized folder given beside it and llama.cpp's types of the
-same weights read the same tokens; each is held against smolstack in float32. Text is judged by the
-distributions of the next token (divergence.py), images by their visual tokens and by answers that
-every precision is made to give.
+All precisions of smolstack, the given quantized folders, and llama.cpp's types of the same weights
+read the same tokens, and are compared with smolstack in float32. Text is judged by next-token
+distributions (divergence.py), images by their visual tokens and by forced answers.
 """

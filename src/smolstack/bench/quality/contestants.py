@@ -1,4 +1,4 @@
-"""Who takes part: smolstack's precisions, folders beside the model, llama.cpp's types."""
+"""The contestants: smolstack's precisions, further folders, llama.cpp's types."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ REFERENCE = "float32"
 
 
 def reference_of(model: Path) -> Own:
-    """The model in float32.
+    """Return the model in float32.
 
     Raises:
-        ConfigError: its weights are quantized, or it gives no logits.
+        ConfigError: its weights are quantized, or it has no logits.
     """
     reference = Own(REFERENCE, model, REFERENCE)
     if reference.vlm.config.embedding_dim is not None:
@@ -35,10 +35,11 @@ def reference_of(model: Path) -> Own:
 
 
 def own_contestants(reference: Own, dtypes: Sequence[str], also: Sequence[Path]) -> list[Own]:
-    """smolstack's: float32 first, the other precisions, then the folders by their names.
+    """Return smolstack's contestants: float32 first, the other precisions, then the folders by
+    name.
 
     Raises:
-        ConfigError: two have one name, or a folder reads other tokens than the model.
+        ConfigError: two have the same name, or a folder tokenizes differently from the model.
     """
     model = reference.folder
     found = [Own(dtype, model, dtype) for dtype in dict.fromkeys((REFERENCE, *dtypes))]
@@ -59,8 +60,8 @@ def peers(reference: Own, root: Path, room: int) -> list[Contestant]:
     """transformers' and llama.cpp's, where they are installed.
 
     Args:
-        root: keeps their files.
-        room: tokens beyond a window that are read at most.
+        root: folder of their files.
+        room: maximum number of tokens read beyond a window.
     """
     found: list[Contestant] = _transformers(reference.folder)
     if llama_cpp.missing():
@@ -91,7 +92,7 @@ def _transformers(folder: Path) -> list[Any]:
 
 
 def _check(reference: Own, other: Own) -> None:
-    """Refuse a folder whose distributions are over other tokens."""
+    """Raise an error if a folder's distributions are over different tokens."""
     ours, theirs = reference.vlm, other.vlm
     size, expected = theirs.config.text.vocab_size, ours.config.text.vocab_size
     if size != expected:
@@ -107,6 +108,6 @@ def _check(reference: Own, other: Own) -> None:
 
 
 def _tokens(vlm: VLM) -> list[int]:
-    """A prompt as tokens: what the chat template writes around it, and the test text in it."""
+    """Return a prompt as tokens: the chat template with the test text."""
     rendered = vlm.processor.render([user_message(0, read_text(TEST_TEXT))])
     return vlm.processor.tokenizer.encode(rendered)

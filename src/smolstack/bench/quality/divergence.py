@@ -1,4 +1,4 @@
-"""How far one model's distributions of the next token are from another's."""
+"""Divergence between the next-token distributions of two models."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch.nn import functional
 
 from smolstack.errors import CheckpointError
 
-ROWS = 128  # at once: bounds the memory, a vocabulary is wide
+ROWS = 128  # at once, to limit memory
 
 
 @dataclass
 class Divergence:
-    """Sums over tokens, of which the means are read.
+    """Sums over tokens, from which means are computed.
 
     Attributes:
         tokens: positions compared.
-        divergence: Kullback and Leibler's (1951), KL(expected ‖ found), in nats.
-        same: positions where both hold the same token likeliest.
-        surprise: -log of the probability that was found for the token that follows, in nats.
+        divergence: KL(expected ‖ found) (Kullback and Leibler 1951), in nats.
+        same: positions with the same most likely token.
+        surprise: -log of the found probability of the following token, in nats.
     """
 
     tokens: int = 0
@@ -31,14 +31,14 @@ class Divergence:
     surprise: float = 0.0
 
     def add(self, expected: Tensor, found: Tensor, targets: Tensor) -> None:
-        """Compare logits.
+        """Add a comparison of logits.
 
         Args:
             expected, found: (T, V) logits of the same positions.
             targets: (T,) the token that follows each position.
 
         Raises:
-            CheckpointError: shapes differ, or a logit is no number.
+            CheckpointError: shapes differ, or a logit is NaN.
         """
         if expected.shape != found.shape or targets.shape != expected.shape[:1]:
             raise CheckpointError(
@@ -61,12 +61,12 @@ class Divergence:
 
     @property
     def mean(self) -> float:
-        """KL(expected ‖ found) per token, in nats; rounding leaves nothing below 0."""
+        """KL(expected ‖ found) per token, in nats; at least 0 despite rounding."""
         return max(0.0, self.divergence / self.tokens)
 
     @property
     def agreement(self) -> float:
-        """Share of positions with the same likeliest token."""
+        """Share of positions with the same most likely token."""
         return self.same / self.tokens
 
     @property

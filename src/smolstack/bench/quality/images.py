@@ -1,4 +1,4 @@
-"""Images under a precision: its visual tokens, and answers that it is made to give."""
+"""Quality of a precision on images: its visual tokens, and forced answers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from smolstack.processor import formats
 from smolstack.vlm import VLM
 
 QUESTION = "Can you describe this image?"
-LEAST, ANSWER = 16, 32  # tokens of a forced answer: short ones would say little
-DRAWN = 6  # images that are drawn where none are given
+LEAST, ANSWER = 16, 32  # tokens of a forced answer: short ones would not be informative
+DRAWN = 6  # number of images drawn if none are given
 
 
 class ImageContestant(Protocol):
@@ -43,10 +43,10 @@ class ImageContestant(Protocol):
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files of a folder, by name.
+    """Return the image files of a folder, by name.
 
     Raises:
-        DataError: it is no folder, or holds no image.
+        DataError: it is not a folder, or contains no images.
     """
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
@@ -83,13 +83,13 @@ def _square(image: Image.Image) -> Image.Image:
 
 @dataclass
 class Sample:
-    """An image, and what float32 makes of it.
+    """An image with float32's results.
 
     Attributes:
         batch: the prompt with its tiles, and the answer's tokens after it.
         visual: float32's visual tokens (N, S, D).
-        answer: (n,) the tokens that float32 answers greedily.
-        logits: (n, V) float32's, of which the answer's tokens were the likeliest.
+        answer: (n,) float32's greedy answer.
+        logits: (n, V) float32's logits at the answer's tokens.
     """
 
     batch: Batch
@@ -99,12 +99,12 @@ class Sample:
 
 
 class Samples:
-    """Images with float32's answers, which are kept in a folder once they are made.
+    """Images with float32's answers, which are saved in a folder.
 
     Args:
         reference: the model in float32.
         paths: image files.
-        split: whether images are cut into tiles; None as the checkpoint says.
+        split: whether images are split into tiles; None: the checkpoint's setting.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Samples:
         return len(self.paths)
 
     def sample(self, index: int) -> Sample:
-        """One image's; the tower runs only where it has not yet."""
+        """Return one image's sample, computed on first use."""
         vlm, kept = self.reference.vlm, self.root / f"reference-{index}.safetensors"
         tiling: dict[str, Any] = {} if self.split is None else {"split": self.split}
         batch = vlm.processor([(str(self.paths[index]), QUESTION)], **tiling)
@@ -138,10 +138,10 @@ class Samples:
 def measure_images(
     contestant: ImageContestant, samples: Samples, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """One row of a table: how far a precision's visual tokens and forced answers are off.
+    """Return a table row with the errors of a precision's visual tokens and forced answers.
 
-    The relative error is the norm of the difference over the norm, of all images' visual tokens
-    together. Forced answers are read with the precision's own visual tokens.
+    The relative error is the norm of the difference divided by the norm, over all images' visual
+    tokens. Forced answers are read with the precision's own visual tokens.
     """
     difference = norm = 0.0
     tiles = 0
@@ -170,7 +170,7 @@ def measure_images(
 
 
 def _answer(vlm: VLM, batch: Batch) -> Tensor:
-    """The tokens of a greedy answer of LEAST tokens or more; an image token is none of them."""
+    """Return the tokens of a greedy answer of at least LEAST tokens, without image tokens."""
     length = batch.token_ids.shape[1]
     count = min(ANSWER, vlm.config.text.max_positions - length)
     cache = vlm.model.new_cache(batch, length + count)
@@ -189,7 +189,9 @@ def _answer(vlm: VLM, batch: Batch) -> Tensor:
 
 
 def _with_answer(batch: Batch, answer: Tensor) -> Batch:
-    """The prompt and all of an answer's tokens but the last, whose successor nobody asks for."""
+    """Return the prompt with all tokens of an answer but the last, whose successor is not
+    needed.
+    """
     rest = answer[None, :-1]
     seen = torch.ones_like(rest, dtype=torch.bool)
     return replace(

@@ -1,4 +1,4 @@
-"""llama.cpp's contestants: the same decoder in its types, made by its own quantizer."""
+"""llama.cpp's contestants: the same decoder in its types, converted by its own quantizer."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _TABLE, _HEAD = "token_embd.weight", "output.weight"
 
 
 def missing() -> list[str]:
-    """Packages that are not installed; without them llama.cpp takes no part."""
+    """Return the packages that are not installed; llama.cpp takes part only if there are none."""
     return LlamaCpp.missing()
 
 
 @dataclass
 class Peer:
-    """The decoder of a checkpoint folder in one of TYPES, in a process of its own.
+    """The decoder of a checkpoint folder in one of TYPES, in a separate process.
 
     Attributes:
-        root: a folder that keeps the GGUF files.
-        context: tokens of a prompt and what follows it, at most.
+        root: folder of the GGUF files.
+        context: maximum number of tokens, prompt and continuation together.
     """
 
     precision: str
@@ -51,14 +51,14 @@ class Peer:
         return f"{self.by} {self.precision}"
 
     def scores(self, batch: Batch) -> Tensor:
-        """Logits (T, V) of a batch of one, without images."""
+        """Return logits (T, V) of a batch of one, without images."""
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "logits.npy"
             self._reader("scorer").tell(prompt=batch.token_ids[0].tolist(), path=str(path))
             return torch.from_numpy(np.load(path))
 
     def text_bytes(self) -> int:
-        """Bytes of what one more token reads, as :meth:`Own.text_bytes` counts them."""
+        """Return the bytes read per decoded token, counted as in :meth:`Own.text_bytes`."""
         import gguf
 
         tensors = gguf.GGUFReader(self.file()).tensors
@@ -66,7 +66,7 @@ class Peer:
         return sum(int(t.n_bytes) for t in tensors if t.name != _TABLE or tied)
 
     def decoding(self, ids: Tensor, steps: int) -> Callable[[], object]:
-        """A run that gives ``steps`` tokens after a prompt (1, T)."""
+        """Return a run that decodes ``steps`` tokens after a prompt (1, T)."""
         return partial(self._decode, ids[0].tolist(), steps)
 
     def _decode(self, prompt: list[int], steps: int) -> Reading:
@@ -79,7 +79,7 @@ class Peer:
         self._readers.clear()
 
     def file(self) -> Path:
-        """The GGUF file, made when it is first needed."""
+        """The GGUF file, made on first use."""
         path = self._path(self.precision)
         if path.exists():
             return path
@@ -110,7 +110,7 @@ class Peer:
 
 
 def quantizer(threads: int) -> Callable[..., None]:
-    """A worker's work: one GGUF file into another of a type."""
+    """A worker's work: convert one GGUF file to a type."""
 
     def quantize(source: str, target: str, kind: str) -> None:
         import llama_cpp
@@ -126,7 +126,7 @@ def quantizer(threads: int) -> Callable[..., None]:
 
 
 def scorer(file: str, context: int, threads: int) -> Callable[..., None]:
-    """A worker's work: the logits of every position of a prompt, into a file."""
+    """A worker's work: write the logits of every position of a prompt to a file."""
     import llama_cpp
 
     from smolstack.bench.peers.llama_cpp import Model

@@ -1,10 +1,10 @@
-"""The same function with outlier channels: what trained towers have and random ones lack.
+"""Adds outlier channels, as in trained towers, to a model without changing its function.
 
 A few channels of trained transformers are tens of times larger than the others (Dettmers et al.
 2022, LLM.int8(); Xiao et al. 2023, SmoothQuant), which is what makes their activations hard to
-round. A model of random weights is given such channels without changing what it computes: a norm's
-channel is multiplied, and the columns that read it are divided (the scaling of Nagel et al. 2019,
-cross-layer equalization, the other way round); a channel of the values likewise.
+quantize. They are added to a model with random weights: a norm's channel is multiplied, and the
+columns that read it are divided (the scaling of Nagel et al. 2019, cross-layer equalization, in
+reverse). Channels of the attention values are treated likewise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from smolstack.errors import ConfigError
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.vlm import VLM, load
 
-SHARE = 0.01  # of the channels, one at least
+SHARE = 0.01  # of the channels, at least one
 FACTORS = (20.0, 60.0)
 TOWERS = ("vision", "text")
 
@@ -31,7 +31,7 @@ class _Link:
     """Layers that write channels, and layers that read them.
 
     Attributes:
-        name: of what writes, for messages.
+        name: name of the writers, for messages.
         writers: modules whose weight (rows, or entries of a norm) and bias hold a channel.
         readers: linear layers of these inputs.
         columns: for each channel the readers' columns that it feeds, (channels, feeds).
@@ -56,10 +56,10 @@ def outlier_folder(
     Args:
         folder: a checkpoint with float weights.
         out: must not exist or be empty, unless ``overwrite``.
-        towers, seed: as :func:`plant_outliers` takes them.
+        towers, seed: as for :func:`plant_outliers`.
 
     Raises:
-        ConfigError: the weights are quantized, or a tower is none of TOWERS.
+        ConfigError: the weights are quantized, or a tower is not one of TOWERS.
         CheckpointError: a folder cannot be read or written.
     """
     vlm = load(folder, dtype="float32", device="cpu")
@@ -75,7 +75,7 @@ def plant_outliers(
     factors: tuple[float, float] = FACTORS,
     seed: int = 0,
 ) -> VLM:
-    """Give a model outlier channels in place, its function unchanged but for rounding.
+    """Add outlier channels to a model in place; its function is unchanged except for rounding.
 
     In every norm, ``share`` of the channels (one at least) of weight and bias are multiplied by
     factors between the two given, and the columns of the linear layers that read them divided by
@@ -152,7 +152,7 @@ def _values(name: str, attention: Any, config: Any, tower: str) -> _Link:
 def _factors(
     link: _Link, share: float, bounds: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
-    """What each channel is multiplied by: 1, but for a few."""
+    """Return the factor of each channel: 1 for most of them."""
     channels = len(link.columns)
     chosen = torch.randperm(channels, generator=generator)[: max(1, round(share * channels))]
     low, high = bounds
@@ -175,7 +175,7 @@ def _scale(link: _Link, factors: Tensor, owned: set[int]) -> None:
 
 
 def _own(module: nn.Module, name: str, owned: set[int]) -> Tensor:
-    """A parameter that may be written to: loaded ones are pages of a file."""
+    """Return a parameter that can be written to: loaded ones are pages of a file."""
     parameter = getattr(module, name)
     if id(parameter) not in owned:
         parameter = nn.Parameter(parameter.detach().clone(), requires_grad=False)
@@ -186,7 +186,7 @@ def _own(module: nn.Module, name: str, owned: set[int]) -> Tensor:
 
 
 def _untie(model: VisionLanguageModel) -> None:
-    """A head of its own, with the token table's weights."""
+    """Make the head a separate copy of the token embedding."""
     table = model.decoder.embedding.weight
     model.head = nn.Linear(table.shape[1], table.shape[0], bias=False, device="meta")
     model.head.weight = nn.Parameter(table.detach().clone(), requires_grad=False)

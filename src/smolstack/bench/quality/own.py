@@ -1,4 +1,4 @@
-"""smolstack's own contestants: a folder in a precision, through the public API alone."""
+"""smolstack's contestants: a folder in a precision, through the public API."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ EMBEDDING = "decoder.embedding.weight"
 
 @dataclass
 class Own:
-    """A folder as ``smolstack.load(folder, dtype=…)`` opens it, when it is first needed.
+    """A folder loaded with ``smolstack.load(folder, dtype=…)`` on first use.
 
     Attributes:
-        precision: how results call it.
-        dtype: as load takes it; "auto" for a folder that says itself.
+        precision: name in results.
+        dtype: as for load; "auto" for the stored precision.
     """
 
     precision: str
@@ -44,7 +44,7 @@ class Own:
         return f"{self.by} {self.precision}"
 
     def scores(self, batch: Batch) -> Tensor:
-        """Logits (T, V) of a batch of one."""
+        """Return logits (T, V) of a batch of one."""
         scores: Tensor = self.vlm.model(batch)[0]
         return scores.float()
 
@@ -58,9 +58,9 @@ class Own:
         return scores.float().cpu().contiguous()
 
     def text_bytes(self) -> int:
-        """Bytes of what one more token reads: the decoder's layers, its norms and the head.
+        """Return the bytes read per decoded token: the decoder's layers, its norms and the head.
 
-        A token table counts only where it is the head as well: one row of it is read.
+        A token embedding counts only if it is also the head: otherwise a single row is read.
         """
         state = self.vlm.model.state_dict()
         tied = not any(name.startswith("head.") for name in state)
@@ -71,9 +71,9 @@ class Own:
         )
 
     def decoding(self, ids: Tensor, steps: int) -> Callable[[], object]:
-        """A run that gives ``steps`` tokens after a prompt (1, T)."""
+        """Return a run that decodes ``steps`` tokens after a prompt (1, T)."""
         return decoding(self.vlm, ids, steps)
 
     def close(self) -> None:
-        """Let the model go."""
+        """Free the model."""
         self._vlm = None

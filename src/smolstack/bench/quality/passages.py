@@ -1,4 +1,4 @@
-"""Text to measure on, cut into windows that a model reads one at a time."""
+"""Test text, divided into windows that are read one at a time."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from smolstack.batch import Batch
 from smolstack.errors import DataError
 from smolstack.processor.processor import Processor
 
-WINDOW = 768  # tokens of a prompt, at most
+WINDOW = 768  # maximum tokens per prompt
 _TEXTS = Path(__file__).parent / "texts"
 # English prose, dialogue, lists, tables, code, letters and chats, written for this purpose.
 TEST_TEXT = _TEXTS / "english.txt"
-# The same kinds of text with other contents: to calibrate on, and never to test on.
+# The same kinds of text with different contents, for calibration only.
 CALIBRATION_TEXT = _TEXTS / "calibration.txt"
 _PIECE = re.compile(r"\s*\S{1,64}")
 
 
 def read_text(path: Path) -> str:
-    """A text file (UTF-8).
+    """Read a text file (UTF-8).
 
     Raises:
-        DataError: it cannot be read, or holds no text.
+        DataError: it cannot be read, or contains no text.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -34,14 +34,14 @@ def read_text(path: Path) -> str:
 
 
 def windows(processor: Processor, text: str, length: int = WINDOW) -> list[Batch]:
-    """A text as prompts of about equal length, each ``processor([part])``.
+    """Return a text as prompts of about equal length, each ``processor([part])``.
 
     Args:
-        length: tokens of a prompt at most, chat template included; fewer where the model's context
+        length: maximum tokens per prompt, including the chat template; less if the model's context
             is shorter.
 
     Raises:
-        PromptError: the text holds the image placeholder.
+        PromptError: the text contains the image placeholder.
         DataError: the length leaves no room for text.
     """
     length = min(length, processor.config.text.max_positions)
@@ -50,7 +50,7 @@ def windows(processor: Processor, text: str, length: int = WINDOW) -> list[Batch
     sizes = [len(processor.tokenizer.encode(piece, special=False)) for piece in pieces]
     if room < max(sizes):
         raise DataError(f"a window of {length} tokens has no room for text")
-    # Pieces may join at their seams into fewer or more tokens than they are alone.
+    # Joined pieces may have fewer or more tokens than separate ones.
     for slack in (0.99, 0.95, 0.8, 0.5):
         parts = _cut(pieces, sizes, room * slack)
         if all(processor.count_tokens([], part) <= length for part in parts):

@@ -1,8 +1,8 @@
-"""A whole measurement of quality: who takes part, what is measured, and what is kept of it.
+"""Runs a quality measurement and saves its results.
 
-Each contestant's row is written to a file when it is complete, so that a measurement that was
-stopped goes on where it was. The file's name holds everything that a number depends on: the
-model's, the text's and the images' files, the package's own sources, the kernels and the threads.
+Each contestant's row is written to a file when it is complete, so that an interrupted measurement
+can continue. The file's name is a digest of everything that a number depends on: the files of the
+model, the text and the images, the package's sources, the kernels and the threads.
 """
 
 from __future__ import annotations
@@ -44,34 +44,34 @@ from smolstack.bench.worker import WorkerError
 from smolstack.bench.workload import made_once
 from smolstack.errors import ConfigError
 
-KEPT_WINDOWS = 16  # whose logits stay in files: 151 MB each with 49,280 tokens
-CONTEXT, STEPS = 100, 32  # tokens that are timed: so many, after so many
+KEPT_WINDOWS = 16  # windows whose logits are kept in files: 151 MB each with 49,280 tokens
+CONTEXT, STEPS = 100, 32  # number of timed tokens, and of tokens before them
 TEXT, IMAGES, OUTLIERS = "quality of text", "quality of images", "quality of images with outliers"
 
-# What is done and in how many steps → a context that gives a function to call after each.
+# Description and number of steps → a context with a function to call after each step.
 Progress: TypeAlias = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
 
 def quietly(what: str, steps: int) -> AbstractContextManager[Callable[[], None]]:
-    """No progress shown."""
+    """Show no progress."""
     return nullcontext(lambda: None)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is measured.
+    """What to measure.
 
     Attributes:
         model: a checkpoint folder with float weights.
-        dtypes: smolstack's own precisions.
-        also: folders that smolstack.load opens, of the same model, quantized or changed.
-        text: a file, None for the text that comes with the package.
-        images: a folder, None for images that are drawn.
+        dtypes: smolstack's precisions.
+        also: other folders of the same model that smolstack.load opens, quantized or changed.
+        text: a file; None: the text included in the package.
+        images: a folder; None: drawn images.
         parts: some of TEXT, IMAGES, OUTLIERS.
-        rounds: of timing one more token, all contestants in turn; 0: nothing is timed.
-        only: contestants whose label contains one of these; all when empty.
-        folder: keeps the measurement and the files that peers need; None for the user's cache,
-            which is emptied when the measurement is complete.
+        rounds: alternating rounds of timing one token; 0: no timing.
+        only: contestants whose label contains one of these; all if empty.
+        folder: folder for the measurement and the peers' files; None: the user's cache, which is
+            cleared when the measurement is complete.
     """
 
     model: Path
@@ -88,16 +88,16 @@ class Choice:
 def run_quality(
     choice: Choice, progress: Progress = quietly, note: Callable[[str], None] = lambda said: None
 ) -> Record:
-    """Measure everything that was chosen.
+    """Run all chosen measurements.
 
     Args:
-        progress: told what is done, in how many steps.
-        note: told of peers that fail, which then take no part.
+        progress: called with a description and the number of steps.
+        note: called with a message about peers that fail and are skipped.
 
     Raises:
-        ConfigError: the model's weights are quantized, contestants share a name, or ``only`` leaves
-            none of them.
-        CheckpointError: a folder cannot be loaded, or is not of the same model.
+        ConfigError: the model's weights are quantized, contestants share a name, or ``only``
+            matches none of them.
+        CheckpointError: a folder cannot be loaded, or holds a different model.
         DataError: the text or the images cannot be read.
     """
     measurement = Measurement(choice, progress, note)
@@ -115,7 +115,7 @@ def run_quality(
 
 
 class Measurement:
-    """The parts of one measurement, and the models that they need."""
+    """The parts of one measurement, and the models that they use."""
 
     def __init__(self, choice: Choice, progress: Progress, note: Callable[[str], None]) -> None:
         self.choice, self.progress, self.note = choice, progress, note
@@ -130,13 +130,13 @@ class Measurement:
         found = self._peers() if TEXT in choice.parts else []
         self.everyone: list[Contestant] = [*self.own, *found]
         if not self.everyone:
-            raise ConfigError(f"nobody takes part whose name contains one of {list(choice.only)}")
+            raise ConfigError(f"no contestant's name contains one of {list(choice.only)}")
         run = digest([*environment(), self.passage, *files(*(self.paths or ()))])
         self.state = State(self.root / f"rows-{run}.json")
         self.run = run
 
     def text(self) -> list[Row]:
-        """A row per contestant: divergence, agreement, perplexity, bytes and time."""
+        """Return a row per contestant: divergence, agreement, perplexity, bytes and time."""
         batches = passages.windows(self.reference.vlm.processor, self.passage)
         contestants: list[Contestant] = []
         rows = []
@@ -145,7 +145,7 @@ class Measurement:
             try:
                 rows.append(self.state.row(f"text {self._key(one)}", make))
                 contestants.append(one)
-            except WorkerError as error:  # a peer may not take every shape
+            except WorkerError as error:  # peers do not support all shapes
                 self.note(f"{one.label} takes no part: {error}")
             finally:
                 one.close()
@@ -169,7 +169,7 @@ class Measurement:
             root = self.root / f"outliers-{self.run}"
             folder = root / "model"
             reference = Own(REFERENCE, folder, REFERENCE)
-            # A folder that is given beside the model holds other weights: it has no outliers.
+            # Additional folders have other weights, without the outliers.
             own = [Own(o.precision, folder, o.dtype) for o in own if o.dtype != "auto"]
             self._plant(folder)
         samples = Samples(reference, paths, root, split)
@@ -185,15 +185,16 @@ class Measurement:
         return rows
 
     def close(self) -> None:
-        """End peers' processes, let the models go."""
+        """End peers' processes and free the models."""
         for one in self.everyone:
             one.close()
         self.reference.close()
         gc.collect()
 
     def tidy(self) -> None:
-        """Remove what nobody needs once everything is measured; rows and peers' files stay where
-        a folder was given for them."""
+        """Remove temporary files after the measurement; rows and peers' files stay if a folder
+        was given.
+        """
         if self.choice.folder is None:
             shutil.rmtree(self.root, ignore_errors=True)
             return
@@ -222,7 +223,9 @@ class Measurement:
         }
 
     def _expected(self, index: int, batch: Batch) -> Tensor:
-        """float32's logits (T, V) of a window: the first ones are kept in files."""
+        """Return float32's logits (T, V) of a window; those of the first windows are kept in
+        files.
+        """
         if index >= KEPT_WINDOWS:
             return self.reference.scores(batch)
         path = self.root / f"text-{self.run}-{index}.npy"
@@ -242,7 +245,9 @@ class Measurement:
             return measure_images(one, samples, advance)
 
     def _times(self, contestants: Sequence[Contestant]) -> Row:
-        """Seconds of one more token after CONTEXT tokens: medians, all contestants in turn."""
+        """Return seconds per token after CONTEXT tokens: medians of alternating runs of all
+        contestants.
+        """
         vocabulary = min(self.reference.vlm.config.image_token_id, 40_000)
         generator = torch.Generator().manual_seed(0)
         limit = self.reference.vlm.config.text.max_positions
@@ -278,7 +283,7 @@ class Measurement:
 
 
 def absence(choice: Choice) -> str | None:
-    """A sentence where llama.cpp could have taken part and is not installed."""
+    """Return a sentence if llama.cpp could take part but is not installed."""
     lacking = llama_cpp.missing()
     if TEXT not in choice.parts or not lacking:
         return None

@@ -1,4 +1,4 @@
-"""What a measurement has found so far, in a file, and what its numbers depend on."""
+"""The saved results of a measurement, and the inputs that they depend on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row: TypeAlias = dict[str, Any]
 
 @dataclass
 class State:
-    """Rows that are complete, in a file: a measurement that was stopped goes on after them."""
+    """Complete rows in a file: an interrupted measurement continues after them."""
 
     path: Path
     rows: dict[str, Row] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class State:
             self.rows = json.loads(self.path.read_text(encoding="utf-8"))
 
     def row(self, key: str, make: Callable[[], Row]) -> Row:
-        """A row that was kept, or is made and kept now."""
+        """Return a saved row, or compute and save it."""
         if key not in self.rows:
             self.rows[key] = make()
             with made_once(self.path) as partial:
@@ -38,7 +38,7 @@ class State:
 
 
 def environment() -> Iterator[str]:
-    """What smolstack computes with: its sources, the kernels, the threads."""
+    """Yield what smolstack computes with: its sources, the kernels, the threads."""
     source = Path(__file__).parents[2]  # the package's folder
     for path in sorted(source.rglob("*")):
         if path.suffix in (".py", ".c", ".h"):
@@ -48,7 +48,7 @@ def environment() -> Iterator[str]:
 
 
 def files(*paths: Path) -> list[str]:
-    """Names, sizes and times of files, and of those in folders."""
+    """Return names, sizes and times of files, including those in folders."""
     found = []
     for path in paths:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
@@ -58,7 +58,7 @@ def files(*paths: Path) -> list[str]:
 
 
 def digest(parts: Iterable[str]) -> str:
-    """A short name for all of them."""
+    """Return a short digest of all parts."""
     made = hashlib.sha256()
     for part in parts:
         made.update(part.encode() + b"\0")

@@ -1,7 +1,7 @@
 """Contestants that compute the vision tower alone: onnxruntime's int8, OpenVINO's bfloat16.
 
-Their patch states pass through the float32 model's connector, and their visual tokens into its
-decoder, so that what a row shows is the tower's loss.
+Their patch states are passed to the float32 model's connector, and the visual tokens to its
+decoder, so a row shows the tower's loss only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TowerPeer:
         return f"{self.by} {self.precision}"
 
     def visual_tokens(self, batch: Batch) -> Tensor:
-        """Visual tokens (N, S, D) of a batch's tiles.
+        """Return visual tokens (N, S, D) of a batch's tiles.
 
         Raises:
             WorkerError: a tile is partly filled, which the graph does not know, or the runtime
@@ -89,11 +89,13 @@ class TowerPeer:
 
 
 def tower_peers(reference: Own, folder: Path, root: Path) -> list[TowerPeer]:
-    """Those that are installed, in precisions that lose something."""
+    """Return the installed runtimes, in precisions that are not exact."""
     return [
-        TowerPeer(side.name, precision, side.work, int8, reference, folder, root)
-        for side in (OnnxRuntime, OpenVino)
-        if not side.missing()
-        for precision, int8 in side.precisions().items()
+        TowerPeer(
+            implementation.name, precision, implementation.work, int8, reference, folder, root
+        )
+        for implementation in (OnnxRuntime, OpenVino)
+        if not implementation.missing()
+        for precision, int8 in implementation.precisions().items()
         if precision != "float32"
     ]

@@ -1,6 +1,6 @@
-"""What is no race: how good each precision is, how cost grows, what a budget of tokens costs.
+"""Studies without peers: quality of precisions, growth of cost, and token budgets.
 
-A study gives rows of plain data, which are printed, kept as JSON and plotted.
+A study returns rows of plain data, which are printed, saved as JSON and plotted.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from smolstack.bench.studies import budget, growth, quality
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 
 Row: TypeAlias = dict[str, Any]
 
-STUDIES: dict[str, Callable[[Setting], dict[str, list[Row]]]] = {
+STUDIES: dict[str, Callable[[Workload], dict[str, list[Row]]]] = {
     "quality": quality.study,
     "growth": growth.study,
     "budget": budget.study,

@@ -1,4 +1,4 @@
-"""What a budget of visual tokens costs in accuracy and saves in time, on the bundled reader."""
+"""Accuracy and time of the bundled reader over the visual token budget."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from smolstack.bench.studies.drawn import character_error_rate, drawn_numbers, exact_share
 from smolstack.bench.studies.quality import read_all
-from smolstack.bench.workload import Setting
+from smolstack.bench.workload import Workload
 from smolstack.vlm import load
 
 IMAGES = 200
 
 
-def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
-    """The reader at every budget that changes a plan, per precision."""
+def study(workload: Workload) -> dict[str, list[dict[str, Any]]]:
+    """Run the reader with every budget that changes a plan, per precision."""
     images = drawn_numbers(IMAGES, seed=1)
     truths = [image.text for image in images]
     rows = []
-    for dtype in setting.dtypes:
+    for dtype in workload.dtypes:
         vlm = load(dtype=dtype)
         per_tile = vlm.config.tokens_per_tile
         most = max(vlm.plan(image.image).tiles for image in images)
@@ -28,7 +28,7 @@ def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
             if plans == seen:
                 continue
             seen = plans
-            vlm.forget()
+            vlm.clear_caches()
             began = perf_counter()
             answers = read_all(vlm, images, max_image_tokens=budget)
             rows.append(

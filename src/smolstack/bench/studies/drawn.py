@@ -1,7 +1,7 @@
-"""A fixed set of images of printed numbers, and how far answers are from what stands in them.
+"""A fixed set of images of printed numbers, and the accuracy of answers about them.
 
-They are drawn with Pillow's own font, so that they are the same wherever the same Pillow runs; the
-bundled reader's training shares no code with them.
+They are drawn with Pillow's built-in font, so they are the same with the same version of Pillow.
+The bundled reader's training shares no code with them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ SIZES = ((640, 400), (480, 480), (400, 300), (800, 500), (300, 200))
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image and the number that stands in it."""
+    """An image and the number in it."""
 
     image: Image.Image
     text: str
 
 
 def drawn_numbers(count: int, seed: int = 0) -> list[Drawn]:
-    """Numbers of one to six digits: dark on light or light on dark, filling 30 to 85 % of the
-    width, anywhere in the image."""
+    """Draw numbers of one to six digits: dark on light or light on dark, filling 30 to 85 % of
+    the width, at random positions.
+    """
     chance = random.Random(seed)
     return [_draw(chance) for _ in range(count)]
 
@@ -49,7 +50,7 @@ def _draw(chance: random.Random) -> Drawn:
 def _fitting(
     draw: ImageDraw.ImageDraw, text: str, width: float, height: float
 ) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, tuple[float, float, float, float]]:
-    """The largest font in which a text is no wider and no higher, and the text's box in it."""
+    """Return the largest font in which a text fits into the size, and the text's box in it."""
     size = 100.0
     for _ in range(2):
         box = draw.textbbox((0, 0), text, font=ImageFont.load_default(size))
@@ -59,7 +60,7 @@ def _fitting(
 
 
 def exact_share(answers: Sequence[str], truths: Sequence[str]) -> float:
-    """Share of answers that are the truth, to the last character."""
+    """Return the share of answers that are exactly correct."""
     return sum(a == t for a, t in zip(answers, truths, strict=True)) / len(truths)
 
 

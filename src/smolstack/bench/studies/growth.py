@@ -1,6 +1,6 @@
-"""How time and memory grow: over tiles, tokens of context, and sequences of a batch.
+"""Growth of time and memory with tiles, context length and batch size.
 
-Each curve has a process of its own, which goes from small to large, so that its peak of memory is
+Each curve is measured in a separate process from small to large sizes, so that its peak memory is
 that of the size just measured.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from smolstack.bench import sizes
 from smolstack.bench.worker import Worker
-from smolstack.bench.workload import Setting, text_batch
+from smolstack.bench.workload import Workload, text_batch
 from smolstack.config import ModelConfig
 from smolstack.vlm import VLM, load
 
@@ -25,9 +25,9 @@ CONTEXTS = (100, 200, 400, 800, 1600, 3200, 6400, 8000)
 BATCHES = (1, 2, 4, 8, 16, 32)
 STEPS = 8
 NEW_TOKENS = 32
-# Powers of the count in each curve's time: linear layers read a prompt's tokens once and attention
-# every pair of them; one more token reads all weights and then keys and values; further sequences
-# share the weights.
+# Powers of the count in each curve's time: in a prompt, linear layers process each token and
+# attention each pair of tokens; a decoded token reads all weights, then keys and values; sequences
+# of a batch share the weights.
 TOWER, PROMPT, TOKEN, ANSWERS = (
     "vision tower and connector",
     "prefill",
@@ -35,27 +35,28 @@ TOWER, PROMPT, TOKEN, ANSWERS = (
     f"{NEW_TOKENS} tokens for each sequence",
 )
 FORMS = {TOWER: (1,), PROMPT: (1, 2), TOKEN: (0, 1), ANSWERS: (0, 1)}
-REPEATS = 3  # of what takes less than two seconds
+REPEATS = 3  # for runs of less than two seconds
 
 
-def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every curve and precision. What is expected is the mathematical form of each curve,
-    fitted to it: where cost grew faster, the largest sizes would lie above."""
-    room = setting.config.text.max_positions - STEPS - 1
+def study(workload: Workload) -> dict[str, list[dict[str, Any]]]:
+    """Return rows of every curve and precision. The expected values are the theoretical form of
+    each curve, fitted to it: if cost grew faster, the largest sizes would be above it.
+    """
+    room = workload.config.text.max_positions - STEPS - 1
     contexts = tuple(length for length in CONTEXTS if length <= room)
     rows = []
-    for dtype in setting.dtypes:
+    for dtype in workload.dtypes:
         for curve, counts in (("tiles", TILES), ("context", contexts), ("batch", BATCHES)):
-            rows += _curve(setting, dtype, curve, counts)
+            rows += _curve(workload, dtype, curve, counts)
     return {"growth": rows}
 
 
 def _curve(
-    setting: Setting, dtype: str, curve: str, counts: tuple[int, ...]
+    workload: Workload, dtype: str, curve: str, counts: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    arguments = {"folder": str(setting.saved(dtype)), "dtype": dtype}
+    arguments = {"folder": str(workload.saved(dtype)), "dtype": dtype}
     told = []
-    with Worker(f"{__name__}:growing", setting.threads, **arguments) as worker:
+    with Worker(f"{__name__}:growing", workload.threads, **arguments) as worker:
         worker.tell(curve=curve, count=counts[0])  # a warm-up
         for count in counts:
             told.append(worker.tell(curve=curve, count=count))
@@ -64,7 +65,7 @@ def _curve(
         taken = [answer["value"][name] for answer in told]
         expected = fitted(counts, taken, FORMS[name])
         for count, seconds, likely, answer in zip(counts, taken, expected, told, strict=True):
-            held = _bytes(setting.config, curve, count) - _bytes(setting.config, curve, counts[0])
+            held = _bytes(workload.config, curve, count) - _bytes(workload.config, curve, counts[0])
             rows.append(
                 {
                     "precision": dtype,
@@ -81,8 +82,9 @@ def _curve(
 
 
 def fitted(counts: Sequence[int], taken: Sequence[float], powers: Sequence[int]) -> list[float]:
-    """The sum of powers of the count, with coefficients ≥ 0, that is nearest to what was taken
-    (least squares of relative errors)."""
+    """Return the fit of a polynomial with the given powers and coefficients ≥ 0 (least squares
+    of relative errors).
+    """
     kept = list(powers)
     while True:
         columns = np.array([[float(n) ** power for power in kept] for n in counts])
@@ -94,7 +96,7 @@ def fitted(counts: Sequence[int], taken: Sequence[float], powers: Sequence[int])
 
 
 def _bytes(config: ModelConfig, curve: str, count: int) -> int:
-    """What must be held at the same time: pixels and visual tokens, or keys and values."""
+    """Return the memory needed at the same time: pixels and visual tokens, or keys and values."""
     if curve == "tiles":
         vision = config.vision
         pixels = vision.num_channels * vision.image_size**2
@@ -104,7 +106,7 @@ def _bytes(config: ModelConfig, curve: str, count: int) -> int:
 
 
 def growing(folder: str, dtype: str, threads: int) -> Callable[..., dict[str, float]]:
-    """A worker's work: seconds of each thing that a curve measures, at one size."""
+    """A worker's work: seconds of each quantity of a curve at one size."""
     torch.set_num_threads(threads)
     vlm = load(folder, dtype=dtype)
     vlm.eos_token_ids = ()
@@ -145,14 +147,14 @@ def _batch(vlm: VLM, count: int) -> dict[str, float]:
     prompts = [f"What does line {number} say?" for number in range(count)]
 
     def run() -> None:
-        vlm.forget()
+        vlm.clear_caches()
         vlm.ask_many(prompts, max_new_tokens=NEW_TOKENS)
 
     return {ANSWERS: _seconds(run)}
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The median of some runs after a first one; of a long one, the first alone."""
+    """Return the median of several runs after a first one; of a long one, only the first."""
     began = perf_counter()
     work()
     first = perf_counter() - began

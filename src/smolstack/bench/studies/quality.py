@@ -1,4 +1,4 @@
-"""How good each precision is: the bundled reader's answers, and a preset's logits."""
+"""Quality of each precision: the bundled reader's answers, and a preset's logits."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import torch
 from torch import Tensor
 
 from smolstack.bench.studies.drawn import character_error_rate, drawn_numbers, exact_share
-from smolstack.bench.workload import QUESTION, Setting
+from smolstack.bench.workload import QUESTION, Workload
 from smolstack.vlm import VLM, load
 
 IMAGES = 400
 AT_ONCE = 16
-FORCED = 256  # tokens that a model is made to read one at a time
+FORCED = 256  # number of forced tokens
 REFERENCE = "float32"
 
 
-def study(setting: Setting) -> dict[str, list[dict[str, Any]]]:
-    """Every precision of the setting against float32."""
-    return {"quality of the bundled reader": reader(setting), "quality of logits": logits(setting)}
+def study(workload: Workload) -> dict[str, list[dict[str, Any]]]:
+    """Compare every precision of the workload with float32."""
+    return {
+        "quality of the bundled reader": reader(workload),
+        "quality of logits": logits(workload),
+    }
 
 
-def reader(setting: Setting) -> list[dict[str, Any]]:
-    """Exact match and character error rate on drawn numbers."""
+def reader(workload: Workload) -> list[dict[str, Any]]:
+    """Return exact matches and character error rate on drawn numbers."""
     images = drawn_numbers(IMAGES)
     truths = [image.text for image in images]
-    said = {dtype: _read(dtype, images) for dtype in _with_reference(setting)}
+    said = {dtype: _read(dtype, images) for dtype in _with_reference(workload)}
     return [
         {
             "precision": dtype,
@@ -41,16 +44,17 @@ def reader(setting: Setting) -> list[dict[str, Any]]:
     ]
 
 
-def logits(setting: Setting) -> list[dict[str, Any]]:
-    """Differences of logits on an image and forced tokens, read as answers are made: the prompt
-    in one go, then one token at a time."""
-    found = {dtype: _forced_logits(setting, dtype) for dtype in _with_reference(setting)}
+def logits(workload: Workload) -> list[dict[str, Any]]:
+    """Return differences of logits on an image and forced tokens, read as in generation: the
+    prompt in one pass, then one token at a time.
+    """
+    found = {dtype: _forced_logits(workload, dtype) for dtype in _with_reference(workload)}
     expected = found[REFERENCE]
     spread = float(expected.std())
     best = expected.topk(2, dim=-1).values
     return [
         {
-            "preset": setting.preset.name,
+            "preset": workload.preset.name,
             "precision": dtype,
             "tokens": len(scores),
             "largest difference": float((scores - expected).abs().max()),
@@ -65,18 +69,18 @@ def logits(setting: Setting) -> list[dict[str, Any]]:
     ]
 
 
-def _with_reference(setting: Setting) -> list[str]:
-    return list(dict.fromkeys((REFERENCE, *setting.dtypes)))
+def _with_reference(workload: Workload) -> list[str]:
+    return list(dict.fromkeys((REFERENCE, *workload.dtypes)))
 
 
 def _read(dtype: str, images: list[Any]) -> list[str]:
-    """The bundled reader's answers."""
+    """Return the bundled reader's answers."""
     vlm = load(dtype=dtype)
     return read_all(vlm, images)
 
 
 def read_all(vlm: VLM, images: list[Any], **tiling: Any) -> list[str]:
-    """Answers to "What does it say?" about each image, some at a time."""
+    """Return answers to "What does it say?" about each image, in batches."""
     answers: list[str] = []
     for start in range(0, len(images), AT_ONCE):
         prompts = [(p.image, QUESTION) for p in images[start : start + AT_ONCE]]
@@ -85,14 +89,14 @@ def read_all(vlm: VLM, images: list[Any], **tiling: Any) -> list[str]:
     return answers
 
 
-def _forced_logits(setting: Setting, dtype: str) -> Tensor:
-    """Logits (tokens, V) while a prompt with an image is followed by the same random tokens."""
-    vlm = load(setting.folder, dtype=dtype)
-    model, scene = vlm.model, setting.scenes[0]
+def _forced_logits(workload: Workload, dtype: str) -> Tensor:
+    """Return logits (tokens, V) for a prompt with an image followed by fixed random tokens."""
+    vlm = load(workload.folder, dtype=dtype)
+    model, scene = vlm.model, workload.scenes[0]
     prompt = vlm.processor.prepare((str(scene.path), QUESTION), split=scene.split)
     batch = vlm.processor.batch([prompt])
-    count = min(FORCED, setting.config.text.max_positions - batch.token_ids.shape[1] - 1)
-    forced = setting.ids(count)[0]
+    count = min(FORCED, workload.config.text.max_positions - batch.token_ids.shape[1] - 1)
+    forced = workload.ids(count)[0]
     with torch.inference_mode():
         cache = model.new_cache(batch, batch.token_ids.shape[1] + count)
         scores = [model.prefill(batch, cache)]

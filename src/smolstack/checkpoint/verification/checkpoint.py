@@ -53,7 +53,7 @@ def check_checkpoint(where: Path | ModelPath, *, values: bool = False) -> list[C
     """
     where = ModelPath(where) if isinstance(where, Path) else where
     if not where.path.exists():
-        raise CheckpointError(f"{where} is no folder, expected a checkpoint")
+        raise CheckpointError(f"{where} is not a folder, expected a checkpoint")
     checks = {name: Check(name) for name in (*NAMES, *(["values"] if values else []))}
     first = checks["files"]
     kind = _kind(first, where)

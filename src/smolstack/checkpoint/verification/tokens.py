@@ -121,7 +121,7 @@ def _check_ids(
             for token_id in ids:
                 if 0 <= token_id < config.text.vocab_size and tokenizer.token(token_id):
                     continue
-                message = f"{place} {key} is {token_id}, which is no token of the vocabulary"
+                message = f"{place} {key} is {token_id}, which is not a token of the vocabulary"
                 # Published files have a padding id outside the vocabulary; it is never looked up.
                 (check.remarks if key == "pad_token_id" else check.problems).append(message)
 

@@ -65,7 +65,7 @@ def to_fms_config(config: ModelConfig) -> Idefics3Config:
         vision.intermediate_size
     ):
         raise ConfigError(
-            f"vision_config.intermediate_size {vision.intermediate_size} is no multiple of "
+            f"vision_config.intermediate_size {vision.intermediate_size} is not a multiple of "
             f"hidden_size {vision.hidden_size} that the Foundation Model Stack's SigLIP can state"
         )
     return Idefics3Config(

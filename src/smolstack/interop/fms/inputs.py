@@ -177,6 +177,6 @@ def _filled(mask: Tensor, patch: int) -> tuple[tuple[int, int], ...] | None:
     )
     for index in (corner != seen).flatten(1).any(dim=1).nonzero().flatten().tolist():
         raise GridError(
-            f"pixel_attention_mask of tile {index} is no rectangle from the top left corner"
+            f"pixel_attention_mask of tile {index} is not a rectangle from the top left corner"
         )
     return tuple(zip(rows.tolist(), columns.tolist(), strict=True))

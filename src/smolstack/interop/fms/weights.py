@@ -180,7 +180,7 @@ def _translate(name: str, table: Mapping[str, str]) -> str:
     index = _INDEX.search(f"{module}.")
     pattern = module if index is None else _INDEX.sub(".{i}.", f"{module}.", count=1)[:-1]
     if pattern not in table:
-        raise CheckpointError(f"{name!r} is no weight of the Idefics3 / SmolVLM family")
+        raise CheckpointError(f"{name!r} is not a weight of the Idefics3 / SmolVLM family")
     target = table[pattern]
     return f"{target if index is None else target.replace('{i}', index.group(1))}.{kind}"
 

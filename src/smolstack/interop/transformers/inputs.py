@@ -14,7 +14,7 @@ left_to_transformers: ContextVar[bool] = ContextVar("left_to_transformers", defa
 _MORE = ("output_attentions", "output_hidden_states")
 
 
-def asks_for_more(kwargs: Mapping[str, Any], config: Any) -> bool:
+def needs_transformers(kwargs: Mapping[str, Any], config: Any) -> bool:
     """Return whether a call, or the config for options not in the call, requests outputs that only
     transformers' own forward pass returns.
     """

@@ -24,10 +24,10 @@ from smolstack.interop.transformers.cache import new_cache
 from smolstack.interop.transformers.engine import EngineHolder
 from smolstack.interop.transformers.images import Pooled, embed, encode, image_outputs
 from smolstack.interop.transformers.inputs import (
-    asks_for_more,
     filled_grids,
     left_padding,
     left_to_transformers,
+    needs_transformers,
     same_positions,
     trains_padding,
 )
@@ -60,7 +60,7 @@ class _ComputesWithSmolstack:
         ``last_hidden_state`` is the tower's (N, H·W, C). All-zero tiles are padding, as in
         transformers.
         """
-        more = asks_for_more(kwargs, self.config)
+        more = needs_transformers(kwargs, self.config)
         engine = None if more else self._holder.get(self, check=True)
         if engine is None:
             return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)  # type: ignore[misc]
@@ -137,7 +137,7 @@ class _ComputesWithSmolstack:
             or (input_ids is not None and inputs_embeds is not None)
             or (cache is not None and (cache.is_compileable or any(cache.is_sliding)))
             or not same_positions(given["position_ids"], padding, past, new)
-            or asks_for_more(kwargs, self.config)
+            or needs_transformers(kwargs, self.config)
             or recomputes
             or left_to_transformers.get()
         ):

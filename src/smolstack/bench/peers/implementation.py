@@ -1,4 +1,4 @@
-"""A side: smolstack or a peer, with its way to do each part that it can do."""
+"""An implementation: smolstack or a peer, with a method for each part."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 
 from smolstack.bench.peers.training_run import TrainingRun, TrainingTask
 from smolstack.bench.timing import Contender
-from smolstack.bench.workload import Scene, Setting
+from smolstack.bench.workload import Scene, Workload
 
 
-class Side:
+class Implementation:
     """Whoever takes part; each method gives the contenders for one case, none unless overridden.
 
     Attributes:
-        name: as results show it.
+        name: name in results.
         packages: distributions that must be installed.
     """
 
     name = ""
     packages: tuple[str, ...] = ()
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
 
     @classmethod
     def missing(cls) -> list[str]:
@@ -36,7 +36,7 @@ class Side:
         return ()
 
     def vision(self, tile: Tensor) -> Sequence[Contender]:
-        """One tile (1, 3, P, P) through the tower."""
+        """Encode one tile (1, 3, P, P)."""
         return ()
 
     def prefill(self, ids: Tensor) -> Sequence[Contender]:
@@ -44,7 +44,7 @@ class Side:
         return ()
 
     def decode(self, ids: Tensor, steps: int) -> Sequence[Contender]:
-        """``steps`` tokens one at a time after a prompt (1, T)."""
+        """Decode ``steps`` tokens one at a time after a prompt (1, T)."""
         return ()
 
     def images(self, scene: Scene) -> Sequence[Contender]:
@@ -52,19 +52,19 @@ class Side:
         return ()
 
     def ask(self, scene: Scene) -> Sequence[Contender]:
-        """An image file and a question to ``setting.new_tokens`` tokens."""
+        """Answer a question about an image file with ``workload.new_tokens`` tokens."""
         return ()
 
     def load(self) -> Sequence[Contender]:
-        """The checkpoint folder to a model that can be asked."""
+        """Load the checkpoint folder."""
         return ()
 
     def memory(self, scene: Scene) -> Sequence[Contender]:
-        """Peak memory of a fresh process that loads the checkpoint and answers once."""
+        """Peak memory of a new process that loads the checkpoint and answers once."""
         return ()
 
     def imports(self) -> Sequence[Contender]:
-        """Importing the package in a fresh process."""
+        """Import the package in a new process."""
         return ()
 
     def train(self, task: TrainingTask) -> Sequence[TrainingRun]:
