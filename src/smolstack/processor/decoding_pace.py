@@ -21,7 +21,7 @@ _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers without a segment
 _START_OF_SCAN, _END = 0xDA, 0xD9
 # Seconds relative to JPEG, measured with Pillow 13 on a megapixel of noise, roughly.
 _WEBP, _AVIF, _JPEG2000, _PYTHON = 3, 5, 20, 20
-_PYTHON_BYTES = 2**18  # of a file that Python decodes: two megabytes took more than a second
+_PYTHON_BYTES = 2**14  # of a file that Python decodes: two megabytes took more than a second
 
 
 def check_scans(file: str | Path | bytes) -> None:
