@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.bombs import icon, tiff
+from tests.bombs import icon, plain_ppm, reduced, run_length_bmp, scans, tiff
 
 CHAT = "/v1/chat/completions"
 Attack = Callable[[str, float], Awaitable[None]]
@@ -188,6 +188,54 @@ async def tiffs(url: str, seconds: float) -> None:
 async def icons(url: str, seconds: float) -> None:
     body = chat([data_url(icon(13_000), "x-icon")] * 4)
     await keep_asking(url, seconds, 8, lambda _: body)
+
+
+@attack
+async def repeated_scans(url: str, seconds: float) -> None:
+    """JPEG files just below what counts as large, of tens of thousands of scans."""
+    body = chat([data_url(scans(50_000, 2800), "jpeg")])
+    await keep_asking(url, seconds, 4, lambda _: body)
+
+
+@attack
+async def tiff_pages(url: str, seconds: float) -> None:
+    """TIFF files of very many reduced images before their page."""
+    body = chat([data_url(reduced(90_000), "tiff")])
+    await keep_asking(url, seconds, 4, lambda _: body)
+
+
+@attack
+async def plain(url: str, seconds: float) -> None:
+    """Images whose decoders are written in Python: just under what is refused, and above."""
+    made = [plain_ppm(51), run_length_bmp(85)]
+    urls = [data_url(made[i % 2] + bytes([i]), "x") for i in range(16)]
+    large = chat([data_url(plain_ppm(1500), "x")])
+    await keep_asking(url, seconds, 8, lambda n: large if n == 0 else chat(urls))
+
+
+@attack
+async def waves(url: str, seconds: float) -> None:
+    """JPEG 2000 files of noise."""
+    noise = np.random.default_rng(1).integers(0, 256, (1200, 1800, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG2000")
+    urls = [data_url(buffer.getvalue() + bytes([i]), "jp2") for i in range(2)]
+    await keep_asking(url, seconds, 4, lambda n: chat(urls, max_tokens=n + 1))
+
+
+@attack
+async def messages(url: str, seconds: float) -> None:
+    """Chats of as many messages as a body may have values, all of them empty."""
+    one = {"role": "user", "content": ""}
+    body = json.dumps({"messages": [one] * 24_000}).encode()
+    await keep_asking(url, seconds, 6, lambda _: body)
+
+
+@attack
+async def chunked(url: str, seconds: float) -> None:
+    """Bodies of unknown length that go on for ever, a chunk of a byte at a time."""
+    first = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    await hold(url, seconds, 1200, first, more=b"1\r\n \r\n")
 
 
 @attack

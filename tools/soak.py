@@ -107,21 +107,21 @@ class Record:
         if self.path is not None:
             self.path.write_text(json.dumps(self.summary(), indent=1) + "\n", encoding="utf-8")
 
-    def slope(self) -> float:
-        """MiB an hour after the warm-up, by least squares."""
+    def slope(self) -> float | None:
+        """MiB an hour after the warm-up, by least squares; None while that cannot be told."""
         points = [(r["seconds"], r["rss_mib"]) for r in self.rows if r["seconds"] >= self.warm_up]
         if len(points) < 3:
-            return float("nan")
+            return None
         x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
         spread = sum((a - x) ** 2 for a, _ in points)
-        return 3600 * sum((a - x) * (b - y) for a, b in points) / spread
+        return round(3600 * sum((a - x) * (b - y) for a, b in points) / spread, 1)
 
     def summary(self) -> dict[str, Any]:
         return {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "requests": sum(n for name, n in self.count.items() if not name.startswith("status")),
             "warm_up_seconds": self.warm_up,
-            "slope_mib_per_hour": round(self.slope(), 1) if len(self.rows) > 2 else None,
+            "slope_mib_per_hour": self.slope(),
             "counts": dict(self.count.most_common()),
             "rows": self.rows,
         }

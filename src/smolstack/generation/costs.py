@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from smolstack.batch import VisualTokens
+from smolstack.processor.decoding_pace import weight
 
 if TYPE_CHECKING:
     from smolstack.generation.request import Request
@@ -20,7 +21,7 @@ _PATIENCE = 4.0  # seconds that a request waits for cheaper ones, for each secon
 _MOST_DEBT = 60.0  # seconds that a client waits for others
 _HALF_LIFE = 30.0  # seconds after which half of what a client had is forgotten
 _CLIENTS = 4096  # that are remembered
-_PIXEL = 3e-8  # seconds to open a pixel of an image
+_PIXEL = 3e-8  # seconds to open a pixel of a JPEG image
 _FORM = 1e-5  # seconds for a byte of a schema or a regular expression
 _TOKENS = 256  # of an answer that are expected at most: a limit is often higher than what comes
 _NEW = 0.1  # share of a new measurement
@@ -47,13 +48,13 @@ class Costs:
         """Estimate the seconds of work of requests with one prompt."""
         prompt = requests[0].prompt
         fresh = [
-            plan
+            (plan, weight(image))
             for image, plan in zip(prompt.images, prompt.plans, strict=True)
             if not isinstance(image, VisualTokens)
         ]
         seconds = len(prompt.token_ids) * self.token
-        seconds += sum(plan.source[0] * plan.source[1] * _PIXEL for plan in fresh)
-        seconds += sum(plan.tiles * self.tile for plan in fresh)
+        seconds += sum(plan.source[0] * plan.source[1] * _PIXEL * slow for plan, slow in fresh)
+        seconds += sum(plan.tiles * self.tile for plan, _ in fresh)
         for request in requests:
             if request.choices is not None:
                 seconds += sum(map(len, request.choices)) * self.token

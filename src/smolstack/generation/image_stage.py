@@ -16,10 +16,11 @@ from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.pools import RankedPool
 from smolstack.generation.prepared_image import PendingTile, PreparedImage
 from smolstack.generation.request import Request
+from smolstack.processor.decoding_pace import weight
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource
 
-_HEAVY = 8_000_000  # pixels of an image that takes long to open
+_HEAVY = 8_000_000  # pixels of a JPEG image that takes long to open; fewer of a slower format
 
 
 class ImageStage:
@@ -50,17 +51,21 @@ class ImageStage:
             if self.workers is None:
                 future = _done(work)
             else:
-                future = self._submitted(work, request, plan)
+                future = self._submitted(work, request, image, plan)
                 future.add_done_callback(lambda _: self.wake())
             request.images.append(future)
 
     def _submitted(
-        self, work: Callable[[], VisualTokens | PreparedImage], request: Request, plan: TilePlan
+        self,
+        work: Callable[[], VisualTokens | PreparedImage],
+        request: Request,
+        image: ImageSource,
+        plan: TilePlan,
     ) -> Future[VisualTokens | PreparedImage]:
         assert self.workers is not None
         if not isinstance(self.workers, RankedPool):
             return self.workers.submit(work)
-        heavy = plan.source[0] * plan.source[1] > _HEAVY
+        heavy = plan.source[0] * plan.source[1] * weight(image) > _HEAVY
         return self.workers.rank(work, request.rank, heavy=heavy)
 
     def _prepared(

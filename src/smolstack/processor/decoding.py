@@ -22,7 +22,8 @@ from smolstack.errors import ImageError
 from smolstack.processor.bit_depth import is_deep, to_grey
 from smolstack.processor.decoder_costs import check_icon, decoding_bytes
 from smolstack.processor.decoding_memory import MEMORY
-from smolstack.processor.formats import FORMATS, accepted, can_read_heif, is_heif
+from smolstack.processor.decoding_pace import check_pace, check_scans
+from smolstack.processor.formats import FORMATS, SERVED, accepted, can_read_heif, is_heif
 from smolstack.processor.pages import TiffPage, frame_of_page
 from smolstack.processor.png import late_words
 from smolstack.processor.sources import named
@@ -176,6 +177,9 @@ def _open(
 def _read_header(file: str | Path | bytes, formats: tuple[str, ...]) -> Image.Image | None:
     tried = accepted(formats)
     check_icon(file)
+    check_scans(file)
+    if formats == SERVED:
+        check_pace(file)
     with warnings.catch_warnings():
         # The pixel limit is checked here before decoding; Pillow's own is only a warning. Its
         # warnings about damaged tags matter only if decoding fails.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +19,9 @@ SUFFIXES = (pdf.SUFFIX, *TIFF_SUFFIXES)  # of files that may have several pages
 _PAGE = re.compile(r"(.+)#page=(\d{1,6})", re.IGNORECASE | re.DOTALL)
 _SUBFILE, _REDUCED_OR_MASK = 254, 1 | 4  # a smaller copy of another image, or its mask
 _MOST = 100_000  # maximum directories counted
+_MOST_UNASKED = 1000  # where no page is asked for: a file of several is rejected then
+_LATEST = 100  # index of the first page's frame: Pillow reads every directory before it
+_ENTRIES = 16  # of a directory that are read: they are sorted, and only 253 can precede 254
 
 
 @dataclass(frozen=True)
@@ -83,20 +86,29 @@ def frame_of_page(source: str | Path | bytes, name: str, number: int | None) -> 
     Raises:
         ImageError: naming the number of pages.
     """
+    most = _MOST_UNASKED if number is None else _MOST
     if isinstance(source, bytes):
-        frames = tiff_frames(BytesIO(source))
+        kinds = list(_kinds(BytesIO(source), most))
     else:
         with open(source, "rb") as file:
-            frames = tiff_frames(file)
+            kinds = list(_kinds(file, most))
+    frames = _pages(kinds)
     if number is None and len(frames) > 1:
         how = (
             "each as a file of its own"
             if isinstance(source, bytes)
             else f"one of them, as in {name}#page=1"
         )
-        raise ImageError(f"{name} has {len(frames)} pages, expected {how}")
+        more = " or more" if len(kinds) == most else ""
+        raise ImageError(f"{name} has {len(frames)}{more} pages, expected {how}")
     if number is None:
-        return frames[0] if frames else 0
+        first = frames[0] if frames else 0
+        if first > _LATEST or (not frames and len(kinds) == most):
+            raise ImageError(
+                f"{name} has {first or most} reduced images before its page, expected at "
+                f"most {_LATEST}"
+            )
+        return first
     if not 1 <= number <= len(frames):
         raise ImageError(f"{name} has {len(frames)} pages, expected no page {number}")
     return frames[number - 1]
@@ -106,13 +118,21 @@ def tiff_frames(file: BinaryIO) -> list[int]:
     """Indices of the frames of a TIFF file that are pages.
 
     Reduced copies of a page (thumbnails, pyramid levels) and masks are not pages. A file that is
-    not
-    TIFF has no frames; in a damaged one, frames before the damage are counted.
+    not TIFF has no frames; in a damaged one, frames before the damage are counted.
     """
+    return _pages(_kinds(file, _MOST))
+
+
+def _pages(kinds: Iterable[int]) -> list[int]:
+    return [index for index, kind in enumerate(kinds) if not kind & _REDUCED_OR_MASK]
+
+
+def _kinds(file: BinaryIO, most: int) -> Iterator[int]:
+    """The kind of each frame of a TIFF file, the value of NewSubfileType; ``most`` at most."""
     head = file.read(16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     if order is None or len(head) < 8:
-        return []
+        return
     version = struct.unpack(order + "H", head[2:4])[0]
     if version == 42:
         shape = _Shape(order + "H", order + "HHII", order + "I")
@@ -121,18 +141,15 @@ def tiff_frames(file: BinaryIO) -> list[int]:
         shape = _Shape(order + "Q", order + "HHQQ", order + "Q")
         (place,) = struct.unpack(order + "Q", head[8:16])
     else:
-        return []
-    pages: list[int] = []
+        return
     seen: set[int] = set()
-    while place and place not in seen and len(seen) < _MOST:
+    while place and place not in seen and len(seen) < most:
         seen.add(place)
         directory = _directory(file.seek, file.read, place, shape)
         if directory is None:
-            break
+            return
         kind, place = directory
-        if not kind & _REDUCED_OR_MASK:
-            pages.append(len(seen) - 1)
-    return pages
+        yield kind
 
 
 @dataclass(frozen=True)
@@ -154,12 +171,14 @@ def _directory(
         size = struct.calcsize(shape.entry)
         if count > 65535:
             return None
-        entries = read(count * size)
+        entries = read(min(count, _ENTRIES) * size)
+        if count > _ENTRIES:
+            seek(place + struct.calcsize(shape.count) + count * size)
         (following,) = struct.unpack(shape.place, read(struct.calcsize(shape.place)))
     except (struct.error, OverflowError, ValueError, OSError):
         return None
     kind = 0
-    for start in range(0, count * size, size):
+    for start in range(0, min(count, _ENTRIES) * size, size):
         tag, form = struct.unpack_from(shape.entry[0] + "HH", entries, start)
         if tag == _SUBFILE:
             value = start + size - struct.calcsize(shape.place)

@@ -6,6 +6,7 @@ import asyncio
 import math
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import uvicorn
@@ -16,6 +17,7 @@ from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
+_SWITCH = 0.0005  # seconds; Python's default is ten times that
 _BACKSTOP = 5  # seconds after the drain's end, for clients that do not read their answer
 
 
@@ -37,6 +39,9 @@ def run(
         "ssl_keyfile": certificate[1],
     }  # fmt: skip
     limit = connection_limit(settings.connections)
+    # Whoever wants the interpreter's lock while Python code runs in another thread waits so long,
+    # and an answer's token takes the lock many times.
+    sys.setswitchinterval(_SWITCH)
     server = Server(vlm, settings)
     config = uvicorn.Config(
         server.app,
