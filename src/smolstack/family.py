@@ -35,6 +35,7 @@ class SpecialTokens:
         bos, eos, pad: which of them begin a prompt, end an answer, pad a batch.
         add_bos: whether the tokenizer itself puts ``bos`` before every text.
         ends: further tokens that end an answer, from generation_config.json.
+        start: generation_config.json's ``bos_token_id``, if it is another than ``bos``.
     """
 
     ids: dict[str, int]
@@ -43,6 +44,43 @@ class SpecialTokens:
     pad: str
     add_bos: bool = False
     ends: tuple[str, ...] = ()
+    start: str | None = None
+
+
+# Chat templates as published; SmolVLM's and Idefics3's drop contents that are plain strings.
+_TURNS = (
+    "{{% for message in messages %}}{{{{message['role']{upper}}}}}"
+    "{{% if message['content'][0]['type'] == 'image' %}}{{{{':'}}}}"
+    "{{% else %}}{{{{': '}}}}{{% endif %}}"
+    "{{% for line in message['content'] %}}{{% if line['type'] == 'text' %}}{{{{line['text']}}}}"
+    "{{% elif line['type'] == 'image' %}}{{{{ '<image>' }}}}{{% endif %}}{{% endfor %}}"
+    "<end_of_utterance>\n{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ 'Assistant:' }}}}{{% endif %}}"
+)
+SMOLVLM_TEMPLATE = "<|im_start|>" + _TURNS.format(upper=" | capitalize")
+IDEFICS3_TEMPLATE = "<|begin_of_text|>" + _TURNS.format(upper=".capitalize()")
+GRANITE_TEMPLATE = """{%- for message in messages -%}
+{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' -%}
+{{- part['text'] -}}
+{%- elif part['type'] == 'image' -%}
+{{- '<image>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|end_of_text|>
+' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|start_of_role|>assistant' -}}
+{%- if controls -%}{{- ' ' + controls | tojson() -}}{%- endif -%}
+{{- '<|end_of_role|>' -}}
+{%- endif -%}
+"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +89,7 @@ class Preset:
 
     Attributes:
         video_edge: ``video_sampling.video_size`` of models trained on videos.
+        template: the chat template.
         leaves_out: files, and keys of preprocessor_config.json, that the published model lacks.
     """
 
@@ -60,6 +99,7 @@ class Preset:
     settings: ImageSettings
     tokens: SpecialTokens
     video_edge: int | None = None
+    template: str = SMOLVLM_TEMPLATE
     leaves_out: tuple[str, ...] = ()
 
 
@@ -80,8 +120,9 @@ def _smol_text(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) ->
     )
 
 
-def _grid_tokens(first: int) -> dict[str, int]:
-    names = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
+def _grid_tokens(first: int, side: int = 6) -> dict[str, int]:
+    edge = range(1, side + 1)
+    names = [f"<row_{row}_col_{col}>" for row in edge for col in edge]
     return {name: first + offset for offset, name in enumerate(names)}
 
 
@@ -99,6 +140,7 @@ _SMOL_TOKENS = SpecialTokens(
     bos="<|im_start|>",
     eos="<end_of_utterance>",
     pad="<|im_end|>",
+    start="<|endoftext|>",
 )
 # No single tokens for <global-img> and the grid: they are plain text in this vocabulary.
 _SMOL_2B_TOKENS = SpecialTokens(
@@ -113,6 +155,7 @@ _SMOL_2B_TOKENS = SpecialTokens(
     bos="<|im_start|>",
     eos="<end_of_utterance>",
     pad="<|im_end|>",
+    start="<|endoftext|>",
 )
 _LLAMA3_TOKENS = SpecialTokens(
     ids={
@@ -131,6 +174,7 @@ _LLAMA3_TOKENS = SpecialTokens(
     add_bos=True,
     ends=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
 )
+# Markers of rows and columns up to 4x4; further ones are plain text in this vocabulary.
 _GRANITE_TOKENS = SpecialTokens(
     ids={
         "<|end_of_text|>": 100257,
@@ -139,8 +183,7 @@ _GRANITE_TOKENS = SpecialTokens(
         "<global-img>": 100268,
         "<fake_token_around_image>": 100269,
         "<image>": 100270,
-        **_grid_tokens(100271),
-        "<end_of_utterance>": 100338,
+        **_grid_tokens(100271, side=4),
     },
     bos="<|start_of_role|>",
     eos="<|end_of_text|>",
@@ -174,7 +217,7 @@ _2B_TEXT_V1 = replace(
     bos_token_id=0,
     eos_token_ids=(0,),
 )
-_2B_TEXT_V2 = replace(_TEXT_2B, rope=RopeConfig(theta=130000.0))
+_2B_TEXT_V2 = replace(_TEXT_2B, rope=RopeConfig(theta=130000.0), max_positions=8192)
 _GRANITE_TEXT = replace(
     _TEXT_256M,
     vocab_size=100352,
@@ -231,6 +274,7 @@ PRESETS: dict[str, Preset] = {
             ModelConfig(_SIGLIP_SO400M_364, _IDEFICS3_TEXT, scale=2, image_token_id=128257),
             ImageSettings(longest_edge=1456, tile_edge=364),
             _LLAMA3_TOKENS,
+            template=IDEFICS3_TEMPLATE,
             leaves_out=("processor_config.json", "max_image_size"),
         ),
         Preset(
@@ -246,6 +290,7 @@ PRESETS: dict[str, Preset] = {
             ModelConfig(_SIGLIP_BASE_512, _GRANITE_TEXT, scale=4, image_token_id=100270, tied=True),
             _SMALL,
             _GRANITE_TOKENS,
+            template=GRANITE_TEMPLATE,
         ),
         Preset(
             "colsmol-256m",
@@ -253,6 +298,7 @@ PRESETS: dict[str, Preset] = {
             replace(_256M, embedding_dim=128),
             _SMALL,
             _SMOL_TOKENS,
+            leaves_out=("generation_config.json",),
         ),
         Preset(
             "colsmol-500m",
@@ -260,6 +306,7 @@ PRESETS: dict[str, Preset] = {
             replace(_500M, embedding_dim=128),
             _SMALL,
             _SMOL_TOKENS,
+            leaves_out=("generation_config.json",),
         ),
     )
 }

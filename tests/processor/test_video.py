@@ -195,7 +195,13 @@ def test_a_checkpoint_says_how_many_frames_it_wants(tiny_folder: Path, tmp_path:
     (folder / "video_preprocessor_config.json").write_text(json.dumps(newer))
     videos = smolstack.load(folder).processor.videos
     assert (videos.fps, videos.max_frames, videos.longest_edge) == (3, 4, 48)
-    assert videos.by_way_of_size().longest_edge == videos.image_edge == 128
+    assert videos.first_edge == 48
+    assert videos.resized_by("size").first_edge == 128
+    assert videos.resized_by("size").resized_by("video_size") == videos
+    with pytest.raises(ConfigError, match=r"resize of videos is 'sise', expected one of"):
+        videos.resized_by("sise")
+    with pytest.raises(ConfigError, match="has no video_sampling beside a size"):
+        VideoSettings().resized_by("size")
 
 
 @pytest.mark.parametrize("settings", [{"fps": 0}, {"max_frames": 0}, {"fps": "1"}, {"fps": True}])

@@ -23,18 +23,6 @@ from smolstack.errors import ConfigError
 from smolstack.family import Preset, SpecialTokens
 from smolstack.model.vlm import VisionLanguageModel
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}"
-    "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
-    "{% for part in message['content'] %}"
-    "{{ part['text'] if part['type'] == 'text' else '<image>' }}"
-    "{% endfor %}"
-    "<end_of_utterance>{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
 # Enough text for a few hundred merges, so that prompts tokenize into words and not bytes.
 _CORPUS = """What does it say? What is written in this picture? Describe the image in detail.
 Can you read the text on the sign? How many lines are there? Read line two of the document.
@@ -119,6 +107,7 @@ def side_files(preset: Preset, config: ModelConfig) -> dict[str, bytes]:
     """
     family = "SmolVLM" if config.model_type.startswith("smol") else "Idefics3"
     tokens = preset.tokens
+    ends = [tokens.ids[token] for token in (*tokens.ends, tokens.eos)]
     image = preset.settings.to_hf(f"{family}Processor")
     if preset.video_edge is not None:
         size = {"longest_edge": preset.video_edge}
@@ -131,24 +120,24 @@ def side_files(preset: Preset, config: ModelConfig) -> dict[str, bytes]:
             "image_seq_len": config.tokens_per_tile,
         },
         "generation_config.json": {
-            "bos_token_id": tokens.ids[tokens.bos],
-            "eos_token_id": [tokens.ids[token] for token in (*tokens.ends, tokens.eos)],
+            "bos_token_id": tokens.ids[tokens.start or tokens.bos],
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
             "pad_token_id": tokens.ids[tokens.pad],
         },
-        "tokenizer_config.json": _tokenizer_config(tokens, family, config),
+        "tokenizer_config.json": _tokenizer_config(preset, family, config),
         "special_tokens_map.json": {
             "bos_token": tokens.bos,
             "eos_token": tokens.eos,
             "pad_token": tokens.pad,
         },
-        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+        "chat_template.json": {"chat_template": preset.template},
     }
     contents = {
         name: to_json(data).encode()
         for name, data in files.items()
         if name not in preset.leaves_out
     }
-    contents["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+    contents["chat_template.jinja"] = preset.template.encode()
     contents["tokenizer.json"] = train_tokenizer(tokens, config.text.vocab_size)
     return contents
 
@@ -196,7 +185,8 @@ def _pair(merge: str | list[str]) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
-def _tokenizer_config(tokens: SpecialTokens, family: str, config: ModelConfig) -> dict[str, Any]:
+def _tokenizer_config(preset: Preset, family: str, config: ModelConfig) -> dict[str, Any]:
+    tokens = preset.tokens
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": f"{family}Processor",
@@ -211,5 +201,5 @@ def _tokenizer_config(tokens: SpecialTokens, family: str, config: ModelConfig) -
         "extra_special_tokens": {
             name: token for name, token in _NAMED_TOKENS.items() if token in tokens.ids
         },
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": preset.template,
     }

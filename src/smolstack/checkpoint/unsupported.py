@@ -48,13 +48,19 @@ def refuse_other_kinds(folder: Path) -> None:
             "text; run it with lerobot, or load the SmolVLM2 checkpoint that it was made from"
             + _named(config, "vlm_model_name")
         )
-    if "model_type" not in config and any(key in config for key in _NANOVLM):
+    if is_nanovlm(config):
         raise CheckpointError(
-            f"{folder} is a nanoVLM checkpoint, whose images and prompts are prepared in another "
-            "way than this family's; run it with nanoVLM itself"
+            f"{folder} is a nanoVLM checkpoint, whose weights have other names and whose tokenizer "
+            f"is elsewhere{_named(config, 'lm_tokenizer')}; smolstack convert-checkpoint {folder} "
+            "OUT makes a checkpoint of this family of it"
         )
     _refuse_quantized(folder, config)
     _refuse_formats(folder)
+
+
+def is_nanovlm(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of nanoVLM's."""
+    return "model_type" not in config and any(key in config for key in _NANOVLM)
 
 
 def is_mlx(config: Mapping[str, Any]) -> bool:

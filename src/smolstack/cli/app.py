@@ -22,6 +22,7 @@ from smolstack.cli import (
     chat,
     console,
     convert,
+    convert_checkpoint,
     diff,
     export,
     inspect,
@@ -125,6 +126,9 @@ app.command(cls=Once, epilog=_lines(inspect.EXAMPLES))(inspect.inspect)
 app.command(cls=Once, epilog=_lines(verify.EXAMPLES))(verify.verify)
 app.command(cls=Once, epilog=_lines(diff.EXAMPLES))(diff.diff)
 app.command(cls=Once, epilog=_lines(new.EXAMPLES))(new.new)
+app.command("convert-checkpoint", cls=Once, epilog=_lines(convert_checkpoint.EXAMPLES))(
+    convert_checkpoint.convert_checkpoint
+)
 app.command(cls=Once, epilog=_lines(bridge.EXAMPLES))(bridge.bridge)
 app.command(cls=Once, epilog=_lines(train.EXAMPLES))(train.train)
 app.command(cls=Once, epilog=_lines(quantize.EXAMPLES))(quantize.quantize)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import file_options, model_options, options
+from smolstack.cli import file_options, model_options, options, video_options
 from smolstack.cli.console import note, progress, show_json, write_piece
 from smolstack.errors import ImageError, PromptError
 from smolstack.text import plural
@@ -66,6 +66,7 @@ def ask(
     password: file_options.Password = None,
     fps: options.Fps = None,
     max_frames: options.MaxFrames = None,
+    video_resize: video_options.ResizeOption = video_options.Resize.video_size,
     max_new_tokens: options.MaxNewTokens = 512,
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
@@ -113,6 +114,7 @@ def ask(
         mmproj=mmproj,
         images=image_cache,
     )
+    video_options.set_resize(vlm, video_resize)
     tiling = options.tiling_of(chosen)
     shown = [_opened(vlm, image, fps, max_frames) for image in sources]
     plans = [_plans(vlm, image, tiling) for image in shown]

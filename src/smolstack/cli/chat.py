@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import file_options, model_options, options
+from smolstack.cli import file_options, model_options, options, video_options
 from smolstack.cli.ask import plan_line, tell_ending, video_line
 from smolstack.cli.console import error, note, progress, write_piece
 from smolstack.errors import PromptError, SmolstackError
@@ -124,6 +124,7 @@ def chat(
     max_image_tokens: options.MaxImageTokens = None,
     upscale: options.Upscale = True,
     password: file_options.Password = None,
+    video_resize: video_options.ResizeOption = video_options.Resize.video_size,
     max_new_tokens: options.MaxNewTokens = 512,
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
@@ -163,6 +164,7 @@ def chat(
         mmproj=mmproj,
         images=image_cache,
     )
+    video_options.set_resize(vlm, video_resize)
     conversation = Conversation(vlm, chosen, verbose=verbose)
     for image in images or []:
         conversation.add_image(image)

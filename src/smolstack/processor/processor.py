@@ -156,7 +156,8 @@ class Processor:
     def plain(self) -> PlainText:
         """What takes control tokens in messages for text."""
         marks = self.markers
-        return PlainText(self.tokenizer, (marks.image, marks.around, marks.whole))
+        names = (marks.image, marks.around, marks.whole)
+        return PlainText(self.tokenizer, [name for name in names if name])
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         """Check that every id has an embedding; a tokenizer may have more tokens than its model."""
@@ -237,7 +238,7 @@ class Processor:
             image = image.image
         if isinstance(image, Frame):
             assert not isinstance(image.image, VisualTokens)
-            edge = self.videos.longest_edge or self.settings.tile_edge
+            edge = self.videos.first_edge or self.settings.tile_edge
             settings = replace(self.settings, longest_edge=edge)
             return plan_tiles(image_size(image.image), settings, size, split=False)
         if isinstance(image, VisualTokens):

@@ -30,6 +30,7 @@ SUFFIXES = (
     *(".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t"),
     *(".h264", ".264", ".h265", ".265", ".hevc", ".ivf", ".obu", ".mjpg", ".mjpeg", ".y4m"),
 )
+RESIZES = ("video_size", "size")
 SKIPPED = 1.0  # seconds skipped at both ends of a long video
 SEEK = 8.0  # seconds to the next wanted frame beyond which the frames between are not decoded
 
@@ -43,15 +44,17 @@ class VideoSettings:
     Attributes:
         fps: maximum frames per second.
         max_frames: maximum number of frames; frames of longer videos are further apart.
-        longest_edge: pixels that a frame's longer side is resized to first.
-        image_edge: pixels that an image's longer side is resized to (``size``), if the same file
-            gives both; see :meth:`by_way_of_size`.
+        longest_edge: pixels of a frame's longer side by ``video_size``.
+        image_edge: pixels of an image's longer side (``size``), if the same file gives both.
+        resize: which of them a frame is resized to first, "video_size" or "size"; see
+            :meth:`resized_by`.
     """
 
     fps: float = 1.0
     max_frames: int = 64
     longest_edge: int | None = None
     image_edge: int | None = None
+    resize: str = "video_size"
 
     @classmethod
     def from_hf(cls, *places: Mapping[str, Any]) -> VideoSettings:
@@ -72,13 +75,29 @@ class VideoSettings:
             found = {key: value for key, value in told.items() if value is not None} | found
         return cls(**found)
 
-    def by_way_of_size(self) -> VideoSettings:
-        """Return settings that resize frames to ``size`` first, like images, and then to a tile.
+    def resized_by(self, key: str) -> VideoSettings:
+        """Return settings that resize frames to another edge first, and then to a tile.
 
-        transformers 5 does so: it reads ``video_sampling.video_size`` and overwrites it by
-        ``size``. The default is the checkpoints' own ``video_size``, as in transformers 4.50.
+        Args:
+            key: "video_size" (``video_sampling.video_size``, the default, as in transformers 4.50)
+                or "size" (the images' own ``size``, as in transformers 5, which overwrites the
+                other by it).
+
+        Raises:
+            ConfigError: another key; or "size", and the checkpoint has no ``video_sampling``
+                beside a ``size``.
         """
-        return self if self.image_edge is None else replace(self, longest_edge=self.image_edge)
+        if key == "size" and self.image_edge is None:
+            raise ConfigError(
+                "frames of videos cannot be resized by size: the checkpoint's image processor has "
+                "no video_sampling beside a size"
+            )
+        return replace(self, resize=key)
+
+    @property
+    def first_edge(self) -> int | None:
+        """Pixels that a frame's longer side is resized to first; None: those of a tile."""
+        return self.image_edge if self.resize == "size" else self.longest_edge
 
     def __post_init__(self) -> None:
         limits = (("fps", 0), ("max_frames", 1), ("longest_edge", 1), ("image_edge", 1))
@@ -93,6 +112,10 @@ class VideoSettings:
                 )
         if self.fps == 0:
             raise ConfigError("fps of videos is 0, expected more")
+        if self.resize not in RESIZES:
+            raise ConfigError(
+                f"resize of videos is {self.resize!r:.40}, expected one of {list(RESIZES)}"
+            )
 
 
 @dataclass(frozen=True)
