@@ -77,7 +77,7 @@ class AnswerLoss(nn.Module):
         """
         if len(states) <= LOGITS_AT_ONCE:
             return self._some(states, wanted)
-        parts = zip(states.split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE), strict=True)
+        parts = zip(*(torch.split(x, LOGITS_AT_ONCE) for x in (states, wanted)), strict=True)
         if not torch.is_grad_enabled():
             return torch.stack([self._some(*part) for part in parts]).sum()
         losses = [checkpoint(self._some, *part, use_reentrant=False) for part in parts]
