@@ -82,3 +82,12 @@ def test_bad_recipes_and_data_are_refused_in_a_sentence(
     assert told.exit_code == 2
     assert "12.png has" in told.stderr
     assert "the limit is 10" in told.stderr
+
+
+def test_the_frozen_towers_precision_can_be_given(
+    run: Run, refuses: Run, recipe: Path, tmp_path: Path
+) -> None:
+    assert "vision_dtype is 'int4'" in refuses("train", recipe, "--vision-dtype", "int4")
+    result = run("train", recipe, "--vision-dtype", "int8", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert '"vision_dtype": "int8"' in (tmp_path / "run" / "recipe.json").read_text()

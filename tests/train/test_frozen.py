@@ -30,8 +30,12 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is not None and other is not None and torch.equal(one, other)
 
 
-def tower(vlm: VLM, cache: Path | None, *, projected: bool = False) -> FrozenTower:
-    return FrozenTower(vlm.model, vlm.processor, projected=projected, cache=cache)
+def tower(
+    vlm: VLM, cache: Path | None, *, projected: bool = False, precision: str = "float32"
+) -> FrozenTower:
+    return FrozenTower(
+        vlm.model, vlm.processor, projected=projected, precision=precision, cache=cache
+    )
 
 
 def test_the_second_time_the_tower_does_not_run(vlm: VLM, tmp_path: Path) -> None:
@@ -68,6 +72,29 @@ def test_other_weights_images_or_settings_are_other_entries(vlm: VLM, tmp_path: 
     changed = tower(vlm, tmp_path)
     changed([one])
     assert changed.computed == 1
+
+
+@pytest.mark.parametrize(("precision", "most"), [("bfloat16", 0.02), ("int8", 0.05)])
+def test_another_precision_is_near_and_leaves_the_model_alone(
+    vlm: VLM, tmp_path: Path, precision: str, most: float
+) -> None:
+    before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
+    images = planned(vlm, draw("12", 3), draw("7", 4))
+    exact = tower(vlm, tmp_path)(images)
+    rounded = tower(vlm, tmp_path, precision=precision)
+    states = rounded(images)
+    assert rounded.computed == 2, "the entries of another precision are not its own"
+    assert exact is not None
+    assert states is not None
+    assert states.dtype == torch.float32
+    assert 0 < float((states - exact).norm() / exact.norm()) < most
+    again = tower(vlm, tmp_path, precision=precision)
+    assert same(again(images), states)
+    assert again.computed == 0
+    after = vlm.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert vlm.model.scheme is None
 
 
 def test_a_damaged_entry_is_made_again(vlm: VLM, tmp_path: Path) -> None:

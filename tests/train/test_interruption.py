@@ -83,6 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_recipe: MakeRecipe, data: Pa
     recipe = make_recipe(
         stages=STAGES,
         checkpoint_every=3,
+        vision_dtype="int8",  # quantized anew by every process, to the same bits
         data={"evaluation": str(data / "images")},
         evaluation={"answers": 2, "every": 3, "max_new_tokens": 4},
     )

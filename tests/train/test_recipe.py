@@ -62,6 +62,11 @@ def test_a_hub_id_stays_a_hub_id(tmp_path: Path) -> None:
         ({"output": 3}, "output is 3, expected a string"),
         ({"stages": []}, r"at least one \[\[stages\]\]"),
         ({"autocast": "float8"}, r"autocast is 'float8', expected one of"),
+        ({"vision_dtype": "int4"}, r"vision_dtype is 'int4', expected one of"),
+        (
+            {"vision_dtype": "int8", "stages": [{"train": "full", "steps": 1}]},
+            "every stage trains the vision tower",
+        ),
         ({"data": {}}, "data.train"),
         ({"data": {"train": "x", "max_tokens": -1}}, "data.max_tokens is -1"),
         ({"stages": [{"train": "head", "steps": 1}]}, r"stages\[0\].train is 'head'"),

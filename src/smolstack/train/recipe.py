@@ -207,6 +207,9 @@ def check(recipe: Recipe) -> None:
     _require(bool(recipe.data.train), "data.train", recipe.data.train, "training data")
     _one_of("autocast", recipe.autocast, AUTOCAST)
     _one_of("vision_dtype", recipe.vision_dtype, VISION)
+    frozen = recipe.vision_dtype == "float32" or any(s.train != "full" for s in recipe.stages)
+    expected = "'float32' where every stage trains the vision tower"
+    _require(frozen, "vision_dtype", recipe.vision_dtype, expected)
     _one_of("parallel", recipe.parallel, PARALLEL)
     _one_of("save_dtype", recipe.save_dtype, SAVED)
     _require(recipe.checkpoint_every > 0, "checkpoint_every", recipe.checkpoint_every, "1 or more")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -56,65 +54,24 @@ def training(
     given = TrainingTask(**task)
 
     def run() -> list[list[float]]:
-        import transformers
-
         from smolstack.interop.reference import load_model
+        from smolstack.interop.trainer import trainer_seconds
 
         settings = Stage(given.stage, steps=given.steps)
-        model = _only_trained(load_model(folder), given.stage)
-        clock = _Clock()
-        with TemporaryDirectory(prefix="smolstack-bench-") as place:
-            trainer = transformers.Trainer(
-                model=model,
-                args=transformers.TrainingArguments(
-                    output_dir=place,
-                    max_steps=given.steps,
-                    per_device_train_batch_size=BATCH,
-                    learning_rate=settings.learning_rate,
-                    weight_decay=settings.weight_decay,
-                    max_grad_norm=settings.clip,
-                    use_cpu=True,
-                    bf16=autocast,
-                    report_to=[],
-                    save_strategy="no",
-                    logging_strategy="no",
-                    disable_tqdm=True,
-                    remove_unused_columns=False,
-                    dataloader_pin_memory=False,
-                ),
-                train_dataset=_examples(folder, given.rows),
-                data_collator=_Collator(folder),
-                callbacks=[clock.callback()],
-            )
-            trainer.train()
-        return [clock.seconds]
+        seconds = trainer_seconds(
+            _only_trained(load_model(folder), given.stage),
+            _examples(folder, given.rows),
+            _Collator(folder),
+            steps=given.steps,
+            batch=BATCH,
+            autocast=autocast,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.clip,
+        )
+        return [seconds]
 
     return run
-
-
-class _Clock:
-    """Seconds between the ends of steps, including reading images."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._began = 0.0
-
-    def callback(self) -> Any:
-        """Return the callback for the Trainer."""
-        import transformers
-
-        clock = self
-
-        class Callback(transformers.TrainerCallback):
-            def on_train_begin(self, *_given: Any, **_more: Any) -> None:
-                clock._began = perf_counter()
-
-            def on_step_end(self, *_given: Any, **_more: Any) -> None:
-                now = perf_counter()
-                clock.seconds.append(now - clock._began)
-                clock._began = now
-
-        return Callback()
 
 
 class _Collator:
