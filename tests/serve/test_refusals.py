@@ -105,6 +105,10 @@ def message(response: httpx.Response) -> str:
         ({"regex": "a", "choices": ["b"]}, "found regex and choices"),
         ({"response_format": {"type": "json_schema"}}, "json_schema.schema"),
         (
+            {"response_format": {"type": "json_object"}, "guided_json": {"type": "integer"}},
+            "found json_schema beside the form json_object",
+        ),
+        (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
             "schema cannot be kept to",
         ),

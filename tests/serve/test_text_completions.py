@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tests.serve.test_chat import MODEL, QUESTION, asking
 from tests.serve.test_refusals import message, post
 
 import smolstack
+from smolstack.serve.app import Server
+from smolstack.serve.settings import ServerSettings
 
 CHAT = "<|im_start|>User: What does it say?<end_of_utterance>\nAssistant:"
 
@@ -183,6 +186,28 @@ def test_what_asks_for_nothing_is_accepted(client: openai.OpenAI) -> None:
         logit_bias={}, presence_penalty=0, extra_body={"add_special_tokens": True, "tools": []},
     )  # fmt: skip
     assert texts(made) == texts(plain)
+
+
+def test_no_chat_template_is_needed(
+    tiny_vlm: smolstack.VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_vlm.processor, "template", None)
+    server = Server(tiny_vlm, ServerSettings())
+    body = {"prompt": "?", "regex": "[ab]{3}"}
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app=server.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/v1/completions", json=body)
+
+    try:
+        response = asyncio.run(ask())
+    finally:
+        server.close()
+    assert response.status_code == 200, response.text
+    text = response.json()["choices"][0]["text"]
+    assert len(text) == 3
+    assert set(text) <= {"a", "b"}
 
 
 def test_a_retrieval_model_continues_nothing(retrieval_folder: Path) -> None:

@@ -275,6 +275,12 @@ def _check_supported(request: ChatRequest) -> None:
     """Options that mean nothing by themselves are refused, not ignored."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    form = request.response_format
+    if request.json_schema is not None and form is not None and form.type != "text":
+        raise RefusedError(
+            400, f"found json_schema beside the form {form.type}, expected one of them",
+            param="json_schema",
+        )  # fmt: skip
 
 
 def check_length(vlm: VLM, what: str, characters: int, settings: ServerSettings) -> None:
