@@ -85,9 +85,7 @@ class PdfPage:
         """
         with self._opened() as page:
             width, height = page.get_size()
-            image: Image.Image = page.render(
-                scale=_scale(width, height, self.max_pixels)
-            ).to_pil()
+            image: Image.Image = page.render(scale=_scale(width, height, self.max_pixels)).to_pil()
             return image.convert("RGB")
 
     def content(self) -> bytes:

@@ -207,7 +207,7 @@ def read_video(
     """
     VideoSettings(fps, max_frames)
     try:
-        import av
+        import av  # noqa: F401
     except ImportError:
         raise VideoError(
             "videos need the packages av and num2words (pip install 'smolstack[video]')"
