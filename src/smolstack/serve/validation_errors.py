@@ -87,7 +87,8 @@ def _unknown(name: str, param: str | None, found: Mapping[str, Any]) -> str:
 def _fields() -> set[str]:
     models = (schemas.ChatRequest, schemas.PlanRequest, schemas.ChatMessage, schemas.ImageURL,
               schemas.TextPart, schemas.ImagePart, schemas.VideoURL,
-              schemas.VideoPart, schemas.FileData, schemas.FilePart, schemas.ResponseFormat, schemas.JsonSchema,
+              schemas.VideoPart, schemas.FileData, schemas.FilePart,
+              schemas.ResponseFormat, schemas.JsonSchema,
               schemas.StreamOptions, schemas.Tool, schemas.Function, schemas.NamedTool,
               schemas.NamedFunction, schemas.ToolCall, schemas.CalledFunction)  # fmt: skip
     return {field.alias or name for model in models for name, field in model.model_fields.items()}
