@@ -11,6 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 from tests.pdfs import document, locked
+from tests.processor.test_pdf import form
 from tests.serve.conftest import Process
 from tests.serve.test_refusals import message, post
 from tests.videos import film
@@ -114,10 +115,8 @@ def test_what_is_no_video_is_refused(server: Process, content: bytes, expected: 
 def test_documents_that_cannot_be_shown_are_refused(
     server: Process, report: Path, tmp_path: Path
 ) -> None:
-    empty = (
-        b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n"
-        b"2 0 obj<</Type/Pages/Kids[]/Count 0>>endobj\ntrailer<</Size 3/Root 1 0 R>>\n%%EOF"
-    )
+    empty = form(tmp_path / "none.pdf", "/FT/Tx").read_bytes()
+    empty = empty.replace(b"[3 0 R]/Count 1", b"[     ]/Count 0")
     many = document(tmp_path / "many.pdf", [(9, 9)] * 17, ("red",) * 17).read_bytes()
     whole = report.read_bytes()
     for content, page, expected in (

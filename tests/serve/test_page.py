@@ -126,7 +126,7 @@ def test_on_a_phone_no_word_stands_alone(browser: Any, server: Process) -> None:
     page, _ = opened(browser, server)
     page.set_viewport_size({"width": 320, "height": 640})
     tops = page.eval_on_selector_all(
-        ".together > *", "all => all.map(e => Math.round(e.getBoundingClientRect().top / 30))"
+        "form .together > *", "all => all.map(e => Math.round(e.getBoundingClientRect().top / 30))"
     )
     assert len(tops) == 3
     assert max(tops) - min(tops) <= 1
