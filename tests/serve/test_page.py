@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.pdfs import document
 from tests.serve.conftest import EXAMPLES, Process, serving
+from tests.videos import film
 
 playwright = pytest.importorskip("playwright.sync_api")
 DROP = """(coded) => {
@@ -111,7 +113,9 @@ def test_messages_are_for_people(browser: Any, tiny_folder: Path, tmp_path: Path
         (tmp_path / "notes.txt").write_text("no image")
         page.set_input_files("#file", tmp_path / "notes.txt")
         page.wait_for_selector("#problem:not([hidden])")
-        assert "notes.txt is not an image. Choose" in page.text_content("#problem")
+        assert "notes.txt is not an image, a PDF file or a video. Choose" in page.text_content(
+            "#problem"
+        )
     page.press("#question", "Enter")
     page.wait_for_function("document.getElementById('problem').textContent.includes('running?')")
     assert page.text_content("#problem") == "The server does not answer. Is it still running?"
@@ -122,10 +126,57 @@ def test_on_a_phone_no_word_stands_alone(browser: Any, server: Process) -> None:
     page, _ = opened(browser, server)
     page.set_viewport_size({"width": 320, "height": 640})
     tops = page.eval_on_selector_all(
-        ".together > *", "all => all.map(e => Math.round(e.getBoundingClientRect().top / 30))"
+        "form .together > *", "all => all.map(e => Math.round(e.getBoundingClientRect().top / 30))"
     )
     assert len(tops) == 3
     assert max(tops) - min(tops) <= 1
+    page.close()
+
+
+def test_a_page_of_a_document_is_chosen(browser: Any, server: Process, tmp_path: Path) -> None:
+    page, problems = opened(browser, server)
+    page.set_viewport_size({"width": 320, "height": 640})
+    report = document(tmp_path / "report.pdf", [(100, 50), (60, 80)])
+    page.set_input_files("#file", report)
+    page.wait_for_selector("#pages:not([hidden])")
+    assert page.text_content("#count") == "of 2"
+    page.wait_for_function("document.getElementById('plan').textContent.includes('200 × 100')")
+    page.fill("#page", "2")
+    page.press("#page", "Tab")
+    page.wait_for_function("document.getElementById('plan').textContent.includes('120 × 160')")
+    assert page.get_attribute("#shown", "alt") == "Page 2 of report.pdf"
+    assert page.evaluate("document.getElementById('shown').naturalHeight") == 160
+    page.press("#question", "Enter")
+    page.wait_for_selector("#numbers:not([hidden])")
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 320
+    page.set_input_files("#file", EXAMPLES / "number.png")
+    page.wait_for_selector("#pages", state="hidden")
+    assert problems == []
+    page.close()
+
+
+def test_a_video_is_shown_and_asked_about(browser: Any, server: Process, tmp_path: Path) -> None:
+    page, problems = opened(browser, server)
+    page.set_input_files("#file", film(tmp_path / "clip.mp4", frames=10, rate=5))
+    page.wait_for_selector("#shown[alt='Frames of the video clip.mp4']")
+    assert page.text_content("#plan").startswith("2 frames of 2.0 s, one tile each")
+    page.press("#question", "Enter")
+    page.wait_for_selector("#numbers:not([hidden])")
+    assert problems == []
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_violates_accessibility(
+    browser: Any, server: Process, scheme: str, tmp_path: Path
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page, _ = opened(browser, server, scheme)
+    page.set_input_files("#file", document(tmp_path / "report.pdf", [(100, 50), (60, 80)]))
+    page.wait_for_selector("#pages:not([hidden])")
+    found = axe.run(page)
+    assert found.response["violations"] == []
     page.close()
 
 

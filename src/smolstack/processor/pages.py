@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -26,17 +26,18 @@ _ENTRIES = 16  # of a directory that are read: they are sorted, and only 253 can
 
 @dataclass(frozen=True)
 class TiffPage:
-    """A page of a TIFF file; ``number`` is 1 for the first."""
+    """A page of a TIFF file (its path, or its bytes); ``number`` is 1 for the first."""
 
-    path: Path
+    path: Path | bytes = field(repr=False)
     number: int
 
     def __str__(self) -> str:
-        return f"{self.path}#page={self.number}"
+        return f"{_name(self.path)}#page={self.number}"
 
     def content(self) -> bytes:
         """The value that identifies the page's image in hashes."""
-        return self.path.read_bytes() + f"#page={self.number}".encode()
+        file = self.path if isinstance(self.path, bytes) else self.path.read_bytes()
+        return file + f"#page={self.number}".encode()
 
 
 def page_of(source: object, password: str | None = None) -> PdfPage | TiffPage | None:
@@ -189,6 +190,10 @@ def _directory(
         if tag > _SUBFILE:
             break
     return kind, following
+
+
+def _name(path: Path | bytes) -> str:
+    return f"image of {len(path)} bytes" if isinstance(path, bytes) else str(path)
 
 
 def _is_file(source: str | Path) -> bool:

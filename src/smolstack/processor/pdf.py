@@ -22,6 +22,8 @@ from smolstack.errors import ImageError
 SUFFIX = ".pdf"
 DPI = 144
 MAX_PIXELS = 40_000_000  # of a page; larger ones are rendered at a lower resolution
+_PAGE_BYTES = 12  # bytes per pixel of a page while it is rendered and cut
+_INSIDE_BYTES = 8  # bytes per pixel of an image on a page while it is drawn
 _SCALE = DPI / 72  # PDF units are 1/72 inch
 _RENDERING = 2  # increment when the rendering of a page changes
 _LOCKED = 4  # PDFium's error code
@@ -33,17 +35,20 @@ class PdfPage:
     """A page of a PDF file.
 
     Attributes:
-        path: of the file.
+        path: of the file, or its bytes.
         number: from 1; None if not given, and then the file must have one page.
         password: opens a locked file.
+        max_pixels: of the image; a larger page is rendered at a lower resolution.
     """
 
-    path: Path
+    path: Path | bytes = field(repr=False)
     number: int | None
     password: str | None = field(default=None, repr=False)
+    max_pixels: int = MAX_PIXELS
 
     def __str__(self) -> str:
-        return str(self.path) if self.number is None else f"{self.path}#page={self.number}"
+        name = _name(self.path)
+        return name if self.number is None else f"{name}#page={self.number}"
 
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels, without rendering.
@@ -51,10 +56,25 @@ class PdfPage:
         Raises:
             ImageError: as :meth:`render`.
         """
+        return self.measure()[0]
+
+    def measure(self) -> tuple[tuple[int, int], int]:
+        """(width, height) in pixels, and the bytes that rendering takes, without rendering.
+
+        Images on the page are counted by the size that they state: PDFium decodes them whole.
+
+        Raises:
+            ImageError: as :meth:`render`.
+        """
         with self._opened() as page:
+            from pypdfium2 import raw
+
             width, height = page.get_size()
-        scale = _scale(width, height)
-        return math.ceil(width * scale), math.ceil(height * scale)
+            images = page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE])
+            inside = max((math.prod(image.get_px_size()) for image in images), default=0)
+        scale = _scale(width, height, self.max_pixels)
+        size = math.ceil(width * scale), math.ceil(height * scale)
+        return size, size[0] * size[1] * _PAGE_BYTES + inside * _INSIDE_BYTES
 
     def render(self) -> Image.Image:
         """Render the page as an RGB image, including form fields.
@@ -64,12 +84,15 @@ class PdfPage:
                 page does not exist, or the file has several and none was named.
         """
         with self._opened() as page:
-            image: Image.Image = page.render(scale=_scale(*page.get_size())).to_pil()
+            width, height = page.get_size()
+            image: Image.Image = page.render(scale=_scale(width, height, self.max_pixels)).to_pil()
             return image.convert("RGB")
 
     def content(self) -> bytes:
         """The value that identifies the page's image in hashes."""
-        return self.path.read_bytes() + f"#page={self.number}, rendering {_RENDERING}".encode()
+        file = self.path if isinstance(self.path, bytes) else self.path.read_bytes()
+        smaller = "" if self.max_pixels == MAX_PIXELS else f" of {self.max_pixels} pixels"
+        return file + f"#page={self.number}, rendering {_RENDERING}{smaller}".encode()
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -77,16 +100,19 @@ class PdfPage:
             count = len(document)
             if self.number is None and count != 1:
                 raise ImageError(
-                    f"{self.path} has {count} pages, expected one of them, as in {self.path}#page=1"
+                    f"{self} has {count} pages, expected one of them, as in "
+                    f"{'' if isinstance(self.path, bytes) else self}#page=1"
                 )
             number = 1 if self.number is None else self.number
             if not 1 <= number <= count:
-                raise ImageError(f"{self.path} has {count} pages, expected no page {self.number}")
+                raise ImageError(
+                    f"{_name(self.path)} has {count} pages, expected no page {self.number}"
+                )
             with _refused(self.path, self.password):
                 yield document[number - 1]
 
 
-def count_pages(path: Path, password: str | None = None) -> int:
+def count_pages(path: Path | bytes, password: str | None = None) -> int:
     """Count the pages of a PDF file.
 
     Raises:
@@ -96,21 +122,31 @@ def count_pages(path: Path, password: str | None = None) -> int:
         return len(document)
 
 
-def _scale(width: float, height: float) -> float:
-    """Pixels per 1/72 inch: at DPI, or less to stay within MAX_PIXELS."""
+def is_pdf(content: bytes) -> bool:
+    """Whether a file's bytes begin as a PDF file does."""
+    return content[:1024].lstrip().startswith(b"%PDF-")
+
+
+def _name(path: Path | bytes) -> str:
+    return f"PDF file of {len(path)} bytes" if isinstance(path, bytes) else str(path)
+
+
+def _scale(width: float, height: float, most: int) -> float:
+    """Pixels per 1/72 inch: at DPI, or less to stay within ``most`` pixels."""
     pixels = width * height * _SCALE**2
-    return _SCALE if pixels <= MAX_PIXELS else _SCALE * math.sqrt(MAX_PIXELS / pixels)
+    return _SCALE if pixels <= most else _SCALE * math.sqrt(most / pixels)
 
 
 @contextmanager
-def _document(path: Path, password: str | None) -> Iterator[Any]:
+def _document(path: Path | bytes, password: str | None) -> Iterator[Any]:
+    name = _name(path)
     try:
         import pypdfium2
     except ImportError:
         raise ImageError(
-            f"{path}: PDF files need the package pypdfium2 (pip install 'smolstack[pdf]')"
+            f"{name}: PDF files need the package pypdfium2 (pip install 'smolstack[pdf]')"
         ) from None
-    if not path.is_file():
+    if isinstance(path, Path) and not path.is_file():
         found = "a folder" if path.is_dir() else "no file"
         raise ImageError(f"{path}: found {found}, expected a PDF file")
     with _ONE_AT_A_TIME:
@@ -119,7 +155,7 @@ def _document(path: Path, password: str | None) -> Iterator[Any]:
                 document = pypdfium2.PdfDocument(path, password=password)
         except ImageError:
             if _is_empty(path, password):
-                raise ImageError(f"{path} has no pages, expected at least one") from None
+                raise ImageError(f"{name} has no pages, expected at least one") from None
             raise
         try:
             with _refused(path, password):
@@ -131,27 +167,28 @@ def _document(path: Path, password: str | None) -> Iterator[Any]:
 
 
 @contextmanager
-def _refused(path: Path, password: str | None) -> Iterator[None]:
+def _refused(path: Path | bytes, password: str | None) -> Iterator[None]:
     import pypdfium2
 
+    name = _name(path)
     reason = ""
     try:
         yield
     except pypdfium2.PdfiumError as error:
         code = getattr(error, "err_code", None)
-        reason = f"{path} cannot be read as a PDF file: {error}"
+        reason = f"{name} cannot be read as a PDF file: {error}"
         if code == _LOCKED:
             reason = (
-                f"{path} is locked; give its password (--password, password=), or save it without "
+                f"{name} is locked; give its password (--password, password=), or save it without "
                 "one first"
                 if password is None
-                else f"{path} is locked, and the password that was given does not open it"
+                else f"{name} is locked, and the password that was given does not open it"
             )
     if reason:
         raise ImageError(reason)
 
 
-def _is_empty(path: Path, password: str | None) -> bool:
+def _is_empty(path: Path | bytes, password: str | None) -> bool:
     """Whether a rejected file opens but has no pages.
 
     PDFium reports that case with whatever error code was set before.
@@ -159,7 +196,11 @@ def _is_empty(path: Path, password: str | None) -> bool:
     from pypdfium2 import raw
 
     key = None if password is None else password.encode() + b"\0"
-    document = raw.FPDF_LoadDocument(str(path).encode("utf-8", "surrogateescape") + b"\0", key)
+    if isinstance(path, bytes):
+        document = raw.FPDF_LoadMemDocument64(path, len(path), key)
+    else:
+        name = str(path).encode("utf-8", "surrogateescape")
+        document = raw.FPDF_LoadDocument(name + b"\0", key)
     if not document:
         return False
     raw.FPDF_CloseDocument(document)

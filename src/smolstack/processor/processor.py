@@ -29,6 +29,7 @@ from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tiles import ImageSource, image_size, normalize, read_tiles
 from smolstack.processor.tokenizer import TextTokenizer
 from smolstack.processor.video import Frame, Video, VideoSettings, read_video
+from smolstack.processor.video_bytes import VideoBytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,7 +198,10 @@ class Processor:
         return after[len(before) :].partition(mark)[0]
 
     def open_video(
-        self, source: str | Path | Video, fps: float | None = None, max_frames: int | None = None
+        self,
+        source: str | Path | VideoBytes | Video,
+        fps: float | None = None,
+        max_frames: int | None = None,
     ) -> Video:
         """Read frames of a video file, with the checkpoint's defaults.
 
@@ -208,7 +212,7 @@ class Processor:
         """
         if isinstance(source, Video):
             return source
-        if not isinstance(source, (str, Path)):
+        if not isinstance(source, (str, Path, VideoBytes)):
             raise VideoError(
                 f"found a {type(source).__name__}, expected a video: its path or a Video"
             )

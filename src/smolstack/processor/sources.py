@@ -17,10 +17,12 @@ def named(source: str | Path | bytes | TiffPage) -> tuple[str, str | Path | byte
     Raises:
         ImageError: the file does not exist or is empty.
     """
+    if isinstance(source, TiffPage) and isinstance(source.path, bytes):
+        source = source.path
     if isinstance(source, bytes):
         name, size = f"image of {len(source)} bytes", len(source)
     else:
-        path = source.path if isinstance(source, TiffPage) else Path(source)
+        path = Path(source.path) if isinstance(source, TiffPage) else Path(source)  # type: ignore[arg-type]
         name = str(path if isinstance(source, TiffPage) else source)
         refuse_texts(name)
         try:

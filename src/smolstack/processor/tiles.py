@@ -29,7 +29,6 @@ ImageSource: TypeAlias = (
     "str | Path | bytes | PdfPage | TiffPage | Image.Image | npt.NDArray[np.uint8]"
 )
 MAX_PIXELS = 178_956_970  # images with more pixels are rejected before decoding
-_PAGE_BYTES = 12  # bytes per pixel of a page while it is rendered and cut
 
 
 def open_image(
@@ -74,7 +73,11 @@ def image_size(
         return source.size
     page = page_of(source)
     if isinstance(page, PdfPage):
-        return page.size()
+        size, cost = page.measure()
+        if cost > MEMORY.limit:
+            with MEMORY.hold(cost, str(page)):
+                pass  # never comes here: it is refused
+        return size
     return size_of(_file(source) if page is None else page, max_pixels, formats)
 
 
@@ -91,8 +94,7 @@ def _decoded(
         return
     page = page_of(source)
     if isinstance(page, PdfPage):
-        width, height = page.size()
-        with MEMORY.hold(width * height * _PAGE_BYTES, str(page)):
+        with MEMORY.hold(page.measure()[1], str(page)):
             yield page.render()
         return
     with decoded(_file(source) if page is None else page, max_pixels, formats) as image:

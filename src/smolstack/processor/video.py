@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ import numpy.typing as npt
 from smolstack.batch import VisualTokens
 from smolstack.errors import ConfigError, ImageError, VideoError
 from smolstack.processor.animation import is_animation, read_animation
+from smolstack.processor.decoding_memory import MEMORY
 from smolstack.processor.tiles import MAX_PIXELS, ImageSource
+from smolstack.processor.video_bytes import (
+    VideoBytes,
+    check_length,
+    check_stream,
+    check_time,
+    decoding_bytes,
+    opened,
+)
 from smolstack.processor.video_length import counted_measures, told_measures
 
 # Suffixes treated as videos wherever a path is accepted; listed in docs/videos.md.
@@ -200,7 +210,7 @@ def pick_frames(total: int, rate: float, fps: float, most: int) -> list[int]:
 
 
 def read_video(
-    path: str | Path,
+    path: str | Path | VideoBytes,
     *,
     fps: float = 1.0,
     max_frames: int = 64,
@@ -209,7 +219,7 @@ def read_video(
     """Read sampled frames of a video file, upright.
 
     Args:
-        path: of any format that FFmpeg reads.
+        path: of any format that FFmpeg reads; or a stranger's file, which is held to limits.
         fps: maximum frames per second.
         max_frames: maximum number of frames.
         shrink: applied to each frame (H, W, 3) as it is decoded, to save memory.
@@ -220,11 +230,13 @@ def read_video(
     """
     VideoSettings(fps, max_frames)
     try:
-        import av
+        import av  # noqa: F401
     except ImportError:
         raise VideoError(
             "videos need the packages av and num2words (pip install 'smolstack[video]')"
         ) from None
+    if isinstance(path, VideoBytes):
+        return _of_stranger(path, fps, max_frames, shrink)
     path = Path(path)
     if not path.is_file():
         raise VideoError(f"{path} is {'a folder' if path.exists() else 'not there'}, expected a "
@@ -235,6 +247,31 @@ def read_video(
             return pick_frames(total, rate, fps, max_frames)
 
         return Video(*read_animation(path, MAX_PIXELS, choose, shrink))
+    return _opened_or_counted(path, fps, max_frames, shrink)
+
+
+def _of_stranger(
+    source: VideoBytes, fps: float, max_frames: int, shrink: Callable[[Frames], Frames] | None
+) -> Video:
+    """The same of bytes: whatever FFmpeg makes of them is a VideoError, without its traceback,
+    which would keep the decoder and its frames."""
+    try:
+        return _opened_or_counted(source, fps, max_frames, shrink)
+    except VideoError as error:
+        reason = str(error)
+    except Exception as error:
+        reason = f"{source} cannot be read as a video: {type(error).__name__}: {error}"
+    raise VideoError(reason)
+
+
+def _opened_or_counted(
+    path: Path | VideoBytes,
+    fps: float,
+    max_frames: int,
+    shrink: Callable[[Frames], Frames] | None,
+) -> Video:
+    import av
+
     try:
         made = _read(path, fps, max_frames, shrink, count=False)
         if made is None:
@@ -247,7 +284,7 @@ def read_video(
 
 
 def _read(
-    path: Path,
+    path: Path | VideoBytes,
     fps: float,
     max_frames: int,
     shrink: Callable[[Frames], Frames] | None,
@@ -260,24 +297,30 @@ def _read(
         count: count the frames by reading the file once more; the frames found are then used,
             and None means that there were none.
     """
-    import av
-
     with contextlib.ExitStack() as stack:
-        container = stack.enter_context(av.open(str(path)))
+        container = stack.enter_context(opened(path))
         if not container.streams.video:
             raise VideoError(f"{path} has no video, expected some frames")
-        measures = counted_measures(container) if count else told_measures(container)
+        stream = container.streams.video[0]
+        check_stream(path, stream)
+        checked = partial(check_time, path)
+        measures = counted_measures(container, checked) if count else told_measures(container)
         if measures is None:
             return None
         if measures.again:
-            container = stack.enter_context(av.open(str(path)))
+            container = stack.enter_context(opened(path))
+            check_stream(path, container.streams.video[0])
+        check_length(path, measures.total / measures.rate)
+        stack.enter_context(MEMORY.hold(decoding_bytes(stream), str(path)))
         rate = measures.rate
         places = pick_frames(measures.total, rate, fps, max_frames)
         times = [place / rate for place in places]
         # One at a time: sixty full frames of a large video take hundreds of megabytes.
         found = [
             (seconds, pixels if shrink is None else shrink(pixels))
-            for seconds, pixels in _decoded(container, times, 0.5 / rate, seeks=measures.seeks)
+            for seconds, pixels in _decoded(
+                container, times, 0.5 / rate, seeks=measures.seeks, check=checked
+            )
         ]
     if not found or (len(found) < len(places) and not count):
         return None
@@ -287,7 +330,7 @@ def _read(
 
 
 def _decoded(
-    container: Any, wanted: Sequence[float], near: float, *, seeks: bool
+    container: Any, wanted: Sequence[float], near: float, *, seeks: bool, check: Callable[[], None]
 ) -> Iterator[tuple[float, Frames]]:
     """Return (seconds, pixels) of the frames at the given times, or the next frame after each.
 
@@ -295,6 +338,7 @@ def _decoded(
         wanted: seconds from the first frame, ascending.
         near: tolerance in seconds for a frame that is too early.
         seeks: whether frames between may be skipped by seeking.
+        check: called before every frame; may raise.
     """
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
@@ -303,6 +347,7 @@ def _decoded(
     frames = container.decode(stream)
     seconds = -2 * near
     while rest:
+        check()
         frame = next(frames, None)
         if frame is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +48,16 @@ def told_measures(container: Any) -> Measures | None:
     return Measures(rate, round(seconds * rate))
 
 
-def counted_measures(container: Any) -> Measures:
-    """Measures from counting packets: the file is read to its end but not decoded."""
+def counted_measures(container: Any, check: Callable[[], None]) -> Measures:
+    """Measures from counting packets: the file is read to its end but not decoded.
+
+    ``check`` is called before every packet and may raise.
+    """
     stream = container.streams.video[0]
     told = float(stream.average_rate or stream.guessed_rate or 0)
     total, first, last = 0, None, None
     for packet in container.demux(stream):
+        check()
         if not packet.size:
             continue
         total += 1

@@ -22,6 +22,7 @@ from smolstack.serve import request_reader
 from smolstack.serve.answers import Asking, EventStream, unless_gone
 from smolstack.serve.entrance import Entrance, client_of, in_pool, reading_seconds
 from smolstack.serve.error_responses import RefusedError, as_refusal
+from smolstack.serve.media import Media
 from smolstack.serve.metrics import Metrics
 from smolstack.serve.parsing import JsonRequest
 from smolstack.serve.schemas import ChatRequest
@@ -30,7 +31,7 @@ from smolstack.vlm import VLM
 
 # Makes, from a request and its images, a prompt and options for each of its answers.
 Prepare: TypeAlias = Callable[
-    [VLM, ChatRequest, list[bytes], ServerSettings], tuple[list[Prompt], list[ReadOptions]]
+    [VLM, ChatRequest, list[Media], ServerSettings], tuple[list[Prompt], list[ReadOptions]]
 ]
 GONE = 499  # the status of what is answered to a client that went away: nobody reads it
 
@@ -123,7 +124,7 @@ class Answering:
         deadline = time.monotonic() + seconds
         asking = Asking(self.engine, self.metrics, pieces=bool(body.stream))
 
-        def make(images: list[bytes]) -> None:
+        def make(images: list[Media]) -> None:
             asking.make(*prepare(self.vlm, body, images, self.settings), deadline)
 
         async def reading_it() -> None:

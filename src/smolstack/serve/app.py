@@ -18,6 +18,7 @@ from smolstack.processor.decoding_memory import MEMORY
 from smolstack.serve import (
     embeddings,
     functions,
+    plans,
     request_reader,
     text_completions,
     tokens,
@@ -28,6 +29,7 @@ from smolstack.serve.answers import in_thread
 from smolstack.serve.bodies import Bodies
 from smolstack.serve.completions import Completion
 from smolstack.serve.error_responses import RefusedError, add_handlers, as_refusal
+from smolstack.serve.media import Media, MediaUrl
 from smolstack.serve.metrics import Metrics
 from smolstack.serve.middleware import Guard
 from smolstack.serve.parsing import JsonRoute
@@ -184,33 +186,25 @@ class Server:
     async def plan(self, body: PlanRequest) -> dict[str, Any]:
         """How an image becomes tiles and tokens, before any network runs."""
         try:
+            found: Media | tuple[int, int]
+            if body.image_url is not None and body.video_url is not None:
+                raise RefusedError(400, "found image_url and video_url, expected one of them")
             if body.image_url is not None:
-                image = await request_reader.read_image(body.image_url.url, self.settings)
-                size = await in_thread(
-                    self.readers, request_reader.check_image, image, self.settings
-                )
+                found = await request_reader.read_image(body.image_url.url, self.settings)
+                body.image_url.url = ""
+            elif body.video_url is not None:
+                where = MediaUrl(body.video_url.url, "video_url", "video")
+                found = await request_reader.read_image(where, self.settings)
+                body.video_url.url = ""
             elif body.width and body.height:
-                size = (body.width, body.height)
+                found = (body.width, body.height)
             else:
-                raise RefusedError(400, "found neither image_url nor width and height")
-            plan = await in_thread(self.readers, self._planned, size, body)
+                raise RefusedError(400, "found none of image_url, video_url, and width and height")
+            return await in_thread(
+                self.readers, plans.planned, self.vlm, found, body, self.settings
+            )
         except Exception as error:
             raise as_refusal(error) from None
-        return {
-            "source": plan.source,
-            "resized": plan.resized,
-            "canvas": plan.canvas,
-            "rows": plan.rows,
-            "cols": plan.cols,
-            "tile_edge": plan.tile_edge,
-            "tiles": plan.tiles,
-            "visual_tokens": plan.visual_tokens,
-            "prompt_tokens": plan.prompt_tokens,
-            "boxes": plan.source_boxes(),
-        }
-
-    def _planned(self, size: tuple[int, int], body: PlanRequest) -> Any:
-        return self.vlm.plan(size, body.text, **request_reader.tiling(body))
 
     async def health(self) -> Response:
         """Whether answers can be asked for."""

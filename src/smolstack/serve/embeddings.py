@@ -23,6 +23,7 @@ from smolstack.serve import request_reader
 from smolstack.serve.answers import unless_gone
 from smolstack.serve.entrance import client_of, in_pool
 from smolstack.serve.error_responses import RefusedError, as_refusal
+from smolstack.serve.media import Media
 from smolstack.serve.request_fields import without_nulls
 from smolstack.serve.schemas import Body, ImagePart
 from smolstack.serve.settings import ServerSettings
@@ -66,7 +67,7 @@ def add_route(
 ) -> None:
     """Add ``/v1/embeddings``."""
 
-    def prepare(body: EmbeddingsRequest, images: list[bytes]) -> list[Prompt]:
+    def prepare(body: EmbeddingsRequest, images: list[Media]) -> list[Prompt]:
         check_head(vlm.model, settings.name)
         words, rest = vlm.retrieval_words, iter(images)
         asked = [body.input] if isinstance(body.input, str) else body.input
@@ -75,8 +76,7 @@ def add_route(
             if isinstance(item, str):
                 prompts += query_prompts(vlm.processor, [item], words.query)
                 continue
-            image = next(rest)
-            request_reader.check_image(image, settings)
+            image = request_reader.check_image(next(rest), settings)
             split = False if item.image_url.detail == "low" else None
             prompts += page_prompts(vlm.processor, [image], words.page, {"split": split})
         return prompts

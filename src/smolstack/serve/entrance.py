@@ -19,6 +19,7 @@ from smolstack.serve.settings import ServerSettings
 T = TypeVar("T")
 _GRACE = 2.0  # seconds that a request may take to be read, however many others want to be
 _PATIENCE = 4.0  # seconds that work waits for lighter work, for each second of its own
+_VIDEO = 0.5  # seconds to decode one, roughly
 _HEAVY = 0.05  # seconds of work that takes long
 _CHARACTER, _FORM = 1e-6, 1e-5  # seconds to tokenize one, and to compile a byte of a form
 
@@ -42,7 +43,12 @@ def reading_seconds(body: ChatRequest, more: int = 0) -> float:
     characters = sum(map(len, texts)) + more
     choices = body.choices or []
     seconds = (characters * (1 + len(choices)) + sum(map(len, choices))) * _CHARACTER
-    return seconds + form_bytes(body) * _FORM
+    videos = sum(
+        getattr(part, "type", "") == "video_url"
+        for message in body.messages
+        for part in message.content
+    )
+    return seconds + form_bytes(body) * _FORM + videos * _VIDEO
 
 
 def form_bytes(body: ChatRequest) -> int:

@@ -260,6 +260,12 @@ def _part(part: Any) -> Any:
     if not isinstance(part, Mapping):
         return part
     found = {key: value for key, value in part.items() if key not in _PART_HARMLESS}
-    if isinstance(found.get("image_url"), str):
-        found["image_url"] = {"url": found["image_url"]}
+    for name in ("image_url", "video_url"):
+        if isinstance(found.get(name), str):
+            found[name] = {"url": found[name]}
+    if isinstance(file := found.get("file"), Mapping) and "file_id" in file:
+        raise RefusedError(
+            400, "file_id names an uploaded file, and this server keeps none; send file_data",
+            param="messages",
+        )  # fmt: skip
     return found

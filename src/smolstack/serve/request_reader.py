@@ -18,16 +18,24 @@ from smolstack.generation.options import (
     read_options,
 )
 from smolstack.generation.token_rules import NAMES as RULES
-from smolstack.processor.formats import SERVED
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
-from smolstack.processor.tiles import image_size
-from smolstack.serve import functions
+from smolstack.processor.tiles import ImageSource
+from smolstack.serve import functions, media
 from smolstack.serve.answers import in_thread
 from smolstack.serve.entrance import form_bytes
 from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.media import Media, MediaUrl
 from smolstack.serve.remote import fetch
-from smolstack.serve.schemas import ChatRequest, ImagePart, PlanRequest, ResponseFormat
+from smolstack.serve.schemas import (
+    ChatRequest,
+    FilePart,
+    ImagePart,
+    PlanRequest,
+    ResponseFormat,
+    TextPart,
+    VideoPart,
+)
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
@@ -42,17 +50,29 @@ _SUMS = ("allOf", "if", "then", "else", "dependentSchemas", "unevaluatedProperti
 _AS_ROLE = {"developer": "system"}
 
 
-async def read_image(url: str, settings: ServerSettings) -> bytes:
-    """The bytes of an image that a request names.
+async def read_image(where: str | MediaUrl, settings: ServerSettings) -> Media:
+    """The bytes of an image, a file or a video that a request names.
 
     Raises:
         RefusedError: it is no data URL, and fetching is not allowed or fails.
     """
+    where = MediaUrl(where, "image_url") if isinstance(where, str) else where
+    url, page = media.split_page(where.url)
+    try:
+        content = await _content(url, settings)
+    except RefusedError as error:
+        error.message = f"{where.place}: {error.message}"
+        error.param = where.place
+        raise
+    return Media(content, where.place, where.kind, page)
+
+
+async def _content(url: str, settings: ServerSettings) -> bytes:
     if url[:64].lstrip()[:5].lower() == "data:":
         return await in_thread(None, _from_data_url, url)
     url = url.strip()
     if not url[:8].lower().startswith(("http://", "https://")):
-        raise RefusedError(400, "image_url.url is neither a data URL nor an http or https address")
+        raise RefusedError(400, "the URL is neither a data URL nor an http or https address")
     if not settings.allow_remote_images:
         raise RefusedError(
             400,
@@ -65,7 +85,7 @@ async def read_image(url: str, settings: ServerSettings) -> bytes:
 def _from_data_url(url: str) -> bytes:
     head = _DATA.match(url[:200])
     if head is None or "base64" not in (head[1] or "").lower():
-        raise RefusedError(400, "image_url.url is no data URL of the form data:image/…;base64,…")
+        raise RefusedError(400, "it is no data URL of the form data:image/…;base64,…")
     try:
         content = url[head.end() :].encode("ascii")
         if b"%" in content:
@@ -77,9 +97,16 @@ def _from_data_url(url: str) -> bytes:
         raise RefusedError(400, "the image's data URL holds no valid base64") from None
 
 
-def image_urls(request: ChatRequest, settings: ServerSettings) -> list[str]:
-    """The images of a chat, in order, counted."""
-    urls = [part.image_url.url for part in _images(request)]
+def image_urls(request: ChatRequest, settings: ServerSettings) -> list[MediaUrl]:
+    """The images, files and videos of a chat, in order, counted."""
+    urls = []
+    for place, part in _media(request):
+        if isinstance(part, ImagePart):
+            urls.append(MediaUrl(part.image_url.url, f"{place}.image_url"))
+        elif isinstance(part, VideoPart):
+            urls.append(MediaUrl(part.video_url.url, f"{place}.video_url", "video"))
+        else:
+            urls.append(MediaUrl(part.file.file_data, f"{place}.file", "file"))
     if len(urls) > settings.images:
         raise RefusedError(
             400, f"the request has {len(urls)} images, at most {settings.images} are accepted"
@@ -89,22 +116,28 @@ def image_urls(request: ChatRequest, settings: ServerSettings) -> list[str]:
 
 def forget_images(request: ChatRequest) -> None:
     """Let go of the URLs of a request's images, which hold their bytes once more."""
-    for part in _images(request):
-        part.image_url.url = ""
+    for _, part in _media(request):
+        if isinstance(part, ImagePart):
+            part.image_url.url = ""
+        elif isinstance(part, VideoPart):
+            part.video_url.url = ""
+        else:
+            part.file.file_data = ""
 
 
-def _images(request: ChatRequest) -> list[ImagePart]:
+def _media(request: ChatRequest) -> list[tuple[str, ImagePart | VideoPart | FilePart]]:
+    """The parts that are no text, and their places in the body."""
     return [
-        part
-        for message in request.messages
+        (f"messages.{number}.content.{index}", part)
+        for number, message in enumerate(request.messages)
         if not isinstance(message.content, str)
-        for part in message.content
-        if isinstance(part, ImagePart)
+        for index, part in enumerate(message.content)
+        if not isinstance(part, TextPart)
     ]
 
 
 def prepare(
-    vlm: VLM, request: ChatRequest, images: list[bytes], settings: ServerSettings
+    vlm: VLM, request: ChatRequest, images: list[Media], settings: ServerSettings
 ) -> tuple[list[Prompt], list[ReadOptions]]:
     """The prompt of each of a chat's ``n`` answers, and its options. Slow: call it in a thread.
 
@@ -112,8 +145,6 @@ def prepare(
         RefusedError, SmolstackError: what is wrong with the request.
     """
     options = answer_options(vlm, request, settings)
-    for image in images:
-        check_image(image, settings)
     characters = sum(
         len(part if isinstance(part, str) else getattr(part, "text", ""))
         for message in request.messages
@@ -121,17 +152,20 @@ def prepare(
     )
     characters += functions.characters(request)
     check_length(vlm, "the messages and tools hold", characters, settings)
-    rest = iter(images)
+    rest = media.parts(images, vlm, settings)
     messages = [
         {
             "role": _AS_ROLE.get(message.role, message.role),
             "content": message.content
             if isinstance(message.content, str)
             else [
-                {"type": "image", "image": next(rest)}
-                if isinstance(part, ImagePart)
-                else {"type": "text", "text": part.text}
+                shown
                 for part in message.content
+                for shown in (
+                    [{"type": "text", "text": part.text}]
+                    if isinstance(part, TextPart)
+                    else next(rest)
+                )
             ],
         }
         for message in request.messages
@@ -179,17 +213,21 @@ def check_tokens(prompt: Prompt, settings: ServerSettings) -> None:
         )
 
 
-def check_image(image: bytes, settings: ServerSettings) -> tuple[int, int]:
-    """(width, height) of an image; it is refused before it is decoded when it has too many
-    pixels, takes too much memory, or has a format whose decoder is not for strangers' files."""
-    return image_size(image, settings.image_pixels, SERVED)
+def check_image(image: Media, settings: ServerSettings) -> ImageSource:
+    """An image or a page; it is refused before it is decoded when it has too many pixels, takes
+    too much memory, or has a format whose decoder is not for strangers' files."""
+    return media.images(image, settings)[0]
 
 
 def tiling(request: ChatRequest | PlanRequest) -> Tiling:
     """How a request wants its images cut; "detail": "low" throughout is one tile each."""
     split = request.split
     if split is None and isinstance(request, ChatRequest):
-        details = {part.image_url.detail for part in _images(request)}
+        details = {
+            part.image_url.detail if isinstance(part, ImagePart) else "auto"
+            for _, part in _media(request)
+            if not isinstance(part, VideoPart)  # frames are one tile each, whatever is asked for
+        }
         split = False if details == {"low"} else None
     elif split is None and request.image_url is not None:  # type: ignore[union-attr]
         split = False if request.image_url.detail == "low" else None  # type: ignore[union-attr]

@@ -50,7 +50,30 @@ class ImagePart(Body):
     image_url: ImageURL
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class VideoURL(Body):
+    """A video: a data URL, or the address of one where that is allowed."""
+
+    url: str
+
+
+class VideoPart(Body):
+    type: Literal["video_url"]
+    video_url: VideoURL
+
+
+class FileData(Body):
+    """A PDF file as OpenAI has it: a data URL; every page is an image."""
+
+    file_data: str
+    filename: str = ""
+
+
+class FilePart(Body):
+    type: Literal["file"]
+    file: FileData
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart | FilePart, Field(discriminator="type")]
 
 
 class CalledFunction(Body):
@@ -200,9 +223,14 @@ class ChatRequest(AnswerFields, ImageFields):
 
 
 class PlanRequest(_Numbers, ImageFields):
-    """An image, or its size, whose tiles and tokens are asked for."""
+    """An image, a page, a video, or a size, whose tiles and tokens are asked for.
+
+    ``preview`` asks for the image as the model's processor reads it: the page, or the frames.
+    """
 
     image_url: ImageURL | None = None
+    video_url: VideoURL | None = None
+    preview: bool = False
     width: int | None = Field(default=None, ge=1, le=10**6)
     height: int | None = Field(default=None, ge=1, le=10**6)
     text: Text = ""
@@ -211,8 +239,9 @@ class PlanRequest(_Numbers, ImageFields):
     @classmethod
     def _understood(cls, data: Any) -> Any:
         found = without_nulls(data)
-        if isinstance(found, dict) and isinstance(found.get("image_url"), str):
-            found["image_url"] = {"url": found["image_url"]}
+        for name in ("image_url", "video_url"):
+            if isinstance(found, dict) and isinstance(found.get(name), str):
+                found[name] = {"url": found[name]}
         return found
 
 

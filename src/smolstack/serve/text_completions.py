@@ -20,6 +20,7 @@ from smolstack.serve.answering import Answering
 from smolstack.serve.completion_requests import CompletionRequest
 from smolstack.serve.completions import DONE, LEAST, REASONS, event, probabilities, usage
 from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.media import Media
 from smolstack.serve.schemas import ChatRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
@@ -40,7 +41,7 @@ def add_route(
         asked, prompts = body.options(), body.prompts
 
         def prepare(
-            vlm: VLM, asked: ChatRequest, _: list[bytes], settings: ServerSettings
+            vlm: VLM, asked: ChatRequest, _: list[Media], settings: ServerSettings
         ) -> tuple[list[Prompt], list[ReadOptions]]:
             each = request_reader.answer_options(vlm, asked, settings, len(prompts))
             each = [replace(options, continues=True) for options in each]

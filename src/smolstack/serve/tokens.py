@@ -14,6 +14,7 @@ from smolstack.serve import request_reader
 from smolstack.serve.answers import in_thread
 from smolstack.serve.entrance import in_pool, reading_seconds
 from smolstack.serve.error_responses import RefusedError, as_refusal
+from smolstack.serve.media import Media
 from smolstack.serve.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
@@ -28,7 +29,7 @@ def add_routes(
 ) -> None:
     """Add ``/tokenize`` and ``/detokenize`` as vLLM and llama.cpp have them."""
 
-    def chat(body: TokenizeRequest, images: list[bytes]) -> list[int]:
+    def chat(body: TokenizeRequest, images: list[Media]) -> list[int]:
         request = ChatRequest.model_construct(messages=body.messages)
         (prompt,), _ = request_reader.prepare(vlm, request, images, settings)
         return [int(token) for token in prompt.token_ids]

@@ -1,7 +1,8 @@
 "use strict";
 
 const at = (id) => document.getElementById(id);
-let image = null; // a data URL
+let chosen = null; // { url: a data URL, kind: of its part, shown: by the browser itself }
+let asked = 0; // plans so far: only the last one is shown
 let running = null; // the AbortController of the request at work
 
 at("base").textContent = new URL("v1", location.href).href;
@@ -55,24 +56,56 @@ async function showModel() {
 async function start() {
   try {
     await showModel();
-    if (image) await showPlan();
+    if (chosen) await showPlan();
   } catch (error) {
     problem(sentence(error));
   }
 }
 
+/** "image", "pdf" or "video"; null for anything else. */
+function kindOf(file) {
+  if (file.type === "application/pdf" || /\.pdf$/i.test(file.name)) return "pdf";
+  if (file.type.startsWith("video/") || /\.(mkv|mov|avi|ts|ogv)$/i.test(file.name)) return "video";
+  return file.type.startsWith("image/") || /\.tiff?$/i.test(file.name) ? "image" : null;
+}
+
+function show(url, text) {
+  at("shown").src = url;
+  at("shown").alt = text;
+  at("frame").hidden = false;
+  at("hint").hidden = true;
+}
+
+/** The part of a message, or of a plan, that holds what was chosen. */
+function part() {
+  if (chosen.kind === "video") return { video_url: { url: chosen.url } };
+  const page = at("pages").hidden ? "" : `#page=${at("page").value}`;
+  return { image_url: { url: chosen.url + page } };
+}
+
 function take(file) {
   if (!file) return;
-  if (!file.type.startsWith("image/")) {
-    problem(`${file.name} is not an image. Choose a PNG, JPEG, WebP, GIF, AVIF, BMP or TIFF file.`);
+  const kind = kindOf(file);
+  if (!kind) {
+    problem(
+      `${file.name} is not an image, a PDF file or a video. ` +
+        "Choose a PNG, JPEG, WebP, GIF, AVIF, BMP, TIFF, PDF, MP4 or WebM file.",
+    );
     return;
   }
   const reader = new FileReader();
   reader.onload = () => {
-    image = reader.result;
-    at("shown").src = image;
-    at("frame").hidden = false;
-    at("hint").hidden = true;
+    const data = reader.result.slice(reader.result.indexOf(",") + 1);
+    const type = kind === "pdf" ? "application/pdf" : file.type || "application/octet-stream";
+    const url = `data:${type};base64,${data}`;
+    // What browsers do not show themselves comes back with the plan.
+    const shown = kind === "image" && !/tiff|hei[cf]/.test(type);
+    chosen = { url, kind, shown, name: file.name };
+    at("pages").hidden = true;
+    at("page").value = 1;
+    at("frame").hidden = !shown;
+    at("hint").hidden = shown;
+    if (shown) show(url, `The image ${file.name}`);
     showPlan().catch((error) => problem(sentence(error)));
   };
   reader.onerror = () => problem(`${file.name} cannot be read.`);
@@ -83,16 +116,34 @@ async function showPlan() {
   problem("");
   at("plan").textContent = "";
   at("tiles").replaceChildren();
+  const mine = ++asked;
   const response = await fetch("plan", {
     method: "POST",
     headers: headers(),
-    body: JSON.stringify({ image_url: { url: image }, text: at("question").value }),
+    body: JSON.stringify({ ...part(), preview: !chosen.shown, text: at("question").value }),
   });
   if (!response.ok) {
-    problem(await reason(response));
+    const why = await reason(response);
+    if (mine === asked) problem(why);
     return;
   }
   const plan = await response.json();
+  if (mine !== asked) return;
+  if (plan.pages > 1) {
+    at("pages").hidden = false;
+    at("page").max = plan.pages;
+    at("count").textContent = `of ${plan.pages}`;
+  }
+  const page = plan.pages > 1 ? `Page ${at("page").value} of ` : "";
+  if (plan.preview) {
+    show(plan.preview, plan.frames ? `Frames of the video ${chosen.name}` : page + chosen.name);
+  }
+  if (plan.frames) {
+    at("plan").textContent =
+      `${plan.frames} ${plan.frames === 1 ? "frame" : "frames"} of ${plan.duration.toFixed(1)} s, ` +
+      `one tile each, ${plan.visual_tokens} visual tokens`;
+    return;
+  }
   const [width, height] = plan.source;
   const boxes = plan.boxes.length ? plan.boxes : [[0, 0, width, height]];
   at("tiles").setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -136,7 +187,10 @@ async function ask() {
   let first = null;
   let reasonToEnd = null;
   const content = [{ type: "text", text: at("question").value }];
-  if (image) content.unshift({ type: "image_url", image_url: { url: image } });
+  if (chosen) {
+    const shown = part();
+    content.unshift({ type: Object.keys(shown)[0], ...shown });
+  }
   try {
     const response = await fetch("v1/chat/completions", {
       method: "POST",
@@ -199,6 +253,11 @@ function numbers({ usage, timings }, first, total, reasonToEnd) {
 }
 
 at("file").addEventListener("change", () => take(at("file").files[0]));
+at("page").addEventListener("change", () => {
+  const last = Number(at("page").max);
+  at("page").value = Math.min(Math.max(1, Math.round(Number(at("page").value)) || 1), last);
+  showPlan().catch((error) => problem(sentence(error)));
+});
 at("outlines").addEventListener("change", () => {
   at("tiles").toggleAttribute("hidden", !at("outlines").checked);
 });

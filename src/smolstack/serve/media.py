@@ -1,0 +1,151 @@
+"""Images, pages of PDF and TIFF files, and videos, from the parts of a request's messages."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any, Literal
+
+from smolstack.errors import ContextLengthError, ImageError, SmolstackError
+from smolstack.processor.formats import SERVED
+from smolstack.processor.pages import TiffPage, tiff_frames
+from smolstack.processor.pdf import MAX_PIXELS, PdfPage, count_pages, is_pdf
+from smolstack.processor.tiles import ImageSource, image_size
+from smolstack.processor.video import Video
+from smolstack.processor.video_bytes import VideoBytes
+from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.settings import ServerSettings
+from smolstack.vlm import VLM
+
+VIDEO_SECONDS = 30.0  # that a video may take to be decoded
+_PAGE = re.compile(r"#page=(\d{1,6})\s*$")
+Kind = Literal["image", "file", "video"]
+
+
+@dataclass(frozen=True)
+class MediaUrl:
+    """Where a part's bytes are: a data URL, or an address; ``place`` is the part's in the body."""
+
+    url: str = field(repr=False)
+    place: str
+    kind: Kind = "image"
+
+
+@dataclass(frozen=True)
+class Media:
+    """A part's bytes.
+
+    Attributes:
+        page: that was asked for by ``#page=3``; None where none was.
+    """
+
+    content: bytes = field(repr=False)
+    place: str
+    kind: Kind = "image"
+    page: int | None = None
+
+    def placed(self, error: SmolstackError) -> RefusedError:
+        """The refusal that an error about this part amounts to."""
+        return RefusedError(400, f"{self.place}: {error}", param=self.place)
+
+
+def split_page(url: str) -> tuple[str, int | None]:
+    """A URL without its ``#page=3``, and that page; a page of a long data URL too."""
+    found = _PAGE.search(url, max(0, len(url) - 32))
+    return (url, None) if found is None else (url[: found.start()], int(found[1]))
+
+
+def page_count(media: Media) -> int:
+    """Pages of a PDF or TIFF file; 1 of any other image.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    if is_pdf(media.content):
+        return count_pages(media.content)
+    return max(1, len(tiff_frames(BytesIO(media.content))))
+
+
+def images(media: Media, settings: ServerSettings) -> list[ImageSource]:
+    """The images of an image part (one) or a file part (every page, unless one was named).
+
+    Raises:
+        RefusedError: one cannot be read, or is beyond the server's limits; nothing was decoded.
+    """
+    try:
+        if media.kind == "file" and not is_pdf(media.content):
+            raise ImageError(
+                f"a file of {len(media.content)} bytes is no PDF file; send images as image_url "
+                "parts, videos as video_url parts"
+            )
+        numbers: list[int | None] = [media.page]
+        if media.kind == "file" and media.page is None:
+            count = page_count(media)
+            if count > settings.images:
+                raise ImageError(
+                    f"the file has {count} pages, at most {settings.images} are accepted; name "
+                    "one, as in #page=1"
+                )
+            numbers = [number + 1 for number in range(count)]
+        found = [_page(media.content, number, settings) for number in numbers]
+        for image in found:
+            image_size(image, settings.image_pixels, SERVED)
+        return found
+    except SmolstackError as error:
+        refusal = media.placed(error)
+    raise refusal
+
+
+def video(media: Media, vlm: VLM, settings: ServerSettings) -> Video:
+    """The frames of a video part, which are decoded here.
+
+    Raises:
+        RefusedError: it cannot be read, or is beyond the server's limits.
+    """
+    until = time.monotonic() + min(VIDEO_SECONDS, settings.deadline)
+    try:
+        return vlm.processor.open_video(VideoBytes(media.content, settings.image_pixels, until))
+    except SmolstackError as error:
+        refusal = media.placed(error)
+    raise refusal
+
+
+def parts(all_media: list[Media], vlm: VLM, settings: ServerSettings) -> Iterator[list[Any]]:
+    """For each part that is no text, the parts that the processor takes for it.
+
+    Raises:
+        RefusedError, ContextLengthError: as :func:`images` and :func:`video`; the request has too
+            many images, or more frames than the context holds.
+    """
+    shown = frames = 0
+    limit = min(vlm.config.text.max_positions, settings.prompt_tokens or 2**62)
+    for media in all_media:
+        if media.kind == "video":
+            made = video(media, vlm, settings)
+            shown, frames = shown + 1, frames + len(made.frames)
+            if frames * vlm.processor.tokens_per_tile > limit:
+                raise ContextLengthError(
+                    f"{media.place}: the videos have {frames} frames of "
+                    f"{vlm.processor.tokens_per_tile} visual tokens, the prompt at most {limit}"
+                )
+            yield [{"type": "video", "video": made}]
+        else:
+            found = images(media, settings)
+            shown += len(found)
+            yield [{"type": "image", "image": image} for image in found]
+        if shown > settings.images:
+            raise RefusedError(
+                400,
+                f"{media.place}: the request has {shown} images, pages and videos so far, at most "
+                f"{settings.images} are accepted",
+                param=media.place,
+            )
+
+
+def _page(content: bytes, number: int | None, settings: ServerSettings) -> ImageSource:
+    if is_pdf(content):
+        return PdfPage(content, number, max_pixels=min(MAX_PIXELS, settings.image_pixels))
+    return content if number is None else TiffPage(content, number)

@@ -1,0 +1,108 @@
+"""The plan of an image, a page or a video: what the page at / shows of it before it is asked."""
+
+from __future__ import annotations
+
+import base64
+import math
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from smolstack.processor.processor import Processor
+from smolstack.processor.tiles import open_image
+from smolstack.processor.video import Frame, Video
+from smolstack.serve import media, request_reader
+from smolstack.serve.media import Media
+from smolstack.serve.schemas import PlanRequest
+from smolstack.serve.settings import ServerSettings
+from smolstack.vlm import VLM
+
+_PREVIEW = 1600  # pixels of a preview's longer side
+_FRAME = 240  # of a frame in it
+
+
+def planned(
+    vlm: VLM, found: Media | tuple[int, int], body: PlanRequest, settings: ServerSettings
+) -> dict[str, Any]:
+    """The plan of an image or a video, or of a size, as JSON. Slow: call it in a thread."""
+    if isinstance(found, tuple):
+        return described(vlm.plan(found, body.text, **request_reader.tiling(body)))
+    if found.kind == "video":
+        return _video(vlm, media.video(found, vlm, settings), body)
+    pages = 1
+    if found.page is None:
+        # Of several pages the first is meant; a chat has to name it.
+        try:
+            pages = media.page_count(found)
+        except media.SmolstackError as error:
+            raise found.placed(error) from None
+        if pages > 1:
+            found = Media(found.content, found.place, found.kind, 1)
+    else:
+        pages = media.page_count(found)
+    (image,) = media.images(found, settings)
+    plan = vlm.plan(image, body.text, **request_reader.tiling(body))
+    made = {**described(plan), "pages": pages}
+    if body.preview:
+        made["preview"] = _preview(open_image(image, settings.image_pixels, media.SERVED))
+    return made
+
+
+def described(plan: Any) -> dict[str, Any]:
+    """A plan as JSON."""
+    return {
+        "source": plan.source,
+        "resized": plan.resized,
+        "canvas": plan.canvas,
+        "rows": plan.rows,
+        "cols": plan.cols,
+        "tile_edge": plan.tile_edge,
+        "tiles": plan.tiles,
+        "visual_tokens": plan.visual_tokens,
+        "prompt_tokens": plan.prompt_tokens,
+        "boxes": plan.source_boxes(),
+    }
+
+
+def _video(vlm: VLM, video: Video, body: PlanRequest) -> dict[str, Any]:
+    """The same of a video: every frame is one tile."""
+    processor: Processor = vlm.processor
+    first = processor.plan(Frame(video.frames[0]))
+    text = {"type": "text", "text": body.text}
+    shown = [{"role": "user", "content": [{"type": "video", "video": video}, text]}]
+    prompt = processor.prepare(shown)
+    made = {
+        **described(first),
+        "tiles": len(video.frames),
+        "visual_tokens": sum(plan.visual_tokens for plan in prompt.plans),
+        "prompt_tokens": len(prompt.token_ids),
+        "boxes": [],
+        "frames": len(video.frames),
+        "seconds": [round(each, 3) for each in video.seconds],
+        "duration": video.duration,
+    }
+    if body.preview:
+        made["preview"] = _preview(_sheet(video))
+    return made
+
+
+def _sheet(video: Video) -> Image.Image:
+    """All frames in rows, as a contact sheet."""
+    frames = [Image.fromarray(np.asarray(frame)) for frame in video.frames]
+    for frame in frames:
+        frame.thumbnail((_FRAME, _FRAME))
+    wide, high = frames[0].size
+    cols = math.ceil(math.sqrt(len(frames)))
+    sheet = Image.new("RGB", (cols * wide, -(-len(frames) // cols) * high), "white")
+    for number, frame in enumerate(frames):
+        sheet.paste(frame, (number % cols * wide, number // cols * high))
+    return sheet
+
+
+def _preview(image: Image.Image) -> str:
+    image.thumbnail((_PREVIEW, _PREVIEW))
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
