@@ -18,7 +18,7 @@ from smolstack.processor.tiles import image_size, open_image
 
 def saved(image: Image.Image, form: str, **options: object) -> bytes:
     buffer = BytesIO()
-    image.save(buffer, form, **options)  # type: ignore[arg-type]
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 

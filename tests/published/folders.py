@@ -99,7 +99,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> bytes:
 
 
 def _tokenizer_json(vocabulary: Vocabulary) -> bytes:
-    merges = [tuple(merge.split(" ")) for merge in _MERGES.split("|")]
+    merges = [(left, right) for left, _, right in (m.partition(" ") for m in _MERGES.split("|"))]
     ordinary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
     special = {number: token for token, number in vocabulary.ids.items()}
     supply = iter(ordinary)

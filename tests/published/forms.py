@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ class Published:
     tokenizer: Json
     generation: Json = field(default_factory=dict)
     processor: Json = field(default_factory=dict)
-    files: dict[str, str | Json] = field(default_factory=dict)
+    files: Mapping[str, str | Json] = field(default_factory=dict)
     preset: str | None = None
     head: str = "lm_head.weight"
 

@@ -161,7 +161,8 @@ def _tower(state: State, config: dict[str, Any], tiles: Tensor) -> Tensor:
             normed(x, f"blocks.{number}.ln1"), *take(f"blocks.{number}.attn.qkv_proj")
         )
         query, key, value = (
-            part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in joined.chunk(3, dim=-1)
+            part.view(*part.shape[:-1], heads, -1).transpose(1, 2)
+            for part in joined.chunk(3, dim=-1)
         )
         weights = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
         seen = (weights @ value).transpose(1, 2).flatten(2)
@@ -200,7 +201,7 @@ def _decode(state: State, config: dict[str, Any], x: Tensor) -> Tensor:
     future = torch.full((length, length), -torch.inf).triu(1)
 
     def normed(x: Tensor, name: str) -> Tensor:
-        scale = (x.square().mean(-1, keepdim=True) + config["lm_rms_eps"]).rsqrt()
+        scale: Tensor = (x.square().mean(-1, keepdim=True) + config["lm_rms_eps"]).rsqrt()
         return x * scale * state[f"decoder.{name}.weight"]
 
     def turned(x: Tensor) -> Tensor:

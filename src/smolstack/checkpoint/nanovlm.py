@@ -239,7 +239,8 @@ def _tokenizer(folder: Path, raw: Mapping[str, Any], extra: Mapping[str, str]) -
             f"{path} and the tokens of vlm_extra_tokens are {size} tokens, the model has "
             f"lm_vocab_size {rows!r}"
         )
-    image: int = words.token_to_id(extra["image_token"])
+    image = words.token_to_id(extra["image_token"])
+    assert image is not None  # it was just added
     text: str = words.to_str()
     return text.encode(), image
 
@@ -257,7 +258,9 @@ def _weights(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         elif path in _NAMES:
             yield f"{_NAMES[path]}.{kind}", tensor
         elif part == "vision_encoder" and layer == _JOINED and tensor.shape[0] == 3 * width:
-            for own, piece in zip(("query", "key", "value"), tensor.split(width), strict=True):
+            for own, piece in zip(
+                ("query", "key", "value"), torch.split(tensor, width), strict=True
+            ):
                 yield f"vision.layers.{index}.attention.{own}.{kind}", piece.contiguous()
         elif part == "vision_encoder" and layer in _VISION_LAYER:
             yield f"vision.layers.{index}.{_VISION_LAYER[layer]}.{kind}", tensor

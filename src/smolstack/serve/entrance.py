@@ -48,7 +48,7 @@ def reading_seconds(body: ChatRequest, more: int = 0) -> float:
         for message in body.messages
         for part in message.content
     )
-    return seconds + form_bytes(body) * _FORM + videos * _VIDEO
+    return float(seconds + form_bytes(body) * _FORM + videos * _VIDEO)
 
 
 def form_bytes(body: ChatRequest) -> int:

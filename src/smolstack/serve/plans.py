@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from smolstack.errors import SmolstackError
+from smolstack.processor.formats import SERVED
 from smolstack.processor.processor import Processor
 from smolstack.processor.tiles import open_image
 from smolstack.processor.video import Frame, Video
@@ -36,7 +38,7 @@ def planned(
         # Of several pages the first is meant; a chat has to name it.
         try:
             pages = media.page_count(found)
-        except media.SmolstackError as error:
+        except SmolstackError as error:
             raise found.placed(error) from None
         if pages > 1:
             found = Media(found.content, found.place, found.kind, 1)
@@ -46,7 +48,7 @@ def planned(
     plan = vlm.plan(image, body.text, **request_reader.tiling(body))
     made = {**described(plan), "pages": pages}
     if body.preview:
-        made["preview"] = _preview(open_image(image, settings.image_pixels, media.SERVED))
+        made["preview"] = _preview(open_image(image, settings.image_pixels, SERVED))
     return made
 
 
