@@ -121,8 +121,8 @@ def random_state(config: dict[str, Any]) -> State:
     state = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
-        norm = any(part in name for part in (".ln", ".norm", "layer_norm"))
-        if norm and name.endswith("weight"):
+        is_norm = any(part in name for part in (".ln", ".norm", "layer_norm"))
+        if is_norm and name.endswith("weight"):
             noise = 1 + 0.1 * noise
         elif len(shape) != 3:
             noise *= 0.1 if len(shape) == 1 else noise[0].numel() ** -0.5
@@ -290,7 +290,7 @@ def test_it_is_said_what_it_is_and_what_to_do(tmp_path: Path) -> None:
         smolstack.load(model)
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, object], str]] = {
     "a class token": ({"vit_cls_flag": True}, "vit_cls_flag True; only False"),
     "a key of a fork": ({"momh_enabled": True}, "momh_enabled True, which nanoVLM itself"),
     "no image token": ({"vlm_extra_tokens": {}}, "first version"),

@@ -258,9 +258,8 @@ def _weights(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         elif path in _NAMES:
             yield f"{_NAMES[path]}.{kind}", tensor
         elif part == "vision_encoder" and layer == _JOINED and tensor.shape[0] == 3 * width:
-            for own, piece in zip(
-                ("query", "key", "value"), torch.split(tensor, width), strict=True
-            ):
+            pieces = tensor.chunk(3)
+            for own, piece in zip(("query", "key", "value"), pieces, strict=True):
                 yield f"vision.layers.{index}.attention.{own}.{kind}", piece.contiguous()
         elif part == "vision_encoder" and layer in _VISION_LAYER:
             yield f"vision.layers.{index}.{_VISION_LAYER[layer]}.{kind}", tensor
