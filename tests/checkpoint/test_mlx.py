@@ -182,8 +182,8 @@ def edit(folder: Path, change: Any) -> None:
         ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "in mode 'mxfp4', expected 'affine'"),
         ({"group_size": 16, "bits": 7}, "bits 7 for it, expected whole numbers"),
         ({"bits": 4}, "group_size None"),
-        ({"group_size": 24, "bits": 4}, "no weight of 4 bits in groups of 24"),
-        ({"group_size": 16, "bits": 8}, "no weight of 8 bits in groups of 16"),
+        ({"group_size": 24, "bits": 4}, "not a weight of 4 bits in groups of 24"),
+        ({"group_size": 16, "bits": 8}, "not a weight of 8 bits in groups of 16"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(

@@ -91,7 +91,7 @@ def test_ctrl_c_says_how_to_go_on(
         patch.setattr(job, "work_through", interrupted)
         result = run(*command)
     assert result.exit_code == 130
-    assert "1 of 4 images are done and kept; the same command goes on" in result.stderr
+    assert "1 of 4 images are done and kept; the same command continues" in result.stderr
     assert not out.exists()
     assert run(*command).stdout == (
         f"{out}: 4 rows about 4 images (1 by an earlier run), 1 of them with an error\n"

@@ -73,11 +73,11 @@ def convert_checkpoint(
 
 def _save(where: ModelPath, out: Path, *, overwrite: bool) -> None:
     """Whatever is loaded, in the number format that it is stored in, whatever this CPU prefers."""
-    import smolstack
     from smolstack.checkpoint.load import stored_dtype
     from smolstack.checkpoint.source import open_source
+    from smolstack.vlm import load
 
     entries = open_source(where).entries
     whole = all(entry.form is None for entry in entries.values())
     dtype = str(stored_dtype(entries)).removeprefix("torch.") if whole else "auto"
-    smolstack.load(where, dtype=dtype).save(out, overwrite=overwrite)
+    load(where, dtype=dtype).save(out, overwrite=overwrite)

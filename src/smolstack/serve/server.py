@@ -11,6 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
+from smolstack.serve.allocator import return_memory
 from smolstack.serve.app import Server
 from smolstack.serve.connections import Connection, Door, connection_limit
 from smolstack.serve.error_responses import RefusedError
@@ -39,6 +40,7 @@ def run(
         "ssl_keyfile": certificate[1],
     }  # fmt: skip
     limit = connection_limit(settings.connections)
+    return_memory()
     # Whoever wants the interpreter's lock while Python code runs in another thread waits so long,
     # and an answer's token takes the lock many times.
     sys.setswitchinterval(_SWITCH)
