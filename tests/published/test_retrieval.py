@@ -23,7 +23,7 @@ from smolstack.interop.reference import BASE_MODELS, RetrievalReference
 def reference(folder: Path, state: dict[str, Tensor]) -> RetrievalReference:
     """ColIdefics3: the base model and a linear layer, with the weights of a state."""
     config = CONFIG_MAPPING["idefics3"].from_dict(json.loads((folder / "config.json").read_text()))
-    model = BASE_MODELS["idefics3"](config)
+    model = BASE_MODELS["idefics3"](config).float()  # the config names another dtype
     state = {name: tensor.float() for name, tensor in state.items()}
     head = {name: state.pop(name) for name in ("linear.weight", "linear.bias")}
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})

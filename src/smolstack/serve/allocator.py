@@ -1,8 +1,8 @@
 """glibc's allocator, set up for a process that lives long and decodes strangers' images.
 
-glibc serves blocks of up to 32 MiB from the heaps of its threads, once blocks of that size have been
-freed, and gives no heap back to the system while anything at its end is in use. Images of many sizes,
-decoded in several threads, then leave most of every heap free but resident.
+Once blocks of up to 32 MiB have been freed, glibc serves blocks of that size from its heaps, one
+per thread, and returns no heap to the system while anything at its end is in use. Images of many
+sizes, decoded in several threads, then leave most of each heap free but resident.
 """
 
 from __future__ import annotations
