@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tests.published.forms import GRANITE_TEMPLATE
 
 import smolstack
 from smolstack.checkpoint.new import random_model, side_files
@@ -29,26 +30,6 @@ IDEFICS3 = SMOLVLM.replace("<|im_start|>", "<|begin_of_text|>").replace(
     "message['role'] | capitalize", "message['role'].capitalize()"
 )
 WITHOUT_BOS = IDEFICS3.replace("<|begin_of_text|>", "")
-GRANITE = """{%- for message in messages -%}
-{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'text' -%}
-{{- part['text'] -}}
-{%- elif part['type'] == 'image' -%}
-{{- '<image>' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|end_of_text|>
-' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|start_of_role|>assistant<|end_of_role|>' -}}
-{%- endif -%}
-"""
 ODD = """{{ bos_token }}
     {% set kept = messages | selectattr('role', 'ne', 'system') | list %}
     {% for message in kept %}
@@ -71,7 +52,7 @@ CASES = [
     ("idefics3-8b", IDEFICS3),
     ("idefics3-8b", WITHOUT_BOS),
     ("idefics3-8b", ODD),
-    ("granite-docling-258m", GRANITE),
+    ("granite-docling-258m", GRANITE_TEMPLATE),
 ]
 
 
@@ -166,7 +147,7 @@ def test_the_template_is_found_wherever_it_is_kept(shape: str, place: str, tmp_p
 
 
 def test_a_text_given_as_a_string_renders_alike(tmp_path: Path) -> None:
-    folder = _folder("granite-docling-258m", GRANITE, tmp_path)
+    folder = _folder("granite-docling-258m", GRANITE_TEMPLATE, tmp_path)
     chat = [
         {"role": "system", "content": "Be brief."},
         _user(WIDE, "Convert this page to docling."),
