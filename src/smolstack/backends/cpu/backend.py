@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from smolstack.backends.cpu.decoder import NativeDecoder, native_decoder, suits
 from smolstack.backends.cpu.encoder import NativeEncoder, native_encoder
 from smolstack.backends.cpu.linear import multiply
+from smolstack.backends.cpu.packed_model import computes_floats
 from smolstack.config import VisionConfig
 from smolstack.model.backend import Backend
 from smolstack.model.decoder import Decoder
@@ -84,7 +85,7 @@ class CpuBackend(Backend):
             return f"torch (no compiled kernels: {native.reason()})"
         if dtype == torch.float16:
             return "torch"
-        if not quantized and dtype == torch.float32 and not kernels.instructions.startswith("AVX"):
+        if not quantized and dtype == torch.float32 and not computes_floats(kernels):
             return f"torch; one token at a time compiled kernels ({kernels.instructions})"
         return f"compiled kernels ({kernels.instructions})"
 
