@@ -38,7 +38,7 @@ def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def their_pixels(frame: Image.Image, edge: int, tile: int) -> torch.Tensor:
     """(3, tile, tile) as its resize and its normalization compute them."""
-    pixels = torch.from_numpy(np.asarray(frame)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)
     height, width = get_resize_output_image_size(pixels, edge)
     small = frame.resize((width, height), Image.Resampling.LANCZOS)
     small = small.resize((tile, tile), Image.Resampling.LANCZOS)
