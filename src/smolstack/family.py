@@ -6,7 +6,8 @@ initialized models of published shapes (``smolstack new``), tests and benchmarks
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from smolstack.errors import ConfigError
@@ -91,6 +92,8 @@ class Preset:
         video_edge: ``video_sampling.video_size`` of models trained on videos.
         template: the chat template.
         leaves_out: files, and keys of preprocessor_config.json, that the published model lacks.
+        config_keys: top-level keys of config.json whose published values nothing reads.
+        added_tokens: content of added_tokens.json; its ids may lie outside the vocabulary.
     """
 
     name: str
@@ -101,6 +104,8 @@ class Preset:
     video_edge: int | None = None
     template: str = SMOLVLM_TEMPLATE
     leaves_out: tuple[str, ...] = ()
+    config_keys: Mapping[str, int] = field(default_factory=dict)
+    added_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def _smol_text(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> TextConfig:
@@ -226,11 +231,29 @@ _GRANITE_TEXT = replace(
     pad_token_id=100257,
 )
 
+# Idefics3's padding token, which every config.json but granite-docling's has at its top level; it
+# lies outside the smaller vocabularies.
+_IDEFICS3_PAD = {"pad_token_id": 128002}
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("smolvlm-256m", "HuggingFaceTB/SmolVLM-256M-Instruct", _256M, _SMALL, _SMOL_TOKENS),
-        Preset("smolvlm-500m", "HuggingFaceTB/SmolVLM-500M-Instruct", _500M, _SMALL, _SMOL_TOKENS),
+        Preset(
+            "smolvlm-256m",
+            "HuggingFaceTB/SmolVLM-256M-Instruct",
+            _256M,
+            _SMALL,
+            _SMOL_TOKENS,
+            config_keys=_IDEFICS3_PAD,
+        ),
+        Preset(
+            "smolvlm-500m",
+            "HuggingFaceTB/SmolVLM-500M-Instruct",
+            _500M,
+            _SMALL,
+            _SMOL_TOKENS,
+            config_keys=_IDEFICS3_PAD,
+        ),
         Preset(
             "smolvlm2-256m",
             "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
@@ -238,6 +261,7 @@ PRESETS: dict[str, Preset] = {
             _SMALL,
             _SMOL_TOKENS,
             video_edge=512,
+            config_keys=_IDEFICS3_PAD,
         ),
         Preset(
             "smolvlm2-500m",
@@ -246,6 +270,7 @@ PRESETS: dict[str, Preset] = {
             _SMALL,
             _SMOL_TOKENS,
             video_edge=512,
+            config_keys=_IDEFICS3_PAD,
         ),
         Preset(
             "smolvlm-2.2b",
@@ -253,6 +278,7 @@ PRESETS: dict[str, Preset] = {
             ModelConfig(_SIGLIP_SO400M_384, _2B_TEXT_V1, scale=3, image_token_id=49153),
             ImageSettings(longest_edge=1536, tile_edge=384),
             _SMOL_2B_TOKENS,
+            config_keys=_IDEFICS3_PAD,
         ),
         Preset(
             "smolvlm2-2.2b",
@@ -267,6 +293,7 @@ PRESETS: dict[str, Preset] = {
             ImageSettings(longest_edge=1536, tile_edge=384),
             _SMOL_TOKENS,
             video_edge=384,
+            config_keys=_IDEFICS3_PAD,
         ),
         Preset(
             "idefics3-8b",
@@ -276,6 +303,7 @@ PRESETS: dict[str, Preset] = {
             _LLAMA3_TOKENS,
             template=IDEFICS3_TEMPLATE,
             leaves_out=("processor_config.json", "max_image_size"),
+            config_keys=_IDEFICS3_PAD,
         ),
         Preset(
             "smoldocling-256m",
@@ -283,6 +311,7 @@ PRESETS: dict[str, Preset] = {
             _256M,
             _SMALL,
             _SMOL_TOKENS,
+            config_keys=_IDEFICS3_PAD,
         ),
         Preset(
             "granite-docling-258m",
@@ -291,6 +320,8 @@ PRESETS: dict[str, Preset] = {
             _SMALL,
             _GRANITE_TOKENS,
             template=GRANITE_TEMPLATE,
+            config_keys={"bos_token_id": 100264, "eos_token_id": 100257, "pad_token_id": 100257},
+            added_tokens={"<end_of_utterance>": 100352},
         ),
         Preset(
             "colsmol-256m",
@@ -299,6 +330,7 @@ PRESETS: dict[str, Preset] = {
             _SMALL,
             _SMOL_TOKENS,
             leaves_out=("generation_config.json",),
+            config_keys=_IDEFICS3_PAD,
         ),
         Preset(
             "colsmol-500m",
@@ -307,6 +339,7 @@ PRESETS: dict[str, Preset] = {
             _SMALL,
             _SMOL_TOKENS,
             leaves_out=("generation_config.json",),
+            config_keys=_IDEFICS3_PAD,
         ),
     )
 }

@@ -122,6 +122,15 @@ def test_what_transformers_refuses_is_said(run: Run, spoilt: Path) -> None:
     )
 
 
+def test_a_token_that_only_transformers_adds_is_noted(run: Run, spoilt: Path) -> None:
+    (spoilt / "added_tokens.json").write_text('{"<image>": 1, "<extra>": 100352}')
+    checks = json.loads(run("verify", spoilt, "--json").stdout)["checks"]
+    (noted,) = [remark for check in checks for remark in check["remarks"]]
+    assert "added_tokens.json" in noted
+    assert "<extra>" in noted
+    assert "<image>" not in noted
+
+
 def test_every_difference_is_listed(
     problems: Callable[..., list[str]], run: Run, spoilt: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tests.published.checkpoints import LANGUAGE_MODELS, RETRIEVAL_MODELS
 from tests.published.forms import GRANITE, Published
 
 from smolstack.checkpoint.defaults import derive_image
-from smolstack.checkpoint.new import side_files
+from smolstack.checkpoint.new import new_checkpoint, side_files
 from smolstack.config import ModelConfig
 from smolstack.family import PRESETS, Preset
 from smolstack.interop.miniature import miniature
@@ -94,3 +95,21 @@ def test_it_writes_the_published_files(published: Published, preset: Preset) -> 
         if name.startswith("chat_template")
     ]
     assert [written["chat_template.jinja"].decode()] == templates
+
+
+def test_a_new_checkpoints_config_has_the_published_keys(
+    published: Published, preset: Preset, tmp_path: Path
+) -> None:
+    small = replace(
+        miniature(preset), config_keys=preset.config_keys, added_tokens=preset.added_tokens
+    )
+    folder = new_checkpoint(small, tmp_path / "new")
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    noise = {"torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+    unread = {"image_seq_len", "use_reentrant_checkpointing"}
+    assert published.config.keys() - noise - unread <= written.keys()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if key in published.config:
+            assert written[key] == published.config[key]
+    if (added := published.files.get("added_tokens.json")) is not None:
+        assert json.loads((folder / "added_tokens.json").read_text(encoding="utf-8")) == added

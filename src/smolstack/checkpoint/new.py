@@ -61,7 +61,13 @@ def new_checkpoint(
         raise ConfigError(f"dtype is {dtype!r}, expected one of {list(DTYPES)}")
     config = preset.config.with_layers(vision_layers, text_layers)
     model = random_model(config, seed=seed, dtype=DTYPES[dtype])
-    return save_checkpoint(folder, model, side_files(preset, config), overwrite=overwrite)
+    return save_checkpoint(
+        folder,
+        model,
+        side_files(preset, config),
+        overwrite=overwrite,
+        config_keys=preset.config_keys,
+    )
 
 
 def random_model(
@@ -132,6 +138,8 @@ def side_files(preset: Preset, config: ModelConfig) -> dict[str, bytes]:
         },
         "chat_template.json": {"chat_template": preset.template},
     }
+    if preset.added_tokens:
+        files["added_tokens.json"] = dict(preset.added_tokens)
     contents = {
         name: to_json(data).encode()
         for name, data in files.items()

@@ -35,6 +35,7 @@ def save_checkpoint(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    config_keys: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a Hugging Face folder, for transformers, vLLM, llama.cpp's converter and smolstack.
 
@@ -46,6 +47,7 @@ def save_checkpoint(
         side: the processor's files by name (see checkpoint.files.SIDE_FILES).
         overwrite: replace an existing folder, once the new one is complete.
         max_shard_bytes: larger weights are split into several files with an index.
+        config_keys: top-level keys of config.json, instead of those that the model implies.
 
     Returns:
         The folder.
@@ -54,7 +56,7 @@ def save_checkpoint(
         for name, content in side.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
-        config = config_json(model.config, model.dtype)
+        config = config_json(model.config, model.dtype) | dict(config_keys or {})
         state = compressing.stored_state(model)
         if (quantization := compressing.to_config(model, state)) is not None:
             config["quantization_config"] = quantization

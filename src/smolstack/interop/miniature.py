@@ -56,7 +56,7 @@ def miniature(
         embedding_dim=None if config.embedding_dim is None else 16,
         model_type=config.model_type,
     )
-    return replace(preset, config=small, tokens=tokens)
+    return replace(preset, config=small, tokens=tokens, config_keys={}, added_tokens={})
 
 
 def _pack(tokens: SpecialTokens) -> SpecialTokens:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from smolstack.checkpoint.files import CheckpointFiles
+from typing import Any
+
+from smolstack.checkpoint.files import CheckpointFiles, parse_json
 from smolstack.checkpoint.processor_files import end_tokens
 from smolstack.checkpoint.verification.check import Check
 from smolstack.config import ModelConfig, as_ids
@@ -44,8 +46,26 @@ def check_tokenizer(
                 f"tokenizer_config.json names {named[name]} as {name}, which tokenizer.json does "
                 "not hold"
             )
+    _check_added(check, files, tokenizer)
     _check_ids(check, files, config, tokenizer)
     return tokenizer
+
+
+def _check_added(check: Check, files: CheckpointFiles, tokenizer: TextTokenizer) -> None:
+    """Note the tokens that added_tokens.json alone defines.
+
+    transformers adds them to the vocabulary. smolstack reads tokenizer.json only: in the one
+    published file of the kind, the model has no embedding for the id.
+    """
+    name = "added_tokens.json"
+    added: dict[str, Any] = {}
+    with check.collecting():
+        added = parse_json(files.folder / name, files.side.get(name, b"{}"))
+    if absent := [token for token in added if tokenizer.token_id(token) is None]:
+        check.remarks.append(
+            f"{name} has {', '.join(absent[:4])}, which tokenizer.json does not hold; "
+            "smolstack reads it as plain text"
+        )
 
 
 def check_prompt(
