@@ -131,6 +131,16 @@ def test_a_token_that_only_transformers_adds_is_noted(run: Run, spoilt: Path) ->
     assert "<image>" not in noted
 
 
+def test_another_chat_template_in_another_file_is_noted(run: Run, spoilt: Path) -> None:
+    def other(config: dict[str, Any]) -> None:
+        config["chat_template"] = "another"
+
+    edit(spoilt / "tokenizer_config.json", other)
+    checks = json.loads(run("verify", spoilt, "--json").stdout)["checks"]
+    (noted,) = [remark for check in checks for remark in check["remarks"]]
+    assert "tokenizer_config.json has another chat template" in noted
+
+
 def test_every_difference_is_listed(
     problems: Callable[..., list[str]], run: Run, spoilt: Path
 ) -> None:

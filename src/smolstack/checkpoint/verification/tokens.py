@@ -47,6 +47,7 @@ def check_tokenizer(
                 "not hold"
             )
     _check_added(check, files, tokenizer)
+    _check_templates(check, files)
     _check_ids(check, files, config, tokenizer)
     return tokenizer
 
@@ -65,6 +66,23 @@ def _check_added(check: Check, files: CheckpointFiles, tokenizer: TextTokenizer)
         check.remarks.append(
             f"{name} has {', '.join(absent[:4])}, which tokenizer.json does not hold; "
             "smolstack reads it as plain text"
+        )
+
+
+def _check_templates(check: Check, files: CheckpointFiles) -> None:
+    """Note chat templates that differ from the one that is used: other engines may read them."""
+    others = {
+        "chat_template.json": parse_json(
+            files.folder / "chat_template.json", files.side.get("chat_template.json", b"{}")
+        ).get("chat_template"),
+        "processor_config.json": files.processor.get("chat_template"),
+        "tokenizer_config.json": files.tokenizer_config.get("chat_template"),
+    }
+    used = (files.chat_template or "").strip()
+    if different := [n for n, t in others.items() if isinstance(t, str) and t.strip() != used]:
+        check.remarks.append(
+            f"{' and '.join(different)} {'has' if len(different) == 1 else 'have'} another chat "
+            "template than the one that smolstack and transformers use; other engines may use it"
         )
 
 
