@@ -316,5 +316,10 @@ def _entry(images: Any, text: str | None, messages: Sequence[Message] | None) ->
         raise PromptError("found both of text and messages, expected one of them")
     asked = messages if text is None else text
     if asked is None:
+        if isinstance(images, str) and not Path(images).exists():
+            raise PromptError(
+                f"found neither of text and messages; {images[:80]!r} was given as images, and a "
+                "question without an image is asked with ask(None, text)"
+            )
         raise PromptError("found neither of text and messages, expected one of them")
     return as_images(images), asked

@@ -363,10 +363,11 @@ def test_a_hub_id_is_fetched_by_its_client(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    asked = []
+    asked, skipped = [], []
 
     def snapshot(repo: str, **options: Any) -> str:
         asked.append((repo, options["revision"]))
+        skipped.append(options["ignore_patterns"])
         if repo == "nobody/gone":
             raise OSError("404 Not Found")
         return str(tiny_folder)
@@ -374,5 +375,8 @@ def test_a_hub_id_is_fetched_by_its_client(
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     assert find("nobody/model", revision="main") == tiny_folder
     assert asked == [("nobody/model", "main")]
+    assert find("nobody/model", weights=False) == tiny_folder  # for its tokenizer
+    assert skipped[0] is None
+    assert "*.safetensors" in skipped[1]
     with pytest.raises(CheckpointError, match="404 Not Found"):
         find("nobody/gone")

@@ -11,6 +11,7 @@ READER = Path(__file__).resolve().parent.parent / "reader"
 BUNDLED = "smolstack's bundled reader"  # its name in files that cannot contain None
 GGUF = ".gguf"
 PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt"]  # never pickles, never code
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ def locate(
     return ModelPath(path, None if base is None else find(base), tower)
 
 
-def find(model: str | Path | None, revision: str | None = None) -> Path:
+def find(model: str | Path | None, revision: str | None = None, *, weights: bool = True) -> Path:
     """Return the folder of a checkpoint, or a GGUF file.
 
     Args:
         model: a folder, a GGUF file, a hub id such as ``HuggingFaceTB/SmolVLM-256M-Instruct``, or
             None for the bundled reader.
         revision: branch, tag or commit, for a hub id.
+        weights: False downloads the small files only.
 
     Raises:
         CheckpointError: the folder does not exist; a hub id is given but huggingface_hub is not
@@ -87,10 +89,10 @@ def find(model: str | Path | None, revision: str | None = None) -> Path:
             f"{name}: found {found}, expected a checkpoint folder, a {GGUF} file or a hub id such "
             "as HuggingFaceTB/SmolVLM-256M-Instruct"
         )
-    return _download(name, revision)
+    return _download(name, revision, weights=weights)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, *, weights: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -99,7 +101,12 @@ def _download(repo: str, revision: str | None) -> Path:
             "pip install 'smolstack[hf]'"
         ) from None
     try:
-        folder: str = snapshot_download(repo, revision=revision, allow_patterns=PATTERNS)
+        folder: str = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=PATTERNS,
+            ignore_patterns=None if weights else WEIGHTS,
+        )
     except Exception as error:  # the hub client raises many error types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

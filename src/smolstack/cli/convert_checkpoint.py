@@ -61,7 +61,7 @@ def convert_checkpoint(
         if is_nanovlm(peek(where.path / "config.json")):
             from smolstack.checkpoint.nanovlm import convert_nanovlm, tokenizer_of
 
-            words = find(tokenizer or tokenizer_of(where.path))
+            words = find(tokenizer or tokenizer_of(where.path), weights=False)
             convert_nanovlm(where.path, words, out, overwrite=overwrite)
         elif tokenizer is not None:
             raise ConfigError(f"{model} is no nanoVLM checkpoint, which --tokenizer is for")
