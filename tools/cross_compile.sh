@@ -8,7 +8,10 @@ out="$(mktemp -d)"
 trap 'rm -rf "$out"' EXIT
 for target in x86_64-windows-gnu x86_64-macos aarch64-macos aarch64-linux-musl; do
   flags="-target $target -O2 -std=gnu11 -ffp-contract=off -I$native"
-  case "$target" in x86_64-*) flags="$flags -march=haswell" ;; esac
+  case "$target" in
+    x86_64-*) flags="$flags -march=haswell" ;;
+    *) flags="$flags -mcpu=generic+v8_2a+fullfp16+dotprod+i8mm" ;;
+  esac
   for file in "$native"/*.c; do
     # shellcheck disable=SC2086
     [ "$(basename "$file")" = processor.c ] || "$@" $flags -c "$file" -o "$out/kernels.o"

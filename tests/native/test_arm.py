@@ -11,10 +11,11 @@ import pytest
 
 from smolstack.native import compiling
 from smolstack.native.processor import features
-from smolstack.native.sets import own_sets
+from smolstack.native.sets import SETS, InstructionSet, own_sets
 
 HERE, NATIVE = Path(__file__).parent, Path(compiling.__file__).parent
 SOURCES = ("stored", "rounding", "panels", "layers", "activations", "floats", "attend")
+ARM = [one for one in SETS if one.architecture == "aarch64"]
 CROSS, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 
 
@@ -35,10 +36,10 @@ def digest(compiler: str, flags: str, runner: list[str], made: Path) -> str:
     None in map(shutil.which, ("gcc", CROSS, EMULATOR)), reason=f"needs gcc, {CROSS} and {EMULATOR}"
 )
 @pytest.mark.skipif("fma" not in features(), reason="without FMA scales are rounded twice")
-@pytest.mark.parametrize("march", ["armv8-a", "armv8.2-a+fp16+dotprod"])
-def test_arm_s_kernels_give_the_bits_of_x86_s(march: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("one", ARM, ids=lambda one: one.cap)
+def test_arm_s_kernels_give_the_bits_of_x86_s(one: InstructionSet, tmp_path: Path) -> None:
     here = digest("gcc", "-march=haswell", [], tmp_path / "x86")
-    there = digest(CROSS, f"-march={march} -static", [EMULATOR], tmp_path / "arm")
+    there = digest(CROSS, " ".join((*one.flags, "-static")), [EMULATOR], tmp_path / "arm")
     assert here == there
 
 

@@ -23,6 +23,7 @@ NAMES = {
     "avx512_bf16": "AVX-512 BF16",
     "neon": "NEON",
     "neon_dotprod": "NEON with dot products",
+    "neon_i8mm": "NEON i8mm",
 }
 
 

@@ -49,6 +49,8 @@ NEOVERSE_N1 = {"asimd", "asimdhp", "asimddp", "asimdrdm", "atomics"}
         ("aarch64", {"asimd"}, "", "neon"),
         ("arm64", NEOVERSE_N1, "", "neon_dotprod"),
         ("arm64", NEOVERSE_N1, "neon", "neon"),
+        ("aarch64", NEOVERSE_N1 | {"i8mm", "bf16"}, "", "neon_i8mm"),
+        ("aarch64", NEOVERSE_N1 | {"i8mm", "bf16"}, "neon_dotprod", "neon_dotprod"),
     ],
 )
 def test_the_best_set_that_processor_and_cap_allow(
@@ -64,7 +66,7 @@ def test_a_cap_of_another_architecture_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(sets.CAP, "avx2")
     with pytest.raises(
         KernelError,
-        match=re.escape("SMOLSTACK_MAX_ISA is 'avx2', expected one of ['neon', 'neon_dotprod']"),
+        match=re.escape("expected one of ['neon', 'neon_dotprod', 'neon_i8mm']"),
     ):
         usable(NEOVERSE_N1)
 

@@ -32,6 +32,7 @@ INSTRUCTIONS = (
     "AVX-512 BF16",
     "NEON",
     "NEON with dot products",
+    "NEON i8mm",
 )
 ACTIVATIONS = {"": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_pytorch_tanh": 4}
 

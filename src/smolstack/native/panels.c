@@ -3,7 +3,7 @@
 // A panel interleaves 16 channels, four bytes of each at a time (a step). A vector of products then
 // belongs to 16 outputs and needs no horizontal sum. The same layout serves one row, which streams
 // the panels at memory speed, and many rows, which share them. The inner
-// loops are sum_bytes, sum_nibbles and sum_pairs.
+// loops are sum_bytes, sum_nibbles and sum_pairs; sum_blocks with instructions for small matrices.
 #include "product.h"
 
 #define STEP_BYTES 64  // bytes of a panel per four bytes of a row
@@ -16,7 +16,7 @@
 #define INT8_ROWS 8
 #define INT8_PANELS 3
 #define INT4_ROWS 8
-#elif defined(VECTOR_256)
+#elif defined(VECTOR_256) || BYTE_MATRICES
 #define INT8_ROWS 4
 #define INT8_PANELS 1
 #define INT4_ROWS 4
@@ -295,9 +295,39 @@ INLINE const char *panel_of(const Linear *linear, int64_t channel) {
            channel / PANEL * steps_of(linear->kind, linear->in) * STEP_BYTES;
 }
 
+#if BYTE_MATRICES
+// sum_steps for an even number of rows, two steps at a time.
+INLINE void sum_blocks(int rows, int panels, const char *x, int64_t stride, const char *w,
+                       int64_t apart, int64_t from, int64_t to, Ints sum[MOST_ROWS][MOST_PANELS]) {
+    Blocks total[MOST_ROWS / 2][MOST_PANELS];
+    UNROLL for (int r = 0; r < rows; r += 2)
+        UNROLL for (int p = 0; p < panels; p++) total[r / 2][p] = no_blocks();
+    for (int64_t s = from; s < to; s += 2)
+        UNROLL for (int p = 0; p < panels; p++) {
+            const char *at = w + p * apart + s * STEP_BYTES;
+            Ints low = load_bytes(at), high = splat_int(0);
+            if (s + 1 < to) high = load_bytes(at + STEP_BYTES);
+            prefetch(at + SOON);
+            UNROLL for (int r = 0; r < rows; r += 2) {
+                const char *row = x + r * stride + s * 4;
+                total[r / 2][p] = dot_blocks(total[r / 2][p], low, high, two_rows(row, row + stride));
+            }
+        }
+    UNROLL for (int r = 0; r < rows; r += 2)
+        UNROLL for (int p = 0; p < panels; p++)
+            add_blocks(total[r / 2][p], &sum[r][p], &sum[r + 1][p]);
+}
+#endif
+
 // A row's four bytes from `x` on times the 16 channels of `panels` panels, for steps from .. to.
 INLINE void sum_steps(int rows, int panels, const char *x, int64_t stride, const char *w,
                       int64_t apart, int64_t from, int64_t to, Ints sum[MOST_ROWS][MOST_PANELS]) {
+#if BYTE_MATRICES
+    if (rows > 1) {
+        sum_blocks(rows, panels, x, stride, w, apart, from, to, sum);
+        return;
+    }
+#endif
     for (int64_t s = from; s < to; s++) {
         Ints weight[MOST_PANELS];
         UNROLL for (int p = 0; p < panels; p++) {
@@ -364,16 +394,32 @@ INLINE void sum_nibbles(int rows, const Target *t, int64_t row, int64_t channel,
         int64_t to = least((g + 1) * of_group, steps);
         Ints sum[MOST_ROWS];
         UNROLL for (int r = 0; r < rows; r++) sum[r] = splat_int(0);
+#if BYTE_MATRICES
+        Blocks blocks[MOST_ROWS / 2];
+        UNROLL for (int r = 0; r < rows; r += 2) blocks[r / 2] = no_blocks();
+#endif
         UNROLL for (int64_t s = g * of_group; s < to; s++) {
             Ints both = load_bytes(w + s * STEP_BYTES);
             Ints low = and_int(both, 0x0f0f0f0f), high = and_int(right(both, 4), 0x0f0f0f0f);
             if (rows == 1) prefetch(w + s * STEP_BYTES + AHEAD);
+#if BYTE_MATRICES
+            UNROLL for (int r = 0; rows > 1 && r < rows; r += 2) {
+                const char *numbers = x + r * block->stride + s * 8;
+                vi pair = two_rows(numbers, numbers + block->stride);
+                blocks[r / 2] = dot_blocks(blocks[r / 2], low, high, pair);
+            }
+            if (rows > 1) continue;
+#endif
             UNROLL for (int r = 0; r < rows; r++) {
                 const char *numbers = x + r * block->stride + s * 8;
                 sum[r] = dot(sum[r], low, four_bytes(numbers));
                 sum[r] = dot(sum[r], high, four_bytes(numbers + 4));
             }
         }
+#if BYTE_MATRICES
+        UNROLL for (int r = 0; rows > 1 && r < rows; r += 2)
+            add_blocks(blocks[r / 2], &sum[r], &sum[r + 1]);
+#endif
         Floats factor = load_bfloats(scale + g * PANEL);
         Floats zero = mul(factor, to_floats(load_halves(zeros + g * 8)));
         UNROLL for (int r = 0; r < rows; r++) {
@@ -547,7 +593,7 @@ BYTES(bytes, 0, 8, 1) BYTES(bytes, 0, 8, 2) BYTES(bytes, 0, 8, 3) BYTES(fine, 1,
 static Tile *const INT8_TILES[] = {bytes_1_1, bytes_8_1, bytes_8_2, bytes_8_3};
 static Tile *const FINE_TILES[] = {fine_1_1, fine_8_1};
 static Tile *const INT4_TILES[] = {nibbles_1, nibbles_8};
-#elif defined(VECTOR_256)
+#elif defined(VECTOR_256) || BYTE_MATRICES
 BYTES(bytes, 0, 4, 1) BYTES(fine, 1, 4, 1) NIBBLES(4)
 static Tile *const INT8_TILES[] = {bytes_1_1, bytes_4_1};
 static Tile *const FINE_TILES[] = {fine_1_1, fine_4_1};

@@ -322,6 +322,41 @@ INLINE vi four_bytes(const void *from) {
     return four - (vi){0};
 }
 
+// Whether the processor multiplies two rows of eight bytes by two channels of eight (i8mm).
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define BYTE_MATRICES 1
+// The sums of two rows and 16 channels: channels 2k and 2k + 1 of the first row, then of the second.
+typedef struct { vi part[2 * PARTS]; } Blocks;
+
+INLINE Blocks no_blocks(void) {
+    Blocks out;
+    UNROLL for (int k = 0; k < 2 * PARTS; k++) out.part[k] = (vi){0};
+    return out;
+}
+INLINE vi two_rows(const void *first, const void *second) {
+    return (vi)vcombine_s8(vld1_s8(first), vld1_s8(second));
+}
+// total += a channel's eight weights, four of them in `low`, times the eight bytes of each row.
+INLINE Blocks dot_blocks(Blocks total, Ints low, Ints high, vi rows) {
+    EACH {
+        int32x4_t a = (int32x4_t)low.part[k], b = (int32x4_t)high.part[k];
+        int32x4_t first = (int32x4_t)total.part[2 * k], second = (int32x4_t)total.part[2 * k + 1];
+        first = vmmlaq_s32(first, (int8x16_t)rows, (int8x16_t)vzip1q_s32(a, b));
+        second = vmmlaq_s32(second, (int8x16_t)rows, (int8x16_t)vzip2q_s32(a, b));
+        total.part[2 * k] = (vi)first, total.part[2 * k + 1] = (vi)second;
+    }
+    return total;
+}
+INLINE void add_blocks(Blocks blocks, Ints *first, Ints *second) {
+    EACH {
+        int64x2_t a = (int64x2_t)blocks.part[2 * k], b = (int64x2_t)blocks.part[2 * k + 1];
+        first->part[k] += (vi)vtrn1q_s64(a, b), second->part[k] += (vi)vtrn2q_s64(a, b);
+    }
+}
+#else
+#define BYTE_MATRICES 0
+#endif
+
 // total += the products of the two bfloat16 numbers in each lane.
 INLINE vf pairs_part(vf total, vi a, vi b) {
 #if defined(VECTOR_512) && defined(__AVX512BF16__)
