@@ -286,7 +286,7 @@ def test_an_index_may_only_name_files_beside_it(folder: Path) -> None:
         with pytest.raises(CheckpointError, match=words):
             smolstack.load(folder)
     index.write_text(json.dumps({"weight_map": {"ghost": "part.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"disagree: promised only \['ghost'\]"):
+    with pytest.raises(CheckpointError, match=r"disagree: only in the index \['ghost'\]"):
         smolstack.load(folder)
 
 
@@ -343,7 +343,7 @@ def test_files_that_are_missing_or_no_json_are_named(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
         smolstack.load(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="holds a list, expected a JSON object"):
+    with pytest.raises(CheckpointError, match="contains a list, expected a JSON object"):
         smolstack.load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
