@@ -17,7 +17,7 @@ import smolstack
 from smolstack.bulk import map_images
 from smolstack.documents import QUESTION, Page, convert
 from smolstack.documents.doctags import CELLS, CONTAINERS, LEAVES
-from smolstack.documents.pages import made_document
+from smolstack.documents.pages import build_document
 from smolstack.errors import BulkError
 
 pytest.importorskip("docling_core")
@@ -260,7 +260,7 @@ def test_a_page_without_elements_is_named_and_no_page_with_any_is_an_error(
     assert remarks(tmp_path, ".md") == [said]
     table = answered(tmp_path / "pages.parquet", "Just words.", "<doctag></doctag>", None)
     for suffix in (".md", ".html", ".json", ".doctags"):
-        with pytest.raises(BulkError, match=r"no page gave any element of a document: "
+        with pytest.raises(BulkError, match=r"no answer contains document elements: "
                            r"page 0, page 1; expected DocTags.* found 'Just words\.'"):  # fmt: skip
             convert(table, tmp_path / f"none{suffix}")
         assert not (tmp_path / f"none{suffix}").exists()
@@ -287,7 +287,7 @@ def test_no_order_of_tags_loses_a_word_or_stops_docling(parts: list[str]) -> Non
     left = iter(words)
     answer = "".join(next(left) if part == "word" else part for part in parts)
     page = Page("p", None, answer, "stop", None)
-    made = {suffix: made_document("d", [page], suffix, None) for suffix in (".json", ".html")}
+    made = {suffix: build_document("d", [page], suffix, None) for suffix in (".json", ".html")}
     if made[".json"].elements:
         assert [word for word in words if word not in made[".json"].text] == []
     assert not [remark for remark in made[".html"].remarks if "docling" in remark.text]
@@ -350,10 +350,10 @@ def test_what_cannot_be_written_or_read_is_refused_at_once(
         convert(table, tmp_path / "gone" / "report.md")
     with pytest.raises(BulkError, match="found nothing, expected a folder"):
         convert(tmp_path / "gone.pdf", tmp_path / "report.md", model=tiny_vlm)
-    with pytest.raises(BulkError, match=r"read by a document model .* found none"):
+    with pytest.raises(BulkError, match=r"--model"):
         convert(tmp_path / "gone.pdf", tmp_path / "report.md")
     answered(tmp_path / "report.md.pages.parquet", FIRST)
-    with pytest.raises(BulkError, match="is left of an earlier conversion"):
+    with pytest.raises(BulkError, match="earlier conversion"):
         convert(document(tmp_path / "a.pdf", [(9, 9)]), tmp_path / "report.md", model=tiny_vlm)
     two = pq.read_table(table).to_pylist()
     two[1]["question"] = "And then?"

@@ -14,14 +14,14 @@ import pytest
 
 import smolstack
 from smolstack.errors import BulkError, CheckpointError, ConfigError
-from smolstack.output_files import check_folder, naming, only_writer
+from smolstack.output_files import check_folder, exclusive_writer, naming_errors
 
 HOLD = """
 import sys
 from pathlib import Path
 from smolstack.errors import CheckpointError
-from smolstack.output_files import only_writer
-with only_writer(Path(sys.argv[1]), CheckpointError):
+from smolstack.output_files import exclusive_writer
+with exclusive_writer(Path(sys.argv[1]), CheckpointError):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -40,7 +40,7 @@ def test_a_second_writer_is_told_and_the_next_one_let_in(held: Path, tiny_folder
         vlm = smolstack.load(tiny_folder)
         with pytest.raises(CheckpointError, match=rf"another process is writing {held}"):
             vlm.save(held)
-        with pytest.raises(BulkError, match="another process"), only_writer(held, BulkError):
+        with pytest.raises(BulkError, match="another process"), exclusive_writer(held, BulkError):
             pass
         other.kill()  # however a process ends, it lets go
         other.wait()
@@ -49,12 +49,12 @@ def test_a_second_writer_is_told_and_the_next_one_let_in(held: Path, tiny_folder
 
 
 def test_an_error_without_a_name_gets_one(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left") as caught, naming(tmp_path / "a"):
+    with pytest.raises(OSError, match="No space left") as caught, naming_errors(tmp_path / "a"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.filename == str(tmp_path / "a")
-    with pytest.raises(OSError, match="b: no room"), naming(tmp_path / "b"):
+    with pytest.raises(OSError, match="b: no room"), naming_errors(tmp_path / "b"):
         raise OSError("no room")
-    with pytest.raises(OSError, match="mine") as caught, naming(tmp_path / "c"):
+    with pytest.raises(OSError, match="mine") as caught, naming_errors(tmp_path / "c"):
         raise OSError(errno.ENOSPC, "full", "mine")
     assert caught.value.filename == "mine"
 

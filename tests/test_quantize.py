@@ -185,7 +185,7 @@ def test_data_that_changed_meanwhile_are_refused(
     with pytest.raises(KeyboardInterrupt):
         quantize(even_folder, tmp_path / "out", bits=4, calibrate=text, on_progress=stop)
     text.write_text(TEXT.replace("ferry", "train"))
-    with pytest.raises(ConfigError, match="other data"):
+    with pytest.raises(ConfigError, match="different data"):
         quantize(even_folder, tmp_path / "out", bits=4, calibrate=text)
     quantize(even_folder, tmp_path / "out", bits=4, calibrate=text, restart=True)
 
@@ -231,10 +231,10 @@ def test_what_cannot_be_quantized_is_refused_in_a_sentence(
 ) -> None:
     quantize(even_folder, tmp_path / "int8", bits=8, calibrate=text)
     for arguments, words in [
-        ((tmp_path / "int8", tmp_path / "out"), "holds int8 weights already"),
+        ((tmp_path / "int8", tmp_path / "out"), "int8 weights"),
         ((even_folder, tmp_path / "out", "--calibrate", tmp_path / "none"), "does not exist"),
-        ((even_folder, tmp_path / "out", "--bits", "4.1"), "4.1 bits a weight are too few"),
-        ((even_folder, even_folder, "--overwrite"), "is the checkpoint that is quantized"),
+        ((even_folder, tmp_path / "out", "--bits", "4.1"), "4.1 bits per weight"),
+        ((even_folder, even_folder, "--overwrite"), "is the checkpoint to be quantized"),
     ]:
         result = invoke("quantize", *arguments)
         assert result.exit_code == 2

@@ -253,9 +253,9 @@ def test_a_batch_whose_counts_disagree_is_refused(
     [
         ({"images": "gone.png", "text": "?"}, ImageError, "found no file"),
         ({"images": 3, "text": "?"}, ImageError, "found a int"),
-        ({"images": None}, PromptError, "found neither of text and messages"),
+        ({"images": None}, PromptError, "neither text nor messages"),
         ({"images": "What?"}, PromptError, r"ask\(None, text\)"),
-        ({"text": "?", "messages": []}, PromptError, "found both of text and messages"),
+        ({"text": "?", "messages": []}, PromptError, "found text and messages"),
         ({"messages": []}, PromptError, "no messages"),
         ({"text": "<image>"}, PromptError, "1 <image> placeholders for 0 images"),
         ({"text": "?", "temprature": 1}, GenerationError, r"unknown options \['temprature'\]"),

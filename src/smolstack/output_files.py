@@ -13,7 +13,7 @@ from smolstack.errors import SmolstackError
 
 
 @contextmanager
-def whole_file(path: Path, *, private: bool = False, synced: bool = False) -> Iterator[Path]:
+def atomic_file(path: Path, *, private: bool = False, synced: bool = False) -> Iterator[Path]:
     """Create a new file beside ``path`` and rename it to ``path`` when the block succeeds.
 
     Readers see either the old file or the new one, never a partial file. The new file has the
@@ -29,7 +29,7 @@ def whole_file(path: Path, *, private: bool = False, synced: bool = False) -> It
     """
     beside = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
     try:
-        with naming(path, beside):
+        with naming_errors(path, beside):
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
             os.close(os.open(beside, flags, 0o600 if private else 0o666))
             yield beside
@@ -42,7 +42,7 @@ def whole_file(path: Path, *, private: bool = False, synced: bool = False) -> It
 
 
 @contextmanager
-def only_writer(path: Path, error: type[SmolstackError]) -> Iterator[None]:
+def exclusive_writer(path: Path, error: type[SmolstackError]) -> Iterator[None]:
     """Keep other processes from writing ``path`` while the block runs.
 
     The lock is a hidden file beside the path, removed when the block ends. It is released if the
@@ -90,7 +90,7 @@ def take_lock(file: int) -> bool:
 
 
 @contextmanager
-def naming(path: Path, beside: Path | None = None) -> Iterator[None]:
+def naming_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
     """Add this file's name to an OSError that names no file, such as a full disk.
 
     Errors that name ``beside``, an internal temporary file, are changed to name ``path`` too.

@@ -67,7 +67,7 @@ def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Wo
     query = queries.render([user_message(0, SLOT)], answer_next=False)
     if page.count(Markers.image) != 1 or query.count(SLOT) != 1:
         raise PromptError(
-            f"{RETRIEVAL_TEMPLATE} makes {page!r:.80} of a page and {query!r:.80} of a query, "
+            f"{RETRIEVAL_TEMPLATE} renders a page as {page!r:.80} and a query as {query!r:.80}, "
             f"expected {Markers.image} and the query once"
         )
     return Words(page, query)
@@ -89,10 +89,10 @@ def query_prompts(processor: Processor, queries: Sequence[str], prompt: str) -> 
     if isinstance(queries, str) or not queries:
         raise PromptError("expected a list of queries")
     if prompt.count(SLOT) != 1:
-        raise PromptError(f"the prompt of a query is {prompt!r:.80}, expected {SLOT} in it once")
+        raise PromptError(f"the query prompt is {prompt!r:.80}, expected exactly one {SLOT} in it")
     for number, query in enumerate(queries):
         if not isinstance(query, str) or not query.strip():
-            raise PromptError(f"query {number} is {query!r:.80}, expected some text")
+            raise PromptError(f"query {number} is {query!r:.80}, expected non-empty text")
     return [processor.prepare_text(prompt.replace(SLOT, query), []) for query in queries]
 
 
@@ -104,8 +104,7 @@ def check_head(model: VisionLanguageModel, name: object) -> int:
     """
     if model.config.embedding_dim is None:
         raise ConfigError(
-            f"{name} ends in a language head, expected a retrieval model such as "
-            "vidore/colSmol-256M"
+            f"{name} has a language head, expected a retrieval model such as vidore/colSmol-256M"
         )
     return model.config.embedding_dim
 
@@ -216,7 +215,7 @@ def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor]) -> Tensor:
     if not queries or not pages or len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise PromptError(
             f"found {len(queries)} queries and {len(pages)} pages with vectors {sorted(shapes)}, "
-            "expected some of each, (T, E) with one E"
+            "expected at least one of each, of shape (T, E) with the same E"
         )
     if not all(len(part) for part in (*queries, *pages)):
         raise PromptError("a query or a page has no vectors, expected at least one of each")

@@ -24,7 +24,7 @@ from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
 from smolstack.generation.request import Request
 from smolstack.generation.scheduler import SchedulerLimits
 from smolstack.processor.geometry import TilePlan, Tiling
-from smolstack.processor.inputs import PromptLike, Shown, as_images, unlocked
+from smolstack.processor.inputs import PromptLike, Shown, as_images, with_password
 from smolstack.processor.processor import Prompt
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
@@ -279,7 +279,7 @@ class VLM(PageEmbedder):
 
         The tower and the connector run once, here; ``ask(visual, …)`` skips them.
         """
-        image = unlocked(image, tiling.get("password"))
+        image = with_password(image, tiling.get("password"))
         plan = self.processor.plan(image, **tiling)
         prompt = Prompt("", (), (image,), (plan,))
         return self._encoded(prompt)[0]
@@ -313,13 +313,13 @@ class VLM(PageEmbedder):
 
 def _entry(images: Any, text: str | None, messages: Sequence[Message] | None) -> PromptLike:
     if text is not None and messages is not None:
-        raise PromptError("found both of text and messages, expected one of them")
+        raise PromptError("found text and messages, expected only one")
     asked = messages if text is None else text
     if asked is None:
         if isinstance(images, str) and not Path(images).exists():
             raise PromptError(
-                f"found neither of text and messages; {images[:80]!r} was given as images, and a "
+                f"found neither text nor messages; {images[:80]!r} was given as images, and a "
                 "question without an image is asked with ask(None, text)"
             )
-        raise PromptError("found neither of text and messages, expected one of them")
+        raise PromptError("found neither text nor messages, expected one of them")
     return as_images(images), asked

@@ -277,7 +277,7 @@ def test_memory_that_is_given_back_loses_nothing(tmp_path: Path) -> None:
     changed[50_000] = -1  # in the process's own copy of a page
     for tensor in (own, mapped, changed):
         assert int(tensor.sum()) > 0
-        library.put_aside(tensor.data_ptr(), tensor.nbytes)
+        library.release_pages(tensor.data_ptr(), tensor.nbytes)
     assert torch.equal(own, torch.arange(100_000))
     assert torch.equal(mapped, own)
     assert int(changed[50_000]) == -1

@@ -12,7 +12,7 @@ import torch
 
 from smolstack.bench.cases import PARTS, answers, components
 from smolstack.bench.peers.implementation import Implementation
-from smolstack.bench.timing import OURS, Case, Contender, Reading, Result, later, measure
+from smolstack.bench.timing import OURS, Case, Contender, ReportedValue, Result, later, measure
 from smolstack.bench.worker import Worker, WorkerError
 from smolstack.bench.workload import Workload
 
@@ -33,9 +33,9 @@ def test_contenders_run_in_turn_after_a_warm_up() -> None:
 
 
 def test_ratios_are_those_of_medians_in_each_of_our_precisions() -> None:
-    def taking(*values: float) -> Callable[[], Reading]:
+    def taking(*values: float) -> Callable[[], ReportedValue]:
         left = iter((values[0], *values))
-        return lambda: Reading(next(left))
+        return lambda: ReportedValue(next(left))
 
     case = Case(
         "x",

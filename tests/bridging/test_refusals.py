@@ -48,7 +48,7 @@ def test_the_scale_comes_from_the_grid(
             "1 (36 tokens), 2 (9 tokens), 3 (4 tokens), 6 (1 tokens)",
         ),
         ({"scale": 4}, "scale is 4; the tower's grid of 6×6"),
-        ({"scale": 2, "visual_tokens": 9}, "scale and visual_tokens are both given"),
+        ({"scale": 2, "visual_tokens": 9}, "scale and visual_tokens"),
         ({"longest_edge": 40}, "longest_edge is 40, expected at least the 48 pixels of a tile"),
         ({"dtype": "int8"}, "dtype is 'int8', expected auto or one of"),
     ],
@@ -90,7 +90,7 @@ def test_vision_towers_that_are_something_else(
             "rope_type is 'yarn', expected one of",
         ),
         ("config.json", {"num_hidden_layers": 3}, "9 missing: model.layers.2.input_layernorm"),
-        ("config.json", {"quantization": {"bits": 4}}, "holds quantized weights"),
+        ("config.json", {"quantization": {"bits": 4}}, "has quantized weights"),
         (
             "tokenizer_config.json",
             {"eos_token": "<eos>"},
@@ -149,7 +149,7 @@ def test_an_adapter_beside_a_plain_model_is_not_passed_over(
 ) -> None:
     text = make_text()
     (text / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"holds an adapter .* merge it first"):
+    with pytest.raises(CheckpointError, match=r"is an adapter .* merge it first"):
         plan_bridge(make_vision(), text)
 
 

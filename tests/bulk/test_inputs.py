@@ -174,10 +174,10 @@ def test_a_row_without_an_image_says_so_and_the_others_are_answered(
     for error, part in zip(
         errors[1:],
         [
-            "line 2 of list.jsonl is no JSON",
+            "line 2 of list.jsonl is not a JSON object",
             "found nothing in place of",
             "found a int in place of",
-            "is an address",
+            "is a URL",
             "not valid base64",
             "missing.png: found no file",
         ],
@@ -214,7 +214,7 @@ def test_any_window_is_read_without_what_lies_before(tmp_path: Path) -> None:
 
 def test_what_cannot_be_an_input_is_refused(tmp_path: Path, photos: Path) -> None:
     table = write_jsonl(tmp_path / "a.jsonl", [{"x": 1, "y": 2}])
-    with pytest.raises(BulkError, match=r"which column holds the images.*'x', 'y'"):
+    with pytest.raises(BulkError, match=r"--image-column.*'x', 'y'"):
         open_input(table)
     with pytest.raises(BulkError, match=r"has no column 'z' \(--image-column\)"):
         open_input(table, "z")
@@ -225,7 +225,7 @@ def test_what_cannot_be_an_input_is_refused(tmp_path: Path, photos: Path) -> Non
     with pytest.raises(BulkError, match=r"is for tables, and .* is a folder"):
         open_input(photos, "image")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(BulkError, match=r"b\.parquet is no Parquet file"):
+    with pytest.raises(BulkError, match=r"b\.parquet cannot be read"):
         open_input(tmp_path / "b.parquet")
-    with pytest.raises(BulkError, match="holds a int, expected paths or bytes"):
+    with pytest.raises(BulkError, match="contains a int, expected paths or bytes"):
         open_input([1])  # type: ignore[list-item]

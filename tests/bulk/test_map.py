@@ -116,7 +116,7 @@ def test_an_image_too_large_for_the_context_is_a_row_with_an_error(
     for row in found.values():
         fits = (tiny_vlm.plan(row["path"], words).prompt_tokens or 0) < 512
         assert (row["error"] is None) == (row["answer"] is not None) == fits
-        assert fits or "context holds 512" in row["error"]
+        assert fits or "context is 512" in row["error"]
     assert len({row["error"] is None for row in found.values()}) == 2
 
 
@@ -208,7 +208,7 @@ def test_what_makes_no_sense_is_refused_before_any_work(
         job(photos, out=tmp_path / "answers.txt")
     with pytest.raises(BulkError, match="found no question"):
         job(photos, [])
-    with pytest.raises(BulkError, match="found both questions and embed"):
+    with pytest.raises(BulkError, match="found questions and embed"):
         job(photos, embed="mean", questions="What?")
     with pytest.raises(BulkError, match="embed is 'all', expected one of"):
         job(photos, embed="all")

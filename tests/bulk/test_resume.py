@@ -175,7 +175,10 @@ def test_another_job_is_not_mixed_with_what_was_begun(
     interrupted(4)
     asked.clear()
     changed: list[tuple[dict[str, Any], str]] = [
-        ({"questions": "Who?"}, r'holds a job with questions \["What\?"\], this one has \["Who\?"'),
+        (
+            {"questions": "Who?"},
+            r'contains a job with questions \["What\?"\], this one has \["Who\?"',
+        ),
         ({"max_new_tokens": 5}, "max_new_tokens 4, this one has 5"),
         ({"max_image_tokens": 20}, "max_image_tokens not given, this one has 20"),
         ({"model": tied_folder}, "with model"),

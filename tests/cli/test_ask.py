@@ -125,14 +125,14 @@ def test_each_stop_text_ends_the_answer(run: Run, tiny_folder: Path, sign: Path)
 
 def test_a_forgotten_question_is_noticed(refuses: Run, tiny_folder: Path, sign: Path) -> None:
     told = refuses("ask", sign, "--model", tiny_folder)
-    assert "there is no question" in told
+    assert "no question" in told
     assert str(sign) in told
-    assert "there is no question" in refuses("ask", sign, "-", "--model", tiny_folder)
+    assert "no question" in refuses("ask", sign, "-", "--model", tiny_folder)
 
 
 def test_stdin_holds_one_image(refuses: Run, tiny_folder: Path, sign: Path) -> None:
     told = refuses("ask", "-", "-", "Hi", "--model", tiny_folder, input=sign.read_bytes())
-    assert "stdin holds one image" in told
+    assert "stdin contains one image" in told
     assert "stdin is empty" in refuses("ask", "-", "Hi", "--model", tiny_folder, input=b"")
 
 
@@ -161,7 +161,7 @@ def test_one_image_too_many_in_the_prompt_is_refused(
 
 def test_a_prompt_past_the_context_is_refused(refuses: Run, tiny_folder: Path, sign: Path) -> None:
     told = refuses("ask", sign, "word " * 600, "--model", tiny_folder)
-    assert "the model's context holds 512" in told
+    assert "model's context is 512" in told
 
 
 def test_nothing_to_load_is_refused(refuses: Run, sign: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_no_questions_are_no_error(run: Run, tiny_folder: Path) -> None:
         ("/image", "/image needs a file"),
         ("/image 'half", "No closing quotation"),
         ("/dance", "/dance is not a command"),
-        ("word " * 600, "the model's context holds 512"),
+        ("word " * 600, "model's context is 512"),
     ],
 )
 def test_a_script_ends_at_its_first_mistake(talk: Run, line: str, told: str) -> None:

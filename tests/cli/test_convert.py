@@ -74,7 +74,7 @@ def test_no_document_is_a_failure_that_names_the_pages(
     (tmp_path / "bad.pdf").write_text("no document")
     options = ["--model", tiny_folder, "--max-new-tokens", 4]
     said = refuses("convert", tmp_path, "--out", tmp_path / "report.doctags", *options)
-    assert "no page gave any element of a document: report.pdf#page=1, report.pdf#page=2" in said
+    assert "document elements: report.pdf#page=1, report.pdf#page=2" in said
     report.unlink()
     said = refuses("convert", tmp_path, "--out", tmp_path / "none.doctags", *options)
     assert "no page could be read: bad.pdf; the first: " in said

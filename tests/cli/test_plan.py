@@ -106,8 +106,8 @@ def test_a_drawing_is_whole_or_absent(
 ) -> None:
     arguments = ["plan", sign, "--model", tiny_folder, "--out"]
     assert "expected .png or .jpg" in refuses(*arguments, tmp_path / "plan.txt")
-    assert "there is no folder" in refuses(*arguments, tmp_path / "no" / "plan.png")
-    assert "--out draws one image" in refuses(*arguments, tmp_path / "plan.png", "10x10")
+    assert "does not exist" in refuses(*arguments, tmp_path / "no" / "plan.png")
+    assert "--out needs exactly one image" in refuses(*arguments, tmp_path / "plan.png", "10x10")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -194,7 +194,7 @@ def test_token_ids_are_compared(problems: Callable[..., list[str]], spoilt: Path
     edit(spoilt / "config.json", lambda data: data.update(image_token_id=860))
     edit(spoilt / "generation_config.json", lambda data: data.update(eos_token_id=[900, 5000]))
     found = "\n".join(problems())
-    assert "gives <image> the id 861, config.json's image_token_id is 860" in found
+    assert "gives <image> the id 861, but config.json's image_token_id is 860" in found
     assert "generation_config.json eos_token_id is 5000, which is not a token" in found
 
 

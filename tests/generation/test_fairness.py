@@ -11,7 +11,7 @@ from PIL import Image
 
 import smolstack
 from smolstack.errors import QueueFullError
-from smolstack.generation.costs import Shares
+from smolstack.generation.costs import ClientUse
 from smolstack.generation.engine import Engine
 from smolstack.generation.options import read_options
 from smolstack.generation.pools import RankedPool
@@ -41,7 +41,7 @@ def test_a_cheap_request_goes_first_and_an_expensive_one_gives_way(
     long = [made(tiny_vlm, engine, "Tell all.", max_new_tokens=250) for _ in range(3)]
     for request in long[:2]:
         engine.enter([request], client="a")
-    with pytest.raises(QueueFullError, match=r"0 answers .* 2 wait.* 2"):
+    with pytest.raises(QueueFullError, match=r"0 answers .* 2 waiting.* 2"):
         engine.enter([long[2]], client="a")
     short = made(tiny_vlm, engine, "Hi.", max_new_tokens=2)
     engine.enter([short], client="a")
@@ -59,17 +59,17 @@ def test_a_client_that_had_much_waits_for_others(tiny_vlm: smolstack.VLM) -> Non
     engine.enter([made(tiny_vlm, engine, "Once.", max_new_tokens=20)], client="little")
     for request in engine._inbox:
         engine.core.add(request)
-    engine.core.shares.rank(engine.core.scheduler.waiting, time.monotonic())
+    engine.core.client_use.rank(engine.core.scheduler.waiting, time.monotonic())
     assert engine.core.scheduler.admit()[0].client == "little"
 
 
 def test_what_a_client_had_is_forgotten() -> None:
-    shares = Shares()
-    shares.charge("a", 8.0, 0.0)
-    assert shares.had("a", 30.0) == pytest.approx(4.0)
+    client_use = ClientUse()
+    client_use.charge("a", 8.0, 0.0)
+    assert client_use.recent("a", 30.0) == pytest.approx(4.0)
     for number in range(5000):
-        shares.charge(str(number), 10.0, 100.0)
-    assert shares.had("a", 100.0) == 0
+        client_use.charge(str(number), 10.0, 100.0)
+    assert client_use.recent("a", 100.0) == 0
 
 
 def test_without_clients_requests_have_their_turn_as_they_came(tiny_vlm: smolstack.VLM) -> None:

@@ -84,7 +84,7 @@ def test_stopping_needs_room_and_words() -> None:
         Stopping(max_new_tokens=0)
     with pytest.raises(GenerationError, match="a stop string is empty"):
         Stopping(max_new_tokens=1, stop=("",))
-    with pytest.raises(GenerationError, match="a repetition rule of"):
+    with pytest.raises(GenerationError, match="a repetition rule"):
         RepetitionRule(times=1)
 
 

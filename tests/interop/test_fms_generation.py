@@ -215,7 +215,7 @@ def test_pixels_and_image_tokens_that_disagree_are_refused_by_row(model: Any, ba
     ids, _ = bridge.generation_inputs(batch)
     tiles, counts = batch.tiles, batch.tiles_per_sequence
     padded = model_inputs(batch)["pixel_values"]
-    with pytest.raises(AlignmentError, match=rf"{sum(counts)} in all; pixel_values hold 1"):
+    with pytest.raises(AlignmentError, match=rf"{sum(counts)} in total; pixel_values contain 1"):
         model.merge(ids, pixel_values=tiles[:1])
     with pytest.raises(AlignmentError, match=r"sequence 0 has .* image tokens, expected 4 "):
         model.merge(ids, pixel_values=tiles, tiles_per_sequence=(1, 0, sum(counts) - 1))
@@ -223,7 +223,7 @@ def test_pixels_and_image_tokens_that_disagree_are_refused_by_row(model: Any, ba
     crowded[1, 0] = 1.0
     with pytest.raises(AlignmentError, match="sequence 1 has pixels in tile 0"):
         model.merge(ids, pixel_values=crowded)
-    with pytest.raises(AlignmentError, match="hold up to 1 for each of 3"):
+    with pytest.raises(AlignmentError, match="up to 1 for each of 3"):
         model.merge(ids, pixel_values=padded[:, :1])
     odd = ids.clone()
     odd[1, -1] = model.config.image_token_id

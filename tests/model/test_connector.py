@@ -109,13 +109,13 @@ def test_every_feature_is_where_the_formula_says(
 @pytest.mark.parametrize(
     ("shape", "scale", "grid", "words"),
     [
-        ((1, 12, 4), 2, None, "12 patches form no square grid"),
-        ((1, 16, 4), 2, (4, 5), "grid 4x5 holds 20 patches, found 16"),
+        ((1, 12, 4), 2, None, "12 patches"),
+        ((1, 16, 4), 2, (4, 5), "grid 4x5 has 20 patches, found 16"),
         ((1, 9, 4), 2, None, "scale 2 does not divide the patch grid 3x3"),
         ((1, 24, 4), 4, (4, 6), "scale 4 does not divide the patch grid 4x6"),
         ((1, 16, 4), 0, None, "scale is 0"),
         ((16, 4), 2, None, r"shape \(16, 4\), expected 3 axes"),
-        ((1, 0, 4), 1, None, "0 patches form no square grid"),
+        ((1, 0, 4), 1, None, "0 patches"),
         ((1, 4, 4), 1, (-2, -2), "grid -2x-2"),
         ((1, 16, 4), 2.0, None, "scale is 2.0, expected an integer"),
         ((1, 16, 4), True, None, "scale is True, expected an integer"),

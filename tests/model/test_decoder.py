@@ -98,7 +98,7 @@ def test_a_truncated_cache_goes_on_from_the_shared_prefix(decoder: Decoder) -> N
 
 def test_a_full_cache_refuses_more(decoder: Decoder) -> None:
     cache = KVCache(CONFIG, 1, 3)
-    with pytest.raises(ContextLengthError, match="4 tokens in a cache made for 3"):
+    with pytest.raises(ContextLengthError, match=r"4 tokens .* for 3"):
         decoder(torch.zeros(1, 4, 24), cache=cache)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from smolstack.native import compiling
+from smolstack.native.instruction_sets import SETS, InstructionSet, supported_sets
 from smolstack.native.processor import features
-from smolstack.native.sets import SETS, InstructionSet, own_sets
 
 HERE, NATIVE = Path(__file__).parent, Path(compiling.__file__).parent
 SOURCES = ("stored", "rounding", "panels", "layers", "activations", "floats", "attend")
@@ -46,7 +46,7 @@ def test_arm_s_kernels_give_the_bits_of_x86_s(one: InstructionSet, tmp_path: Pat
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64's kernels")
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 def test_every_instruction_set_with_fma_gives_the_same_bits(tmp_path: Path) -> None:
-    usable = [one for one in own_sets() if one.needs and one.needs <= features()]
+    usable = [one for one in supported_sets() if one.needs and one.needs <= features()]
     if not usable:
         pytest.skip("this processor has no FMA")
     found = {

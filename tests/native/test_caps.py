@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from smolstack.native import library as native
+from smolstack.native.instruction_sets import CAP, supported_sets
 from smolstack.native.processor import features
-from smolstack.native.sets import CAP, own_sets
 
 TESTS = Path(__file__).parent.parent
 # What the kernels say that they were compiled for.
@@ -27,9 +27,9 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("cap", dict.fromkeys(one.cap for one in own_sets()))
+@pytest.mark.parametrize("cap", dict.fromkeys(one.cap for one in supported_sets()))
 def test_the_kernels_are_exact_under_a_cap(cap: str) -> None:
-    here = any(one.cap == cap and one.needs <= features() for one in own_sets())
+    here = any(one.cap == cap and one.needs <= features() for one in supported_sets())
     if native.library() is None or not here:
         pytest.skip(f"no {cap} here, or no compiler")
     environment = {**os.environ, CAP: cap, "OMP_NUM_THREADS": "1"}
@@ -65,5 +65,5 @@ def test_a_cap_that_is_none_leaves_torch_to_compute() -> None:
         check=True,
     )
     assert said.stdout.startswith("None SMOLSTACK_MAX_ISA is 'avx3', expected one of")
-    assert said.stderr.startswith("torch computes, without compiled kernels: SMOLSTACK_MAX_ISA")
+    assert said.stderr.startswith("using torch instead of the compiled kernels: SMOLSTACK_MAX_ISA")
     assert said.stderr.count("\n") == 1

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import smolstack.native
+from smolstack.native import instruction_sets as sets
 from smolstack.native import library as native
-from smolstack.native import sets
 from smolstack.native.compiling import fingerprint_of_sources
+from smolstack.native.instruction_sets import KernelError, usable
 from smolstack.native.processor import features
-from smolstack.native.sets import KernelError, usable
 
 NATIVE = Path(smolstack.native.__file__).parent
 NUMBER = Path(__file__).parents[2] / "examples" / "number.png"
@@ -124,7 +124,7 @@ def test_a_library_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="nothing to compare with")
 def test_the_probe_says_what_linux_says(tmp_path: Path) -> None:
     told = features(compiled(tmp_path, str(NATIVE / "processor.c")))
-    wanted = frozenset[str]().union(*(one.needs for one in sets.own_sets()))
+    wanted = frozenset[str]().union(*(one.needs for one in sets.supported_sets()))
     assert told & wanted == features() & wanted
 
 
@@ -158,7 +158,7 @@ def test_a_built_library_needs_no_compiler_and_stale_ones_are_left(
     assert caplog.messages == []
 
     monkeypatch.setenv(native.SWITCH, "jit")
-    assert load() == (None, "there is no C compiler (cc, gcc or clang)")
+    assert load() == (None, "found no C compiler (cc, gcc or clang)")
     monkeypatch.setenv(native.SWITCH, "0")
     assert load() == (None, "SMOLSTACK_NATIVE=0")
 
@@ -166,11 +166,11 @@ def test_a_built_library_needs_no_compiler_and_stale_ones_are_left(
     monkeypatch.delenv(native.SWITCH)
     monkeypatch.setattr(native, "fingerprint_of_sources", lambda: "another")
     expected = (
-        "kernels_test.so was compiled from other sources than those in its folder; "
-        "there is no C compiler (cc, gcc or clang)"
+        "kernels_test.so was not compiled from the sources in its folder; "
+        "found no C compiler (cc, gcc or clang)"
     )
     assert load() == (None, expected)
-    assert caplog.messages == [f"torch computes, without compiled kernels: {expected}"]
+    assert caplog.messages == [f"using torch instead of the compiled kernels: {expected}"]
 
 
 @pytest.mark.usefixtures("without_compiler")
@@ -185,7 +185,7 @@ def test_without_libraries_and_compiler_torch_answers_and_says_so(
     vlm = smolstack.load()
     assert vlm.ask(str(NUMBER), "What does it say?").text == "4711"
     assert vlm.precision == (
-        "float32, torch (no compiled kernels: there is no C compiler (cc, gcc or clang))"
+        "float32, torch (no compiled kernels: found no C compiler (cc, gcc or clang))"
     )
 
 

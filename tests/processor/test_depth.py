@@ -86,9 +86,12 @@ def test_a_transparent_grey_is_white() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (np.array([[0.0, 255.0]], dtype=np.float32), r"go from 0 to 255, expected floats from 0 t"),
-        (np.array([[-0.5, 0.5]], dtype=np.float32), r"go from -0\.5 to 0\.5, expected floats"),
-        (np.array([[np.nan, 0.5]], dtype=np.float32), "go from nan to nan, expected floats"),
+        (
+            np.array([[0.0, 255.0]], dtype=np.float32),
+            r"range from 0 to 255, expected floats",
+        ),
+        (np.array([[-0.5, 0.5]], dtype=np.float32), r"range from -0\.5 to 0\.5, expected floats"),
+        (np.array([[np.nan, 0.5]], dtype=np.float32), "range from nan to nan, expected floats"),
         (np.array([[0, 70_000]], dtype=np.int32), "from 0 to 70000, expected integers from 0 to 6"),
         (np.array([[-1, 5]], dtype=np.int32), "from -1 to 5, expected integers from 0 to 65535"),
     ],
@@ -98,7 +101,7 @@ def test_what_lies_outside_of_its_range_is_refused_by_name(
 ) -> None:
     path = tmp_path / "scan.tif"
     Image.fromarray(values).save(path)
-    with pytest.raises(ImageError, match=rf"scan\.tif: its greys \(mode [IF]\) .*{said}"):
+    with pytest.raises(ImageError, match=rf"scan\.tif: its gray values \(mode [IF]\) .*{said}"):
         open_image(path)
     with pytest.raises(ImageError, match=f"the image: .*{said}"):
         open_image(Image.fromarray(values))

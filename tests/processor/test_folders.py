@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smolstack.processor.folders import PassedOver, search
+from smolstack.processor.folders import SkippedFiles, search
 
 
 def test_what_is_passed_over_is_named_with_counts(tmp_path: Path) -> None:
@@ -14,7 +14,7 @@ def test_what_is_passed_over_is_named_with_counts(tmp_path: Path) -> None:
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
     (tmp_path / "more").symlink_to(tmp_path / "inner")
     (tmp_path / "same.png").symlink_to(tmp_path / "b.png")
-    over = PassedOver()
+    over = SkippedFiles()
     found = [
         str(Path(path).relative_to(tmp_path)) for path in search(tmp_path, {".png", ".heic"}, over)
     ]
@@ -28,10 +28,10 @@ def test_what_is_passed_over_is_named_with_counts(tmp_path: Path) -> None:
 def test_files_that_belong_to_an_image_are_not_passed_over(tmp_path: Path) -> None:
     for name in ("a.png", "a.txt", "b.png", "lone.txt"):
         (tmp_path / name).write_text("")
-    over = PassedOver()
+    over = SkippedFiles()
     assert len(list(search(tmp_path, {".png"}, over, beside=(".txt",)))) == 2
     assert over.suffixes == {".txt": 1}
     (tmp_path / "lone.txt").unlink()
-    over = PassedOver()
+    over = SkippedFiles()
     list(search(tmp_path, {".png"}, over, beside=(".txt",)))
     assert not over

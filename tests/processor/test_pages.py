@@ -15,7 +15,7 @@ from smolstack.errors import ImageError, VideoError
 from smolstack.processor import decoding
 from smolstack.processor.pages import count_pages
 from smolstack.processor.tiles import image_size, open_image
-from smolstack.processor.video import read_video
+from smolstack.processor.video_reading import read_video
 
 COLORS = ("red", "lime", "blue")
 RGB = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]

@@ -96,7 +96,7 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
         open_image(tmp_path / "empty.png")
     with pytest.raises(ImageError, match="image of 0 bytes is empty"):
         open_image(b"")
-    with pytest.raises(ImageError, match="is an address; images are read from files"):
+    with pytest.raises(ImageError, match="is a URL; images are read from files"):
         open_image("https://example.org/cat.png")
     with pytest.raises(ImageError, match="found a int, expected a path"):
         open_image(7)  # type: ignore[arg-type]

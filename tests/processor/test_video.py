@@ -20,14 +20,8 @@ import smolstack
 from smolstack.checkpoint.new import new_checkpoint
 from smolstack.errors import ConfigError, PromptError, SmolstackError, VideoError
 from smolstack.family import Preset
-from smolstack.processor.video import (
-    Video,
-    VideoSettings,
-    is_video,
-    pick_frames,
-    read_video,
-    spelled,
-)
+from smolstack.processor.video import Video, VideoSettings, is_video, number_in_words
+from smolstack.processor.video_reading import pick_frames, read_video
 
 GREY = np.full((20, 30, 3), 128, dtype=np.uint8)
 
@@ -163,7 +157,7 @@ def test_the_words_are_these(tiny_vlm: smolstack.VLM) -> None:
         "You are provided the following series of two frames from a 1:02:05 [H:MM:SS] video.\n\n"
         f"Frame from 00:00:{frame}\nFrame from 00:03:{frame}\n\n"
     )
-    assert spelled(64) == "sixty-four"
+    assert number_in_words(64) == "sixty-four"
 
 
 def test_a_path_is_a_video_by_its_suffix() -> None:
@@ -217,7 +211,7 @@ def test_files_that_are_no_video_are_refused_by_name(tmp_path: Path) -> None:
     for name in ("cut.mp4", "text.mp4"):
         with pytest.raises(VideoError, match=f"{name} cannot be read as a video"):
             read_video(tmp_path / name)
-    with pytest.raises(VideoError, match=r"gone\.mp4 is not there"):
+    with pytest.raises(VideoError, match=r"gone\.mp4 is missing"):
         read_video(tmp_path / "gone.mp4")
     with pytest.raises(VideoError, match="is a folder"):
         read_video(tmp_path)
@@ -251,7 +245,7 @@ def test_without_the_packages_it_says_which(
     [
         ({"type": "video"}, "message 0 has a video part without video or path"),
         ({"type": "video", "video": 3}, "found a int, expected a video"),
-        ({"type": "video", "path": "gone.mp4"}, "gone.mp4 is not there"),
+        ({"type": "video", "path": "gone.mp4"}, "gone.mp4 is missing"),
         ({"type": "audio"}, "expected text, image or video"),
     ],
 )

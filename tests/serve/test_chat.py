@@ -180,5 +180,5 @@ def test_an_image_is_encoded_once_for_many_requests(
 def test_the_model_has_a_name_and_a_context(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
-    with pytest.raises(openai.NotFoundError, match="there is no model"):
+    with pytest.raises(openai.NotFoundError, match="no model"):
         client.models.retrieve("gpt-9")

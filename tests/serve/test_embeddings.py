@@ -49,10 +49,10 @@ def test_each_model_does_what_it_can(retrieval: Process, server: Process) -> Non
     asked = {"messages": [{"role": "user", "content": "?"}]}
     response = httpx.post(f"{retrieval.url}/v1/chat/completions", json=asked, timeout=60)
     assert response.status_code == 400
-    assert "ends in an embedding head and answers nothing" in message(response)
+    assert "embedding head" in message(response)
     response = httpx.post(f"{server.url}/v1/embeddings", json={"input": "?"}, timeout=60)
     assert response.status_code == 400
-    assert "ends in a language head, expected a retrieval model" in message(response)
+    assert "has a language head, expected a retrieval model" in message(response)
 
 
 @pytest.mark.parametrize("wrong", [[], [3], "", [{"type": "text", "text": "?"}]], ids=str)

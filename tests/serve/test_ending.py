@@ -56,5 +56,5 @@ def test_an_answer_that_outlasts_the_drain_ends_with_an_error(tiny_folder: Any) 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(server: Process) -> None:
     port = server.url.rpartition(":")[2]
-    with pytest.raises(AssertionError, match=f"cannot listen at 127.0.0.1 port {port}"):
+    with pytest.raises(AssertionError, match=f"cannot listen on 127.0.0.1 port {port}"):
         Process("--port", port)

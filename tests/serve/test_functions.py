@@ -102,12 +102,12 @@ def test_calls_and_results_stand_in_the_history(client: openai.OpenAI, number: s
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"tool_choice": "required"}, "tool_choice asks for a call, found no tools"),
+        ({"tool_choice": "required"}, "tool_choice requires a call"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "nwo"}}},
-         "tool_choice names the function 'nwo', the tools are note, now"),
+         "tool_choice names 'nwo', but the functions are note, now"),
         ({"tools": [NOW, NOW]}, "two tools have the same name"),
-        ({"tools": TOOLS, "stop": ["x"]}, "found stop beside tools"),
-        ({"tools": TOOLS, "regex": "a"}, "found regex beside tools"),
+        ({"tools": TOOLS, "stop": ["x"]}, "found stop and tools"),
+        ({"tools": TOOLS, "regex": "a"}, "found regex and tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]},
          "tools.0.function.name: String should match pattern"),
         ({"tools": [{"type": "function", "function": {"name": "a", "prameters": {}}}]},
@@ -116,15 +116,15 @@ def test_calls_and_results_stand_in_the_history(client: openai.OpenAI, number: s
             "name": "a", "parameters": {"type": "array"}}}]},
          "tools.0.function.parameters has the type 'array', expected object"),
         ({"functions": [{"name": "a"}]},
-         "functions is the older form of calling functions; send tools"),
+         "functions is the deprecated form of tool calling; send tools"),
         ({"function_call": {"name": "a"}},
-         "function_call is the older form of calling functions; send tool_choice and tools"),
+         "function_call is the deprecated form of tool calling; send tool_choice and tools"),
         ({"messages": [{"role": "user", "content": "?", "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "a", "arguments": "{}"}}]}]},
          "tool_calls in a message of role user, expected assistant"),
         ({"messages": [{"role": "assistant", "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "a", "arguments": "{"}}]}]},
-         "the arguments of a call are no JSON"),
+         "the arguments of a call are not valid JSON"),
     ],
     ids=lambda value: str(value)[:50],
 )  # fmt: skip

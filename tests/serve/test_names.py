@@ -85,11 +85,11 @@ def test_a_null_is_as_good_as_nothing_at_every_depth() -> None:
         ({"temperature": False}, "temperature: Value error, found false, expected a number"),
         ({"min_tokens": 5}, "min_tokens is 5, expected at most max_new_tokens, 1"),
         ({"presence_penalty": 3}, "presence_penalty: Input should be less than or equal to 2"),
-        ({"regex": "[^\\s\\S]"}, "no answer has the form"),
+        ({"regex": "[^\\s\\S]"}, "no answer can satisfy"),
         ({"structured_outputs": {"structural_tag": "a"}},
          "structured_outputs.structural_tag is not supported"),
-        ({"guided_regex": "a", "regex": "b"}, "guided_regex and regex ask for different things"),
-        ({"guided_json": "{"}, "json_schema is no JSON"),
+        ({"guided_regex": "a", "regex": "b"}, "guided_regex and regex have different values"),
+        ({"guided_json": "{"}, "json_schema is not valid JSON"),
         ({"skip_special_tokens": "no"}, "skip_special_tokens is 'no', expected true or false"),
         ({"response_format": {"type": "text", "jsonschema": {}}},
          "response_format.jsonschema: no such field; the nearest known field is json_schema"),
@@ -225,7 +225,7 @@ def test_a_body_needs_no_content_type_but_no_other_one(server: Process) -> None:
 def test_where_a_body_is_no_json(server: Process) -> None:
     response = post(server, '{"messages": [\n  {"role": "user",, }\n]}')
     assert message(response) == (
-        "the body is no JSON: Expecting property name enclosed in double quotes "
+        "the body is not valid JSON: Expecting property name enclosed in double quotes "
         "at line 2, column 19"
     )
 
@@ -234,18 +234,18 @@ def test_where_a_body_is_nested_too_deeply(server: Process) -> None:
     response = post(server, "\n" + "[" * 50_000)
     assert response.status_code == 400
     assert message(response) == (
-        "the body is no JSON that can be read: it is nested too deeply at line 2, column 500"
+        "the body cannot be parsed: it is nested too deeply at line 2, column 500"
     )
 
 
 def test_an_address_that_is_no_route_names_the_routes(server: Process) -> None:
     response = httpx.post(f"{server.url}/v1/chat/completion", json={})
     assert response.status_code == 404
-    assert message(response).startswith("there is no route POST /v1/chat/completion; there are GET")
+    assert message(response).startswith("no route POST /v1/chat/completion; the routes are GET")
     assert "POST /v1/chat/completions" in message(response)
     response = httpx.get(f"{server.url}/plan")
     assert response.status_code == 405
-    assert message(response) == "GET /plan is not answered, expected POST"
+    assert message(response) == "GET /plan is not supported, expected the method POST"
 
 
 @pytest.mark.parametrize("path", ["/health", "/version", "/v1/models", "/"])
@@ -277,7 +277,7 @@ def test_tokens_of_texts_and_chats(server: Process, reader: Any, number: str) ->
     wrong = httpx.post(f"{server.url}/detokenize", json={"tokens": [10**6]})
     assert wrong.status_code == 400
     nothing = httpx.post(f"{server.url}/tokenize", json={})
-    assert "found none of prompt, content and messages" in message(nothing)
+    assert "one of prompt, content and messages" in message(nothing)
 
 
 def test_visual_tokens_have_their_usual_name_too(server: Process, number: str) -> None:

@@ -75,9 +75,9 @@ def test_an_image_is_fetched(host: str) -> None:
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("inside", "10.0.0.1 is not on the open internet"),
+        ("inside", "10.0.0.1"),
         ("loop", "redirects more than 3 times"),
-        ("missing", "answered with 404"),
+        ("missing", "status 404"),
         ("large", "larger than 1,000 bytes"),
     ],
 )

@@ -148,21 +148,21 @@ def test_a_stop_string_ends_it(client: openai.OpenAI) -> None:
     ("fields", "expected"),
     [
         ({"prompt": ""}, "prompt: String should have at least 1 character"),
-        ({"prompt": []}, "prompt: expected a text, texts, the tokens of one, or of several"),
-        ({"prompt": 3}, "prompt: expected a text, texts, the tokens of one, or of several"),
+        ({"prompt": []}, "prompt: expected a text, a list of texts"),
+        ({"prompt": 3}, "prompt: expected a text, a list of texts"),
         ({"prompt": ["a", 3]}, "prompt.1: Input should be a valid string"),
         ({"prompt": [1, "a"]}, "prompt.1: Input should be a valid integer"),
         ({"prompt": [[1], []]}, "prompt.1: List should have at least 1 item"),
-        ({"prompt": [1_000_000]}, "token 1000000 is none of the"),
-        ({"prompt": "a <image> b"}, "the prompt holds <image>, which marks an image"),
-        ({"prompt": "long " * 90_000}, "the prompt holds 450,000 characters"),
-        ({"prompt": "long " * 3000}, "the model's context holds"),
+        ({"prompt": [1_000_000]}, "token id 1000000"),
+        ({"prompt": "a <image> b"}, "the prompt contains <image>"),
+        ({"prompt": "long " * 90_000}, "450,000 characters"),
+        ({"prompt": "long " * 3000}, "the model's context"),
         ({"prompt": ["a"] * 5, "n": 2}, "n is 2 and there are 5 prompts, at most 8 answers"),
-        ({"suffix": "b"}, "suffix is not supported: what comes after an answer"),
+        ({"suffix": "b"}, "suffix is not supported"),
         ({"echo": True, "logprobs": 1}, "found echo and logprobs"),
-        ({"best_of": 3}, "best_of is 3 and n 1: answers are not chosen from"),
+        ({"best_of": 3}, "best_of is 3 and n is 1"),
         ({"logprobs": True}, "logprobs: Value error, found true, expected a number"),
-        ({"messages": []}, "a chat is asked for at /v1/chat/completions; send prompt"),
+        ({"messages": []}, "/v1/chat/completions"),
         ({"temprature": 1}, "temprature: no such field; the nearest known field is temperature"),
         ({"promt": "a", "prompt": None}, "promt: no such field; the nearest known field is prompt"),
         ({"tools": [{}]}, "tools is not supported (found [{}]); leave it out"),
@@ -215,4 +215,4 @@ def test_a_retrieval_model_continues_nothing(retrieval_folder: Path) -> None:
         for route, asked in (("completions", {"prompt": "?"}), ("responses", {"input": "?"})):
             response = httpx.post(f"{server.url}/v1/{route}", json=asked, timeout=60)
             assert response.status_code == 400
-            assert "ends in an embedding head and answers nothing" in message(response)
+            assert "embedding head" in message(response)

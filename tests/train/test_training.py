@@ -16,7 +16,7 @@ import smolstack
 from smolstack.checkpoint.diff import diff_checkpoints
 from smolstack.errors import ConfigError, DataError, TrainingError
 from smolstack.model.kv_cache import KVCache
-from smolstack.output_files import only_writer
+from smolstack.output_files import exclusive_writer
 from smolstack.train import Lora, Recipe, train
 from smolstack.train.adapters import add_adapters
 from smolstack.train.metrics import read_metrics
@@ -213,7 +213,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(make_recipe: MakeRecipe) -> N
 def test_two_runs_at_once_on_one_output_are_refused(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe({"steps": 1})
     with (
-        only_writer(Path(recipe.output), TrainingError),
+        exclusive_writer(Path(recipe.output), TrainingError),
         pytest.raises(TrainingError, match="another process is writing"),
     ):
         run(recipe)

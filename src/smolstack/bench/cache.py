@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 
-def kept_folder(name: str) -> Path:
+def cache_folder(name: str) -> Path:
     """Return a folder of the user's cache (``$XDG_CACHE_HOME/smolstack/bench/NAME``), created if
     missing.
 

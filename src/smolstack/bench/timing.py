@@ -13,7 +13,7 @@ OURS = "smolstack"
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReportedValue:
     """A measurement that a contender made itself, in the unit of its case: another process's
     seconds, or bytes.
     """
@@ -151,7 +151,7 @@ def _once(run: Callable[[], object]) -> float:
     found = run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return found.value if isinstance(found, Reading) else perf_counter() - began
+    return found.value if isinstance(found, ReportedValue) else perf_counter() - began
 
 
 def _result(case: Case, contender: Contender, taken: list[float], ours: dict[str, float]) -> Result:

@@ -19,7 +19,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-from smolstack.bench.timing import Reading
+from smolstack.bench.timing import ReportedValue
 
 
 class WorkerError(RuntimeError):
@@ -39,9 +39,9 @@ class Worker:
         self.prepare, self.threads, self.arguments = prepare, threads, arguments
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, **arguments: Any) -> Reading:
+    def run(self, **arguments: Any) -> ReportedValue:
         """Do the work once; return the seconds that it took in the child."""
-        return Reading(float(self.tell(**arguments)["seconds"]))
+        return ReportedValue(float(self.tell(**arguments)["seconds"]))
 
     def tell(self, **arguments: Any) -> dict[str, Any]:
         """Do the work once; return its ``seconds``, the child's ``peak_bytes`` so far, and the

@@ -1,4 +1,4 @@
-"""Bridging: one model's vision tower, another's text tower, a connector between them to train.
+"""Bridging: combines one model's vision tower with another's text tower by a new connector.
 
 >>> from smolstack.bridging import bridge_towers
 >>> bridge_towers("siglip-base-patch16-512", "SmolLM2-135M-Instruct", "bridged")

@@ -1,4 +1,4 @@
-"""A model of two towers that have never met: what it will be, and the checkpoint of it."""
+"""Plans and writes a checkpoint that combines two separately trained towers."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from smolstack.errors import ConfigError
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.settings import ImageSettings
 
-NOISE = 0.02  # of new tokens' rows, beside the size of a row: enough to tell them apart
+NOISE = 0.02  # relative noise of new tokens' rows, enough to distinguish them
 _TABLES = ("decoder.embedding.weight", "head.weight")
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """A model of two towers, decided and checked but not yet written.
+    """A planned and checked model of two towers that is not yet written.
 
     Attributes:
         vision, text: the towers.
-        config: of the whole model.
-        settings: how images are prepared.
+        config: the model's config.
+        settings: image preprocessing.
         side: the processor's files by name.
-        added: image tokens that the tokenizer had not, by id.
-        dtype: what the weights will be stored in.
-        notes: what was left out or derived, a sentence each.
+        added: image tokens added to the tokenizer, by id.
+        dtype: number format of the stored weights.
+        notes: what was left out or derived, one sentence each.
     """
 
     vision: VisionSource
@@ -50,7 +50,7 @@ class Bridge:
     notes: tuple[str, ...] = ()
 
     def write(self, folder: str | Path, *, seed: int = 0, overwrite: bool = False) -> Path:
-        """Write the checkpoint; complete or not at all.
+        """Write the checkpoint atomically.
 
         Args:
             folder: must not exist or be empty, unless ``overwrite``.
@@ -64,7 +64,7 @@ class Bridge:
         state = {name: tensor.to(self.dtype) for name, tensor in self.vision.weights()}
         words = dict(self.text.weights())
         size = _size(words["decoder.embedding.weight"])
-        # Noise at the scale of the words: the tower's last norm makes its states about 1 in size.
+        # Scaled to the token embeddings; the tower's final norm makes its states about 1 in size.
         state["connector.proj.weight"] = (noise * size / math.sqrt(columns)).to(self.dtype)
         for name in _TABLES:
             if name in words:
@@ -89,11 +89,12 @@ def bridge_towers(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint of one's vision tower and another's text tower, not yet acquainted.
+    """Write a checkpoint with one model's vision tower and another's text tower.
 
-    The connector between them is random, at a scale that makes visual tokens as long as the text
-    tower's own words on average; a "connector" stage then trains it. A language model alone is
-    given image tokens: no other token's id changes, and answers to text alone stay its own.
+    The connector is initialized randomly, scaled so that visual tokens have the mean norm of the
+    text tower's token embeddings; train it with a "connector" stage. Image tokens are added to the
+    tokenizer of a plain language model. No other token id changes, and its answers to text without
+    images stay the same.
 
     Args:
         vision: a checkpoint of the family, or a plain SigLIP folder; None is the bundled reader.
@@ -107,15 +108,15 @@ def bridge_towers(
             None: the vision checkpoint's own, or for a SigLIP four tiles.
         chat_template: "text" for the text model's own, "family" for that of Idefics3, or a Jinja
             file. None: the text model's own if it has one.
-        dtype: "float32", "bfloat16", "float16", or "auto": what holds both towers as they are.
+        dtype: "float32", "bfloat16", "float16", or "auto": one that stores both towers exactly.
         seed: of the connector, and of the noise in new tokens' rows.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError, CheckpointError: a tower cannot be read, or what is wanted of it cannot be;
-            nothing is written then.
+        ConfigError, CheckpointError: a tower cannot be read, or an option does not fit it; nothing
+            is written.
     """
     bridge = plan_bridge(
         vision,
@@ -139,7 +140,7 @@ def plan_bridge(
     chat_template: str | Path | None = None,
     dtype: str = "auto",
 ) -> Bridge:
-    """Decide and check everything about a bridged model; only headers of weights are read.
+    """Plan and check a bridged model, reading only the headers of the weight files.
 
     Arguments and errors are those of :func:`bridge_towers`.
     """
@@ -206,10 +207,10 @@ def _size(table: Tensor) -> float:
 
 
 def _grown(table: Tensor, rows: int, new: list[int], generator: torch.Generator) -> Tensor:
-    """A table of tokens with rows for new ones: the mean of the others, and a little noise.
+    """Extend a token embedding by new rows: the mean of the others plus a little noise.
 
     Args:
-        new: ids of new tokens, which may lie among rows that no token had.
+        new: ids of new tokens, which may be rows that had no token before.
     """
     own = [i for i in new if i < table.shape[0]] + list(range(table.shape[0], rows))
     if not own:

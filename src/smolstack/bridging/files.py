@@ -1,4 +1,4 @@
-"""The processor's files of a bridged model: preprocessing, tokenizer, chat template, ends."""
+"""Processor files of a bridged model: preprocessing, tokenizer, chat template, end tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def files_alone(
     settings: ImageSettings,
     chat_template: str | Path | None,
 ) -> dict[str, bytes]:
-    """The processor's files for a language model alone."""
+    """Return the processor's files for a plain language model."""
     template = _template(words, vocabulary.special_tokens, chat_template)
     ends = as_ids(words.generation.get("eos_token_id")) or words.config.eos_token_ids
     generation = {
@@ -49,7 +49,7 @@ def files_of_family(
     settings: ImageSettings,
     chat_template: str | Path | None,
 ) -> dict[str, bytes]:
-    """The text checkpoint's files, with the preprocessing of its new vision tower."""
+    """Return the text checkpoint's files, with its new vision tower's preprocessing."""
     assert words.family is not None
     side = dict(complete_side_files(words.family, config, settings))
     processor_class = words.family.processor.get("processor_class", "Idefics3Processor")
@@ -73,7 +73,7 @@ def _processing(
 
 
 def _templates(template: str, tokenizer_config: Mapping[str, Any]) -> dict[str, bytes]:
-    """A chat template in each place that some reader looks at."""
+    """Return the chat template in all files in which readers look for it."""
     return {
         "chat_template.jinja": template.encode(),
         "chat_template.json": to_json({"chat_template": template}).encode(),
@@ -109,10 +109,10 @@ def _template(
 def check_files(
     config: ModelConfig, settings: ImageSettings, side: Mapping[str, bytes]
 ) -> tuple[str, ...]:
-    """Refuse files by which a prompt would have other image tokens than the tower gives.
+    """Check that prompts have as many image tokens as the tower has visual tokens.
 
     Returns:
-        What is unlike the language model alone, a sentence each.
+        differences from the plain language model, one sentence each.
 
     Raises:
         CheckpointError, ConfigError, PromptError: before anything is written.
@@ -129,8 +129,8 @@ def check_files(
     found = tokenizer.encode(text).count(config.image_token_id)
     if found != plan.visual_tokens:
         raise ConfigError(
-            f"the tokenizer makes {found} image tokens of a prompt with {plan.visual_tokens}; "
-            "expected one for each"
+            f"the tokenizer finds {found} image tokens in a prompt with {plan.visual_tokens} "
+            "visual tokens, expected equal numbers"
         )
     asked = processor.render([user_message(0, "?")])
     ids, plain = tokenizer.encode(asked), tokenizer.encode(asked, special=False)

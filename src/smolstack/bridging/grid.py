@@ -1,4 +1,4 @@
-"""How many patches become one visual token, and how many tiles an image may have."""
+"""The connector's scale and the maximum number of tiles of a bridged model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from smolstack.errors import ConfigError
 from smolstack.processor.geometry import MAX_EDGE
 from smolstack.processor.settings import ImageSettings
 
-USUAL_TOKENS = 64  # of a tile of most published models of the family
+USUAL_TOKENS = 64  # visual tokens per tile of most published models of the family
 
 
 def choose_scale(
@@ -17,25 +17,25 @@ def choose_scale(
     scale: int | None = None,
     visual_tokens: int | None = None,
 ) -> int:
-    """The connector's scale for a tower's patch grid.
+    """Return the connector's scale for a tower's patch grid.
 
     Args:
-        own: the scale that the tower was used with, if it was.
-        scale: the one wanted.
-        visual_tokens: tokens of a tile that are wanted instead.
+        own: the scale that the tower was used with, or None.
+        scale: the requested scale, or None.
+        visual_tokens: the requested tokens per tile, instead of ``scale``.
 
     Returns:
-        The wanted one; else ``own``; else the one whose tiles have about 64 tokens.
+        The requested scale; otherwise ``own``; otherwise the one closest to 64 tokens per tile.
 
     Raises:
-        ConfigError: both are given, or the grid cannot be merged so; the possible ones are named.
+        ConfigError: both are given, or the grid is not divisible; names the possible values.
     """
     side = vision.side
     possible = {s: (side // s) ** 2 for s in range(1, side + 1) if side % s == 0}
     told = ", ".join(f"{s} ({count} tokens)" for s, count in possible.items())
     grid = f"the tower's grid of {side}×{side} patches can be merged by scales {told}"
     if scale is not None and visual_tokens is not None:
-        raise ConfigError("scale and visual_tokens are both given, expected one of them")
+        raise ConfigError("found scale and visual_tokens, expected only one of them")
     if scale is not None:
         if scale not in possible:
             raise ConfigError(f"scale is {scale}; {grid}")
@@ -53,5 +53,5 @@ def choose_scale(
 
 
 def tiles_along(settings: ImageSettings) -> int:
-    """Tiles along the longer side of an image, at most."""
+    """Return the maximum number of tiles along an image's longer side."""
     return -(-min(settings.longest_edge, MAX_EDGE) // settings.tile_edge)

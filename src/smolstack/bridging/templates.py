@@ -1,4 +1,4 @@
-"""Chat templates for bridged models: the family's, or a language model's own with images in it."""
+"""Chat templates for bridged models: the family's, or a language model's with images added."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from smolstack.errors import ConfigError, PromptError
 from smolstack.processor.prompt import ChatTemplate, Markers, user_message
 
-# The published family's, which drops contents that are strings; this one takes both forms.
+# The template of the published models, extended to accept contents that are strings.
 FAMILY_TEMPLATE = """{{ bos_token }}
 {%- for message in messages %}
 {{- message['role'] | capitalize }}
@@ -26,8 +26,8 @@ FAMILY_TEMPLATE = """{{ bos_token }}
 {{- 'Assistant:' }}
 {%- endif %}"""
 
-# Put before a language model's own template, whose messages have strings for contents: parts
-# become one string in which every image is a placeholder.
+# Put before a language model's template that expects strings as contents: joins the parts to one
+# string, with a placeholder for each image.
 _PARTS_TO_STRINGS = """{%- set bridged = namespace(messages=[], text='') %}
 {%- for message in messages %}
 {%- if message['content'] is string or message['content'] is not iterable %}
@@ -45,29 +45,29 @@ _QUESTION = "What does it say?"
 
 
 def with_images(source: str, special_tokens: Mapping[str, str]) -> str:
-    """A language model's template, taught to write a placeholder for every image.
+    """Extend a language model's template to write a placeholder for each image.
 
-    One that does so already stays as it is. Chats without images read as they did.
+    Templates that already do this are unchanged. Chats without images are rendered as before.
     """
     if _shows(source, special_tokens):
         return source
-    # A newline after a block is dropped, and this one was not after a block before.
+    # Jinja drops a newline after a block; before, the template did not begin after one.
     gap = "\n" if source.startswith("\n") else ""
     return f"{_PARTS_TO_STRINGS}{gap}{source}"
 
 
 def check_template(source: str, special_tokens: Mapping[str, str], name: str) -> None:
-    """Refuse a template that loses an image or the words about it.
+    """Check that a template writes both the image and the question of a message.
 
     Raises:
-        ConfigError: with what a message of one image and a question became.
-        PromptError: it is no Jinja, or refuses such a message.
+        ConfigError: it does not; contains the rendered message.
+        PromptError: it is not valid Jinja, or raises an error.
     """
     rendered = _render(source, special_tokens)
     if rendered.count(Markers.image) != 1 or _QUESTION not in rendered:
         raise ConfigError(
-            f"{name} makes {rendered!r:.200} of a message of an image and {_QUESTION!r}, expected "
-            f"one {Markers.image} and the question"
+            f"{name} renders a message with an image and {_QUESTION!r} as {rendered!r:.200}, "
+            f"expected one {Markers.image} and the question"
         )
 
 
@@ -76,7 +76,7 @@ def _shows(source: str, special_tokens: Mapping[str, str]) -> bool:
         rendered = _render(source, special_tokens)
         return rendered.count(Markers.image) == 1 and rendered.count(_QUESTION) == 1
     except PromptError:
-        return False  # it expects strings
+        return False  # the template expects strings
 
 
 def _render(source: str, special_tokens: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Image tokens for a tokenizer that has none: new ids after all others, none of which changes."""
+"""Adds image tokens to a tokenizer, with ids after all others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = {
     "end_of_utterance_token": END,
 }
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
-# What tokenizer_config.json must not say any more: tokenizer.json is what counts.
+# Keys removed from tokenizer_config.json, because tokenizer.json determines them.
 _STALE = ("auto_map", "backend", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy")
 
 
@@ -34,10 +34,10 @@ class Vocabulary:
     Attributes:
         tokenizer_json: contents of tokenizer.json.
         config: tokenizer_config.json, without a chat template.
-        added: the tokens that were new, by id.
-        size: rows that the embedding needs: the text tower's, or one for each token.
+        added: the added tokens, by id.
+        size: rows of the token embedding: the text tower's, or more if the tokens need them.
         image_token_id, end_id, pad_id: of ``<image>``, ``<end_of_utterance>`` and padding.
-        notes: what the tokenizer's files disagree about, a sentence each.
+        notes: disagreements of the tokenizer's files, one sentence each.
     """
 
     tokenizer_json: bytes
@@ -51,23 +51,23 @@ class Vocabulary:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """Named tokens, as chat templates may use them."""
+        """Return the named tokens that chat templates may use."""
         return named_tokens(self.config)
 
 
 def image_tokens(tiles: int) -> list[str]:
-    """The tokens that prompts with images need, where an image has up to ``tiles`` × ``tiles``."""
+    """Return the tokens of prompts with images of up to ``tiles`` × ``tiles`` tiles."""
     along = range(1, tiles + 1) if tiles > 1 else ()
     grid = [f"<row_{row}_col_{col}>" for row in along for col in along]
     return [Markers.whole, *grid, Markers.around, Markers.image, END]
 
 
 def add_image_tokens(text: TextSource, tiles: int, processor_class: str) -> Vocabulary:
-    """The tokenizer of a language model with image tokens for a grid of tiles.
+    """Add image tokens for a grid of tiles to a language model's tokenizer.
 
     Raises:
         CheckpointError: tokenizer.json cannot be read.
-        ConfigError: there is no room for new ids after those of the tokens that there are.
+        ConfigError: new ids cannot be added after the existing ones.
     """
     try:
         backend = tokenizers.Tokenizer.from_buffer(text.tokenizer_json)
@@ -118,7 +118,7 @@ def add_image_tokens(text: TextSource, tiles: int, processor_class: str) -> Voca
 
 
 def _names(text: TextSource, config: dict[str, Any], known: Mapping[str, int]) -> dict[str, str]:
-    """Tokens that begin, end and pad; a language model without padding pads with its end."""
+    """Return the begin, end and padding tokens; without a padding token, the end token pads."""
     by_id = {number: token for token, number in known.items()}
     ids = {
         "bos_token": text.config.bos_token_id,
@@ -147,10 +147,10 @@ def _names(text: TextSource, config: dict[str, Any], known: Mapping[str, int]) -
 def _doubts(
     text: TextSource, backend: tokenizers.Tokenizer, names: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """Where tokenizer_config.json wants another begin or end than tokenizer.json gives.
+    """Return differences between tokenizer_config.json and tokenizer.json in begin and end tokens.
 
-    What transformers makes of it depends on its version and on the tokenizer's class; the bridged
-    model keeps to tokenizer.json.
+    How transformers resolves them depends on its version and on the tokenizer's class. The bridged
+    model follows tokenizer.json.
     """
     ids, plain = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
     notes = []
@@ -165,7 +165,7 @@ def _doubts(
 
 
 def _described(backend: tokenizers.Tokenizer, added: Mapping[int, str]) -> dict[str, Any]:
-    """New tokens as tokenizer_config.json describes added ones."""
+    """Return new tokens in the format of tokenizer_config.json's added tokens."""
     tokens = json.loads(backend.to_str())["added_tokens"]
     return {
         str(token["id"]): {"content": token["content"], **{flag: token[flag] for flag in _FLAGS}}

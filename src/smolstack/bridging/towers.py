@@ -1,4 +1,4 @@
-"""Opening what is to be bridged: a checkpoint of the family, or a tower that stands alone."""
+"""Opens the towers to be combined: of checkpoints of the family, or plain SigLIP and Llama."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FAMILY = "a checkpoint of the Idefics3 / SmolVLM family"
 
 @dataclass(frozen=True)
 class _Family:
-    """A checkpoint of the family, checked and not yet read."""
+    """A checked checkpoint of the family whose weights are not yet read."""
 
     where: Path
     files: CheckpointFiles
@@ -37,7 +37,7 @@ class _Family:
     dtype: torch.dtype
 
     def part(self, wanted: Callable[[str], bool]) -> ReadAll:
-        """A way to read the weights of some of smolstack's names."""
+        """Return a function that reads the weights with the given names."""
         names = [name for name in self.source.entries if wanted(keys.from_hf(name))]
 
         def read() -> Iterator[tuple[str, Tensor]]:
@@ -48,7 +48,7 @@ class _Family:
 
 
 def open_vision(model: str | Path | None) -> VisionSource:
-    """The vision tower of a checkpoint of the family, or of a plain SigLIP folder.
+    """Open the vision tower of a checkpoint of the family or of a plain SigLIP folder.
 
     Args:
         model: a folder or a hub id; None is the bundled reader.
@@ -65,8 +65,8 @@ def open_vision(model: str | Path | None) -> VisionSource:
         return open_siglip(where)
     if kind.startswith("siglip2"):
         raise CheckpointError(
-            f"{where} is a SigLIP 2 of variable resolution (model_type {kind!r}), whose patches "
-            f"and positions are laid out in another way; expected {expected}"
+            f"{where} is a SigLIP 2 model of variable resolution (model_type {kind!r}), whose "
+            f"patches and positions have a different layout; expected {expected}"
         )
     family = _open_family(where, expected)
     return VisionSource(
@@ -80,7 +80,7 @@ def open_vision(model: str | Path | None) -> VisionSource:
 
 
 def open_text(model: str | Path | None) -> tuple[TextSource, ModelConfig | None]:
-    """The text tower of a checkpoint of the family, of a plain Llama folder or of a GGUF file.
+    """Open the text tower of a checkpoint of the family, a plain Llama folder or a GGUF file.
 
     Args:
         model: a folder, a GGUF file or a hub id; None is the bundled reader.
@@ -99,7 +99,9 @@ def open_text(model: str | Path | None) -> tuple[TextSource, ModelConfig | None]
         return open_llama(where), None
     family = _open_family(where, expected)
     if family.config.embedding_dim is not None:
-        raise ConfigError(f"{where} ends in an embedding head; it has no words to answer in")
+        raise ConfigError(
+            f"{where} has an embedding head instead of a language head and cannot generate text"
+        )
     text = TextSource(
         where=where,
         config=family.config.text,
@@ -130,7 +132,7 @@ def _open_family(where: Path, expected: str) -> _Family:
     compare(settled, source.entries).raise_if_wrong(where)
     if settled.quantization is not None:
         raise ConfigError(
-            f"{where} holds {settled.quantization.name} weights, expected float weights: the "
-            "checkpoint that it was made of"
+            f"{where} has {settled.quantization.name} weights, expected float weights: use the "
+            "checkpoint that it was quantized from"
         )
     return _Family(where, source.files, settled, source, stored_dtype(source.entries))

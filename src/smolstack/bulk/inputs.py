@@ -25,7 +25,7 @@ from smolstack.bulk.tables import (
 )
 from smolstack.errors import BulkError, ImageError
 from smolstack.processor import formats
-from smolstack.processor.folders import PassedOver, search
+from smolstack.processor.folders import SkippedFiles, search
 from smolstack.processor.pages import SUFFIXES, TIFF_SUFFIXES, count_pages, page_of
 
 ImageInputs: TypeAlias = "str | Path | Sequence[str | Path | bytes]"
@@ -84,7 +84,7 @@ def open_input(
         files = sorted(Path(name) for name in glob.iglob(str(images), recursive=True))
         files = [file for file in files if file.is_file()]
         if not files:
-            raise BulkError(f"{images}: no file matches, expected images or tables of them")
+            raise BulkError(f"{images}: no file matches, expected images or tables of images")
     else:
         raise BulkError(
             f"{images}: found nothing, expected a folder, a glob, an image, or a table of "
@@ -108,7 +108,7 @@ def walk(folder: Path, password: str | None = None) -> Iterator[Row]:
     Hidden files and folders are ignored. Other skipped entries (files of other kinds, broken links,
     links to folders) are counted and reported in a warning at the end.
     """
-    root, over = folder.absolute(), PassedOver()
+    root, over = folder.absolute(), SkippedFiles()
     found = search(root, IMAGE_SUFFIXES, over)
     names = ((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in found)
     yield from _rows(names, password)
@@ -151,7 +151,7 @@ def _from_list(images: Sequence[str | Path | bytes], password: str | None) -> In
     for image in images:
         if not isinstance(image, (str, Path, bytes)):
             raise BulkError(
-                f"the list of images holds a {type(image).__name__}, expected paths or bytes"
+                f"the list of images contains a {type(image).__name__}, expected paths or bytes"
             )
         content = image if isinstance(image, bytes) else str(Path(image).absolute()).encode()
         digest.update(str(len(content)).encode() + b":" + content)
@@ -204,7 +204,7 @@ def _schema(files: list[Path]) -> pa.Schema:
         try:
             schemas.append(pq.read_schema(file))
         except pa.ArrowInvalid as error:
-            raise BulkError(f"{file} is no Parquet file that can be read: {error}") from error
+            raise BulkError(f"{file} cannot be read as a Parquet file: {error}") from error
     return schemas[0]
 
 

@@ -15,7 +15,7 @@ from smolstack.bulk.batching import DEFAULT_BATCH_ROWS, DEFAULT_BATCH_TOKENS, Li
 from smolstack.bulk.embeddings import check_embedding
 from smolstack.bulk.input_listing import RowReader, listed, write_listing
 from smolstack.bulk.inputs import ImageInputs, Input, ParquetFiles, open_input
-from smolstack.bulk.local_engine import work_through
+from smolstack.bulk.local_engine import run_locally
 from smolstack.bulk.outputs import check_output, write_output
 from smolstack.bulk.partial_results import Parts
 from smolstack.bulk.rows import Window, windows
@@ -206,9 +206,9 @@ class _Job:
         self._tell(0)
         try:
             if engine == "ray":
-                from smolstack.bulk.ray_engine import work_on_ray
+                from smolstack.bulk.ray_engine import run_on_ray
 
-                work_on_ray(
+                run_on_ray(
                     self.pending(),
                     self.work,
                     self.source,
@@ -217,7 +217,7 @@ class _Job:
                     done=self._tell,
                 )
             else:
-                work_through(
+                run_locally(
                     self.pending(),
                     self.reader,
                     task,
@@ -275,12 +275,12 @@ def _check_what(questions: Sequence[str], embed: str | None, embed_dtype: str) -
     if embed is not None:
         check_embedding(embed, embed_dtype)
         if questions:
-            raise BulkError("found both questions and embed, expected one of them")
+            raise BulkError("found questions and embed, expected only one of them")
     elif not questions:
         raise BulkError("found no question, expected at least one (--question), or embed (--embed)")
     for question in questions:
         if not isinstance(question, str) or not question.strip():
-            raise BulkError(f"a question is {question!r}, expected some text")
+            raise BulkError(f"a question is {question!r}, expected non-empty text")
 
 
 def _check_how(engine: str, workers: int | None, window: int) -> None:

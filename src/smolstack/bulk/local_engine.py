@@ -28,7 +28,7 @@ class _Step:
     loaded: Loaded | None
 
 
-def work_through(
+def run_locally(
     pending: Iterable[Window],
     reader: RowReader,
     task: Task,

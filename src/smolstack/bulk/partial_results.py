@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from smolstack.bulk.rows import Window
 from smolstack.errors import BulkError
-from smolstack.output_files import take_lock, whole_file
+from smolstack.output_files import atomic_file, take_lock
 
 ROW = "row"  # column with the index of the input row
 _HEADER = struct.Struct("<QI")  # bytes of a record, their CRC-32
@@ -118,7 +118,7 @@ class Parts:
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Write the job's settings: from here on it can be resumed."""
         path = self.folder / _SETTINGS
-        with whole_file(path, synced=True) as beside:
+        with atomic_file(path, synced=True) as beside:
             beside.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def clear(self) -> None:
@@ -137,9 +137,7 @@ class Parts:
         self.folder.mkdir(exist_ok=True)
         with (self.folder / _LOCK).open("ab") as file:
             if not take_lock(file.fileno()):
-                raise BulkError(
-                    f"another process is at work on {self.folder}, expected one at most"
-                )
+                raise BulkError(f"another process is using {self.folder}, expected at most one")
             yield
 
     def journal(self, window: Window) -> Journal:
@@ -170,13 +168,13 @@ class Parts:
         journal = self.journal(window)
         if missing := set(range(window.start, window.stop)) - journal.done:
             raise BulkError(
-                f"rows {sorted(missing)[:5]} have no result; this is a mistake in bulk/"
+                f"rows {sorted(missing)[:5]} have no result; this is a bug in smolstack"
             )
         table = pa.Table.from_batches(journal.read(), schema)
         # Stable sort: the answers about an image stay in the order of the questions.
         table = table.take(pc.sort_indices(table, [(ROW, "ascending")]))
         path = self._path(window, "parquet")
-        with whole_file(path, synced=True) as beside:
+        with atomic_file(path, synced=True) as beside:
             pq.write_table(table, beside)
         journal.path.unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from smolstack.bulk.input_listing import RowReader
 from smolstack.bulk.inputs import ParquetFiles
-from smolstack.bulk.local_engine import work_through
+from smolstack.bulk.local_engine import run_locally
 from smolstack.bulk.partial_results import Parts
 from smolstack.bulk.rows import Window
 from smolstack.errors import BulkError
@@ -46,7 +46,7 @@ class Actor:
         for start, stop in zip(batch["start"], batch["stop"], strict=True):
             counts: list[int] = []
             window = Window(int(start), int(stop))
-            work_through(
+            run_locally(
                 [window],
                 self.reader,
                 self.task,
@@ -58,7 +58,7 @@ class Actor:
         return {"done": done}
 
 
-def work_on_ray(
+def run_on_ray(
     pending: Iterable[Window],
     work: Any,
     source: ParquetFiles,

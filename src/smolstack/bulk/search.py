@@ -90,8 +90,8 @@ def _open(index: Path, shape: str | None) -> pq.ParquetFile:
         )
     if shape is not None and about.get(SHAPE) != shape:
         raise BulkError(
-            f"{index} was made by a model of another shape ({about.get(SHAPE)}), expected the one "
-            f"that the queries are read by ({shape})"
+            f"{index} was made with a model of another shape ({about.get(SHAPE)}) than the model "
+            f"for the queries ({shape})"
         )
     return table
 

@@ -92,9 +92,9 @@ def check_same(parts: Parts, now: Mapping[str, Any]) -> None:
     for name in dict.fromkeys([*now, *begun]):
         if begun.get(name) != now.get(name):
             raise BulkError(
-                f"{parts.folder} holds a job with {name} {_short(begun.get(name))}, this one has "
-                f"{_short(now.get(name))}; finish that one as it was begun, choose another output, "
-                "or forget it with restart (--restart)"
+                f"{parts.folder} contains a job with {name} {_short(begun.get(name))}, this one "
+                f"has {_short(now.get(name))}; finish it with its own settings, choose another "
+                "output, or discard it with restart (--restart)"
             )
 
 

@@ -68,7 +68,7 @@ def choose_columns(
         image = names[0]
     if image is None:
         raise BulkError(
-            f"{where}: which column holds the images? Name it with --image-column; the columns "
+            f"{where}: the image column is ambiguous; select it with --image-column; the columns "
             f"are {found}"
         )
     if id_column is None:
@@ -99,7 +99,7 @@ def _read_jsonl(path: Path, columns: Columns | None, index: int) -> Iterator[Row
             elif isinstance(value, Mapping) and columns is not None:
                 yield from_record(index, value, columns, path.parent)
             else:
-                error = f"line {number} of {path.name} is no JSON object"
+                error = f"line {number} of {path.name} is not a JSON object"
                 yield Row(index, str(index), error=error)
             index += 1
 
@@ -169,7 +169,7 @@ def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
         found = "nothing" if path is None or path == "" else f"a {type(path).__name__}"
         return Row(index, name, error=f"found {found} in place of an image's path or bytes")
     if "://" in path:
-        return Row(index, name, error=f"{path[:200]} is an address; images are not fetched")
+        return Row(index, name, error=f"{path[:200]} is a URL; images are not downloaded")
     try:
         os.fsencode(path)
     except UnicodeEncodeError:

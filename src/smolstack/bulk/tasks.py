@@ -125,7 +125,7 @@ class Questions(ImageTask):
         super().__init__(vlm, self.options.tiling, kept)
         if vlm.config.embedding_dim is not None:
             raise BulkError(
-                f"{vlm.folder} ends in an embedding head and answers no questions; it can give "
+                f"{vlm.folder} has an embedding head and cannot generate text; use it for "
                 "embeddings (embed, --embed retrieval)"
             )
         self.engine.core.maker.compile(self.options)  # raises for a schema that cannot be compiled

@@ -164,7 +164,7 @@ def find_adapter(folder: Path, base: Path | None = None) -> Adapter | None:
     if not path.is_file() or (whole and not held):
         if base is not None:
             raise CheckpointError(
-                f"{folder} is not an adapter (it has no {path.name} with {WEIGHTS}), and a base "
+                f"{folder} is not an adapter (it has no {path.name} with {WEIGHTS}), but a base "
                 f"was given for it: {base}"
             )
         return None
@@ -196,17 +196,17 @@ def _named_base(folder: Path, settings: Mapping[str, Any], whole: bool) -> Path:
     if not isinstance(name, str) or not name:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG} has base_model_name_or_path {name!r:.80}, expected the "
-            "checkpoint that it changes: a folder or a hub id; base (--base) names it"
+            "folder or hub id of its base; or pass base (--base)"
         )
     if not Path(name).is_dir() and (folder / name).is_dir():
         return folder / name
     try:
         return find(None if name == BUNDLED else name, settings.get("revision"))
     except CheckpointError as error:
-        beside = f", and {SINGLE} stands beside it" if whole else ""
+        beside = f" next to {SINGLE}" if whole else ""
         raise CheckpointError(
             f"{folder} is an adapter{beside}, and its base (base_model_name_or_path in "
-            f"{ADAPTER_CONFIG}) is not there: {error}; base (--base) names another"
+            f"{ADAPTER_CONFIG}) cannot be found: {error}; pass another with base (--base)"
         ) from error
 
 
@@ -237,8 +237,8 @@ def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
         entry = entries.get(target)
         if not key.startswith(PREFIX) or entry is None or (kind and len(entry.shape) != 2):
             raise CheckpointError(
-                f"{path} holds {key}, expected {PREFIX}, a weight of {adapter.base} or one of its "
-                f"layers, and {LOW} or {HIGH}"
+                f"{path} contains {key}, expected {PREFIX}, a weight of {adapter.base} or one of "
+                f"its layers, and {LOW} or {HIGH}"
             )
         if kind == ROWS:
             rows[target] = (key, _row_numbers(adapter, layer, shape, entry.shape))
@@ -246,7 +246,7 @@ def read_changes(adapter: Adapter, entries: Mapping[str, Entry]) -> Changes:
             pairs.setdefault(target, {})[kind] = key
         elif shape != entry.shape:
             raise CheckpointError(
-                f"{path} holds {key} as {list(shape)}, the base has {list(entry.shape)}"
+                f"{path} has {key} of shape {list(shape)}, but the base has {list(entry.shape)}"
             )
         else:
             whole[name] = key

@@ -121,12 +121,12 @@ def _layer(
     ours = keys.from_hf(f"{name}.weight").removesuffix(".weight")
     module = modules.get(ours)
     if not isinstance(module, (nn.Linear, nn.Embedding)):
-        raise CheckpointError(f"{name} holds integers, expected those of a linear layer")
+        raise CheckpointError(f"{name} contains integers but is not a linear layer")
     scheme = schemes.of(name, "Linear" if isinstance(module, nn.Linear) else "Embedding")
     if scheme is None:
         raise CheckpointError(
-            f"{name} holds integers, expected a config group of config.json's quantization_config "
-            "that targets it"
+            f"{name} contains integers, expected a config group of config.json's "
+            "quantization_config that targets it"
         )
     outputs, inputs = module.weight.shape
     expected = _expected(scheme, outputs, inputs)

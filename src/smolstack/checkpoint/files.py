@@ -105,8 +105,8 @@ def read_files(folder: Path, base: Path | None = None) -> CheckpointFiles:
     if config.get("model_type") in _TOWERS and "scale_factor" not in config:
         kind, order = _TOWERS[config["model_type"]]
         raise CheckpointError(
-            f"{folder} is {kind} alone (model_type {config['model_type']!r}); "
-            f"{order.format(folder)} makes a model of two towers"
+            f"{folder} is only {kind} (model_type {config['model_type']!r}); "
+            f"{order.format(folder)} combines two towers to a model"
         )
     processor = _optional(place("processor_config.json"))
     image: Mapping[str, Any] = _optional(place("preprocessor_config.json"))
@@ -172,7 +172,7 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object")
+        raise CheckpointError(f"{path} contains a {type(data).__name__}, expected a JSON object")
     return data
 
 

@@ -74,7 +74,7 @@ def kind_of(code: int, who: str) -> Kind:
     """
     kind = _kind(code)
     if kind is None:
-        raise CheckpointError(f"{who} in number format {code}, which is not read")
+        raise CheckpointError(f"{who} in number format {code}, which is not supported")
     return kind
 
 

@@ -36,7 +36,7 @@ def files_of(where: ModelPath, text: GgufFile, vision: GgufFile) -> CheckpointFi
     image_token = vocabulary.id_of(IMAGE)
     if image_token is None:
         raise CheckpointError(
-            f"{text.path} has no token {IMAGE}: it is a language model that sees no images, "
+            f"{text.path} has no token {IMAGE}: it is a language model without image input, "
             "expected one of the Idefics3 / SmolVLM family"
         )
     config = {
@@ -82,11 +82,11 @@ def text_config(file: GgufFile, vocabulary: Vocabulary) -> dict[str, Any]:
     )
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{file.path} has no token_embd.weight, a matrix")
+        raise CheckpointError(f"{file.path} has no matrix token_embd.weight")
     if len(vocabulary.tokens) > embedding.shape[0]:
         raise CheckpointError(
-            f"{file.path} has {len(vocabulary.tokens)} tokens, and token_embd.weight for "
-            f"{embedding.shape[0]}"
+            f"{file.path} has {len(vocabulary.tokens)} tokens, but token_embd.weight has "
+            f"{embedding.shape[0]} rows"
         )
     if heads < 1:
         raise CheckpointError(f"{file.path} has llama.attention.head_count {heads}")
@@ -111,7 +111,7 @@ def text_config(file: GgufFile, vocabulary: Vocabulary) -> dict[str, Any]:
     turned = file.value("llama.rope.dimension_count", int, head_dim)
     if turned != head_dim:
         raise CheckpointError(
-            f"{file.path} turns {turned} of {head_dim} channels of a head, expected all"
+            f"{file.path} rotates {turned} of the {head_dim} channels of a head, expected all"
         )
     return config
 
@@ -172,7 +172,7 @@ def _vision(file: GgufFile) -> dict[str, Any]:
         )
     patches = file.tensors.get("v.patch_embd.weight")
     if patches is None or len(patches.shape) != 4:
-        raise CheckpointError(f"{file.path} has no v.patch_embd.weight, a convolution's weight")
+        raise CheckpointError(f"{file.path} has no convolution weight v.patch_embd.weight")
     names = {
         "hidden_size": "embedding_length",
         "intermediate_size": "feed_forward_length",
@@ -222,8 +222,8 @@ def _check_pair(text: GgufFile, vision: GgufFile, config: dict[str, Any]) -> Non
     hidden = config["text_config"]["hidden_size"]
     if wide not in (None, hidden):
         raise CheckpointError(
-            f"{vision.path} makes visual tokens of {wide} numbers, {text.path} has {hidden}; they "
-            "belong to different models"
+            f"{vision.path} has visual tokens of {wide} channels, but {text.path} has {hidden}; "
+            "they belong to different models"
         )
 
 

@@ -68,7 +68,9 @@ class GgufFile:
         if key in self.metadata and (
             not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool)
         ):
-            raise CheckpointError(f"{self.path} has {key} {found!r:.60}, which cannot be")
+            raise CheckpointError(
+                f"{self.path} has {key} {found!r:.60}, which is not a valid value"
+            )
         return found
 
 
@@ -171,7 +173,7 @@ class _Cursor:
         if code == _STRING:
             return self.string(key)
         if code != _ARRAY or depth == MAX_NESTING:
-            raise CheckpointError(f"{self.path} has {key} of type {code}, which is none of GGUF's")
+            raise CheckpointError(f"{self.path} has {key} of type {code}, which is not a GGUF type")
         inner, length = self.number("I", key), self.number("Q", key)
         if inner in _NUMBERS:
             letter = _NUMBERS[inner]
@@ -185,7 +187,7 @@ class _Cursor:
         """Check that ``count`` items of at least ``size`` bytes fit into the rest of the file."""
         if count > (self.end - self.at) // size:
             raise CheckpointError(
-                f"{self.path} promises {count} {what}, more than its {self.end} bytes can hold"
+                f"{self.path} declares {count} {what}, more than its {self.end} bytes can contain"
             )
         return count
 
@@ -197,7 +199,7 @@ class _Cursor:
         try:
             return self.take(length, what).decode()
         except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.path}: {what} is no UTF-8 text: {error}") from error
+            raise CheckpointError(f"{self.path}: {what} is not valid UTF-8: {error}") from error
 
     def take(self, length: int, what: str) -> bytes:
         if length > self.end - self.at:

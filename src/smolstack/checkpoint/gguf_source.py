@@ -77,15 +77,15 @@ def open_gguf(where: ModelPath) -> tuple[CheckpointFiles, Stored]:
     """
     if where.base is not None:
         raise CheckpointError(
-            f"{where.path} is a GGUF file, and a base was given for it, as adapters have: "
+            f"{where.path} is a GGUF file, but a base was given, which only adapters have: "
             f"{where.base}"
         )
     text = read_gguf(where.path)
     _check_role(text, "llama")
     if where.mmproj is None:
         raise CheckpointError(
-            f"{where.path} holds a language model alone; name the GGUF file of its vision tower as "
-            f"mmproj (--mmproj){_beside(where)}"
+            f"{where.path} contains only a language model; pass the GGUF file of its vision tower "
+            f"as mmproj (--mmproj){_beside(where)}"
         )
     vision = read_gguf(where.mmproj)
     _check_role(vision, "clip")
@@ -132,13 +132,12 @@ def _check_role(file: GgufFile, expected: str) -> None:
         parts = file.value("split.count", int, 1)
         if parts > 1:
             raise CheckpointError(
-                f"{file.path} is one of {parts} parts; put them together with llama-gguf-split "
-                "--merge"
+                f"{file.path} is one of {parts} parts; merge them with llama-gguf-split --merge"
             )
         return
     if expected == "llama" and found == "clip":
         raise CheckpointError(
-            f"{file.path} holds a vision tower; give it as mmproj (--mmproj), and the language "
+            f"{file.path} contains a vision tower; pass it as mmproj (--mmproj), and the language "
             "model's file as the model"
         )
     what = "a vision tower (clip)" if expected == "clip" else "a language model (llama)"
@@ -152,7 +151,7 @@ def _beside(where: ModelPath) -> str:
         for path in where.path.parent.glob(f"*{GGUF}")
         if "mmproj" in path.name.lower() and path != where.path
     )
-    return f"; beside it is {', '.join(names[:4])}" if names else ""
+    return f"; the folder also contains {', '.join(names[:4])}" if names else ""
 
 
 def _held(file: GgufFile, text: dict[str, Any] | None) -> dict[str, _Held]:

@@ -109,7 +109,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
             models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=chosen.whole)
         )
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise CheckpointError(f"{file.path} has a tokenizer that cannot be: {error}") from error
+        raise CheckpointError(f"{file.path} has an invalid tokenizer: {error}") from error
     tokenizer.pre_tokenizer, tokenizer.decoder = chosen.build(), decoders.ByteLevel()
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
         texts = [text for text, found in zip(tokens, kinds, strict=True) if found == kind and text]
@@ -139,6 +139,6 @@ def _config(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
         if number is None:
             continue
         if not 0 <= number < len(tokens):
-            raise CheckpointError(f"{file.path} has {key} {number}, of {len(tokens)} tokens")
+            raise CheckpointError(f"{file.path} has {key} {number}, but only {len(tokens)} tokens")
         config[name] = tokens[number]
     return config

@@ -92,7 +92,7 @@ def open_llama_gguf(path: Path) -> TextSource:
     tied = _HEAD not in stored.entries
     read, dtype = matching(path, _expected(config, tied), stored, keys.to_hf)
     kinds = sorted({entry.stored for entry in stored.entries.values() if entry.stored})
-    note = f"{path} holds {', '.join(kinds)} blocks; the tower gets the floats that they stand for"
+    note = f"{path} contains {', '.join(kinds)} blocks, which are dequantized to floats"
     return TextSource(
         where=path,
         config=config,
@@ -134,7 +134,7 @@ def _tied(folder: Path, data: Mapping[str, Any], entries: Mapping[str, Entry], t
         if not flag:
             raise CheckpointError(
                 f"{folder} has no {_HEAD}, and its config.json does not say tie_word_embeddings; "
-                "expected a LlamaForCausalLM, whose head answers"
+                "expected a LlamaForCausalLM with a language head"
             )
         return True
     if not flag or table not in entries:

@@ -82,8 +82,8 @@ def load_checkpoint(
     stored = None if config.quantization is None else config.quantization.name
     if stored is not None and dtype not in ("auto", stored):
         raise ConfigError(
-            f"{source.where} holds {stored} weights, which do not become {dtype} ones; expected "
-            f"the checkpoint with float weights that it was made of, or dtype {stored!r} or 'auto'"
+            f"{source.where} has {stored} weights, which cannot be converted to {dtype}; use dtype "
+            f"{stored!r} or 'auto', or the float checkpoint that it was quantized from"
         )
     floats = _floats(dtype, config, entries, target)
     model = load_weights(source, config, floats, target)

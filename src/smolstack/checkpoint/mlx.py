@@ -156,12 +156,12 @@ def _layer(
     mode, group, bits = (chosen.get(key) for key in ("mode", "group_size", "bits"))
     if mode not in (None, "affine"):
         raise CheckpointError(
-            f"{folder} is an MLX conversion in mode {mode!r}, expected 'affine'; convert it from "
-            "the original checkpoint, or load that one"
+            f"{folder} is an MLX conversion in mode {mode!r}, expected 'affine'; convert it "
+            "from the original checkpoint, or load that one"
         )
     if type(group) is not int or group < 1 or bits not in BITS:
         raise CheckpointError(
-            f"{folder} holds {name} as {PACKED}, and config.json's quantization has group_size "
+            f"{folder} has {name} as {PACKED}, and config.json's quantization has group_size "
             f"{group!r} and bits {bits!r} for it, expected whole numbers, bits one of {list(BITS)}"
         )
     names = (f"{path}.scales", f"{path}.biases")
@@ -174,7 +174,7 @@ def _layer(
         or shapes != [(packed[0], columns // group)] * 2
     ):
         raise CheckpointError(
-            f"{folder} holds {name} {list(packed)} with scales and biases "
+            f"{folder} has {name} {list(packed)} with scales and biases "
             f"{[shape and list(shape) for shape in shapes]}, which is not a weight of {bits} bits "
             f"in groups of {group}"
         )

@@ -1,4 +1,4 @@
-"""nanoVLM checkpoints as folders of this family: the same model under other names.
+"""Converts nanoVLM checkpoints, which are the same models under other names.
 
 nanoVLM keeps a flat config.json (``vit_…``, ``lm_…``, ``mp_…``) and one weight file, and takes its
 tokenizer from another repository, to which it adds ``vlm_extra_tokens`` after the last id. Its
@@ -8,25 +8,24 @@ does: (dy·s + dx)·C + c.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolstack.checkpoint.files import read_json
-from smolstack.checkpoint.save import save_checkpoint, to_json
+from smolstack.checkpoint.nanovlm_files import extra_tokens, side_files, tokenizer_json
+from smolstack.checkpoint.save import save_checkpoint
 from smolstack.checkpoint.unsupported import peek
 from smolstack.checkpoint.weights import read_entries, read_tensors
 from smolstack.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from smolstack.config.reading import Reader
 from smolstack.errors import CheckpointError, ConfigError
-from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tokenizer import named_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Values that its code knows, and of which only these are computed as this family's models do it.
+# Options of nanoVLM that this family supports with these values only.
 _FIXED: Mapping[str, Any] = {"vit_cls_flag": False, "lm_attn_scaling": 1.0}
 # Keys that do not change what a trained model computes.
 _IGNORED = (
@@ -95,14 +94,13 @@ _TEXT_LAYER = {
     "mlp.up_proj": "up",
     "mlp.down_proj": "down",
 }
-_ENDS = ("<|im_end|>", "<|endoftext|>")  # of SmolLM2's chat models and bases
 _POSITIONS = "vision_encoder.patch_embedding.position_embedding"
 _JOINED = "attn.qkv_proj"
 _COMPUTED = "decoder.rotary_embd.inv_freq"  # a buffer that follows from lm_re_base
 
 
 def tokenizer_of(folder: Path) -> str:
-    """The folder or hub id of the tokenizer that a nanoVLM checkpoint names."""
+    """Return the folder or hub id of the tokenizer that a nanoVLM checkpoint names."""
     return Reader(f"{folder / 'config.json'}", read_json(folder / "config.json"), {}).string(
         "lm_tokenizer"
     )
@@ -127,8 +125,8 @@ def convert_nanovlm(
     from smolstack.model.vlm import VisionLanguageModel
 
     raw = read_json(folder / "config.json")
-    extra = _extra_tokens(folder, raw)
-    words, image_token_id = _tokenizer(tokenizer, raw, extra)
+    extra = extra_tokens(folder, raw)
+    words, image_token_id = tokenizer_json(tokenizer, raw, extra)
     config = read_config(folder, raw, image_token_id)
     state = dict(_weights(folder, config))
     if config.tied:
@@ -136,7 +134,7 @@ def convert_nanovlm(
         found = [tensor for tensor in tensors if tensor is not None]
         if len(found) == 2 and not torch.equal(*found):
             raise CheckpointError(
-                f"{folder} has lm_tie_weights true, and decoder.head.weight differs from "
+                f"{folder} has lm_tie_weights true, but decoder.head.weight differs from "
                 "decoder.token_embedding.weight"
             )
         if found:  # safetensors stores shared tensors once, under either name
@@ -146,12 +144,12 @@ def convert_nanovlm(
     _check(folder, state, model.state_dict())
     model.load_state_dict(state, strict=True, assign=True)
     ending = named_tokens(peek(tokenizer / "tokenizer_config.json")).get("eos_token")
-    side = _side_files(raw, config, extra, words, ending)
+    side = side_files(raw, config, extra, words, ending)
     return save_checkpoint(out, model.eval(), side, overwrite=overwrite)
 
 
 def read_config(folder: Path, raw: Mapping[str, Any], image_token_id: int) -> ModelConfig:
-    """The sizes of both towers, from nanoVLM's keys."""
+    """Read the sizes of both towers from nanoVLM's config.json."""
     where = f"{folder / 'config.json'}"
     for key, known in _FIXED.items():
         if raw.get(key, known) != known:
@@ -163,13 +161,15 @@ def read_config(folder: Path, raw: Mapping[str, Any], image_token_id: int) -> Mo
     )
     if unknown:
         raise ConfigError(
-            f"{where} has {unknown[0]} {raw[unknown[0]]!r:.60}, which nanoVLM itself does not "
-            "know; what it changes in the model cannot be converted"
+            f"{where} has {unknown[0]} {raw[unknown[0]]!r:.60}, a key that nanoVLM does not "
+            "have; its effect on the model cannot be converted"
         )
     get = Reader(where, raw, {"lm_tie_weights": True})
     hidden, heads = get.integer("lm_hidden_dim"), get.integer("lm_n_heads")
     if heads < 1 or hidden % heads:
-        raise ConfigError(f"{where} has lm_hidden_dim {hidden}, no multiple of lm_n_heads {heads}")
+        raise ConfigError(
+            f"{where} has lm_hidden_dim {hidden}, not a multiple of lm_n_heads {heads}"
+        )
     config = ModelConfig(
         VisionConfig(
             hidden_size=get.integer("vit_hidden_dim"),
@@ -199,50 +199,10 @@ def read_config(folder: Path, raw: Mapping[str, Any], image_token_id: int) -> Mo
     told = raw.get("mp_image_token_length", config.tokens_per_tile)
     if told != config.tokens_per_tile:
         raise ConfigError(
-            f"{where} has mp_image_token_length {told!r}, its other keys make "
-            f"{config.tokens_per_tile} visual tokens of an image"
+            f"{where} has mp_image_token_length {told!r}, but its other keys give "
+            f"{config.tokens_per_tile} visual tokens per image"
         )
     return config
-
-
-def _extra_tokens(folder: Path, raw: Mapping[str, Any]) -> dict[str, str]:
-    extra = raw.get("vlm_extra_tokens")
-    if not isinstance(extra, Mapping) or not isinstance(extra.get("image_token"), str):
-        raise ConfigError(
-            f"{folder / 'config.json'} has no image_token in vlm_extra_tokens; models of nanoVLM's "
-            "first version, which put an image before the prompt without tokens for it, are not "
-            "converted"
-        )
-    return {str(name): str(token) for name, token in extra.items()}
-
-
-def _tokenizer(folder: Path, raw: Mapping[str, Any], extra: Mapping[str, str]) -> tuple[bytes, int]:
-    """tokenizer.json with nanoVLM's tokens after its last id, and the image token's id."""
-    import tokenizers
-
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json, expected the tokenizer that the checkpoint names "
-            f"(lm_tokenizer {raw.get('lm_tokenizer')!r})"
-        )
-    try:
-        words = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    words.add_special_tokens(
-        [tokenizers.AddedToken(token, normalized=False, special=True) for token in extra.values()]
-    )
-    size, rows = words.get_vocab_size(with_added_tokens=True), raw.get("lm_vocab_size")
-    if size != rows:
-        raise CheckpointError(
-            f"{path} and the tokens of vlm_extra_tokens are {size} tokens, the model has "
-            f"lm_vocab_size {rows!r}"
-        )
-    image = words.token_to_id(extra["image_token"])
-    assert image is not None  # it was just added
-    text: str = words.to_str()
-    return text.encode(), image
 
 
 def _weights(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -267,7 +227,7 @@ def _weights(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
             yield f"decoder.layers.{index}.{_TEXT_LAYER[layer]}.{kind}", tensor
         else:
             raise CheckpointError(
-                f"{folder} holds {name} {list(tensor.shape)}, which is no weight of nanoVLM's"
+                f"{folder} has {name} {list(tensor.shape)}, which is not a weight of nanoVLM"
             )
 
 
@@ -284,68 +244,3 @@ def _check(folder: Path, found: Mapping[str, Tensor], expected: Mapping[str, Ten
         raise CheckpointError(
             f"{folder} does not fit its config.json: {'; '.join(wrong[:3])}{more}"
         )
-
-
-def _side_files(
-    raw: Mapping[str, Any],
-    config: ModelConfig,
-    extra: Mapping[str, str],
-    words: bytes,
-    ending: str | None,
-) -> dict[str, bytes]:
-    """The processor's files. Pixels are divided by 255 and not normalized further.
-
-    Images are shown whole, at the tower's size: that is the one prompt that both layouts share.
-    nanoVLM puts the whole image before its tiles, this family after them.
-
-    Args:
-        ending: the token that ends an answer, if the tokenizer's own config names it.
-    """
-    settings = ImageSettings(
-        longest_edge=config.vision.image_size,
-        tile_edge=config.vision.image_size,
-        split=False,
-        resample=3,
-        mean=None,
-        std=None,
-    )
-    ids = {token["content"]: token["id"] for token in json.loads(words)["added_tokens"]}
-    end = next((token for token in (ending, *_ENDS) if token in ids), None)
-    named = {
-        "image_token": extra["image_token"],
-        "fake_image_token": "",  # none stands around its images
-        "global_image_token": extra.get("global_image_token", ""),
-    }
-    template = raw.get("lm_chat_template")
-    files: dict[str, Any] = {
-        "preprocessor_config.json": settings.to_hf(),
-        "processor_config.json": {
-            "processor_class": "Idefics3Processor",
-            "image_seq_len": config.tokens_per_tile,
-        },
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "processor_class": "Idefics3Processor",
-            "model_max_length": config.text.max_positions,
-            "clean_up_tokenization_spaces": False,
-            "padding_side": "left",
-            **({} if end is None else {"eos_token": end, "pad_token": end}),
-            "extra_special_tokens": {**extra, **named},
-        },
-    }
-    if end is not None:
-        files["generation_config.json"] = {"eos_token_id": ids[end], "pad_token_id": ids[end]}
-    made = {name: to_json(data).encode() for name, data in files.items()}
-    if isinstance(template, str):
-        made["chat_template.jinja"] = _with_parts(template, extra["image_token"]).encode()
-    return {**made, "tokenizer.json": words}
-
-
-def _with_parts(template: str, image_token: str) -> str:
-    """nanoVLM's template, for messages whose content is a list of parts as well as a string."""
-    return (
-        "{%- macro words(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
-        "{%- for part in content -%}{%- if part['type'] == 'text' -%}{{- part['text'] -}}"
-        f"{{%- else -%}}{{{{- '{image_token}' -}}}}{{%- endif -%}}{{%- endfor -%}}{{%- endif -%}}"
-        "{%- endmacro -%}"
-    ) + template.replace("message['content']", "words(message['content'])")

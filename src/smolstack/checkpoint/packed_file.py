@@ -25,7 +25,7 @@ from smolstack.model.quantized import QuantizedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
 from smolstack.native.compiling import cache_folders, is_own_file
-from smolstack.output_files import whole_file
+from smolstack.output_files import atomic_file
 from smolstack.quantization.quantize import Progress
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def adopt_packed(
         try:
             _make(kernels, layers, sizes, path, progress)
         except OSError as error:
-            logger.info("packed weights are not kept in %s: %s", path.parent, error)
+            logger.info("packed weights are not saved in %s: %s", path.parent, error)
             if any(layer.is_packed for layer in layers):  # from a deleted file
                 return None
             continue
@@ -140,7 +140,7 @@ def _make(
     The model maps the file read-only.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with whole_file(path, private=True, synced=True) as beside:
+    with atomic_file(path, private=True, synced=True) as beside:
         _pack_all(kernels, layers, Arena(kernels, sum(sizes), beside), progress)
         with beside.open("r+b") as written:
             samples = _samples(written, sizes)

@@ -148,7 +148,7 @@ class StoredLayer:
         low, high = int(numbers.min()), int(numbers.max())
         if low < -self._middle or high >= self._middle:
             raise CheckpointError(
-                f"{self.name}.weight holds {low} to {high}, expected {-self._middle} to "
+                f"{self.name}.weight has values from {low} to {high}, expected {-self._middle} to "
                 f"{self._middle - 1}"
             )
 

@@ -22,7 +22,7 @@ from smolstack.checkpoint.weights import INDEX, SINGLE
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
 from smolstack.model.vlm import VisionLanguageModel
-from smolstack.output_files import naming, only_writer
+from smolstack.output_files import exclusive_writer, naming_errors
 from smolstack.processor.settings import ImageSettings
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -125,8 +125,8 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
-        only_writer(folder, CheckpointError),
-        naming(folder),
+        exclusive_writer(folder, CheckpointError),
+        naming_errors(folder),
         _replacing(folder, overwrite) as temporary,
     ):
         yield temporary

@@ -90,7 +90,7 @@ def read_schemes(config: Mapping[str, Any]) -> Schemes:
     method = data.get("quant_method") if isinstance(data, Mapping) else data
     if method == "smolstack":
         raise ConfigError(
-            f"config.json's {KEY} is an older form of smolstack's; make the folder again from its "
+            f"config.json's {KEY} has an older smolstack format; create the folder again from its "
             "float checkpoint: smolstack.load(MODEL, dtype=…).save(FOLDER)"
         )
     if method != METHOD:
@@ -102,7 +102,7 @@ def read_schemes(config: Mapping[str, Any]) -> Schemes:
         if data.get(key):
             raise ConfigError(
                 f"config.json {KEY}.{key} is {data[key]!r:.80}, expected null: {what} are not "
-                "computed"
+                "supported"
             )
     sparsity = data.get("sparsity_config")
     if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") != "dense"):
@@ -169,7 +169,7 @@ def _scheme(name: str, group: Any, form: Any, own: int | None, computed: int | N
     if weights.get("actorder") not in (None, False, "weight", "static"):
         raise ConfigError(
             f"{where}.weights.actorder is {weights['actorder']!r:.80}, expected null or 'weight': "
-            "groups of reordered channels are not read"
+            "groups of reordered channels are not supported"
         )
     return Scheme(
         form,
@@ -232,7 +232,7 @@ def _strings(data: Any, key: str, where: str) -> Iterator[str]:
                 re.compile(target[3:])
             except re.error as error:
                 raise ConfigError(
-                    f"config.json {KEY} has {target!r:.80}, no regular expression: {error}"
+                    f"config.json {KEY} has {target!r:.80}, not a regular expression: {error}"
                 ) from error
         yield target
 

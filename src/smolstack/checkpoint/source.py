@@ -90,8 +90,7 @@ def open_source(where: Path | ModelPath, *, floats: bool = False) -> Source:
         return Source(where, files, weights, "GGUF", notes=files.notes)
     if where.mmproj is not None:
         raise CheckpointError(
-            f"{where.path} is no GGUF file, and a file of its vision tower was given: "
-            f"{where.mmproj}"
+            f"{where.path} is not a GGUF file, but a vision tower file was given: {where.mmproj}"
         )
     if where.path.is_dir():
         refuse_other_kinds(where.path)
@@ -131,8 +130,8 @@ def _refuse_integers(adapter: Adapter | None, weights: Stored) -> None:
     held = [entry.stored for entry in weights.entries.values() if entry.form is not None]
     if adapter is not None and held:
         raise ConfigError(
-            f"{adapter.folder} changes {weights.folder}, which holds {held[0]} weights, expected "
-            "float weights; merge it into those, and quantize then"
+            f"{adapter.folder} is an adapter of {weights.folder}, which has {held[0]} weights, "
+            "expected float weights; merge it with the float checkpoint first, then quantize"
         )
 
 

@@ -110,12 +110,12 @@ def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{folder} holds an adapter ({ADAPTER_CONFIG}), expected a whole model: merge it first "
+            f"{folder} is an adapter ({ADAPTER_CONFIG}), expected a whole model: merge it first "
             "(peft's merge_and_unload, then save_pretrained)"
         )
     if config.get("quantization") or config.get("quantization_config"):
         raise CheckpointError(
-            f"{folder} holds quantized weights, expected float weights (or, of a Llama, GGUF)"
+            f"{folder} has quantized weights, expected float weights (or GGUF, for a Llama)"
         )
 
 

@@ -44,15 +44,15 @@ def refuse_other_kinds(folder: Path) -> None:
     config = peek(folder / "config.json")
     if config.get("type") == "smolvla" or config.get("model_type") == "smolvla":
         raise CheckpointError(
-            f"{folder} is SmolVLA, a robot's policy, not a vision-language model that answers in "
+            f"{folder} is SmolVLA, a robot policy, not a vision-language model that generates "
             "text; run it with lerobot, or load the SmolVLM2 checkpoint that it was made from"
             + _named(config, "vlm_model_name")
         )
     if is_nanovlm(config):
         raise CheckpointError(
-            f"{folder} is a nanoVLM checkpoint, whose weights have other names and whose tokenizer "
-            f"is elsewhere{_named(config, 'lm_tokenizer')}; smolstack convert-checkpoint {folder} "
-            "OUT makes a checkpoint of this family of it"
+            f"{folder} is a nanoVLM checkpoint, with other weight names and its tokenizer "
+            f"elsewhere{_named(config, 'lm_tokenizer')}; smolstack convert-checkpoint {folder} "
+            "OUT converts it to this family's format"
         )
     _refuse_quantized(folder, config)
     _refuse_formats(folder)
@@ -96,9 +96,9 @@ def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
         elif isinstance(settings.get("bits"), int):
             name += f" ({settings['bits']} bits)"
         raise CheckpointError(
-            f"{folder} holds weights quantized by {name}, expected float weights; load the "
-            f"checkpoint that they were made from{_named(config, '_name_or_path')}, with dtype "
-            "int8 or int4 where memory is short"
+            f"{folder} has weights quantized by {name}, expected float weights; load the "
+            f"checkpoint that they were quantized from{_named(config, '_name_or_path')}, with "
+            "dtype int8 or int4 to save memory"
         )
 
 
@@ -110,20 +110,21 @@ def _refuse_formats(folder: Path) -> None:
     pickles = [name for name in names if name.endswith(_PICKLES) and not _is_state(name)]
     if "adapter_config.json" not in names and pickles:
         raise CheckpointError(
-            f"{folder} has its weights in pickle files alone ({', '.join(pickles[:3])}"
+            f"{folder} has weights only in pickle files ({', '.join(pickles[:3])}"
             f"{' …' if len(pickles) > 3 else ''}), which are never read because they can run code; "
             "save them again with transformers' save_pretrained, which writes safetensors"
         )
     files = [name for name in names if name.endswith(".gguf")]
     if files:
         raise CheckpointError(
-            f"{folder} holds GGUF files ({', '.join(files[:4])}{' …' if len(files) > 4 else ''}); "
-            "name the language model's file, and the vision tower's as mmproj (--mmproj)"
+            f"{folder} contains GGUF files "
+            f"({', '.join(files[:4])}{' …' if len(files) > 4 else ''}); pass the language model's "
+            "file, and the vision tower's as mmproj (--mmproj)"
         )
     graphs = sorted(path.name for path in folder.glob("onnx/*.onnx"))
     if graphs:
         raise CheckpointError(
-            f"{folder} holds ONNX graphs alone ({', '.join(graphs[:3])}"
+            f"{folder} contains only ONNX graphs ({', '.join(graphs[:3])}"
             f"{' …' if len(graphs) > 3 else ''}); load the checkpoint that they were exported from"
         )
 

@@ -90,13 +90,14 @@ def read_entries(folder: Path, also: tuple[str, ...] = ()) -> dict[str, Entry]:
         missing = sorted(set(promised) - set(entries))[:5]
         extra = sorted(set(entries) - set(promised))[:5]
         raise CheckpointError(
-            f"{folder / INDEX} and its files disagree: promised only {missing}, held only {extra}"
+            f"{folder / INDEX} and its files disagree: only in the index {missing}, only in the "
+            f"files {extra}"
         )
     known = (*FLOAT_TYPES, *INTEGER_TYPES, *also)
     wrong = sorted(key for key, entry in entries.items() if entry.dtype not in known)
     if wrong:
         raise CheckpointError(
-            f"{folder} holds {entries[wrong[0]].dtype} weights ({wrong[0]}), expected one of "
+            f"{folder} has {entries[wrong[0]].dtype} weights ({wrong[0]}), expected one of "
             f"{list(FLOAT_TYPES)}"
         )
     return entries

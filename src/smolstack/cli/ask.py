@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import file_options, model_options, options, video_options
+from smolstack.cli import answer_options, file_options, model_options, options, video_options
 from smolstack.cli.console import note, progress, show_json, write_piece
+from smolstack.cli.model_loading import load_model
 from smolstack.errors import ImageError, PromptError
 from smolstack.text import plural
 
@@ -49,9 +50,7 @@ def ask(
             help="Image and video files in order; - reads an image from stdin.",
         ),
     ] = None,
-    question: Annotated[
-        str, typer.Argument(metavar="QUESTION", help="The last argument: what to ask.")
-    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
     model: options.ModelOption = None,
     revision: options.RevisionOption = None,
     base: model_options.BaseOption = None,
@@ -87,7 +86,7 @@ def ask(
     names = images or []
     check_question(names, question)
     sources = [read_image(name) for name in names]
-    chosen = options.generation_options(
+    chosen = answer_options.generation_options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -103,8 +102,8 @@ def ask(
         upscale=upscale,
         password=password,
     )
-    chosen.update(options.form_options(schema, regex, choice))
-    vlm = options.load_model(
+    chosen.update(answer_options.form_options(schema, regex, choice))
+    vlm = load_model(
         model,
         revision,
         dtype,
@@ -115,7 +114,7 @@ def ask(
         images=image_cache,
     )
     video_options.set_resize(vlm, video_resize)
-    tiling = options.tiling_of(chosen)
+    tiling = answer_options.tiling_of(chosen)
     shown = [_opened(vlm, image, fps, max_frames) for image in sources]
     plans = [_plans(vlm, image, tiling) for image in shown]
     if verbose:
@@ -143,11 +142,11 @@ def check_question(images: list[str], text: str) -> None:
     """Raise an error if the question is an image: the question was forgotten."""
     if text == STDIN or (text and _is_file(text)):
         raise PromptError(
-            f"there is no question: the last argument, {text}, is an image; put the question "
+            f"no question was given: the last argument, {text}, is an image; put the question "
             "after it"
         )
     if images.count(STDIN) > 1:
-        raise ImageError(f"- is given {images.count(STDIN)} times, but stdin holds one image")
+        raise ImageError(f"- is given {images.count(STDIN)} times, but stdin contains one image")
 
 
 def read_image(image: str) -> str | bytes:
@@ -155,7 +154,9 @@ def read_image(image: str) -> str | bytes:
     if image != STDIN:
         return image
     if sys.stdin.isatty():
-        raise ImageError("- reads an image from stdin, and stdin is the keyboard; pipe one in")
+        raise ImageError(
+            "- reads an image from stdin, but stdin is a terminal; pipe an image to it"
+        )
     content = sys.stdin.buffer.read()
     if not content:
         raise ImageError("stdin is empty (0 bytes), expected an image")

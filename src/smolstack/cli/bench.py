@@ -230,7 +230,7 @@ def _check_quality(context: typer.Context, parts: list[str]) -> None:
     from smolstack.errors import ConfigError
 
     if parts != [What.quality.value]:
-        raise ConfigError(f"--model is measured by quality alone, found {parts}")
+        raise ConfigError(f"--model applies to quality only, found {parts}")
     _refuse(context, _OF_A_PRESET, "has no meaning beside --model")
 
 

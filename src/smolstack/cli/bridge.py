@@ -91,7 +91,7 @@ def bridge(
         typer.Option(help="Number format of the weights; auto preserves both towers exactly."),
     ] = BridgedDtype.auto,
     seed: Annotated[
-        int, typer.Option(help="Of the connector and of the new tokens' embeddings.")
+        int, typer.Option(help="Seed of the connector and of the new tokens' embeddings.")
     ] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing folder.")

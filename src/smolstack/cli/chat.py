@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import file_options, model_options, options, video_options
+from smolstack.cli import answer_options, file_options, model_options, options, video_options
 from smolstack.cli.ask import plan_line, tell_ending, video_line
 from smolstack.cli.console import error, note, progress, write_piece
+from smolstack.cli.model_loading import load_model
 from smolstack.errors import PromptError, SmolstackError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Conversation:
         if is_video(path):
             self._add_video(path)
             return
-        tiling = options.tiling_of(self.chosen)
+        tiling = answer_options.tiling_of(self.chosen)
         if self.verbose:
             note(plan_line(path, self.vlm.processor.plan(path, **tiling)))
         with progress(f"Reading {path} …"):
@@ -138,7 +139,7 @@ def chat(
     verbose: options.VerboseOption = False,
 ) -> None:
     """Talk about images in several turns. From a pipe, each line is one question."""
-    chosen = options.generation_options(
+    chosen = answer_options.generation_options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -154,7 +155,7 @@ def chat(
         upscale=upscale,
         password=password,
     )
-    vlm = options.load_model(
+    vlm = load_model(
         model,
         revision,
         dtype,
@@ -170,7 +171,7 @@ def chat(
         conversation.add_image(image)
     interactive = sys.stdin.isatty()
     if interactive:
-        note("Ask away; /help lists the commands, Ctrl-D ends.")
+        note("Ask a question. /help lists the commands; Ctrl-D exits.")
     for line in _typed_lines() if interactive else sys.stdin:
         try:
             if not _turn(conversation, line.strip(), interactive=interactive):
@@ -197,7 +198,7 @@ def _turn(conversation: Conversation, line: str, *, interactive: bool) -> bool:
     elif command == "/reset":
         conversation.reset()
         if interactive:
-            note("The conversation starts again.")
+            note("The conversation was reset.")
     elif command == "/image":
         _add_images(conversation, rest.strip(), interactive=interactive)
     else:
@@ -209,7 +210,9 @@ def _add_images(conversation: Conversation, rest: str, *, interactive: bool) -> 
     for path in _paths(rest):
         conversation.add_image(path)
         if interactive:
-            note(f"{path} goes with your next question ({len(conversation.waiting)} so far).")
+            note(
+                f"{path} will be sent with your next question ({len(conversation.waiting)} so far)."
+            )
 
 
 def _paths(rest: str) -> list[str]:

@@ -112,5 +112,5 @@ def convert(
     for line in lines[:SHOWN]:
         note(line)
     if len(lines) > SHOWN:
-        note(f"and {len(lines) - SHOWN} more (--json names all)")
+        note(f"and {len(lines) - SHOWN} more (--json lists all)")
     show(f"{done.out}: {plural(done.pages, 'page')}")

@@ -36,7 +36,7 @@ def convert_checkpoint(
         str | None,
         typer.Option(
             metavar="FOLDER|HUB_ID",
-            help="Of a nanoVLM checkpoint, instead of the tokenizer that it names (lm_tokenizer).",
+            help="Tokenizer of a nanoVLM checkpoint, instead of its lm_tokenizer.",
         ),
     ] = None,
     base: model_options.BaseOption = None,
@@ -64,7 +64,9 @@ def convert_checkpoint(
             words = find(tokenizer or tokenizer_of(where.path), weights=False)
             convert_nanovlm(where.path, words, out, overwrite=overwrite)
         elif tokenizer is not None:
-            raise ConfigError(f"{model} is no nanoVLM checkpoint, which --tokenizer is for")
+            raise ConfigError(
+                f"--tokenizer applies to nanoVLM checkpoints only, which {model} is not"
+            )
         else:
             _save(where, out, overwrite=overwrite)
     size = size_in_bytes(sum(file.stat().st_size for file in out.iterdir() if file.is_file()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smolstack.cli import file_options, model_options, options
+from smolstack.cli import answer_options, file_options, model_options, options
 from smolstack.cli.console import show, show_json
 from smolstack.cli.map_progress import progress
 from smolstack.errors import BulkError
@@ -169,7 +169,7 @@ def map_(
     An image that cannot be read results in a row with its error. After an interruption, the same
     command continues without losing results or repeating work.
     """
-    chosen = options.generation_options(
+    chosen = answer_options.generation_options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -185,7 +185,7 @@ def map_(
         upscale=upscale,
         password=password,
     )
-    chosen.update(options.form_options(schema, regex, choice))
+    chosen.update(answer_options.form_options(schema, regex, choice))
     map_images = _library(threads)
     with progress(out) as tell:
         summary = map_images(

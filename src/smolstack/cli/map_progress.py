@@ -32,7 +32,7 @@ def progress(out: Path) -> Iterator[Any]:
         except KeyboardInterrupt:
             where = last[0] if last else None
             kept = f"{where.done:,} of {where.total:,} images are done and kept; " if where else ""
-            note(f"stopped: {kept}the same command continues from there (towards {out})")
+            note(f"stopped: {kept}run the same command to continue (output: {out})")
             raise
 
 

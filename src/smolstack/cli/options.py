@@ -1,22 +1,12 @@
-"""Options shared by several commands, and their conversion to the library's options."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
-import json
-import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-from smolstack.errors import ConfigError, PromptError
-from smolstack.output_files import check_folder
-
-if TYPE_CHECKING:
-    from smolstack.generation.options import AnswerOptions
-    from smolstack.processor.geometry import Tiling
-    from smolstack.vlm import VLM
 
 _SAMPLING, _STOPPING = "Sampling", "Ending the answer"
 _MODEL, _IMAGES, _FORM = "Model", "Images", "Form of the answer"
@@ -220,103 +210,3 @@ ChoiceOption = Annotated[
         rich_help_panel=_FORM,
     ),
 ]
-
-
-def form_options(
-    schema: Path | None, regex: str | None, choices: list[str] | None
-) -> AnswerOptions:
-    """Return the ``VLM.stream`` options for structured output."""
-    chosen: AnswerOptions = {}
-    if schema is not None:
-        chosen["schema"] = _read_schema(schema)
-    if regex is not None:
-        chosen["regex"] = regex
-    if choices:
-        chosen["choices"] = choices
-    return chosen
-
-
-def _read_schema(path: Path) -> Any:
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path} is no JSON: {error}") from None
-
-
-def generation_options(
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
-    stop: list[str] | None,
-    stop_on_repetition: bool,
-    keep_special_tokens: bool,
-    split: bool | None,
-    max_image_tokens: int | None,
-    upscale: bool,
-    password: str | None = None,
-) -> AnswerOptions:
-    """Convert command line options to ``VLM.stream`` options."""
-    return {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop or [],
-        "stop_on_repetition": stop_on_repetition,
-        "keep_special_tokens": keep_special_tokens,
-        "split": split,
-        "max_image_tokens": max_image_tokens,
-        "upscale": upscale,
-        "password": password,
-    }
-
-
-def tiling_of(chosen: AnswerOptions) -> Tiling:
-    """Return the options about opening and tiling images."""
-    names = ("split", "max_image_tokens", "upscale", "password")
-    return {name: chosen.get(name) for name in names}  # type: ignore[return-value]
-
-
-def load_model(
-    model: str | None,
-    revision: str | None,
-    dtype: Dtype,
-    device: str,
-    threads: int | None,
-    *,
-    base: str | None = None,
-    mmproj: Path | None = None,
-    images: Path | None = None,
-) -> VLM:
-    """Load a checkpoint according to the options, with a spinner."""
-    from smolstack.cli.console import progress
-
-    if images is not None:
-        check_folder(images, "--image-cache", ConfigError)
-    with progress(f"Loading {model or 'the bundled reader'} …") as told:
-        import torch
-
-        from smolstack.vlm import load
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        vlm = load(
-            model,
-            dtype=dtype.value,
-            device=device,
-            revision=revision,
-            base=base,
-            mmproj=mmproj,
-            progress=told,
-        )
-    vlm.image_cache.folder = images
-    return vlm

@@ -76,9 +76,9 @@ def plan(
 ) -> None:
     """Show how images are split into tiles and tokens. Loads no weights."""
     if out is not None and len(images) != 1:
-        raise ImageError(f"--out draws one image, found {len(images)}")
+        raise ImageError(f"--out needs exactly one image, found {len(images)}")
     if images.count(STDIN) > 1:
-        raise ImageError(f"- is given {images.count(STDIN)} times, but stdin holds one image")
+        raise ImageError(f"- is given {images.count(STDIN)} times, but stdin contains one image")
     with progress("Planning …"):
         from smolstack.checkpoint.hub import locate
 
@@ -103,7 +103,7 @@ def plan(
     else:
         _show_several(planned, context, together)
     if out is not None and not json:
-        note(f"drawn in {out}")
+        note(f"wrote {out}")
 
 
 def load_processor(where: ModelPath) -> Processor:
@@ -122,11 +122,11 @@ def read_size(text: str) -> tuple[int, int] | None:
 
 
 def _planned(processor: Processor, image: str, question: str, tiling: Tiling) -> Planned:
-    from smolstack.processor.inputs import unlocked
+    from smolstack.processor.inputs import with_password
 
     given = None if Path(image).exists() else read_size(image)
     source: ImageSource | tuple[int, int]
-    source = given if given else unlocked(read_image(image), tiling.get("password"))
+    source = given if given else with_password(read_image(image), tiling.get("password"))
     made = processor.plan(source, **tiling)
     made = made.with_prompt_tokens(processor.count_tokens([made], question))
     return Planned("stdin" if image == STDIN else image, source, made)

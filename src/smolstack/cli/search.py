@@ -9,6 +9,7 @@ import typer
 
 from smolstack.cli import model_options, options
 from smolstack.cli.console import progress, show, show_json
+from smolstack.cli.model_loading import load_model
 from smolstack.errors import BulkError
 
 EXAMPLES = """
@@ -56,7 +57,7 @@ def search(
         from smolstack.bulk.embeddings import shape_of
     except ImportError as error:
         raise BulkError(str(error)) from None
-    vlm = options.load_model(model, revision, dtype, device, threads, base=base, mmproj=mmproj)
+    vlm = load_model(model, revision, dtype, device, threads, base=base, mmproj=mmproj)
     vectors = vlm.embed_queries(queries)
     with progress(f"Searching {index} …"):
         found = search_pages(index, vectors, top=top, shape=shape_of(vlm))

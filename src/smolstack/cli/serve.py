@@ -9,6 +9,7 @@ import typer
 
 from smolstack.cli import model_options, options, serve_address
 from smolstack.cli.console import note
+from smolstack.cli.model_loading import load_model
 from smolstack.errors import GenerationError
 
 EXAMPLES = """
@@ -293,7 +294,7 @@ def serve(
     )
     listener = serve_address.listen(host, port) if uds is None else serve_address.listen_at(uds)
     with listener:
-        vlm = options.load_model(
+        vlm = load_model(
             model,
             revision,
             dtype,
@@ -306,7 +307,7 @@ def serve(
         scheme = "http" if certificate is None else "https"
         shown = f"[{host}]" if ":" in host else host
         place = f"{scheme}://{shown}:{listener.getsockname()[1]}" if uds is None else f"unix:{uds}"
-        note(f"Serving {settings.name} at {place} (Ctrl-C ends)")
+        note(f"Serving {settings.name} at {place} (Ctrl-C stops)")
         level = "info" if verbose else "warning"
         try:
             run(vlm, settings, listener, log_level=level, certificate=certificate)

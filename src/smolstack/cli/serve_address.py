@@ -24,7 +24,9 @@ def keys(given: list[str]) -> tuple[str, ...]:
         origins.append((KEY, os.environ[KEY]))
     for origin, key in origins:
         if not key.strip():
-            raise GenerationError(f"{origin} is empty, expected a key; leave it out for none")
+            raise GenerationError(
+                f"{origin} is empty, expected a key; omit it to serve without keys"
+            )
     return tuple(key.strip() for _, key in origins)
 
 
@@ -48,7 +50,7 @@ def certificate(cert: Path | None, key: Path | None) -> tuple[Path, Path | None]
         return None
     for path in (cert, key):
         if path is not None and not path.is_file():
-            raise GenerationError(f"{path}: found no file, expected one in PEM")
+            raise GenerationError(f"{path} is not a file, expected a PEM file")
     try:
         # Without an explicit password, an encrypted key would ask for one on the terminal.
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
@@ -69,13 +71,13 @@ def listen_at(path: Path) -> socket.socket:
         if path.is_socket():
             with socket.socket(socket.AF_UNIX) as other:
                 if other.connect_ex(str(path)) == 0:
-                    raise GenerationError(f"cannot listen at {path}: a server is there already")
+                    raise GenerationError(f"cannot listen on {path}: another server is using it")
             path.unlink()
         made.bind(str(path))
         made.listen(BACKLOG)
     except OSError as error:
         made.close()
-        raise GenerationError(f"cannot listen at {path}: {error.strerror or error}") from None
+        raise GenerationError(f"cannot listen on {path}: {error.strerror or error}") from None
     return made
 
 
@@ -88,7 +90,7 @@ def listen(host: str, port: int) -> socket.socket:
         made = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise GenerationError(
-            f"cannot listen at {host} port {port}: {error.strerror or error}"
+            f"cannot listen on {host} port {port}: {error.strerror or error}"
         ) from None
     # asyncio disables Nagle's algorithm only if the socket names its protocol; otherwise the first
     # words of an answer wait for the client's delayed acknowledgement, about 40 ms.

@@ -63,9 +63,7 @@ def train(
             "Without it, as the recipe says.",
         ),
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing but the result.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")] = False,
 ) -> None:
     """Train a connector, a text tower, a whole model or adapters according to a recipe.
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolstack.documents.pages import TAGS, Page, Remark, made_document
+from smolstack.documents.pages import TAGS, Page, Remark, build_document
 from smolstack.errors import BulkError
-from smolstack.output_files import only_writer, whole_file
+from smolstack.output_files import atomic_file, exclusive_writer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -89,7 +89,7 @@ def convert(
     """
     out = Path(out)
     _check_output(out, restart)
-    with only_writer(out, BulkError):
+    with exclusive_writer(out, BulkError):
         _check_output(out, restart)  # left by a process that was killed
         loading = {"revision": revision, "base": base, "mmproj": mmproj}
         loading |= {"dtype": dtype, "device": device}
@@ -121,15 +121,15 @@ def _converted(
         return _write(out, read, options.get("password"))
     if model is None:
         raise BulkError(
-            "pages are read by a document model (model, --model), such as "
-            "ibm-granite/granite-docling-258M; found none"
+            "no model was given; pass a document model (model, --model), such as "
+            "ibm-granite/granite-docling-258M"
         )
     from smolstack.bulk import map_images
 
     table = out.with_name(f"{out.name}.pages.parquet")
     if table.exists() and not restart:
         raise BulkError(
-            f"{table} is left of an earlier conversion; give it in place of the pages, or forget "
+            f"{table} is left from an earlier conversion; pass it instead of the pages, or discard "
             "it with restart (--restart)"
         )
     chosen: dict[str, Any] = {
@@ -151,7 +151,7 @@ def _converted(
     try:
         converted = _write(out, _read_table(table), options.get("password"))
     except BulkError as error:
-        raise BulkError(f"{error}; the answers stand in {table}") from None
+        raise BulkError(f"{error}; the answers are in {table}") from None
     table.unlink()
     return converted
 
@@ -194,7 +194,7 @@ def _read_table(table: Path) -> list[Page]:
     columns = ["id", "path", "question", "answer", "finish_reason", "error"]
     rows = pq.read_table(table, columns=columns).to_pylist()
     if len({row["question"] for row in rows}) > 1:
-        raise BulkError(f"{table} holds answers to several questions, expected one for each page")
+        raise BulkError(f"{table} has answers to several questions, expected one answer per page")
     return [
         Page(row["id"], row["path"], row["answer"] or "", row["finish_reason"], row["error"])
         for row in rows
@@ -204,18 +204,18 @@ def _read_table(table: Path) -> list[Page]:
 def _write(out: Path, pages: Sequence[Page], password: str | None) -> Converted:
     """Write the document; the file is always complete."""
     if not pages:
-        raise BulkError("there are no pages, expected at least one")
+        raise BulkError("found no pages, expected at least one")
     unread = tuple(page for page in pages if page.error is not None)
     if len(unread) == len(pages):
         raise BulkError(f"no page could be read: {_listed(unread)}; the first: {pages[0].error}")
-    made = made_document(out.stem, pages, out.suffix, password)
+    made = build_document(out.stem, pages, out.suffix, password)
     if not made.elements:
         asked = [page for page in pages if page.error is None]
         raise BulkError(
-            f"no page gave any element of a document: {_listed(asked)}; expected DocTags, as "
-            f"document models write them, found {_shown(asked[0].tags)}"
+            f"no answer contains document elements: {_listed(asked)}; expected DocTags, the "
+            f"output format of document models, found {_shown(asked[0].tags)}"
         )
-    with whole_file(out) as beside:
+    with atomic_file(out) as beside:
         beside.write_text(made.text, encoding="utf-8", errors="replace")
     return Converted(
         out,

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smolstack.documents.repair import FROM_PRIVATE, GREATER, LESS, Mended, mend, plain
+from smolstack.documents.repair import FROM_PRIVATE, GREATER, LESS, Repaired, plain, repair
 from smolstack.errors import BulkError, ImageError
-from smolstack.processor.inputs import unlocked
+from smolstack.processor.inputs import with_password
 from smolstack.processor.tiles import open_image
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class _Ready:
     image: Image.Image | None
 
 
-def made_document(name: str, pages: Sequence[Page], suffix: str, password: str | None) -> Made:
+def build_document(name: str, pages: Sequence[Page], suffix: str, password: str | None) -> Made:
     """Return the document of some pages, in one of the formats.
 
     Args:
@@ -90,7 +90,7 @@ def made_document(name: str, pages: Sequence[Page], suffix: str, password: str |
     for page in pages:
         # Markdown contains no figures, so boxes, which need the page's size, are not used.
         image = _image(page, password, remarks) if suffix in (".html", ".json") else None
-        mended = mend(page.tags, None if image is None else image.size)
+        mended = repair(page.tags, None if image is None else image.size)
         elements += mended.elements
         if page.error is None:
             remarks += _remarks(page, mended)
@@ -112,7 +112,7 @@ def made_document(name: str, pages: Sequence[Page], suffix: str, password: str |
     return Made(text, elements, tuple(remarks))
 
 
-def _remarks(page: Page, mended: Mended) -> list[Remark]:
+def _remarks(page: Page, mended: Repaired) -> list[Remark]:
     if not mended.elements and mended.words:
         return [Remark(page.name, "its answer holds no element of a document, and is left out")]
     if not mended.boxes:
@@ -123,7 +123,7 @@ def _remarks(page: Page, mended: Mended) -> list[Remark]:
 
 def _tried(page: Page, ready: _Ready, suffix: str, remarks: list[Remark]) -> _Ready:
     """Return the page in the most complete form that docling-core accepts."""
-    mended = mend(page.tags, boxes=False)
+    mended = repair(page.tags, boxes=False)
     attempts = (
         (ready, None),
         (_Ready(ready.tags, None), "its figures are left out"),
@@ -197,7 +197,7 @@ def _image(page: Page, password: str | None, remarks: list[Remark]) -> Image.Ima
             remarks.append(Remark(page.name, "its image came as bytes: its figures are left out"))
         return None
     try:
-        return open_image(unlocked(page.path, password))
+        return open_image(with_password(page.path, password))
     except ImageError as error:  # the file has changed since; keep the text
         remarks.append(Remark(page.name, f"its figures are left out: {error}"))
         return None

@@ -21,7 +21,7 @@ EMPTY, FILLED = "ecel", "fcel"
 
 
 @dataclass(frozen=True)
-class Mended:
+class Repaired:
     """A page that docling-core can read.
 
     Attributes:
@@ -37,7 +37,7 @@ class Mended:
     words: str
 
 
-def mend(answer: str, size: tuple[int, int] | None = None, *, boxes: bool = True) -> Mended:
+def repair(answer: str, size: tuple[int, int] | None = None, *, boxes: bool = True) -> Repaired:
     """Repair a page's generated tags so that docling-core reads them completely.
 
     Args:
@@ -50,9 +50,9 @@ def mend(answer: str, size: tuple[int, int] | None = None, *, boxes: bool = True
     parts = [part for child in page.children for part in writer.root(child)]
     elements = len(parts) - writer.loose
     if not elements:
-        return Mended("<doctag></doctag>", 0, writer.dropped, page.text.strip())
+        return Repaired("<doctag></doctag>", 0, writer.dropped, page.text.strip())
     words = "\n".join(_words(page))
-    return Mended("<doctag>" + "\n".join(parts) + "</doctag>", elements, writer.dropped, words)
+    return Repaired("<doctag>" + "\n".join(parts) + "</doctag>", elements, writer.dropped, words)
 
 
 def plain(words: str) -> str:

@@ -52,11 +52,12 @@ def continuations(
             ids = tuple(processor.tokenizer.encode(lead + text, special=False))
         if shown(ids) != processor.tokenizer.decode(ids, skip_special=False):
             raise GenerationError(
-                f"the choice {text!r:.40} holds special tokens, which an answer's text leaves out"
+                f"the choice {text!r:.40} contains special tokens, which answers do not contain"
             )
         if len(ids) + len(end) > room:
             raise ContextLengthError(
-                f"the choice {text!r:.40} has {len(ids)} tokens, the prompt leaves room for {room}"
+                f"the choice {text!r:.40} has {len(ids)} tokens, but the context has room for "
+                f"{room}"
             )
         found.append(ids + end)
     return found

@@ -89,7 +89,7 @@ class Constraint:
     def _check(self) -> None:
         if self.matcher.is_error():
             reason = reason_of(self.matcher.get_error())
-            raise GenerationError(f"the answer's form cannot be followed further: {reason}")
+            raise GenerationError(f"the grammar cannot continue the answer: {reason}")
 
 
 def reason_of(message: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from smolstack.errors import DeadlineError, GenerationError
 from smolstack.generation.answer import TokenLogprob
 from smolstack.generation.choices import Scoring, pick
-from smolstack.generation.costs import Costs, Shares
+from smolstack.generation.costs import ClientUse, Costs
 from smolstack.generation.image_cache import ImageCache
 from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.image_stage import ImageStage
@@ -29,9 +29,10 @@ from smolstack.generation.prefix_cache import PrefixCache
 from smolstack.generation.request import Request, Update
 from smolstack.generation.request_maker import RequestMaker
 from smolstack.generation.runner import ModelRunner, Outcome, StepOutputs
-from smolstack.generation.scheduler import Scheduler, SchedulerLimits, StepPlan
-from smolstack.model.digest import WeightsVersion
+from smolstack.generation.scheduler import Scheduler, SchedulerLimits
+from smolstack.generation.step_plan import StepPlan
 from smolstack.model.vlm import VisionLanguageModel
+from smolstack.model.weight_changes import WeightsVersion
 from smolstack.processor.processor import Processor, Prompt
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ class EngineCore:
         scheduler: waiting and running requests.
         images: the image queue, with the image cache.
         prefixes: the prefix cache.
-        costs, shares: measured costs of work, and each client's recent share.
+        costs, client_use: measured costs of work, and each client's recent share.
         decode_steps, generated_tokens, prefill_tokens: counters.
     """
 
@@ -82,7 +83,7 @@ class EngineCore:
             kv_bytes=model.kv_bytes_per_token,
             kv_budget=limits.kv_cache_bytes or default_kv_bytes(model.device),
         )
-        self.costs, self.shares = Costs(), Shares()
+        self.costs, self.client_use = Costs(), ClientUse()
         self.decode_steps = self.generated_tokens = self.prefill_tokens = 0
         self._weights, self._known_weights = WeightsVersion(model.decoder), 0
         self.maker = RequestMaker(model, processor, self.images, self.scheduler.check)
@@ -139,7 +140,7 @@ class EngineCore:
         """Run one step; return False if there was nothing to do."""
         before = len(self.scheduler)
         self.remove_ended()
-        self.shares.rank([*self.scheduler.waiting, *self.scheduler.running], self.clock())
+        self.client_use.rank([*self.scheduler.waiting, *self.scheduler.running], self.clock())
         self._admit()
         self._collect()
         plan = self.scheduler.schedule()
@@ -162,7 +163,9 @@ class EngineCore:
             elif request.given_up is not None:
                 self._fail(request, request.given_up)
             elif request.deadline is not None and now >= request.deadline:
-                self._fail(request, DeadlineError("the answer took longer than its deadline"))
+                self._fail(
+                    request, DeadlineError("the answer was not complete before its deadline")
+                )
 
     def _admit(self) -> None:
         if not self.scheduler.waiting:

@@ -64,22 +64,23 @@ class Costs:
         return seconds
 
 
-class Shares:
+class ClientUse:
     """Recent use of each client, in seconds of work; the caller provides the time."""
 
     def __init__(self) -> None:
-        self._had: dict[str, tuple[float, float]] = {}
+        self._recent: dict[str, tuple[float, float]] = {}
 
-    def had(self, client: str, now: float) -> float:
-        seconds, then = self._had.get(client, (0.0, now))
+    def recent(self, client: str, now: float) -> float:
+        """Return a client's use, in which older work counts less."""
+        seconds, then = self._recent.get(client, (0.0, now))
         return float(seconds * 0.5 ** ((now - then) / _HALF_LIFE))
 
     def charge(self, client: str, seconds: float, now: float) -> None:
         """Add seconds of work to a client's use."""
-        self._had[client] = (self.had(client, now) + seconds, now)
-        if len(self._had) > _CLIENTS:
-            least = min(self._had, key=lambda each: self.had(each, now))
-            del self._had[least]
+        self._recent[client] = (self.recent(client, now) + seconds, now)
+        if len(self._recent) > _CLIENTS:
+            least = min(self._recent, key=lambda each: self.recent(each, now))
+            del self._recent[least]
 
     def rank(self, requests: Iterable[Request], now: float) -> None:
         """Set the ranks of all waiting and running requests, by each client's use relative to the
@@ -87,11 +88,11 @@ class Shares:
         """
         some = [request for request in requests if request.client is not None]
         clients = {request.client for request in some if request.client is not None}
-        had = {client: self.had(client, now) for client in clients}
-        least = min(had.values(), default=0.0)
+        recent = {client: self.recent(client, now) for client in clients}
+        least = min(recent.values(), default=0.0)
         for request in some:
             assert request.client is not None
-            request.rank = request.urgency + min(_MOST_DEBT, had[request.client] - least)
+            request.rank = request.urgency + min(_MOST_DEBT, recent[request.client] - least)
 
 
 def urgency(arrival: float, seconds: float) -> float:

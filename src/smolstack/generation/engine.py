@@ -145,7 +145,7 @@ class Engine:
                 self._rank(requests, client)
                 for request in self.core.scheduler.displaced(requests, self._inbox):
                     request.given_up = QueueFullError(
-                        "the request gave way to cheaper ones; send it again later"
+                        "the request was displaced by cheaper ones; send it again later"
                     )
             self._check_room(len(requests))
             self._inbox += requests
@@ -159,8 +159,8 @@ class Engine:
             request.client, request.cost = client, cost
             request.urgency = request.rank = urgency(now, cost)
         waiting = [*core.scheduler.waiting, *core.scheduler.running]
-        core.shares.rank([*waiting, *requests], now)
-        core.shares.charge(client, cost, now)
+        core.client_use.rank([*waiting, *requests], now)
+        core.client_use.charge(client, cost, now)
 
     def check_room(self, requests: int = 1) -> None:
         """Raise QueueFullError if the given number of requests cannot be queued now."""

@@ -80,11 +80,11 @@ def read_structure(
     if not names:
         return None
     if len(names) > 1:
-        raise GenerationError(f"found {' and '.join(names)}, expected one of them")
+        raise GenerationError(f"found {' and '.join(names)}, expected only one")
     if stop:
         raise GenerationError(
-            f"found stop strings beside {names[0]}, which would cut the answer out of its form; "
-            "expected one of them"
+            f"found stop strings and {names[0]}, which cannot be combined: a stop string could "
+            "make the answer invalid"
         )
     if schema is not None:
         return _schema(schema)
@@ -148,7 +148,7 @@ def _choices(choices: Any) -> Choices:
         if not isinstance(choice, str) or not choice.strip():
             raise GenerationError(f"a choice is {choice!r:.80}, expected text")
     if len(set(choices)) < len(choices):
-        raise GenerationError("two choices are the same, expected each once")
+        raise GenerationError("two choices are equal, expected different choices")
     if len(choices) > MAX_CHOICES:
         raise GenerationError(f"found {len(choices)} choices, expected at most {MAX_CHOICES}")
     return Choices(tuple(choices))
@@ -210,7 +210,7 @@ class Grammars:
         possible = np.frombuffer(begun.compute_logit_bias(), dtype=np.uint8).any()
         stuck = begun.is_stopped() and not begun.is_accepting()
         if begun.is_error() or not possible or stuck:
-            raise GenerationError("no answer has the form that is asked for; it contradicts itself")
+            raise GenerationError("no answer can satisfy the grammar or schema")
         pointing_ids = self.pointing if pointing else range(0)
         return Constraint(matcher, self.vocab_size, len(self.lead), pointing_ids)
 
@@ -225,7 +225,7 @@ class Grammars:
         )
         if refused:
             what = f"{name} {shown!r:.80}" if shown else f"the {name}"
-            raise GenerationError(f"{what} cannot be kept to: {reason_of(messages[0])}")
+            raise GenerationError(f"{what} is not supported: {reason_of(messages[0])}")
 
     def _tokens(self) -> LLTokenizer:
         if self._backend is None:
@@ -238,8 +238,8 @@ class Grammars:
                 )
             except (ValueError, RuntimeError) as error:
                 raise GenerationError(
-                    f"tokenizer.json does not say which bytes its tokens are, which structured "
-                    f"answers need: {reason_of(str(error))}"
+                    "structured output needs the bytes of each token, which tokenizer.json does "
+                    f"not define: {reason_of(str(error))}"
                 ) from error
         return self._backend
 
@@ -251,7 +251,7 @@ def guided(schema: Mapping[str, Any] | bool) -> str:
     try:
         return json.dumps({**schema, "x-guidance": _STYLE})
     except (TypeError, ValueError, RecursionError) as error:
-        raise GenerationError(f"schema is no JSON: {error}") from None
+        raise GenerationError(f"schema is not valid JSON: {error}") from None
 
 
 def _llguidance() -> Any:

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from smolstack.batch import VisualTokens
-from smolstack.model.digest import WeightsVersion, weights_digest
+from smolstack.model.digest import weights_digest
 from smolstack.model.vlm import VisionLanguageModel
-from smolstack.output_files import whole_file
+from smolstack.model.weight_changes import WeightsVersion
+from smolstack.output_files import atomic_file
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.image_hash import content_digest
 from smolstack.processor.settings import ImageSettings
@@ -158,7 +159,7 @@ def _write(path: Path, visual: VisualTokens) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"rows": visual.rows, "cols": visual.cols, "source": list(visual.source)}
     tokens = visual.tokens.detach().cpu().contiguous()
-    with whole_file(path, private=True) as beside:
+    with atomic_file(path, private=True) as beside:
         try:
             save_file({"tokens": tokens}, beside, metadata={"image": json.dumps(about)})
         except SafetensorError as error:  # e.g. a full disk

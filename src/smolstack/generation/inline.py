@@ -68,7 +68,7 @@ class InlineEngine:
                         self._changed.notify_all()
                 if not worked and not until():
                     raise KVCacheError(
-                        f"the KV cache ({self.core.scheduler.kv_budget:,} bytes) is held by "
+                        f"the KV cache ({self.core.scheduler.kv_budget:,} bytes) is used by "
                         "streams that are not read to their end; read or close them"
                     )
         finally:

@@ -57,11 +57,11 @@ def read_grammar(grammar: Any, to_lark: Callable[[str], str] | None = None) -> L
     if isinstance(grammar, Lark):
         return grammar
     if not isinstance(grammar, str) or not grammar.strip():
-        raise GenerationError(f"grammar is {grammar!r:.80}, expected Lark's or GBNF's rules")
+        raise GenerationError(f"grammar is {grammar!r:.80}, expected Lark or GBNF rules")
     if re.search(r"^\s*[\w-]+\s*::=", grammar, re.MULTILINE):
         grammar = (to_lark or _from_gbnf)(grammar)
     if not re.search(r"^\s*\??start\s*:", grammar, re.MULTILINE):
-        raise GenerationError("grammar has no rule start, expected one: it is the whole answer")
+        raise GenerationError("grammar has no rule start, expected one for the whole answer")
     return Lark(grammar)
 
 

@@ -75,7 +75,7 @@ class Output:
             if not rules.bad_words or token in ends:
                 return token
             if float(scores[token]) == -torch.inf:
-                raise GenerationError("bad_words leave no token that the answer could go on with")
+                raise GenerationError("bad_words exclude all tokens that could continue the answer")
             text = self.stream.decode([*self.token_ids, token])
             if not any(word in text for word in rules.bad_words):
                 return token
@@ -151,7 +151,7 @@ def new_output(
     room = max_positions - len(token_ids)
     if room < 1:
         raise ContextLengthError(
-            f"the prompt has {len(token_ids)} tokens and the model's context holds "
+            f"the prompt has {len(token_ids)} tokens and the model's context "
             f"{max_positions}, which leaves no room for an answer"
         )
     return Output(

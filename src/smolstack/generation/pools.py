@@ -43,7 +43,7 @@ class RankedPool(Executor):
         future: Future[T] = Future()
         with self._changed:
             if self._closed:
-                raise RuntimeError("the threads have ended")
+                raise RuntimeError("the pool is shut down")
             heapq.heappush(self._waiting[heavy], (rank, next(self._number), future, work))
             if len(self._threads) < self._most:
                 name = f"{self._name}-{len(self._threads)}"

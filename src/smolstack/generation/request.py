@@ -43,7 +43,7 @@ class Update:
 
 
 @dataclass
-class Taken:
+class Elapsed:
     """Seconds per stage of one request; shared passes count in full."""
 
     images: float = 0.0
@@ -106,7 +106,7 @@ class Request:
         self.paused = self.cancelled = False
         self.given_up: Exception | None = None
         self.images: list[ImageState] | None = None
-        self.taken = Taken()
+        self.taken = Elapsed()
         self.keys: list[TokenKey] = []
         self.cache: KVCache | None = None
         self.embeddings: Tensor | None = None

@@ -61,8 +61,8 @@ class RequestMaker:
         each = [options] * len(prompts) if isinstance(options, ReadOptions) else list(options)
         if self.model.config.embedding_dim is not None:
             raise ConfigError(
-                "this checkpoint ends in an embedding head and answers nothing; embed_pages and "
-                "embed_queries (smolstack map --embed retrieval, smolstack search) are for it"
+                "this checkpoint has an embedding head and cannot generate text; use embed_pages "
+                "and embed_queries (smolstack map --embed retrieval, smolstack search)"
             )
         form, size = self._form(each[0])
         made = []

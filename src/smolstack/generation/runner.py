@@ -14,7 +14,7 @@ from smolstack.generation.choices import Scoring
 from smolstack.generation.prefix_cache import PrefixCache
 from smolstack.generation.prepared_image import PendingTile
 from smolstack.generation.request import Request
-from smolstack.generation.scheduler import PrefillChunk, StepPlan
+from smolstack.generation.step_plan import PrefillChunk, StepPlan
 from smolstack.model.kv_cache import KVCache, RaggedKVCache
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from smolstack.errors import GenerationError, KVCacheError, QueueFullError
 from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.prefix_cache import (
     DEFAULT_PREFIX_BYTES,
-    Prefix,
     PrefixCache,
     common_prefix,
 )
-from smolstack.generation.prepared_image import PendingTile
 from smolstack.generation.request import Request
+from smolstack.generation.step_plan import PrefillChunk, StepPlan
 
 # Passes over more tokens are compute-bound; larger batches gain nothing.
 _PASS = 256
@@ -67,49 +66,6 @@ class SchedulerLimits:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 0):
                 raise GenerationError(f"{name} is {value!r}, expected a whole number, 0 or more")
-
-
-@dataclass
-class PrefillChunk:
-    """Prompt tokens of one request to be read.
-
-    Attributes:
-        start, tokens: range of the tokens.
-        prefix: for the first chunk: the known prefix of the prompt.
-    """
-
-    request: Request
-    start: int
-    tokens: int
-    prefix: Prefix | None = None
-
-
-@dataclass
-class StepPlan:
-    """The work of one step.
-
-    Attributes:
-        tiles: a vision micro-batch.
-        prefill: prompt chunks, read in one pass.
-        score: a request for which a scoring pass is run.
-        embed: requests of equal length whose vectors are computed.
-        decode: requests that get one more token.
-    """
-
-    tiles: list[PendingTile] = field(default_factory=list)
-    prefill: list[PrefillChunk] = field(default_factory=list)
-    score: Request | None = None
-    embed: list[Request] = field(default_factory=list)
-    decode: list[Request] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.tiles or self.prefill or self.score or self.embed or self.decode)
-
-    @property
-    def requests(self) -> list[Request]:
-        """All participating requests, except those that wait for tiles."""
-        some = [chunk.request for chunk in self.prefill]
-        return [*some, *([self.score] if self.score else []), *self.embed, *self.decode]
 
 
 class Scheduler:
@@ -198,7 +154,8 @@ class Scheduler:
         waiting = sum(each.given_up is None for each in [*self.waiting, *coming])
         if waiting + len(self.running) + requests > room:
             raise QueueFullError(
-                f"{len(self.running)} answers are at work and {waiting} wait, the limit is {room}"
+                f"{len(self.running)} answers are running and {waiting} waiting, the limit is "
+                f"{room}"
             )
 
     def admit(self) -> list[Request]:

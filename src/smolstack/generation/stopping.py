@@ -29,7 +29,7 @@ class RepetitionRule:
     def __post_init__(self) -> None:
         if self.longest < 1 or self.times < 2 or self.tokens < 2:
             raise GenerationError(
-                f"a repetition rule of longest {self.longest}, times {self.times}, tokens "
+                f"a repetition rule with longest {self.longest}, times {self.times}, tokens "
                 f"{self.tokens}; expected at least 1, 2 and 2"
             )
 

@@ -68,7 +68,9 @@ class TokenRules:
         ):
             for token in tokens:
                 if not 0 <= token < size:
-                    raise GenerationError(f"{name} names token {token}, there are 0 to {size - 1}")
+                    raise GenerationError(
+                        f"{name} contains token id {token}, expected 0 to {size - 1}"
+                    )
 
     def apply(
         self, logits: Tensor, taken: Sequence[int], ends: Sequence[int], eos: Sequence[int]
@@ -131,7 +133,7 @@ def read_rules(given: Mapping[str, Any], form: str | None) -> TokenRules:
         for name in names:
             if getattr(rules, name) != getattr(_NONE, name):
                 raise GenerationError(
-                    f"found {name} beside {form}, which says alone what the answer is and when it "
-                    "ends; expected one of them"
+                    f"found {name} and {form}, which cannot be combined: {form} alone determines "
+                    "the answer and its end"
                 )
     return rules

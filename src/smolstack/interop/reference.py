@@ -53,7 +53,7 @@ def share_model(model: VisionLanguageModel) -> Any:
     theirs.tie_weights()
     left = [name for name, tensor in theirs.named_parameters() if tensor.is_meta]
     if unexpected or left:
-        raise RuntimeError(f"transformers' model lacks {left} and does not know {unexpected}")
+        raise RuntimeError(f"transformers' model lacks {left} and has no {unexpected}")
     base = theirs if retrieval else theirs.model
     # The only buffer that is not in checkpoints: computed on the real device.
     base.text_model.rotary_emb = LlamaRotaryEmbedding(config.text_config)

@@ -1,4 +1,4 @@
-"""transformers' Trainer, timed step by step, to stand beside smolstack's own training."""
+"""transformers' Trainer, timed step by step, for comparison with smolstack's training."""
 
 from __future__ import annotations
 

@@ -112,11 +112,11 @@ def _grid_of(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         _check_integer("the grid's height", height)
         _check_integer("the grid's width", width)
         if height < 1 or width < 1 or height * width != count:
-            raise GridError(f"grid {height}x{width} holds {height * width} patches, found {count}")
+            raise GridError(f"grid {height}x{width} has {height * width} patches, found {count}")
         return height, width
     side = _root_of(count)
     if side * side != count or side == 0:
-        raise GridError(f"{count} patches form no square grid; pass grid=(rows, columns)")
+        raise GridError(f"{count} patches do not form a square grid; pass grid=(rows, columns)")
     return side, side
 
 

@@ -1,6 +1,6 @@
-"""Whether somebody observes or replaces a module's forward pass.
+"""Detects hooks on modules, and modules whose forward pass was replaced.
 
-Where that is so, every module must be called as torch calls it; nothing may compute in its place.
+Such modules must be called in the way that torch calls them; a backend must not compute them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL = tuple(f"_global{name}" for name in _HOOKS)
 
 
-def is_watched(part: nn.Module) -> bool:
-    """Whether a module has somebody else's hook, or its ``forward`` was replaced.
+def is_hooked(part: nn.Module) -> bool:
+    """Whether a module has a hook, or its ``forward`` was replaced.
 
-    transformers' own hooks collect states and attentions for calls that ask for them; those calls
-    run on transformers' own modules anyway.
+    transformers' own hooks do not count. They collect states and attentions for calls that request
+    them, which run on transformers' modules anyway.
     """
     own = vars(part)
     if "_hf_hook" in own or "forward" in own:
@@ -28,14 +28,14 @@ def is_watched(part: nn.Module) -> bool:
     return any(_of_others(own.get(name)) for name in _HOOKS)
 
 
-def watched_everywhere() -> bool:
-    """Whether somebody registered a hook for every module of the process."""
+def globally_hooked() -> bool:
+    """Whether a global hook is registered, for all modules of the process."""
     return any(_of_others(vars(torch_modules).get(name)) for name in _GLOBAL)
 
 
-def any_watched(whole: nn.Module) -> bool:
-    """Whether a module or any part of it is watched."""
-    return watched_everywhere() or any(map(is_watched, whole.modules()))
+def any_hooked(whole: nn.Module) -> bool:
+    """Whether a module or any of its submodules is hooked."""
+    return globally_hooked() or any(map(is_hooked, whole.modules()))
 
 
 def _of_others(hooks: Mapping[int, Any] | None) -> bool:

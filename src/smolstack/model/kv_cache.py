@@ -49,7 +49,7 @@ class KVCache:
         """
         end = self.length + keys.shape[2]
         if end > self.capacity:
-            raise ContextLengthError(f"{end} tokens in a cache made for {self.capacity}")
+            raise ContextLengthError(f"{end} tokens do not fit in a KV cache for {self.capacity}")
         self.keys[layer][:, :, self.length : end] = keys
         self.values[layer][:, :, self.length : end] = values
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]

@@ -100,7 +100,9 @@ class QuantizedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, form: Format, *, bias: bool) -> None:
         super().__init__()
         if form.bits == 4 and in_features % 8:
-            raise ConfigError(f"no 4-bit linear layer of {in_features} channels: 8 share a word")
+            raise ConfigError(
+                f"a 4-bit linear layer has {in_features} input channels, expected a multiple of 8"
+            )
         self.in_features, self.out_features, self.format = in_features, out_features, form
         groups, words = form.groups(in_features), -(-in_features * form.bits // 32)
         packed = torch.empty(out_features, words, dtype=torch.int32)

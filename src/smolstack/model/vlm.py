@@ -183,8 +183,8 @@ class VisionLanguageModel(nn.Module):
         """Scores of the next token: (B, T, D) → (B, T, V)."""
         if self.config.embedding_dim is not None:
             raise ConfigError(
-                "this checkpoint ends in an embedding head and answers nothing; embed_pages and "
-                "embed_queries (smolstack map --embed retrieval, smolstack search) are for it"
+                "this checkpoint has an embedding head and cannot generate text; use embed_pages "
+                "and embed_queries (smolstack map --embed retrieval, smolstack search)"
             )
         if self.head is not None:
             scores: Tensor = self.head(states)

@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from smolstack.native.instruction_sets import KernelError, architecture, cap, usable
 from smolstack.native.processor import features
-from smolstack.native.sets import KernelError, architecture, cap, usable
 
 # processor.c contains no kernels: it detects which of them can run.
 SOURCES = tuple(
@@ -37,7 +37,7 @@ def compiled() -> Path:
         KernelError: there is no compiler, it fails, or the cap on instructions is unknown.
     """
     if sys.platform == "win32":
-        raise KernelError("kernels are not built on Windows")
+        raise KernelError("building the kernels is not supported on Windows")
     compiler = _compiler()
     name = f"kernels-{_fingerprint(compiler)}.so"
     for folder in cache_folders():
@@ -55,7 +55,7 @@ def _build(compiler: str, name: str) -> Path:
                 made = Path(scratch) / name
                 failure = _compile(compiler, made)
                 if made.is_file():
-                    os.replace(made, folder / name)  # whoever comes second replaces like by like
+                    os.replace(made, folder / name)  # a concurrent process writes the same content
                     return folder / name
         except OSError as error:
             failure = str(error)
@@ -100,7 +100,7 @@ def _compiler() -> str:
         found = shutil.which(candidate)
         if found is not None:
             return found
-    raise KernelError("there is no C compiler (cc, gcc or clang)")
+    raise KernelError("found no C compiler (cc, gcc or clang)")
 
 
 def fingerprint_of_sources() -> str:

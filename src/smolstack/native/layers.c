@@ -51,7 +51,7 @@ static int files_alone(uintptr_t from, uintptr_t to, uintptr_t size) {
 
 // Releases pages of a mapped file, which are read again from the page cache if needed.
 // Memory that is not backed by a file is not changed.
-void put_aside(const void *memory, int64_t bytes) {
+void release_pages(const void *memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_PAGEOUT)
     uintptr_t size = (uintptr_t)sysconf(_SC_PAGESIZE);
     uintptr_t from = ((uintptr_t)memory + size - 1) / size * size;

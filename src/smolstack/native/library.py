@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from smolstack.native.compiling import compiled, fingerprint_of_sources
+from smolstack.native.instruction_sets import KernelError, usable
 from smolstack.native.processor import features
-from smolstack.native.sets import KernelError, usable
 
 logger = logging.getLogger(__name__)
 
@@ -184,8 +184,8 @@ class Library:
         self.decode_step.argtypes = [_pointer, _integer, *[_pointer] * 5, _count]
         self.want_large_pages = handle.want_large_pages
         self.want_large_pages.argtypes = [_pointer, _integer]
-        self.put_aside = handle.put_aside
-        self.put_aside.argtypes = [_pointer, _integer]
+        self.release_pages = handle.release_pages
+        self.release_pages.argtypes = [_pointer, _integer]
         self.resize_planes = handle.resize_planes
         self.resize_planes.argtypes = [_pointer, *[_integer] * 6, _count, _pointer, _count]
         self.look_up = handle.look_up
@@ -253,7 +253,7 @@ def _check(handle: ctypes.CDLL, path: Path) -> None:
     for one, size in zip(STRUCTURES, sizes, strict=False):
         if size != ctypes.sizeof(one):
             raise KernelError(
-                f"{path.name} takes {one.__name__} to have {size} bytes, "
+                f"{path.name} was compiled with {one.__name__} of {size} bytes, "
                 f"expected {ctypes.sizeof(one)}"
             )
     if sizes[-1]:
@@ -276,7 +276,7 @@ def _fresh(path: Path) -> Library:
     """A prebuilt library, unless its sources have changed since it was built."""
     opened = Library(path)
     if opened.sources != fingerprint_of_sources():
-        raise KernelError(f"{path.name} was compiled from other sources than those in its folder")
+        raise KernelError(f"{path.name} was not compiled from the sources in its folder")
     return opened
 
 
@@ -312,5 +312,5 @@ def _load() -> tuple[Library | None, str]:
         return Library(compiled()), ""
     except (KernelError, OSError, AttributeError) as error:
         why = "; ".join([*failures, str(error)])
-        logger.warning("torch computes, without compiled kernels: %s", why)
+        logger.warning("using torch instead of the compiled kernels: %s", why)
         return None, why

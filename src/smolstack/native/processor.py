@@ -12,7 +12,7 @@ _APPLE = {"asimd", "asimdhp", "asimddp", "asimdrdm", "atomics"}
 
 
 def features(probe: Path | None = None) -> set[str]:
-    """Detect the features used in sets.txt, and others.
+    """Detect the features used in instruction_sets.txt, and others.
 
     Args:
         probe: compiled processor.c; without it Linux's /proc/cpuinfo is read, which omits what the

@@ -1,6 +1,6 @@
 // Both towers' layers over many rows, and one token through the whole decoder.
 //
-// Compiled once for each instruction set of sets.txt (CMakeLists.txt), or at first use for the
+// Compiled once for each instruction set of instruction_sets.txt (CMakeLists.txt), or at first use for the
 // current processor (compiling.py); called through ctypes (library.py). A float32 weight is (out,
 // in) as in safetensors files; those of other kinds are packed as panels of 16 channels (panels.c).
 // Integer arithmetic is that of smolstack/model/quantized.py: integer sums per group, the same on

@@ -39,8 +39,8 @@ def to_grey(image: Image.Image) -> Image.Image:
     if not (lowest >= 0 and largest <= highest):  # this form also rejects NaN
         kind = "floats from 0 to 1" if image.mode == "F" else f"integers from 0 to {highest}"
         raise ImageError(
-            f"its greys (mode {image.mode}) go from {lowest:g} to {largest:g}, expected {kind}; "
-            "scale them first"
+            f"its gray values (mode {image.mode}) range from {lowest:g} to {largest:g}, expected "
+            f"{kind}; scale them first"
         )
     grey = np.empty(values.shape, dtype=np.uint8)
     for start in range(0, len(values), _ROWS):

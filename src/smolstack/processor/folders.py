@@ -12,7 +12,7 @@ _NAMED = 3  # maximum links and suffixes named in messages
 
 
 @dataclass
-class PassedOver:
+class SkippedFiles:
     """Files skipped by a folder search.
 
     Attributes:
@@ -46,7 +46,7 @@ class PassedOver:
 
 
 def search(
-    folder: Path, suffixes: Collection[str], over: PassedOver, beside: Collection[str] = ()
+    folder: Path, suffixes: Collection[str], over: SkippedFiles, beside: Collection[str] = ()
 ) -> Iterator[str]:
     """The files of a folder and its subfolders with one of the suffixes, ordered by name.
 
@@ -68,7 +68,7 @@ def search(
     over.suffixes = +over.suffixes  # without those of which none is left
 
 
-def _walk(folder: str, suffixes: Collection[str], over: PassedOver, root: str) -> Iterator[str]:
+def _walk(folder: str, suffixes: Collection[str], over: SkippedFiles, root: str) -> Iterator[str]:
     with os.scandir(folder) as found:
         entries = sorted((entry for entry in found if not entry.name.startswith(".")),
                          key=lambda entry: entry.name)  # fmt: skip

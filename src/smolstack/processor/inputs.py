@@ -39,7 +39,7 @@ def as_images(images: Any) -> list[Any]:
     return list(images)
 
 
-def unlocked(image: T, password: str | None) -> T | PdfPage:
+def with_password(image: T, password: str | None) -> T | PdfPage:
     """The same image; for a PDF file, with its password attached."""
     if password is None or not isinstance(image, (str, Path)):
         return image

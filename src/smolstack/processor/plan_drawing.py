@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from smolstack.errors import ImageError
-from smolstack.output_files import whole_file
+from smolstack.output_files import atomic_file
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource, open_image
 from smolstack.text import plural
@@ -72,8 +72,8 @@ def save_image(drawing: Image.Image, path: Path) -> None:
     if suffix not in Image.registered_extensions():
         raise ImageError(f"{path} ends in {suffix or 'nothing'}, expected .png or .jpg")
     if not path.parent.is_dir():
-        raise ImageError(f"{path}: there is no folder {path.parent}")
-    with whole_file(path) as beside:
+        raise ImageError(f"{path}: the folder {path.parent} does not exist")
+    with atomic_file(path) as beside:
         try:
             drawing.save(beside)
         except (ValueError, KeyError) as error:

@@ -21,15 +21,16 @@ from smolstack.errors import (
 )
 from smolstack.processor import prompt as prompts
 from smolstack.processor.geometry import TilePlan, Tiling, plan_tiles
-from smolstack.processor.inputs import ImageInput, PromptLike, as_messages, unlocked
-from smolstack.processor.plain import PlainText
+from smolstack.processor.inputs import ImageInput, PromptLike, as_messages, with_password
+from smolstack.processor.literal_text import LiteralText
 from smolstack.processor.prompt import ChatTemplate, Markers, Message
 from smolstack.processor.scaling import resize
 from smolstack.processor.settings import ImageSettings
 from smolstack.processor.tiles import ImageSource, image_size, normalize, read_tiles
 from smolstack.processor.tokenizer import TextTokenizer
-from smolstack.processor.video import Frame, Video, VideoSettings, read_video
+from smolstack.processor.video import Frame, Video, VideoSettings
 from smolstack.processor.video_bytes import VideoBytes
+from smolstack.processor.video_reading import read_video
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Prompt:
     """One sequence before batching: its text, token ids, images and their plans; ``marked`` is
-    the text where control tokens in messages are text (see :mod:`.plain`)."""
+    the text where control tokens in messages are text (see :mod:`.literal_text`)."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -54,11 +55,11 @@ class Processor:
     ``processor(prompts)`` makes a Batch; :meth:`prepare` prepares one sequence without its pixels.
 
     Attributes:
-        pointing: ids of tokens that point at what an answer reads, and are no part of its text.
-        videos: how many frames of a video are looked at.
-        special_tokens_in_text: whether control tokens that a message's text spells
-            (``<|im_start|>``, ``<image>``) become these tokens, as in transformers, which lets
-            whoever writes the text forge turns; False takes them for the characters they are.
+        pointing: ids of tokens that stand for positions in the image and produce no text.
+        videos: video settings, such as the number of frames.
+        special_tokens_in_text: whether the text of special tokens in messages
+            (``<|im_start|>``, ``<image>``) is converted to these tokens, as in transformers, which
+            lets authors of the text forge turns; False tokenizes it as characters.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class Processor:
         self.tokens_per_tile = _tokens_per_tile(config, settings)
         if image_seq_len is not None and image_seq_len != self.tokens_per_tile:
             raise CheckpointError(
-                f"processor_config.json has image_seq_len {image_seq_len}, config.json makes "
-                f"{self.tokens_per_tile} visual tokens of a tile"
+                f"processor_config.json has image_seq_len {image_seq_len}, but config.json gives "
+                f"{self.tokens_per_tile} visual tokens per tile"
             )
 
     def __call__(self, inputs: Sequence[PromptLike | Message], **tiling: Unpack[Tiling]) -> Batch:
@@ -130,7 +131,7 @@ class Processor:
         Raises: as :meth:`prepare`.
         """
         password = tiling.get("password")
-        images = [unlocked(image, password) for image in images]
+        images = [with_password(image, password) for image in images]
         plans = tuple(self.plan(image, **tiling) for image in images)
         text = prompts.expand_placeholders(rendered, plans, self.markers)
         marked = None if self.special_tokens_in_text else text
@@ -141,8 +142,8 @@ class Processor:
         if len(ids) > limit:
             raise ContextLengthError(
                 f"the prompt has {len(ids)} tokens "
-                f"({sum(plan.visual_tokens for plan in plans)} of them visual), the model's "
-                f"context holds {limit}"
+                f"({sum(plan.visual_tokens for plan in plans)} of them visual), but the "
+                f"model's context is {limit}"
             )
         whole = (shown.image if isinstance(shown, Frame) else shown for shown in images)
         return Prompt(text, ids, tuple(whole), plans, marked)
@@ -154,11 +155,11 @@ class Processor:
         return self.plain.encode(prompt.marked + text)
 
     @cached_property
-    def plain(self) -> PlainText:
-        """What takes control tokens in messages for text."""
+    def plain(self) -> LiteralText:
+        """Tokenizes the text of special tokens in messages as characters."""
         marks = self.markers
         names = (marks.image, marks.around, marks.whole)
-        return PlainText(self.tokenizer, [name for name in names if name])
+        return LiteralText(self.tokenizer, [name for name in names if name])
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         """Check that every id has an embedding; a tokenizer may have more tokens than its model."""
@@ -252,7 +253,7 @@ class Processor:
             return TilePlan(image.source, canvas, canvas, rows, cols, edge, size)
         if isinstance(image, tuple):
             return plan_tiles(image, self.settings, size, **tiling)
-        image = unlocked(image, tiling.get("password"))
+        image = with_password(image, tiling.get("password"))
         return plan_tiles(image_size(image), self.settings, size, **tiling)
 
     def count_tokens(self, plans: Sequence[TilePlan], text: str) -> int:
@@ -279,8 +280,8 @@ class Processor:
         encoded = [image for image in images if isinstance(image, VisualTokens)]
         if encoded and len(encoded) != len(images):
             raise PromptError(
-                f"{len(encoded)} of {len(images)} images are visual tokens; a batch holds "
-                "either images or visual tokens"
+                f"{len(encoded)} of {len(images)} images are visual tokens; a batch may have "
+                "images or visual tokens, but not both"
             )
         edge = self.settings.tile_edge
         tiles = [torch.empty(0, 3, edge, edge)]
@@ -308,9 +309,9 @@ def _tokens_per_tile(config: ModelConfig, settings: ImageSettings) -> int:
     side, scale = settings.tile_edge // config.vision.patch_size, config.scale
     if side > config.vision.side or side == 0 or side % scale:
         raise CheckpointError(
-            f"preprocessor_config.json cuts tiles of {settings.tile_edge} pixels, a grid of "
-            f"{side}x{side} patches; config.json's tower sees up to {config.vision.image_size} "
-            f"pixels and its scale_factor {scale} must divide the grid"
+            f"preprocessor_config.json sets tiles of {settings.tile_edge} pixels, a grid of "
+            f"{side}x{side} patches; config.json's vision tower accepts up to "
+            f"{config.vision.image_size} pixels and its scale_factor {scale} must divide the grid"
         )
     return (side // scale) ** 2
 
@@ -326,7 +327,7 @@ def _markers(config: ModelConfig, tokenizer: TextTokenizer) -> Markers:
     found = tokenizer.token_id(markers.image)
     if found != config.image_token_id:
         raise CheckpointError(
-            f"tokenizer.json gives {markers.image} the id {found}, config.json's image_token_id "
-            f"is {config.image_token_id}"
+            f"tokenizer.json gives {markers.image} the id {found}, but config.json's "
+            f"image_token_id is {config.image_token_id}"
         )
     return markers

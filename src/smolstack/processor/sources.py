@@ -46,15 +46,14 @@ def refuse_texts(name: str) -> None:
     """
     if name[:5].lower() == "data:":
         raise ImageError(
-            f"found a data URL of {len(name):,} characters, expected a file's name, or the bytes "
-            "that its base64 stands for"
+            f"found a data URL of {len(name):,} characters, expected a file name or the decoded "
+            "bytes"
         )
     if name[:8].lower().startswith(("http://", "https://")):
-        raise ImageError(f"{name[:200]} is an address; images are read from files, not fetched")
+        raise ImageError(f"{name[:200]} is a URL; images are read from files, not downloaded")
     if len(os.fsencode(name)) > _LONGEST or any(
         len(os.fsencode(part)) > _LONGEST_PART for part in Path(name).parts
     ):
         raise ImageError(
-            f"a text of {len(name):,} characters ({name[:40]!r}…) is longer than a file's name "
-            "can be"
+            f"a text of {len(name):,} characters ({name[:40]!r}…) is too long for a file name"
         )

@@ -70,7 +70,7 @@ def check_stream(source: Path | VideoBytes, stream: Any) -> None:
         return
     context = stream.codec_context
     if context is None:
-        raise VideoError(f"{source} has a codec that is not known")
+        raise VideoError(f"{source} has an unknown codec")
     if context.width * context.height > source.max_pixels:
         raise VideoError(
             f"{source} has frames of {context.width}x{context.height} pixels, more than the "
@@ -112,4 +112,4 @@ def check_length(source: Path | VideoBytes, seconds: float) -> None:
         VideoError: naming it.
     """
     if not 0 <= seconds <= _LONGEST:
-        raise VideoError(f"{source} says that it is {seconds:g} s long, expected at most a year")
+        raise VideoError(f"{source} declares a duration of {seconds:g} s, expected at most a year")

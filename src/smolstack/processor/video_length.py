@@ -13,7 +13,7 @@ _AGREES = 2  # tolerated error of the mean frame rate, in frames
 
 
 @dataclass(frozen=True)
-class Measures:
+class VideoLength:
     """Frame rate and length of a video.
 
     Attributes:
@@ -29,8 +29,8 @@ class Measures:
     again: bool = False
 
 
-def told_measures(container: Any) -> Measures | None:
-    """Measures from the file's metadata; None if it lacks them."""
+def declared_length(container: Any) -> VideoLength | None:
+    """VideoLength from the file's metadata; None if it lacks them."""
     stream = container.streams.video[0]
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     seconds = 0.0
@@ -41,15 +41,15 @@ def told_measures(container: Any) -> Measures | None:
     if stream.frames > 0:
         if not rate:
             rate = stream.frames / seconds if seconds > 0 else 24.0
-        return Measures(rate, stream.frames)
+        return VideoLength(rate, stream.frames)
     tells = container.format.name.split(",")[0] in _TELLS
     if not tells or not rate or seconds <= 0 or round(seconds * rate) < 1:
         return None
-    return Measures(rate, round(seconds * rate))
+    return VideoLength(rate, round(seconds * rate))
 
 
-def counted_measures(container: Any, check: Callable[[], None]) -> Measures:
-    """Measures from counting packets: the file is read to its end but not decoded.
+def counted_length(container: Any, check: Callable[[], None]) -> VideoLength:
+    """VideoLength from counting packets: the file is read to its end but not decoded.
 
     ``check`` is called before every packet and may raise.
     """
@@ -76,7 +76,7 @@ def counted_measures(container: Any, check: Callable[[], None]) -> Measures:
     # Some formats store keyframe positions; for another family they are known after reading it.
     kind = container.format.name.split(",")[0]
     seeks = kind == "mov" or (kind == "matroska" and _rewound(container))
-    return Measures(rate, max(1, total), seeks, again=kind != "matroska" or not seeks)
+    return VideoLength(rate, max(1, total), seeks, again=kind != "matroska" or not seeks)
 
 
 def _rewound(container: Any) -> bool:

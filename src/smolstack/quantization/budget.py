@@ -50,7 +50,7 @@ def choose_formats(
             best = found
     if best is None:
         raise ConfigError(
-            f"{bits:g} bits a weight are too few: the smallest formats take "
+            f"{bits:g} bits per weight are too few: the smallest formats take "
             f"{average_bits(smallest, shapes):.2f}, scales and zero points included"
         )
     return best

@@ -128,7 +128,7 @@ def _product(layer: nn.Linear, kernels: native.Library) -> Callable[[Tensor], Te
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no memory for {rows.shape[0]} rows of a linear layer")
+            raise MemoryError(f"cannot allocate memory for {rows.shape[0]} rows of a linear layer")
         return out.view(*x.shape[:-1], -1)
 
     return forward

@@ -40,7 +40,7 @@ _COMPARED = 512  # rows used to measure a layer's error
 _SHARED = {"attention.key": "attention.query", "attention.value": "attention.query", "up": "gate"}
 
 
-class Keeper(Protocol):
+class BlockStore(Protocol):
     """Stores each finished block, so that an interruption loses at most one.
 
     The blocks are every layer of both towers, "connector" and "head", each with the norms that
@@ -82,7 +82,7 @@ def quantize_model(
     tiles: Sequence[Tensor] = (),
     embeddings: Sequence[Tensor] = (),
     fitted: bool = False,
-    keeper: Keeper | None = None,
+    keeper: BlockStore | None = None,
     progress: Progress | None = None,
 ) -> VisionLanguageModel:
     """Quantize a float model in place, and return it.
@@ -105,7 +105,9 @@ def quantize_model(
         ConfigError: the model is quantized already, or the scheme is unknown.
     """
     if model.scheme is not None:
-        raise ConfigError(f"the model is {model.scheme} already, quantizing it again loses more")
+        raise ConfigError(
+            f"the model is already quantized ({model.scheme}), expected float weights"
+        )
     if model.head is None and (isinstance(scheme, str) or "head" in scheme):
         weight = model.decoder.embedding.weight
         model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -139,7 +141,7 @@ class _Work:
         model: VisionLanguageModel,
         formats: Mapping[str, Format],
         progress: Progress | None,
-        keeper: Keeper | None = None,
+        keeper: BlockStore | None = None,
         *,
         fitted: bool = False,
     ) -> None:
@@ -292,7 +294,7 @@ class _Work:
             return QuantizedLinear.of_words(form, layer.in_features, rounded, bias)
         work = Rounding(weight, form, importance, factors)
         packed = rounded_and_packed(kernels, work, self._arena(kernels, name))
-        kernels.put_aside(weight.data_ptr(), weight.nbytes)  # pages of a mapped file
+        kernels.release_pages(weight.data_ptr(), weight.nbytes)  # pages of a mapped file
         return QuantizedLinear.of_packed(packed, bias)
 
     def _to_fit(

@@ -211,4 +211,4 @@ def _round(kernels: native.Library, work: Rounding, into: tuple[int | None, ...]
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError(f"no memory to round a weight of {tuple(weight.shape)}")
+        raise MemoryError(f"cannot allocate memory to round a weight of {tuple(weight.shape)}")

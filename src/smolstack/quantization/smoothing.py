@@ -100,7 +100,7 @@ def channel_sizes(weight: Tensor) -> tuple[Tensor, Tensor]:
     stored = StoredWeight(weight, Factors())
     threads = torch.get_num_threads()
     if kernels.stored_sizes(stored.reference, largest.data_ptr(), squares.data_ptr(), threads):
-        raise MemoryError(f"no memory to measure a weight of {tuple(weight.shape)}")
+        raise MemoryError(f"cannot allocate memory to measure a weight of {tuple(weight.shape)}")
     return largest, squares
 
 

@@ -1,1 +1,1 @@
-"""Quantizing a checkpoint with data: what ``smolstack quantize`` does."""
+"""Quantizes checkpoints with calibration data (``smolstack quantize``)."""

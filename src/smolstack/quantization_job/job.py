@@ -1,4 +1,4 @@
-"""A checkpoint to integers with data, from the first sample to the saved folder."""
+"""Quantizes a checkpoint with calibration data and saves it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from smolstack.vlm import VLM
 
 TOKENS = 8192
 QUESTION = "Describe this image."
-_TILES = 24  # that the vision tower is calibrated on, at most
+_TILES = 24  # maximum number of tiles to calibrate the vision tower
 _SENSITIVITY_TOKENS = 1024
 _DRAWN = 6  # images
 _TEXT = ("decoder.layers.", "head")
-Tell = Callable[[str, int, int], None]  # a stage, what is done of it, of how much
+Tell = Callable[[str, int, int], None]  # stage, amount done, total
 
 
 def quantize(
@@ -51,24 +51,24 @@ def quantize(
     restart: bool = False,
     on_progress: Tell | None = None,
 ) -> Quantized:
-    """Quantize a checkpoint, fitted to data, and save it.
+    """Quantize a checkpoint with calibration data and save it.
 
-    Stopped in any way, the same call goes on where it was.
+    After an interruption, the same call resumes.
 
     Args:
         model: a checkpoint with float weights, as for :func:`smolstack.load`; an adapter's changes
             are merged.
-        out: the folder to write, complete or not at all.
-        bits: 8; 4 (all of the decoder's layers; the head has 8); or a number between: bits a weight
-            of the decoder's layers and the head on average, scales and zero points included.
-        calibrate: a folder of images, a .jsonl file of chats or images, or a text file. None: the
-            model calibrates itself on what it writes, and on images that are drawn.
-        tokens: of calibration data that are read, visual ones included.
-        question: goes with images that come without one.
+        out: the folder to write, atomically.
+        bits: 8; 4 (all decoder layers; the head has 8); or a number between: the average bits per
+            weight of the decoder's layers and the head, including scales and zero points.
+        calibrate: a folder of images, a .jsonl file of chats or images, or a text file. None: text
+            that the model generates, and drawn images.
+        tokens: number of calibration tokens, including visual tokens.
+        question: the question about images that have none.
         device, revision: as for :func:`smolstack.load`.
         overwrite: replace ``out`` if it exists.
-        restart: forget what an earlier call that was stopped has kept beside ``out``.
-        on_progress: called with a stage and how much of it is done.
+        restart: discard the saved state of an interrupted call.
+        on_progress: called with a stage, the amount done and the total.
 
     Raises:
         CheckpointError, ConfigError, DataError: before any work is done.
@@ -78,13 +78,13 @@ def quantize(
     _check(out, bits, tokens, overwrite=overwrite)
     where = locate(model, revision)
     if where.path.exists() and out.exists() and where.path.samefile(out):
-        raise CheckpointError(f"{out} is the checkpoint that is quantized, expected another folder")
+        raise CheckpointError(f"{out} is the checkpoint to be quantized, expected another folder")
     vlm = VLM(load_checkpoint(where, "auto", device))
     network = vlm.model
     if network.scheme is not None:
         raise ConfigError(
-            f"{where} holds {network.scheme} weights already; quantize the checkpoint with float "
-            "weights that it was made of"
+            f"{where} already has {network.scheme} weights; quantize the float checkpoint that it "
+            "was made from"
         )
     shapes = _shapes(network)
     _check_budget(network, bits, shapes)
@@ -131,7 +131,7 @@ def _check(out: Path, bits: float, tokens: int, *, overwrite: bool) -> None:
 
 
 def _shapes(network: Any) -> dict[str, tuple[int, int]]:
-    """(O, I) of every linear layer, and of the head where it is the token embedding."""
+    """Return (O, I) of every linear layer, and of the head if it is the token embedding."""
     found = {n: (m.out_features, m.in_features) for n, m in _linears(network)}
     if network.head is None:
         rows, width = network.decoder.embedding.weight.shape
@@ -146,12 +146,12 @@ def _linears(network: nn.Module) -> list[tuple[str, nn.Linear]]:
 def _candidates(
     shapes: Mapping[str, tuple[int, int]], bits: float
 ) -> dict[str, tuple[Format, ...]]:
-    """The formats that a budget chooses from, of every layer of the text tower.
+    """Return the formats that a budget chooses from, for each layer of the text tower.
 
-    The head has 8 bits where that leaves 4 for all others, and activations of 16 bits with it.
+    The head has 8 bits, with 16-bit activations, if that leaves 4 for all others.
 
     Raises:
-        ConfigError: the budget is too small for the smallest of them.
+        ConfigError: the budget is too small for the smallest formats.
     """
     found: dict[str, tuple[Format, ...]] = {}
     for name, (_, width) in shapes.items():
@@ -163,7 +163,7 @@ def _candidates(
         found["head"] = (INT8_FINE,)
     elif (least := average_bits(smallest, shapes)) > bits:
         raise ConfigError(
-            f"{bits:g} bits a weight are too few: the smallest formats take {least:.2f}, scales "
+            f"{bits:g} bits per weight are too few: the smallest formats take {least:.2f}, scales "
             "and zero points included"
         )
     return found
@@ -174,8 +174,8 @@ def _check_budget(network: Any, bits: float, shapes: Mapping[str, tuple[int, int
         return
     if network.config.embedding_dim is not None:
         raise ConfigError(
-            f"bits is {bits:g} and the checkpoint is one for retrieval, which gives no answers to "
-            "weigh its layers by, expected 8 or 4"
+            f"bits is {bits:g} and the checkpoint is a retrieval model, for which layer "
+            "sensitivity cannot be measured, expected 8 or 4"
         )
     _candidates(shapes, bits)
 
@@ -189,8 +189,8 @@ def _samples(  # noqa: PLR0917
     state: State,
     tell: Tell,
 ) -> Samples:
-    """What is calibrated on. Questions without an answer are answered by the model, and where
-    there is nothing else, half of the tokens are texts that it writes; both are kept."""
+    """Return the calibration samples. The model answers questions without an answer; without data,
+    half of the tokens are text that it generates. Both are saved in the job's state."""
     source: object = "self-calibration" if data is None else data
     if data is None:
         shown = self_calibration.image_samples(vlm, self_calibration.drawn_images(_DRAWN), question)
@@ -214,7 +214,7 @@ def _samples(  # noqa: PLR0917
 
 
 def _first(samples: Sequence[Sample], tokens: int) -> list[Sample]:
-    """The first ones that hold so many tokens."""
+    """Return the first samples with the given number of tokens together."""
     found, held = [], 0
     for sample in samples:
         if held < tokens:
@@ -227,12 +227,11 @@ def _first(samples: Sequence[Sample], tokens: int) -> list[Sample]:
 def _embeddings(
     vlm: VLM, engine: InlineEngine, samples: Samples, state: State, tell: Tell
 ) -> list[Tensor]:
-    """What the decoder reads of each sample that is calibrated on."""
+    """Return the decoder's inputs for each calibration sample."""
     digests = [sample.digest() for sample in samples.fitted + samples.held_out]
     if state.json("samples") not in (None, digests):
         raise ConfigError(
-            f"{state.folder} holds an unfinished job on other data than is there now; --restart "
-            "forgets it"
+            f"{state.folder} contains an unfinished job on different data; --restart discards it"
         )
     state.put_json("samples", digests)
     made = []
@@ -255,10 +254,10 @@ def _formats(  # noqa: PLR0917
     state: State,
     tell: Tell,
 ) -> dict[str, Format]:
-    """The format of every layer; where there is a budget, by what each is worth."""
+    """Return the format of every layer; with a budget, chosen by sensitivity."""
     formats = formats_of(vlm.model, "int8" if bits == 8 else "int4")
     if vlm.model.config.embedding_dim is None:
-        formats["head"] = INT8_FINE  # also where it is the token embedding
+        formats["head"] = INT8_FINE  # also if it is the token embedding
     if bits in (4, 8):
         return formats
     known = state.json("formats")
@@ -284,14 +283,14 @@ def _formats(  # noqa: PLR0917
 
 
 def _some(embeddings: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """Sequences spread over all of them, with about so many tokens together."""
+    """Return evenly spread sequences with about the given number of tokens together."""
     total = sum(some.shape[1] for some in embeddings)
     step = max(1, round(total / tokens))
     return list(embeddings[::step])
 
 
 def _tiles(vlm: VLM, samples: Samples) -> list[Tensor]:
-    """Tiles for the vision tower: of every image its last one, the whole image, and some others."""
+    """Return tiles to calibrate the vision tower: of each image the global tile and some others."""
     shown = [
         pair
         for sample in samples.fitted

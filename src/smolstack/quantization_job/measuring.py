@@ -1,4 +1,4 @@
-"""How far the quantized model is from the float one, on samples that it was not fitted to."""
+"""Measures the quantized model's divergence from the float model on held-out samples."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from smolstack.quantization_job.samples import Sample
 from smolstack.retrieval import encode
 from smolstack.vlm import VLM
 
-_MOST = 2048  # positions that are compared: their logits are held
+_MOST = 2048  # number of compared positions; their logits are kept in memory
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Before and after.
+    """Quality before and after.
 
     Attributes:
-        perplexity: of the float model.
+        perplexity: the float model's perplexity.
         after: of the quantized one, with its divergence from the float one; None for a model that
             gives no answers.
         samples: measured on.
@@ -34,7 +34,7 @@ class Measured:
 
 
 class Reference:
-    """The float model's logits where a token of text follows."""
+    """The float model's logits before each text token."""
 
     def __init__(self, logits: Sequence[Tensor], perplexity: float | None) -> None:
         self._logits, self.perplexity = logits, perplexity
@@ -42,7 +42,7 @@ class Reference:
     @classmethod
     @torch.no_grad()
     def of(cls, vlm: VLM, engine: InlineEngine, samples: Sequence[Sample]) -> Reference:
-        """Ask a model."""
+        """Compute a model's logits."""
         if vlm.model.config.embedding_dim is not None:
             return cls([], None)
         found, own, held = [], Divergence(), 0
@@ -58,7 +58,7 @@ class Reference:
     def compare(
         self, vlm: VLM, engine: InlineEngine, samples: Sequence[Sample]
     ) -> Divergence | None:
-        """Another model on the same samples."""
+        """Compare another model on the same samples."""
         if self.perplexity is None:
             return None
         total = Divergence()
@@ -69,7 +69,7 @@ class Reference:
 
 
 def _logits(vlm: VLM, engine: InlineEngine, sample: Sample) -> tuple[Tensor, Tensor]:
-    """(T, V) logits before each token of text, and (T,) those tokens."""
+    """Return (T, V) logits before each text token, and these tokens (T,)."""
     prompts = [encode(engine, [sample.prompt])[0].encoded_prompt]
     model = vlm.model
     states = model.decoder(model.merge(vlm.processor.batch(prompts)))[0, :-1]

@@ -18,10 +18,10 @@ class Block:
     """A layer of a tower, the connector or the head.
 
     Attributes:
-        name: "decoder.layers.3", say.
-        bits: a weight on average, scales and zero points included.
-        formats: bits of each of its linear parts, by name.
-        error: of what it puts out, relative to what it adds to the states.
+        name: for example "decoder.layers.3".
+        bits: average bits per weight, including scales and zero points.
+        formats: bits of each linear layer, by name.
+        error: error of its output, relative to what it adds to the states.
     """
 
     name: str
@@ -36,16 +36,16 @@ class Quantized:
 
     Attributes:
         out: its folder.
-        bits: a weight of the text tower (the decoder's layers and the head) on average, scales and
-            zero points included.
-        text_bytes: of those layers.
-        tokens: calibrated on.
-        blocks: in order.
-        perplexity: of the float model on what was held out; None for a model without answers.
-        perplexity_after: of the quantized one.
-        divergence: KL(float ‖ quantized) per token there, in nats.
-        agreement: share of tokens with the same likeliest one.
-        held_out: tokens measured on.
+        bits: average bits per weight of the text tower (the decoder's layers and the head),
+            including scales and zero points.
+        text_bytes: bytes of these layers.
+        tokens: number of calibration tokens.
+        blocks: the blocks, in order.
+        perplexity: the float model's, on held-out samples; None for a retrieval model.
+        perplexity_after: the quantized model's.
+        divergence: KL(float ‖ quantized) per token, in nats.
+        agreement: share of positions with the same most likely token.
+        held_out: number of held-out tokens.
     """
 
     out: Path
@@ -68,7 +68,7 @@ def results_of(  # noqa: PLR0917
     tokens: int,
     measured: Measured,
 ) -> Quantized:
-    """Put together what a job knows at its end."""
+    """Collect the results of a complete job."""
     text = {name: form for name, form in formats.items() if name.startswith(_TEXT)}
     weights = sum(shapes[name][0] * shapes[name][1] for name in text)
     bits, after = average_bits(text, shapes), measured.after

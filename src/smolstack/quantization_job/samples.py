@@ -1,4 +1,4 @@
-"""What a model is calibrated on: images, chats or a text, as prompts that go through it."""
+"""Calibration samples: images, chats or a text as prompts."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from smolstack.processor.inputs import as_messages
 from smolstack.processor.processor import Processor, Prompt
 from smolstack.train.data import METADATA, JsonLines, open_source, question_of
 
-WINDOW = 512  # tokens of a piece of text
-HELD_OUT = 4  # samples that are measured on, at most; an eighth of all, and at least one
-_CHARACTERS = 24  # of a text that are looked at, for each token that is wanted
+WINDOW = 512  # maximum tokens per piece of text
+HELD_OUT = 4  # maximum number of held-out samples; an eighth of all, at least one
+_CHARACTERS = 24  # characters of a text that are read per requested token
 _SEED = 22
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence to calibrate or to measure on.
+    """One sequence for calibration or measurement.
 
     Attributes:
-        name: what it is called in messages.
-        prompt: its tokens, and the images in it.
+        name: its name in messages.
+        prompt: its tokens and images.
         asks: whether it ends where an answer would begin.
     """
 
@@ -39,15 +39,15 @@ class Sample:
 
     @classmethod
     def of_tokens(cls, name: str, token_ids: Sequence[int]) -> Sample:
-        """A sample of text alone."""
+        """Return a sample that consists of text only."""
         return cls(name, Prompt("", tuple(token_ids), (), ()))
 
     def with_tokens(self, token_ids: Sequence[int]) -> Sample:
-        """The same images with other tokens: an answer after the question."""
+        """Return a sample with the same images and other tokens, such as an added answer."""
         return Sample(self.name, replace(self.prompt, token_ids=tuple(token_ids)))
 
     def digest(self) -> str:
-        """Of what it holds, as far as that can be told without decoding images."""
+        """Return a digest of the samples, computed without decoding images."""
         found = hashlib.sha256(repr(self.prompt.token_ids).encode())
         for image in self.prompt.images:
             if isinstance(image, (str, Path)) and Path(image).is_file():
@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is calibrated on, and what is held out of it to measure on."""
+    """Samples for calibration, and held-out samples for measurement."""
 
     fitted: tuple[Sample, ...]
     held_out: tuple[Sample, ...]
@@ -70,14 +70,14 @@ class Samples:
 
 
 def read_samples(path: Path, processor: Processor, tokens: int, question: str) -> list[Sample]:
-    """Samples of a folder of images, a JSONL file of chats or images, or a text file.
+    """Read samples from a folder of images, a JSONL file of chats or images, or a text file.
 
     Args:
-        tokens: as many samples are read as hold these; of more, some at random, always the same.
-        question: goes with every image that comes without one.
+        tokens: number of tokens to read; from larger data, a reproducible random selection.
+        question: the question about images that have none.
 
     Raises:
-        DataError: nothing is there, or it cannot be read, naming the file and the place in it.
+        DataError: there is no data, or it cannot be read; names the file and position.
     """
     if path.is_dir():
         if (path / METADATA).is_file():
@@ -95,15 +95,15 @@ def read_samples(path: Path, processor: Processor, tokens: int, question: str) -
 
 
 def divide(samples: Sequence[Sample], source: object) -> Samples:
-    """Hold some samples out, evenly spread.
+    """Set evenly spread samples apart for measurement.
 
     Raises:
         DataError: there are fewer than two.
     """
     if len(samples) < 2:
         raise DataError(
-            f"{source} gives {len(samples)} sample, expected at least 2: some are calibrated on "
-            "and others measured on"
+            f"{source} has {len(samples)} sample, expected at least 2: one for calibration and one "
+            "for measurement"
         )
     count = min(HELD_OUT, max(1, len(samples) // 8))
     places = {(2 * i + 1) * len(samples) // (2 * count) for i in range(count)}
@@ -114,22 +114,22 @@ def divide(samples: Sequence[Sample], source: object) -> Samples:
 
 
 def read_text(path: Path, characters: int) -> str:
-    """The beginning of a text file (UTF-8)."""
+    """Read the beginning of a text file (UTF-8)."""
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(characters)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text: {error}") from None
     if not text.strip():
-        raise DataError(f"{path} holds no text")
+        raise DataError(f"{path} contains no text")
     return text
 
 
 def text_samples(name: str, text: str, processor: Processor, tokens: int) -> list[Sample]:
-    """A text in pieces of about equal length, each of WINDOW tokens or fewer."""
+    """Split a text into samples of about equal length, of at most WINDOW tokens."""
     ids = list(processor.tokenizer.encode(text, special=False))
     if processor.config.image_token_id in ids:
-        raise DataError(f"{name} has {processor.markers.image} in it, which represents an image")
+        raise DataError(f"{name} contains {processor.markers.image}, the placeholder of images")
     first = processor.tokenizer.encode("", special=True)
     room = min(WINDOW, processor.config.text.max_positions) - len(first)
     count = max(2, math.ceil(len(ids) / room))
@@ -140,13 +140,13 @@ def text_samples(name: str, text: str, processor: Processor, tokens: int) -> lis
         for i, piece in enumerate(pieces)
     ]
     wanted = max(2, math.ceil(tokens / length))
-    if len(made) > wanted:  # spread over the text
+    if len(made) > wanted:  # evenly spread over the text
         made = [made[i * len(made) // wanted] for i in range(wanted)]
     return made
 
 
 def chat_sample(name: str, messages: Sequence[Any], processor: Processor) -> Sample:
-    """A chat as a sample; one that ends with a question ends where the answer would begin."""
+    """Return a chat as a sample; after a question, it ends where the answer would begin."""
     try:
         chat, images = as_messages(list(messages), processor.open_video)
         asked = bool(chat) and chat[-1]["role"] != "assistant"
@@ -189,7 +189,7 @@ def _examples(path: Path, processor: Processor, question: str) -> Iterator[Sampl
 def _images(folder: Path, processor: Processor, question: str) -> Iterator[Sample]:
     rows = list(walk(folder))
     if not rows:
-        raise DataError(f"{folder} holds no images")
+        raise DataError(f"{folder} contains no images")
     for place in _order(len(rows)):
         row = rows[place]
         if row.error is not None:

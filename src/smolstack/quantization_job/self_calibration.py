@@ -1,7 +1,7 @@
-"""Calibration without data: what the model writes itself, and images drawn for it.
+"""Calibration without data: text that the model generates, and drawn images.
 
-A model's own text is close to what it will write later (Liu et al. 2023, LLM-QAT): it is drawn at
-temperature 1, a few openings at a time, so that all that the model knows has a chance.
+A model's own text resembles what it will generate later (Liu et al. 2023, LLM-QAT). It is sampled
+at temperature 1 from several beginnings, to cover the model's distribution.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ OPENINGS = (
     "Write a poem and a review of it.",
     "Explain a word that has several meanings.",
 )
-_LONGEST = 384  # tokens of one text
-_ANSWER = 48  # tokens about an image
+_LONGEST = 384  # tokens per text
+_ANSWER = 48  # tokens per answer about an image
 _TOGETHER = 8
 _SIZES = ((640, 480), (480, 640), (512, 512), (900, 300))
 
 
 class Kept(Protocol):
-    """What has been written is kept, by name, so that a stop loses little of it."""
+    """Stores generated text by name, so that an interruption loses little of it."""
 
     def json(self, name: str) -> Any: ...
 
@@ -54,10 +54,10 @@ class Kept(Protocol):
 
 
 def own_text(vlm: VLM, tokens: int, kept: Kept, told: Callable[[int, int], None]) -> list[Sample]:
-    """Texts that the model writes, ``tokens`` of them together.
+    """Generate texts with ``tokens`` tokens together.
 
     Args:
-        told: is told how many tokens there are, of how many.
+        told: called with the number of tokens done and the total.
     """
     if not writes(vlm):
         return list(_drawn_text(vlm, tokens))
@@ -78,7 +78,7 @@ def own_text(vlm: VLM, tokens: int, kept: Kept, told: Callable[[int, int], None]
 
 
 def _texts(vlm: VLM, turn: int) -> list[list[int]]:
-    """Token ids of a few questions with the model's answers."""
+    """Return the token ids of some questions with the model's answers."""
     first = turn * _TOGETHER
     asked = [OPENINGS[(first + i) % len(OPENINGS)] for i in range(_TOGETHER)]
     prompts = [vlm.processor.prepare(question) for question in asked]
@@ -96,7 +96,7 @@ def _texts(vlm: VLM, turn: int) -> list[list[int]]:
 
 
 def _drawn_text(vlm: VLM, tokens: int) -> Iterator[Sample]:
-    """Tokens at random."""
+    """Return random tokens."""
     length = min(WINDOW, vlm.config.text.max_positions)
     for number in range(max(2, tokens // length)):
         ids = drawn_tokens(
@@ -110,7 +110,7 @@ def _drawn_text(vlm: VLM, tokens: int) -> Iterator[Sample]:
 
 
 def writes(vlm: VLM) -> bool:
-    """Whether a checkpoint answers: not one for retrieval, or without a chat template."""
+    """Whether a checkpoint generates answers: it has a language head and a chat template."""
     return vlm.config.embedding_dim is None and vlm.processor.template is not None
 
 
@@ -121,8 +121,7 @@ def answered(
     kept: Kept,
     told: Callable[[int, int], None],
 ) -> list[Sample]:
-    """The same samples; after those that end with a question the beginning of the model's own
-    answer."""
+    """Append the beginning of the model's answer to samples that end with a question."""
     found = list(samples)
     asking = [i for i, sample in enumerate(samples) if sample.asks and writes(vlm)]
     for number, place in enumerate(asking):
@@ -144,7 +143,7 @@ def answered(
 
 
 def drawn_images(count: int) -> list[Image.Image]:
-    """Images of shapes, gradients, noise and lines of letters; always the same."""
+    """Draw reproducible images of shapes, gradients, noise and lines of letters."""
     random = np.random.default_rng(23)
     found = []
     for number in range(count):
@@ -185,7 +184,7 @@ def _draw(draw: ImageDraw.ImageDraw, random: np.random.Generator, width: int, he
 
 
 def image_samples(vlm: VLM, images: Sequence[Image.Image], question: str) -> list[Sample]:
-    """A question about each of some images; none where there is no chat template."""
+    """Return a question about each image; none if there is no chat template."""
     made: list[Sample] = []
     if vlm.processor.template is None:
         return made

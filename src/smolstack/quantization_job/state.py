@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smolstack.errors import ConfigError
-from smolstack.output_files import only_writer, whole_file
+from smolstack.output_files import atomic_file, exclusive_writer
 
 _JOB = "job.json"
 
@@ -28,18 +28,18 @@ class State:
     """The folder of one job.
 
     Args:
-        out: the folder that is being made.
-        job: what must be the same when the job goes on, as plain data.
-        restart: forget what an earlier run kept.
+        out: the output folder.
+        job: settings that must be equal when the job is resumed, as plain data.
+        restart: discard the state of an earlier run.
 
     Raises:
-        ConfigError: another job's state is there, or another process is at work on it.
+        ConfigError: it contains another job's state, or another process is using it.
     """
 
     def __init__(self, out: Path, job: Mapping[str, Any], *, restart: bool = False) -> None:
         self.folder = out.parent / f".{out.name}.quantizing"
         self._writer = ExitStack()
-        self._writer.enter_context(only_writer(self.folder, ConfigError))
+        self._writer.enter_context(exclusive_writer(self.folder, ConfigError))
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         found = self._json(_JOB)
@@ -47,19 +47,19 @@ class State:
             self.close()
             other = [key for key in job if found.get(key) != job[key]]
             raise ConfigError(
-                f"{self.folder} holds an unfinished job that differs in {', '.join(other)} "
-                f"({other[0]}: {found.get(other[0])!r}, now {job[other[0]]!r}); --restart forgets "
-                "it, other options or another folder go beside it"
+                f"{self.folder} contains an unfinished job that differs in {', '.join(other)} "
+                f"({other[0]}: {found.get(other[0])!r}, now {job[other[0]]!r}); --restart discards "
+                "it, or choose another folder"
             )
         self._job = dict(job)
         self.errors: dict[str, float] = {}
 
     def close(self) -> None:
-        """Let another process work on the job."""
+        """Release the lock on the job."""
         self._writer.close()
 
     def get(self, block: str) -> Mapping[str, Tensor] | None:
-        """A block's tensors, as :class:`smolstack.quantization.quantize.Keeper` says."""
+        """Return a block's tensors; see :class:`smolstack.quantization.quantize.BlockStore`."""
         found = self.tensors(block)
         error = self._json(f"{block}.json")
         if found is None or error is None:
@@ -68,13 +68,13 @@ class State:
         return found
 
     def put(self, block: str, tensors: Mapping[str, Tensor], error: float) -> None:
-        """Keep a block."""
+        """Save a block."""
         self.put_tensors(block, tensors)
         self.put_json(block, {"error": error})
         self.errors[block] = error
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
-        """Tensors that were kept under a name."""
+        """Return the tensors saved under a name."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
@@ -88,11 +88,11 @@ class State:
         self._begin()
         path = self.folder / f"{name}.safetensors"
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        with whole_file(path) as beside:
+        with atomic_file(path) as beside:
             save_file(kept, beside)
 
     def json(self, name: str) -> Any:
-        """Data that was kept under a name; None: none."""
+        """Return the data saved under a name, or None."""
         return self._json(f"{name}.json")
 
     def put_json(self, name: str, data: Any) -> None:
@@ -100,18 +100,18 @@ class State:
         self._write(f"{name}.json", data)
 
     def remove(self) -> None:
-        """Take the folder away: the job is done, or forgotten."""
+        """Remove the folder, after the job is complete or discarded."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._writer.close()
 
     def _begin(self) -> None:
-        """Make the folder when there is something to keep: a job that is refused leaves none."""
+        """Create the folder when something is saved, so that a refused job leaves none."""
         if not (self.folder / _JOB).is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(_JOB, self._job)
 
     def _write(self, name: str, data: Any) -> None:
-        with whole_file(self.folder / name) as beside:
+        with atomic_file(self.folder / name) as beside:
             beside.write_text(json.dumps(data), encoding="utf-8")
 
     def _json(self, name: str) -> Any:

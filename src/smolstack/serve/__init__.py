@@ -1,1 +1,1 @@
-"""An HTTP server that speaks OpenAI's chat completions, over the scheduler (extra ``serve``)."""
+"""An HTTP server for OpenAI's API, built on the engine (extra ``serve``)."""

@@ -1,8 +1,8 @@
-"""glibc's allocator, set up for a process that lives long and decodes strangers' images.
+"""Settings of glibc's allocator for a long-running process that decodes untrusted images.
 
-Once blocks of up to 32 MiB have been freed, glibc serves blocks of that size from its heaps, one
-per thread, and returns no heap to the system while anything at its end is in use. Images of many
-sizes, decoded in several threads, then leave most of each heap free but resident.
+Once a block of up to 32 MiB has been freed, glibc allocates blocks of that size in its heaps, one
+per thread, and does not return a heap to the system while memory at its end is in use. Decoding
+images of many sizes in several threads then leaves most of each heap free but resident.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import sys
 
 # malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-_LARGE = 4 * 2**20  # bytes of a block that is mapped alone, and unmapped when it is freed
+_LARGE = 4 * 2**20  # bytes ; larger blocks are mapped separately, and unmapped when freed
 _ARENAS = 2
 
 
 def return_memory() -> bool:
-    """Have large blocks returned to the system as soon as they are freed.
+    """Return large blocks to the system as soon as they are freed.
 
-    Must be called before threads allocate.
+    Must be called before other threads allocate memory.
 
     Returns:
-        Whether the process runs on glibc; elsewhere nothing is changed.
+        Whether the process uses glibc; with other C libraries, nothing is changed.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""From a request that was read to its response: one way for every form of OpenAI's API."""
+"""From a parsed request to its response, for all forms of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ from smolstack.serve.schemas import ChatRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
-# Makes, from a request and its images, a prompt and options for each of its answers.
+# Makes the prompt and the options of each answer from a request and its images.
 Prepare: TypeAlias = Callable[
     [VLM, ChatRequest, list[Media], ServerSettings], tuple[list[Prompt], list[ReadOptions]]
 ]
-GONE = 499  # the status of what is answered to a client that went away: nobody reads it
+GONE = 499  # status of responses to clients that have disconnected; nobody reads it
 
 
 class Writer(Protocol):
-    """Writes the answers to one request in the form in which they were asked for.
+    """Formats the answers to one request.
 
-    A stream is the texts of ``begin``, of ``update`` for every update, and of ``end``, or of
-    ``failed`` where an error ends it; each is any number of server-sent events.
+    A stream consists of the text from ``begin``, from ``update`` for each update, and from ``end``,
+    or from ``failed`` if an error ends it. Each text contains any number of server-sent events.
     """
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The body of a response that is no stream."""
+        """Return the body of a response without streaming."""
 
     def begin(self, count: int) -> str:
-        """The events before anything is said, for so many answers."""
+        """Return the events at the start of a stream of ``count`` answers."""
 
     def update(self, index: int, update: Update) -> str:
-        """The events of what is new about one answer."""
+        """Return the events for an update of one answer."""
 
     def end(self, answers: Sequence[Answer]) -> str:
-        """The events after the last word."""
+        """Return the events at the end of the stream."""
 
     def failed(self, refusal: RefusedError) -> str:
-        """The event of an error in the midst of a stream."""
+        """Return the event for an error within a stream."""
 
 
 class Answering:
-    """Reads requests, has the engine answer them, and sends what a writer makes of the answers."""
+    """Reads requests, submits them to the engine and returns the formatted answers."""
 
     def __init__(
         self,
@@ -85,16 +85,16 @@ class Answering:
         prepare: Prepare = request_reader.prepare,
         characters: int = 0,
     ) -> Response:
-        """The response to a request, whole or as server-sent events.
+        """Return the response to a request, complete or as server-sent events.
 
         Args:
-            body: the request, as a chat; one without messages where ``prepare`` has the prompts.
-            writer: makes the writer, once the request is known to be good.
-            prepare: makes the prompts and options, in a thread.
-            characters: of prompts that are no messages.
+            body: the request as a chat; without messages if ``prepare`` provides the prompts.
+            writer: makes the writer, called once the request has been found valid.
+            prepare: makes the prompts and options; called in a worker thread.
+            characters: total length of prompts that are not messages.
 
         Raises:
-            RefusedError: it is not answered.
+            RefusedError: the request is refused or failed.
         """
         seconds = min(body.deadline or math.inf, self.settings.deadline)
         if isinstance(request, JsonRequest):
@@ -120,7 +120,7 @@ class Answering:
     async def _made(
         self, body: ChatRequest, seconds: float, prepare: Prepare, characters: int
     ) -> Asking:
-        """The answers to a request, once its images are here and everything was checked."""
+        """Return the request's answers after its images are read and all checks are done."""
         deadline = time.monotonic() + seconds
         asking = Asking(self.engine, self.metrics, pieces=bool(body.stream))
 
@@ -137,11 +137,11 @@ class Answering:
         try:
             await asyncio.wait_for(reading_it(), seconds)
         except asyncio.TimeoutError:
-            raise DeadlineError("the request was not read before its deadline") from None
+            raise DeadlineError("the deadline passed while the request was being read") from None
         return asking
 
     async def _stream(self, request: Request, asking: Asking, writer: Writer) -> Response:
-        """The same as events. What fails before the first token still has a status of its own."""
+        """Stream the answers. An error before the first token still sets the HTTP status."""
         updates = aiter(asking)
         try:
             first = await unless_gone(request.receive, anext(updates))
@@ -168,7 +168,7 @@ class Answering:
         return EventStream(events(), asking)
 
     def _retry_after(self) -> int:
-        """Seconds until somebody who waits now would have left, by a mean answer's work."""
+        """Estimate the seconds until the present queue is processed, for Retry-After."""
         ahead = self.engine.queued + self.engine.running
         seconds = ahead * self.metrics.mean_seconds / self.settings.scheduler.running
         return max(1, min(60, math.ceil(seconds)))

@@ -1,4 +1,4 @@
-"""One request at work: its answers as they grow, given up when the client goes away."""
+"""The growing answers to one HTTP request, cancelled if the client disconnects."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 class Asking:
-    """The answers to one request: made in any thread, begun and listened to in the loop's.
+    """The answers to one HTTP request: made in any thread, started and read in the event loop.
 
-    Iterating gives (answer's index, update) until all are complete. :meth:`close` must be called:
-    it stops the work of answers that nobody waits for any more.
+    Iterating yields (index of the answer, update) until all answers are complete. :meth:`close`
+    must be called; it cancels the answers that are not complete.
 
     Args:
-        pieces: whether every update is of interest, or the first and the last of each answer.
+        pieces: whether to yield all updates, or only the first and last of each answer.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, *, pieces: bool = True) -> None:
@@ -43,17 +43,17 @@ class Asking:
         self.answers: list[Answer | None] = []
 
     def make(self, prompts: list[Prompt], options: list[ReadOptions], deadline: float) -> None:
-        """Make the answers, one for each prompt and its options, without any work on them;
-        ``deadline`` is on time.monotonic's clock."""
+        """Make an engine request for each prompt and its options; ``deadline`` is in the time of
+        time.monotonic()."""
         self._requests = self._engine.core.requests(prompts, options, deadline=deadline)
         for index, request in enumerate(self._requests):
             request.listener = self._listener(index)
 
     def begin(self, client: str | None = None) -> None:
-        """Let the answers wait for their turn, by what they cost and by what their client had.
+        """Queue the requests, ordered by their cost and their client's recent use.
 
         Raises:
-            QueueFullError: too many wait already.
+            QueueFullError: too many requests are waiting.
         """
         self._engine.enter(self._requests, client=client)
         self._open = len(self._requests)
@@ -65,7 +65,7 @@ class Asking:
         def listen(update: Update) -> None:
             nonlocal begun
             if begun and not self._pieces and update.answer is None and update.error is None:
-                return  # the loop has other things to do
+                return  # saves the event loop work
             begun = True
             with contextlib.suppress(RuntimeError):  # the loop ended before the answer
                 self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
@@ -88,11 +88,11 @@ class Asking:
 
     @property
     def complete(self) -> list[Answer]:
-        """The answers that are complete."""
+        """The complete answers."""
         return [answer for answer in self.answers if answer is not None]
 
     def close(self) -> None:
-        """Stop what is still at work."""
+        """Cancel the answers that are not complete."""
         if self._open:
             self._metrics.abandoned.inc(self._open)
         for request in self._requests:
@@ -101,8 +101,8 @@ class Asking:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of an asking, which is closed whatever ends them, even before the first
-    one: a client may be gone by then."""
+    """A stream of server-sent events that closes its answers however it ends, even before the
+    first event, for example because the client has disconnected."""
 
     def __init__(self, events: AsyncIterator[str], asking: Asking) -> None:
         headers = {"Cache-Control": "no-store"}
@@ -117,7 +117,7 @@ class EventStream(StreamingResponse):
 
 
 async def unless_gone(receive: Callable[[], Any], work: Any) -> Any:
-    """The result of awaiting ``work``, or None when the client went away first."""
+    """Await ``work`` and return its result; None if the client disconnects first."""
     watching = asyncio.ensure_future(_gone(receive))
     working = asyncio.ensure_future(work)
     try:
@@ -137,5 +137,5 @@ async def _gone(receive: Callable[[], Any]) -> None:
 
 
 async def in_thread(executor: Executor | None, work: Callable[..., T], *args: Any) -> T:
-    """Await slow work that runs in an executor's thread."""
+    """Run a function in a thread of the executor and await its result."""
     return await asyncio.get_running_loop().run_in_executor(executor, partial(work, *args))

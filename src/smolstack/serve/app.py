@@ -1,4 +1,4 @@
-"""The routes: answers in each of OpenAI's forms, models, plans, health, metrics, and the page."""
+"""The server's routes: OpenAI's API, models, plans, health, metrics, and the test page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from smolstack.serve.settings import ServerSettings
 from smolstack.serve.tool_calls import CallingCompletion
 from smolstack.vlm import VLM
 
-_READING_THREADS, _LONG_READING = 3, 1  # so many at once, and long ones of them
+_READING_THREADS, _LONG_READING = 3, 1  # threads, and how many of them may read long requests
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -48,11 +48,11 @@ _PAGE_POLICY = (
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
-        400: "The request cannot be answered; the error says why.",
+        400: "The request is invalid; the error states the reason.",
         401: "The API key is missing or wrong.",
         408: "The body did not arrive in time.",
         413: "The body is too large.",
-        429: "Too many answers wait; Retry-After says when to come back.",
+        429: "Too many requests are waiting; Retry-After gives the seconds to wait.",
         503: "The server is shutting down.",
         504: "The answer took longer than its deadline.",
     }.items()
@@ -60,11 +60,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class Server:
-    """A model behind routes.
+    """The ASGI application that serves one model.
 
     Attributes:
-        app: the ASGI application.
-        engine: where answers are made.
+        app: the application.
+        engine: processes the requests.
     """
 
     def __init__(self, vlm: VLM, settings: ServerSettings) -> None:
@@ -78,7 +78,7 @@ class Server:
         self.metrics = Metrics(self.engine)
         self.readers = RankedPool(_READING_THREADS, _LONG_READING, "reading")
         self.answering = Answering(vlm, settings, self.engine, self.metrics, self.readers)
-        # FastAPI's own pages about the description load their scripts from elsewhere.
+        # FastAPI's own documentation pages load scripts from other sites.
         self.app = FastAPI(
             title="smolstack",
             version=__version__,
@@ -94,7 +94,7 @@ class Server:
             Guard, settings=settings, count=self.metrics.count_response, bodies=self.bodies
         )
         if settings.origins:
-            # Outermost, so that refusals can be read by the pages that are let in, too.
+            # Outermost, so that allowed pages can also read error responses.
             self.app.add_middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.origins),
@@ -107,11 +107,11 @@ class Server:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         yield
-        # Requests have ended or were given up by now.
+        # All requests have ended by now.
         await in_thread(None, self.close)
 
     def close(self) -> None:
-        """End the engine's work, and leave the model as it was."""
+        """Stop the engine and restore the processor's settings."""
         self.vlm.processor.special_tokens_in_text = self._before
         self.engine.close(drain=False)
         self.readers.shutdown(cancel_futures=True)
@@ -138,7 +138,7 @@ class Server:
             app.get(path, include_in_schema=False, response_model=None)(_file(name, kind))
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
-        """Answer the last message of a chat, whole or as server-sent events."""
+        """Answer a chat, with one response or with server-sent events."""
 
         def writer() -> Completion:
             kind = CallingCompletion if functions.offered(body) else Completion
@@ -152,7 +152,7 @@ class Server:
         return await self.answering.answer(body, request, writer)
 
     async def responses(self, body: ResponsesRequest, request: Request) -> Response:
-        """Answer an input of text and images, whole or as server-sent events."""
+        """Answer an input of text and images, with one response or with server-sent events."""
         name, tokenizer = body.model or self.settings.name, self.vlm.processor.tokenizer
         chat = body.chat()
 
@@ -162,14 +162,14 @@ class Server:
         return await self.answering.answer(chat, request, writer)
 
     async def models(self) -> dict[str, Any]:
-        """The one model that is served."""
+        """List the served model."""
         return {"object": "list", "data": [self._model()]}
 
     async def one_model(self, model: str) -> dict[str, Any]:
-        """The same, by its name."""
+        """Describe the served model."""
         if model != self.settings.name:
             raise RefusedError(
-                404, f"there is no model {model[:100]!r}, only {self.settings.name!r}"
+                404, f"no model {model[:100]!r}; this server has {self.settings.name!r}"
             )
         return self._model()
 
@@ -184,11 +184,11 @@ class Server:
         }
 
     async def plan(self, body: PlanRequest) -> dict[str, Any]:
-        """How an image becomes tiles and tokens, before any network runs."""
+        """Plan the tiles and tokens of an image, without running the model."""
         try:
             found: Media | tuple[int, int]
             if body.image_url is not None and body.video_url is not None:
-                raise RefusedError(400, "found image_url and video_url, expected one of them")
+                raise RefusedError(400, "found image_url and video_url, expected only one of them")
             if body.image_url is not None:
                 found = await request_reader.read_image(body.image_url.url, self.settings)
                 body.image_url.url = ""
@@ -199,7 +199,7 @@ class Server:
             elif body.width and body.height:
                 found = (body.width, body.height)
             else:
-                raise RefusedError(400, "found none of image_url, video_url, and width and height")
+                raise RefusedError(400, "expected image_url, video_url, or width and height")
             return await in_thread(
                 self.readers, plans.planned, self.vlm, found, body, self.settings
             )
@@ -207,17 +207,17 @@ class Server:
             raise as_refusal(error) from None
 
     async def health(self) -> Response:
-        """Whether answers can be asked for."""
+        """Report whether the server accepts requests."""
         if not self.engine.alive:
             return JSONResponse({"status": "stopped"}, 503)
         return JSONResponse({"status": "ok", "version": __version__})
 
     async def version(self) -> dict[str, str]:
-        """smolstack's version."""
+        """Return smolstack's version."""
         return {"version": __version__}
 
     async def show_metrics(self) -> Response:
-        """Counters for Prometheus."""
+        """Return metrics in Prometheus' format."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
 

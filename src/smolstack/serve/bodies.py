@@ -1,4 +1,4 @@
-"""The bodies of all requests together: how much of them is in memory, and who gives way."""
+"""A memory limit for the bodies of all requests together."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ import time
 
 from smolstack.serve.error_responses import RefusedError
 
-_SMALL = 2 * 2**20  # up to here a body finds room that large ones leave free
-_SHARE = 0.75  # of the room, for larger ones
-_GRACE = 1.0  # seconds for which a body may arrive, however many others want its room
+_SMALL = (
+    2 * 2**20
+)  # bytes; up to this size, bodies may use memory that is reserved from larger ones
+_SHARE = 0.75  # of the limit that larger bodies may use
+_GRACE = 1.0  # seconds in which an arriving body is not ended in favor of others
 
 
 class Bodies:
-    """Bytes of bodies in flight, from their arrival until their requests have ended.
+    """Counts the bytes of bodies in flight, from their arrival until their requests end.
 
-    A body that finds no room waits: its client is not read from. One that has been arriving for
-    longest gives way to it, so that nobody keeps the room by sending slowly.
+    A body for which there is no memory waits: nothing is read from its client. The body that has
+    been arriving for longest is ended for it, so that slow clients cannot hold the memory.
 
     Attributes:
-        limit: bytes at most.
-        held: bytes now.
+        limit: maximum number of bytes.
+        held: current number of bytes.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
-        self.arriving: dict[Arrival, None] = {}  # in the order of their beginning
+        self.arriving: dict[Arrival, None] = {}  # in the order of their start
         self._changed = asyncio.Event()
         self._end: RefusedError | None = None
 
     def begin(self) -> Arrival:
-        """A body begins to arrive."""
+        """Register a body that begins to arrive."""
         arrival = Arrival(self)
         self.arriving[arrival] = None
         if self._end is not None:
@@ -38,17 +40,17 @@ class Bodies:
         return arrival
 
     def end(self, refusal: RefusedError) -> None:
-        """Refuse every body that is not complete."""
+        """Refuse all incomplete bodies, now and later."""
         self._end = refusal
         for arrival in self.arriving:
             arrival.refuse(refusal)
 
     def has_room(self, more: int, size: int) -> bool:
-        """Whether ``more`` bytes fit, of a body that will have ``size``."""
+        """Whether ``more`` bytes of a body that grows to ``size`` bytes fit."""
         return self.held + more <= self.limit * (1.0 if size <= _SMALL else _SHARE)
 
     async def wait(self, seconds: float) -> None:
-        """Wait until something has changed."""
+        """Wait for memory to be freed, for a limited time."""
         self._changed.clear()
         self._make_room()
         await asyncio.wait_for(self._changed.wait(), min(seconds, _GRACE))
@@ -60,12 +62,12 @@ class Bodies:
         now = time.monotonic()
         for arrival in self.arriving:
             if now - arrival.began < _GRACE:
-                return  # so are all that follow
+                return  # all others are newer
             if arrival.size and not arrival.waiting and arrival.refusal is None:
                 arrival.refuse(
                     RefusedError(
                         503,
-                        "the body arrived slowly and gave way to others; send it again",
+                        "the body arrived too slowly while others waited for memory; send it again",
                         headers={"Connection": "close", "Retry-After": "1"},
                     )
                 )
@@ -73,12 +75,12 @@ class Bodies:
 
 
 class Arrival:
-    """One body.
+    """One arriving body.
 
     Attributes:
-        size: bytes so far.
-        refusal: why it is not waited for any longer; ``refused`` is set then.
-        waiting: whether it waits for room: it is not slow by itself.
+        size: bytes received.
+        refusal: why the body is refused; ``refused`` is set when this is.
+        waiting: whether the body waits for memory, and so is not slow by itself.
     """
 
     def __init__(self, bodies: Bodies) -> None:
@@ -88,16 +90,16 @@ class Arrival:
         self.waiting = False
 
     def refuse(self, refusal: RefusedError) -> None:
-        """End the wait for it."""
+        """Refuse the body."""
         if self.refusal is None:
             self.refusal = refusal
             self.refused.set()
 
     async def take(self, more: int, until: float) -> None:
-        """Count bytes that came, once there is room for them.
+        """Count received bytes, after waiting for memory if necessary.
 
         Raises:
-            RefusedError: there was none in time.
+            RefusedError: there was no memory before ``until``.
         """
         self.waiting = True
         try:
@@ -106,8 +108,8 @@ class Arrival:
                 if left <= 0:
                     raise RefusedError(
                         429,
-                        f"the bodies of other requests take the {self.bodies.limit:,} bytes that "
-                        "there are for them",
+                        f"the bodies of other requests use all of the {self.bodies.limit:,} bytes "
+                        "reserved for bodies",
                         headers={"Connection": "close", "Retry-After": "5"},
                     )
                 if self.refusal is not None:
@@ -122,11 +124,11 @@ class Arrival:
         self.bodies.held += more
 
     def complete(self) -> None:
-        """All of it is here; its bytes count on."""
+        """The body is complete; its bytes still count until :meth:`close`."""
         self.bodies.arriving.pop(self, None)
 
     def close(self) -> None:
-        """The request has ended."""
+        """The request has ended; release the bytes."""
         self.complete()
         self.bodies.held -= self.size
         self.size = 0

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's completions, and what they ask of answers."""
+"""Requests of OpenAI's completions API."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from smolstack.serve.schemas import AnswerFields, ChatRequest, ResponseFormat, T
 _MAX_TOKENS = 16  # OpenAI's default
 _OWN = frozenset({"echo", "add_special_tokens", "best_of"})
 _ELSEWHERE = {
-    "messages": "a chat is asked for at /v1/chat/completions; send prompt",
-    "suffix": "suffix is not supported: what comes after an answer is unknown to the model; leave "
-    "it out",
+    "messages": "messages belong to /v1/chat/completions; send prompt",
+    "suffix": "suffix is not supported: the model cannot take into account text after the answer; "
+    "leave it out",
 }
 
 
 def _kind(prompt: Any) -> str | None:
-    """Which of its four forms a prompt has, by its first element."""
+    """Return which of the four forms a prompt has, determined by its first element."""
     kinds = {str: "texts", int: "tokens", list: "lists of tokens"}
     if isinstance(prompt, list) and prompt:
         return kinds.get(type(prompt[0]))
@@ -38,13 +38,14 @@ _Prompt = Annotated[
     Discriminator(
         _kind,
         custom_error_type="prompt",
-        custom_error_message="expected a text, texts, the tokens of one, or of several",
+        custom_error_message="expected a text, a list of texts, a list of token ids, or a list of "
+        "such lists",
     ),
 ]
 
 
 class CompletionRequest(AnswerFields):
-    """A text completion: a prompt, or several, which no chat template stands around."""
+    """A text completion: one or more prompts, used without a chat template."""
 
     prompt: _Prompt
     max_tokens: int | None = Field(default=None, ge=1)
@@ -68,7 +69,7 @@ class CompletionRequest(AnswerFields):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """One or more."""
+        """The prompts as a list."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -76,23 +77,23 @@ class CompletionRequest(AnswerFields):
         return self.prompt
 
     def options(self) -> ChatRequest:
-        """What is asked of the answers, as a chat without messages asks it.
+        """Return the options of the answers as a chat request without messages.
 
         Raises:
-            RefusedError: fields that cannot be had together.
+            RefusedError: two fields cannot be combined.
         """
         if self.best_of not in (None, self.n or 1):
             raise RefusedError(
                 400,
-                f"best_of is {self.best_of} and n {self.n or 1}: answers are not chosen from, "
-                "expected the same number",
+                f"best_of is {self.best_of} and n is {self.n or 1}; selecting the best answers is "
+                "not supported, expected equal numbers",
                 param="best_of",
             )
         if self.echo and self.logprobs is not None:
             raise RefusedError(
                 400,
-                "found echo and logprobs: a prompt's own log-probabilities are not computed; "
-                "leave one out",
+                "found echo and logprobs, which cannot be combined: log-probabilities of the "
+                "prompt are not computed",
                 param="echo",
             )
         return ChatRequest.model_construct(

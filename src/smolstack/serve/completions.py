@@ -1,4 +1,4 @@
-"""Answers in the shape of OpenAI's chat completions, whole or as chunks."""
+"""Formats answers as OpenAI's chat completions, complete or as chunks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DONE = "data: [DONE]\n\n"
 
 
 class Completion:
-    """The frame that all objects of one response share.
+    """Formats the answers to one request as chat completions.
 
     Args:
-        model: what the client called it.
-        tokenizer: writes tokens as text, for logprobs.
-        with_usage: whether the last event of a stream says what was used.
+        model: the model name in the request.
+        tokenizer: decodes the tokens of log-probabilities.
+        with_usage: whether the stream ends with a usage chunk.
     """
 
     def __init__(self, model: str, tokenizer: TextTokenizer, *, with_usage: bool = False) -> None:
@@ -36,7 +36,7 @@ class Completion:
         }
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """A chat.completion."""
+        """Return a ``chat.completion`` object."""
         return {
             **self.frame,
             "object": "chat.completion",
@@ -61,17 +61,17 @@ class Completion:
         return REASONS[answer.finish_reason]
 
     def first_chunk(self, index: int) -> dict[str, Any]:
-        """The chunk that names the role."""
+        """Return the first chunk, which contains the role."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
     def chunks(
         self, index: int, piece: str, logprobs: Sequence[TokenLogprob] = ()
     ) -> list[dict[str, Any]]:
-        """Of a piece of an answer."""
+        """Return the chunks for a piece of an answer."""
         return [self._chunk(index, {"content": piece}, logprobs)]
 
     def last_chunks(self, index: int, answer: Answer) -> list[dict[str, Any]]:
-        """The last one says why an answer ended."""
+        """Return the chunks at the end of an answer, with its finish reason."""
         made = self._chunk(index, {})
         made["choices"][0] |= {
             "finish_reason": self._reason(answer),
@@ -80,11 +80,11 @@ class Completion:
         return [made]
 
     def begin(self, count: int) -> str:
-        """The events that name the role."""
+        """Return the first event of each answer."""
         return "".join(event(self.first_chunk(index)) for index in range(count))
 
     def update(self, index: int, update: Update) -> str:
-        """The events of what is new about one answer."""
+        """Return the events for an update of one answer."""
         made = []
         if update.piece or update.logprobs:
             made += self.chunks(index, update.piece, update.logprobs)
@@ -93,16 +93,16 @@ class Completion:
         return "".join(map(event, made))
 
     def end(self, answers: Sequence[Answer]) -> str:
-        """The events after the last word."""
+        """Return the events at the end of the stream."""
         used = event(self.usage_chunk(answers)) if self.with_usage else ""
         return used + DONE
 
     def failed(self, refusal: RefusedError) -> str:
-        """The event of an error in the midst of a stream."""
+        """Return the event for an error within a stream."""
         return event(refusal.body())
 
     def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The chunk that follows the last one, where the client asked for it."""
+        """Return the usage chunk."""
         return {
             **self.frame,
             "object": "chat.completion.chunk",
@@ -127,18 +127,18 @@ class Completion:
 
 
 def event(data: dict[str, Any]) -> str:
-    """A server-sent event."""
+    """Return a server-sent event."""
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def token_logprobs(
     logprobs: Sequence[TokenLogprob], tokenizer: TextTokenizer
 ) -> list[dict[str, Any]]:
-    """Log-probabilities in the shape of chat completions."""
+    """Return log-probabilities in the format of chat completions."""
 
     def token(token_id: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.decode([token_id], skip_special=False)
-        # Part of a character has no text of its own.
+        # A token that is part of a character has no text.
         known = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, LEAST), "bytes": known}
 
@@ -152,7 +152,7 @@ def token_logprobs(
 
 
 def usage(answers: Sequence[Answer], each: int | None = None) -> dict[str, Any]:
-    """Tokens of all answers to one prompt, or of so many answers to each of several."""
+    """Return the token usage of all answers; ``each``: answers per prompt, default all."""
     prompts = [answer.usage for answer in answers[:: each or len(answers)]]
     asked = sum(prompt.prompt_tokens for prompt in prompts)
     visual = sum(prompt.visual_tokens for prompt in prompts)
@@ -164,14 +164,14 @@ def usage(answers: Sequence[Answer], each: int | None = None) -> dict[str, Any]:
         "prompt_tokens_details": {
             "cached_tokens": sum(prompt.cached_tokens for prompt in prompts),
             "visual_tokens": visual,
-            "image_tokens": visual,  # as vLLM and OpenAI's newer API name them
+            "image_tokens": visual,  # the name in vLLM and OpenAI's newer API
             "tiles": sum(prompt.tiles for prompt in prompts),
         },
     }
 
 
 def timings(answer: Answer) -> dict[str, Any]:
-    """Seconds of work, shared steps counted in full."""
+    """Return seconds per stage; steps shared with other requests are counted in full."""
     took = answer.timings
     return {
         "images": round(took.images, 4),
@@ -183,7 +183,7 @@ def timings(answer: Answer) -> dict[str, Any]:
 
 
 def probabilities(answer: Answer) -> dict[str, Any]:
-    """How likely each of the choices is, where the answer was one of some."""
+    """Return the probability of each choice, for answers with ``choices``."""
     if answer.probabilities is None:
         return {}
     return {"probabilities": dict(answer.probabilities)}

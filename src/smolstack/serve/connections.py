@@ -1,10 +1,10 @@
-"""The door: how many connections there are, and how long each may keep the server waiting.
+"""Limits on the number of connections and on the time that each may keep the server waiting.
 
-uvicorn counts none and times only idle ones. Here connections are accepted one by one while there
-is room; when there is none, whoever has kept the server waiting for longest gives way, and where
-nobody waits for a client, the listener pauses. One that waited in the listener's queue counts as
-waited for since it came there. So connections that say nothing cost others no more than it takes to
-close them, and there are always descriptors left for files.
+uvicorn limits only the time of idle connections. Here, connections are accepted one at a time up to
+a limit. At the limit, the connections that have kept the server waiting longest are closed; if no
+client keeps the server waiting, no connections are accepted. Time that a connection has spent in
+the listen queue counts as well. Silent connections therefore delay others only by the time it
+takes to close them, and file descriptors remain available for other uses.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from smolstack.errors import GenerationError
 from smolstack.serve.listening import ListenerQueue, has_asked
 
 DEFAULT_CONNECTIONS = 512
-# Seconds for which a client may be waited for, however many others want its place: fewer where
-# there are few places, so that whoever comes through the listener's queue does not wait long.
+# Seconds that a client may keep the server waiting even at the limit. Shorter if the limit is low,
+# so that connections do not wait long in the listen queue.
 _GRACE, _GRACE_PLACES = (0.05, 0.5), 1000
-_TOGETHER = 16  # a part of all places that is made free at once
-_RATE = 2**16  # bytes of a body that make it look younger by a second
+_TOGETHER = 16  # at the limit, one connection of this many is closed at once
+_RATE = 2**16  # bytes of a body that halve the waiting time counted against its connection
 _LEAST = 4
-_AT_A_TIME = 16  # accepted before the loop does something else
-_LOOK = 0.25  # seconds between looks at who takes too long
+_AT_A_TIME = 16  # connections accepted before yielding to the event loop
+_LOOK = 0.25  # seconds between timeout checks
 _NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _TOO_SLOW = (
     b"HTTP/1.1 408 Request Timeout\r\ncontent-type: text/plain; charset=utf-8\r\n"
@@ -41,18 +41,20 @@ _TOO_SLOW = (
 
 
 def connection_limit(wanted: int | None) -> int:
-    """Connections that may be open at a time: as many as wanted, and as the process's limit of
-    open files leaves beside its own.
+    """Return the maximum number of open connections, given the process's limit of open files.
+
+    Args:
+        wanted: the requested number; None: a default.
 
     Raises:
-        GenerationError: more are wanted than can be had, or too few are left.
+        GenerationError: the limit of open files allows fewer than requested, or too few.
     """
     left = _descriptors_left()
     if left is not None and left < (wanted or _LEAST):
         asked = _LEAST if wanted is None else wanted
         raise GenerationError(
             f"the limit of open files leaves {max(0, left)} for connections, expected {asked} or "
-            "more: raise it (ulimit -n), or lower --max-connections"
+            "more; raise it (ulimit -n) or lower --max-connections"
         )
     if wanted is not None:
         return wanted
@@ -60,7 +62,7 @@ def connection_limit(wanted: int | None) -> int:
 
 
 def _descriptors_left() -> int | None:
-    """Descriptors for connections; None where there is no limit, or it is not known."""
+    """Return the file descriptors available for connections; None: unlimited or unknown."""
     try:
         import resource
     except ImportError:
@@ -71,29 +73,40 @@ def _descriptors_left() -> int | None:
     own = 32
     with contextlib.suppress(OSError):
         own = len(os.listdir("/proc/self/fd"))
-    # For images at other addresses, files of caches, and what libraries open as they go.
+    # Reserved for downloads, cache files and files that libraries open.
     return soft - own - min(64, soft // 4)
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, which knows since when its client is waited for."""
+    """uvicorn's connection, extended to measure how long its client keeps the server waiting.
+
+    Attributes:
+        since: start of the present waiting period, as time.monotonic().
+        came: arrival in the listen queue.
+        entered: whether data that had arrived at the time of acceptance has been read.
+        begun: whether a part of a request's headers has been received.
+        asked: whether complete headers have been received before.
+        answered: whether a response has been completed.
+        received: bytes received since ``since``.
+        stuck: since when the client has not read its response; None: it reads.
+    """
 
     def __init__(self, *args: Any, door: Door, **named: Any) -> None:
         super().__init__(*args, **named)
         self.door = door
         self.since = time.monotonic()
-        self.came = self.since  # to the listener's queue
-        self.entered = False  # whether what it had sent by then has been read
-        self.begun = self.asked = False  # whether headers have begun to come, and came before
-        self.answered = False  # whether a request was
-        self.received = 0  # bytes since then
-        self.stuck: float | None = None  # since when the client reads nothing
+        self.came = self.since
+        self.entered = False
+        self.begun = self.asked = False
+        self.answered = False
+        self.received = 0
+        self.stuck: float | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.door.open.add(self)
-        # The loop begins to read from it after this, and reads for the first time in its next
-        # round: until that is over, nothing is known of the client.
+        # The event loop reads from the connection for the first time in its next iteration; only
+        # after that is it known whether the client has sent anything.
         self.loop.call_soon(self.loop.call_soon, setattr, self, "entered", True)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -123,16 +136,16 @@ class Connection(H11Protocol):
 
     @property
     def for_a_request(self) -> bool:
-        """Whether a request's headers are waited for."""
+        """Whether the server is waiting for a request's headers."""
         return self.cycle is None or self.cycle.response_complete
 
     @property
     def idle(self) -> bool:
-        """Whether it was answered, and has not begun to ask again."""
+        """Whether the last response is complete and no further request has begun."""
         return self.for_a_request and self.asked and not self.begun
 
     def waited(self, now: float) -> float | None:
-        """Seconds for which the client is waited for; None where the client waits."""
+        """Seconds that the client has kept the server waiting; None if the server is working."""
         if self.stuck is not None:
             return now - self.stuck
         if self.entered and (self.for_a_request or self.cycle.more_body):
@@ -140,13 +153,13 @@ class Connection(H11Protocol):
         return None
 
     def is_late(self, now: float) -> bool:
-        """Whether its headers take too long, or it reads its answer too slowly."""
+        """Whether the headers, or reading the response, have exceeded their timeout."""
         if self.stuck is not None:
             return now - self.stuck > self.door.read_seconds
         return self.for_a_request and now - self.since > self.door.header_seconds
 
     def hang_up(self) -> None:
-        """End it; whoever began to ask is told why."""
+        """Close the connection; an incomplete request is answered with a 408."""
         if self.for_a_request and self.begun and self.stuck is None:
             self.transport.write(_TOO_SLOW)
             self.transport.close()
@@ -155,12 +168,12 @@ class Connection(H11Protocol):
 
 
 class Door:
-    """Accepts connections at listeners while there is room.
+    """Accepts connections up to a limit.
 
     Args:
-        limit: connections at a time.
-        header_seconds: for a request's headers.
-        read_seconds: for which a client may read nothing of its answer.
+        limit: maximum number of connections.
+        header_seconds: timeout for a request's headers.
+        read_seconds: timeout for a client that does not read its response.
     """
 
     def __init__(self, limit: int, header_seconds: float, read_seconds: float) -> None:
@@ -176,21 +189,21 @@ class Door:
         make: Callable[[], Connection],
         context: ssl.SSLContext | None,
     ) -> None:
-        """Begin to accept, in the running loop."""
+        """Start accepting connections in the running event loop."""
         for listener in listeners:
             listener.setblocking(False)
             self._tasks.append(asyncio.create_task(self._accept(listener, make, context)))
         self._tasks.append(asyncio.create_task(self._look()))
 
     async def close(self) -> None:
-        """Accept nobody any more; those who are in stay."""
+        """Stop accepting connections; open ones stay open."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
 
     def leave(self, connection: Connection) -> None:
-        """A connection has ended."""
+        """Remove a closed connection."""
         self.open.discard(connection)
         self._left.set()
 
@@ -211,7 +224,7 @@ class Door:
                 if error.errno in _NO_MORE:
                     self._make_room()
                     await asyncio.sleep(_LOOK)
-                continue  # it was gone before it was accepted
+                continue  # the client disconnected before
             came = queue.came()
             if self._full:
                 waited = time.monotonic() - came > self._grace
@@ -244,7 +257,7 @@ class Door:
             await asyncio.get_running_loop().connect_accepted_socket(
                 made, accepted, ssl=context, ssl_handshake_timeout=seconds
             )
-        except (OSError, ssl.SSLError):  # no TLS, or gone
+        except (OSError, ssl.SSLError):  # TLS handshake failed, or disconnected
             accepted.close()
 
     def _entered(self, task: asyncio.Task[None]) -> None:
@@ -257,11 +270,11 @@ class Door:
 
     @property
     def _grace(self) -> float:
-        """Seconds for which a client may be waited for where others want its place."""
+        """Seconds that a client may keep the server waiting at the limit."""
         return min(max(self.limit / _GRACE_PLACES, _GRACE[0]), _GRACE[1])
 
     async def _room(self) -> None:
-        """Wait until there is room for one more."""
+        """Wait until another connection may be accepted."""
         while self._full:
             self._left.clear()
             if not self._make_room():
@@ -271,8 +284,8 @@ class Door:
             await self._left.wait()
 
     def _make_room(self) -> bool:
-        """End connections whose clients have been waited for for longest: of those that are idle,
-        or else of all but the newest; False where there are none."""
+        """Close the connections that have kept the server waiting longest: idle ones if there are
+        any, otherwise those beyond the grace period. Return False if there are none."""
         now = time.monotonic()
         waits = {c: c.waited(now) or 0.0 for c in self.open if not c.transport.is_closing()}
         idle = {c: seconds for c, seconds in waits.items() if c.idle}

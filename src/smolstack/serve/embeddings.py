@@ -1,4 +1,4 @@
-"""Vectors of pages and queries, for retrieval models, in the shape of OpenAI's embeddings."""
+"""OpenAI's embeddings route: vectors of pages and queries from retrieval models."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _Query = Annotated[str, Field(min_length=1, max_length=100_000)]
 
 
 class EmbeddingsRequest(Body):
-    """Queries (texts) and pages (``{"type": "image_url", …}``) whose vectors are asked for."""
+    """Queries (texts) and pages (``{"type": "image_url", …}``) to embed."""
 
     model: str = ""
     input: _Query | Annotated[list[_Query | ImagePart], Field(min_length=1, max_length=64)]
-    # OpenAI's client asks for base64 unless told otherwise, and takes lists as they are.
+    # OpenAI's client requests base64 by default, but accepts lists as well.
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
 
@@ -107,14 +107,14 @@ def add_route(
         return work
 
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
-        """Late-interaction vectors: for each query or page a list of vectors, one per token."""
+        """Embed queries and pages: for each, a list of vectors, one per token."""
         try:
             work = await unless_gone(
                 request.receive,
                 asyncio.wait_for(made(body, client_of(request, settings)), settings.deadline),
             )
         except asyncio.TimeoutError:
-            late = DeadlineError("the vectors took longer than their deadline")
+            late = DeadlineError("the embeddings were not complete before their deadline")
             raise as_refusal(late) from None
         except Exception as error:
             raise as_refusal(error) from None
@@ -140,7 +140,7 @@ def add_route(
 def _listener(
     loop: asyncio.AbstractEventLoop, end: asyncio.Future[None]
 ) -> Callable[[Update], None]:
-    """Ends a future, in its loop, once vectors are made or have failed."""
+    """Return a listener that completes a future, in its event loop, when a request ends."""
 
     def finish(update: Update) -> None:
         if end.done():
@@ -151,7 +151,7 @@ def _listener(
             end.set_result(None)
 
     def listen(update: Update) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop ended before the vectors
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
             loop.call_soon_threadsafe(finish, update)
 
     return listen

@@ -1,4 +1,4 @@
-"""What happens before a request waits for its turn: whose it is, and how much is read at a time."""
+"""Before a request is queued: identifying its client, and limiting the number being read."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from smolstack.serve.schemas import ChatRequest
 from smolstack.serve.settings import ServerSettings
 
 T = TypeVar("T")
-_GRACE = 2.0  # seconds that a request may take to be read, however many others want to be
-_PATIENCE = 4.0  # seconds that work waits for lighter work, for each second of its own
-_VIDEO = 0.5  # seconds to decode one, roughly
-_HEAVY = 0.05  # seconds of work that takes long
-_CHARACTER, _FORM = 1e-6, 1e-5  # seconds to tokenize one, and to compile a byte of a form
+_GRACE = 2.0  # seconds in which reading a request is not cancelled in favor of others
+_PATIENCE = 4.0  # seconds that work waits for cheaper work, per second of its own cost
+_VIDEO = 0.5  # seconds to decode one, approximately
+_HEAVY = 0.05  # seconds above which work counts as heavy
+_CHARACTER, _FORM = (
+    1e-6,
+    1e-5,
+)  # seconds to tokenize a character, and to compile a byte of a grammar
 
 
 def client_of(request: Request, settings: ServerSettings) -> str:
-    """Whose request it is: of an API key, where there are any, or of an address."""
+    """Return the client's name: its API key (hashed) if the server has keys, or its address."""
     if settings.api_keys:
         sent = request.headers.get("authorization", "").encode()
         return hashlib.sha256(sent).hexdigest()
@@ -33,8 +36,8 @@ def client_of(request: Request, settings: ServerSettings) -> str:
 
 
 def reading_seconds(body: ChatRequest, more: int = 0) -> float:
-    """Roughly how long it takes to tokenize a request's texts, and so many characters more, and to
-    compile its form."""
+    """Estimate the seconds needed to tokenize a request's texts and ``more`` characters, and to
+    compile its grammar."""
     texts = [
         part if isinstance(part, str) else getattr(part, "text", "")
         for message in body.messages
@@ -52,7 +55,7 @@ def reading_seconds(body: ChatRequest, more: int = 0) -> float:
 
 
 def form_bytes(body: ChatRequest) -> int:
-    """Characters of a regular expression, a grammar, choices, schemas and tools, roughly."""
+    """Return the approximate length of a request's expression, grammar, choices and schemas."""
     wanted = body.response_format
     schemas: list[Any] = [body.json_schema]
     if wanted is not None:
@@ -75,18 +78,18 @@ def _characters(value: Any) -> int:
 
 
 async def in_pool(pool: RankedPool, seconds: float, work: Callable[..., T], *args: Any) -> T:
-    """Await work that is expected to take so long: lighter work goes first."""
+    """Run a function that takes about ``seconds`` in the pool; cheaper work runs first."""
     rank = time.monotonic() + _PATIENCE * seconds
     future = pool.rank(partial(work, *args), rank, heavy=seconds > _HEAVY)
     return await asyncio.wrap_future(future)
 
 
 class Entrance:
-    """Requests that are being read. Where there are too many, the one that takes longest gives
-    way, unless all of them have just begun.
+    """Limits the number of requests being read. At the limit, the one that has taken longest is
+    cancelled, unless all have just started.
 
     Args:
-        limit: requests at a time; None is any number.
+        limit: maximum number of requests; None: unlimited.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -95,16 +98,16 @@ class Entrance:
         self._gone: set[asyncio.Task[Any]] = set()
 
     async def read(self, work: Coroutine[Any, Any, T]) -> T:
-        """What reading a request gives.
+        """Await the reading of a request and return its result.
 
         Raises:
-            QueueFullError: too many others are being read.
+            QueueFullError: too many other requests are being read.
         """
         if self.limit is not None and len(self._reading) >= self.limit:
             oldest = next(iter(self._reading), None)
             if oldest is None or time.monotonic() - self._reading[oldest] < _GRACE:
                 work.close()
-                raise QueueFullError(f"{len(self._reading)} requests are being read already")
+                raise QueueFullError(f"{len(self._reading)} other requests are being read")
             del self._reading[oldest]
             self._gone.add(oldest)
             oldest.cancel()
@@ -116,7 +119,7 @@ class Entrance:
             task.cancel()
             if task in self._gone:
                 raise QueueFullError(
-                    "the request took long to be read and gave way to others"
+                    "reading the request took too long while others were waiting"
                 ) from None
             raise
         finally:

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: a status, and {"error": {message, type, param, code}}."""
+"""Error responses in OpenAI's format: a status and {"error": {message, type, param, code}}."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CODES = {
 
 
 class RefusedError(Exception):
-    """A request that is not answered, with the status that says why."""
+    """A request is refused, with this HTTP status."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class RefusedError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
+        """Return OpenAI's error object."""
         return {
             "error": {
                 "message": self.message,
@@ -59,10 +59,10 @@ class RefusedError(Exception):
 
 
 def as_refusal(error: Exception, retry_after: int = 1) -> RefusedError:
-    """The refusal that an error of the library amounts to; the error's traceback is let go of.
+    """Convert an error to a refusal, and clear the error's traceback.
 
-    The tasks and frames that an error went through refer to each other, and to the request's body
-    and its images: they would stay until Python's collector of cycles comes round.
+    The tasks and frames in a traceback form reference cycles that contain the request's body and
+    images, which would stay in memory until the next garbage collection.
     """
     refusal = _refusal(error, retry_after)
     each: BaseException | None = error
@@ -81,11 +81,11 @@ def _refusal(error: Exception, retry_after: int) -> RefusedError:
     if isinstance(error, SmolstackError):
         return RefusedError(400, str(error))
     _log.error("a request failed", exc_info=error)
-    return RefusedError(500, "the server failed; its log says how")
+    return RefusedError(500, "internal server error; see the server's log")
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Give every error of an app OpenAI's shape."""
+    """Return all errors of an app in OpenAI's format."""
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> JSONResponse:

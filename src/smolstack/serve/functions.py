@@ -1,4 +1,4 @@
-"""Function calling: what a request's tools ask of an answer, and how a prompt tells of them."""
+"""Tool calling: the grammar of calls, and the description of tools in the prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from smolstack.serve.schemas import ChatMessage, ChatRequest, Tool
 
 _FORMS = ("regex", "choices", "grammar")
-_TELLING = (
+_TOOL_PROMPT = (
     "You can call functions. They are described by these lines of JSON:\n{tools}\n"
     "To call one, answer with its name and its arguments in this form, and nothing else:\n"
     f'{CALL_BEGIN}{{{{"name": "the name", "arguments": {{{{}}}}}}}}{CALL_END}'
@@ -25,17 +25,17 @@ _TELLING = (
 
 
 def concerned(request: ChatRequest) -> bool:
-    """Whether a chat's prompt tells of functions, calls or results."""
+    """Whether a chat's prompt contains functions, calls or results."""
     return bool(offered(request)) or any(
         message.tool_calls or message.role == "tool" for message in request.messages
     )
 
 
 def offered(request: ChatRequest) -> list[Tool]:
-    """The functions that an answer may call; none where the choice is none.
+    """Return the functions that an answer may call; none if ``tool_choice`` is "none".
 
     Raises:
-        RefusedError: a choice of what is not there, or tools beside a form of the answer.
+        RefusedError: ``tool_choice`` names no tool, or tools are combined with structured output.
     """
     choice, tools = request.tool_choice, request.tools or []
     wanted = None if choice is None or isinstance(choice, str) else choice.function.name
@@ -43,43 +43,47 @@ def offered(request: ChatRequest) -> list[Tool]:
     if not tools:
         if wanted is not None or choice == "required":
             raise RefusedError(
-                400, "tool_choice asks for a call, found no tools", param="tool_choice"
+                400, "tool_choice requires a call, but there are no tools", param="tool_choice"
             )
         return []
     if len(set(names)) < len(names):
-        raise RefusedError(400, "two tools have the same name, expected each once", param="tools")
+        raise RefusedError(
+            400, "two tools have the same name, expected different names", param="tools"
+        )
     if wanted is not None and wanted not in names:
         raise RefusedError(
             400,
-            f"tool_choice names the function {wanted!r}, the tools are {', '.join(names)[:300]}",
+            f"tool_choice names {wanted!r}, but the functions are {', '.join(names)[:300]}",
             param="tool_choice",
         )
     if choice == "none":
         return []
     for form in _FORMS:
         if getattr(request, form) is not None:
-            raise RefusedError(400, f"found {form} beside tools, expected one of them", param=form)
+            raise RefusedError(400, f"found {form} and tools, which cannot be combined", param=form)
     if request.stop:
         raise RefusedError(
-            400, "found stop beside tools: it would cut calls in two; leave one out", param="stop"
+            400,
+            "found stop and tools, which cannot be combined: stop would cut calls",
+            param="stop",
         )
     return tools if wanted is None else [tool for tool in tools if tool.function.name == wanted]
 
 
 def characters(request: ChatRequest) -> int:
-    """How much text a prompt holds for functions and calls."""
-    tools = sum(len(_told(tool)) for tool in offered(request))
+    """Return the number of characters that functions and calls add to a prompt."""
+    tools = sum(len(_description(tool)) for tool in offered(request))
     return tools + sum(len(text) for text in _calls_as_text(request))
 
 
 def calls_form(
     request: ChatRequest, text: Mapping[str, Any] | bool | None, close: Any
 ) -> Lark | None:
-    """The form of an answer that may, or has to, call functions; None where none is offered.
+    """Return the grammar of an answer that may, or must, call functions; None without functions.
 
     Args:
-        text: the schema of an answer that calls none.
-        close: what closes a schema's objects: one that is asked to be strict, or any.
+        text: the schema of answers without calls.
+        close: called with a schema and its ``strict`` flag; forbids additional properties.
     """
     tools = offered(request)
     if not tools:
@@ -111,23 +115,23 @@ def prepare(
     messages: list[dict[str, Any]],
     tiling: Tiling,
 ) -> Prompt:
-    """The prompt of a chat in which functions may be called, or were.
+    """Return the prompt of a chat with functions, calls or results.
 
-    The chat template is given tools, calls and results where it knows of tools; otherwise they
-    are written as text: tools in the system's message, results as what the user says.
+    A chat template that supports tools receives them as variables. Otherwise they are written as
+    text: tools in the system message, results in user messages.
     """
     tools = [tool.model_dump(exclude_none=True) for tool in offered(request)]
-    told = "\n".join(map(_told, offered(request)))
+    told = "\n".join(map(_description, offered(request)))
     for text in (told, *_calls_as_text(request)):
         if processor.markers.image in text:
             raise RefusedError(
                 400,
-                f"a tool or call holds the text {processor.markers.image}, which marks an image",
+                f"a tool or call contains {processor.markers.image}, the placeholder of images",
                 param="tools",
             )
     template = processor.template
     if template is not None and template.knows_tools:
-        # Roles that only the template knows stand aside while images are taken out of the parts.
+        # Replaced while images are extracted: the role "tool" is known to the template only.
         known = [{**each, "role": "user"} if each["role"] == "tool" else each for each in messages]
         plain, images = split_messages(known, processor.open_video)
         for made, each, asked in zip(plain, messages, request.messages, strict=True):
@@ -140,7 +144,7 @@ def prepare(
         return processor.prepare_text(rendered, images, **tiling)
     plain = [_as_text(*pair) for pair in zip(messages, request.messages, strict=True)]
     if tools:
-        text = _TELLING.format(tools=told)
+        text = _TOOL_PROMPT.format(tools=told)
         if plain[0]["role"] == "system":
             content = plain[0]["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -153,12 +157,12 @@ def prepare(
     return processor.prepare(plain, **tiling)
 
 
-def _told(tool: Tool) -> str:
+def _description(tool: Tool) -> str:
     return json.dumps(tool.function.model_dump(exclude_none=True), ensure_ascii=False)
 
 
 def _for_template(call: Any) -> dict[str, Any]:
-    """A call with its arguments as an object, as templates expect them."""
+    """Return a call with its arguments as an object, as chat templates expect."""
     made: dict[str, Any] = call.model_dump(exclude_none=True)
     made["function"]["arguments"] = json.loads(call.function.arguments or "{}")
     return made

@@ -1,9 +1,8 @@
-"""The listener's queue: how long a connection has waited in it, and what it has said by then.
+"""The kernel's listen queue: how long connections have waited in it, and what they have sent.
 
-Where there is no place for a new connection, one that waited in the kernel's queue and has not
-sent its request in that time is not worth one. It is told apart before anything is made for it, so
-that thousands of silent connections cost a request behind them in the queue no more than the
-calls that close them.
+At the connection limit, a connection that has waited in the queue without sending a request is
+closed before any resources are allocated for it. Thousands of silent connections then delay a
+request behind them in the queue only by the time of the system calls that close them.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ import struct
 import time
 
 BACKLOG = 4096  # the operating system may allow fewer
-_LOOK = 2**15  # bytes of a request that are looked at: the rest may wait for the server to read
-_UNACKED = 24  # offset in Linux's struct tcp_info; of a listener: connections that wait in it
+_LOOK = 2**15  # maximum bytes inspected; a client may send more only after the server has read
+_UNACKED = 24  # offset in Linux's struct tcp_info; for a listener: connections in its queue
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*\r\n", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r\n]*chunked", re.IGNORECASE)
 _END, _LAST_CHUNK = b"\r\n\r\n", b"\r\n0\r\n\r\n"
 
 
 class ListenerQueue:
-    """Knows of a listener's connections the latest time at which they can have come.
+    """Determines the latest time at which accepted connections can have arrived.
 
-    The queue is first in, first out: of N that waited when its length was read, the next N that
-    are accepted had all come by then. Where the length is not known (not Linux, or a Unix socket),
-    every connection counts as new.
+    The queue is first in, first out: if it has N connections when its length is read, the next N
+    accepted connections had arrived by then. If the length is unknown (not Linux, or a Unix
+    socket), each connection counts as new.
     """
 
     def __init__(self, listener: socket.socket) -> None:
@@ -34,7 +33,7 @@ class ListenerQueue:
         self._waited, self._then = 0, 0.0
 
     def came(self) -> float:
-        """When the connection that was just accepted came at the latest, by time.monotonic()."""
+        """Return the latest possible arrival time of the connection just accepted (monotonic)."""
         if self._waited:
             self._waited -= 1
             return self._then
@@ -50,11 +49,11 @@ class ListenerQueue:
 
 
 def has_asked(accepted: socket.socket, encrypted: bool) -> bool:
-    """Whether a connection has sent a whole request, or so much of it that it may be waiting for
-    the server to read. Nothing is taken from the connection, which must not block.
+    """Return whether a non-blocking connection has sent a complete request, or so much of one that
+    it may be waiting for the server to read. The data stays in the connection's buffer.
 
     Args:
-        encrypted: whether TLS is spoken; then its first byte is enough.
+        encrypted: whether the connection uses TLS; then any data suffices.
     """
     try:
         said = accepted.recv(_LOOK, socket.MSG_PEEK)

@@ -1,4 +1,4 @@
-"""Images, pages of PDF and TIFF files, and videos, from the parts of a request's messages."""
+"""Images, pages of PDF and TIFF files, and videos in the parts of a request's messages."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
-VIDEO_SECONDS = 30.0  # that a video may take to be decoded
+VIDEO_SECONDS = 30.0  # time limit for decoding a video
 _PAGE = re.compile(r"#page=(\d{1,6})\s*$")
 Kind = Literal["image", "file", "video"]
 
 
 @dataclass(frozen=True)
 class MediaUrl:
-    """Where a part's bytes are: a data URL, or an address; ``place`` is the part's in the body."""
+    """The URL of a part: a data URL or an address; ``place`` is the part's path in the body."""
 
     url: str = field(repr=False)
     place: str
@@ -36,10 +36,11 @@ class MediaUrl:
 
 @dataclass(frozen=True)
 class Media:
-    """A part's bytes.
+    """The content of a part.
 
     Attributes:
-        page: that was asked for by ``#page=3``; None where none was.
+        place: the part's path in the body.
+        page: the page requested by ``#page=3``, counted from 1; None: not given.
     """
 
     content: bytes = field(repr=False)
@@ -48,21 +49,21 @@ class Media:
     page: int | None = None
 
     def placed(self, error: SmolstackError) -> RefusedError:
-        """The refusal that an error about this part amounts to."""
+        """Return a refusal that names this part."""
         return RefusedError(400, f"{self.place}: {error}", param=self.place)
 
 
 def split_page(url: str) -> tuple[str, int | None]:
-    """A URL without its ``#page=3``, and that page; a page of a long data URL too."""
+    """Split ``#page=3`` off a URL, which may be a long data URL; the page is None without it."""
     found = _PAGE.search(url, max(0, len(url) - 32))
     return (url, None) if found is None else (url[: found.start()], int(found[1]))
 
 
 def page_count(media: Media) -> int:
-    """Pages of a PDF or TIFF file; 1 of any other image.
+    """Return the number of pages of a PDF or TIFF file; 1 for any other image.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError: the file cannot be read.
     """
     if is_pdf(media.content):
         return count_pages(media.content)
@@ -70,24 +71,25 @@ def page_count(media: Media) -> int:
 
 
 def images(media: Media, settings: ServerSettings) -> list[ImageSource]:
-    """The images of an image part (one) or a file part (every page, unless one was named).
+    """Return the images of a part: one for an image part; all pages, or the requested one, for a
+    file part. Nothing is decoded.
 
     Raises:
-        RefusedError: one cannot be read, or is beyond the server's limits; nothing was decoded.
+        RefusedError: an image cannot be read or exceeds the server's limits.
     """
     try:
         if media.kind == "file" and not is_pdf(media.content):
             raise ImageError(
-                f"a file of {len(media.content)} bytes is no PDF file; send images as image_url "
-                "parts, videos as video_url parts"
+                f"a file of {len(media.content)} bytes is not a PDF file; send images as image_url "
+                "parts and videos as video_url parts"
             )
         numbers: list[int | None] = [media.page]
         if media.kind == "file" and media.page is None:
             count = page_count(media)
             if count > settings.images:
                 raise ImageError(
-                    f"the file has {count} pages, at most {settings.images} are accepted; name "
-                    "one, as in #page=1"
+                    f"the file has {count} pages, at most {settings.images} are accepted; select "
+                    "one with #page=1"
                 )
             numbers = [number + 1 for number in range(count)]
         found = [_page(media.content, number, settings) for number in numbers]
@@ -100,10 +102,10 @@ def images(media: Media, settings: ServerSettings) -> list[ImageSource]:
 
 
 def video(media: Media, vlm: VLM, settings: ServerSettings) -> Video:
-    """The frames of a video part, which are decoded here.
+    """Decode the frames of a video part.
 
     Raises:
-        RefusedError: it cannot be read, or is beyond the server's limits.
+        RefusedError: the video cannot be read or exceeds the server's limits.
     """
     until = time.monotonic() + min(VIDEO_SECONDS, settings.deadline)
     try:
@@ -114,11 +116,11 @@ def video(media: Media, vlm: VLM, settings: ServerSettings) -> Video:
 
 
 def parts(all_media: list[Media], vlm: VLM, settings: ServerSettings) -> Iterator[list[Any]]:
-    """For each part that is no text, the parts that the processor takes for it.
+    """Yield the processor's message parts for each image, file or video part.
 
     Raises:
         RefusedError, ContextLengthError: as :func:`images` and :func:`video`; the request has too
-            many images, or more frames than the context holds.
+            many images, or more frames than fit in the context.
     """
     shown = frames = 0
     limit = min(vlm.config.text.max_positions, settings.prompt_tokens or 2**62)
@@ -129,7 +131,7 @@ def parts(all_media: list[Media], vlm: VLM, settings: ServerSettings) -> Iterato
             if frames * vlm.processor.tokens_per_tile > limit:
                 raise ContextLengthError(
                     f"{media.place}: the videos have {frames} frames of "
-                    f"{vlm.processor.tokens_per_tile} visual tokens, the prompt at most {limit}"
+                    f"{vlm.processor.tokens_per_tile} visual tokens, the limit is {limit}"
                 )
             yield [{"type": "video", "video": made}]
         else:

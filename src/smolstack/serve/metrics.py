@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics."""
+"""The Prometheus metrics of /metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 
 
 class Metrics:
-    """The counters of one server; each server has its own."""
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = registry = CollectorRegistry()
@@ -32,45 +32,45 @@ class Metrics:
         )
         self.abandoned = Counter(
             "smolstack_answers_abandoned",
-            "Answers given up: the client went away, or a deadline or an error ended them.",
+            "Answers ended by a disconnected client, a deadline or an error.",
             registry=registry,
         )
         self.first_token = Histogram(
             "smolstack_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "Time from a request's arrival to its first token.",
             buckets=_SECONDS,
             registry=registry,
         )
         self.duration = Histogram(
             "smolstack_request_seconds",
-            "From a request's arrival to its end.",
+            "Time from a request's arrival to its end.",
             buckets=_SECONDS,
             registry=registry,
         )
         self._seconds, self._counted = 0.0, 0
 
     def count_response(self, path: str, status: int) -> None:
-        """Note the status of a response to a route."""
+        """Count a response."""
         self.requests.labels(path, str(status)).inc()
 
     def count_answer(self, answer: Answer) -> None:
-        """Note a complete answer."""
+        """Count a complete answer."""
         self.answers.labels(answer.finish_reason).inc()
         self._seconds += answer.timings.total
         self._counted += 1
 
     @property
     def mean_seconds(self) -> float:
-        """Seconds of work of a mean answer so far; 1 before the first."""
+        """Mean seconds of work per answer so far; 1 before the first answer."""
         return self._seconds / self._counted if self._counted else 1.0
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """Return the metrics in Prometheus' exposition format."""
         return generate_latest(self.registry)
 
 
 class _Work(Collector):
-    """The engine's own numbers, read when they are asked for."""
+    """The engine's gauges and counters, read when collected."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -78,18 +78,24 @@ class _Work(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, core = self.engine, self.engine.core
         gauges = {
-            "queued": ("Answers that wait.", engine.queued),
-            "running": ("Answers at work.", engine.running),
-            "image_cache_bytes": ("Visual tokens kept.", core.images.cache.held_bytes),
-            "prefix_cache_bytes": ("KV caches kept.", core.prefixes.held_bytes),
-            "kv_cache_bytes": ("KV caches of answers at work.", core.scheduler.reserved_bytes),
-            "kv_cache_budget_bytes": ("KV caches at most.", core.scheduler.kv_budget),
+            "queued": ("Waiting answers.", engine.queued),
+            "running": ("Running answers.", engine.running),
+            "image_cache_bytes": (
+                "Visual tokens in the image cache.",
+                core.images.cache.held_bytes,
+            ),
+            "prefix_cache_bytes": ("KV caches in the prefix cache.", core.prefixes.held_bytes),
+            "kv_cache_bytes": ("KV caches of running answers.", core.scheduler.reserved_bytes),
+            "kv_cache_budget_bytes": ("Memory limit of all KV caches.", core.scheduler.kv_budget),
         }
         counters = {
-            "decode_steps": ("Decoding steps.", core.decode_steps),
+            "decode_steps": ("Decode steps.", core.decode_steps),
             "generated_tokens": ("Tokens generated.", core.generated_tokens),
-            "prefill_tokens": ("Prompt tokens read.", core.prefill_tokens),
-            "reused_tokens": ("Prompt tokens not read again.", core.prefixes.reused_tokens),
+            "prefill_tokens": ("Prompt tokens processed.", core.prefill_tokens),
+            "reused_tokens": (
+                "Prompt tokens reused from the prefix cache.",
+                core.prefixes.reused_tokens,
+            ),
             "tiles": ("Tiles encoded.", core.images.tiles_done),
             "images": ("Images encoded.", core.images.images_done),
         }

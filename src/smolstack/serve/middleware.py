@@ -1,4 +1,4 @@
-"""What stands before every request: whose it is, and a body counted and timed as it arrives."""
+"""Middleware for access control and for the size and time limits of request bodies."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from smolstack.serve.bodies import Arrival, Bodies
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 
-OPEN = ("/", "/page.js", "/page.css", "/health")  # answered without a key
+OPEN = ("/", "/page.js", "/page.css", "/health")  # routes that need no key
 
 
 class Guard:
-    """ASGI middleware that refuses requests without a key, of pages of other sites, to names that
-    are not the server's, with bodies that are no JSON, and too large or too slow ones.
+    """ASGI middleware that refuses requests without a valid key, from other sites' pages, with a
+    wrong host name, with bodies that are not JSON, and with bodies that are too large or slow.
 
     Args:
-        count: told the route and the status of every response.
-        bodies: those of all requests.
+        count: called with the route and the status of each response.
+        bodies: limits the memory of all requests' bodies.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers, limit = Headers(scope=scope), self.settings.body_bytes
-        if scope.get("method") == "HEAD":  # whoever writes the response leaves its body out
+        if scope.get("method") == "HEAD":  # uvicorn omits the body of the response
             scope = {**scope, "method": "GET"}
         received = 0
         until, complete = time.monotonic() + self.settings.body_seconds, False
@@ -68,7 +68,7 @@ class Guard:
 
         async def counted() -> Message:
             nonlocal received, complete
-            if complete:  # what comes now is the client's going away, whenever it does
+            if complete:  # the next message is the client's disconnecting, at any time
                 return await receive()
             message = await self._received(receive, arrival, until)
             if message["type"] == "http.request":
@@ -93,7 +93,7 @@ class Guard:
             arrival.close()
 
     async def _received(self, receive: Receive, arrival: Arrival, until: float) -> Message:
-        """The next part of a body, unless it takes too long or is not wanted any more."""
+        """Receive the next part of a body, unless it is too slow or the body is refused."""
         coming = asyncio.ensure_future(receive())
         refused = asyncio.ensure_future(arrival.refused.wait())
         try:
@@ -137,14 +137,14 @@ class Guard:
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         sent = given.strip().encode()
-        # Every key is compared, in constant time, whichever fits.
+        # All keys are compared, each in constant time.
         fitting = [hmac.compare_digest(sent, key.encode()) for key in self.settings.api_keys]
         return scheme.lower() == "bearer" and any(fitting)
 
     def _too_large(self) -> RefusedError:
         return RefusedError(
             413,
-            f"the body is larger than the {self.settings.body_bytes:,} bytes that are accepted",
+            f"the body is larger than the maximum of {self.settings.body_bytes:,} bytes",
             headers={"Connection": "close"},
         )
 
@@ -157,7 +157,7 @@ class Guard:
 
 
 class _BodyError(BaseException):
-    """Passes every handler of ordinary errors on its way out of the app."""
+    """Not caught by handlers of ordinary exceptions in the app."""
 
     def __init__(self, refusal: RefusedError) -> None:
         super().__init__(refusal.message)

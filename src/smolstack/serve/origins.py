@@ -1,8 +1,8 @@
-"""Who is asked, and from which page: names in ``Host``, and ``Origin``.
+"""Checks of the ``Host`` and ``Origin`` headers.
 
-A page of another site can make a browser ask a server on the user's own machine. Two things keep
-it out where no key does: a name that was made to point here (DNS rebinding) is not one of the
-server's, and a browser says from which origin a page asks.
+A page of another site can make a browser send requests to a server on the user's own machine.
+Without API keys, two checks prevent this: ``Host`` must contain one of the server's names (which
+refuses DNS rebinding), and ``Origin``, set by the browser, must be the server's own or allowed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _DEFAULT_PORTS = (80, 443)
 
 
 def own_names(host: str) -> tuple[str, ...]:
-    """The names of a server that listens at ``host``, beside every address, which no other site's
-    page can be made to have as its name."""
+    """Return the names of a server that listens on ``host``. IP addresses are always accepted:
+    DNS rebinding needs a name."""
     names = {host.lower(), "localhost"}
     if host in ("0.0.0.0", "::", ""):
         names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
@@ -30,30 +30,30 @@ def own_names(host: str) -> tuple[str, ...]:
 
 
 def refusal(headers: Headers, settings: ServerSettings) -> RefusedError | None:
-    """What is answered to a request of somebody else's page, or None for any other."""
+    """Return a refusal of a request with a wrong host name or origin; None if both are valid."""
     host = headers.get("host", "")
     if host and settings.hosts is not None and not _is_own(host, settings.hosts):
         return RefusedError(
             421,
-            f"the server is asked for as {host[:100]!r}, which is none of its names; start it with "
-            "--allowed-hosts NAME where it should be one",
+            f"the Host header is {host[:100]!r}, which is not one of this server's names; to allow "
+            "it, start the server with --allowed-hosts NAME",
         )
     origin = headers.get("origin")
     if origin is None or ANY in settings.origins or origin in settings.origins:
         return None
-    if _place(origin) == _place(f"//{host}"):
+    if _host_and_port(origin) == _host_and_port(f"//{host}"):
         return None
     return RefusedError(
         403,
-        f"a page of {origin[:100]!r} asks; the server answers pages of its own address, and of "
-        "those given by --allow-origin",
+        f"the request is from a page of {origin[:100]!r}; only the server's own pages and those of "
+        "origins given by --allow-origin are allowed",
     )
 
 
 def _is_own(host: str, names: tuple[str, ...]) -> bool:
     if ANY in names:
         return True
-    place = _place(f"//{host}")
+    place = _host_and_port(f"//{host}")
     if place is None:
         return False
     name = place[0].rstrip(".")
@@ -64,8 +64,8 @@ def _is_own(host: str, names: tuple[str, ...]) -> bool:
     return True
 
 
-def _place(url: str) -> tuple[str, int | None] | None:
-    """(name, port) of an origin or a host; a protocol's own port counts as none."""
+def _host_and_port(url: str) -> tuple[str, int | None] | None:
+    """Return (name, port) of an origin or host; None as the port for a protocol's default."""
     try:
         parts = urlsplit(url)
         name, port = parts.hostname, parts.port

@@ -1,7 +1,7 @@
-"""From a body's bytes to JSON, in bounded time, and nothing kept that is not needed.
+"""JSON parsing of request bodies in bounded time, without keeping the bytes.
 
-Parsing holds the interpreter's lock and the server's loop, so what it may take is counted before,
-large bodies take turns, and the loop does other things between two of them.
+Parsing blocks the interpreter and the event loop. The number of values is therefore checked first,
+and large bodies are parsed one at a time, with time for other work in between.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from starlette.requests import ClientDisconnect
 
 from smolstack.serve.error_responses import RefusedError
 
-MOST_VALUES = 100_000  # of one body
+MOST_VALUES = 100_000  # per body
 _LARGE = 2**20
-_DEEPEST = 500  # about where Python's reader gives up
+_DEEPEST = 500  # approximate limit of Python's parser
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _SEPARATORS = (b",", b"[", b"{")
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 class TooDeepError(RecursionError):
-    """A body that is nested too deeply, and the place where it is."""
+    """A body is nested too deeply, at this place."""
 
     def __init__(self, place: str) -> None:
         super().__init__(f"nested too deeply at {place}")
@@ -38,22 +38,22 @@ class TooDeepError(RecursionError):
 
 
 class JsonRequest(Request):
-    """A request whose body is parsed once; of its bytes nothing is kept then."""
+    """A request whose body is parsed once and whose bytes are then freed."""
 
     _parsed: Any = None
     _error: Exception | None = None
 
     async def body(self) -> bytes:
-        """A stand-in for the bytes of a body that was parsed: FastAPI asks whether there are any,
-        and would keep them for as long as its route works."""
+        """Return a substitute for the bytes: FastAPI only checks whether the body is empty, but
+        would keep the bytes while the route runs."""
         await self.parse()
         return b"" if self._parsed is None and self._error is None else b"{}"
 
     async def json(self) -> Any:
-        """The parsed body.
+        """Return the parsed body.
 
         Raises:
-            json.JSONDecodeError: it is no JSON.
+            json.JSONDecodeError: the body is not valid JSON.
         """
         await self.parse()
         if self._error is not None:
@@ -64,7 +64,7 @@ class JsonRequest(Request):
         """Receive and parse the body.
 
         Raises:
-            RefusedError: it has too many values.
+            RefusedError: the body has too many values.
         """
         if self._parsed is not None or self._error is not None:
             return
@@ -77,13 +77,13 @@ class JsonRequest(Request):
             self._error = error.with_traceback(None)
 
     def forget(self) -> None:
-        """Let go of what was parsed."""
+        """Free the parsed body."""
         if isinstance(self._parsed, dict):
             self._parsed.clear()
 
 
 class JsonRoute(APIRoute):
-    """A route whose requests are JsonRequests."""
+    """A route that receives JsonRequest objects."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle, has_body = super().get_route_handler(), self.body_field is not None
@@ -94,14 +94,14 @@ class JsonRoute(APIRoute):
                 try:
                     await mine.parse()
                 except ClientDisconnect:
-                    return Response(status_code=499)  # nobody reads it
+                    return Response(status_code=499)  # disconnected
             return await handle(mine)
 
         return handler
 
 
 async def _in_turn(content: bytes) -> Any:
-    """Parse; large bodies one after the other, with as much time for others between them."""
+    """Parse a body; after a large one, wait as long as it took before parsing the next."""
     if len(content) < _LARGE:
         return parsed(content)
     loop = asyncio.get_running_loop()
@@ -115,11 +115,11 @@ async def _in_turn(content: bytes) -> Any:
 
 
 def parsed(content: bytes) -> Any:
-    """JSON as Python's objects.
+    """Parse JSON.
 
     Raises:
-        json.JSONDecodeError, RecursionError: it is no JSON, or nested too deeply.
-        RefusedError: it has too many values.
+        json.JSONDecodeError, RecursionError: the body is not valid JSON, or nested too deeply.
+        RefusedError: the body has too many values.
     """
     if not content:
         return None
@@ -128,11 +128,11 @@ def parsed(content: bytes) -> Any:
     try:
         return from_json(content)
     except ValueError:
-        return json.loads(content)  # which says where, and takes half of a surrogate pair
+        return json.loads(content)  # reports the position of an error, and accepts lone surrogates
 
 
 def _has_many(content: bytes) -> bool:
-    """Whether there are more values than are parsed; separators inside strings do not count."""
+    """Whether there are more than MOST_VALUES values, not counting separators in strings."""
     if _separators(content) <= MOST_VALUES:
         return False
     place = values = strings = 0
@@ -150,13 +150,13 @@ def _separators(part: bytes) -> int:
 
 
 def line_and_column(body: str, place: int) -> str:
-    """Where a character of a body is."""
+    """Return the line and column of a character of a body."""
     before = body[:place]
     return f"line {before.count(chr(10)) + 1}, column {place - (before.rfind(chr(10)) + 1) + 1}"
 
 
 def _too_deep(body: str) -> str:
-    """Where a body's brackets are nested deeper than anything that is asked for here."""
+    """Return where a body's brackets are nested too deeply."""
     depth = 0
     for found in re.finditer(r'"(?:\\.|[^"\\])*"|[\[{]|[\]}]', body):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)

@@ -1,4 +1,4 @@
-"""The plan of an image, a page or a video: what the page at / shows of it before it is asked."""
+"""Plans of images, pages and videos for /plan, which the test page shows."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from smolstack.serve.schemas import PlanRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
-_PREVIEW = 1600  # pixels of a preview's longer side
-_FRAME = 240  # of a frame in it
+_PREVIEW = 1600  # maximum edge of a preview, in pixels
+_FRAME = 240  # maximum edge of a video frame in a preview, in pixels
 
 
 def planned(
     vlm: VLM, found: Media | tuple[int, int], body: PlanRequest, settings: ServerSettings
 ) -> dict[str, Any]:
-    """The plan of an image or a video, or of a size, as JSON. Slow: call it in a thread."""
+    """Return the plan of an image, a video or a size as JSON. Slow; call it in a thread."""
     if isinstance(found, tuple):
         return described(vlm.plan(found, body.text, **request_reader.tiling(body)))
     if found.kind == "video":
         return _video(vlm, media.video(found, vlm, settings), body)
     pages = 1
     if found.page is None:
-        # Of several pages the first is meant; a chat has to name it.
+        # The first page is planned by default; a chat request must name one.
         try:
             pages = media.page_count(found)
         except SmolstackError as error:
@@ -53,7 +53,7 @@ def planned(
 
 
 def described(plan: Any) -> dict[str, Any]:
-    """A plan as JSON."""
+    """Return a plan as JSON."""
     return {
         "source": plan.source,
         "resized": plan.resized,
@@ -69,7 +69,7 @@ def described(plan: Any) -> dict[str, Any]:
 
 
 def _video(vlm: VLM, video: Video, body: PlanRequest) -> dict[str, Any]:
-    """The same of a video: every frame is one tile."""
+    """Return the plan of a video, whose frames are one tile each."""
     processor: Processor = vlm.processor
     first = processor.plan(Frame(video.frames[0]))
     text = {"type": "text", "text": body.text}
@@ -91,7 +91,7 @@ def _video(vlm: VLM, video: Video, body: PlanRequest) -> dict[str, Any]:
 
 
 def _sheet(video: Video) -> Image.Image:
-    """All frames in rows, as a contact sheet."""
+    """Draw all frames as a contact sheet."""
     frames = [Image.fromarray(np.asarray(frame)) for frame in video.frames]
     for frame in frames:
         frame.thumbnail((_FRAME, _FRAME))

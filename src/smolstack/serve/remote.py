@@ -1,4 +1,4 @@
-"""Fetching images from public addresses, and from nowhere else."""
+"""Downloads of images, from public addresses only."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import httpx
 from smolstack.serve.error_responses import RefusedError
 
 _REDIRECTS = 3
-# Slow names keep these threads and no others.
+# Slow name lookups only occupy these threads.
 _LOOK_UPS = ThreadPoolExecutor(8, thread_name_prefix="names")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the open internet.
+    """Whether an IP address is public.
 
-    An IPv4 address inside an IPv6 one (mapped, 6to4, Teredo, NAT64) counts as itself.
+    For an IPv4 address embedded in an IPv6 address (mapped, 6to4, Teredo, NAT64), the IPv4 address
+    is checked.
     """
     found = ipaddress.ip_address(address.partition("%")[0])
     inner: list[ipaddress.IPv4Address | None] = []
@@ -39,20 +40,20 @@ def is_public(address: str) -> bool:
 
 
 async def fetch(url: str, *, max_bytes: int, seconds: float) -> bytes:
-    """The content of a public http(s) URL.
+    """Download the content of a public http(s) URL.
 
-    Every name is resolved here and all of its addresses must be public; the connection then goes
-    to the address that was checked, whatever the name resolves to later. Redirects start again.
+    All addresses of the host name must be public. The connection uses one of the checked addresses,
+    even if the name resolves to another one later. Redirects are checked in the same way.
 
     Raises:
-        RefusedError: with status 400, naming what was wrong.
+        RefusedError: the download is not allowed, too large, too slow, or fails (status 400).
     """
     try:
         return await asyncio.wait_for(_follow(url, max_bytes), seconds)
     except asyncio.TimeoutError:
-        raise RefusedError(400, f"the image did not arrive within {seconds:g} s") from None
+        raise RefusedError(400, f"the image was not downloaded within {seconds:g} s") from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
-        raise RefusedError(400, f"the image cannot be fetched: {type(error).__name__}") from None
+        raise RefusedError(400, f"the image cannot be downloaded: {type(error).__name__}") from None
 
 
 async def _follow(url: str, max_bytes: int) -> bytes:
@@ -60,16 +61,16 @@ async def _follow(url: str, max_bytes: int) -> bytes:
         content, url = await _get(url, max_bytes)
         if content is not None:
             return content
-    raise RefusedError(400, f"the image's address redirects more than {_REDIRECTS} times")
+    raise RefusedError(400, f"the image's URL redirects more than {_REDIRECTS} times")
 
 
 async def _get(url: str, max_bytes: int) -> tuple[bytes | None, str]:
-    """The content, or None and the address that it redirects to."""
+    """Return the content, or None and the URL of a redirect."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise RefusedError(400, "the image's address is no http or https URL")
+        raise RefusedError(400, "the image's address is not an http or https URL")
     if parts.username is not None or parts.password is not None:
-        raise RefusedError(400, "the image's address holds a user name or password")
+        raise RefusedError(400, "the image's URL contains a user name or password")
     port = parts.port or (443 if parts.scheme == "https" else 80)
     address = await _resolve(parts.hostname, port)
     literal = f"[{address}]" if ":" in address else address
@@ -81,7 +82,7 @@ async def _get(url: str, max_bytes: int) -> tuple[bytes | None, str]:
         "User-Agent": "smolstack",
     }
     async with (
-        # The environment's proxies would resolve the name anew.
+        # A proxy from the environment would resolve the name again.
         httpx.AsyncClient(trust_env=False, follow_redirects=False) as client,
         client.stream(
             "GET",
@@ -93,25 +94,27 @@ async def _get(url: str, max_bytes: int) -> tuple[bytes | None, str]:
         if response.is_redirect and "location" in response.headers:
             return None, urljoin(url, response.headers["location"])
         if response.status_code != 200:
-            raise RefusedError(400, f"the image's address answered with {response.status_code}")
+            raise RefusedError(
+                400, f"the image's server responded with status {response.status_code}"
+            )
         content = bytearray()
         async for chunk in response.aiter_raw():
             content += chunk
             if len(content) > max_bytes:
-                raise RefusedError(400, f"the fetched image is larger than {max_bytes:,} bytes")
+                raise RefusedError(400, f"the downloaded image is larger than {max_bytes:,} bytes")
         return bytes(content), url
 
 
 async def _resolve(host: str, port: int) -> str:
-    """One address of a name, all of which are public."""
+    """Resolve a name; all of its addresses must be public. Return one of them."""
     look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     try:
         found = await asyncio.get_running_loop().run_in_executor(_LOOK_UPS, look_up)
     except (OSError, UnicodeError):
-        raise RefusedError(400, f"the name {host[:100]} cannot be resolved") from None
+        raise RefusedError(400, f"the host name {host[:100]} cannot be resolved") from None
     addresses = [str(entry[4][0]) for entry in found]
     if not addresses or not all(is_public(address) for address in addresses):
         raise RefusedError(
-            400, f"{host[:100]} is not on the open internet; such addresses are refused"
+            400, f"{host[:100]} does not have a public address; only public addresses are allowed"
         )
     return addresses[0]

@@ -1,9 +1,8 @@
-"""Fields of a request under all the names that clients give them, and none in silence.
+"""Request fields under the names that OpenAI's API, vLLM and llama.cpp give them.
 
-OpenAI's API, vLLM's and llama.cpp's servers have fields of their own. Those that mean something
-that there is here are read; those that say nothing about the answer are let through; those that
-have a value which asks for nothing are too. What is left changes an answer in a way that is not
-known here, and is refused with its name, and the nearest known one beside.
+Fields that correspond to an option of smolstack are converted to it. Fields that do not affect the
+answer, and fields whose value is a default, are removed. All other fields would change the answer
+in a way that is not supported; they are refused, with the most similar known name.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from smolstack.serve.error_responses import RefusedError
 
-# Who asks, for whom, how it is accounted for or cached: nothing about the answer.
+# Fields that do not affect the answer.
 HARMLESS = frozenset(
     {
         "cache_prompt",
@@ -39,7 +38,7 @@ HARMLESS = frozenset(
         "verbosity",
     }
 )
-# Field → values that ask for nothing. An empty list, object or string does so everywhere.
+# Unsupported fields → values that have no effect; empty lists, objects and strings have none.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
@@ -84,7 +83,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "xtc_probability": (0,),
 }
-# Other servers' names, and what they are called here.
+# Other servers' names → the names here.
 ALIASES: Mapping[str, str] = {
     "guided_choice": "choices",
     "guided_regex": "regex",
@@ -96,20 +95,20 @@ ALIASES: Mapping[str, str] = {
 _STRUCTURED = {"choice": "choices", "regex": "regex", "json": "json_schema", "grammar": "grammar"}
 _NEWER = {"functions": "tools", "function_call": "tool_choice and tools"}
 _OLDER = frozenset(_NEWER)
-# Where a null is a value: JSON Schemas.
+# Fields with JSON schemas, in which null is a value.
 _WHOLE = frozenset({"schema", "json_schema", "guided_json", "json", "parameters"})
 _MESSAGE_HARMLESS = frozenset({"name", "annotations", "reasoning_content", "reasoning", "id"})
 _PART_HARMLESS = frozenset({"cache_control", "annotations", "uuid"})
 
 
 def understood(data: Any, own: Collection[str] = ()) -> Any:
-    """A request's body under smolstack's own names; what is no object stays as it is.
+    """Return a request's body with smolstack's field names; anything but an object is unchanged.
 
     Args:
-        own: fields that mean something to this request, though not to a chat.
+        own: fields that this route supports although chats do not.
 
     Raises:
-        RefusedError: a field that another one contradicts, or whose value is of no known form.
+        RefusedError: two fields contradict each other, or a value has an unknown form.
     """
     if not isinstance(data, Mapping):
         return data
@@ -121,7 +120,7 @@ def understood(data: Any, own: Collection[str] = ()) -> Any:
             del found[name]
     for name in _OLDER & set(found):
         raise RefusedError(
-            400, f"{name} is the older form of calling functions; send {_NEWER[name]}", param=name
+            400, f"{name} is the deprecated form of tool calling; send {_NEWER[name]}", param=name
         )
     _read_structured(found)
     for theirs, ours in ALIASES.items():
@@ -135,11 +134,10 @@ def understood(data: Any, own: Collection[str] = ()) -> Any:
 
 
 def without_nulls(data: Any) -> Any:
-    """A body without the nulls of its objects: clients write them for what they leave out.
+    """Return a body without the null values of its objects, which clients send for absent fields.
 
     Raises:
-        RefusedError: it is nested too deeply, or holds half a surrogate pair, which no text and no
-            answer can hold.
+        RefusedError: the body is nested too deeply, or a text contains a lone surrogate.
     """
     try:
         return _without_nulls(data)
@@ -148,9 +146,11 @@ def without_nulls(data: Any) -> Any:
 
 
 def _without_nulls(data: Any, key: str = "", *, whole: bool = False) -> Any:
-    """The same of one value, under its key; ``whole`` leaves nulls in, in a JSON Schema."""
+    """Remove nulls from one value; ``whole`` keeps them, for JSON schemas."""
     if isinstance(data, Mapping):
-        named = key == "json_schema" and "schema" in data  # OpenAI's frame around a schema
+        named = (
+            key == "json_schema" and "schema" in data
+        )  # OpenAI's object that contains the schema
         whole = whole or (key in _WHOLE and not named)
         return {
             _without_nulls(name): _without_nulls(value, name, whole=whole)
@@ -164,19 +164,19 @@ def _without_nulls(data: Any, key: str = "", *, whole: bool = False) -> Any:
             data.encode()
         except UnicodeEncodeError:
             raise RefusedError(
-                400, f"{key or 'a text'} is not valid unicode: it holds half a surrogate pair"
+                400, f"{key or 'a text'} is not valid Unicode: it contains a lone surrogate"
             ) from None
     return data
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """ ", the nearest known field is …", or nothing where none is near."""
+    """Return text that names the most similar known field; empty if none is similar."""
     close = difflib.get_close_matches(name[:100], sorted(known), 1)
     return f"; the nearest known field is {close[0]}" if close else ""
 
 
 def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether a value is one of those; True is no 1 here."""
+    """Whether a value is one of the given ones, with booleans distinct from numbers."""
     return any(
         value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral
     )
@@ -184,12 +184,12 @@ def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 def _put(found: dict[str, Any], name: str, value: Any, origin: str) -> None:
     if name in found and found[name] != value:
-        raise RefusedError(400, f"{origin} and {name} ask for different things", param=origin)
+        raise RefusedError(400, f"{origin} and {name} have different values", param=origin)
     found[name] = value
 
 
 def _read_structured(found: dict[str, Any]) -> None:
-    """vLLM's ``structured_outputs``: one form by its kind."""
+    """Convert vLLM's ``structured_outputs``."""
     wanted = found.get("structured_outputs")
     if not isinstance(wanted, Mapping):
         return
@@ -203,14 +203,13 @@ def _read_structured(found: dict[str, Any]) -> None:
         elif value not in (False, "", [], {}):
             raise RefusedError(
                 400,
-                f"{place} is not supported, expected one of choice, regex, json, json_object "
-                "and grammar",
+                f"{place} is not supported, expected choice, regex, json, json_object or grammar",
                 param=place,
             )
 
 
 def _read_values(found: dict[str, Any]) -> None:
-    """Values that other servers write in another way."""
+    """Convert values that other servers write differently."""
     skip = found.pop("skip_special_tokens", None)
     if isinstance(skip, bool):
         _put(found, "keep_special_tokens", not skip, "skip_special_tokens")
@@ -222,14 +221,14 @@ def _read_values(found: dict[str, Any]) -> None:
     if found.get("top_k") == -1:
         found["top_k"] = 0
     for name in ("max_tokens", "min_p", "seed"):
-        if found.get(name) == -1:  # llama.cpp: as long as it may be, none, any
+        if found.get(name) == -1:  # llama.cpp's value for the default
             del found[name]
     if isinstance(schema := found.get("json_schema"), str):
         try:
             found["json_schema"] = json.loads(schema)
         except (ValueError, RecursionError) as error:
             raise RefusedError(
-                400, f"json_schema is no JSON: {error}", param="json_schema"
+                400, f"json_schema is not valid JSON: {error}", param="json_schema"
             ) from None
 
 
@@ -243,14 +242,14 @@ def _message(message: Any) -> Any:
     if "function_call" in found or found.get("role") == "function":
         older, newer = (
             ("function_call", "tool_calls") if "function_call" in found
-            else ("the role function", "the role tool with a tool_call_id")
+            else ("the role function", "the role tool and a tool_call_id")
         )  # fmt: skip
         raise RefusedError(
-            400, f"{older} in a message is the older form of calling functions; send {newer}",
+            400, f"{older} in a message is the deprecated form of tool calling; send {newer}",
             param="messages",
         )  # fmt: skip
     if found.get("role") == "assistant":
-        found.setdefault("content", "")  # null where the turn was a call, or nothing was said
+        found.setdefault("content", "")  # null in turns that only contain calls
     if isinstance(found.get("content"), list):
         found["content"] = [_part(part) for part in found["content"]]
     return found
@@ -265,7 +264,7 @@ def _part(part: Any) -> Any:
             found[name] = {"url": found[name]}
     if isinstance(file := found.get("file"), Mapping) and "file_id" in file:
         raise RefusedError(
-            400, "file_id names an uploaded file, and this server keeps none; send file_data",
+            400, "found file_id, but this server does not store files; send file_data",
             param="messages",
         )  # fmt: skip
     return found

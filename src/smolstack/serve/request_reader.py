@@ -1,4 +1,4 @@
-"""From a request's body to a prompt and options: images decoded from URLs, limits checked."""
+"""From a request's body to prompts and options: reads images from URLs and checks limits."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ _DATA = re.compile(
 )
 _BLANKS = b" \t\r\n\f\v"
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
-# Words of a schema that add up several schemas: one that forbids the others' properties would
-# leave nothing.
+# Keywords that combine schemas: if one of them forbade additional properties, it would forbid the
+# others' properties.
 _SUMS = ("allOf", "if", "then", "else", "dependentSchemas", "unevaluatedProperties")
 _AS_ROLE = {"developer": "system"}
 
 
 async def read_image(where: str | MediaUrl, settings: ServerSettings) -> Media:
-    """The bytes of an image, a file or a video that a request names.
+    """Read the bytes of an image, a file or a video from its URL.
 
     Raises:
-        RefusedError: it is no data URL, and fetching is not allowed or fails.
+        RefusedError: the URL is invalid, or downloading is not allowed or fails.
     """
     where = MediaUrl(where, "image_url") if isinstance(where, str) else where
     url, page = media.split_page(where.url)
@@ -76,8 +76,8 @@ async def _content(url: str, settings: ServerSettings) -> bytes:
     if not settings.allow_remote_images:
         raise RefusedError(
             400,
-            "this server fetches no images; send them as data URLs (the flag "
-            "--allow-remote-images allows it)",
+            "this server does not download images; send data URLs, or start the server with "
+            "--allow-remote-images",
         )
     return await fetch(url, max_bytes=settings.remote_bytes, seconds=settings.remote_seconds)
 
@@ -85,20 +85,20 @@ async def _content(url: str, settings: ServerSettings) -> bytes:
 def _from_data_url(url: str) -> bytes:
     head = _DATA.match(url[:200])
     if head is None or "base64" not in (head[1] or "").lower():
-        raise RefusedError(400, "it is no data URL of the form data:image/…;base64,…")
+        raise RefusedError(400, "not a data URL of the form data:image/…;base64,…")
     try:
         content = url[head.end() :].encode("ascii")
         if b"%" in content:
             content = unquote_to_bytes(content)
-        # As browsers read it: blanks are passed over, and padding may be missing.
+        # As in browsers, white space is ignored and padding is optional.
         content = content.translate(_URL_SAFE, _BLANKS).rstrip(b"=")
         return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise RefusedError(400, "the image's data URL holds no valid base64") from None
+        raise RefusedError(400, "the data URL does not contain valid base64") from None
 
 
 def image_urls(request: ChatRequest, settings: ServerSettings) -> list[MediaUrl]:
-    """The images, files and videos of a chat, in order, counted."""
+    """Return the URLs of a chat's images, files and videos, in order; check their number."""
     urls = []
     for place, part in _media(request):
         if isinstance(part, ImagePart):
@@ -115,7 +115,7 @@ def image_urls(request: ChatRequest, settings: ServerSettings) -> list[MediaUrl]
 
 
 def forget_images(request: ChatRequest) -> None:
-    """Let go of the URLs of a request's images, which hold their bytes once more."""
+    """Clear a request's image URLs, which contain another copy of the images' bytes."""
     for _, part in _media(request):
         if isinstance(part, ImagePart):
             part.image_url.url = ""
@@ -126,7 +126,7 @@ def forget_images(request: ChatRequest) -> None:
 
 
 def _media(request: ChatRequest) -> list[tuple[str, ImagePart | VideoPart | FilePart]]:
-    """The parts that are no text, and their places in the body."""
+    """Return the parts other than text, and their paths in the body."""
     return [
         (f"messages.{number}.content.{index}", part)
         for number, message in enumerate(request.messages)
@@ -139,10 +139,11 @@ def _media(request: ChatRequest) -> list[tuple[str, ImagePart | VideoPart | File
 def prepare(
     vlm: VLM, request: ChatRequest, images: list[Media], settings: ServerSettings
 ) -> tuple[list[Prompt], list[ReadOptions]]:
-    """The prompt of each of a chat's ``n`` answers, and its options. Slow: call it in a thread.
+    """Return the prompt and the options of each of a chat's ``n`` answers. Slow; call it in a
+    thread.
 
     Raises:
-        RefusedError, SmolstackError: what is wrong with the request.
+        RefusedError, SmolstackError: the request is invalid.
     """
     options = answer_options(vlm, request, settings)
     characters = sum(
@@ -151,7 +152,7 @@ def prepare(
         for part in ([message.content] if isinstance(message.content, str) else message.content)
     )
     characters += functions.characters(request)
-    check_length(vlm, "the messages and tools hold", characters, settings)
+    check_length(vlm, "the messages and tools have", characters, settings)
     rest = media.parts(images, vlm, settings)
     messages = [
         {
@@ -183,29 +184,29 @@ def prepare(
 def answer_options(
     vlm: VLM, request: ChatRequest, settings: ServerSettings, prompts: int = 1
 ) -> list[ReadOptions]:
-    """The options of each of ``n`` answers to a prompt, of which there are so many.
+    """Return the options of each of the ``n`` answers to one of ``prompts`` prompts.
 
     Raises:
-        RefusedError, SmolstackError: what is wrong with them.
+        RefusedError, SmolstackError: an option is invalid.
     """
     _check_supported(request)
     if (size := form_bytes(request)) > settings.form_bytes:
         raise RefusedError(
             400,
-            f"the answer's form has {size:,} characters, at most {settings.form_bytes:,} are "
-            "accepted",
+            f"the schema, grammar, expression and choices have {size:,} characters, at most "
+            f"{settings.form_bytes:,} are accepted",
         )
     count = request.n or 1
     if count * prompts > settings.answers:
         of = "" if prompts == 1 else f" and there are {prompts} prompts"
         raise RefusedError(
-            400, f"n is {count}{of}, at most {settings.answers} answers are given", param="n"
+            400, f"n is {count}{of}, at most {settings.answers} answers are allowed", param="n"
         )
     return [read_options(_options(request, settings, i), vlm.eos_token_ids) for i in range(count)]
 
 
 def check_tokens(prompt: Prompt, settings: ServerSettings) -> None:
-    """Refuse a prompt with more tokens than the server accepts."""
+    """Raise ContextLengthError if a prompt exceeds the server's limit."""
     limit = settings.prompt_tokens
     if limit is not None and len(prompt.token_ids) > limit:
         raise ContextLengthError(
@@ -214,19 +215,19 @@ def check_tokens(prompt: Prompt, settings: ServerSettings) -> None:
 
 
 def check_image(image: Media, settings: ServerSettings) -> ImageSource:
-    """An image or a page; it is refused before it is decoded when it has too many pixels, takes
-    too much memory, or has a format whose decoder is not for strangers' files."""
+    """Return an image or a page. It is refused, without decoding it, if it has too many pixels,
+    needs too much memory, or has a format whose decoder is not safe for untrusted files."""
     return media.images(image, settings)[0]
 
 
 def tiling(request: ChatRequest | PlanRequest) -> Tiling:
-    """How a request wants its images cut; "detail": "low" throughout is one tile each."""
+    """Return a request's tiling options; "detail": "low" for all images: one tile each."""
     split = request.split
     if split is None and isinstance(request, ChatRequest):
         details = {
             part.image_url.detail if isinstance(part, ImagePart) else "auto"
             for _, part in _media(request)
-            if not isinstance(part, VideoPart)  # frames are one tile each, whatever is asked for
+            if not isinstance(part, VideoPart)  # frames are always one tile each
         }
         split = False if details == {"low"} else None
     elif split is None and request.image_url is not None:  # type: ignore[union-attr]
@@ -262,7 +263,7 @@ def _options(request: ChatRequest, settings: ServerSettings, answer: int) -> Ans
         if getattr(request, name) is not None:
             chosen[name] = getattr(request, name)
     if request.seed is not None:
-        # Each of several answers draws differently, and the same again next time.
+        # Each answer samples differently, but reproducibly.
         chosen["seed"] = (request.seed + answer) % 2**63
     return chosen  # type: ignore[return-value]
 
@@ -276,15 +277,15 @@ def _schema(wanted: ResponseFormat | None) -> Mapping[str, Any] | None:
         return _closed_where_it_can(wanted.schema_)
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise RefusedError(
-            400, "response_format json_schema holds no json_schema.schema", param="response_format"
+            400, "response_format json_schema has no json_schema.schema", param="response_format"
         )
     schema = wanted.json_schema.schema_
     return closed(schema) if wanted.json_schema.strict else _closed_where_it_can(schema)
 
 
 def _closed_where_it_can(schema: Any) -> Mapping[str, Any]:
-    """Objects that name properties have no others, unless the schema says so: a small model goes
-    on inventing them. A schema that is a sum of others stays as it is."""
+    """Forbid additional properties of objects with named properties, unless the schema allows them:
+    small models add properties endlessly. Schemas that combine others are returned unchanged."""
     try:
         found: Mapping[str, Any] = schema if _is_sum(schema) else closed(schema)
         return found
@@ -310,19 +311,19 @@ def _is_sum(schema: Any) -> bool:
 
 
 def _check_supported(request: ChatRequest) -> None:
-    """Options that mean nothing by themselves are refused, not ignored."""
+    """Refuse options that have no effect without another one."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     form = request.response_format
     if request.json_schema is not None and form is not None and form.type != "text":
         raise RefusedError(
-            400, f"found json_schema beside the form {form.type}, expected one of them",
+            400, f"found json_schema and response_format {form.type}, expected only one",
             param="json_schema",
         )  # fmt: skip
 
 
 def check_length(vlm: VLM, what: str, characters: int, settings: ServerSettings) -> None:
-    """A text that cannot fit is refused before it is tokenized, which takes its time."""
+    """Refuse a text that certainly exceeds the limit before tokenizing it, which would be slow."""
     tokenizer, limit = vlm.processor.tokenizer, vlm.config.text.max_positions
     limit = min(limit, settings.prompt_tokens or limit)
     if characters > limit * tokenizer.longest:
@@ -332,7 +333,7 @@ def check_length(vlm: VLM, what: str, characters: int, settings: ServerSettings)
 
 
 def _check_markers(vlm: VLM, request: ChatRequest) -> None:
-    """A text that spells the image placeholder would ask for an image that is not there."""
+    """Refuse texts that contain the image placeholder, since no image would belong to it."""
     mark = vlm.processor.markers.image
     for number, message in enumerate(request.messages):
         parts = [message.content] if isinstance(message.content, str) else message.content
@@ -341,6 +342,6 @@ def _check_markers(vlm: VLM, request: ChatRequest) -> None:
             if mark in text:
                 raise RefusedError(
                     400,
-                    f"message {number} holds the text {mark}, which marks an image; send "
+                    f"message {number} contains {mark}, the placeholder of images; send "
                     "images as image_url parts",
                 )

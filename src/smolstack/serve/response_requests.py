@@ -1,4 +1,4 @@
-"""Requests of OpenAI's responses API, and the chats that they amount to."""
+"""Requests of OpenAI's responses API, and their conversion to chats."""
 
 from __future__ import annotations
 
@@ -31,45 +31,47 @@ from smolstack.serve.schemas import (
 
 _OWN = frozenset({"metadata", "store", "user"})
 _LOGPROBS = "message.output_text.logprobs"
-# Field → values that ask for nothing, and what is said of any other.
+# Unsupported fields → values that have no effect, and the error for any other value.
 _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "background": ((False,), "answers are given at once; leave background out, or stream"),
-    "truncation": (("disabled",), "truncation is not supported; send what is to be read"),
+    "background": ((False,), "background is not supported; leave it out, or use stream"),
+    "truncation": (("disabled",), "truncation is not supported; shorten the input instead"),
     "previous_response_id": (
         (),
-        "no response is stored on this server, so none can be gone on from; send the whole "
-        "conversation as input",
+        "this server does not store responses; send the whole conversation as input",
     ),
     "conversation": (
         (),
-        "no conversation is stored on this server; send the whole conversation as input",
+        "this server does not store conversations; send the whole conversation as input",
     ),
-    "prompt": ((), "no prompts are stored on this server; send instructions and input"),
-    "max_tool_calls": ((), "max_tool_calls is about tools that a server calls; leave it out"),
-    "max_tokens": ((), "max_tokens is called max_output_tokens at this route"),
+    "prompt": ((), "this server does not store prompts; send instructions and input"),
+    "max_tool_calls": (
+        (),
+        "max_tool_calls concerns tools that the server calls, which do not exist; leave it out",
+    ),
+    "max_tokens": ((), "max_tokens is named max_output_tokens in this route"),
     "max_completion_tokens": (
         (),
-        "max_completion_tokens is called max_output_tokens at this route",
+        "max_completion_tokens is named max_output_tokens in this route",
     ),
-    "messages": ((), "messages are called input at this route"),
-    "response_format": ((), "response_format is called text.format at this route"),
-    "n": ((1,), "one response has one answer; ask several times"),
-    "logprobs": ((False,), f"logprobs are asked for by {_LOGPROBS} in include"),
+    "messages": ((), "messages are named input in this route"),
+    "response_format": ((), "response_format is named text.format in this route"),
+    "n": ((1,), "a response has one answer; send several requests"),
+    "logprobs": ((False,), f"to get logprobs, add {_LOGPROBS} to include"),
 }
-# Of items and their parts: what other turns were answered with, and is no part of what is read.
+# Fields of earlier responses' items and parts that are not passed to the model.
 _ITEM_HARMLESS = frozenset({"id", "status", "phase"})
 _PART_HARMLESS = frozenset({"annotations", "logprobs", "cache_control"})
 
 
 class InputText(Body):
-    """A text: of the user, or (``output_text``) of an earlier answer."""
+    """Text of the user or, as ``output_text``, of an earlier answer."""
 
     type: Literal["input_text", "output_text"]
     text: Text
 
 
 class InputImage(Body):
-    """An image: a data URL, or the address of one where that is allowed."""
+    """An image: a data URL or, if the server allows it, an address."""
 
     type: Literal["input_image"]
     image_url: str
@@ -87,14 +89,14 @@ class MessageItem(Body):
 
 
 class FunctionCallItem(CalledFunction):
-    """A call that an earlier answer made."""
+    """A function call in an earlier answer."""
 
     type: Literal["function_call"]
     call_id: str = ""
 
 
 class FunctionCallOutputItem(Body):
-    """What a call gave."""
+    """The result of a function call."""
 
     type: Literal["function_call_output"]
     call_id: str
@@ -130,14 +132,14 @@ class FunctionChoice(NamedFunction):
 
 
 class TextFormat(JsonSchema):
-    """The form of an answer; a ``json_schema`` has its schema beside its name."""
+    """The format of an answer; ``json_schema`` has its schema in the same object."""
 
     type: Literal["text", "json_object", "json_schema"]
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> TextFormat:
         if self.type == "json_schema" and self.schema_ is None:
-            raise ValueError("found json_schema without schema, expected one")
+            raise ValueError("json_schema has no schema, expected one")
         return self
 
 
@@ -146,7 +148,7 @@ class TextSettings(Body):
 
 
 class ResponsesRequest(AnswerFields, ImageFields):
-    """A response: text and images in, text or calls of functions out. Nothing is stored."""
+    """A response: text and images in, text or function calls out. Nothing is stored."""
 
     input: Text | Annotated[list[Item], Field(min_length=1, max_length=1000)]
     instructions: Text | None = None
@@ -191,10 +193,10 @@ class ResponsesRequest(AnswerFields, ImageFields):
         return _LOGPROBS in (self.include or ())
 
     def chat(self) -> ChatRequest:
-        """The same as a chat. The input is let go of: its images are large.
+        """Convert the request to a chat and clear its input, whose images are large.
 
         Raises:
-            RefusedError: fields that mean nothing by themselves.
+            RefusedError: a field has no effect without another one.
         """
         if self.top_logprobs and not self.wants_logprobs:
             raise RefusedError(
@@ -226,14 +228,16 @@ class ResponsesRequest(AnswerFields, ImageFields):
 
 
 def _item(item: Any, where: str) -> Any:
-    """An item of the input without what says nothing to the model."""
+    """Return an item of the input without the fields that are not passed to the model."""
     if not isinstance(item, dict):
         return item
     found = {key: value for key, value in item.items() if key not in _ITEM_HARMLESS}
     kind = found.get("type", "message")
     if kind == "item_reference":
         raise RefusedError(
-            400, f"{where} refers to a stored item; nothing is stored on this server", param=where
+            400,
+            f"{where} refers to a stored item, but this server does not store items",
+            param=where,
         )
     found["type"] = kind
     for name in ("content", "output"):
@@ -247,14 +251,14 @@ def _part(part: Any, where: str) -> Any:
         return part
     if part.get("type") == "input_image" and "file_id" in part:
         raise RefusedError(
-            400, f"{where} has a file_id; no files are stored on this server, send image_url",
+            400, f"{where} has a file_id, but this server does not store files; send image_url",
             param=where,
         )  # fmt: skip
     return {key: value for key, value in part.items() if key not in _PART_HARMLESS}
 
 
 def _messages(request: ResponsesRequest) -> list[ChatMessage]:
-    """The messages of the chat that a request continues."""
+    """Return the input as chat messages."""
     found: list[ChatMessage] = []
     if request.instructions:
         found.append(ChatMessage(role="system", content=request.instructions))

@@ -1,4 +1,4 @@
-"""Answers in the shape of OpenAI's responses, whole or as events."""
+"""Formats answers as OpenAI's responses, complete or as events."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from smolstack.serve.tool_calls import CallReader, cut_off
 
 
 class ResponseWriter:
-    """One response: items (a message, or calls of functions) that grow, whole or as events.
+    """Formats one response, whose items (a message or function calls) grow.
 
     Args:
-        model: what the client called it.
-        tokenizer: writes tokens as text, for logprobs.
-        request: what was asked.
+        model: the model name in the request.
+        tokenizer: decodes the tokens of log-probabilities.
+        request: the request.
         calls: whether the answer may call functions.
     """
 
@@ -33,9 +33,9 @@ class ResponseWriter:
         self.tokenizer = tokenizer
         self._reader = CallReader() if calls else None
         self._items: list[dict[str, Any]] = []
-        self._open = False  # whether the last item goes on growing
+        self._open = False  # whether the last item is incomplete
         self._number = 0
-        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is still to come
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text has not been sent yet
         self.frame = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
@@ -49,7 +49,7 @@ class ResponseWriter:
             "metadata": request.metadata or {},
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "store": False,  # whatever was asked: nothing is
+            "store": False,  # also if true was requested: nothing is stored
             "temperature": request.temperature or 0.0,
             "text": _text_settings(request),
             "tool_choice": _choice(request),
@@ -61,20 +61,20 @@ class ResponseWriter:
         }
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """A response."""
+        """Return a ``response`` object."""
         [answer] = answers
         self.update(0, Update(answer.text, answer.logprobs or (), answer))
-        return self._ended(answer)
+        return self._response(answer)
 
     def begin(self, _: int) -> str:
-        """The events before anything is said."""
+        """Return the events at the start of the stream."""
         made = {**self.frame, "status": "in_progress", "output": [], "usage": None}
         return self._event("response.created", response=made) + self._event(
             "response.in_progress", response=made
         )
 
     def update(self, _: int, update: Update) -> str:
-        """The events of what is new about the answer."""
+        """Return the events for an update of the answer."""
         self._logprobs += token_logprobs(update.logprobs, self.tokenizer)
         made = ""
         for delta in self._deltas(update):
@@ -85,23 +85,23 @@ class ResponseWriter:
         if update.answer is not None:
             cut = update.answer.finish_reason != "stop"
             if not self._items and not (self._reader and cut_off(update.answer)):
-                made += self._begin_message()  # an answer of no words is a message still
+                made += self._begin_message()  # an empty answer is a message as well
             made += self._close("incomplete" if cut else "completed")
         return made
 
     def end(self, answers: Sequence[Answer]) -> str:
-        """The event after the last word."""
-        made = self._ended(answers[0])
+        """Return the event at the end of the stream."""
+        made = self._response(answers[0])
         return self._event(f"response.{made['status']}", response=made)
 
     def failed(self, refusal: RefusedError) -> str:
-        """The event of an error in the midst of a stream."""
+        """Return the event for an error within a stream."""
         error = {"code": "server_error", "message": refusal.message}
         made = {**self.frame, "status": "failed", "error": error, "output": [], "usage": None}
         return self._event("response.failed", response=made)
 
     def _deltas(self, update: Update) -> list[dict[str, Any]]:
-        """What became certain, as a chat completion's deltas."""
+        """Return the new content as deltas of chat completions."""
         if self._reader is None:
             return [{"content": update.piece}]
         deltas = self._reader.push(update.piece)
@@ -110,7 +110,7 @@ class ResponseWriter:
         return deltas
 
     def _call_part(self, part: dict[str, Any]) -> str:
-        """The events of a call that begins or goes on."""
+        """Return the events for the beginning or continuation of a call."""
         made, index = "", part["index"]
         if "id" in part:
             made += self._close("completed")
@@ -119,7 +119,7 @@ class ResponseWriter:
         if piece := part["function"]["arguments"]:
             self._items[-1]["arguments"] += piece
             kind = "response.function_call_arguments.delta"
-            made += self._event(kind, **self._at(), delta=piece)
+            made += self._event(kind, **self._position(), delta=piece)
         assert self._reader is not None
         call_read = self._reader.calls[index]
         if call_read.complete and self._items[-1]["arguments"] == call_read.arguments:
@@ -133,7 +133,7 @@ class ResponseWriter:
         part["logprobs"] += self._logprobs
         made += self._event(
             "response.output_text.delta",
-            **self._at(0),
+            **self._position(0),
             delta=piece,
             logprobs=self._logprobs,
         )
@@ -147,7 +147,7 @@ class ResponseWriter:
         made = self._begin(
             {"id": _name("msg"), "type": "message", "role": "assistant", "content": []}
         )
-        made += self._event("response.content_part.added", **self._at(0), part=part)
+        made += self._event("response.content_part.added", **self._position(0), part=part)
         self._items[-1]["content"].append(part)
         return made
 
@@ -159,7 +159,7 @@ class ResponseWriter:
         return self._event("response.output_item.added", output_index=index, item=item)
 
     def _close(self, status: str) -> str:
-        """The events of an item that is complete, or was cut off."""
+        """Return the events at the end of an item, complete or not."""
         if not self._open:
             return ""
         self._open, item, made = False, self._items[-1], ""
@@ -169,29 +169,29 @@ class ResponseWriter:
             part["logprobs"] += self._logprobs
             made += self._event(
                 "response.output_text.done",
-                **self._at(0),
+                **self._position(0),
                 text=part["text"],
                 logprobs=part["logprobs"],
             )
-            made += self._event("response.content_part.done", **self._at(0), part=part)
+            made += self._event("response.content_part.done", **self._position(0), part=part)
         elif status == "completed":
             made += self._event(
                 "response.function_call_arguments.done",
-                **self._at(),
+                **self._position(),
                 name=item["name"],
                 arguments=item["arguments"],
             )
         index = len(self._items) - 1
         return made + self._event("response.output_item.done", output_index=index, item=item)
 
-    def _ended(self, answer: Answer) -> dict[str, Any]:
+    def _response(self, answer: Answer) -> dict[str, Any]:
         cut, used = answer.finish_reason != "stop", answer.usage
         return {
             **self.frame,
             "status": "incomplete" if cut else "completed",
             "completed_at": None if cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            # A call that was cut off is no call: its arguments are no JSON.
+            # An incomplete call is left out: its arguments are not valid JSON.
             "output": [
                 item
                 for item in self._items
@@ -211,8 +211,8 @@ class ResponseWriter:
             **probabilities(answer),
         }
 
-    def _at(self, content: int | None = None) -> dict[str, Any]:
-        """Where in the response something is."""
+    def _position(self, content: int | None = None) -> dict[str, Any]:
+        """Return the position of the last item in the response."""
         place = {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
         return place if content is None else {**place, "content_index": content}
 

@@ -1,4 +1,4 @@
-"""The bodies of requests, as OpenAI defines them, with smolstack's options beside."""
+"""Request bodies as defined by OpenAI, with smolstack's additional options."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from smolstack.serve.request_fields import understood, without_nulls
 
 Text = Annotated[str, Field(max_length=2_000_000)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-# Of a list or an object; pydantic takes true for 1 where it is not told otherwise.
+# For items of lists and objects: by default, pydantic accepts true as 1.
 _Number = Annotated[float, Field(strict=True)]
 Integer = Annotated[int, Field(strict=True)]
 _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Body(BaseModel):
-    # Nothing is ignored: what is harmless was taken out by request_fields.understood.
+    # Unknown fields are errors; request_fields.understood removes those without effect before.
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
@@ -34,7 +34,7 @@ class _Numbers(Body):
 
 
 class ImageURL(Body):
-    """An image: a data URL, or the address of one where that is allowed."""
+    """An image: a data URL or, if the server allows it, an address."""
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
@@ -51,7 +51,7 @@ class ImagePart(Body):
 
 
 class VideoURL(Body):
-    """A video: a data URL, or the address of one where that is allowed."""
+    """A video: a data URL or, if the server allows it, an address."""
 
     url: str
 
@@ -62,7 +62,7 @@ class VideoPart(Body):
 
 
 class FileData(Body):
-    """A PDF file as OpenAI has it: a data URL; every page is an image."""
+    """A PDF file, as in OpenAI's API: a data URL. Each page is an image."""
 
     file_data: str
     filename: str = ""
@@ -86,7 +86,7 @@ class CalledFunction(Body):
         try:
             json.loads(text or "{}")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"the arguments of a call are no JSON: {error}") from None
+            raise ValueError(f"the arguments of a call are not valid JSON: {error}") from None
         return text
 
 
@@ -152,11 +152,11 @@ class ResponseFormat(Body):
 
 
 class AnswerFields(_Numbers):
-    """What may be asked of an answer, whichever way it is asked for. The last block holds what
+    """The options of an answer, common to all routes. The last block contains options that
     OpenAI's API does not have.
 
-    Other servers' names for the same things, fields that say nothing about the answer, and fields
-    whose value asks for nothing are accepted too (docs/serving.md lists them).
+    Other servers' names of these options, fields that do not affect the answer, and unsupported
+    fields with default values are accepted as well (listed in docs/serving.md).
     """
 
     model: str = ""
@@ -195,12 +195,12 @@ class AnswerFields(_Numbers):
         return understood(data)
 
     def shared(self) -> dict[str, Any]:
-        """The fields that every way of asking has."""
+        """Return the values of the fields that all routes have."""
         return {name: getattr(self, name) for name in AnswerFields.model_fields}
 
 
 class ImageFields(Body):
-    """How images are cut."""
+    """How images are split into tiles."""
 
     split: bool | None = None
     max_image_tokens: int | None = Field(default=None, ge=1)
@@ -223,9 +223,9 @@ class ChatRequest(AnswerFields, ImageFields):
 
 
 class PlanRequest(_Numbers, ImageFields):
-    """An image, a page, a video, or a size, whose tiles and tokens are asked for.
+    """An image, a page, a video or a size whose tiles and tokens are to be planned.
 
-    ``preview`` asks for the image as the model's processor reads it: the page, or the frames.
+    ``preview`` requests the image as the processor reads it: the page, or the video's frames.
     """
 
     image_url: ImageURL | None = None
@@ -246,8 +246,7 @@ class PlanRequest(_Numbers, ImageFields):
 
 
 class TokenizeRequest(Body):
-    """A text as it is (``prompt``, or ``content`` as llama.cpp has it), or a chat (``messages``),
-    whose tokens are asked for."""
+    """A text (``prompt`` or, as in llama.cpp, ``content``) or a chat (``messages``) to tokenize."""
 
     model: str = ""
     prompt: Text | None = None
@@ -265,7 +264,7 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    """Tokens whose text is asked for."""
+    """Token ids to decode."""
 
     model: str = ""
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(max_length=1_000_000)

@@ -1,4 +1,4 @@
-"""Running the server: a socket, signals, and the end."""
+"""Running the server: listening, signals, shutdown."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
-_SWITCH = 0.0005  # seconds; Python's default is ten times that
-_BACKSTOP = 5  # seconds after the drain's end, for clients that do not read their answer
+_SWITCH = 0.0005  # seconds; a tenth of Python's default
+_BACKSTOP = 5  # seconds after draining, for clients that do not read their response
 
 
 def run(
@@ -30,10 +30,10 @@ def run(
     log_level: str,
     certificate: tuple[Path, Path | None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what is at work for ``settings.drain`` seconds.
+    """Serve until SIGTERM or SIGINT, then finish running requests for ``settings.drain`` seconds.
 
     Args:
-        certificate: files of a TLS certificate and its key, in PEM; without it, plain HTTP.
+        certificate: PEM files of a TLS certificate and its key; None: plain HTTP.
     """
     files = {} if certificate is None else {
         "ssl_certfile": certificate[0],
@@ -41,8 +41,8 @@ def run(
     }  # fmt: skip
     limit = connection_limit(settings.connections)
     return_memory()
-    # Whoever wants the interpreter's lock while Python code runs in another thread waits so long,
-    # and an answer's token takes the lock many times.
+    # A thread that requests the interpreter lock while another one runs waits this long, and the
+    # engine's thread requests it many times per token.
     sys.setswitchinterval(_SWITCH)
     server = Server(vlm, settings)
     config = uvicorn.Config(
@@ -50,8 +50,8 @@ def run(
         log_level=log_level,
         access_log=log_level == "info",
         timeout_graceful_shutdown=math.ceil(settings.drain) + _BACKSTOP,
-        # A client that sends its headers byte by byte holds no more than this; the other parser,
-        # which uvicorn takes where it is installed, has no such limit.
+        # h11 limits the size of headers; httptools, which uvicorn would prefer if it is
+        # installed, does not.
         http="h11",
         h11_max_incomplete_event_size=64 * 1024,
         ws="none",
@@ -63,7 +63,7 @@ def run(
     def end(*_: object) -> None:
         runner.should_exit = True
 
-    # uvicorn raises the signal again once it is done; to have ended as asked is no failure.
+    # uvicorn raises the signal again after shutdown; a requested shutdown must exit with 0.
     signal.signal(signal.SIGTERM, end)
     try:
         runner.run(sockets=[listener])
@@ -73,8 +73,8 @@ def run(
 
 
 class _Runner(uvicorn.Server):
-    """uvicorn's server, which has a door, and tells those whose answers take longer than the
-    drain."""
+    """uvicorn's server with limited connections, and with errors for requests that are incomplete
+    after draining."""
 
     def __init__(self, config: uvicorn.Config, server: Server, door: Door) -> None:
         super().__init__(config)
@@ -102,12 +102,12 @@ class _Runner(uvicorn.Server):
             timer.cancel()
 
     def _drained(self) -> None:
-        late = RefusedError(503, "the server is shutting down and the answer was not complete")
+        late = RefusedError(503, "the server is shutting down before the answer is complete")
         self.server.engine.give_up(late)
         self.server.bodies.end(
             RefusedError(
                 503,
-                "the server is shutting down and the body was not complete",
+                "the server is shutting down before the body is complete",
                 headers={"Connection": "close"},
             )
         )

@@ -1,4 +1,4 @@
-"""What the server accepts and how it is protected; every limit has a default."""
+"""The server's limits and access settings, with their defaults."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ class ServerSettings:
     """Limits of one server.
 
     Attributes:
-        name: what /v1/models calls the checkpoint; answers are given under any name.
-        api_keys: of which clients must send one as a bearer token; none lets everybody in.
-        hosts: names by which the server may be asked for, beside addresses; ("*",) is any. None
-            is not looked at: a key, or a socket that is no network's, keeps strangers out.
-        origins: of pages elsewhere that may ask ("https://example.org"); ("*",) is any.
-        body_bytes: largest request body, counted while it arrives.
-        bodies_bytes: the bodies of all requests together, from their arrival to the end of their
-            requests.
-        body_seconds: how long a request body may take to arrive.
-        connections: open at a time; None is as many as the limit of open files allows, at most 512.
-        header_seconds: how long a request's headers may take to arrive.
-        image_pixels: largest image, checked before it is decoded.
-        decode_bytes: memory that images may take together while they are decoded; one that takes
-            more by itself is refused, others wait. It is the whole process's.
-        images: most images of one request.
-        prompt_tokens: longest prompt, visual tokens included; None is the model's context.
-        new_tokens: longest answer, whatever a request asks for.
-        form_bytes: of a request's schema, expression and choices together.
-        special_tokens_in_text: whether control tokens that a message's text spells become these
-            tokens, so that whoever writes a text can forge turns.
-        answers: most answers of one request (``n``).
-        deadline: seconds that a request may take once its body is here, fetching its images
-            and waiting included.
-        drain: seconds that requests at work get to finish when the server is told to stop.
-        allow_remote_images: whether images are fetched from public addresses.
-        remote_bytes, remote_seconds: limits of one fetched image.
-        image_cache_bytes: visual tokens of images kept for later requests.
-        scheduler: how much is done at a time.
+        name: name of the model in /v1/models; requests may use any name.
+        api_keys: keys of which clients must send one as a bearer token; empty: no key is needed.
+        hosts: accepted host names, in addition to IP addresses; ("*",): any. None: not checked,
+            for servers with keys or on a Unix socket.
+        origins: origins of other pages that may send requests ("https://example.org"); ("*",): any.
+        body_bytes: maximum size of a request body, counted while it arrives.
+        bodies_bytes: maximum size of all request bodies together, until their requests end.
+        body_seconds: timeout for a request body.
+        connections: maximum number of connections; None: 512, or as the limit of open files allows.
+        header_seconds: timeout for a request's headers.
+        image_pixels: maximum size of an image, checked before decoding.
+        decode_bytes: memory for decoding images, for the whole process; images wait for each
+            other, and one that alone needs more is refused.
+        images: maximum number of images per request.
+        prompt_tokens: maximum prompt length, including visual tokens; None: the model's context.
+        new_tokens: maximum answer length, also if a request asks for more.
+        form_bytes: maximum size of a request's schema, expression and choices together.
+        special_tokens_in_text: whether the text of special tokens in messages is converted to
+            these tokens, which lets authors of the text forge turns.
+        answers: maximum number of answers per request (``n``).
+        deadline: time limit of a request from the end of its body, in seconds, including
+            downloads and waiting.
+        drain: seconds for running requests to finish when the server is stopped.
+        allow_remote_images: whether images are downloaded from public addresses.
+        remote_bytes, remote_seconds: size and time limits of a download.
+        image_cache_bytes: size of the image cache.
+        scheduler: the engine's limits.
     """
 
     name: str = "smolstack"
@@ -76,21 +75,21 @@ class ServerSettings:
         for key in self.api_keys:
             if not key or key != key.strip() or not key.isascii() or not key.isprintable():
                 raise GenerationError(
-                    f"an API key of {len(key)} characters is empty, has spaces around it or is not "
-                    "ASCII, expected plain characters"
+                    f"an API key of {len(key)} characters is empty, has surrounding spaces or is "
+                    "not printable ASCII"
                 )
         for origin in self.origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise GenerationError(
-                    f"the origin {origin!r} is none, expected one like https://example.org or *"
+                    f"{origin!r} is not an origin, expected for example https://example.org, or *"
                 )
         counts = "body_bytes image_pixels decode_bytes images new_tokens form_bytes answers"
         if self.connections is not None and self.connections < 1:
             raise GenerationError(f"connections is {self.connections}, expected 1 or more")
         if self.bodies_bytes * 3 < self.body_bytes * 4:
             raise GenerationError(
-                f"the bodies of all requests may take {self.bodies_bytes:,} bytes, expected a "
-                f"third more than the {self.body_bytes:,} of one"
+                f"the limit of {self.bodies_bytes:,} bytes for all bodies must exceed that of "
+                f"{self.body_bytes:,} for one body by at least a third"
             )
         for name in counts.split():
             if getattr(self, name) < 1:

@@ -1,4 +1,4 @@
-"""OpenAI's completions: texts, or their tokens, that are continued as they are."""
+"""OpenAI's completions: continues prompts without a chat template."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_route(
     tokenizer = vlm.processor.tokenizer
 
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue a text, whole or as server-sent events."""
+        """Continue a text, with one response or with server-sent events."""
         asked, prompts = body.options(), body.prompts
 
         def prepare(
@@ -63,7 +63,7 @@ def add_route(
                 with_usage=stream is not None and stream.include_usage,
             )
 
-        characters = sum(map(len, prompts))  # or tokens, which are decoded
+        characters = sum(map(len, prompts))  # or token ids, which are decoded
         return await answering.answer(
             asked, request, writer, prepare=prepare, characters=characters
         )
@@ -72,47 +72,49 @@ def add_route(
 
 
 def _read(vlm: VLM, prompt: str | list[int], settings: ServerSettings, special: bool) -> Prompt:
-    """A prompt that is taken as it is: control tokens that it spells are those tokens.
+    """Return a prompt without a chat template; the text of special tokens is converted to them.
 
     Raises:
-        RefusedError, ContextLengthError: it is none of this model's.
+        RefusedError, ContextLengthError: the prompt is invalid or too long.
     """
     processor = vlm.processor
     tokenizer = processor.tokenizer
     if isinstance(prompt, str):
-        request_reader.check_length(vlm, "the prompt holds", len(prompt), settings)
+        request_reader.check_length(vlm, "the prompt has", len(prompt), settings)
         text, ids = prompt, tokenizer.encode(prompt, special=special)
     else:
         size = min(tokenizer.size, vlm.config.text.vocab_size)
         if wrong := [token for token in prompt if token >= size]:
             raise RefusedError(
-                400, f"token {wrong[0]} is none of the {size} of the vocabulary", param="prompt"
+                400,
+                f"token id {wrong[0]} is not in the vocabulary of {size} tokens",
+                param="prompt",
             )
         text, ids = tokenizer.decode(prompt, skip_special=False), prompt
     if vlm.config.image_token_id in ids:
         raise RefusedError(
             400,
-            f"the prompt holds {processor.markers.image}, which marks an image; images are asked "
-            "about at /v1/chat/completions and /v1/responses",
+            f"the prompt contains {processor.markers.image}, the placeholder of images; send "
+            "images to /v1/chat/completions or /v1/responses",
             param="prompt",
         )
     if not ids:
-        raise RefusedError(400, "the prompt has no tokens, expected some", param="prompt")
+        raise RefusedError(400, "the prompt has no tokens, expected at least one", param="prompt")
     made = Prompt(text, tuple(ids), (), ())
     request_reader.check_tokens(made, settings)
     return made
 
 
 class TextCompletion:
-    """Answers in the shape of OpenAI's completions, whole or as events.
+    """Formats answers as OpenAI's completions, complete or as events.
 
     Args:
-        model: what the client called it.
-        tokenizer: writes tokens as text, for logprobs.
-        echoed: what stands before the answers to each prompt.
-        each: answers to each prompt, one after the other.
+        model: the model name in the request.
+        tokenizer: decodes the tokens of log-probabilities.
+        echoed: text to return before the answers to each prompt.
+        each: number of consecutive answers to each prompt.
         keep_special: whether special tokens are part of an answer's text.
-        with_usage: whether the last event of a stream says what was used.
+        with_usage: whether the stream ends with a usage event.
     """
 
     def __init__(
@@ -127,8 +129,8 @@ class TextCompletion:
     ) -> None:
         self.tokenizer, self.echoed, self.each = tokenizer, echoed, each
         self.keep_special, self.with_usage = keep_special, with_usage
-        self._places: dict[int, int] = {}  # of each answer's next token in its text
-        self._half: dict[int, list[int]] = {}  # tokens that are no whole character yet
+        self._offsets: dict[int, int] = {}  # offset of each answer's next token in its text
+        self._incomplete: dict[int, list[int]] = {}  # tokens of an incomplete character
         self.frame = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -137,7 +139,7 @@ class TextCompletion:
         }
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """A text_completion."""
+        """Return a ``text_completion`` object."""
         choices = [
             self._choice(
                 index,
@@ -151,12 +153,12 @@ class TextCompletion:
         return {**self.frame, "choices": choices, "usage": usage(answers, self.each)}
 
     def begin(self, count: int) -> str:
-        """The events with what is echoed."""
+        """Return the events with echoed prompts."""
         echoed = [(index, self.echoed[index // self.each]) for index in range(count)]
         return "".join(self._event(index, text) for index, text in echoed if text)
 
     def update(self, index: int, update: Update) -> str:
-        """The events of what is new about one answer."""
+        """Return the events for an update of one answer."""
         made = ""
         if update.piece or update.logprobs:
             made += self._event(index, update.piece, logprobs=update.logprobs or None)
@@ -166,12 +168,12 @@ class TextCompletion:
         return made
 
     def end(self, answers: Sequence[Answer]) -> str:
-        """The events after the last word."""
+        """Return the events at the end of the stream."""
         used = {**self.frame, "choices": [], "usage": usage(answers, self.each)}
         return (event(used) if self.with_usage else "") + DONE
 
     def failed(self, refusal: RefusedError) -> str:
-        """The event of an error in the midst of a stream."""
+        """Return the event for an error within a stream."""
         return event(refusal.body())
 
     def _event(
@@ -192,30 +194,30 @@ class TextCompletion:
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Tokens, their log-probabilities, those of the likeliest ones and of the one that was
-        taken, and where in the answer's text each begins."""
+        """Return the tokens, their log-probabilities, those of the most likely tokens and the
+        chosen one, and each token's offset in the answer's text."""
         return {
-            "tokens": [self._written(one.token_id) for one in logprobs],
+            "tokens": [self._token_text(one.token_id) for one in logprobs],
             "token_logprobs": [max(one.logprob, LEAST) for one in logprobs],
             "top_logprobs": [
                 {
-                    self._written(token): max(value, LEAST)
+                    self._token_text(token): max(value, LEAST)
                     for token, value in (*one.top, (one.token_id, one.logprob))
                 }
                 for one in logprobs
             ],
-            "text_offset": [self._place(index, one.token_id) for one in logprobs],
+            "text_offset": [self._offset(index, one.token_id) for one in logprobs],
         }
 
-    def _written(self, token: int) -> str:
+    def _token_text(self, token: int) -> str:
         return self.tokenizer.decode([token], skip_special=False)
 
-    def _place(self, index: int, token: int) -> int:
-        """Where a token begins: the next one of this answer."""
-        place, half = self._places.get(index, 0), self._half.setdefault(index, [])
+    def _offset(self, index: int, token: int) -> int:
+        """Return the text offset of the answer's next token."""
+        place, half = self._offsets.get(index, 0), self._incomplete.setdefault(index, [])
         half.append(token)
         text = self.tokenizer.decode(half, skip_special=not self.keep_special)
         if "\ufffd" not in text:
-            self._places[index] = place + len(text)
+            self._offsets[index] = place + len(text)
             half.clear()
         return place

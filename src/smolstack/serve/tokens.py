@@ -1,4 +1,4 @@
-"""Routes about tokens: a text's, a chat's, and back. No network runs."""
+"""Routes that tokenize texts and chats, and decode token ids, without running the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_routes(
     executor: RankedPool,
     errors: Mapping[str, Any],
 ) -> None:
-    """Add ``/tokenize`` and ``/detokenize`` as vLLM and llama.cpp have them."""
+    """Add ``/tokenize`` and ``/detokenize``, compatible with vLLM and llama.cpp."""
 
     def chat(body: TokenizeRequest, images: list[Media]) -> list[int]:
         request = ChatRequest.model_construct(messages=body.messages)
@@ -37,14 +37,14 @@ def add_routes(
     def text(body: TokenizeRequest) -> list[int]:
         words = body.prompt if body.prompt is not None else body.content
         if words is None:
-            raise RefusedError(400, "found none of prompt, content and messages, expected one")
+            raise RefusedError(400, "expected one of prompt, content and messages")
         special = body.add_special if body.add_special_tokens is None else body.add_special_tokens
         # vLLM's default is to add them, llama.cpp's is not to.
         special = body.prompt is not None if special is None else special
         return vlm.processor.tokenizer.encode(words, special=special)
 
     async def tokenize(body: TokenizeRequest) -> Response:
-        """The tokens of a text, or of a chat's whole prompt with its visual tokens."""
+        """Tokenize a text, or a chat's whole prompt including image tokens."""
         try:
             if body.messages is None:
                 took = len(body.prompt or body.content or "") * 1e-6
@@ -57,15 +57,17 @@ def add_routes(
         except Exception as error:
             raise as_refusal(error) from None
         limit = vlm.config.text.max_positions
-        # As it is: FastAPI would look at every token for what is no JSON, which takes its time.
+        # A JSONResponse, since FastAPI would convert each token individually, which is slow.
         return JSONResponse({"count": len(found), "max_model_len": limit, "tokens": found})
 
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
-        """The text of some tokens, special ones written out, under vLLM's and llama.cpp's name."""
+        """Decode tokens, including special ones; returned under vLLM's and llama.cpp's names."""
         size = vlm.processor.tokenizer.size
         if wrong := [token for token in body.tokens if token >= size]:
             raise RefusedError(
-                400, f"token {wrong[0]} is none of the {size} of the vocabulary", param="tokens"
+                400,
+                f"token id {wrong[0]} is not in the vocabulary of {size} tokens",
+                param="tokens",
             )
         decode = vlm.processor.tokenizer.decode
         found = await in_thread(executor, partial(decode, body.tokens, skip_special=False))

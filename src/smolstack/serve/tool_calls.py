@@ -1,4 +1,4 @@
-"""Answers that call functions, in OpenAI's shape, whole or as chunks."""
+"""Formats answers with function calls as OpenAI's chat completions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEAD = re.compile(r'\s*\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
 
 @dataclass
 class Call:
-    """A call as far as it is written; ``arguments`` is JSON once it is complete."""
+    """A function call, possibly incomplete; complete ``arguments`` are valid JSON."""
 
     name: str
     arguments: str = ""
@@ -27,28 +27,28 @@ class Call:
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
     def whole(self) -> dict[str, Any]:
-        """OpenAI's object."""
+        """Return OpenAI's object."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass
 class CallReader:
-    """Reads an answer piece by piece: calls at its beginning, or text.
+    """Parses an answer incrementally: either calls or text.
 
     Attributes:
-        calls: found so far.
+        calls: the calls found so far.
     """
 
     calls: list[Call] = field(default_factory=list)
     _state: Literal["begin", "head", "arguments", "between", "text"] = "begin"
-    _held: str = ""  # read, and of no known meaning yet
+    _held: str = ""  # text that is not parsed yet
     _depth: int = 0
     _quoted: bool = False
     _escaped: bool = False
 
     def push(self, piece: str) -> list[dict[str, Any]]:
-        """OpenAI's deltas of what became certain."""
+        """Parse a piece of the answer; return OpenAI's deltas."""
         self._held += piece
         deltas: list[dict[str, Any]] = []
         while True:
@@ -58,7 +58,7 @@ class CallReader:
                 return deltas
 
     def finish(self) -> list[dict[str, Any]]:
-        """What is left when the answer ends: text that only began like a call."""
+        """Return the deltas at the end of the answer: text that only looked like a call."""
         left, self._held = self._held, ""
         return [{"content": left}] if left and not self.calls else []
 
@@ -96,7 +96,7 @@ class CallReader:
         return [{"tool_calls": [part]}]
 
     def _end_of_arguments(self) -> int:
-        """How many characters of those held belong to the arguments."""
+        """Return how many characters of the unparsed text belong to the arguments."""
         for place, character in enumerate(self._held):
             if self._escaped:
                 self._escaped = False
@@ -122,7 +122,7 @@ class CallReader:
 
 
 class CallingCompletion(Completion):
-    """A completion whose answers may be calls."""
+    """A chat completion whose answers may contain function calls."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -135,7 +135,7 @@ class CallingCompletion(Completion):
         message = super()._message(answer)
         if not calls and not cut_off(answer):
             return message
-        # A call that was cut off is no call: its arguments are no JSON.
+        # An incomplete call is left out: its arguments are not valid JSON.
         return {**message, "content": None, **({"tool_calls": calls} if calls else {})}
 
     def _reason(self, answer: Answer) -> str:
@@ -162,7 +162,7 @@ class CallingCompletion(Completion):
 
 
 def cut_off(answer: Answer) -> bool:
-    """Whether an answer ended within a call, or within the mark that begins one."""
+    """Whether an answer reached its maximum length within a call or its opening tag."""
     begun = answer.text.lstrip()
     called = begun.startswith(CALL_BEGIN) or (begun != "" and CALL_BEGIN.startswith(begun))
     return answer.finish_reason == "length" and called

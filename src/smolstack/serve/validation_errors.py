@@ -1,4 +1,4 @@
-"""What is said of a body or an address that no route takes: where it is, and what is near."""
+"""Error messages for invalid bodies and unknown routes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from smolstack.serve.request_fields import ALIASES, HARMLESS, NEUTRAL, nearest
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Say in one sentence what is wrong with a request that reached no route."""
+    """Return validation and routing errors as one sentence, in OpenAI's format."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # Of the branches of a union, the one that came furthest is the one that was meant: the
-        # deepest, and not one that met another type from the first. A field that is not known is
-        # more likely the misspelt name of one that is missing than one too many.
+        # A union reports errors for all of its types. The intended type is probably the one with
+        # the deepest error, and not one whose own type is wrong. An unknown field is probably a
+        # misspelled name, and more informative than a missing field.
         first = max(
             error.errors(),
             key=lambda each: (
@@ -36,12 +36,14 @@ def add_handlers(app: FastAPI) -> None:
             ),
         )
         if first["type"] == "json_invalid":
-            return RefusedError(400, _no_json(first, error.body)).response()
-        param = ".".join(_place(first["loc"][1:], error.body)) or None
+            return RefusedError(400, _json_error(first, error.body)).response()
+        param = ".".join(_path_of(first["loc"][1:], error.body)) or None
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
             fields = _fields(request.scope.get("route"))
-            return RefusedError(400, _unknown(name, param, first, fields), param=param).response()
+            return RefusedError(
+                400, _unknown_field(name, param, first, fields), param=param
+            ).response()
         where = f"{param}: " if param else ""
         return RefusedError(400, f"{where}{first['msg']}"[:500], param=param).response()
 
@@ -50,27 +52,27 @@ def add_handlers(app: FastAPI) -> None:
         detail = str(error.detail)
         if isinstance(error.__cause__, TooDeepError):
             place = error.__cause__.place
-            detail = f"the body is no JSON that can be read: it is nested too deeply at {place}"
+            detail = f"the body cannot be parsed: it is nested too deeply at {place}"
         asked = f"{request.method} {request.url.path[:100]}"
         if error.status_code == 404:
-            detail = f"there is no route {asked}; there are {_routes(app)}"
+            detail = f"no route {asked}; the routes are {_routes(app)}"
         elif error.status_code == 405:
             allowed = Headers(error.headers or {}).get("allow", "another method")
-            detail = f"{asked} is not answered, expected {allowed}"
+            detail = f"{asked} is not supported, expected the method {allowed}"
         return RefusedError(error.status_code, detail, headers=error.headers or {}).response()
 
 
-def _no_json(found: Mapping[str, Any], body: Any) -> str:
-    """Where a body is no JSON, and why."""
-    why = found.get("ctx", {}).get("error", "it cannot be read")
+def _json_error(found: Mapping[str, Any], body: Any) -> str:
+    """Return why and where a body is not valid JSON."""
+    why = found.get("ctx", {}).get("error", "it cannot be parsed")
     place = found["loc"][-1]
     if not isinstance(body, str) or not isinstance(place, int):
-        return f"the body is no JSON: {why}"
-    return f"the body is no JSON: {why} at {line_and_column(body, place)}"
+        return f"the body is not valid JSON: {why}"
+    return f"the body is not valid JSON: {why} at {line_and_column(body, place)}"
 
 
-def _place(steps: Sequence[Any], body: Any) -> list[str]:
-    """The way to a value in the body; names of a union's branches are no part of it."""
+def _path_of(steps: Sequence[Any], body: Any) -> list[str]:
+    """Return the path of a value in the body, without the names of a union's types."""
     found: list[str] = []
     value = body
     for number, step in enumerate(steps):
@@ -83,8 +85,8 @@ def _place(steps: Sequence[Any], body: Any) -> list[str]:
     return found
 
 
-def _unknown(name: str, param: str | None, found: Mapping[str, Any], fields: set[str]) -> str:
-    """A field that would change the answer in a way that is not known here."""
+def _unknown_field(name: str, param: str | None, found: Mapping[str, Any], fields: set[str]) -> str:
+    """Return the error message for an unsupported or unknown field."""
     if name in NEUTRAL and param == name:
         return f"{name} is not supported (found {found['input']!r:.60}); leave it out"
     known = {*NEUTRAL, *HARMLESS, *ALIASES, *fields} - {name}
@@ -92,7 +94,7 @@ def _unknown(name: str, param: str | None, found: Mapping[str, Any], fields: set
 
 
 def _fields(route: Any) -> set[str]:
-    """The fields that a route's body and what is in it have."""
+    """Return the names of all fields of a route's body and its nested objects."""
     body = getattr(route, "body_field", None)
     found: set[type[BaseModel]] = set()
     if body is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from smolstack.errors import DataError
 from smolstack.processor import formats, pages
-from smolstack.processor.folders import PassedOver, search
+from smolstack.processor.folders import SkippedFiles, search
 
 SUFFIXES = frozenset([*formats.SUFFIXES, *pages.SUFFIXES])  # of images and PDF files, as for ask
 _log = logging.getLogger("smolstack")
@@ -82,7 +82,7 @@ class ImageFolder(Source):
 
     def __init__(self, folder: Path, question: str) -> None:
         self.folder, self.question = folder, question
-        over = PassedOver()
+        over = SkippedFiles()
         self.files = [Path(path) for path in search(folder, SUFFIXES, over, beside=(".txt",))]
         if not self.files:
             found = f"; {over.sentence(folder)}" if over else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from smolstack.output_files import whole_file
+from smolstack.output_files import atomic_file
 from smolstack.train.evaluation import Answered
 
 COLUMNS, SHOWN = 4, 24
@@ -36,7 +36,7 @@ def draw_sheet(answered: Sequence[Answered], path: Path) -> Path:
         for number, (text, color) in enumerate(lines):
             at = (left, top + IMAGE + number * LINE)
             draw.text(at, _fitted(text, font), fill=color, font=font)
-    with whole_file(path) as beside:
+    with atomic_file(path) as beside:
         sheet.save(beside, format="PNG")
     return path
 

@@ -25,7 +25,7 @@ from smolstack.model.digest import weights_digest
 from smolstack.model.tile_passes import in_passes
 from smolstack.model.vision import VisionTower
 from smolstack.model.vlm import VisionLanguageModel
-from smolstack.output_files import whole_file
+from smolstack.output_files import atomic_file
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.image_hash import content_digest
 from smolstack.processor.inputs import ImageInput
@@ -148,5 +148,5 @@ def _store(path: Path, entry: dict[str, Tensor]) -> None:
     """Write a temporary file, then rename it: several processes may write the same entry."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = save({name: tensor.cpu() for name, tensor in entry.items()})
-    with whole_file(path) as beside:
+    with atomic_file(path) as beside:
         beside.write_bytes(content)

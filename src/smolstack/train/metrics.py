@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smolstack.errors import ConfigError
-from smolstack.output_files import whole_file
+from smolstack.output_files import atomic_file
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 
@@ -72,7 +72,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with whole_file(path) as beside:
+    with atomic_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
@@ -116,7 +116,7 @@ def plot(folder: Path) -> Path | None:
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
     axes.legend(handles, labels, loc="center right", fontsize=8, framealpha=0.9)
-    with whole_file(folder / PLOT) as beside:
+    with atomic_file(folder / PLOT) as beside:
         figure.savefig(beside, format="png")
     return folder / PLOT
 

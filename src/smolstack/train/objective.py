@@ -42,13 +42,13 @@ class AnswerLoss(nn.Module):
         if visual is not None and not batch.images:
             unused, visual = visual, None
         if visual is not None:
-            places = packer.locate(
+            positions = packer.locate(
                 batch.token_ids,
                 model.config.image_token_id,
                 batch.tiles_per_sequence,
                 visual.shape[1],
             )
-            embeddings = packer.splice(embeddings, places, visual)
+            embeddings = packer.splice(embeddings, positions, visual)
         wanted = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
         if embeddings.device.type == "cpu" and len(set(batch.lengths)) > 1:
             states, wanted = self._packed(embeddings, wanted, batch.lengths)

@@ -17,7 +17,7 @@ from smolstack.checkpoint.load import choose_device, load_checkpoint
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import ConfigError, TrainingError
 from smolstack.model.digest import weights_digest
-from smolstack.output_files import only_writer
+from smolstack.output_files import exclusive_writer
 from smolstack.processor.geometry import Tiling
 from smolstack.train import preview
 from smolstack.train.adapters import check_adapters, save_adapters
@@ -92,7 +92,7 @@ def train(
     with (
         connected(choose_device(recipe.device)) as processes,
         Display(processes.first and not quiet) as display,
-        only_writer(Path(recipe.output), TrainingError) if processes.first else nullcontext(),
+        exclusive_writer(Path(recipe.output), TrainingError) if processes.first else nullcontext(),
     ):
         saved = claim_folder(recipe, resume=resume, overwrite=overwrite)
         try:

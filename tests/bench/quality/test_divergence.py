@@ -81,7 +81,7 @@ def test_the_texts_that_come_along_differ_and_are_long_enough() -> None:
 def test_a_text_that_cannot_be_read_is_named(tmp_path: Path, tiny_vlm: smolstack.VLM) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
-    with pytest.raises(DataError, match=r"empty\.txt holds no text"):
+    with pytest.raises(DataError, match=r"empty\.txt contains no text"):
         read_text(empty)
     with pytest.raises(DataError, match=r"nowhere\.txt cannot be read as text"):
         read_text(tmp_path / "nowhere.txt")

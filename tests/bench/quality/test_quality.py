@@ -16,7 +16,7 @@ from smolstack.bench import plots
 from smolstack.bench.peers.onnxruntime import OnnxRuntime
 from smolstack.bench.peers.openvino import OpenVino
 from smolstack.bench.quality import images, llama_cpp, running
-from smolstack.bench.quality.own import Own
+from smolstack.bench.quality.ours import Ours
 from smolstack.bench.quality.running import IMAGES, OUTLIERS, TEXT, Choice, run_quality
 from smolstack.cli.app import app
 from smolstack.errors import ConfigError, DataError
@@ -130,16 +130,16 @@ def test_a_measurement_that_was_stopped_goes_on(
     )
     opened: list[str] = []
     stops = ["int8"]
-    scores: Callable[..., Any] = Own.scores
+    scores: Callable[..., Any] = Ours.scores
 
-    def stopping(self: Own, batch: Any) -> Any:
+    def stopping(self: Ours, batch: Any) -> Any:
         opened.append(self.precision)
         if self.precision in stops:
             stops.remove(self.precision)
             raise KeyboardInterrupt
         return scores(self, batch)
 
-    monkeypatch.setattr(Own, "scores", stopping)
+    monkeypatch.setattr(Ours, "scores", stopping)
     with pytest.raises(KeyboardInterrupt):
         run_quality(choice)
     first = list(opened)
@@ -190,7 +190,7 @@ def test_the_command_prints_keeps_and_draws(tiny_folder: Path, text: Path, tmp_p
     [
         (("--text", "x.txt"), "--text needs --model FOLDER"),
         (("--outliers",), "--outliers needs --model FOLDER"),
-        (("decode", "--model", "x"), "--model is measured by quality alone, found ['quality', "),
+        (("decode", "--model", "x"), "--model applies to quality only, found ['quality', "),
         (("--model", "x", "--preset", "smolvlm-256m"), "--preset has no meaning beside --model"),
         (("--model", "nowhere"), "nowhere"),
     ],
@@ -212,11 +212,11 @@ def test_what_cannot_be_compared_is_refused(
         run_quality(Choice(tiny_folder, also=[quantized]))
     with pytest.raises(ConfigError, match=r"'gpt'"):
         run_quality(Choice(tiny_folder, only=["gpt"]))
-    with pytest.raises(ConfigError, match="is a retrieval model, which gives no logits"):
+    with pytest.raises(ConfigError, match="is a retrieval model"):
         run_quality(Choice(retrieval_folder))
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DataError, match="holds no image, expected files that end in"):
+    with pytest.raises(DataError, match="contains no image, expected files that end in"):
         run_quality(Choice(tiny_folder, images=empty))
 
 

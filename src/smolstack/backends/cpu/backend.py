@@ -14,7 +14,7 @@ from smolstack.backends.cpu.packed_model import computes_floats
 from smolstack.config import VisionConfig
 from smolstack.model.backend import Backend
 from smolstack.model.decoder import Decoder
-from smolstack.model.hooks import any_watched
+from smolstack.model.hooks import any_hooked
 from smolstack.model.kv_cache import KVCache, RaggedKVCache
 from smolstack.model.quantized import QuantizedLinear
 from smolstack.native import library as native
@@ -37,7 +37,7 @@ class CpuBackend(Backend):
         """Taken when no gradients are required and no module has a hook."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in layers.parameters()):
             return None
-        if any_watched(layers):
+        if any_hooked(layers):
             return None
         encoder = self._encoders.get(layers)
         if encoder is None or not encoder.current():
@@ -58,7 +58,7 @@ class CpuBackend(Backend):
     ) -> Tensor | None:
         """Taken when no module has a hook."""
         kernels = self._decoder(decoder, head, embeddings, cache)
-        if kernels is None or not kernels.reads_prompts or any_watched(decoder):
+        if kernels is None or not kernels.reads_prompts or any_hooked(decoder):
             return None
         return kernels.prefill(embeddings, cache, every=every)
 

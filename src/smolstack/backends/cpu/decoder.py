@@ -103,7 +103,7 @@ class NativeDecoder:
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no memory for one more token of {rows} sequences")
+            raise MemoryError(f"cannot allocate memory for a decode step of {rows} sequences")
         _advance(cache, 1)
         return logits
 
@@ -172,7 +172,7 @@ class NativeDecoder:
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no memory for a prompt of {len(states)} tokens")
+            raise MemoryError(f"cannot allocate memory for a prompt of {len(states)} tokens")
         return states
 
     def _head(self, states: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class NativeDecoder:
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no memory for the logits of {states.shape[0]} tokens")
+            raise MemoryError(f"cannot allocate memory for the logits of {states.shape[0]} tokens")
         return logits
 
     def _layer(self, layer: TextLayer) -> native.Layer:

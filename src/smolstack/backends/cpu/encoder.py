@@ -57,7 +57,7 @@ class NativeEncoder:
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no memory for {x.shape[1]} patches of a tile")
+            raise MemoryError(f"cannot allocate memory for {x.shape[1]} patches of a tile")
         return states.to(x.dtype)
 
     def _layer(self, layer: Any) -> native.EncoderLayer:

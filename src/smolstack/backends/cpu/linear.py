@@ -37,7 +37,7 @@ def pack(
         made = PackedWeights.of_words(kernels, layer.format, layer.in_features, kept, memory)
         for tensor in kept:
             if tensor is not None:  # pages of a mapped file
-                kernels.put_aside(tensor.data_ptr(), tensor.nbytes)
+                kernels.release_pages(tensor.data_ptr(), tensor.nbytes)
         layer.hold(made)
         return made
 
@@ -63,5 +63,5 @@ def multiply(kernels: native.Library, layer: QuantizedLinear, rows: Tensor) -> T
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError(f"no memory for {rows.shape[0]} rows of a linear layer")
+        raise MemoryError(f"cannot allocate memory for {rows.shape[0]} rows of a linear layer")
     return out

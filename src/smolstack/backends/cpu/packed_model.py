@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from smolstack.backends.cpu.linear import pack
 from smolstack.backends.cpu.packed_weights import Arena, packed_size, whole_lines
 from smolstack.model.quantized import QuantizedLinear
+from smolstack.model.weight_changes import WeightsSnapshot
 from smolstack.native import library as native
 
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
@@ -27,13 +28,9 @@ class PackedModel:
 
     def __init__(self, kernels: native.Library, layers: Iterable[Any], whole: nn.Module) -> None:
         self.kernels = kernels
-        self._parts = [
-            (parent._modules, name, part)
-            for parent in whole.modules()
-            for name, part in parent._modules.items()
-        ]
         self._kept: list[Tensor] = []  # keeps alive the tensors that the structures point to
-        self._origins: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
+        self._read = WeightsSnapshot()
+        self._read.add_modules(whole)
         self._arena = Arena(kernels, sum(_size(kernels, layer) for layer in layers))
 
     def current(self) -> bool:
@@ -41,14 +38,7 @@ class PackedModel:
 
         An adapter wrapped around a layer counts as a change: it replaces the layer.
         """
-        # Called before every token: the modules' own tables are several times as fast as
-        # attributes.
-        return all(parts.get(name) is part for parts, name, part in self._parts) and all(
-            table[name] is weight
-            and weight.data_ptr() == address
-            and (version < 0 or weight._version == version)
-            for table, name, weight, address, version in self._origins
-        )
+        return self._read.unchanged()
 
     def linear(self, layer: Any) -> native.Linear:
         """A linear layer, with its weights packed unless they are float32."""
@@ -71,7 +61,7 @@ class PackedModel:
         linear.weight = memory.data_ptr()
         sizes = weight.shape[1], weight.shape[0], linear.weight, torch.get_num_threads()
         self.kernels.pack_panels(linear.kind, weight.data_ptr(), weight.shape[1] * 2, *sizes)
-        self.kernels.put_aside(weight.data_ptr(), weight.nbytes)
+        self.kernels.release_pages(weight.data_ptr(), weight.nbytes)
         return linear
 
     def floats(self, tensor: Tensor) -> int:
@@ -90,13 +80,8 @@ class PackedModel:
         return native.Norm(native.LAYER_NORM, norm.eps, self.norm(norm), self.floats(norm.bias))
 
     def _note(self, module: Any) -> None:
-        name = "weight_packed" if isinstance(module, QuantizedLinear) else "weight"
-        weight = getattr(module, name)
-        table = module._parameters if name in module._parameters else module._buffers
-        version = (
-            -1 if weight.is_inference() else weight._version
-        )  # inference tensors have no version counter
-        self._origins.append((table, name, weight, weight.data_ptr(), version))
+        quantized = isinstance(module, QuantizedLinear)
+        self._read.add_tensor(module, "weight_packed" if quantized else "weight")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Not copied: pointers are meaningless in a copy of the model, which builds its own."""

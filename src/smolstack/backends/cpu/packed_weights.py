@@ -42,7 +42,7 @@ class Arena:
         else:
             reserve = getattr(os, "posix_fallocate", None)
             if reserve is None:
-                raise OSError("this system does not reserve room for a file")
+                raise OSError("this system cannot preallocate files")
             with file.open(
                 "wb"
             ) as made:  # reserves the space: otherwise a full disk would cause SIGBUS

@@ -13,7 +13,7 @@ from smolstack.bench.workload import Scene, Workload
 
 
 class Implementation:
-    """Whoever takes part; each method gives the contenders for one case, none unless overridden.
+    """A library that is measured; each method returns its contenders for one case, by default none.
 
     Attributes:
         name: name in results.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smolstack.bench import sizes
 from smolstack.bench.peers.implementation import Implementation
-from smolstack.bench.timing import Contender, Reading
+from smolstack.bench.timing import Contender, ReportedValue
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import BITS, Workload, made_once
 
@@ -62,8 +62,8 @@ class LlamaCpp(Implementation):
         read = passes * sizes.decoder(self.workload.config) * _BITS[precision] / 8
         return Contender(self.name, run, precision, FORMATS[precision], bytes_read=read)
 
-    def _run(self, precision: str, prompt: list[int], steps: int) -> Reading:
-        return Reading(self._worker(precision).tell(prompt=prompt, steps=steps)["value"])
+    def _run(self, precision: str, prompt: list[int], steps: int) -> ReportedValue:
+        return ReportedValue(self._worker(precision).tell(prompt=prompt, steps=steps)["value"])
 
     def _worker(self, precision: str) -> Worker:
         if precision not in self._workers:

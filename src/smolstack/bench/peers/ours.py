@@ -15,7 +15,7 @@ from smolstack.bench.peers import ours_training
 from smolstack.bench.peers.fresh import import_seconds
 from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.peers.training_run import TrainingRun, TrainingTask
-from smolstack.bench.timing import OURS, Contender, Reading, later
+from smolstack.bench.timing import OURS, Contender, ReportedValue, later
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import BITS, QUESTION, Scene, Workload, text_batch
 from smolstack.checkpoint.load import QUANTIZED
@@ -115,19 +115,19 @@ class Ours(Implementation):
         return partial(load, self.workload.saved(dtype))
 
     def imports(self) -> Sequence[Contender]:
-        return [Contender(OURS, lambda: Reading(import_seconds("smolstack")))]
+        return [Contender(OURS, lambda: ReportedValue(import_seconds("smolstack")))]
 
     def train(self, task: TrainingTask) -> Sequence[TrainingRun]:
         return ours_training.runs(self.workload, task)
 
-    def _peak(self, dtype: str, form: str, scene: Scene) -> Reading:
+    def _peak(self, dtype: str, form: str, scene: Scene) -> ReportedValue:
         folder = self.workload.saved(dtype) if form == SAVED else self.workload.folder
         work = f"{__name__}:asking"
         with Worker(work, self.workload.threads, folder=str(folder), dtype=dtype) as worker:
             told = worker.tell(
                 path=str(scene.path), split=scene.split, tokens=self.workload.new_tokens
             )
-        return Reading(float(told["peak_bytes"]))
+        return ReportedValue(float(told["peak_bytes"]))
 
     def _each(
         self, make: Callable[[str], Callable[[], object]], weights: float = 0.0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smolstack.bench import sizes
 from smolstack.bench.peers.implementation import Implementation
-from smolstack.bench.timing import Contender, Reading
+from smolstack.bench.timing import Contender, ReportedValue
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import BITS, Workload, made_once
 
@@ -37,7 +37,7 @@ class Towers(Implementation):
         self._workers: dict[str, Worker] = {}
 
     def vision(self, tile: Tensor) -> Sequence[Contender]:
-        def run(precision: str) -> Reading:
+        def run(precision: str) -> ReportedValue:
             if precision not in self._workers:
                 self._workers[precision] = self._worker(precision, tile)
             return self._workers[precision].run()

@@ -11,7 +11,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from smolstack.bench.timing import Contender, Reading
+from smolstack.bench.timing import Contender, ReportedValue
 from smolstack.bench.worker import Worker
 
 FIRST, LATER, MEMORY = "first", "later", "memory"
@@ -55,10 +55,10 @@ class TrainingRun:
         run = partial(self._next, what)
         return Contender(self.name, run, self.precision, self.form, warm=lambda: None)
 
-    def _next(self, what: str) -> Reading:
+    def _next(self, what: str) -> ReportedValue:
         if not self._waiting[what]:
             self._measure()
-        return Reading(self._waiting[what].pop(0))
+        return ReportedValue(self._waiting[what].pop(0))
 
     def _measure(self) -> None:
         with Worker(self.prepare, self.threads, **self.arguments) as worker:

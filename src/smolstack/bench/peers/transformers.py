@@ -16,7 +16,7 @@ from smolstack.bench.peers import transformers_training
 from smolstack.bench.peers.fresh import import_seconds
 from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.peers.training_run import TrainingRun, TrainingTask
-from smolstack.bench.timing import Contender, Reading, later
+from smolstack.bench.timing import Contender, ReportedValue, later
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import BITS, QUESTION, Scene, Workload, torch_dtype
 from smolstack.checkpoint.files import read_files
@@ -106,12 +106,12 @@ class Transformers(Implementation):
         return [Contender(NAME, partial(self._peak, dtype, scene), dtype) for dtype in DTYPES]
 
     def imports(self) -> Sequence[Contender]:
-        return [Contender(NAME, lambda: Reading(import_seconds(NAME)))]
+        return [Contender(NAME, lambda: ReportedValue(import_seconds(NAME)))]
 
     def train(self, task: TrainingTask) -> Sequence[TrainingRun]:
         return transformers_training.runs(NAME, self.workload, task)
 
-    def _peak(self, dtype: str, scene: Scene) -> Reading:
+    def _peak(self, dtype: str, scene: Scene) -> ReportedValue:
         work = f"{__name__}:asking"
         with Worker(
             work, self.workload.threads, folder=str(self.workload.folder), dtype=dtype
@@ -119,7 +119,7 @@ class Transformers(Implementation):
             told = worker.tell(
                 path=str(scene.path), split=scene.split, tokens=self.workload.new_tokens
             )
-        return Reading(float(told["peak_bytes"]))
+        return ReportedValue(float(told["peak_bytes"]))
 
     def _each(
         self, make: Callable[[str, str], Callable[[], object]], weights: float

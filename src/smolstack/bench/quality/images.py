@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smolstack.batch import Batch
 from smolstack.bench.quality.divergence import Divergence
-from smolstack.bench.quality.own import Own
+from smolstack.bench.quality.ours import Ours
 from smolstack.bench.studies.drawn import drawn_numbers
 from smolstack.bench.workload import made_once
 from smolstack.errors import DataError
@@ -27,8 +27,8 @@ LEAST, ANSWER = 16, 32  # tokens of a forced answer: short ones would not be inf
 DRAWN = 6  # number of images drawn if none are given
 
 
-class ImageContestant(Protocol):
-    """Whoever makes visual tokens of tiles, and reads answers with them."""
+class ImageContender(Protocol):
+    """A contender that computes visual tokens, and logits of answers with them."""
 
     by: str
     precision: str
@@ -54,13 +54,13 @@ def find_images(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in formats.SUFFIXES)
     if not paths:
         raise DataError(
-            f"{folder} holds no image, expected files that end in {', '.join(formats.SUFFIXES)}"
+            f"{folder} contains no image, expected files that end in {', '.join(formats.SUFFIXES)}"
         )
     return paths
 
 
 def draw_images(folder: Path) -> list[Path]:
-    """Images of printed numbers, for want of others; the same in every run.
+    """Draw images of printed numbers, the same in every run, used if there are no others.
 
     They are square, so that they fill a tile: peers' towers know nothing of padding.
     """
@@ -108,7 +108,7 @@ class Samples:
     """
 
     def __init__(
-        self, reference: Own, paths: Sequence[Path], root: Path, split: bool | None = None
+        self, reference: Ours, paths: Sequence[Path], root: Path, split: bool | None = None
     ) -> None:
         self.reference, self.paths, self.root, self.split = reference, paths, root, split
         root.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class Samples:
 
 
 def measure_images(
-    contestant: ImageContestant, samples: Samples, advance: Callable[[], None] = lambda: None
+    contender: ImageContender, samples: Samples, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Return a table row with the errors of a precision's visual tokens and forced answers.
 
@@ -148,18 +148,18 @@ def measure_images(
     told = Divergence()
     for index in range(len(samples)):
         sample = samples.sample(index)
-        visual = contestant.visual_tokens(sample.batch)
+        visual = contender.visual_tokens(sample.batch)
         expected = sample.visual.double()
         difference += float((visual.double().cpu() - expected).square().sum())
         norm += float(expected.square().sum())
         tiles += len(visual)
         forced = replace(sample.batch, visual_tokens=visual)
-        found = contestant.answer_scores(forced, len(sample.answer))
+        found = contender.answer_scores(forced, len(sample.answer))
         told.add(sample.logits, found, sample.answer)
         advance()
     return {
-        "by": contestant.by,
-        "precision": contestant.precision,
+        "by": contender.by,
+        "precision": contender.precision,
         "images": len(samples),
         "tiles": tiles,
         "relative error of visual tokens": math.sqrt(difference / norm),

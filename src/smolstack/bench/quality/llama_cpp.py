@@ -1,4 +1,4 @@
-"""llama.cpp's contestants: the same decoder in its types, converted by its own quantizer."""
+"""llama.cpp's contenders: the same decoder in its types, converted by its own quantizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smolstack.batch import Batch
 from smolstack.bench.peers.llama_cpp import LlamaCpp
-from smolstack.bench.timing import Reading
+from smolstack.bench.timing import ReportedValue
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import made_once
 
@@ -58,7 +58,7 @@ class Peer:
             return torch.from_numpy(np.load(path))
 
     def text_bytes(self) -> int:
-        """Return the bytes read per decoded token, counted as in :meth:`Own.text_bytes`."""
+        """Return the bytes read per decoded token, counted as in :meth:`Ours.text_bytes`."""
         import gguf
 
         tensors = gguf.GGUFReader(self.file()).tensors
@@ -69,8 +69,10 @@ class Peer:
         """Return a run that decodes ``steps`` tokens after a prompt (1, T)."""
         return partial(self._decode, ids[0].tolist(), steps)
 
-    def _decode(self, prompt: list[int], steps: int) -> Reading:
-        return Reading(float(self._reader("decoder").tell(prompt=prompt, steps=steps)["value"]))
+    def _decode(self, prompt: list[int], steps: int) -> ReportedValue:
+        return ReportedValue(
+            float(self._reader("decoder").tell(prompt=prompt, steps=steps)["value"])
+        )
 
     def close(self) -> None:
         """End the processes."""

@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text: {error}") from None
     if not text.strip():
-        raise DataError(f"{path} holds no text")
+        raise DataError(f"{path} contains no text")
     return text
 
 
@@ -55,7 +55,7 @@ def windows(processor: Processor, text: str, length: int = WINDOW) -> list[Batch
         parts = _cut(pieces, sizes, room * slack)
         if all(processor.count_tokens([], part) <= length for part in parts):
             return [processor([part]) for part in parts]
-    raise DataError(f"the text cannot be cut into windows of {length} tokens")
+    raise DataError(f"the text cannot be split into windows of {length} tokens")
 
 
 def _cut(pieces: list[str], sizes: list[int], most: float) -> list[str]:

@@ -1,6 +1,6 @@
 """Runs a quality measurement and saves its results.
 
-Each contestant's row is written to a file when it is complete, so that an interrupted measurement
+Each contender's row is written to a file when it is complete, so that an interrupted measurement
 can continue. The file's name is a digest of everything that a number depends on: the files of the
 model, the text and the images, the package's sources, the kernels and the threads.
 """
@@ -22,21 +22,21 @@ from torch import Tensor
 
 from smolstack.batch import Batch
 from smolstack.bench import machine
-from smolstack.bench.cache import kept_folder
+from smolstack.bench.cache import cache_folder
 from smolstack.bench.quality import llama_cpp, passages
-from smolstack.bench.quality.contestants import (
+from smolstack.bench.quality.contenders import (
     REFERENCE,
-    Contestant,
     ImagePeer,
+    TextContender,
     image_peers,
-    own_contestants,
+    our_contenders,
     peers,
     reference_of,
 )
 from smolstack.bench.quality.divergence import Divergence
 from smolstack.bench.quality.images import Samples, draw_images, find_images, measure_images
+from smolstack.bench.quality.ours import Ours
 from smolstack.bench.quality.outliers import outlier_folder
-from smolstack.bench.quality.own import Own
 from smolstack.bench.quality.state import Row, State, digest, environment, files
 from smolstack.bench.running import Record
 from smolstack.bench.timing import Case, Contender, later, measure
@@ -69,7 +69,7 @@ class Choice:
         images: a folder; None: drawn images.
         parts: some of TEXT, IMAGES, OUTLIERS.
         rounds: alternating rounds of timing one token; 0: no timing.
-        only: contestants whose label contains one of these; all if empty.
+        only: contenders whose label contains one of these; all if empty.
         folder: folder for the measurement and the peers' files; None: the user's cache, which is
             cleared when the measurement is complete.
     """
@@ -95,7 +95,7 @@ def run_quality(
         note: called with a message about peers that fail and are skipped.
 
     Raises:
-        ConfigError: the model's weights are quantized, contestants share a name, or ``only``
+        ConfigError: the model's weights are quantized, contenders share a name, or ``only``
             matches none of them.
         CheckpointError: a folder cannot be loaded, or holds a different model.
         DataError: the text or the images cannot be read.
@@ -120,45 +120,45 @@ class Measurement:
     def __init__(self, choice: Choice, progress: Progress, note: Callable[[str], None]) -> None:
         self.choice, self.progress, self.note = choice, progress, note
         self.reference = reference_of(choice.model)
-        own = own_contestants(self.reference, choice.dtypes, choice.also)
+        own = our_contenders(self.reference, choice.dtypes, choice.also)
         self.own = [one for one in own if self._wanted(one)]
         self.passage = passages.read_text(choice.text or passages.TEST_TEXT)
         self.paths = find_images(choice.images) if choice.images is not None else None
-        base = choice.folder or kept_folder("quality")
+        base = choice.folder or cache_folder("quality")
         self.root = base / digest(files(choice.model))
         self.root.mkdir(parents=True, exist_ok=True)
         found = self._peers() if TEXT in choice.parts else []
-        self.everyone: list[Contestant] = [*self.own, *found]
+        self.everyone: list[TextContender] = [*self.own, *found]
         if not self.everyone:
-            raise ConfigError(f"no contestant's name contains one of {list(choice.only)}")
+            raise ConfigError(f"no contender's name contains one of {list(choice.only)}")
         run = digest([*environment(), self.passage, *files(*(self.paths or ()))])
         self.state = State(self.root / f"rows-{run}.json")
         self.run = run
 
     def text(self) -> list[Row]:
-        """Return a row per contestant: divergence, agreement, perplexity, bytes and time."""
+        """Return a row per contender: divergence, agreement, perplexity, bytes and time."""
         batches = passages.windows(self.reference.vlm.processor, self.passage)
-        contestants: list[Contestant] = []
+        contenders: list[TextContender] = []
         rows = []
         for one in self.everyone:
             make = partial(self._text, one, batches)
             try:
                 rows.append(self.state.row(f"text {self._key(one)}", make))
-                contestants.append(one)
+                contenders.append(one)
             except WorkerError as error:  # peers do not support all shapes
                 self.note(f"{one.label} takes no part: {error}")
             finally:
                 one.close()
         if self.choice.rounds:
-            names = " ".join(self._key(one) for one in contestants)
+            names = " ".join(self._key(one) for one in contenders)
             times = self.state.row(
-                f"times {self.choice.rounds} {names}", lambda: self._times(contestants)
+                f"times {self.choice.rounds} {names}", lambda: self._times(contenders)
             )
             rows = [{**row, "seconds a token": times[_label(row)]} for row in rows]
         return rows
 
     def images(self, part: str) -> list[Row]:
-        """A row per contestant that sees: visual tokens and forced answers."""
+        """A row per contender that sees: visual tokens and forced answers."""
         root, folder = self.root / f"images-{self.run}", self.choice.model
         split = None
         paths = self.paths
@@ -168,9 +168,9 @@ class Measurement:
         if part == OUTLIERS:
             root = self.root / f"outliers-{self.run}"
             folder = root / "model"
-            reference = Own(REFERENCE, folder, REFERENCE)
+            reference = Ours(REFERENCE, folder, REFERENCE)
             # Additional folders have other weights, without the outliers.
-            own = [Own(o.precision, folder, o.dtype) for o in own if o.dtype != "auto"]
+            own = [Ours(o.precision, folder, o.dtype) for o in own if o.dtype != "auto"]
             self._plant(folder)
         samples = Samples(reference, paths, root, split)
         rows = []
@@ -203,7 +203,7 @@ class Measurement:
         for kind in ("images", "outliers"):
             shutil.rmtree(self.root / f"{kind}-{self.run}", ignore_errors=True)
 
-    def _text(self, one: Contestant, batches: Sequence[Batch]) -> Row:
+    def _text(self, one: TextContender, batches: Sequence[Batch]) -> Row:
         told = Divergence()
         what = f"{one.label}: text, {len(batches)} windows"
         with self.progress(what, len(batches)) as advance:
@@ -240,13 +240,13 @@ class Measurement:
             with self.progress("planting outliers", 1), torch.inference_mode(False):
                 outlier_folder(self.choice.model, folder, towers=("vision",))
 
-    def _images(self, one: ImagePeer | Own, samples: Samples, part: str) -> Row:
+    def _images(self, one: ImagePeer | Ours, samples: Samples, part: str) -> Row:
         with self.progress(f"{one.label}: {part}", len(samples)) as advance:
             return measure_images(one, samples, advance)
 
-    def _times(self, contestants: Sequence[Contestant]) -> Row:
+    def _times(self, contenders: Sequence[TextContender]) -> Row:
         """Return seconds per token after CONTEXT tokens: medians of alternating runs of all
-        contestants.
+        contenders.
         """
         vocabulary = min(self.reference.vlm.config.image_token_id, 40_000)
         generator = torch.Generator().manual_seed(0)
@@ -257,28 +257,28 @@ class Measurement:
             f"decode, after {ids.shape[1]} tokens",
             [
                 Contender(one.by, later(partial(one.decoding, ids, steps)), one.precision)
-                for one in contestants
+                for one in contenders
             ],
             units=steps,
         )
         try:
-            with self.progress(f"{case.name}: {len(contestants)} in turn", 1):
+            with self.progress(f"{case.name}: {len(contenders)} in turn", 1):
                 results = measure(case, self.choice.rounds)
         finally:
-            for one in contestants:
+            for one in contenders:
                 one.close()
         return {result.contender: result.median for result in results}
 
-    def _peers(self) -> list[Contestant]:
+    def _peers(self) -> list[TextContender]:
         found = peers(self.reference, self.root, CONTEXT + STEPS)
         return [peer for peer in found if self._wanted(peer)]
 
-    def _wanted(self, one: Contestant | ImagePeer) -> bool:
+    def _wanted(self, one: TextContender | ImagePeer) -> bool:
         only = self.choice.only
         return not only or any(text in one.label for text in only)
 
-    def _key(self, one: Contestant | ImagePeer) -> str:
-        beside = one.folder != self.choice.model and isinstance(one, Own) and one.dtype == "auto"
+    def _key(self, one: TextContender | ImagePeer) -> str:
+        beside = one.folder != self.choice.model and isinstance(one, Ours) and one.dtype == "auto"
         return f"{one.label} {digest(files(one.folder))}" if beside else one.label
 
 

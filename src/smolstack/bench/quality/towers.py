@@ -1,4 +1,4 @@
-"""Contestants that compute the vision tower alone: onnxruntime's int8, OpenVINO's bfloat16.
+"""Contenders that compute the vision tower alone: onnxruntime's int8, OpenVINO's bfloat16.
 
 Their patch states are passed to the float32 model's connector, and the visual tokens to its
 decoder, so a row shows the tower's loss only.
@@ -17,7 +17,7 @@ from smolstack.batch import Batch
 from smolstack.bench.peers.onnxruntime import OnnxRuntime
 from smolstack.bench.peers.openvino import OpenVino
 from smolstack.bench.peers.towers import graph_file
-from smolstack.bench.quality.own import Own
+from smolstack.bench.quality.ours import Ours
 from smolstack.bench.worker import Worker, WorkerError
 
 
@@ -37,7 +37,7 @@ class TowerPeer:
     precision: str
     work: str
     int8: bool
-    reference: Own
+    reference: Ours
     folder: Path
     root: Path
     _worker: Worker | None = field(default=None, repr=False)
@@ -88,7 +88,7 @@ class TowerPeer:
         return torch.tensor(value)[0]
 
 
-def tower_peers(reference: Own, folder: Path, root: Path) -> list[TowerPeer]:
+def tower_peers(reference: Ours, folder: Path, root: Path) -> list[TowerPeer]:
     """Return the installed runtimes, in precisions that are not exact."""
     return [
         TowerPeer(

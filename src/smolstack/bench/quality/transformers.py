@@ -1,4 +1,4 @@
-"""transformers' contestant: the same checkpoint as it loads it in bfloat16."""
+"""transformers' contender: the same checkpoint as it loads it in bfloat16."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Peer:
         return scores.float()
 
     def text_bytes(self) -> int:
-        """Bytes of what one more token reads, as :meth:`Own.text_bytes` counts them."""
+        """Bytes of what one more token reads, as :meth:`Ours.text_bytes` counts them."""
         decoder, head = self.model.model.text_model, self.model.lm_head.weight
         table = decoder.embed_tokens.weight
         layers = sum(one.nbytes for one in decoder.parameters() if one is not table)

@@ -37,7 +37,7 @@ def check_tokenizer(
     found = tokenizer.token_id(image)
     if found != config.image_token_id:
         check.problems.append(
-            f"tokenizer.json gives {image} the id {found}, config.json's image_token_id is "
+            f"tokenizer.json gives {image} the id {found}, but config.json's image_token_id is "
             f"{config.image_token_id}"
         )
     for name in ("bos_token", "eos_token", "pad_token"):
@@ -107,7 +107,7 @@ def check_prompt(
         edge = settings.tile_edge
         plan = processor.plan((2 * edge, edge))
         if processor.template is None:
-            check.remarks.append("there is no chat template; only plain prompts can be asked")
+            check.remarks.append("there is no chat template; only rendered prompts can be used")
             return
         prompt = processor.prepare(
             [

@@ -88,7 +88,7 @@ class HFAdaptedIdefics3ForConditionalGeneration(HFModelArchitecture, GenerationM
             own = to_fms_config(ModelConfig.from_hf(config.to_dict()))
             model = Idefics3(own, fused_weights=bool(getattr(config, "fused_weights", True)))
         if model.config.embedding_dim is not None or model._vision_only:
-            raise ConfigError("to_hf_api wants a model with a language head, found none")
+            raise ConfigError("to_hf_api needs a model with a language head")
         self.model = model
 
     @classmethod
@@ -169,7 +169,7 @@ class HFAdaptedIdefics3ForConditionalGeneration(HFModelArchitecture, GenerationM
         pixel_attention_mask: Tensor | None,
     ) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("found both or neither of input_ids and inputs_embeds, expected one")
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is not None:
             return inputs_embeds
         assert input_ids is not None

@@ -92,8 +92,8 @@ def read_tiles(
         mask = None if mask is None else mask[real]
     elif sum(counts) != pixel_values.shape[0]:
         raise AlignmentError(
-            f"the image tokens ask for {counts} tiles per sequence, {sum(counts)} in all; "
-            f"pixel_values hold {pixel_values.shape[0]}"
+            f"the image tokens need {counts} tiles per sequence, {sum(counts)} in total; "
+            f"pixel_values contain {pixel_values.shape[0]}"
         )
     filled = None if tile_grids is None else tuple((int(r), int(c)) for r, c in tile_grids)
     if mask is not None and filled is None:
@@ -152,15 +152,15 @@ def _slots(pixels: Tensor, counts: Sequence[int]) -> Tensor:
     rows, most = pixels.shape[:2]
     if len(counts) != rows or max(counts, default=0) > most:
         raise AlignmentError(
-            f"the image tokens of {len(counts)} sequences ask for {list(counts)} tiles; "
-            f"pixel_values hold up to {most} for each of {rows}"
+            f"the image tokens of {len(counts)} sequences need {list(counts)} tiles; "
+            f"pixel_values contain up to {most} for each of {rows}"
         )
     device = pixels.device
     real = torch.arange(most, device=device)[None] < torch.tensor(counts, device=device)[:, None]
     if bool(pixels[~real].any()):
         row, tile = (~real & pixels.flatten(2).any(dim=2)).nonzero()[0].tolist()
         raise AlignmentError(
-            f"sequence {row} has pixels in tile {tile}, its image tokens ask for {counts[row]} "
+            f"sequence {row} has pixels in tile {tile}, but its image tokens need {counts[row]} "
             "tiles"
         )
     return real

@@ -188,7 +188,7 @@ class Idefics3(nn.Module):
             ContextLengthError: ``max_seq_len`` has truncated the prompt.
         """
         if self.config.embedding_dim is not None:
-            raise ConfigError("this checkpoint ends in an embedding head; it writes no text")
+            raise ConfigError("this checkpoint has an embedding head and cannot generate text")
         cached = bool(kwargs.get("use_cache"))
         mask = kwargs.get("mask")
         if iteration > 0 and not cached and mask is not None:
@@ -200,7 +200,7 @@ class Idefics3(nn.Module):
         if iteration > 0 and input_ids.shape[1] != length + iteration:
             raise ContextLengthError(
                 f"max_seq_len {input_ids.shape[1]} cuts off the beginning of a prompt of {length} "
-                "tokens, which holds images"
+                "tokens that contains images"
             )
         prompt = input_ids[:, :length]
         visual, counts = self._visual_tokens(prompt, images)

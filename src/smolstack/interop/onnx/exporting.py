@@ -91,8 +91,8 @@ def export(
         network, config = checkpoint.model, checkpoint.config
         if config.embedding_dim is not None:
             raise ConfigError(
-                f"{checkpoint.files.folder} ends in an embedding head, expected a model that "
-                "answers in text"
+                f"{checkpoint.files.folder} has an embedding head, expected a model that "
+                "generates text"
             )
         edge = checkpoint.processor.settings.tile_edge
         step("Computing what torch computes")

@@ -57,7 +57,7 @@ def from_transformers(model: Any, processor: Any = None) -> Any:
     extra, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
     if extra or missing:
         raise ConfigError(
-            f"{type(model).__name__} has parameters that this family does not know "
+            f"{type(model).__name__} has parameters that this family does not have "
             f"({', '.join(extra[:3]) or 'none'}) and lacks {', '.join(missing[:3]) or 'none'}"
         )
     ours.load_state_dict(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smolstack.model.hooks import any_watched
+from smolstack.model.hooks import any_hooked
 
 _LAYER = re.compile(r"\.layers\.\d+")
 _DROPOUTS = ("attention_dropout", "dropout")
@@ -32,7 +32,7 @@ def drops(base: nn.Module) -> bool:
 def identity(base: nn.Module) -> tuple[Hashable, ...]:
     """Return a value that changes when modules, their classes, parameters or hooks are replaced."""
     parts = list(base.modules())
-    return (any_watched(base), *map(id, parts), *map(type, parts), *map(id, base.parameters()))
+    return (any_hooked(base), *map(id, parts), *map(type, parts), *map(id, base.parameters()))
 
 
 def is_plain(base: Any) -> bool:
@@ -41,7 +41,7 @@ def is_plain(base: Any) -> bool:
     Args:
         base: transformers' Idefics3Model or SmolVLMModel, or a derived class.
     """
-    if any_watched(base):
+    if any_hooked(base):
         return False
     expected = _classes(_reference(base).named_modules())
     found = _classes(base.named_modules())

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from smolstack.backends.cpu.decoder import NativeDecoder, native_decoder, suits
 from smolstack.interop.transformers.cache import BorrowedCache, ReservedCache, grows
-from smolstack.model.hooks import is_watched
+from smolstack.model.hooks import is_hooked
 from smolstack.model.vlm import VisionLanguageModel
 
 
@@ -67,7 +67,7 @@ class Steps:
         engine, cache = task.engine, task.cache
         if torch.compiler.is_compiling() or type(head) is not nn.Linear or head.bias is not None:
             return None
-        if is_watched(head):
+        if is_hooked(head):
             return None
         if not grows(cache, engine.config.text.num_layers):
             return None

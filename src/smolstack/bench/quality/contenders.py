@@ -1,4 +1,4 @@
-"""The contestants: smolstack's precisions, further folders, llama.cpp's types."""
+"""The contenders: smolstack's precisions, further folders, llama.cpp's types."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ import torch
 
 from smolstack.bench.peers.transformers import Transformers
 from smolstack.bench.quality import llama_cpp, transformers
-from smolstack.bench.quality.own import Own
+from smolstack.bench.quality.ours import Ours
 from smolstack.bench.quality.passages import TEST_TEXT, WINDOW, read_text
 from smolstack.bench.quality.towers import TowerPeer, tower_peers
 from smolstack.errors import ConfigError
 from smolstack.processor.prompt import user_message
 from smolstack.vlm import VLM
 
-Contestant: TypeAlias = "Own | llama_cpp.Peer | transformers.Peer"
+TextContender: TypeAlias = "Ours | llama_cpp.Peer | transformers.Peer"
 ImagePeer: TypeAlias = "TowerPeer | transformers.Peer"
 REFERENCE = "float32"
 
 
-def reference_of(model: Path) -> Own:
+def reference_of(model: Path) -> Ours:
     """Return the model in float32.
 
     Raises:
         ConfigError: its weights are quantized, or it has no logits.
     """
-    reference = Own(REFERENCE, model, REFERENCE)
+    reference = Ours(REFERENCE, model, REFERENCE)
     if reference.vlm.config.embedding_dim is not None:
-        raise ConfigError(f"{model} is a retrieval model, which gives no logits")
+        raise ConfigError(f"{model} is a retrieval model, which has no logits")
     return reference
 
 
-def own_contestants(reference: Own, dtypes: Sequence[str], also: Sequence[Path]) -> list[Own]:
-    """Return smolstack's contestants: float32 first, the other precisions, then the folders by
+def our_contenders(reference: Ours, dtypes: Sequence[str], also: Sequence[Path]) -> list[Ours]:
+    """Return smolstack's contenders: float32 first, the other precisions, then the folders by
     name.
 
     Raises:
         ConfigError: two have the same name, or a folder tokenizes differently from the model.
     """
     model = reference.folder
-    found = [Own(dtype, model, dtype) for dtype in dict.fromkeys((REFERENCE, *dtypes))]
+    found = [Ours(dtype, model, dtype) for dtype in dict.fromkeys((REFERENCE, *dtypes))]
     for folder in also:
         taken = [*(one.precision for one in found), *llama_cpp.TYPES]
         if folder.name in taken:
@@ -50,20 +50,20 @@ def own_contestants(reference: Own, dtypes: Sequence[str], also: Sequence[Path])
                 f"--also {folder} would be shown as {folder.name!r}, expected another name than "
                 f"one of {taken}"
             )
-        other = Own(folder.name, folder)
+        other = Ours(folder.name, folder)
         _check(reference, other)
         found.append(other)
     return found
 
 
-def peers(reference: Own, root: Path, room: int) -> list[Contestant]:
+def peers(reference: Ours, root: Path, room: int) -> list[TextContender]:
     """transformers' and llama.cpp's, where they are installed.
 
     Args:
         root: folder of their files.
         room: maximum number of tokens read beyond a window.
     """
-    found: list[Contestant] = _transformers(reference.folder)
+    found: list[TextContender] = _transformers(reference.folder)
     if llama_cpp.missing():
         return found
     context = min(reference.vlm.config.text.max_positions, WINDOW + room)
@@ -73,7 +73,7 @@ def peers(reference: Own, root: Path, room: int) -> list[Contestant]:
     ]
 
 
-def image_peers(reference: Own, folder: Path, root: Path) -> list[ImagePeer]:
+def image_peers(reference: Ours, folder: Path, root: Path) -> list[ImagePeer]:
     """transformers', and the runtimes that compute the vision tower alone.
 
     Args:
@@ -91,7 +91,7 @@ def _transformers(folder: Path) -> list[Any]:
     return [transformers.Peer(folder)]
 
 
-def _check(reference: Own, other: Own) -> None:
+def _check(reference: Ours, other: Ours) -> None:
     """Raise an error if a folder's distributions are over different tokens."""
     ours, theirs = reference.vlm, other.vlm
     size, expected = theirs.config.text.vocab_size, ours.config.text.vocab_size
@@ -101,9 +101,7 @@ def _check(reference: Own, other: Own) -> None:
             f"of {expected}"
         )
     if _tokens(theirs) != _tokens(ours):
-        raise ConfigError(
-            f"{other.folder} makes other tokens of a text than {reference.folder} does"
-        )
+        raise ConfigError(f"{other.folder} tokenizes a text differently from {reference.folder}")
     other.close()
 
 

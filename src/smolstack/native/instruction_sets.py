@@ -1,6 +1,6 @@
 """The instruction sets that have kernels, and which of them a processor may use.
 
-The table is sets.txt, which CMakeLists.txt also reads.
+The table is instruction_sets.txt, which CMakeLists.txt also reads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CAP = "SMOLSTACK_MAX_ISA"  # limits the instruction sets in use
-_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}  # system names → names in sets.txt
+# The system's names → names in instruction_sets.txt.
+_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 class KernelError(RuntimeError):
@@ -21,7 +22,7 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """One line of sets.txt.
+    """One line of instruction_sets.txt.
 
     Attributes:
         architecture: x86_64 or aarch64.
@@ -39,7 +40,8 @@ class InstructionSet:
 
 
 def _read() -> tuple[InstructionSet, ...]:
-    lines = Path(__file__).with_name("sets.txt").read_text(encoding="utf-8").splitlines()
+    table = Path(__file__).with_name("instruction_sets.txt")
+    lines = table.read_text(encoding="utf-8").splitlines()
     rows = [[field.strip() for field in line.split("|")] for line in lines if line[:1].isalpha()]
     return tuple(
         InstructionSet(architecture, cap, library, frozenset(needs.split()), tuple(flags.split()))
@@ -51,12 +53,13 @@ SETS = _read()
 
 
 def architecture() -> str:
-    """This machine's architecture as in sets.txt: x86_64, aarch64, or the system's own name."""
+    """This machine's architecture as in instruction_sets.txt: x86_64, aarch64, or the system's own
+    name."""
     found = platform.machine().lower()
     return _ARCHITECTURES.get(found, found)
 
 
-def own_sets() -> list[InstructionSet]:
+def supported_sets() -> list[InstructionSet]:
     """The sets of this machine's architecture, most basic first."""
     return [one for one in SETS if one.architecture == architecture()]
 
@@ -68,7 +71,7 @@ def cap() -> str:
         KernelError: this architecture has no such set.
     """
     found = os.environ.get(CAP, "")
-    expected = list(dict.fromkeys(one.cap for one in own_sets()))
+    expected = list(dict.fromkeys(one.cap for one in supported_sets()))
     if found and found not in expected:
         raise KernelError(f"{CAP} is {found!r}, expected one of {expected}")
     return found
@@ -82,7 +85,7 @@ def usable(features: Set[str]) -> list[InstructionSet]:
     Raises:
         KernelError: the cap is unknown.
     """
-    most, own = cap(), own_sets()
+    most, own = cap(), supported_sets()
     if most:
         last = max(at for at, one in enumerate(own) if one.cap == most)
         own = own[: last + 1]

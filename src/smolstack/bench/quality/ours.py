@@ -1,4 +1,4 @@
-"""smolstack's contestants: a folder in a precision, through the public API."""
+"""smolstack's contenders: a folder in a precision, through the public API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EMBEDDING = "decoder.embedding.weight"
 
 
 @dataclass
-class Own:
+class Ours:
     """A folder loaded with ``smolstack.load(folder, dtype=…)`` on first use.
 
     Attributes:

@@ -1,9 +1,9 @@
-"""Text that is text: control tokens that somebody wrote are tokenized as the characters they are.
+"""Tokenizes the text of special tokens in messages as plain characters.
 
-A tokenizer takes ``<|im_start|>`` for the token of that name wherever it stands, so whoever writes
-it in a message forges a turn. Here the texts of messages are marked before the chat template stands
-around them, and a second tokenizer, whose control tokens have names that nobody can write, reads
-what the template wrote as tokens and the rest as characters.
+A tokenizer converts the text ``<|im_start|>`` to the special token wherever it occurs, so the
+author of a message could forge a turn. Here, the texts of messages are marked before the chat
+template is applied. A second tokenizer, whose special tokens have names that cannot occur in a
+text, then converts only the special tokens written by the template.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import tokenizers
 from smolstack.errors import CheckpointError, PromptError
 from smolstack.processor.tokenizer import TextTokenizer
 
-# Noncharacters, which no text holds that is meant for others.
+# Noncharacters, which valid text does not contain.
 _NAME, _BREAK = "\ufdd0", "\ufdd1"
-_STRUCTURE = ("role", "type")  # of a message and of its parts: not the writer's
+_STRUCTURE = ("role", "type")  # keys of messages and parts that are not written by the author
 
 
-class PlainText:
-    """Marks texts, and tokenizes prompts that hold marked texts.
+class LiteralText:
+    """Marks texts, and tokenizes prompts that contain marked texts.
 
     Args:
-        tokenizer: the checkpoint's.
-        markers: of images, beside the tokens that the tokenizer calls special.
+        tokenizer: the checkpoint's tokenizer.
+        markers: image markers, in addition to the tokenizer's special tokens.
     """
 
     def __init__(self, tokenizer: TextTokenizer, markers: Sequence[str]) -> None:
@@ -48,10 +48,10 @@ class PlainText:
         self._renamed: tokenizers.Tokenizer | None = None
 
     def mark(self, value: Any) -> Any:
-        """A text, or messages and all that is in them, with its control tokens marked as text.
+        """Mark the special tokens in a text, or in all texts of messages, as text.
 
         Raises:
-            PromptError: a text holds a character that marks.
+            PromptError: a text contains the character used as a mark.
         """
         if isinstance(value, str):
             return self._marked(value)
@@ -68,9 +68,9 @@ class PlainText:
         for mark in (_NAME, _BREAK):
             if mark in text:
                 raise PromptError(
-                    f"a text holds the noncharacter U+{ord(mark):04X}, expected characters"
+                    f"a text contains the noncharacter U+{ord(mark):04X}, expected characters"
                 )
-        # Each is broken behind its first character; so is what becomes one with what follows.
+        # A mark goes after the first character, also if the token only forms with what follows.
         places = {found.start() + 1 for found in self._begins.finditer(text)}
         for length in range(1, min(self._longest, len(text)) + 1):
             if text[-length:] in self._parts:
@@ -82,13 +82,13 @@ class PlainText:
         return _BREAK.join([*pieces, text[begin:]])
 
     def shown(self, text: str) -> str:
-        """A text without its marks."""
+        """Return a text without marks."""
         return text.replace(_BREAK, "")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt that holds marked texts."""
+        """Return the token ids of a prompt that contains marked texts."""
         if _BREAK not in text and self.tokenizer.backend.normalizer is None:
-            return self.tokenizer.encode(text)  # nothing in it looks like a control token
+            return self.tokenizer.encode(text)  # contains no special token
         bos = self.tokenizer.special_tokens.get("bos_token")
         special = not (bos and text.startswith(bos))
         named = self._whole.sub(self._name, text).replace(_BREAK, "")
@@ -107,10 +107,10 @@ class PlainText:
 
 
 def _renamed(backend: tokenizers.Tokenizer, names: set[str]) -> tokenizers.Tokenizer:
-    """The same tokenizer, whose control tokens have a mark before their names.
+    """Return the tokenizer with a mark before the names of its special tokens.
 
     Raises:
-        CheckpointError: its control tokens cannot be renamed.
+        CheckpointError: the special tokens cannot be renamed.
     """
     data = json.loads(backend.to_str())
     model = data["model"]
