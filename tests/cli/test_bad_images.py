@@ -83,4 +83,4 @@ def test_bytes_that_are_no_image_are_refused(refuses: Run, tiny_folder: Path) ->
 
 def test_a_web_address_is_not_fetched(refuses: Run, tiny_folder: Path) -> None:
     told = refuses("ask", "https://example.org/a.png", "What?", "--model", tiny_folder)
-    assert "images are read from files, not fetched" in told
+    assert "https://example.org/a.png is a URL" in told
