@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -97,6 +98,24 @@ class VLM(PageEmbedder):
         self._images = ImageCache(self.model)
         core = EngineCore(self.model, self.processor, INLINE, images=self._images)
         self._inline = InlineEngine(core)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VLM:
+        """Return a VLM with its own copy of the weights, and with empty caches."""
+        model, processor = copy.deepcopy((self.model, self.processor), memo)
+        twin = VLM(
+            Checkpoint(
+                self._files, self.config, model, processor, self.eos_token_ids, self.model_path
+            )
+        )
+        for limit in ("max_bytes", "folder", "max_folder_bytes"):
+            setattr(twin._images, limit, getattr(self._images, limit))
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a VLM is not pickled, because it holds caches and compiled kernels; "
+            f"smolstack.load({str(self.folder)!r}) in the other process, or pickle its processor"
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -60,9 +60,44 @@ def replace_forward(model: Any) -> None:
     norm.forward = lambda states: states * 0.5
 
 
+def change_scale(model: Any) -> None:
+    model.model.text_model.layers[1].self_attn.scaling *= 0.1
+
+
+def change_scale_of_tower(model: Any) -> None:
+    model.model.vision_model.encoder.layers[0].self_attn.scale *= 0.1
+
+
+def change_epsilon(model: Any) -> None:
+    model.model.text_model.norm.variance_epsilon = 0.5
+
+
+def change_rotation(model: Any) -> None:
+    model.model.text_model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def register_attention(model: Any) -> None:
+    """An attention function of the user's own, as libraries of attention kernels add it."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    def half(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        states, weights = sdpa_attention_forward(*args, **kwargs)
+        return states * 0.5, weights
+
+    transformers.AttentionInterface.register("half", half)
+    AttentionMaskInterface.register("half", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("half")
+
+
+CHANGES = [fake_quantize, exchange_activation, exchange_activation_of_tower, replace_forward]
+CHANGES += [change_scale, change_scale_of_tower, change_epsilon, change_rotation]
+CHANGES += [register_attention]
+
+
 @pytest.mark.parametrize(
     "change",
-    [fake_quantize, exchange_activation, exchange_activation_of_tower, replace_forward],
+    CHANGES,
     ids=lambda change: change.__name__,
 )
 @pytest.mark.parametrize("before", [False, True], ids=["fresh", "used"])
@@ -80,6 +115,34 @@ def test_exchanged_parts_compute(
         for model in (theirs, ours):
             change(model)
         expected, found = theirs(**prompts).logits, ours(**prompts).logits
+    real = prompts["attention_mask"].bool()
+    assert not runs
+    assert (expected - found)[real].abs().max() < BOUND
+    assert (plain - found)[real].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("how", ["forward", "class"])
+def test_a_patched_class_computes(
+    folder: Folder, prompts: Inputs, runs: list[int], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Libraries of fused kernels replace the classes of transformers' modules, or their forward."""
+    from transformers.models.llama import modeling_llama
+
+    own: Any = modeling_llama.LlamaMLP
+
+    class Halved(own):  # type: ignore[misc]
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return 0.5 * super().forward(states)  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        plain = folder.ours()(**prompts).logits
+        del runs[:]
+        if how == "class":
+            monkeypatch.setattr(modeling_llama, "LlamaMLP", Halved)
+        else:
+            forward = own.forward
+            monkeypatch.setattr(own, "forward", lambda self, states: 0.5 * forward(self, states))
+        expected, found = (m(**prompts).logits for m in (folder.theirs(), folder.ours()))
     real = prompts["attention_mask"].bool()
     assert not runs
     assert (expected - found)[real].abs().max() < BOUND

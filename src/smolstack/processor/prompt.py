@@ -148,8 +148,11 @@ class ChatTemplate:
             names = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise PromptError(f"the chat template is not valid Jinja: {error}") from error
-        self.special_tokens = dict(special_tokens)
+        self.source, self.special_tokens = source, dict(special_tokens)
         self.knows_tools = "tools" in names
+
+    def __reduce__(self) -> tuple[type[ChatTemplate], tuple[str, dict[str, str]]]:
+        return ChatTemplate, (self.source, self.special_tokens)  # compiled templates do not pickle
 
     def render(
         self,

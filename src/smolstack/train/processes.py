@@ -92,7 +92,7 @@ class Spread:
         self.trained = _shard(loss, processes) if self.sharded else loss
         self.module: nn.Module = self.trained
         if processes.count > 1 and not self.sharded:
-            self.module = DistributedDataParallel(loss)
+            self.module = _replicated(loss)
         self.parameters: dict[str, nn.Parameter] = {
             name.removeprefix("model."): parameter
             for name, parameter in self.trained.named_parameters()
@@ -150,6 +150,18 @@ def _like(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     return distribute_tensor(
         tensor.to(parameter.device), parameter.device_mesh, parameter.placements
     )
+
+
+def _replicated(loss: AnswerLoss) -> nn.Module:
+    """Return the module under DDP, which exchanges trained weights and their gradients only.
+
+    Every process has read the same frozen weights; to exchange them would write into each
+    process's mapping of the checkpoint, and so copy it.
+    """
+    frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]
+    ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(loss, frozen)
+    return DistributedDataParallel(loss)
 
 
 def _shard(loss: AnswerLoss, processes: Processes) -> AnswerLoss:

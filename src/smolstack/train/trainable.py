@@ -77,8 +77,16 @@ def plain_name(name: str) -> str:
 
 
 def freeze(model: VisionLanguageModel, stage: Stage) -> None:
-    """Enable gradients for the stage's weights only; adapters keep theirs."""
+    """Enable gradients for the stage's weights only; adapters keep theirs.
+
+    Weights with gradients get memory of their own. The others stay in the memory-mapped checkpoint,
+    which the system can drop and read again. (The mapping is copy-on-write: adapters that are
+    merged into mapped weights do not change the file.)
+    """
     parts = trained_parts(stage)
     for name, parameter in model.named_parameters():
         adapter = ".lora_" in name
-        parameter.requires_grad_(adapter or (part_of(name) in parts and BASE not in name))
+        whole = part_of(name) in parts and BASE not in name and not adapter
+        if whole:
+            parameter.data = parameter.data.clone()
+        parameter.requires_grad_(whole or adapter)

@@ -126,8 +126,6 @@ class Trainer:
         self.vlm = VLM(self.checkpoint)
         if self.vlm.config.embedding_dim is not None:
             raise ConfigError(f"{folder} ends in an embedding head; it gives no answers to train")
-        for parameter in self.vlm.model.parameters():
-            parameter.data = parameter.data.clone()  # a copy instead of the mapped file
         self.base = weights_digest(self.vlm.model.parameters()).hex()
         self.cache_folder: Path | None = None
         if recipe.cache:

@@ -14,7 +14,7 @@ from smolstack.backends import accelerate
 from smolstack.checkpoint import keys
 from smolstack.config import ModelConfig
 from smolstack.errors import ConfigError
-from smolstack.interop.transformers.recognise import drops, identity, is_plain
+from smolstack.interop.transformers.recognise import drops, identity, is_plain, same_frequencies
 from smolstack.model.vlm import VisionLanguageModel
 
 
@@ -41,6 +41,8 @@ def build_engine(base: Any) -> VisionLanguageModel | None:
     theirs = dict(base.named_parameters())
     names = {keys.to_hf(name).removeprefix("model."): name for name in engine.state_dict()}
     if set(theirs) != set(names) or not is_plain(base):
+        return None
+    if not same_frequencies(base, config.text):
         return None
     for name, parameter in theirs.items():
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
