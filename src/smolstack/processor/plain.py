@@ -21,7 +21,6 @@ from smolstack.processor.tokenizer import TextTokenizer
 
 # Noncharacters, which no text holds that is meant for others.
 _NAME, _BREAK = "\ufdd0", "\ufdd1"
-_STRUCTURE = ("role", "type")  # of a message and of its parts: not the writer's
 
 
 class PlainText:
@@ -47,8 +46,32 @@ class PlainText:
         self._lock = threading.Lock()
         self._renamed: tokenizers.Tokenizer | None = None
 
+    def mark_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages with the control tokens in their texts marked as text.
+
+        Their roles, and the types of their parts, are not the writer's and stay as they are; what
+        has such a name further inside, in a call's arguments for instance, is.
+
+        Raises:
+            PromptError: a text holds a character that marks.
+        """
+        made = []
+        for message in messages:
+            marked = self._marked_but(message, "role")
+            if isinstance(parts := message.get("content"), (list, tuple)):
+                marked["content"] = [
+                    self._marked_but(part, "type") if isinstance(part, Mapping) else self.mark(part)
+                    for part in parts
+                ]
+            made.append(marked)
+        return made
+
+    def _marked_but(self, value: Mapping[str, Any], name: str) -> dict[str, Any]:
+        made: dict[str, Any] = self.mark(value)
+        return {**made, name: value[name]} if isinstance(value.get(name), str) else made
+
     def mark(self, value: Any) -> Any:
-        """A text, or messages and all that is in them, with its control tokens marked as text.
+        """A text, or an object and all that is in it, with its control tokens marked as text.
 
         Raises:
             PromptError: a text holds a character that marks.
@@ -56,10 +79,7 @@ class PlainText:
         if isinstance(value, str):
             return self._marked(value)
         if isinstance(value, Mapping):
-            return {
-                self.mark(key): each if key in _STRUCTURE else self.mark(each)
-                for key, each in value.items()
-            }
+            return {self.mark(key): self.mark(each) for key, each in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.mark(each) for each in value]
         return value

@@ -13,6 +13,7 @@ from fastapi import Request
 
 from smolstack.errors import QueueFullError
 from smolstack.generation.pools import RankedPool
+from smolstack.serve.origins import sent_key
 from smolstack.serve.schemas import ChatRequest
 from smolstack.serve.settings import ServerSettings
 
@@ -27,8 +28,8 @@ _CHARACTER, _FORM = 1e-6, 1e-5  # seconds to tokenize one, and to compile a byte
 def client_of(request: Request, settings: ServerSettings) -> str:
     """Whose request it is: of an API key, where there are any, or of an address."""
     if settings.api_keys:
-        sent = request.headers.get("authorization", "").encode()
-        return hashlib.sha256(sent).hexdigest()
+        # By the key alone: blanks and letter case around it do not make another client.
+        return hashlib.sha256(sent_key(request.headers)[1]).hexdigest()
     return request.client.host if request.client else ""
 
 

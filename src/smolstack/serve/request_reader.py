@@ -144,6 +144,7 @@ def prepare(
     Raises:
         RefusedError, SmolstackError: what is wrong with the request.
     """
+    functions.check_results(request.messages)
     options = answer_options(vlm, request, settings)
     characters = sum(
         len(part if isinstance(part, str) else getattr(part, "text", ""))

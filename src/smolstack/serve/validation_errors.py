@@ -43,7 +43,8 @@ def add_handlers(app: FastAPI) -> None:
             fields = _fields(request.scope.get("route"))
             return RefusedError(400, _unknown(name, param, first, fields), param=param).response()
         where = f"{param}: " if param else ""
-        return RefusedError(400, f"{where}{first['msg']}"[:500], param=param).response()
+        said = str(first["msg"]).removeprefix("Value error, ")
+        return RefusedError(400, f"{where}{said}"[:500], param=param).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -62,7 +63,7 @@ def add_handlers(app: FastAPI) -> None:
 
 def _no_json(found: Mapping[str, Any], body: Any) -> str:
     """Where a body is no JSON, and why."""
-    why = found.get("ctx", {}).get("error", "it cannot be read")
+    why = str(found.get("ctx", {}).get("error", "it cannot be read")).removesuffix(" at")
     place = found["loc"][-1]
     if not isinstance(body, str) or not isinstance(place, int):
         return f"the body is no JSON: {why}"
