@@ -68,8 +68,9 @@ def _structure_bytes(file: BinaryIO, size: tuple[int, int]) -> int:
     across = math.ceil((wide - tile_left) / tile_wide)
     down = math.ceil((high - tile_top) / tile_high)
     pixels = min(size[0], tile_wide) * min(size[1], tile_high)  # decoded one tile at a time
-    blocks = components * pixels / _smallest_block(file)
-    return int(blocks) * _BLOCK_BYTES + across * down * _TILE_BYTES
+    blocks = int(components * pixels / _smallest_block(file))
+    count: int = blocks * _BLOCK_BYTES + across * down * _TILE_BYTES
+    return count
 
 
 def _smallest_block(file: BinaryIO) -> int:
@@ -126,7 +127,7 @@ def _block(marker: int, content: bytes) -> int:
     else:
         return 2**12
     levels, wide, high = style[0], (style[1] & 15) + 2, (style[2] & 15) + 2
-    smallest = 2 ** (wide + high)
+    smallest: int = 2 ** (wide + high)
     if precincts:
         for level, size in enumerate(style[5 : 6 + levels]):
             # Above the lowest level a precinct covers three subbands of half its side.
