@@ -24,6 +24,7 @@ CHAT = "/v1/chat/completions"
 TYPE = {"Content-Type": "application/json"}
 # What a server may answer to a request that it does not answer as asked.
 REFUSED = {400, 408, 413, 429, 503}
+LARGE = (8000, 5000)  # pixels of the large images
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO")
 ABUSES = (
     "damaged", "damaged", "damaged", "half image", "large image", "tiff bomb", "icon", "bomb",
@@ -54,7 +55,7 @@ class Images:
 
     Attributes:
         small: an image of every format that is served.
-        large: forty megapixels in some formats.
+        large: of LARGE pixels, in some formats.
         bombs: a PNG of 160 megapixels.
         animation: a GIF of 200 frames.
     """
@@ -62,7 +63,7 @@ class Images:
     def __init__(self) -> None:
         noise = np.random.default_rng(3).integers(0, 256, (50, 80, 3), dtype=np.uint8)
         small = Image.fromarray(noise).resize((320, 200))
-        large = Image.fromarray(noise).resize((8000, 5000), Image.Resampling.BILINEAR)
+        large = Image.fromarray(noise).resize(LARGE, Image.Resampling.BILINEAR)
         sizes: dict[str, dict[str, Any]] = {"ICO": {"sizes": [(64, 64)]}}
         self.small = {form: saved(small, form, **sizes.get(form, {})) for form in FORMATS}
         self.large = {

@@ -35,6 +35,7 @@ from hostile import CHAT, Hostile, Images, body
 from load import image_url
 
 GOOD_IMAGES = 20
+AFTER = 5  # seconds from the last answer to the last look
 EVERY = 10  # seconds between two looks at the server
 PATIENCE = 1200  # seconds: on a machine that may stand still, only a lost answer takes so long
 
@@ -170,7 +171,7 @@ async def soak(url: str, record: Record, options: argparse.Namespace) -> int:
             if running == 0:
                 break
             await asyncio.sleep(0.2)
-    await asyncio.sleep(5)
+    await asyncio.sleep(AFTER)
     record.look(clock.seconds)
     print(json.dumps({**record.summary(), "rows": None, "still_running": running}, indent=2))
     failed = re.findall(r'^.*status="50[0-24-9].*$', text, re.M)

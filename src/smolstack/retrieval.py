@@ -93,7 +93,8 @@ def query_prompts(processor: Processor, queries: Sequence[str], prompt: str) -> 
     for number, query in enumerate(queries):
         if not isinstance(query, str) or not query.strip():
             raise PromptError(f"query {number} is {query!r:.80}, expected non-empty text")
-    return [processor.prepare_text(prompt.replace(SLOT, query), []) for query in queries]
+    texts = [prompt.replace(SLOT, processor.as_text(query)) for query in queries]
+    return [processor.prepare_text(text, []) for text in texts]
 
 
 def check_head(model: VisionLanguageModel, name: object) -> int:

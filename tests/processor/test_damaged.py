@@ -138,3 +138,14 @@ def test_a_damaged_file_is_read_or_refused_in_a_sentence(form: str) -> None:
             assert "\n" not in said
         else:
             assert (opened.mode, opened.size) == ("RGB", size), f"{form} {number}"
+
+
+def test_a_damaged_tiff_file_writes_nothing_past_the_log(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """libtiff would print a line for each of its rows."""
+    data = bytearray(_saved(Image.new("1", (400, 400)), "TIFF", compression="group4"))
+    place = 8
+    data[place : place + 40] = bytes(range(3, 43))
+    assert open_image(bytes(data)).size == (400, 400)
+    assert capfd.readouterr().err == ""

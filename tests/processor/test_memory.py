@@ -142,3 +142,56 @@ def test_who_fails_gives_back_what_it_held() -> None:
     assert memory.held == 0
     with pytest.raises(ImageError, match=r"101 bytes.* 100"):
         memory.hold(101, "it").__enter__()
+
+
+def _jpeg2000(size: tuple[int, int], mode: str = "RGB", **options: Any) -> bytes:
+    buffer = BytesIO()
+    Image.new(mode, size).save(buffer, "JPEG2000", **options)
+    return buffer.getvalue()
+
+
+def test_the_structures_of_a_jpeg_2000_file_count(limit: DecodingMemory) -> None:
+    """OpenJPEG keeps some hundred bytes for each code block and thousands for each tile."""
+    plain = _jpeg2000((600, 500))
+    blocks = _jpeg2000((600, 500), codeblock_size=(4, 4))
+    tiles = _jpeg2000((600, 500), tile_size=(16, 16))
+    precincts = _jpeg2000((600, 500), precinct_size=(8, 8))
+    raw = _jpeg2000((600, 500), codeblock_size=(4, 4), no_jp2=True)
+    limit.limit = 10 * 2**20
+    assert image_size(plain) == open_image(plain).size == (600, 500)
+    for heavy in (blocks, tiles, precincts, raw):
+        for look in (image_size, open_image):
+            with pytest.raises(ImageError, match=r"takes [\d,]+ bytes to decode, more than"):
+                look(heavy)
+
+
+def test_a_jpeg_2000_file_whose_codestream_is_larger_than_it_says_is_refused() -> None:
+    data = bytearray(_jpeg2000((600, 500)))
+    struct.pack_into(">II", data, data.find(b"ihdr") + 4, 16, 16)
+    with pytest.raises(ImageError, match="says 16x16 pixels, and its codestream 600x500"):
+        image_size(bytes(data))
+
+
+def test_a_jpeg_2000_header_that_cannot_be_followed_is_refused() -> None:
+    """A marker of no known segment would hide the code blocks that a decoder finds behind it."""
+    data = _jpeg2000((60, 50), no_jp2=True)
+    place = data.find(b"\xff\x52")
+    hidden = data[:place] + b"\xff\x99\x00\x04\x00\x00" + data[place:]
+    with pytest.raises(ImageError, match="the marker FF99"):
+        image_size(hidden)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mode": "L", "no_jp2": True},
+        {"mode": "RGBA", "irreversible": True, "quality_layers": [20, 5]},
+        {"tile_size": (64, 48), "offset": (7, 9), "tile_offset": (3, 4)},
+        {"codeblock_size": (8, 8), "num_resolutions": 3, "progression": "CPRL"},
+    ],
+    ids=str,
+)
+def test_ordinary_jpeg_2000_files_are_read(options: dict[str, Any]) -> None:
+    data = _jpeg2000((120, 90), **options)
+    assert image_size(data) == open_image(data).size == (120, 90)

@@ -161,7 +161,7 @@ def test_a_stop_string_ends_it(client: openai.OpenAI) -> None:
         ({"suffix": "b"}, "suffix is not supported"),
         ({"echo": True, "logprobs": 1}, "found echo and logprobs"),
         ({"best_of": 3}, "best_of is 3 and n is 1"),
-        ({"logprobs": True}, "logprobs: Value error, found true, expected a number"),
+        ({"logprobs": True}, "logprobs: found true, expected a number"),
         ({"messages": []}, "/v1/chat/completions"),
         ({"temprature": 1}, "temprature: no such field; the nearest known field is temperature"),
         ({"promt": "a", "prompt": None}, "promt: no such field; the nearest known field is prompt"),

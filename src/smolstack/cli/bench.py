@@ -11,6 +11,7 @@ import typer
 
 from smolstack.cli import options
 from smolstack.cli.console import note, progress, show, show_json
+from smolstack.output_files import atomic_file
 
 if TYPE_CHECKING:
     from smolstack.bench.running import Record
@@ -197,7 +198,8 @@ def bench(
     for path in reversed(add or ()):
         record.add(path)
     if save is not None:
-        save.write_text(jsonlib.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+        with atomic_file(save) as beside:
+            beside.write_text(jsonlib.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
     if plot is not None:
         for path in plots.draw(record.results, record.studies, record.limits, plot):
             note(f"wrote {path}")

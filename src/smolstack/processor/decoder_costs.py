@@ -15,6 +15,7 @@ from PIL import Image
 
 from smolstack.errors import ImageError
 from smolstack.processor.isobmff import coded_pixels
+from smolstack.processor.jpeg2000 import structure_bytes
 
 # In addition to the decoded image: coefficients, planes, canvases, rows.
 _BESIDE = {
@@ -58,6 +59,8 @@ def _inside(image: Image.Image, form: str, file: str | Path | bytes) -> int:
     """Memory that depends on more than the number of pixels."""
     if form == "TIFF":
         return _tiff_block(image)
+    if form == "JPEG2000":
+        return structure_bytes(file, image.size)
     if form in ("AVIF", "HEIF"):
         return max(0, coded_pixels(file) - image.width * image.height) * _BESIDE[form]
     return 0

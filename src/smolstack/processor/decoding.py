@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from smolstack.errors import ImageError
+from smolstack.processor import libtiff
 from smolstack.processor.bit_depth import is_deep, to_grey
 from smolstack.processor.decoder_costs import check_icon, decoding_bytes
 from smolstack.processor.decoding_memory import MEMORY
@@ -161,6 +162,7 @@ def _open(
     if image is None:
         raise ImageError(_no_image(name, file, formats))
     if image.format == "TIFF":
+        libtiff.silence()
         try:
             frame = frame_of_page(file, name, number)
             if frame:

@@ -27,7 +27,7 @@ def coded_pixels(file: str | Path | bytes) -> int:
 
 def _coded_pixels(file: BinaryIO) -> int:
     largest = 0
-    for kind, start, size in _boxes(file):
+    for kind, start, size in boxes(file):
         if kind not in (b"meta", b"moov"):
             continue
         file.seek(start)
@@ -42,7 +42,7 @@ def _coded_pixels(file: BinaryIO) -> int:
     return largest
 
 
-def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+def boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     """(kind, where its content starts, its size) of the outermost boxes."""
     place = 0
     for _ in range(_BOXES):

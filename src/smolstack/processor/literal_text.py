@@ -21,7 +21,6 @@ from smolstack.processor.tokenizer import TextTokenizer
 
 # Noncharacters, which valid text does not contain.
 _NAME, _BREAK = "\ufdd0", "\ufdd1"
-_STRUCTURE = ("role", "type")  # keys of messages and parts that are not written by the author
 
 
 class LiteralText:
@@ -47,8 +46,32 @@ class LiteralText:
         self._lock = threading.Lock()
         self._renamed: tokenizers.Tokenizer | None = None
 
+    def mark_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages with the control tokens in their texts marked as text.
+
+        Their roles, and the types of their parts, are not the writer's and stay as they are; what
+        has such a name further inside, in a call's arguments for instance, is.
+
+        Raises:
+            PromptError: a text holds a character that marks.
+        """
+        made = []
+        for message in messages:
+            marked = self._marked_but(message, "role")
+            if isinstance(parts := message.get("content"), (list, tuple)):
+                marked["content"] = [
+                    self._marked_but(part, "type") if isinstance(part, Mapping) else self.mark(part)
+                    for part in parts
+                ]
+            made.append(marked)
+        return made
+
+    def _marked_but(self, value: Mapping[str, Any], name: str) -> dict[str, Any]:
+        made: dict[str, Any] = self.mark(value)
+        return {**made, name: value[name]} if isinstance(value.get(name), str) else made
+
     def mark(self, value: Any) -> Any:
-        """Mark the special tokens in a text, or in all texts of messages, as text.
+        """Mark the special tokens in a text, or in all texts inside an object, as text.
 
         Raises:
             PromptError: a text contains the character used as a mark.
@@ -56,10 +79,7 @@ class LiteralText:
         if isinstance(value, str):
             return self._marked(value)
         if isinstance(value, Mapping):
-            return {
-                self.mark(key): each if key in _STRUCTURE else self.mark(each)
-                for key, each in value.items()
-            }
+            return {self.mark(key): self.mark(each) for key, each in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.mark(each) for each in value]
         return value

@@ -154,6 +154,18 @@ class Processor:
             return self.tokenizer.encode(prompt.text + text)
         return self.plain.encode(prompt.marked + text)
 
+    def as_text(self, text: str) -> str:
+        """Somebody's text as it is put into a rendered prompt: marked, unless its control tokens
+        are to become tokens.
+
+        Raises:
+            PromptError: the text holds a character that marks.
+        """
+        if self.special_tokens_in_text:
+            return text
+        marked: str = self.plain.mark(text)
+        return marked
+
     @cached_property
     def plain(self) -> LiteralText:
         """Tokenizes the text of special tokens in messages as characters."""
@@ -184,7 +196,7 @@ class Processor:
                 "tokenizer_config.json)"
             )
         if not self.special_tokens_in_text:
-            messages, tools = self.plain.mark(messages), self.plain.mark(tools)
+            messages, tools = self.plain.mark_messages(messages), self.plain.mark(tools)
         return self.template.render(messages, answer_next=answer_next, tools=tools)
 
     @cached_property

@@ -13,6 +13,7 @@ from fastapi import Request
 
 from smolstack.errors import QueueFullError
 from smolstack.generation.pools import RankedPool
+from smolstack.serve.origins import sent_key
 from smolstack.serve.schemas import ChatRequest
 from smolstack.serve.settings import ServerSettings
 
@@ -30,8 +31,8 @@ _CHARACTER, _FORM = (
 def client_of(request: Request, settings: ServerSettings) -> str:
     """Return the client's name: its API key (hashed) if the server has keys, or its address."""
     if settings.api_keys:
-        sent = request.headers.get("authorization", "").encode()
-        return hashlib.sha256(sent).hexdigest()
+        # By the key alone: blanks and letter case around it do not make another client.
+        return hashlib.sha256(sent_key(request.headers)[1]).hexdigest()
     return request.client.host if request.client else ""
 
 

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from smolstack.errors import DeadlineError, QueueFullError, SmolstackError
 
 _log = logging.getLogger("smolstack.serve")
+_LONGEST, _LONGEST_PARAM = 1000, 200  # characters
 _TYPES = {
     401: "authentication_error",
     429: "rate_limit_error",
@@ -23,6 +24,7 @@ _CODES = {
     401: "invalid_api_key",
     408: "request_too_slow",
     413: "request_too_large",
+    431: "headers_too_large",
     429: "queue_full",
     504: "deadline",
 }
@@ -39,8 +41,11 @@ class RefusedError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        # What somebody sent is named, and not sent back whole.
+        message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"
         super().__init__(message)
-        self.status, self.message, self.param = status, message, param
+        self.status, self.message = status, message
+        self.param = None if param is None else param[:_LONGEST_PARAM]
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smolstack.generation.grammar import guided
@@ -68,6 +68,25 @@ def offered(request: ChatRequest) -> list[Tool]:
             param="stop",
         )
     return tools if wanted is None else [tool for tool in tools if tool.function.name == wanted]
+
+
+def check_results(messages: Sequence[ChatMessage]) -> None:
+    """Refuse results of calls that no earlier message made.
+
+    Raises:
+        RefusedError: naming the result's id.
+    """
+    calls: list[str] = []
+    for number, message in enumerate(messages):
+        calls += [call.id for call in message.tool_calls or ()]
+        if message.tool_call_id is not None and message.tool_call_id not in calls:
+            known = ", ".join(calls)[:200] or "none was made before it"
+            raise RefusedError(
+                400,
+                f"messages.{number}.tool_call_id is {message.tool_call_id[:100]!r}, expected the "
+                f"id of an earlier call: {known}",
+                param=f"messages.{number}.tool_call_id",
+            )
 
 
 def characters(request: ChatRequest) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import time
 from collections.abc import Callable
 
@@ -15,6 +16,8 @@ from smolstack.serve.bodies import Arrival, Bodies
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 
+_HEADER_BYTES = 64 * 2**10
+_JSON = re.compile(r"application/([^\s/]+\+)?json")
 OPEN = ("/", "/page.js", "/page.css", "/health")  # routes that need no key
 
 
@@ -110,9 +113,9 @@ class Guard:
         raise _BodyError(arrival.refusal or self._too_slow())
 
     def _refusal(self, scope: Scope, headers: Headers) -> RefusedError | None:
-        stranger = origins.refusal(headers, self.settings)
-        if stranger is not None:
-            return stranger
+        wrong = _wrong_headers(scope, headers) or origins.refusal(headers, self.settings)
+        if wrong is not None:
+            return wrong
         if self.settings.api_keys and scope["path"] not in OPEN and not self._has_key(headers):
             return RefusedError(
                 401,
@@ -120,11 +123,7 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if (
-            scope.get("method") == "POST"
-            and kind != "application/json"
-            and not kind.endswith("+json")
-        ):
+        if scope.get("method") == "POST" and not _JSON.fullmatch(kind):
             return RefusedError(
                 415, f"Content-Type is {kind[:100]}, expected application/json",
                 headers={"Connection": "close"},
@@ -135,11 +134,10 @@ class Guard:
         return None
 
     def _has_key(self, headers: Headers) -> bool:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        sent = given.strip().encode()
+        scheme, sent = origins.sent_key(headers)
         # All keys are compared, each in constant time.
         fitting = [hmac.compare_digest(sent, key.encode()) for key in self.settings.api_keys]
-        return scheme.lower() == "bearer" and any(fitting)
+        return scheme == "bearer" and any(fitting)
 
     def _too_large(self) -> RefusedError:
         return RefusedError(
@@ -154,6 +152,25 @@ class Guard:
             f"the body did not arrive within {self.settings.body_seconds:g} s",
             headers={"Connection": "close"},
         )
+
+
+def _wrong_headers(scope: Scope, headers: Headers) -> RefusedError | None:
+    """What is answered to headers that are too large, or give a body two lengths."""
+    size = sum(len(name) + len(value) for name, value in headers.raw)
+    size += len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
+    if size > _HEADER_BYTES:
+        return RefusedError(
+            431,
+            f"the headers have {size:,} bytes, at most {_HEADER_BYTES:,} are accepted",
+            headers={"Connection": "close"},
+        )
+    if "content-length" in headers and "transfer-encoding" in headers:
+        # A proxy may read another length than this server, and take the rest for a request.
+        return RefusedError(
+            400, "found Content-Length and Transfer-Encoding, expected one of them",
+            headers={"Connection": "close"},
+        )  # fmt: skip
+    return None
 
 
 class _BodyError(BaseException):

@@ -8,6 +8,7 @@ refuses DNS rebinding), and ``Origin``, set by the browser, must be the server's
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from urllib.parse import urlsplit
 
@@ -18,6 +19,13 @@ from smolstack.serve.settings import ServerSettings
 
 ANY = "*"
 _DEFAULT_PORTS = (80, 443)
+_HOST = re.compile(r"(\[[^\]@]*\]|[^\[\]:@/?#]*)(:\d*)?")  # of the header: no user's name, no path
+
+
+def sent_key(headers: Headers) -> tuple[str, bytes]:
+    """(scheme in lower case, key) that a request sends, which may be wrong."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return scheme.lower(), given.strip().encode()
 
 
 def own_names(host: str) -> tuple[str, ...]:
@@ -54,7 +62,7 @@ def _is_own(host: str, names: tuple[str, ...]) -> bool:
     if ANY in names:
         return True
     place = _host_and_port(f"//{host}")
-    if place is None:
+    if place is None or not _HOST.fullmatch(host):
         return False
     name = place[0].rstrip(".")
     try:

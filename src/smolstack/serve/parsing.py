@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -25,6 +26,7 @@ MOST_VALUES = 100_000  # per body
 _LARGE = 2**20
 _DEEPEST = 500  # approximate limit of Python's parser
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_LONG_NUMBER = re.compile(rb"\d{4000,}")
 _SEPARATORS = (b",", b"[", b"{")
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
@@ -121,14 +123,33 @@ def parsed(content: bytes) -> Any:
         json.JSONDecodeError, RecursionError: the body is not valid JSON, or nested too deeply.
         RefusedError: the body has too many values.
     """
-    if not content:
-        return None
     if _has_many(content):
         raise RefusedError(413, f"the body has more than {MOST_VALUES:,} JSON values")
+    found: Any = None
+    if content.strip():
+        try:
+            found = from_json(content)
+        except ValueError:
+            found = _parsed_again(content)
+    if found is None:
+        raise RefusedError(400, "the body is empty, expected a JSON object")
+    return found
+
+
+def _parsed_again(content: bytes) -> Any:
+    """The same by Python's reader, which says where it failed and takes half a surrogate pair."""
     try:
-        return from_json(content)
+        return json.loads(content)
+    except json.JSONDecodeError:
+        raise
+    except UnicodeDecodeError as error:
+        why, before = f"it is not valid {error.encoding}", content[: error.start]
     except ValueError:
-        return json.loads(content)  # reports the position of an error, and accepts lone surrogates
+        number = _LONG_NUMBER.search(content)
+        why = f"a number has more than {sys.get_int_max_str_digits():,} digits"
+        before = content[: number.start() if number else 0]
+    place = len(before.decode(errors="replace"))
+    raise json.JSONDecodeError(why, content.decode(errors="replace"), place)
 
 
 def _has_many(content: bytes) -> bool:

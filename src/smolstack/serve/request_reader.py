@@ -145,6 +145,7 @@ def prepare(
     Raises:
         RefusedError, SmolstackError: the request is invalid.
     """
+    functions.check_results(request.messages)
     options = answer_options(vlm, request, settings)
     characters = sum(
         len(part if isinstance(part, str) else getattr(part, "text", ""))

@@ -15,6 +15,8 @@ from smolstack.serve.schemas import (
     CalledFunction,
     ChatMessage,
     ChatRequest,
+    FileData,
+    FilePart,
     Function,
     ImageFields,
     ImagePart,
@@ -78,7 +80,17 @@ class InputImage(Body):
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-InputPart = Annotated[InputText | InputImage, Field(discriminator="type")]
+class InputFile(Body):
+    """A PDF file, every page of which is an image: a data URL, or the address of one where that is
+    allowed."""
+
+    type: Literal["input_file"]
+    file_data: str | None = None
+    file_url: str | None = None
+    filename: str = ""
+
+
+InputPart = Annotated[InputText | InputImage | InputFile, Field(discriminator="type")]
 _Content = Text | Annotated[list[InputPart], Field(min_length=1, max_length=1000)]
 
 
@@ -249,9 +261,16 @@ def _item(item: Any, where: str) -> Any:
 def _part(part: Any, where: str) -> Any:
     if not isinstance(part, dict):
         return part
-    if part.get("type") == "input_image" and "file_id" in part:
+    send = {"input_image": "image_url", "input_file": "file_data"}.get(str(part.get("type")))
+    if send and "file_id" in part:
         raise RefusedError(
-            400, f"{where} has a file_id, but this server does not store files; send image_url",
+            400, f"{where} has a file_id, but this server does not store files; send {send}",
+            param=where,
+        )  # fmt: skip
+    if part.get("type") == "input_file" and ("file_data" in part) == ("file_url" in part):
+        found = "both" if "file_data" in part else "none"
+        raise RefusedError(
+            400, f"{where}: found {found} of file_data and file_url, expected one of them",
             param=where,
         )  # fmt: skip
     return {key: value for key, value in part.items() if key not in _PART_HARMLESS}
@@ -279,15 +298,17 @@ def _messages(request: ResponsesRequest) -> list[ChatMessage]:
     return found
 
 
-def _content(content: str | list[InputText | InputImage]) -> str | list[Any]:
-    if isinstance(content, str):
-        return content
-    return [
-        TextPart(type="text", text=part.text)
-        if isinstance(part, InputText)
-        else ImagePart(type="image_url", image_url=ImageURL(url=part.image_url, detail=part.detail))
-        for part in content
-    ]
+def _content(content: str | list[InputText | InputImage | InputFile]) -> str | list[Any]:
+    return content if isinstance(content, str) else [_chat_part(part) for part in content]
+
+
+def _chat_part(part: InputText | InputImage | InputFile) -> TextPart | ImagePart | FilePart:
+    if isinstance(part, InputText):
+        return TextPart(type="text", text=part.text)
+    if isinstance(part, InputFile):
+        data = FileData(file_data=part.file_data or part.file_url or "", filename=part.filename)
+        return FilePart(type="file", file=data)
+    return ImagePart(type="image_url", image_url=ImageURL(url=part.image_url, detail=part.detail))
 
 
 def _form(text: TextSettings | None) -> ResponseFormat | None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from smolstack.serve.request_fields import understood, without_nulls
 
 Text = Annotated[str, Field(max_length=2_000_000)]
+ModelName = Annotated[str, Field(max_length=500)]  # every event of a stream repeats it
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 # For items of lists and objects: by default, pydantic accepts true as 1.
 _Number = Annotated[float, Field(strict=True)]
@@ -159,7 +160,7 @@ class AnswerFields(_Numbers):
     fields with default values are accepted as well (listed in docs/serving.md).
     """
 
-    model: str = ""
+    model: ModelName = ""
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)

@@ -45,7 +45,8 @@ def add_handlers(app: FastAPI) -> None:
                 400, _unknown_field(name, param, first, fields), param=param
             ).response()
         where = f"{param}: " if param else ""
-        return RefusedError(400, f"{where}{first['msg']}"[:500], param=param).response()
+        said = str(first["msg"]).removeprefix("Value error, ")
+        return RefusedError(400, f"{where}{said}"[:500], param=param).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -64,7 +65,7 @@ def add_handlers(app: FastAPI) -> None:
 
 def _json_error(found: Mapping[str, Any], body: Any) -> str:
     """Return why and where a body is not valid JSON."""
-    why = found.get("ctx", {}).get("error", "it cannot be parsed")
+    why = str(found.get("ctx", {}).get("error", "it cannot be parsed")).removesuffix(" at")
     place = found["loc"][-1]
     if not isinstance(body, str) or not isinstance(place, int):
         return f"the body is not valid JSON: {why}"
