@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-from PIL import Image
+from PIL import _imaging
 
 
 @cache
@@ -20,7 +20,7 @@ def silence() -> None:
     Nothing happens where Pillow's library does not export them.
     """
     try:
-        library = ctypes.CDLL(Image.core.__file__)  # its symbols, and those of what it links to
+        library = ctypes.CDLL(_imaging.__file__)  # its symbols, and those of what it links to
         setters = library.TIFFSetErrorHandler, library.TIFFSetWarningHandler
     except (AttributeError, OSError, TypeError):
         return
