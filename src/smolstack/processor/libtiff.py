@@ -8,8 +8,9 @@ exception.
 from __future__ import annotations
 
 import ctypes
-import importlib
 from functools import cache
+
+from PIL import _imaging
 
 
 @cache
@@ -19,11 +20,9 @@ def silence() -> None:
     Nothing happens where Pillow's library does not export them.
     """
     try:
-        library = ctypes.CDLL(
-            importlib.import_module("PIL._imaging").__file__
-        )  # its symbols, and those of what it links to
+        library = ctypes.CDLL(_imaging.__file__)  # its symbols, and those of what it links to
         setters = library.TIFFSetErrorHandler, library.TIFFSetWarningHandler
-    except (AttributeError, ImportError, OSError, TypeError):
+    except (AttributeError, OSError, TypeError):
         return
     for setter in setters:
         setter.argtypes, setter.restype = (ctypes.c_void_p,), ctypes.c_void_p
