@@ -58,3 +58,29 @@ def _rc4(key: bytes, data: bytes) -> bytes:
         state[left], state[right] = state[right], state[left]
         made.append(byte ^ state[(state[left] + state[right]) % 256])
     return bytes(made)
+
+
+def nested_forms(depth: int) -> bytes:
+    """A page of a few kilobytes that draws 3 to the power of ``depth`` forms inside each other."""
+    objects = [
+        "<</Type/Catalog/Pages 2 0 R>>",
+        "<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 200 200]/Contents 4 0 R"
+        "/Resources<</XObject<</F 5 0 R>>>>>>",
+        "<</Length 5>>stream\n/F Do\nendstream",
+    ]
+    for inner in range(depth):
+        last = inner == depth - 1
+        body = "0 0 9 9 re f" if last else "/F Do /F Do /F Do"
+        inside = "" if last else f"/Resources<</XObject<</F {6 + inner} 0 R>>>>"
+        objects.append(
+            f"<</Type/XObject/Subtype/Form/BBox[0 0 200 200]{inside}/Length {len(body)}>>"
+            f"stream\n{body}\nendstream"
+        )
+    content, places = b"%PDF-1.4\n", []
+    for number, text in enumerate(objects, 1):
+        places.append(f"{len(content):010d} 00000 n \n")
+        content += f"{number} 0 obj{text}endobj\n".encode()
+    table = f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{''.join(places)}"
+    end = f"trailer<</Size {len(objects) + 1}/Root 1 0 R>>\nstartxref\n{len(content)}\n%%EOF"
+    return content + (table + end).encode()

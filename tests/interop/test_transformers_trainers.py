@@ -256,3 +256,14 @@ def test_the_cache_is_a_dynamic_cache(folder: Folder, prompts: Inputs) -> None:
         assert isinstance(ours(**prompts, use_cache=True).cache, transformers.DynamicCache)
         out = ours.generate(**prompts, max_new_tokens=2, return_dict_in_generate=True)
     assert isinstance(out.past_key_values, transformers.DynamicCache)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_of_two_caches_the_one_of_the_new_name_counts(folder: Folder) -> None:
+    """peft's prefix tuning gives one by the old name beside that of ``generate``."""
+    logits, ids = [], torch.tensor([[5, 6, 7]])
+    for model in (folder.theirs(), folder.ours()):
+        with torch.no_grad():
+            first, second = (model(input_ids=ids + n, use_cache=True).cache for n in (0, 9))
+            logits.append(model(input_ids=ids, cache=first, past_key_values=second).logits)
+    assert (logits[0] - logits[1]).abs().max() < BOUND

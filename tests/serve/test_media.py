@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
-from tests.pdfs import document, locked
+from tests.pdfs import document, locked, nested_forms
 from tests.processor.test_pdf import form
 from tests.serve.conftest import Process
 from tests.serve.test_refusals import message, post
@@ -148,3 +149,12 @@ def test_a_giant_page_is_rendered_smaller(tight: Process) -> None:
         headers={"Authorization": "Bearer secret"},
     )
     assert response.json()["source"] == [1000, 1000]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes a minute")
+def test_a_page_that_would_be_drawn_for_hours_is_refused(server: Process) -> None:
+    response = post(server, image(coded(nested_forms(16), "application/pdf")))
+    assert response.status_code == 400
+    assert "cannot be read within 10 s of processor time" in response.json()["error"]["message"]
+    few = post(server, image(coded(nested_forms(3), "application/pdf")))
+    assert few.status_code == 200

@@ -129,7 +129,21 @@ def test_rows_that_are_none_are_named(rows: Any, words: str) -> None:
             '{"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}]}',
             "has conversations, LLaVA's form, expected messages: role",
         ),
+        ('{"file_name": "a.png", "text": null}', "text None, expected words; leave the example"),
         ('{"messages": "hi"}', "expected a list"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "content 5 in message 0, expected text"),
+        (
+            '{"messages": [{"role": "user", "content": {"type": "text"}}]}',
+            "content .* in message 0, expected text or a list of parts",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": ["hi"]}]}',
+            "a part 'hi' in message 0, expected an object",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [null]}]}',
+            "a part None in message 0, expected an object",
+        ),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "more image parts"),
         ('{"images": ["a.png"], "messages": []}', "no image part"),
         ('{"file_name": "https://a/b.png", "text": "x"}', "not fetched"),

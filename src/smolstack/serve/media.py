@@ -12,7 +12,8 @@ from typing import Any, Literal
 from smolstack.errors import ContextLengthError, ImageError, SmolstackError
 from smolstack.processor.formats import SERVED
 from smolstack.processor.pages import TiffPage, tiff_frames
-from smolstack.processor.pdf import MAX_PIXELS, PdfPage, count_pages, is_pdf
+from smolstack.processor.pdf import MAX_PIXELS, is_pdf
+from smolstack.processor.pdf_process import isolated_pages
 from smolstack.processor.tiles import ImageSource, image_size
 from smolstack.processor.video import Video
 from smolstack.processor.video_bytes import VideoBytes
@@ -66,7 +67,7 @@ def page_count(media: Media) -> int:
         ImageError: the file cannot be read.
     """
     if is_pdf(media.content):
-        return count_pages(media.content)
+        return isolated_pages(media.content, None, every=True, most=0, max_pixels=MAX_PIXELS)[0]
     return max(1, len(tiff_frames(BytesIO(media.content))))
 
 
@@ -83,16 +84,7 @@ def images(media: Media, settings: ServerSettings) -> list[ImageSource]:
                 f"a file of {len(media.content)} bytes is not a PDF file; send images as image_url "
                 "parts and videos as video_url parts"
             )
-        numbers: list[int | None] = [media.page]
-        if media.kind == "file" and media.page is None:
-            count = page_count(media)
-            if count > settings.images:
-                raise ImageError(
-                    f"the file has {count} pages, at most {settings.images} are accepted; select "
-                    "one with #page=1"
-                )
-            numbers = [number + 1 for number in range(count)]
-        found = [_page(media.content, number, settings) for number in numbers]
+        found = _pages(media, settings)
         for image in found:
             image_size(image, settings.image_pixels, SERVED)
         return found
@@ -147,7 +139,20 @@ def parts(all_media: list[Media], vlm: VLM, settings: ServerSettings) -> Iterato
             )
 
 
-def _page(content: bytes, number: int | None, settings: ServerSettings) -> ImageSource:
-    if is_pdf(content):
-        return PdfPage(content, number, max_pixels=min(MAX_PIXELS, settings.image_pixels))
-    return content if number is None else TiffPage(content, number)
+def _pages(media: Media, settings: ServerSettings) -> list[ImageSource]:
+    if not is_pdf(media.content):
+        content, number = media.content, media.page
+        return [content if number is None else TiffPage(content, number)]
+    count, pages = isolated_pages(
+        media.content,
+        media.page,
+        every=media.kind == "file" and media.page is None,
+        most=settings.images,
+        max_pixels=min(MAX_PIXELS, settings.image_pixels),
+    )
+    if not pages:
+        raise ImageError(
+            f"the file has {count} pages, at most {settings.images} are accepted; select one with "
+            "#page=1"
+        )
+    return list(pages)

@@ -202,6 +202,9 @@ def read_row(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[
             "and content in the place of from and value, and an image part "
             '{"type": "image"} in the place of each <image>'
         )
+    empty = next((key for key in ANSWER_KEYS if answer is None and key in row), None)
+    if images and empty is not None:
+        raise DataError(f"{name} has {empty} {row[empty]!r:.60}, expected words; {NO_WORDS}")
     if not images or answer is None:
         raise DataError(
             f"{name} has the keys {sorted(row)}, expected messages, or an image under one of "
@@ -254,13 +257,23 @@ def _chat(
         raise DataError(f"{name} has messages {messages!r:.60}, expected a list")
     rest = iter(images)
     chat = []
-    for message in messages:
+    for place, message in enumerate(messages):
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, str) or content is None:
             chat.append(message)
             continue
+        if not isinstance(content, (list, tuple)):
+            raise DataError(
+                f"{name} has content {content!r:.60} in message {place}, expected text or a list "
+                "of parts"
+            )
         parts = []
         for part in content:
+            if not isinstance(part, Mapping):
+                raise DataError(
+                    f"{name} has a part {part!r:.60} in message {place}, expected an object such "
+                    'as {"type": "text", "text": …}'
+                )
             # In a datasets table every part has every key, with null for missing ones.
             filled = {key: value for key, value in part.items() if value is not None}
             if filled.get("type") == "image":

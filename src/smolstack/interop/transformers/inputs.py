@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,6 +13,19 @@ from torch import Tensor
 # Set while a call must run on transformers' own modules.
 left_to_transformers: ContextVar[bool] = ContextVar("left_to_transformers", default=False)
 _MORE = ("output_attentions", "output_hidden_states")
+
+
+def given_cache(cache: Any, kwargs: MutableMapping[str, Any]) -> Any:
+    """Return a call's cache, which has an older name, ``past_key_values``; it is removed from
+    ``kwargs``. As in transformers, the new name counts where both are given.
+    """
+    older = kwargs.pop("past_key_values", None)
+    if cache is None or older is None:
+        return older if cache is None else cache
+    warnings.warn(
+        "both past_key_values and cache are given; cache counts", FutureWarning, stacklevel=3
+    )
+    return cache
 
 
 def needs_transformers(kwargs: Mapping[str, Any], config: Any) -> bool:

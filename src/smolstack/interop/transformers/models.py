@@ -25,6 +25,7 @@ from smolstack.interop.transformers.engine import EngineHolder
 from smolstack.interop.transformers.images import Pooled, embed, encode, image_outputs
 from smolstack.interop.transformers.inputs import (
     filled_grids,
+    given_cache,
     left_padding,
     left_to_transformers,
     needs_transformers,
@@ -96,7 +97,7 @@ class _ComputesWithSmolstack:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "cache": kwargs.pop("past_key_values", cache),
+            "cache": given_cache(cache, kwargs),
             "inputs_embeds": inputs_embeds,
             "pixel_values": pixel_values,
             "pixel_attention_mask": pixel_attention_mask,
@@ -197,7 +198,7 @@ class _GeneratesWithSmolstack:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "cache": kwargs.pop("past_key_values", cache),
+            "cache": given_cache(cache, kwargs),
             "inputs_embeds": inputs_embeds,
             "pixel_values": pixel_values,
             "pixel_attention_mask": pixel_attention_mask,
