@@ -153,6 +153,7 @@ def test_a_giant_page_is_rendered_smaller(tight: Process) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes a minute")
 def test_a_page_that_would_be_drawn_for_hours_is_refused(server: Process) -> None:
+    pytest.importorskip("pypdfium2")
     response = post(server, image(coded(nested_forms(16), "application/pdf")))
     assert response.status_code == 400
     assert "cannot be read within 10 s of processor time" in response.json()["error"]["message"]

@@ -10,9 +10,11 @@ followed by the pixels of a rendered page.
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -125,8 +127,8 @@ def _answer(order: dict[str, Any], content: bytes) -> tuple[dict[str, Any], byte
 
 
 def _main() -> None:
-    import pypdfium2  # noqa: F401  loaded before memory is limited
-
+    with suppress(ImportError):  # loaded before memory is limited; PdfPage says if it is absent
+        importlib.import_module("pypdfium2")
     order = json.loads(sys.stdin.buffer.readline())
     content = sys.stdin.buffer.read()
     _limit(order["memory"] + 2 * len(content))
