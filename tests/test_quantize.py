@@ -241,7 +241,7 @@ def test_what_cannot_be_quantized_is_refused_in_a_sentence(
         assert words in " ".join(result.stderr.split())
         assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         quantize(even_folder, tmp_path / "out", calibrate=tmp_path / "empty")
     (tmp_path / "one.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
 

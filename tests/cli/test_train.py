@@ -48,7 +48,7 @@ def test_a_recipe_becomes_a_checkpoint_that_answers(run: Run, recipe: Path, tmp_
     assert str(tmp_path / "run" / "model") in result.stdout
     assert "answers exact" in result.stdout
     assert "2 examples, " in result.stderr
-    assert "carry loss" in result.stderr
+    assert "contribute to the loss" in result.stderr
     assert "Assistant:⟦ 12<end_of_utterance>⟧" in result.stderr
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files >= {"metrics.jsonl", "loss.png", "evaluation.png", "checkpoints", "model"}
@@ -60,7 +60,7 @@ def test_a_finished_run_is_kept_until_something_is_said(
 ) -> None:
     assert run("train", recipe, "--quiet").exit_code == 0
     said = refuses("train", recipe)
-    assert "holds an earlier run" in said
+    assert "contains an earlier run" in said
     assert "(--resume) continues it, overwrite=True (--overwrite) removes it" in said
     assert run("train", recipe, "--resume", "--quiet").exit_code == 0
     again = run("train", recipe, "--overwrite", "--quiet")

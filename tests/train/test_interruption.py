@@ -148,7 +148,7 @@ def test_a_full_disk_is_named_with_the_last_good_checkpoint(
     else:
         monkeypatch.setattr(Metrics, "write", refuse)
     named = r"cache/../.*safetensors" if what == "cache" else "run"
-    words = rf"the run stops: .*{named}: No space left on device; the last good one is (.*)"
+    words = rf"{named}: No space left on device; the last complete checkpoint is (.*)"
     with pytest.raises(TrainingError, match=words) as caught:
         train(recipe, resume=True, quiet=True)
     monkeypatch.undo()
@@ -189,7 +189,7 @@ def test_a_run_goes_on_only_from_what_it_began_with(make_recipe: MakeRecipe, dat
     run = placed(make_recipe({"steps": 2}, data={"train": str(shorter)}), "other")
     train(run, quiet=True)
     shorter.write_text("\n".join(lines.splitlines()[:9]), encoding="utf-8")
-    with pytest.raises(TrainingError, match="has 9 examples, the run began with 10"):
+    with pytest.raises(TrainingError, match=r"has 9 examples, .* 10"):
         train(run, resume=True, quiet=True)
 
 

@@ -24,7 +24,7 @@ def model(tiny_folder: Path) -> VisionLanguageModel:
 
 
 def mixed() -> MicroBatch:
-    """Three rows of text of different lengths; all but their first two tokens carry loss."""
+    """Three texts of different lengths; the loss covers all but their first two tokens."""
     ids = torch.zeros(3, max(LENGTHS), dtype=torch.long)
     labels = torch.full_like(ids, IGNORED)
     generator = torch.Generator().manual_seed(0)

@@ -42,7 +42,7 @@ def supervise(
 
 
 def spans(tokenized: TokenizedExample, processor: Processor) -> list[str]:
-    """The texts that carry loss, span by span."""
+    """The texts that contribute to the loss, span by span."""
     texts, span = [], []
     for label in [*tokenized.labels, IGNORED]:
         if label != IGNORED:
@@ -84,7 +84,10 @@ def test_the_tokens_before_an_answer_are_those_of_the_prompt_when_asked(vlm: VLM
     ("template", "words"),
     [
         # The prompt opens a thought that the whole chat does not have.
-        (CHATML.replace("assistant\n{% endif", "assistant\nHm {% endif"), "does not continue"),
+        (
+            CHATML.replace("assistant\n{% endif", "assistant\nHm {% endif"),
+            "renders a prompt that is not a prefix",
+        ),
         (CHATML.replace("<end_of_utterance>", ""), "writes no end token"),
     ],
 )
@@ -105,14 +108,14 @@ def test_an_example_that_would_be_cut_is_refused_by_name(vlm: VLM) -> None:
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([{"role": "user", "content": "Hi"}], "no message of the assistant"),
-        ([{"role": "assistant", "content": "Hi"}], "begins with the assistant"),
+        ([{"role": "user", "content": "Hi"}], "no assistant message"),
+        ([{"role": "assistant", "content": "Hi"}], "begins with an assistant"),
         (chat(None, "x")["messages"], "image part without an image"),
         (chat("/no/such.png", "x")["messages"], "found no file"),
         (conversation("an <image> in words"), "<image> in the text of message 1"),
         (conversation("<end_of_utterance> too soon"), "<end_of_utterance> in its text"),
         ([*conversation("a"), {"role": "judge", "content": "b"}], "expected a role"),
-        ([*conversation("a"), IMAGED], "image in the assistant"),
+        ([*conversation("a"), IMAGED], "image in an assistant"),
     ],
 )  # fmt: skip
 def test_chats_that_teach_nothing_are_refused_by_name(vlm: VLM, messages: Any, words: str) -> None:

@@ -168,7 +168,7 @@ def test_a_pattern_that_names_no_layer_is_told_the_layers(make_recipe: MakeRecip
 def test_a_later_stage_is_checked_before_the_first_begins(make_recipe: MakeRecipe) -> None:
     first = {"train": "connector", "steps": 1}
     recipe = make_recipe(stages=[first, {"train": "lora", "steps": 1, "lora": {"modules": ["x"]}}])
-    with pytest.raises(ConfigError, match="'x', which names no linear layer"):
+    with pytest.raises(ConfigError, match="'x', which matches no linear layer"):
         run(recipe)
     assert not Path(recipe.output).exists()
 
@@ -203,7 +203,7 @@ def test_adapters_go_where_the_pattern_says(tiny_folder: Path, pattern: str, lay
 def test_an_earlier_run_is_not_overwritten_unasked(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe({"steps": 1})
     run(recipe)
-    with pytest.raises(TrainingError, match="holds an earlier run"):
+    with pytest.raises(TrainingError, match="contains an earlier run"):
         run(recipe)
     run(recipe, overwrite=True)
     with pytest.raises(TrainingError, match=r"stages\[0\].learning_rate .*0.5.* 0.001"):

@@ -1,4 +1,4 @@
-"""Other implementations next to smolstack, above all transformers as the reference.
+"""Interoperability with other implementations; transformers is the reference.
 
 This is the only package that imports transformers, so running a model does not require it.
 """

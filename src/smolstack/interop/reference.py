@@ -53,7 +53,9 @@ def share_model(model: VisionLanguageModel) -> Any:
     theirs.tie_weights()
     left = [name for name, tensor in theirs.named_parameters() if tensor.is_meta]
     if unexpected or left:
-        raise RuntimeError(f"transformers' model lacks {left} and has no {unexpected}")
+        raise RuntimeError(
+            f"transformers' model has no values for {left} and no parameters {unexpected}"
+        )
     base = theirs if retrieval else theirs.model
     # The only buffer that is not in checkpoints: computed on the real device.
     base.text_model.rotary_emb = LlamaRotaryEmbedding(config.text_config)
@@ -122,14 +124,14 @@ def load_processor(folder: str | Path, model_type: str = "idefics3", **options: 
     return _ImagesOnly(
         images,
         tokenizer,
-        _NoFilms(),
+        _NoVideos(),
         image_seq_len=settings["image_seq_len"],
         chat_template=settings.get("chat_template"),
         **options,
     )
 
 
-class _NoFilms:
+class _NoVideos:
     """Placeholder for the video processor of SmolVLM's processor."""
 
     num_frames, fps = 0, 1

@@ -20,20 +20,20 @@ def trainer_seconds(
     autocast: bool,
     **settings: float,
 ) -> list[float]:
-    """Train on the CPU; the seconds of every step, reading its examples included.
+    """Train on the CPU; return the seconds of every step, including loading its examples.
 
     Args:
-        model: transformers' or peft's; what is not to be trained is frozen.
-        examples, collate: the data, and what makes a batch of ``batch`` of them.
+        model: a transformers or peft model; parameters that are not trained are frozen.
+        examples, collate: the data, and the collator for batches of ``batch`` examples.
         autocast: compute in bfloat16.
-        settings: more of TrainingArguments (learning_rate, weight_decay, …).
+        settings: further TrainingArguments (learning_rate, weight_decay, …).
     """
     clock = _Clock()
-    with TemporaryDirectory(prefix="smolstack-") as place:
+    with TemporaryDirectory(prefix="smolstack-") as folder:
         trainer: Any = transformers.Trainer(
             model=model,
             args=transformers.TrainingArguments(
-                output_dir=place,
+                output_dir=folder,
                 max_steps=steps,
                 per_device_train_batch_size=batch,
                 use_cpu=True,
@@ -55,7 +55,7 @@ def trainer_seconds(
 
 
 class _Clock(transformers.TrainerCallback):
-    """Seconds from one step's end to the next one's."""
+    """Records the seconds from the end of each step to the end of the next."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

@@ -28,7 +28,7 @@ class MicroBatch:
     Attributes:
         token_ids: (B, T) int64.
         lengths: tokens of each row without its padding, length B; empty: T each.
-        labels: (B, T) int64, the token's id where it carries loss, IGNORED elsewhere.
+        labels: (B, T) int64, the token's id where it contributes to the loss, IGNORED elsewhere.
         tiles_per_sequence: tiles of each row, length B.
         images: every image with its plan, in order.
         pixels: (N, 3, P, P) normalized tiles of all images, if the vision tower is trained.
@@ -45,7 +45,7 @@ class MicroBatch:
 
     @property
     def supervised(self) -> int:
-        """Number of tokens that carry loss."""
+        """Number of tokens that contribute to the loss."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -91,7 +91,7 @@ def collate(
 def as_source(image: ImageInput) -> ImageSource:
     """Return an image of training data, which is never visual tokens."""
     if isinstance(image, VisualTokens):
-        raise DataError("a training example holds visual tokens, expected an image")
+        raise DataError("a training example contains visual tokens, expected an image")
     return image
 
 

@@ -17,8 +17,8 @@ from smolstack.processor.folders import SkippedFiles, search
 
 SUFFIXES = frozenset([*formats.SUFFIXES, *pages.SUFFIXES])  # of images and PDF files, as for ask
 _log = logging.getLogger("smolstack")
-# Advice about an empty answer, which would train the model to answer nothing.
-NO_WORDS = 'leave the example out, or give it an answer, such as "none"'
+# Advice for an empty answer, which would train the model to answer nothing.
+EMPTY_ANSWER_ADVICE = 'remove the example, or give it an answer, such as "none"'
 METADATA = "metadata.jsonl"
 FILE_KEYS, ANSWER_KEYS = ("file_name", "image", "picture"), ("text", "answer", "caption")
 
@@ -63,7 +63,7 @@ def open_source(
     path = Path(path)
     if path.is_file():
         if path.suffix not in (".jsonl", ".ndjson"):
-            raise DataError(f"{path} is a {path.suffix or 'nameless'} file, expected .jsonl")
+            raise DataError(f"{path} has the suffix {path.suffix!r}, expected .jsonl")
         return JsonLines(path, question)
     if not path.is_dir():
         raise DataError(f"{path} does not exist, expected a folder, a .jsonl file or a dataset")
@@ -73,7 +73,7 @@ def open_source(
         return SavedDataset(path, question)
     if (path / "dataset_dict.json").is_file():
         inside = sorted(p.name for p in path.iterdir() if p.is_dir())
-        raise DataError(f"{path} holds several datasets; name one of them: {inside}")
+        raise DataError(f"{path} contains several datasets; give the path of one of them: {inside}")
     return ImageFolder(path, question)
 
 
@@ -86,13 +86,13 @@ class ImageFolder(Source):
         self.files = [Path(path) for path in search(folder, SUFFIXES, over, beside=(".txt",))]
         if not self.files:
             found = f"; {over.sentence(folder)}" if over else ""
-            raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}){found}")
+            raise DataError(f"{folder} contains no images ({', '.join(sorted(SUFFIXES))}){found}")
         if over:
             _log.warning("%s", over.sentence(folder))
         bare = [path for path in self.files if not path.with_suffix(".txt").is_file()]
         if bare:
             raise DataError(
-                f"{len(bare)} of {len(self.files)} images have no .txt file beside them, "
+                f"{len(bare)} of {len(self.files)} images have no .txt file of the same name, "
                 f"the first is {bare[0]}"
             )
 
@@ -119,7 +119,7 @@ class JsonLines(Source):
                     self.starts.append(place)
                 place += len(line)
         if not self.starts:
-            raise DataError(f"{path} holds no lines")
+            raise DataError(f"{path} contains no lines")
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -149,14 +149,14 @@ class Rows(Source):
 
     def __init__(self, name: str, rows: Sequence[Mapping[str, Any]], question: str) -> None:
         if isinstance(rows, Mapping):
-            raise DataError(f"{name} holds several datasets; pass one of {list(rows)}")
+            raise DataError(f"{name} contains several datasets; pass one of {list(rows)}")
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
             raise DataError(
-                f"{name} is a {type(rows).__name__}, expected rows that can be counted and read "
-                "by number (a list, a datasets.Dataset); a stream has to be saved first"
+                f"{name} is a {type(rows).__name__}, expected rows with a length and integer "
+                "indices (a list, a datasets.Dataset); save a streaming dataset to disk first"
             )
         if len(rows) == 0:
-            raise DataError(f"{name} holds no rows")
+            raise DataError(f"{name} contains no rows")
         self.name, self.rows, self.question = name, rows, question
 
     def __len__(self) -> int:
@@ -198,13 +198,15 @@ def read_row(name: str, row: Any, question: str, folder: Path) -> tuple[Mapping[
     answer = next((row[key] for key in ANSWER_KEYS if isinstance(row.get(key), str)), None)
     if isinstance(row.get("conversations"), Sequence):
         raise DataError(
-            f"{name} has conversations, LLaVA's form, expected messages: role (user, assistant) "
-            "and content in the place of from and value, and an image part "
-            '{"type": "image"} in the place of each <image>'
+            f"{name} has conversations (the LLaVA format), expected messages: role (user, "
+            "assistant) and content instead of from and value, and an image part "
+            '{"type": "image"} instead of each <image>'
         )
     empty = next((key for key in ANSWER_KEYS if answer is None and key in row), None)
     if images and empty is not None:
-        raise DataError(f"{name} has {empty} {row[empty]!r:.60}, expected words; {NO_WORDS}")
+        raise DataError(
+            f"{name} has {empty} {row[empty]!r:.60}, expected text; {EMPTY_ANSWER_ADVICE}"
+        )
     if not images or answer is None:
         raise DataError(
             f"{name} has the keys {sorted(row)}, expected messages, or an image under one of "
@@ -233,7 +235,7 @@ def question_and_answer(
 ) -> tuple[Mapping[str, Any], ...]:
     """Return the chat of a question about images and its answer."""
     if not answer.strip():
-        raise DataError(f"{name} has an answer without words; {NO_WORDS}")
+        raise DataError(f"{name} has an empty answer; {EMPTY_ANSWER_ADVICE}")
     asked: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     asked.append({"type": "text", "text": question})
     return (
@@ -311,7 +313,7 @@ def _image(name: str, value: Any, folder: Path) -> Any:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
         if value.startswith(("http://", "https://")):
-            raise DataError(f"{name} names {value}; images are read from files, not fetched")
+            raise DataError(f"{name} names {value}; images are read from files, not downloaded")
         return folder / value.removeprefix("file://")
     if value is None:
         raise DataError(f"{name} has an empty image")

@@ -110,7 +110,7 @@ def _draw(folder: Path, count: int, size: tuple[int, int], seed: int) -> list[di
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print one row per stage."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", nargs="?", help="a checkpoint folder; else the bundled reader")
+    parser.add_argument("model", nargs="?", help="a checkpoint folder; default: the bundled reader")
     parser.add_argument("--train", nargs="+", choices=STAGES, default=["connector"])
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)

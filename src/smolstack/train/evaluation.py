@@ -46,7 +46,7 @@ class Evaluated:
     """The result of one evaluation.
 
     Attributes:
-        loss: per token that carries loss, in nats.
+        loss: mean over the tokens that contribute to it, in nats.
         exact: share of answers equal to the expected answer; None if none were generated.
         character_error_rate: edits per character of the expected answers, over all answers.
         answered: all answers.

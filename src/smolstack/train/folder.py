@@ -49,16 +49,18 @@ def claim_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Saved | No
     used = [name for name in (RECIPE, METRICS, MODEL, CHECKPOINTS) if (folder / name).exists()]
     if used and not (overwrite or resume):
         raise TrainingError(
-            f"{folder} holds an earlier run ({', '.join(used)}); resume=True (--resume) "
+            f"{folder} contains an earlier run ({', '.join(used)}); resume=True (--resume) "
             "continues it, overwrite=True (--overwrite) removes it"
         )
     return None
 
 
-def last_good(recipe: Recipe) -> str:
+def last_checkpoint(recipe: Recipe) -> str:
     """Describe where the run's last checkpoint is."""
     last = latest(Path(recipe.output) / CHECKPOINTS)
-    return "there is no checkpoint yet" if last is None else f"the last good one is {last}"
+    return (
+        "there is no checkpoint yet" if last is None else f"the last complete checkpoint is {last}"
+    )
 
 
 def prepare_folder(recipe: Recipe, saved: Saved | None) -> None:
@@ -86,7 +88,7 @@ def _check_recipe(recipe: Recipe, folder: Path) -> None:
     for key, old, new in _differences(began, now):
         if not any(key == free or key.startswith(free + ".") for free in FREE):
             raise TrainingError(
-                f"the recipe's {key} is {new!r}, the run in {folder} began with {old!r}"
+                f"the recipe's {key} is {new!r}, the run in {folder} was started with {old!r}"
             )
 
 

@@ -1,4 +1,5 @@
-"""The loss mask: only the assistant's text and the token that ends its turn carry loss.
+"""The loss mask: only the assistant's text and the token that ends its turn
+contribute to the loss.
 
 Chat templates are arbitrary programs, so the answer's positions are determined by rendering: the
 chat up to an answer is rendered as a prompt, as it will be when the model is used, and the complete
@@ -17,7 +18,7 @@ from smolstack.processor.geometry import TilePlan, Tiling
 from smolstack.processor.inputs import ImageInput
 from smolstack.processor.processor import Processor
 from smolstack.processor.prompt import Message, expand_placeholders, split_messages
-from smolstack.train.data import NO_WORDS, Example
+from smolstack.train.data import EMPTY_ANSWER_ADVICE, Example
 
 IGNORED = -100
 
@@ -29,7 +30,7 @@ class TokenizedExample:
     Attributes:
         name: the example's name.
         token_ids: tokens of the whole chat, including image tokens.
-        labels: the same ids where a token carries loss, IGNORED elsewhere.
+        labels: the same ids where a token contributes to the loss, IGNORED elsewhere.
         images, plans: its images and their tile plans, in order.
     """
 
@@ -41,8 +42,8 @@ class TokenizedExample:
 
     @property
     def supervised(self) -> int:
-        """Number of tokens that carry loss. (The first token of a chat never does: nothing
-        precedes it.)
+        """Number of tokens that contribute to the loss. (The first token of a chat never does:
+        nothing precedes it.)
         """
         return sum(label != IGNORED for label in self.labels)
 
@@ -98,7 +99,7 @@ class Supervisor:
             visual = sum(plan.visual_tokens for plan in plans)
             raise DataError(
                 f"{example.name} has {len(whole)} tokens ({visual} of them visual), the limit is "
-                f"{self.limit}; it would have to be cut, inside an image or an answer"
+                f"{self.limit}; truncation would cut an image or an answer"
             )
         return TokenizedExample(example.name, tuple(whole), tuple(labels), tuple(images), plans)
 
@@ -117,9 +118,9 @@ class Supervisor:
             same = sum(1 for _ in _common(prompt, whole))
             around = self.processor.tokenizer.decode(prompt[same : same + 8], skip_special=False)
             raise DataError(
-                f"{name}: the chat template does not continue its own prompt: before the answer "
-                f"of message {place}, token {same} of the prompt ({around!r} …) differs from the "
-                "whole chat's, so the tokens that carry loss cannot be told"
+                f"{name}: the chat template renders a prompt that is not a prefix of the whole "
+                f"chat: before the answer of message {place}, token {same} of the prompt "
+                f"({around!r} …) differs, so the answer's tokens cannot be located"
             )
         ends = (i for i in range(start, len(whole)) if whole[i] in self.end_ids)
         end = next(ends, None)
@@ -136,14 +137,14 @@ class Supervisor:
     ) -> None:
         answers = [m for m in messages if m["role"] == "assistant"]
         if not answers:
-            raise DataError(f"{name} has no message of the assistant; nothing in it carries loss")
+            raise DataError(f"{name} has no assistant message, so it has no loss")
         if messages[0]["role"] == "assistant":
-            raise DataError(f"{name} begins with the assistant's message, expected a question")
+            raise DataError(f"{name} begins with an assistant message, expected a user message")
         if any(image is None for image in images):
             raise DataError(f"{name} has an image part without an image")
         for message in answers:
             if any(part["type"] == "image" for part in message["content"]):
-                raise DataError(f"{name} has an image in the assistant's message")
+                raise DataError(f"{name} has an image in an assistant message")
         tokenizer = self.processor.tokenizer
         image = self.processor.markers.image
         ends = [t for t in map(tokenizer.token, self.end_ids) if t is not None]
@@ -151,18 +152,18 @@ class Supervisor:
             text = "".join(part.get("text", "") for part in message["content"])
             if image in text:
                 raise DataError(
-                    f"{name} has {image} in the text of message {place}, expected a part of its "
-                    'own in its place: "content": [{"type": "image"}, {"type": "text", "text": …}]'
+                    f"{name} has {image} in the text of message {place}, expected an image "
+                    'part instead: "content": [{"type": "image"}, {"type": "text", "text": …}]'
                 )
             for token in ends:
                 if token in text:
                     raise DataError(
-                        f"{name} has {token} in its text, which ends a turn; leave it out, the "
-                        "chat template writes it"
+                        f"{name} has the end-of-turn token {token} in its text; remove it, the "
+                        "chat template adds it"
                     )
             if message["role"] == "assistant" and not text.strip():
                 raise DataError(
-                    f"{name} has an answer without words in message {place}; {NO_WORDS}"
+                    f"{name} has an empty answer in message {place}; {EMPTY_ANSWER_ADVICE}"
                 )
 
 

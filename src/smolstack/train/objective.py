@@ -34,7 +34,7 @@ class AnswerLoss(nn.Module):
         self.model, self.projected = model, projected
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Return the sum over all tokens that carry loss: a scalar, float32."""
+        """Return the sum over all tokens that contribute to the loss: a scalar, float32."""
         model = self.model
         embeddings: Tensor = model.decoder.embedding(batch.token_ids)
         visual = self._visual_tokens(batch)
@@ -61,19 +61,20 @@ class AnswerLoss(nn.Module):
     def _packed(
         self, embeddings: Tensor, wanted: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """States and targets of the real tokens alone, one row after another: (1, ΣT, D), (1, ΣT).
+        """Return the states and targets of all tokens except padding, concatenated: (1, ΣT, D),
+        (1, ΣT).
 
-        A CPU takes as long for a padding token as for a real one. Every row attends to itself.
+        A CPU takes as long for a padding token as for a real one. Every row attends only to itself.
         """
         real = torch.arange(embeddings.shape[1])[None] < torch.tensor(lengths)[:, None]
         states = self.model.decoder(embeddings[real][None], cache=packed_rows(lengths))
         return states, wanted[real][None]
 
     def _cross_entropy(self, states: Tensor, wanted: Tensor) -> Tensor:
-        """Summed over states (R, D) and tokens (R,).
+        """Return the sum over states (R, D) and target tokens (R,).
 
-        The logits of more than LOGITS_AT_ONCE states are never held together: they are computed
-        some at a time, and again for the gradient.
+        The logits of at most LOGITS_AT_ONCE states are in memory at a time; they are computed in
+        chunks, and again for the gradient.
         """
         if len(states) <= LOGITS_AT_ONCE:
             return self._some(states, wanted)

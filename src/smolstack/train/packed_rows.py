@@ -10,20 +10,20 @@ from torch import Tensor
 from smolstack.model.kv_cache import RaggedKVCache
 
 
-class _Passing:
-    """What the decoder asks of a sequence's cache, without one: nothing came before."""
+class _NoCache:
+    """The KV cache of a sequence that is processed in one pass: always empty, nothing is stored."""
 
     length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values to attend to: those of the row itself."""
+        """Return the keys and values to attend to: those of the row itself."""
         return keys, values
 
     def advance(self, count: int) -> None:
-        """Nothing is kept; a layer may be computed again for its gradient."""
+        """Do nothing; a layer may be recomputed for its gradient."""
 
 
 def packed_rows(lengths: Sequence[int]) -> RaggedKVCache:
-    """What tells the decoder where rows begin in (1, ΣT, D); each attends to itself alone."""
-    passing: Any = _Passing()
-    return RaggedKVCache([passing] * len(lengths), lengths)
+    """Return the decoder's cache for packed rows (1, ΣT, D); each row attends only to itself."""
+    no_cache: Any = _NoCache()
+    return RaggedKVCache([no_cache] * len(lengths), lengths)

@@ -1,4 +1,4 @@
-"""The summary before a run: how many tokens carry loss, and one example with its mask."""
+"""The summary before a run: how many tokens contribute to the loss, and an example's mask."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Counts:
         """Return the counts as text."""
         share = self.supervised / max(self.tokens, 1)
         return (
-            f"{self.examples:,} examples, {self.tokens:,} tokens: {share:.1%} carry loss "
-            f"({self.supervised:,} of assistants' answers), {self.visual:,} are visual, "
+            f"{self.examples:,} examples, {self.tokens:,} tokens: {share:.1%} contribute to "
+            f"the loss ({self.supervised:,} of assistant messages), {self.visual:,} are visual, "
             f"the longest example has {self.longest:,}"
         )
 
@@ -72,10 +72,10 @@ def show_examples(
             display.advance()
         display.end()
         if shown is None:
-            raise DataError(f"the {name} data holds no example")
+            raise DataError(f"the {name} data contains no examples")
         display.say(f"{name}: {counts.sentence()}")
         if number == 0:
-            display.say(f"{shown.name}, what carries loss in ⟦ ⟧:")
+            display.say(f"{shown.name}, tokens that contribute to the loss in ⟦ ⟧:")
             display.say(mask_shown(shown, supervisor.processor))
 
 
@@ -123,8 +123,8 @@ def _decode(name: str, image: ImageInput) -> None:
 
 
 def mask_shown(tokenized: TokenizedExample, processor: Processor) -> Text:
-    """Return the example's text with the parts that carry loss in ⟦ ⟧ (and bold green on a
-    terminal).
+    """Return the example's text with the parts that contribute to the loss in ⟦ ⟧
+    (and bold green on a terminal).
     """
     shown = Text()
     pairs = list(zip(tokenized.token_ids, tokenized.labels, strict=True))

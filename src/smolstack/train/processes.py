@@ -155,7 +155,7 @@ def _like(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
 def _replicated(loss: AnswerLoss) -> nn.Module:
     """Return the module under DDP, which exchanges trained weights and their gradients only.
 
-    Every process has read the same frozen weights; to exchange them would write into each
+    Every process has read the same frozen weights; exchanging them would write into each
     process's mapping of the checkpoint, and so copy it.
     """
     frozen = [name for name, parameter in loss.named_parameters() if not parameter.requires_grad]

@@ -128,8 +128,8 @@ class Recipe:
         seed: seed of the order of examples, adapters and dropout.
         stages: stages in order, each on the weights of the previous one.
         autocast: "bfloat16" computes matrix products in it; weights stay float32.
-        vision_dtype: what a frozen vision tower computes in: "float32", or "bfloat16" or "int8" by
-            the compiled kernels. A tower that is trained computes as ``autocast`` says.
+        vision_dtype: the dtype in which a frozen vision tower computes: "float32", or "bfloat16"
+            or "int8" by the compiled kernels. A tower that is trained follows ``autocast``.
         gradient_checkpointing: recompute layers in the backward pass, to save memory.
         cache: cache a frozen tower's outputs on disk, so that it runs once per image.
         cache_folder: folder of the cache; empty: the run's subfolder ``cache``.
@@ -208,7 +208,7 @@ def check(recipe: Recipe) -> None:
     _one_of("autocast", recipe.autocast, AUTOCAST)
     _one_of("vision_dtype", recipe.vision_dtype, VISION)
     frozen = recipe.vision_dtype == "float32" or any(s.train != "full" for s in recipe.stages)
-    expected = "'float32' where every stage trains the vision tower"
+    expected = "'float32', because every stage trains the vision tower"
     _require(frozen, "vision_dtype", recipe.vision_dtype, expected)
     _one_of("parallel", recipe.parallel, PARALLEL)
     _one_of("save_dtype", recipe.save_dtype, SAVED)

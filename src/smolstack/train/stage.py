@@ -18,7 +18,7 @@ from smolstack.train.adapters import Adapters, add_adapters
 from smolstack.train.batches import MicroBatch, StepBatches
 from smolstack.train.data import Source
 from smolstack.train.evaluation import with_states
-from smolstack.train.folder import last_good
+from smolstack.train.folder import last_checkpoint
 from smolstack.train.frozen_tower import FrozenTower
 from smolstack.train.loss_mask import Supervisor
 from smolstack.train.objective import AnswerLoss, recomputed
@@ -179,7 +179,7 @@ class RunningStage:
             lost += loss.detach().double().cpu()
         mean = processes.total(float(lost))[0] / supervised
         norm = self._clip()
-        self._refuse_nonsense(mean, norm)
+        self._check_finite(mean, norm)
         self.optimizer.step()
         self.step += 1
         return {
@@ -199,21 +199,21 @@ class RunningStage:
         without = [name for name, parameter in parameters.items() if parameter.grad is None]
         if without:
             raise TrainingError(
-                f"no gradient reaches {len(without)} of {len(parameters)} trained weights, the "
-                f"first is {without[0]}; it does not take part in the model's answer"
+                f"{len(without)} of {len(parameters)} trained weights receive no gradient, the "
+                f"first is {without[0]}; the model's output does not depend on it"
             )
         bound = self.stage.clip or math.inf
         norm = nn.utils.clip_grad_norm_(parameters.values(), bound)
         return float(whole(norm))
 
-    def _refuse_nonsense(self, mean: float, norm: float) -> None:
+    def _check_finite(self, mean: float, norm: float) -> None:
         if math.isfinite(mean) and math.isfinite(norm):
             return
-        last = last_good(self.run.recipe)
+        last = last_checkpoint(self.run.recipe)
         found = f"the loss is {mean}" if not math.isfinite(mean) else f"the gradient is {norm}"
         raise TrainingError(
-            f"{found} at step {self.place.total + 1} (stage {self.stage.train}); nothing was "
-            f"changed by it, {last}. A lower learning rate or a longer warm-up may help"
+            f"{found} at step {self.place.total + 1} (stage {self.stage.train}); the step "
+            f"was not applied, {last}. A lower learning rate or a longer warm-up may help"
         )
 
     def _evaluate_and_save(self) -> None:

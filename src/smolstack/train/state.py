@@ -60,11 +60,11 @@ class Saved:
         """
         if self.base != base:
             raise TrainingError(
-                f"{self.folder} was trained from other weights than the recipe's model has"
+                f"{self.folder} was trained from base weights that differ from the recipe's model"
             )
         if self.examples != examples:
             raise TrainingError(
-                f"{data} has {examples} examples, the run began with {self.examples}"
+                f"{data} has {examples} examples, the run was started with {self.examples}"
             )
 
 
@@ -100,7 +100,11 @@ def save_state(
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         last = latest(folder)
-        kept = "there is none before it" if last is None else f"the last good one is {last}"
+        kept = (
+            "there is no earlier checkpoint"
+            if last is None
+            else f"the last complete checkpoint is {last}"
+        )
         raise TrainingError(f"checkpoint {target} cannot be written: {reason}; {kept}") from error
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

@@ -15,7 +15,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 def tower_in(model: VisionLanguageModel, precision: str) -> VisionTower:
-    """The model's vision tower in ``precision``, for inference; the model is not changed.
+    """Return the model's vision tower in ``precision``, for inference; the model is not changed.
 
     "float32" is the model's own tower. Another precision is a copy whose unrounded weights share
     memory with the model. "int8" is the same as the tower of ``smolstack.load(…, dtype="int8")``.
@@ -27,8 +27,8 @@ def tower_in(model: VisionLanguageModel, precision: str) -> VisionTower:
         return model.vision
     if precision == "int8" and model.device.type != "cpu":
         raise ConfigError(
-            f"the recipe's vision_dtype is 'int8', which the CPU alone multiplies quickly; found "
-            f"the device {model.device.type}, expected 'float32' or 'bfloat16' there"
+            f"the recipe's vision_dtype is 'int8', which only the CPU supports; the device is "
+            f"{model.device.type}, expected 'float32' or 'bfloat16'"
         )
     with torch.device("meta"):
         holder = VisionLanguageModel(model.config)
@@ -39,7 +39,7 @@ def tower_in(model: VisionLanguageModel, precision: str) -> VisionTower:
         parameter.requires_grad_(False)
     if precision == "int8":
         names = {n: f for n, f in formats_of(holder, "int8").items() if n.startswith("vision.")}
-        # Where tiles are put before they reach the tower is read off the embedding.
+        # The device of tiles is that of the embedding, so it must not be on the meta device.
         holder.decoder.embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         quantize_model(holder, names)
     return accelerate(holder.eval()).vision

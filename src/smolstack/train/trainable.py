@@ -48,12 +48,14 @@ def adapted_layers(model: nn.Module, lora: Lora) -> list[str]:
         ]
         if not found:
             raise ConfigError(
-                f"the recipe's lora.modules has {pattern!r}, which names no linear layer; "
-                f"there are {', '.join(sorted({_pattern(name) for name in linear}))}"
+                f"the recipe's lora.modules has {pattern!r}, which matches no linear layer; "
+                f"available: {', '.join(sorted({_pattern(name) for name in linear}))}"
             )
         chosen.update(found)
     if lora.connector and "connector.proj" in chosen:
-        raise ConfigError("the recipe trains connector.proj whole and by an adapter; choose one")
+        raise ConfigError(
+            "the recipe trains connector.proj both fully and with an adapter; choose one"
+        )
     return [name for name in linear if name in chosen]
 
 

@@ -29,7 +29,7 @@ from smolstack.train.folder import (
     CHECKPOINTS,
     MODEL,
     claim_folder,
-    last_good,
+    last_checkpoint,
     prepare_folder,
     stored_dtype,
 )
@@ -101,7 +101,9 @@ def train(
             ).run()
         except OSError as error:
             found = f"{error.filename or recipe.output}: {error.strerror or error}"
-            raise TrainingError(f"the run stops: {found}; {last_good(recipe)}") from error
+            raise TrainingError(
+                f"the run was stopped: {found}; {last_checkpoint(recipe)}"
+            ) from error
 
 
 class Trainer:
@@ -125,7 +127,9 @@ class Trainer:
         self.save_dtype = stored_dtype(folder, recipe.save_dtype)
         self.vlm = VLM(self.checkpoint)
         if self.vlm.config.embedding_dim is not None:
-            raise ConfigError(f"{folder} ends in an embedding head; it gives no answers to train")
+            raise ConfigError(
+                f"{folder} has an embedding head, expected a model that generates text"
+            )
         self.base = weights_digest(self.vlm.model.parameters()).hex()
         self.cache_folder: Path | None = None
         if recipe.cache:
@@ -186,11 +190,11 @@ class Trainer:
         yield (
             f"stage {number + 1} of {len(self.recipe.stages)}, {stage.train}: "
             f"{running.steps - running.step:,} steps of {stage.batch} examples, "
-            f"{count:,} weights trained"
-            + (f", going on after step {running.step}" if running.step else "")
+            f"{count:,} trained weights"
+            + (f", continuing after step {running.step}" if running.step else "")
         )
         if running.tower is not None and self.cache_folder is not None:
-            yield f"the vision tower is frozen; its outputs are kept in {self.cache_folder}"
+            yield f"the vision tower is frozen; its outputs are cached in {self.cache_folder}"
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Write one line to metrics.jsonl."""
@@ -234,12 +238,12 @@ class Trainer:
 
     @contextmanager
     def _writing(self, target: Path) -> Iterator[None]:
-        """Convert errors of the disk to a TrainingError in one sentence; checkpoints are kept."""
+        """Convert disk errors to a TrainingError; checkpoints are kept."""
         try:
             yield
         except (OSError, SafetensorError) as error:
             raise TrainingError(
-                f"{target} cannot be written: {error}; {last_good(self.recipe)}"
+                f"{target} cannot be written: {error}; {last_checkpoint(self.recipe)}"
             ) from error
 
     def restore_weights(self, saved: Saved) -> None:

@@ -65,8 +65,9 @@ def to_fms_config(config: ModelConfig) -> Idefics3Config:
         vision.intermediate_size
     ):
         raise ConfigError(
-            f"vision_config.intermediate_size {vision.intermediate_size} is not a multiple of "
-            f"hidden_size {vision.hidden_size} that the Foundation Model Stack's SigLIP can state"
+            f"vision_config.intermediate_size {vision.intermediate_size} cannot be expressed "
+            f"as a factor of hidden_size {vision.hidden_size}, as the Foundation Model Stack's "
+            "SigLIP requires"
         )
     return Idefics3Config(
         vision_config=SiglipVisionConfig(

@@ -58,8 +58,8 @@ def hf_state_dict(model: Idefics3) -> dict[str, Tensor]:
 def _own(model: Idefics3) -> dict[str, Tensor]:
     """Return the model's weights without a tied head."""
     if isinstance(model.distributed_strategy, TensorParallelStrategy) or model._vision_only:
-        what = "has no decoder" if model._vision_only else "holds one process's share of the layers"
-        raise CheckpointError(f"the model {what}; expected a whole one to convert its weights")
+        what = "has no decoder" if model._vision_only else "is split between processes"
+        raise CheckpointError(f"the model {what}; expected a complete model to convert its weights")
     state: dict[str, Tensor] = dict(model.state_dict())
     if model.config.text_config.tie_heads:
         del state["language_model.head.weight"]

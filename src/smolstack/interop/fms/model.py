@@ -151,8 +151,8 @@ class Idefics3(nn.Module):
         """
         if self._vision_only:
             raise ConfigError(
-                "a vision_only model has no decoder; prepare_inputs_for_generation makes the "
-                "embeddings for one"
+                "a vision_only model has no decoder; it only computes embeddings for a "
+                "complete model, with prepare_inputs_for_generation"
             )
         images, attention = split_images(kwargs)
         attention.pop("prompt_length", None)

@@ -95,7 +95,7 @@ def export(
                 "generates text"
             )
         edge = checkpoint.processor.settings.tile_edge
-        step("Computing what torch computes")
+        step("Computing reference outputs with torch")
         reference = Reference(network, edge)
         (temporary / "onnx").mkdir()
         written = []

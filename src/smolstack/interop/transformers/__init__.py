@@ -1,9 +1,9 @@
 """smolstack and transformers in one program: extra ``hf``.
 
 - :func:`replace_connector` puts smolstack's connector into a loaded transformers model;
-- :func:`to_transformers` and :func:`from_transformers` change sides without copying a weight;
-- :func:`register` makes transformers' auto classes and pipelines build models that are
-  transformers' own on the outside and compute with smolstack.
+- :func:`to_transformers` and :func:`from_transformers` convert models without copying weights;
+- :func:`register` makes transformers' auto classes and pipelines build models with
+  transformers' interface that compute with smolstack.
 """
 
 from smolstack.interop.transformers.connector import BridgeConnector, replace_connector

@@ -103,7 +103,9 @@ def _in_turn(
 def main(arguments: list[str] | None = None) -> None:
     """Compare and print a row per call."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", nargs="?", type=Path, help="a folder; else the bundled reader")
+    parser.add_argument(
+        "model", nargs="?", type=Path, help="a checkpoint folder; default: the bundled reader"
+    )
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--new-tokens", type=int, default=32)
