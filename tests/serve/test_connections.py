@@ -15,7 +15,7 @@ from tests.serve.conftest import Process, serving
 from tests.serve.test_refusals import message, post
 
 from smolstack.errors import GenerationError
-from smolstack.serve.bodies import Bodies
+from smolstack.serve.body_memory import BodyMemory
 from smolstack.serve.connections import connection_limit
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.parsing import MOST_VALUES, parsed
@@ -101,7 +101,7 @@ def test_bodies_together_have_a_limit() -> None:
     megabyte = 2**20
 
     async def work() -> None:
-        bodies = Bodies(16 * megabyte)
+        bodies = BodyMemory(16 * megabyte)
         until = time.monotonic() + 30
         slow = bodies.begin()
         await slow.take(12 * megabyte, until)

@@ -1,4 +1,4 @@
-"""The listener's queue: who has asked by the time there is a place, and who came before."""
+"""The listener's queue: which connections have sent a request, and when they arrived."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from smolstack.serve.listening import ListenerQueue, has_asked
+from smolstack.serve.listening import ListenerQueue, has_sent_request
 
 POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 LONG = POST + b"Content-Length: 1000000\r\n\r\n"
@@ -33,7 +33,7 @@ def test_what_counts_as_a_request(said: bytes, asked: bool) -> None:
     with client, server:
         server.setblocking(False)
         client.sendall(said)
-        assert has_asked(server, False) is asked
+        assert has_sent_request(server, False) is asked
         assert server.recv(len(said) or 1) == said if said else True
 
 
@@ -41,25 +41,25 @@ def test_of_tls_the_first_byte_is_enough() -> None:
     client, server = socket.socketpair()
     with client, server:
         server.setblocking(False)
-        assert not has_asked(server, True)
+        assert not has_sent_request(server, True)
         client.sendall(b"\x16")
-        assert has_asked(server, True)
+        assert has_sent_request(server, True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the queue's length is told by Linux")
 def test_those_that_waited_came_before_the_queue_was_looked_at() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         clients = [socket.create_connection(listener.getsockname()) for _ in range(4)]
-        queue, came = ListenerQueue(listener), []
+        queue, arrived = ListenerQueue(listener), []
         for _ in clients:
             accepted, _address = listener.accept()
-            came.append(queue.came())
+            arrived.append(queue.arrival_time())
             accepted.close()
         clients.append(socket.create_connection(listener.getsockname()))
         before = time.monotonic()
         listener.accept()[0].close()
-        assert came == [came[0]] * 4
-        assert queue.came() >= before
+        assert arrived == [arrived[0]] * 4
+        assert queue.arrival_time() >= before
         for client in clients:
             client.close()
 
@@ -68,4 +68,4 @@ def test_a_socket_whose_queue_is_not_known_has_new_connections_alone() -> None:
     made, other = socket.socketpair()
     with made, other:
         before = time.monotonic()
-        assert ListenerQueue(made).came() >= before
+        assert ListenerQueue(made).arrival_time() >= before

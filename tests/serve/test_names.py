@@ -14,7 +14,7 @@ from tests.serve.test_refusals import message, post
 
 from smolstack.errors import SmolstackError
 from smolstack.serve.error_responses import RefusedError
-from smolstack.serve.request_fields import understood
+from smolstack.serve.request_fields import normalize_fields
 from smolstack.serve.request_reader import _from_data_url, _is_sum
 from smolstack.serve.schemas import ChatRequest
 
@@ -203,12 +203,12 @@ def test_a_schema_that_is_a_sum_of_others_stays_as_it_is() -> None:
 
 def test_nothing_but_an_object_is_left_to_the_schema() -> None:
     nothing: list[Any] = [[], "text", 3, None]
-    assert [understood(data) for data in nothing] == nothing
+    assert [normalize_fields(data) for data in nothing] == nothing
     deep: Any = {}
     for _ in range(5000):
         deep = {"in": deep}
     with pytest.raises((RefusedError, SmolstackError), match="nested too deeply"):
-        understood({"messages": [deep]})
+        normalize_fields({"messages": [deep]})
 
 
 def test_a_body_needs_no_content_type_but_no_other_one(server: Process) -> None:

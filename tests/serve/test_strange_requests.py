@@ -18,7 +18,7 @@ from tests.serve.test_refusals import message, post
 import smolstack
 from smolstack.processor.literal_text import LiteralText
 from smolstack.retrieval import QUERY_PROMPT, query_prompts
-from smolstack.serve.entrance import client_of
+from smolstack.serve.admission import client_of
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 

@@ -24,15 +24,15 @@ from smolstack.serve import (
     tokens,
     validation_errors,
 )
-from smolstack.serve.answering import Answering
-from smolstack.serve.answers import in_thread
-from smolstack.serve.bodies import Bodies
+from smolstack.serve.body_memory import BodyMemory
 from smolstack.serve.completions import Completion
 from smolstack.serve.error_responses import RefusedError, add_handlers, as_refusal
 from smolstack.serve.media import Media, MediaUrl
 from smolstack.serve.metrics import Metrics
 from smolstack.serve.middleware import Guard
 from smolstack.serve.parsing import JsonRoute
+from smolstack.serve.pending_answers import in_thread
+from smolstack.serve.request_handler import RequestHandler
 from smolstack.serve.response_requests import ResponsesRequest
 from smolstack.serve.responses import ResponseWriter
 from smolstack.serve.schemas import ChatRequest, PlanRequest
@@ -77,7 +77,7 @@ class Server:
         self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, images=images)
         self.metrics = Metrics(self.engine)
         self.readers = RankedPool(_READING_THREADS, _LONG_READING, "reading")
-        self.answering = Answering(vlm, settings, self.engine, self.metrics, self.readers)
+        self.handler = RequestHandler(vlm, settings, self.engine, self.metrics, self.readers)
         # FastAPI's own documentation pages load scripts from other sites.
         self.app = FastAPI(
             title="smolstack",
@@ -89,7 +89,7 @@ class Server:
         add_handlers(self.app)
         validation_errors.add_handlers(self.app)
         self.app.router.route_class = JsonRoute
-        self.bodies = Bodies(settings.bodies_bytes)
+        self.bodies = BodyMemory(settings.bodies_bytes)
         self.app.add_middleware(
             Guard, settings=settings, count=self.metrics.count_response, bodies=self.bodies
         )
@@ -120,7 +120,7 @@ class Server:
         app = self.app
         errors = {"responses": _ERRORS}
         app.post("/v1/chat/completions", response_model=None, **errors)(self.chat)  # type: ignore[arg-type]
-        text_completions.add_route(app, self.vlm, self.settings, self.answering, errors)
+        text_completions.add_route(app, self.vlm, self.settings, self.handler, errors)
         app.post("/v1/responses", response_model=None, **errors)(self.responses)  # type: ignore[arg-type]
         app.get("/v1/models", responses={401: _ERRORS[401]})(self.models)
         app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: {}})(self.one_model)
@@ -141,7 +141,7 @@ class Server:
         """Answer a chat, with one response or with server-sent events."""
 
         def writer() -> Completion:
-            kind = CallingCompletion if functions.offered(body) else Completion
+            kind = CallingCompletion if functions.offered_tools(body) else Completion
             name, usage = body.model or self.settings.name, body.stream_options
             return kind(
                 name,
@@ -149,7 +149,7 @@ class Server:
                 with_usage=usage is not None and usage.include_usage,
             )
 
-        return await self.answering.answer(body, request, writer)
+        return await self.handler.answer(body, request, writer)
 
     async def responses(self, body: ResponsesRequest, request: Request) -> Response:
         """Answer an input of text and images, with one response or with server-sent events."""
@@ -157,9 +157,9 @@ class Server:
         chat = body.chat()
 
         def writer() -> ResponseWriter:
-            return ResponseWriter(name, tokenizer, body, calls=bool(functions.offered(chat)))
+            return ResponseWriter(name, tokenizer, body, calls=bool(functions.offered_tools(chat)))
 
-        return await self.answering.answer(chat, request, writer)
+        return await self.handler.answer(chat, request, writer)
 
     async def models(self) -> dict[str, Any]:
         """List the served model."""
@@ -201,7 +201,7 @@ class Server:
             else:
                 raise RefusedError(400, "expected image_url, video_url, or width and height")
             return await in_thread(
-                self.readers, plans.planned, self.vlm, found, body, self.settings
+                self.readers, plans.plan_response, self.vlm, found, body, self.settings
             )
         except Exception as error:
             raise as_refusal(error) from None

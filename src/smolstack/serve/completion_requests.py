@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from smolstack.serve.error_responses import RefusedError
-from smolstack.serve.request_fields import understood
+from smolstack.serve.request_fields import normalize_fields
 from smolstack.serve.schemas import AnswerFields, ChatRequest, ResponseFormat, Text
 
 _MAX_TOKENS = 16  # OpenAI's default
@@ -59,7 +59,7 @@ class CompletionRequest(AnswerFields):
     @model_validator(mode="before")
     @classmethod
     def _understood(cls, data: Any) -> Any:
-        found = understood(data, _OWN)
+        found = normalize_fields(data, _OWN)
         if isinstance(found, dict):
             for name, sentence in _ELSEWHERE.items():
                 if name in found and found[name] != "":

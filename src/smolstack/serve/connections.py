@@ -22,18 +22,18 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from smolstack.errors import GenerationError
-from smolstack.serve.listening import ListenerQueue, has_asked
+from smolstack.serve.listening import ListenerQueue, has_sent_request
 
 DEFAULT_CONNECTIONS = 512
 # Seconds that a client may keep the server waiting even at the limit. Shorter if the limit is low,
 # so that connections do not wait long in the listen queue.
 _GRACE, _GRACE_PLACES = (0.05, 0.5), 1000
-_TOGETHER = 16  # at the limit, one connection of this many is closed at once
+_CLOSED_SHARE = 16  # at the limit, one connection of this many is closed at once
 _RATE = 2**16  # bytes of a body that halve the waiting time counted against its connection
-_LEAST = 4
+_MINIMUM = 4
 _AT_A_TIME = 16  # connections accepted before yielding to the event loop
-_LOOK = 0.25  # seconds between timeout checks
-_NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_CHECK_SECONDS = 0.25  # seconds between timeout checks
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _TOO_SLOW = (
     b"HTTP/1.1 408 Request Timeout\r\ncontent-type: text/plain; charset=utf-8\r\n"
     b"connection: close\r\n\r\nThe headers did not arrive in time."
@@ -50,11 +50,11 @@ def connection_limit(wanted: int | None) -> int:
         GenerationError: the limit of open files allows fewer than requested, or too few.
     """
     left = _descriptors_left()
-    if left is not None and left < (wanted or _LEAST):
-        asked = _LEAST if wanted is None else wanted
+    if left is not None and left < (wanted or _MINIMUM):
+        expected = _MINIMUM if wanted is None else wanted
         raise GenerationError(
-            f"the limit of open files leaves {max(0, left)} for connections, expected {asked} or "
-            "more; raise it (ulimit -n) or lower --max-connections"
+            f"the limit of open files leaves {max(0, left)} for connections, expected {expected} "
+            "or more; raise it (ulimit -n) or lower --max-connections"
         )
     if wanted is not None:
         return wanted
@@ -82,92 +82,93 @@ class Connection(H11Protocol):
 
     Attributes:
         since: start of the present waiting period, as time.monotonic().
-        came: arrival in the listen queue.
-        entered: whether data that had arrived at the time of acceptance has been read.
-        begun: whether a part of a request's headers has been received.
-        asked: whether complete headers have been received before.
-        answered: whether a response has been completed.
+        arrived: arrival in the listen queue.
+        first_read_done: whether data that had arrived at the time of acceptance has been read.
+        headers_begun: whether a part of a request's headers has been received.
+        request_received: whether complete headers have been received before.
+        response_sent: whether a response has been completed.
         received: bytes received since ``since``.
-        stuck: since when the client has not read its response; None: it reads.
+        unread_since: time since which the client has not read its response; None: it reads.
     """
 
-    def __init__(self, *args: Any, door: Door, **named: Any) -> None:
+    def __init__(self, *args: Any, limiter: ConnectionLimiter, **named: Any) -> None:
         super().__init__(*args, **named)
-        self.door = door
+        self.limiter = limiter
         self.since = time.monotonic()
-        self.came = self.since
-        self.entered = False
-        self.begun = self.asked = False
-        self.answered = False
+        self.arrived = self.since
+        self.first_read_done = False
+        self.headers_begun = self.request_received = False
+        self.response_sent = False
         self.received = 0
-        self.stuck: float | None = None
+        self.unread_since: float | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.door.open.add(self)
+        self.limiter.open.add(self)
         # The event loop reads from the connection for the first time in its next iteration; only
         # after that is it known whether the client has sent anything.
-        self.loop.call_soon(self.loop.call_soon, setattr, self, "entered", True)
+        self.loop.call_soon(self.loop.call_soon, setattr, self, "first_read_done", True)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.door.leave(self)
+        self.limiter.remove(self)
 
     def data_received(self, data: bytes) -> None:
         before, now = self.cycle, time.monotonic()
-        if self.for_a_request and not self.begun:
-            self.begun, self.since = True, now
+        if self.awaits_request and not self.headers_begun:
+            self.headers_begun, self.since = True, now
         super().data_received(data)
         self.received += len(data)
         if self.cycle is not before:
-            self.since, self.begun, self.asked, self.received = now, False, True, 0
+            self.since, self.received = now, 0
+            self.headers_begun, self.request_received = False, True
 
     def on_response_complete(self) -> None:
-        self.since, self.begun, self.answered = time.monotonic(), False, True
+        self.since, self.headers_begun, self.response_sent = time.monotonic(), False, True
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        self.stuck = time.monotonic()
+        self.unread_since = time.monotonic()
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        self.stuck = None
+        self.unread_since = None
         super().resume_writing()
 
     @property
-    def for_a_request(self) -> bool:
+    def awaits_request(self) -> bool:
         """Whether the server is waiting for a request's headers."""
         return self.cycle is None or self.cycle.response_complete
 
     @property
     def idle(self) -> bool:
         """Whether the last response is complete and no further request has begun."""
-        return self.for_a_request and self.asked and not self.begun
+        return self.awaits_request and self.request_received and not self.headers_begun
 
     def waited(self, now: float) -> float | None:
         """Seconds that the client has kept the server waiting; None if the server is working."""
-        if self.stuck is not None:
-            return now - self.stuck
-        if self.entered and (self.for_a_request or self.cycle.more_body):
-            return now - (self.since if self.answered else self.came)
+        if self.unread_since is not None:
+            return now - self.unread_since
+        if self.first_read_done and (self.awaits_request or self.cycle.more_body):
+            return now - (self.since if self.response_sent else self.arrived)
         return None
 
     def is_late(self, now: float) -> bool:
         """Whether the headers, or reading the response, have exceeded their timeout."""
-        if self.stuck is not None:
-            return now - self.stuck > self.door.read_seconds
-        return self.for_a_request and now - self.since > self.door.header_seconds
+        if self.unread_since is not None:
+            return now - self.unread_since > self.limiter.read_seconds
+        return self.awaits_request and now - self.since > self.limiter.header_seconds
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         """Close the connection; an incomplete request is answered with a 408."""
-        if self.for_a_request and self.begun and self.stuck is None:
+        if self.awaits_request and self.headers_begun and self.unread_since is None:
             self.transport.write(_TOO_SLOW)
             self.transport.close()
         else:
             self.transport.abort()
 
 
-class Door:
+class ConnectionLimiter:
     """Accepts connections up to a limit.
 
     Args:
@@ -179,9 +180,9 @@ class Door:
     def __init__(self, limit: int, header_seconds: float, read_seconds: float) -> None:
         self.limit, self.header_seconds, self.read_seconds = limit, header_seconds, read_seconds
         self.open: set[Connection] = set()
-        self._entering: set[asyncio.Task[None]] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
-        self._left = asyncio.Event()
+        self._freed = asyncio.Event()
 
     def start(
         self,
@@ -193,7 +194,7 @@ class Door:
         for listener in listeners:
             listener.setblocking(False)
             self._tasks.append(asyncio.create_task(self._accept(listener, make, context)))
-        self._tasks.append(asyncio.create_task(self._look()))
+        self._tasks.append(asyncio.create_task(self._check_timeouts()))
 
     async def close(self) -> None:
         """Stop accepting connections; open ones stay open."""
@@ -202,10 +203,10 @@ class Door:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
 
-    def leave(self, connection: Connection) -> None:
+    def remove(self, connection: Connection) -> None:
         """Remove a closed connection."""
         self.open.discard(connection)
-        self._left.set()
+        self._freed.set()
 
     async def _accept(
         self,
@@ -221,35 +222,35 @@ class Door:
             try:
                 accepted, _ = await loop.sock_accept(listener)
             except OSError as error:
-                if error.errno in _NO_MORE:
+                if error.errno in _OUT_OF_RESOURCES:
                     self._make_room()
-                    await asyncio.sleep(_LOOK)
+                    await asyncio.sleep(_CHECK_SECONDS)
                 continue  # the client disconnected before
-            came = queue.came()
+            arrived = queue.arrival_time()
             if self._full:
-                waited = time.monotonic() - came > self._grace
-                if waited and not has_asked(accepted, context is not None):
+                waited = time.monotonic() - arrived > self._grace
+                if waited and not has_sent_request(accepted, context is not None):
                     accepted.close()
                     continue
                 try:
-                    await self._room()
+                    await self._wait_for_room()
                 except asyncio.CancelledError:
                     accepted.close()
                     raise
-            task = asyncio.create_task(self._enter(accepted, make, context, came))
-            self._entering.add(task)
-            task.add_done_callback(self._entered)
+            task = asyncio.create_task(self._connect(accepted, make, context, arrived))
+            self._connecting.add(task)
+            task.add_done_callback(self._connected)
 
-    async def _enter(
+    async def _connect(
         self,
         accepted: socket.socket,
         make: Callable[[], Connection],
         context: ssl.SSLContext | None,
-        came: float,
+        arrived: float,
     ) -> None:
         def made() -> Connection:
             connection = make()
-            connection.came = came
+            connection.arrived = arrived
             return connection
 
         seconds = None if context is None else self.header_seconds
@@ -260,28 +261,28 @@ class Door:
         except (OSError, ssl.SSLError):  # TLS handshake failed, or disconnected
             accepted.close()
 
-    def _entered(self, task: asyncio.Task[None]) -> None:
-        self._entering.discard(task)
-        self._left.set()
+    def _connected(self, task: asyncio.Task[None]) -> None:
+        self._connecting.discard(task)
+        self._freed.set()
 
     @property
     def _full(self) -> bool:
-        return len(self.open) + len(self._entering) >= self.limit
+        return len(self.open) + len(self._connecting) >= self.limit
 
     @property
     def _grace(self) -> float:
         """Seconds that a client may keep the server waiting at the limit."""
         return min(max(self.limit / _GRACE_PLACES, _GRACE[0]), _GRACE[1])
 
-    async def _room(self) -> None:
+    async def _wait_for_room(self) -> None:
         """Wait until another connection may be accepted."""
         while self._full:
-            self._left.clear()
+            self._freed.clear()
             if not self._make_room():
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._left.wait(), min(_LOOK, self._grace))
+                    await asyncio.wait_for(self._freed.wait(), min(_CHECK_SECONDS, self._grace))
                 continue
-            await self._left.wait()
+            await self._freed.wait()
 
     def _make_room(self) -> bool:
         """Close the connections that have kept the server waiting longest: idle ones if there are
@@ -291,13 +292,13 @@ class Door:
         idle = {c: seconds for c, seconds in waits.items() if c.idle}
         late = idle or {c: seconds for c, seconds in waits.items() if seconds > self._grace}
         order = sorted(late, key=lambda c: late[c] / (1 + c.received / _RATE), reverse=True)
-        for connection in order[: max(1, self.limit // _TOGETHER)]:
-            connection.hang_up()
+        for connection in order[: max(1, self.limit // _CLOSED_SHARE)]:
+            connection.disconnect()
         return bool(late)
 
-    async def _look(self) -> None:
+    async def _check_timeouts(self) -> None:
         while True:
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_CHECK_SECONDS)
             now = time.monotonic()
             for connection in [each for each in self.open if each.is_late(now)]:
-                connection.hang_up()
+                connection.disconnect()

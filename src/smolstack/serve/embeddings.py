@@ -20,10 +20,10 @@ from smolstack.generation.request import Update
 from smolstack.processor.processor import Prompt
 from smolstack.retrieval import check_head, page_prompts, query_prompts
 from smolstack.serve import request_reader
-from smolstack.serve.answers import unless_gone
-from smolstack.serve.entrance import client_of, in_pool
+from smolstack.serve.admission import client_of, in_pool
 from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.media import Media
+from smolstack.serve.pending_answers import unless_disconnected
 from smolstack.serve.request_fields import without_nulls
 from smolstack.serve.schemas import Body, ImagePart
 from smolstack.serve.settings import ServerSettings
@@ -109,7 +109,7 @@ def add_route(
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         """Embed queries and pages: for each, a list of vectors, one per token."""
         try:
-            work = await unless_gone(
+            work = await unless_disconnected(
                 request.receive,
                 asyncio.wait_for(made(body, client_of(request, settings)), settings.deadline),
             )

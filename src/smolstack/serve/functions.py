@@ -24,14 +24,14 @@ _TOOL_PROMPT = (
 )
 
 
-def concerned(request: ChatRequest) -> bool:
+def uses_tools(request: ChatRequest) -> bool:
     """Whether a chat's prompt contains functions, calls or results."""
-    return bool(offered(request)) or any(
+    return bool(offered_tools(request)) or any(
         message.tool_calls or message.role == "tool" for message in request.messages
     )
 
 
-def offered(request: ChatRequest) -> list[Tool]:
+def offered_tools(request: ChatRequest) -> list[Tool]:
     """Return the functions that an answer may call; none if ``tool_choice`` is "none".
 
     Raises:
@@ -91,11 +91,11 @@ def check_results(messages: Sequence[ChatMessage]) -> None:
 
 def characters(request: ChatRequest) -> int:
     """Return the number of characters that functions and calls add to a prompt."""
-    tools = sum(len(_description(tool)) for tool in offered(request))
+    tools = sum(len(_description(tool)) for tool in offered_tools(request))
     return tools + sum(len(text) for text in _calls_as_text(request))
 
 
-def calls_form(
+def answer_grammar(
     request: ChatRequest, text: Mapping[str, Any] | bool | None, close: Any
 ) -> Lark | None:
     """Return the grammar of an answer that may, or must, call functions; None without functions.
@@ -104,7 +104,7 @@ def calls_form(
         text: the schema of answers without calls.
         close: called with a schema and its ``strict`` flag; forbids additional properties.
     """
-    tools = offered(request)
+    tools = offered_tools(request)
     if not tools:
         return None
     schemas = {}
@@ -139,8 +139,8 @@ def prepare(
     A chat template that supports tools receives them as variables. Otherwise they are written as
     text: tools in the system message, results in user messages.
     """
-    tools = [tool.model_dump(exclude_none=True) for tool in offered(request)]
-    told = "\n".join(map(_description, offered(request)))
+    tools = [tool.model_dump(exclude_none=True) for tool in offered_tools(request)]
+    told = "\n".join(map(_description, offered_tools(request)))
     for text in (told, *_calls_as_text(request)):
         if processor.markers.image in text:
             raise RefusedError(

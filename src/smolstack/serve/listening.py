@@ -32,7 +32,7 @@ class ListenerQueue:
         self._listener = listener
         self._waited, self._then = 0, 0.0
 
-    def came(self) -> float:
+    def arrival_time(self) -> float:
         """Return the latest possible arrival time of the connection just accepted (monotonic)."""
         if self._waited:
             self._waited -= 1
@@ -48,7 +48,7 @@ class ListenerQueue:
             return 0
 
 
-def has_asked(accepted: socket.socket, encrypted: bool) -> bool:
+def has_sent_request(accepted: socket.socket, encrypted: bool) -> bool:
     """Return whether a non-blocking connection has sent a complete request, or so much of one that
     it may be waiting for the server to read. The data stays in the connection's buffer.
 

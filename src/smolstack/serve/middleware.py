@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from smolstack.serve import origins
-from smolstack.serve.bodies import Arrival, Bodies
+from smolstack.serve.body_memory import BodyMemory, IncomingBody
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 
@@ -35,10 +35,10 @@ class Guard:
         app: ASGIApp,
         settings: ServerSettings,
         count: Callable[[str, int], None],
-        bodies: Bodies | None = None,
+        bodies: BodyMemory | None = None,
     ) -> None:
         self.app, self.settings, self.count = app, settings, count
-        self.bodies = bodies or Bodies(settings.bodies_bytes)
+        self.bodies = bodies or BodyMemory(settings.bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,24 +67,24 @@ class Guard:
             named = (b"content-type", b"application/json")
             scope = {**scope, "headers": [*scope["headers"], named]}
 
-        arrival = self.bodies.begin()
+        incoming = self.bodies.begin()
 
         async def counted() -> Message:
             nonlocal received, complete
             if complete:  # the next message is the client's disconnecting, at any time
                 return await receive()
-            message = await self._received(receive, arrival, until)
+            message = await self._received(receive, incoming, until)
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
                 if received > limit:
                     raise _BodyError(self._too_large())
                 try:
-                    await arrival.take(len(message.get("body", b"")), until)
+                    await incoming.take(len(message.get("body", b"")), until)
                 except RefusedError as error:
                     raise _BodyError(error) from None
                 if complete:
-                    arrival.complete()
+                    incoming.complete()
             return message
 
         try:
@@ -93,12 +93,12 @@ class Guard:
             if not answered:
                 await error.refusal.response()(scope, receive, sending)
         finally:
-            arrival.close()
+            incoming.close()
 
-    async def _received(self, receive: Receive, arrival: Arrival, until: float) -> Message:
+    async def _received(self, receive: Receive, incoming: IncomingBody, until: float) -> Message:
         """Receive the next part of a body, unless it is too slow or the body is refused."""
         coming = asyncio.ensure_future(receive())
-        refused = asyncio.ensure_future(arrival.refused.wait())
+        refused = asyncio.ensure_future(incoming.refused.wait())
         try:
             await asyncio.wait(
                 {coming, refused},
@@ -110,7 +110,7 @@ class Guard:
         finally:
             coming.cancel()
             refused.cancel()
-        raise _BodyError(arrival.refusal or self._too_slow())
+        raise _BodyError(incoming.refusal or self._too_slow())
 
     def _refusal(self, scope: Scope, headers: Headers) -> RefusedError | None:
         wrong = _wrong_headers(scope, headers) or origins.refusal(headers, self.settings)

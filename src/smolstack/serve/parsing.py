@@ -78,7 +78,7 @@ class JsonRequest(Request):
         except ValueError as error:
             self._error = error.with_traceback(None)
 
-    def forget(self) -> None:
+    def release_body(self) -> None:
         """Free the parsed body."""
         if isinstance(self._parsed, dict):
             self._parsed.clear()
@@ -105,18 +105,18 @@ class JsonRoute(APIRoute):
 async def _in_turn(content: bytes) -> Any:
     """Parse a body; after a large one, wait as long as it took before parsing the next."""
     if len(content) < _LARGE:
-        return parsed(content)
+        return parse_json(content)
     loop = asyncio.get_running_loop()
     turn = _turns.setdefault(loop, asyncio.Lock())
     await turn.acquire()
     began = time.perf_counter()
     try:
-        return parsed(content)
+        return parse_json(content)
     finally:
         loop.call_later(time.perf_counter() - began, turn.release)
 
 
-def parsed(content: bytes) -> Any:
+def parse_json(content: bytes) -> Any:
     """Parse JSON.
 
     Raises:

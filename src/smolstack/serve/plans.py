@@ -25,12 +25,12 @@ _PREVIEW = 1600  # maximum edge of a preview, in pixels
 _FRAME = 240  # maximum edge of a video frame in a preview, in pixels
 
 
-def planned(
+def plan_response(
     vlm: VLM, found: Media | tuple[int, int], body: PlanRequest, settings: ServerSettings
 ) -> dict[str, Any]:
     """Return the plan of an image, a video or a size as JSON. Slow; call it in a thread."""
     if isinstance(found, tuple):
-        return described(vlm.plan(found, body.text, **request_reader.tiling(body)))
+        return describe_plan(vlm.plan(found, body.text, **request_reader.tiling(body)))
     if found.kind == "video":
         return _video(vlm, media.video(found, vlm, settings), body)
     pages = 1
@@ -46,13 +46,13 @@ def planned(
         pages = media.page_count(found)
     (image,) = media.images(found, settings)
     plan = vlm.plan(image, body.text, **request_reader.tiling(body))
-    made = {**described(plan), "pages": pages}
+    made = {**describe_plan(plan), "pages": pages}
     if body.preview:
         made["preview"] = _preview(open_image(image, settings.image_pixels, SERVED))
     return made
 
 
-def described(plan: Any) -> dict[str, Any]:
+def describe_plan(plan: Any) -> dict[str, Any]:
     """Return a plan as JSON."""
     return {
         "source": plan.source,
@@ -76,7 +76,7 @@ def _video(vlm: VLM, video: Video, body: PlanRequest) -> dict[str, Any]:
     shown = [{"role": "user", "content": [{"type": "video", "video": video}, text]}]
     prompt = processor.prepare(shown)
     made = {
-        **described(first),
+        **describe_plan(first),
         "tiles": len(video.frames),
         "visual_tokens": sum(plan.visual_tokens for plan in prompt.plans),
         "prompt_tokens": len(prompt.token_ids),

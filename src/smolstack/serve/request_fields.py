@@ -101,7 +101,7 @@ _MESSAGE_HARMLESS = frozenset({"name", "annotations", "reasoning_content", "reas
 _PART_HARMLESS = frozenset({"cache_control", "annotations", "uuid"})
 
 
-def understood(data: Any, own: Collection[str] = ()) -> Any:
+def normalize_fields(data: Any, own: Collection[str] = ()) -> Any:
     """Return a request's body with smolstack's field names; anything but an object is unchanged.
 
     Args:

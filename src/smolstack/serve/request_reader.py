@@ -22,10 +22,10 @@ from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tiles import ImageSource
 from smolstack.serve import functions, media
-from smolstack.serve.answers import in_thread
-from smolstack.serve.entrance import form_bytes
+from smolstack.serve.admission import form_bytes
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.media import Media, MediaUrl
+from smolstack.serve.pending_answers import in_thread
 from smolstack.serve.remote import fetch
 from smolstack.serve.schemas import (
     ChatRequest,
@@ -114,7 +114,7 @@ def image_urls(request: ChatRequest, settings: ServerSettings) -> list[MediaUrl]
     return urls
 
 
-def forget_images(request: ChatRequest) -> None:
+def release_images(request: ChatRequest) -> None:
     """Clear a request's image URLs, which contain another copy of the images' bytes."""
     for _, part in _media(request):
         if isinstance(part, ImagePart):
@@ -174,7 +174,7 @@ def prepare(
     ]
     if settings.special_tokens_in_text:
         _check_markers(vlm, request)
-    if functions.concerned(request):
+    if functions.uses_tools(request):
         prompt = functions.prepare(vlm.processor, request, messages, options[0].tiling)
     else:
         prompt = vlm.processor.prepare(messages, **options[0].tiling)
@@ -247,7 +247,7 @@ def _options(request: ChatRequest, settings: ServerSettings, answer: int) -> Ans
         if request.json_schema is None
         else _closed_where_it_can(request.json_schema)
     )
-    calls = functions.calls_form(request, schema, _closed_function)
+    calls = functions.answer_grammar(request, schema, _closed_function)
     chosen: dict[str, Any] = {
         "max_new_tokens": min(asked, settings.new_tokens),
         "stop": request.stop or [],

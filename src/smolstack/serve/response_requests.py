@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from smolstack.serve.error_responses import RefusedError
-from smolstack.serve.request_fields import understood
+from smolstack.serve.request_fields import normalize_fields
 from smolstack.serve.schemas import (
     AnswerFields,
     Body,
@@ -180,7 +180,7 @@ class ResponsesRequest(AnswerFields, ImageFields):
     @model_validator(mode="before")
     @classmethod
     def _understood(cls, data: Any) -> Any:
-        found = understood(data, _OWN)
+        found = normalize_fields(data, _OWN)
         if not isinstance(found, dict):
             return found
         found.pop("reasoning", None)  # like reasoning_effort

@@ -14,7 +14,7 @@ from smolstack.processor.tokenizer import TextTokenizer
 from smolstack.serve.completions import probabilities, timings, token_logprobs
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.response_requests import ResponsesRequest
-from smolstack.serve.tool_calls import CallReader, cut_off
+from smolstack.serve.tool_calls import CallReader, is_truncated
 
 
 class ResponseWriter:
@@ -84,7 +84,7 @@ class ResponseWriter:
                 made += self._text(delta["content"])
         if update.answer is not None:
             cut = update.answer.finish_reason != "stop"
-            if not self._items and not (self._reader and cut_off(update.answer)):
+            if not self._items and not (self._reader and is_truncated(update.answer)):
                 made += self._begin_message()  # an empty answer is a message as well
             made += self._close("incomplete" if cut else "completed")
         return made
@@ -105,7 +105,7 @@ class ResponseWriter:
         if self._reader is None:
             return [{"content": update.piece}]
         deltas = self._reader.push(update.piece)
-        if update.answer is not None and not cut_off(update.answer):
+        if update.answer is not None and not is_truncated(update.answer):
             deltas += self._reader.finish()
         return deltas
 

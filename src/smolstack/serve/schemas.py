@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from smolstack.serve.request_fields import understood, without_nulls
+from smolstack.serve.request_fields import normalize_fields, without_nulls
 
 Text = Annotated[str, Field(max_length=2_000_000)]
 ModelName = Annotated[str, Field(max_length=500)]  # every event of a stream repeats it
@@ -20,7 +20,7 @@ _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Body(BaseModel):
-    # Unknown fields are errors; request_fields.understood removes those without effect before.
+    # Unknown fields are errors; normalize_fields has removed those without effect.
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
@@ -193,7 +193,7 @@ class AnswerFields(_Numbers):
     @model_validator(mode="before")
     @classmethod
     def _understood(cls, data: Any) -> Any:
-        return understood(data)
+        return normalize_fields(data)
 
     def shared(self) -> dict[str, Any]:
         """Return the values of the fields that all routes have."""
@@ -259,7 +259,7 @@ class TokenizeRequest(Body):
     @model_validator(mode="before")
     @classmethod
     def _understood(cls, data: Any) -> Any:
-        return understood(data) if isinstance(data, dict) and "messages" in data else (
+        return normalize_fields(data) if isinstance(data, dict) and "messages" in data else (
             without_nulls(data)
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ import uvicorn
 
 from smolstack.serve.allocator import return_memory
 from smolstack.serve.app import Server
-from smolstack.serve.connections import Connection, Door, connection_limit
+from smolstack.serve.connections import Connection, ConnectionLimiter, connection_limit
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
@@ -58,7 +58,9 @@ def run(
         server_header=False,
         **files,  # type: ignore[arg-type]
     )
-    runner = _Runner(config, server, Door(limit, settings.header_seconds, settings.body_seconds))
+    runner = _Runner(
+        config, server, ConnectionLimiter(limit, settings.header_seconds, settings.body_seconds)
+    )
 
     def end(*_: object) -> None:
         runner.should_exit = True
@@ -76,9 +78,9 @@ class _Runner(uvicorn.Server):
     """uvicorn's server with limited connections, and with errors for requests that are incomplete
     after draining."""
 
-    def __init__(self, config: uvicorn.Config, server: Server, door: Door) -> None:
+    def __init__(self, config: uvicorn.Config, server: Server, limiter: ConnectionLimiter) -> None:
         super().__init__(config)
-        self.server, self.door = server, door
+        self.server, self.limiter = server, limiter
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
@@ -88,13 +90,13 @@ class _Runner(uvicorn.Server):
                 config=self.config,
                 server_state=self.server_state,
                 app_state=self.lifespan.state,
-                door=self.door,
+                limiter=self.limiter,
             )
 
-        self.door.start(sockets or [], make, self.config.ssl)
+        self.limiter.start(sockets or [], make, self.config.ssl)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.door.close()
+        await self.limiter.close()
         timer = asyncio.get_running_loop().call_later(self.server.settings.drain, self._drained)
         try:
             await super().shutdown(sockets)

@@ -16,11 +16,11 @@ from smolstack.generation.request import Update
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tokenizer import TextTokenizer
 from smolstack.serve import request_reader
-from smolstack.serve.answering import Answering
 from smolstack.serve.completion_requests import CompletionRequest
 from smolstack.serve.completions import DONE, LEAST, REASONS, event, probabilities, usage
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.media import Media
+from smolstack.serve.request_handler import RequestHandler
 from smolstack.serve.schemas import ChatRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
@@ -30,7 +30,7 @@ def add_route(
     app: FastAPI,
     vlm: VLM,
     settings: ServerSettings,
-    answering: Answering,
+    handler: RequestHandler,
     errors: Mapping[str, Any],
 ) -> None:
     """Add ``/v1/completions``."""
@@ -64,9 +64,7 @@ def add_route(
             )
 
         characters = sum(map(len, prompts))  # or token ids, which are decoded
-        return await answering.answer(
-            asked, request, writer, prepare=prepare, characters=characters
-        )
+        return await handler.answer(asked, request, writer, prepare=prepare, characters=characters)
 
     app.post("/v1/completions", response_model=None, **errors)(completions)
 

@@ -11,10 +11,10 @@ from fastapi.responses import JSONResponse
 
 from smolstack.generation.pools import RankedPool
 from smolstack.serve import request_reader
-from smolstack.serve.answers import in_thread
-from smolstack.serve.entrance import in_pool, reading_seconds
+from smolstack.serve.admission import in_pool, reading_seconds
 from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.media import Media
+from smolstack.serve.pending_answers import in_thread
 from smolstack.serve.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM

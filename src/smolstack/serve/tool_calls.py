@@ -133,7 +133,7 @@ class CallingCompletion(Completion):
         reader.push(answer.text)
         calls = [call.whole() for call in reader.calls if call.complete]
         message = super()._message(answer)
-        if not calls and not cut_off(answer):
+        if not calls and not is_truncated(answer):
             return message
         # An incomplete call is left out: its arguments are not valid JSON.
         return {**message, "content": None, **({"tool_calls": calls} if calls else {})}
@@ -156,12 +156,12 @@ class CallingCompletion(Completion):
         ]
 
     def last_chunks(self, index: int, answer: Answer) -> list[dict[str, Any]]:
-        left = [] if cut_off(answer) else self._readers[index].finish()
+        left = [] if is_truncated(answer) else self._readers[index].finish()
         made = [self._chunk(index, delta) for delta in left]
         return [*made, *super().last_chunks(index, answer)]
 
 
-def cut_off(answer: Answer) -> bool:
+def is_truncated(answer: Answer) -> bool:
     """Whether an answer reached its maximum length within a call or its opening tag."""
     begun = answer.text.lstrip()
     called = begun.startswith(CALL_BEGIN) or (begun != "" and CALL_BEGIN.startswith(begun))

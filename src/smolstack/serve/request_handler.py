@@ -19,12 +19,12 @@ from smolstack.generation.pools import RankedPool
 from smolstack.generation.request import Update
 from smolstack.processor.processor import Prompt
 from smolstack.serve import request_reader
-from smolstack.serve.answers import Asking, EventStream, unless_gone
-from smolstack.serve.entrance import Entrance, client_of, in_pool, reading_seconds
+from smolstack.serve.admission import ReadLimiter, client_of, in_pool, reading_seconds
 from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.media import Media
 from smolstack.serve.metrics import Metrics
 from smolstack.serve.parsing import JsonRequest
+from smolstack.serve.pending_answers import EventStream, PendingAnswers, unless_disconnected
 from smolstack.serve.schemas import ChatRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
@@ -33,7 +33,7 @@ from smolstack.vlm import VLM
 Prepare: TypeAlias = Callable[
     [VLM, ChatRequest, list[Media], ServerSettings], tuple[list[Prompt], list[ReadOptions]]
 ]
-GONE = 499  # status of responses to clients that have disconnected; nobody reads it
+CLIENT_CLOSED_REQUEST = 499  # status of responses to clients that have disconnected, for logs
 
 
 class Writer(Protocol):
@@ -59,7 +59,7 @@ class Writer(Protocol):
         """Return the event for an error within a stream."""
 
 
-class Answering:
+class RequestHandler:
     """Reads requests, submits them to the engine and returns the formatted answers."""
 
     def __init__(
@@ -73,8 +73,8 @@ class Answering:
         self.vlm, self.settings = vlm, settings
         self.engine, self.metrics, self.readers = engine, metrics, readers
         waiting = settings.scheduler.queued
-        together = None if waiting is None else max(64, settings.scheduler.running + waiting)
-        self.entrance = Entrance(together)
+        limit = None if waiting is None else max(64, settings.scheduler.running + waiting)
+        self.read_limiter = ReadLimiter(limit)
 
     async def answer(
         self,
@@ -98,74 +98,74 @@ class Answering:
         """
         seconds = min(body.deadline or math.inf, self.settings.deadline)
         if isinstance(request, JsonRequest):
-            request.forget()
+            request.release_body()
         try:
-            made = self.entrance.read(self._made(body, seconds, prepare, characters))
-            asking = await unless_gone(request.receive, made)
-            if asking is None:
-                return Response(status_code=GONE)
-            asking.begin(client_of(request, self.settings))
+            made = self.read_limiter.read(self._prepare(body, seconds, prepare, characters))
+            pending = await unless_disconnected(request.receive, made)
+            if pending is None:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+            pending.begin(client_of(request, self.settings))
         except Exception as error:
             raise as_refusal(error, self._retry_after()) from None
         if body.stream:
-            return await self._stream(request, asking, writer())
+            return await self._stream(request, pending, writer())
         try:
-            whole = await unless_gone(request.receive, _whole(asking, writer()))
+            whole = await unless_disconnected(request.receive, _whole(pending, writer()))
         except Exception as error:
             raise as_refusal(error) from None
         finally:
-            asking.close()
-        return Response(status_code=GONE) if whole is None else JSONResponse(whole)
+            pending.close()
+        return Response(status_code=CLIENT_CLOSED_REQUEST) if whole is None else JSONResponse(whole)
 
-    async def _made(
+    async def _prepare(
         self, body: ChatRequest, seconds: float, prepare: Prepare, characters: int
-    ) -> Asking:
+    ) -> PendingAnswers:
         """Return the request's answers after its images are read and all checks are done."""
         deadline = time.monotonic() + seconds
-        asking = Asking(self.engine, self.metrics, pieces=bool(body.stream))
+        pending = PendingAnswers(self.engine, self.metrics, pieces=bool(body.stream))
 
         def make(images: list[Media]) -> None:
-            asking.make(*prepare(self.vlm, body, images, self.settings), deadline)
+            pending.make(*prepare(self.vlm, body, images, self.settings), deadline)
 
-        async def reading_it() -> None:
+        async def read_inputs() -> None:
             urls = request_reader.image_urls(body, self.settings)
             images = [await request_reader.read_image(url, self.settings) for url in urls]
             urls.clear()
-            request_reader.forget_images(body)
+            request_reader.release_images(body)
             await in_pool(self.readers, reading_seconds(body, characters), make, images)
 
         try:
-            await asyncio.wait_for(reading_it(), seconds)
+            await asyncio.wait_for(read_inputs(), seconds)
         except asyncio.TimeoutError:
             raise DeadlineError("the deadline passed while the request was being read") from None
-        return asking
+        return pending
 
-    async def _stream(self, request: Request, asking: Asking, writer: Writer) -> Response:
+    async def _stream(self, request: Request, pending: PendingAnswers, writer: Writer) -> Response:
         """Stream the answers. An error before the first token still sets the HTTP status."""
-        updates = aiter(asking)
+        updates = aiter(pending)
         try:
-            first = await unless_gone(request.receive, anext(updates))
+            first = await unless_disconnected(request.receive, anext(updates))
         except Exception as error:
-            asking.close()
+            pending.close()
             raise as_refusal(error) from None
         except BaseException:
-            asking.close()
+            pending.close()
             raise
         if first is None:
-            asking.close()
-            return Response(status_code=GONE)
+            pending.close()
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
 
         async def events() -> AsyncIterator[str]:
             try:
-                yield writer.begin(len(asking.answers))
+                yield writer.begin(len(pending.answers))
                 yield writer.update(*first)
                 async for index, update in updates:
                     yield writer.update(index, update)
-                yield writer.end(asking.complete)
+                yield writer.end(pending.complete)
             except Exception as error:
                 yield writer.failed(as_refusal(error))
 
-        return EventStream(events(), asking)
+        return EventStream(events(), pending)
 
     def _retry_after(self) -> int:
         """Estimate the seconds until the present queue is processed, for Retry-After."""
@@ -174,7 +174,7 @@ class Answering:
         return max(1, min(60, math.ceil(seconds)))
 
 
-async def _whole(asking: Asking, writer: Writer) -> dict[str, Any]:
-    async for _ in asking:
+async def _whole(pending: PendingAnswers, writer: Writer) -> dict[str, Any]:
+    async for _ in pending:
         pass
-    return writer.whole(asking.complete)
+    return writer.whole(pending.complete)

@@ -14,7 +14,7 @@ _SHARE = 0.75  # of the limit that larger bodies may use
 _GRACE = 1.0  # seconds in which an arriving body is not ended in favor of others
 
 
-class Bodies:
+class BodyMemory:
     """Counts the bytes of bodies in flight, from their arrival until their requests end.
 
     A body for which there is no memory waits: nothing is read from its client. The body that has
@@ -27,23 +27,23 @@ class Bodies:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
-        self.arriving: dict[Arrival, None] = {}  # in the order of their start
+        self.arriving: dict[IncomingBody, None] = {}  # in the order of their start
         self._changed = asyncio.Event()
         self._end: RefusedError | None = None
 
-    def begin(self) -> Arrival:
+    def begin(self) -> IncomingBody:
         """Register a body that begins to arrive."""
-        arrival = Arrival(self)
-        self.arriving[arrival] = None
+        incoming = IncomingBody(self)
+        self.arriving[incoming] = None
         if self._end is not None:
-            arrival.refuse(self._end)
-        return arrival
+            incoming.refuse(self._end)
+        return incoming
 
     def end(self, refusal: RefusedError) -> None:
         """Refuse all incomplete bodies, now and later."""
         self._end = refusal
-        for arrival in self.arriving:
-            arrival.refuse(refusal)
+        for incoming in self.arriving:
+            incoming.refuse(refusal)
 
     def has_room(self, more: int, size: int) -> bool:
         """Whether ``more`` bytes of a body that grows to ``size`` bytes fit."""
@@ -60,11 +60,11 @@ class Bodies:
 
     def _make_room(self) -> None:
         now = time.monotonic()
-        for arrival in self.arriving:
-            if now - arrival.began < _GRACE:
+        for incoming in self.arriving:
+            if now - incoming.began < _GRACE:
                 return  # all others are newer
-            if arrival.size and not arrival.waiting and arrival.refusal is None:
-                arrival.refuse(
+            if incoming.size and not incoming.waiting and incoming.refusal is None:
+                incoming.refuse(
                     RefusedError(
                         503,
                         "the body arrived too slowly while others waited for memory; send it again",
@@ -74,7 +74,7 @@ class Bodies:
                 return
 
 
-class Arrival:
+class IncomingBody:
     """One arriving body.
 
     Attributes:
@@ -83,7 +83,7 @@ class Arrival:
         waiting: whether the body waits for memory, and so is not slow by itself.
     """
 
-    def __init__(self, bodies: Bodies) -> None:
+    def __init__(self, bodies: BodyMemory) -> None:
         self.bodies, self.size, self.began = bodies, 0, time.monotonic()
         self.refused = asyncio.Event()
         self.refusal: RefusedError | None = None

@@ -23,7 +23,7 @@ from smolstack.serve.metrics import Metrics
 T = TypeVar("T")
 
 
-class Asking:
+class PendingAnswers:
     """The answers to one HTTP request: made in any thread, started and read in the event loop.
 
     Iterating yields (index of the answer, update) until all answers are complete. :meth:`close`
@@ -39,7 +39,7 @@ class Asking:
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         self._requests: list[Request] = []
         self._began, self._open = time.perf_counter(), 0
-        self._spoke = False
+        self._has_first_token = False
         self.answers: list[Answer | None] = []
 
     def make(self, prompts: list[Prompt], options: list[ReadOptions], deadline: float) -> None:
@@ -77,8 +77,8 @@ class Asking:
             index, update = await self._updates.get()
             if update.error is not None:
                 raise update.error
-            if not self._spoke:
-                self._spoke = True
+            if not self._has_first_token:
+                self._has_first_token = True
                 self._metrics.first_token.observe(time.perf_counter() - self._began)
             if update.answer is not None:
                 self.answers[index] = update.answer
@@ -104,21 +104,21 @@ class EventStream(StreamingResponse):
     """A stream of server-sent events that closes its answers however it ends, even before the
     first event, for example because the client has disconnected."""
 
-    def __init__(self, events: AsyncIterator[str], asking: Asking) -> None:
+    def __init__(self, events: AsyncIterator[str], pending: PendingAnswers) -> None:
         headers = {"Cache-Control": "no-store"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._asking = asking
+        self._pending = pending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._asking.close()
+            self._pending.close()
 
 
-async def unless_gone(receive: Callable[[], Any], work: Any) -> Any:
+async def unless_disconnected(receive: Callable[[], Any], work: Any) -> Any:
     """Await ``work`` and return its result; None if the client disconnects first."""
-    watching = asyncio.ensure_future(_gone(receive))
+    watching = asyncio.ensure_future(_disconnected(receive))
     working = asyncio.ensure_future(work)
     try:
         await asyncio.wait({watching, working}, return_when=asyncio.FIRST_COMPLETED)
@@ -131,7 +131,7 @@ async def unless_gone(receive: Callable[[], Any], work: Any) -> Any:
         await asyncio.gather(watching, working, return_exceptions=True)
 
 
-async def _gone(receive: Callable[[], Any]) -> None:
+async def _disconnected(receive: Callable[[], Any]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -85,7 +85,7 @@ async def in_pool(pool: RankedPool, seconds: float, work: Callable[..., T], *arg
     return await asyncio.wrap_future(future)
 
 
-class Entrance:
+class ReadLimiter:
     """Limits the number of requests being read. At the limit, the one that has taken longest is
     cancelled, unless all have just started.
 
@@ -96,7 +96,7 @@ class Entrance:
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self._reading: dict[asyncio.Task[Any], float] = {}
-        self._gone: set[asyncio.Task[Any]] = set()
+        self._cancelled: set[asyncio.Task[Any]] = set()
 
     async def read(self, work: Coroutine[Any, Any, T]) -> T:
         """Await the reading of a request and return its result.
@@ -110,7 +110,7 @@ class Entrance:
                 work.close()
                 raise QueueFullError(f"{len(self._reading)} other requests are being read")
             del self._reading[oldest]
-            self._gone.add(oldest)
+            self._cancelled.add(oldest)
             oldest.cancel()
         task = asyncio.ensure_future(work)
         self._reading[task] = time.monotonic()
@@ -118,11 +118,11 @@ class Entrance:
             return await task
         except asyncio.CancelledError:
             task.cancel()
-            if task in self._gone:
+            if task in self._cancelled:
                 raise QueueFullError(
                     "reading the request took too long while others were waiting"
                 ) from None
             raise
         finally:
             self._reading.pop(task, None)
-            self._gone.discard(task)
+            self._cancelled.discard(task)
