@@ -106,5 +106,5 @@ def test_settings_that_contradict_the_tower_are_refused_by_name(tmp_path: Path) 
     path = folder / "preprocessor_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "max_image_size": {"longest_edge": 384}}))
-    with pytest.raises(CheckpointError, match=r"image_seq_len 169, config\.json makes 81"):
+    with pytest.raises(CheckpointError, match=r"image_seq_len 169, .* 81"):
         smolstack.load(folder)

@@ -43,8 +43,12 @@ class LiteralText:
         self._known = controls
         self._parts = {name[:end] for name in self.controls for end in range(1, len(name))}
         self._longest = len(self.controls[0])
+        self._markers = tuple(markers)
         self._lock = threading.Lock()
         self._renamed: tokenizers.Tokenizer | None = None
+
+    def __reduce__(self) -> tuple[type[LiteralText], tuple[TextTokenizer, tuple[str, ...]]]:
+        return LiteralText, (self.tokenizer, self._markers)  # locks are not pickled
 
     def mark_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages with the control tokens in their texts marked as text.
