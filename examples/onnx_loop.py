@@ -1,10 +1,10 @@
-"""From image to text with onnxruntime: no torch, no transformers, no smolstack.
+"""Generate text from an image with onnxruntime only, without torch, transformers or smolstack.
 
     smolstack export MODEL ./exported
     python examples/onnx_loop.py ./exported examples/number.png "What does it say?"
 
-Needs onnxruntime (with its numpy), Pillow and tokenizers. The prompt around a question was rendered
-from the checkpoint's chat template at export: prompt.json.
+Needs onnxruntime (with its numpy), Pillow and tokenizers. The text around the question was rendered
+from the chat template at export (prompt.json).
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 Array = npt.NDArray[Any]
-TILES_AT_ONCE = 4  # tiles per run of the vision encoder: bounds its memory
+TILES_AT_ONCE = 4  # tiles per run of the vision encoder, to limit memory
 MAX_EDGE = 4096
 
 
 class OnnxModel:
-    """The three graphs of a folder that ``smolstack export`` wrote, and its settings."""
+    """The three graphs and the settings of a folder written by ``smolstack export``."""
 
     def __init__(self, folder: Path, dtype: str = "fp32", threads: int = 0) -> None:
         self.config = _read(folder / "config.json")
         self.image = _read(folder / "preprocessor_config.json")
         self.names = _read(folder / "tokenizer_config.json")
-        self.around = _read(folder / "prompt.json")
+        self.prompt_parts = _read(folder / "prompt.json")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -53,11 +53,11 @@ class OnnxModel:
         )
 
     def ask(self, image: Path, question: str, max_new_tokens: int = 512) -> Iterator[int]:
-        """Token ids of the answer, the one that ends it included; greedy."""
+        """Yield the token ids of the greedy answer, including the end token."""
         tiles, rows, cols = self.tiles(image)
         ids = np.array([self.prompt(question, rows, cols)], dtype=np.int64)
         embeds = self.embedding.run(None, {"input_ids": ids})[0]
-        features = self.see(tiles)
+        features = self.encode(tiles)
         embeds[ids == self.config["image_token_id"]] = features.reshape(-1, features.shape[-1])
 
         cache = self.empty_cache()
@@ -76,8 +76,8 @@ class OnnxModel:
             mask = np.ones((1, mask.shape[1] + 1), dtype=np.int64)
             positions = positions[:, -1:] + 1
 
-    def see(self, tiles: Array) -> Array:
-        """Visual tokens of tiles: (N, 3, P, P) → (N, S, D)."""
+    def encode(self, tiles: Array) -> Array:
+        """Return visual tokens: (N, 3, P, P) → (N, S, D)."""
         parts = []
         for start in range(0, len(tiles), TILES_AT_ONCE):
             some = tiles[None, start : start + TILES_AT_ONCE]
@@ -87,7 +87,7 @@ class OnnxModel:
         return np.concatenate(parts)
 
     def empty_cache(self) -> dict[str, Array]:
-        """Keys and values of no tokens, as the decoder's inputs describe them."""
+        """Return an empty KV cache with the types and shapes of the decoder's inputs."""
         kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         return {
             entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), kinds[entry.type])
@@ -98,7 +98,7 @@ class OnnxModel:
     # The image
 
     def tiles(self, path: Path) -> tuple[Array, int, int]:
-        """Normalized tiles (N, 3, P, P), the whole image last, and the grid (0, 0 for none)."""
+        """Return normalized tiles (N, 3, P, P), the global tile last, and the grid or (0, 0)."""
         resample = Image.Resampling(self.image.get("resample", 1))
         edge = self.image["max_image_size"]["longest_edge"]
         with Image.open(path) as opened:
@@ -113,15 +113,15 @@ class OnnxModel:
         rows, cols = height // edge, width // edge
         if rows == cols == 1:
             return self.normalize([image]), 0, 0
-        cut = [
+        tiles = [
             image.crop((col * edge, row * edge, (col + 1) * edge, (row + 1) * edge))
             for row in range(rows)
             for col in range(cols)
         ]
-        return self.normalize([*cut, image.resize((edge, edge), resample)]), rows, cols
+        return self.normalize([*tiles, image.resize((edge, edge), resample)]), rows, cols
 
     def normalize(self, tiles: list[Image.Image]) -> Array:
-        """RGB tiles as float32 (N, 3, P, P)."""
+        """Convert RGB tiles to float32 (N, 3, P, P)."""
         pixels = np.stack([np.asarray(tile) for tile in tiles]).astype(np.float64)
         if self.image.get("do_rescale", True):
             pixels = pixels * self.image.get("rescale_factor", 1 / 255)
@@ -135,7 +135,7 @@ class OnnxModel:
     # The prompt
 
     def end_tokens(self, generation: Path) -> set[int]:
-        """Ids that end an answer, from the first file that names any."""
+        """Return the ids of end tokens, from the first file that has any."""
         files = [_read(generation) if generation.is_file() else {}, self.config]
         for data in (*files, self.config["text_config"]):
             found = data.get("eos_token_id")
@@ -145,15 +145,15 @@ class OnnxModel:
         return {token for token in [self.tokenizer.token_to_id(eos)] if token is not None}
 
     def prompt(self, question: str, rows: int, cols: int) -> list[int]:
-        """Token ids of one user message: the image, then the question."""
-        text = self.around["before"] + question + self.around["after"]
+        """Return the token ids of a prompt: a user message with the image and the question."""
+        text = self.prompt_parts["before"] + question + self.prompt_parts["after"]
         text = text.replace("<image>", self.placeholder(rows, cols), 1)
-        special: bool = self.around["add_special_tokens"]
+        special: bool = self.prompt_parts["add_special_tokens"]
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
     def named_tokens(self) -> dict[str, str]:
-        """Special tokens by the names that chat templates use: ``bos_token``, …"""
+        """Return special tokens by their names in chat templates: ``bos_token``, …"""
         extra = self.names.get("extra_special_tokens")
         named = {**self.names, **(extra if isinstance(extra, dict) else {})}
         texts = {
@@ -164,7 +164,7 @@ class OnnxModel:
         return {name: text for name, text in texts.items() if isinstance(text, str)}
 
     def placeholder(self, rows: int, cols: int) -> str:
-        """What one image is in the prompt: every tile announced, the whole image last."""
+        """Return the text of an image in the prompt: all tiles, the global tile last."""
         patches = (
             self.image["max_image_size"]["longest_edge"]
             // (self.config["vision_config"]["patch_size"])
@@ -179,7 +179,7 @@ class OnnxModel:
 
 
 def _fit(width: int, height: int, longest: int) -> tuple[int, int]:
-    """The longer side becomes ``longest``, the shorter one an even number in proportion."""
+    """Return the resized size: the longer side is ``longest``, the shorter one even."""
     ratio = width / height
     if width >= height:
         short = int(longest / ratio)
@@ -197,7 +197,7 @@ def _fit(width: int, height: int, longest: int) -> tuple[int, int]:
 
 
 def _whole_tiles(width: int, height: int, edge: int) -> tuple[int, int]:
-    """Both sides up to whole tiles, the shorter one from the longer one's new length."""
+    """Round both sides up to whole tiles; the shorter one follows the new longer one."""
 
     def up(length: int) -> int:
         return max(1, math.ceil(length / edge)) * edge
@@ -211,7 +211,7 @@ def _whole_tiles(width: int, height: int, edge: int) -> tuple[int, int]:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Without transparency, which is laid over white."""
+    """Return an RGB image, with transparency composited over white."""
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image)
@@ -226,12 +226,12 @@ def _read(path: Path) -> dict[str, Any]:
 def main() -> None:
     """Answer one question about one image."""
     parser = argparse.ArgumentParser(description="Ask an exported model about an image.")
-    parser.add_argument("folder", type=Path, help="what smolstack export wrote")
+    parser.add_argument("folder", type=Path, help="folder written by smolstack export")
     parser.add_argument("image", type=Path)
     parser.add_argument("question")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "int8"], default="fp32")
     parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=0, help="0: onnxruntime decides")
+    parser.add_argument("--threads", type=int, default=0, help="0: chosen by onnxruntime")
     parser.add_argument("--ids", action="store_true", help="print token ids instead of text")
     options = parser.parse_args()
     model = OnnxModel(options.folder, options.dtype, options.threads)

@@ -1,4 +1,4 @@
-"""What the attackers of attack.py send: python tools/attacks.py NAME URL SECONDS."""
+"""The attacks of attack.py. Runs one of them: python tools/attacks.py NAME URL SECONDS."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def chat(images: list[str], text: str = "What does it say?", **more: Any) -> byt
 
 
 def photograph(number: int, form: str = "JPEG", size: tuple[int, int] = (8000, 5000)) -> bytes:
-    """Forty megapixels of smooth colours, unlike any other number's."""
+    """Return an image file of 40 megapixels with smooth colors, different for each number."""
     small = np.random.default_rng(number).integers(0, 256, (50, 80, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(small).resize(size, Image.Resampling.BILINEAR).save(buffer, form, quality=20)
@@ -60,7 +60,11 @@ def ready() -> None:
 async def keep_asking(
     url: str, seconds: float, workers: int, body: Callable[[int], bytes], path: str = CHAT
 ) -> None:
-    """So many clients ask again and again. ``body(n)`` is called before the clock runs."""
+    """Send requests from ``workers`` clients until the time is over.
+
+    Args:
+        body: makes the body of a client's requests from its number; called before the start.
+    """
     bodies = [body(number) for number in range(workers)]
     ready()
     began, statuses = time.monotonic(), dict[Any, int]()
@@ -95,7 +99,7 @@ async def keep_asking(
 async def hold(
     url: str, seconds: float, count: int, first: bytes, *, more: bytes = b"", every: float = 1.0
 ) -> None:
-    """So many connections, each of which says a little and then a little more now and then."""
+    """Hold connections open; each sends ``first``, then ``more`` about every ``every`` seconds."""
     ready()
     parts, began = urlsplit(url), time.monotonic()
 
@@ -131,25 +135,25 @@ def head(length: int, path: str = CHAT) -> bytes:
 
 @attack
 async def idle(url: str, seconds: float) -> None:
-    """More connections than a process may have files, which say nothing."""
+    """More silent connections than a process may open files."""
     await hold(url, seconds, 1200, b"")
 
 
 @attack
 async def headers(url: str, seconds: float) -> None:
-    """Headers that go on for ever, a byte at a time."""
+    """Headers without end, sent one byte at a time."""
     await hold(url, seconds, 1200, b"POST / HTTP/1.1\r\nX: ", more=b"x")
 
 
 @attack
 async def slow_bodies(url: str, seconds: float) -> None:
-    """Bodies that go on for ever, a byte at a time."""
+    """Bodies without end, sent one byte at a time."""
     await hold(url, seconds, 1200, head(10**6) + b'{"messages": "', more=b"x")
 
 
 @attack
 async def held_bodies(url: str, seconds: float) -> None:
-    """Large bodies, all but their ends sent."""
+    """Large bodies of which all but the end is sent."""
     size = 30 * 2**20
     await hold(
         url, seconds, 40, head(size) + b'{"messages": "' + b"x" * (size - 100), more=b"x", every=5
@@ -158,7 +162,7 @@ async def held_bodies(url: str, seconds: float) -> None:
 
 @attack
 async def unread(url: str, seconds: float) -> None:
-    """Clients that ask for large answers and never read one."""
+    """Clients that request large responses and never read them."""
     body = json.dumps({"prompt": "hello world " * 40_000}).encode()
     await hold(url, seconds, 100, head(len(body), "/tokenize") + body)
 
@@ -172,7 +176,7 @@ async def lists(url: str, seconds: float) -> None:
 
 @attack
 async def keys(url: str, seconds: float) -> None:
-    """JSON objects of very many keys, where any are allowed."""
+    """JSON objects with very many keys, in a field in which any keys are allowed."""
     inside = b",".join(b'"k%d":%d' % (i, i) for i in range(1_500_000))
     body = chat([])[:-1] + b', "metadata": {' + inside + b"}}"
     await keep_asking(url, seconds, 4, lambda _: body)
@@ -192,21 +196,21 @@ async def icons(url: str, seconds: float) -> None:
 
 @attack
 async def repeated_scans(url: str, seconds: float) -> None:
-    """JPEG files just below what counts as large, of tens of thousands of scans."""
+    """JPEG files just below the size of large images, with tens of thousands of scans."""
     body = chat([data_url(scans(50_000, 2800), "jpeg")])
     await keep_asking(url, seconds, 4, lambda _: body)
 
 
 @attack
 async def tiff_pages(url: str, seconds: float) -> None:
-    """TIFF files of very many reduced images before their page."""
+    """TIFF files with very many reduced images before the page."""
     body = chat([data_url(reduced(90_000), "tiff")])
     await keep_asking(url, seconds, 4, lambda _: body)
 
 
 @attack
 async def plain(url: str, seconds: float) -> None:
-    """Images whose decoders are written in Python: just under what is refused, and above."""
+    """Images with decoders written in Python, just below and above the limit."""
     made = [plain_ppm(51), run_length_bmp(85)]
     urls = [data_url(made[i % 2] + bytes([i]), "x") for i in range(16)]
     large = chat([data_url(plain_ppm(1500), "x")])
@@ -225,7 +229,7 @@ async def waves(url: str, seconds: float) -> None:
 
 @attack
 async def messages(url: str, seconds: float) -> None:
-    """Chats of as many messages as a body may have values, all of them empty."""
+    """Chats with as many empty messages as a body may have values."""
     one = {"role": "user", "content": ""}
     body = json.dumps({"messages": [one] * 24_000}).encode()
     await keep_asking(url, seconds, 6, lambda _: body)
@@ -233,14 +237,14 @@ async def messages(url: str, seconds: float) -> None:
 
 @attack
 async def chunked(url: str, seconds: float) -> None:
-    """Bodies of unknown length that go on for ever, a chunk of a byte at a time."""
+    """Chunked bodies without end, sent in chunks of one byte."""
     first = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     await hold(url, seconds, 1200, first, more=b"1\r\n \r\n")
 
 
 @attack
 async def halves(url: str, seconds: float) -> None:
-    """Images of forty megapixels that end in their middle."""
+    """Truncated images of 40 megapixels."""
     whole = photograph(0)
     body = chat([data_url(whole[: len(whole) // 2], "jpeg")])
     await keep_asking(url, seconds, 24, lambda _: body)
@@ -249,14 +253,14 @@ async def halves(url: str, seconds: float) -> None:
 @cache
 def _many(form: str) -> bytes:
     kind, images = form.lower(), [photograph(number, form) for number in range(4)]
-    # What follows a file's end makes it another file.
+    # An appended byte makes the file different, so it is not cached.
     urls = [data_url(images[i % 4] + bytes([i]), kind) for i in range(16)]
     return chat(urls, max_tokens=4)
 
 
 @attack
 async def images(url: str, seconds: float) -> None:
-    """Sixteen images of forty megapixels, in three requests at a time."""
+    """Sixteen images of 40 megapixels per request, three requests at a time."""
     await keep_asking(url, seconds, 3, lambda n: _many("JPEG")[:-1] + b" " * n + b"}")
 
 
@@ -268,7 +272,7 @@ async def webps(url: str, seconds: float) -> None:
 
 @attack
 async def late_pngs(url: str, seconds: float) -> None:
-    """PNG files whose orientation may stand behind their pixels."""
+    """PNG files with metadata after the pixels, where the orientation may be."""
     from PIL.PngImagePlugin import PngInfo
 
     image, info, buffer = Image.new("RGB", (8000, 5000)), PngInfo(), io.BytesIO()
@@ -287,7 +291,7 @@ async def late_pngs(url: str, seconds: float) -> None:
 
 @attack
 async def regexes(url: str, seconds: float) -> None:
-    """Eight answers at a time to six requests, each held to a long regular expression."""
+    """Six requests at a time, each for eight answers constrained by a long regular expression."""
     pattern = "(" + "|".join(f"[a-z{i % 10}]{{{i},{i + 900}}}x" for i in range(1, 90)) + ")"
     body = chat([], regex=pattern[:1990].rpartition("|")[0] + ")", n=8, max_tokens=2000)
     await keep_asking(url, seconds, 6, lambda _: body)
@@ -295,7 +299,7 @@ async def regexes(url: str, seconds: float) -> None:
 
 @attack
 async def compiling(url: str, seconds: float) -> None:
-    """Sixteen regular expressions that are large once they are compiled."""
+    """Sixteen regular expressions that are large when compiled."""
 
     def body(n: int) -> bytes:
         pattern = f"(([a-z{n}é]{{1,100}}[0-9]?){{1,90}}|(.{{0,500}}a){{1,9}}.{{{n + 300}}})"
@@ -329,7 +333,7 @@ async def constants(url: str, seconds: float) -> None:
 
 @attack
 async def enums(url: str, seconds: float) -> None:
-    """Schemas with as many values as are let in."""
+    """Schemas with the maximum number of enum values."""
     body = schema({"enum": [f"value {i * i} of many" for i in range(2500)]}, max_tokens=500, n=8)
     await keep_asking(url, seconds, 6, lambda _: body)
 
@@ -349,14 +353,14 @@ async def properties(url: str, seconds: float) -> None:
 
 @attack
 async def names(url: str, seconds: float) -> None:
-    """Images at addresses whose names take long to be looked up."""
+    """Images at host names that are slow to resolve."""
     some = [f"http://host{i}.{'label.' * 9}example.invalid/a.png" for i in range(16)]
     await keep_asking(url, seconds, 64, lambda _: chat(some))
 
 
 @attack
 async def prompts(url: str, seconds: float) -> None:
-    """Prompts that fill the context, each unlike the others."""
+    """Different prompts that fill the context."""
 
     def body(n: int) -> bytes:
         rng = random.Random(n)
@@ -367,7 +371,7 @@ async def prompts(url: str, seconds: float) -> None:
 
 @attack
 async def answers(url: str, seconds: float) -> None:
-    """The longest answers, eight at a time, with all that can be noted of them."""
+    """The longest possible answers, eight per request, with log probabilities."""
     body = chat(
         [], "x", n=8, max_tokens=2048, temperature=50, logprobs=True, top_logprobs=20, min_p=0
     )
@@ -376,14 +380,14 @@ async def answers(url: str, seconds: float) -> None:
 
 @attack
 async def texts(url: str, seconds: float) -> None:
-    """Texts of millions of characters to be tokenized."""
+    """Tokenization of texts with millions of characters."""
     body = json.dumps({"prompt": "hello wörld <" * 150_000}).encode()
     await keep_asking(url, seconds, 8, lambda _: body, "/tokenize")
 
 
 @attack
 async def refused(url: str, seconds: float) -> None:
-    """Requests that are refused at once, as quickly as they can be sent."""
+    """Invalid requests, sent as quickly as possible."""
     await keep_asking(url, seconds, 50, lambda _: b'{"messages": []}')
 
 

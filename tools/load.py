@@ -1,8 +1,8 @@
-"""Throughput and latency of smolstack serve beside transformers serve, on the same checkpoint.
+"""Compare throughput and latency of smolstack serve and transformers serve on one checkpoint.
 
-Closed loop: each of N clients asks, reads its answer as it streams, and asks again, always about
-an image that the server has not seen (or always the same one, with --same-image). The servers
-take turns, so that whatever else the machine does falls on both.
+Closed loop: each of N clients sends a request, reads the streamed answer and sends the next one,
+about an image that the server has not seen (or the same image, with --same-image). Runs of the two
+servers alternate, so that other load on the machine affects both.
 
     python tools/load.py                          # the bundled reader
     python tools/load.py --model FOLDER --tokens 32 --seconds 60 --json results.json
@@ -30,13 +30,13 @@ from PIL import Image, ImageDraw
 
 import smolstack
 
-# Answers that images are drawn for before the clock runs: the generator shares the processor.
+# Upper bound of answers per second: enough images are generated before the measurement.
 MOST_PER_SECOND = 20
 
 
 @dataclass
 class Run:
-    """What one server did for some clients; times in seconds."""
+    """Results of one server with a number of clients; times in seconds."""
 
     server: str
     clients: int
@@ -64,7 +64,7 @@ def percentile(values: list[float], p: int) -> float:
 
 
 def image_url(number: int) -> str:
-    """A small image that no other number has, as a data URL."""
+    """Return a small image, different for each number, as a data URL."""
     image = Image.new("RGB", (640, 400), (200 + number % 40, 190, 150 + number // 40 % 80))
     ImageDraw.Draw(image).text((80, 90), str(number), fill=(20, 30, 120), font_size=190)
     content = io.BytesIO()
@@ -72,11 +72,11 @@ def image_url(number: int) -> str:
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-async def ask(client: httpx.AsyncClient, url: str, model: str, shown: str, tokens: int) -> Any:
-    """One streamed answer: seconds to its first words and to its end."""
+async def ask(client: httpx.AsyncClient, url: str, model: str, image: str, tokens: int) -> Any:
+    """Stream one answer; return the seconds to its first token and to its end."""
     began, first = time.perf_counter(), None
     content = [
-        {"type": "image_url", "image_url": {"url": shown}},
+        {"type": "image_url", "image_url": {"url": image}},
         {"type": "text", "text": "What does it say?"},
     ]
     body = {
@@ -97,20 +97,21 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, shown: str, token
     return (whole if first is None else first), whole
 
 
-async def load(run: Run, url: str, options: argparse.Namespace, shown: list[str]) -> None:
-    """Keep ``run.clients`` clients busy; answers begun in time are waited for and counted.
+async def load(run: Run, url: str, options: argparse.Namespace, images: list[str]) -> None:
+    """Run ``run.clients`` clients for ``options.seconds``; answers that have begun are completed.
 
-    ``shown`` are as many images as can be asked about in that time, none of them seen before.
+    Args:
+        images: images for all requests, none of them known to the server.
     """
-    limits, rest = httpx.Limits(max_connections=None), iter(shown)
+    limits, rest = httpx.Limits(max_connections=None), iter(images)
     async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
         began = time.perf_counter()
 
         async def work() -> None:
             while time.perf_counter() - began < options.seconds:
-                asked = shown[0] if options.same_image else next(rest)
+                image = images[0] if options.same_image else next(rest)
                 try:
-                    first, whole = await ask(client, url, options.model, asked, options.tokens)
+                    first, whole = await ask(client, url, options.model, image, options.tokens)
                 except httpx.HTTPError:
                     run.failures += 1
                     continue
@@ -122,13 +123,16 @@ async def load(run: Run, url: str, options: argparse.Namespace, shown: list[str]
 
 
 @contextmanager
-def serving(name: str, command: list[str], port: int) -> Iterator[tuple[str, str]]:
+def running_server(name: str, command: list[str], port: int) -> Iterator[tuple[str, str]]:
+    """Start a server, yield its name and URL when it is ready, and stop it."""
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
             if process.poll() is not None:
-                raise SystemExit(f"{name} ended with {process.returncode}: {' '.join(command)}")
+                raise SystemExit(
+                    f"{name} exited with status {process.returncode}: {' '.join(command)}"
+                )
             try:
                 httpx.get(f"{url}/health", timeout=2)
                 break
@@ -151,9 +155,9 @@ def main() -> None:
     reader = Path(smolstack.__file__).parent / "reader"
     parser.add_argument("--model", default=str(reader), help="a checkpoint folder")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--seconds", type=float, default=10, help="of each run")
+    parser.add_argument("--seconds", type=float, default=10, help="duration of each run")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=16, help="of the longest answer")
+    parser.add_argument("--tokens", type=int, default=16, help="maximum tokens per answer")
     parser.add_argument("--same-image", action="store_true")
     parser.add_argument("--alone", action="store_true", help="without transformers serve")
     parser.add_argument("--json", type=Path)
@@ -167,20 +171,20 @@ def main() -> None:
     numbers = iter(range(1000, 10**9))
     with ExitStack() as stack:
         ours += ["--dtype", "float32"]
-        servers = [stack.enter_context(serving("smolstack", ours, ports[0]))]
+        servers = [stack.enter_context(running_server("smolstack", ours, ports[0]))]
         if not options.alone:
-            servers.append(stack.enter_context(serving("transformers", theirs, ports[1])))
-        for name, url in servers:  # both have loaded and answered before anything is timed
+            servers.append(stack.enter_context(running_server("transformers", theirs, ports[1])))
+        for name, url in servers:  # warm-up before any measurement
             warm = argparse.Namespace(**vars(options) | {"seconds": 0.1})
             asyncio.run(load(Run(name, 1), url, warm, [image_url(next(numbers)) for _ in range(9)]))
         for clients in options.clients:
             runs = {name: Run(name, clients) for name, _ in servers}
             for _ in range(options.rounds):
                 count = clients + int(options.seconds * MOST_PER_SECOND)
-                shown = [image_url(next(numbers)) for _ in range(count)]
+                images = [image_url(next(numbers)) for _ in range(count)]
                 for name, url in servers:
                     part = Run(name, clients)
-                    asyncio.run(load(part, url, options, shown))
+                    asyncio.run(load(part, url, options, images))
                     whole = runs[name]
                     whole.seconds += part.seconds
                     whole.failures += part.failures
@@ -190,8 +194,8 @@ def main() -> None:
             for row in rows[-len(servers) :]:
                 print(
                     f"{row['server']:13} {clients:3} clients {row['answers_per_second']:7.2f} "
-                    f"answers/s  first words {row['first_p50']:.3f} / {row['first_p95']:.3f} s  "
-                    f"whole {row['whole_p50']:.3f} / {row['whole_p95']:.3f} / "
+                    f"answers/s  first token {row['first_p50']:.3f} / {row['first_p95']:.3f} s  "
+                    f"total {row['whole_p50']:.3f} / {row['whole_p95']:.3f} / "
                     f"{row['whole_p99']:.3f} s  ({row['answers']} answers, "
                     f"{row['failures']} failures)",
                     flush=True,

@@ -1,4 +1,4 @@
-"""Hook of the documentation site: links to files of the repository become their names there."""
+"""Hook of the documentation site: replaces links to repository files by their names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./(?!docs/)([^)]+)\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """``[text](../src/file.py)`` as ``text (`src/file.py`)``: the site holds docs/ alone."""
+    """Convert ``[text](../src/file.py)`` to ``text (`src/file.py`)``; the site has only docs/."""
 
     def named(match: re.Match[str]) -> str:
         text, path = match[1], match[2]

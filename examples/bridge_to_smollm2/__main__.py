@@ -1,11 +1,11 @@
-"""Bridge the bundled reader's vision tower to SmolLM2-135M-Instruct, a language model that speaks.
+"""Connect the bundled reader's vision tower to SmolLM2-135M-Instruct, a general language model.
 
-First the connector alone, both towers frozen; then the connector with adapters (LoRA) on the text
-tower, text-only chats mixed in so that the language is kept.
+The first stage trains only the connector, with both towers frozen. The second trains the connector
+and adapters (LoRA) on the text tower, with text-only chats mixed in to preserve the language model.
 
-    python examples/bridge_to_smollm2          # everything, seeded; writes bridge-smollm2/
+    python examples/bridge_to_smollm2          # all steps, seeded; writes bridge-smollm2/
 
-Run again, it goes on where it was stopped. Afterwards bridge-smollm2/lora/model is a checkpoint:
+An interrupted run continues when started again. The result is a checkpoint:
 
     smolstack ask bridge-smollm2/test/00001.png "What does it say?" \
         --model bridge-smollm2/lora/model --no-split
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # for training/, the generator
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # for training/, the image generator
 
 from chats import write_chats
 from images import draw_folder
@@ -62,44 +62,42 @@ def main() -> None:
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
 
-    # 1. Two towers with noise in between.
+    # 1. Two towers and a randomly initialized connector.
     bridged = folder / "bridged"
     if not (bridged / "config.json").is_file():
         _bridge(options.text, bridged, options.seed)
-    plain = smolstack.load(bridged, dtype="float32")
+    base = smolstack.load(bridged, dtype="float32")
 
-    # 2. Images to learn from; others with fonts and strings that are never trained on; chats.
+    # 2. Training images; test images with held-out fonts and strings; chats.
     draw_folder(folder / "train", options.images, split="train", seed=options.seed)
     test = draw_folder(folder / "test", options.test_images, split=HELD_OUT, seed=options.seed)
-    own = write_chats(
-        folder / "chats.jsonl", plain, options.chats, split="train", seed=options.seed
-    )
+    own = write_chats(folder / "chats.jsonl", base, options.chats, split="train", seed=options.seed)
     test_chats = write_chats(
-        folder / "test-chats.jsonl", plain, options.test_chats, split=HELD_OUT, seed=options.seed
+        folder / "test-chats.jsonl", base, options.test_chats, split=HELD_OUT, seed=options.seed
     )
 
-    # 3. The connector; then the connector and adapters, a tenth of the examples without images.
-    trial = _Trial(test, options.batch, options.seed, min(60, options.test_images))
+    # 3. The connector; then the connector and adapters, with 10 % text-only examples.
+    runner = _StageRunner(test, options.batch, options.seed, min(60, options.test_images))
     stages = {"before": bridged}
-    stages["connector"] = trial.train(
+    stages["connector"] = runner.train(
         bridged,
         folder / "connector",
         folder / "train" / "asked.jsonl",
         {"train": "connector", "steps": options.connector_steps, "learning_rate": 2e-3},
     )
-    stages["lora"] = trial.train(
+    stages["lora"] = runner.train(
         stages["connector"],
         folder / "lora",
-        _mixed(folder / "train", own),
+        _mix_examples(folder / "train", own),
         {"train": "lora", "steps": options.lora_steps, "learning_rate": 3e-4, "lora": ADAPTERS},
     )
 
-    # 4. What each stage reads and says, measured once.
+    # 4. Measure every stage; existing reports are kept.
     found: dict[str, dict[str, Any]] = {}
     for name, model in stages.items():
         file = folder / f"report-{name}.json"
         if not file.is_file():
-            measured = measure(model, test, test_chats, plain)
+            measured = measure(model, test, test_chats, base)
             file.write_text(json.dumps(measured, indent=2, ensure_ascii=False), encoding="utf-8")
         found[name] = json.loads(file.read_text(encoding="utf-8"))
     print(table(found))
@@ -115,13 +113,13 @@ def _bridge(text: Path | None, bridged: Path, seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """What all stages have in common.
+class _StageRunner:
+    """Trains the stages with the settings that they share.
 
     Attributes:
-        test: examples that are never trained on.
-        batch: examples of a step.
-        answers: test examples that are answered at the end of a stage.
+        test: evaluation examples.
+        batch: examples per step.
+        answers: evaluation examples that are answered at the end of a stage.
     """
 
     test: Path
@@ -130,7 +128,7 @@ class _Trial:
     answers: int
 
     def train(self, model: Path, output: Path, data: Path, stage: dict[str, Any]) -> Path:
-        """The trained checkpoint of a stage; one that is there already is not trained again."""
+        """Train a stage unless it is already trained; return its checkpoint."""
         if (output / "model" / "config.json").is_file():
             return output / "model"
         common = {"batch": self.batch, "micro_batch": self.batch, "warmup": 30, "weight_decay": 0.0}
@@ -139,7 +137,8 @@ class _Trial:
                 "model": str(model),
                 "output": str(output),
                 "seed": self.seed,
-                "cache_folder": str(output.parent / "cache"),  # the tower runs once per image
+                # Shared by the stages, so that the tower runs once per image.
+                "cache_folder": str(output.parent / "cache"),
                 "checkpoint_every": 50,
                 "data": {"train": str(data), "evaluation": str(self.test), "split": False},
                 "evaluation": {"answers": self.answers, "max_new_tokens": 32},
@@ -149,12 +148,12 @@ class _Trial:
         return train(recipe, resume=True).model
 
 
-def _mixed(folder: Path, chats: Path) -> Path:
-    """Images' examples and one chat for every nine of them, from a file beside the images."""
-    asked = (folder / "asked.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    plain = chats.read_text(encoding="utf-8").splitlines(keepends=True)
-    repeated = [plain[number % len(plain)] for number in range(len(asked) // 9)]
-    (folder / "mixed.jsonl").write_text("".join(asked + repeated), encoding="utf-8")
+def _mix_examples(folder: Path, chats: Path) -> Path:
+    """Return a file with the image examples and one text-only chat per nine of them."""
+    image_lines = (folder / "asked.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    chat_lines = chats.read_text(encoding="utf-8").splitlines(keepends=True)
+    repeated = [chat_lines[number % len(chat_lines)] for number in range(len(image_lines) // 9)]
+    (folder / "mixed.jsonl").write_text("".join(image_lines + repeated), encoding="utf-8")
     return folder / "mixed.jsonl"
 
 

@@ -1,4 +1,4 @@
-"""Chats without images, answered by the language model itself: what it must not forget."""
+"""Text-only chats with the language model's own answers, against catastrophic forgetting."""
 
 from __future__ import annotations
 
@@ -48,25 +48,25 @@ FORMS = (
     "Explain {} to a child.",
     "Ask me a question about {}.",
 )
-LONGEST = 48  # tokens of an answer
+MAX_NEW_TOKENS = 48  # per answer
 
 
 def questions(split: str) -> list[str]:
-    """Every form about every subject; one subject in six is held out."""
-    kept = split == "held-out"
-    chosen = [s for number, s in enumerate(SUBJECTS) if (number % 6 == 5) == kept]
+    """Return all questions of a split; one subject in six is held out."""
+    held_out = split == "held-out"
+    chosen = [s for number, s in enumerate(SUBJECTS) if (number % 6 == 5) == held_out]
     return [form.format(subject) for subject in chosen for form in FORMS]
 
 
 def write_chats(file: Path, vlm: VLM, count: int, *, split: str, seed: int) -> Path:
-    """``count`` questions with the model's own greedy answers; answers that are there stay."""
-    every = questions(split)
-    random.Random(f"{seed} {split}").shuffle(every)
+    """Write ``count`` questions with the model's greedy answers; existing answers are kept."""
+    remaining = questions(split)
+    random.Random(f"{seed} {split}").shuffle(remaining)
     done = _complete_lines(file)
     with file.open("w", encoding="utf-8") as out:
         out.writelines(done[:count])
-        for question in every[len(done) : count]:
-            answer = vlm.ask(None, question, max_new_tokens=LONGEST).text.strip()
+        for question in remaining[len(done) : count]:
+            answer = vlm.ask(None, question, max_new_tokens=MAX_NEW_TOKENS).text.strip()
             messages = [
                 {"role": "user", "content": [{"type": "text", "text": question}]},
                 {"role": "assistant", "content": [{"type": "text", "text": answer or "Yes."}]},
@@ -78,7 +78,7 @@ def write_chats(file: Path, vlm: VLM, count: int, *, split: str, seed: int) -> P
 
 
 def _complete_lines(file: Path) -> list[str]:
-    """What a run that was stopped has written, without a line that it was in the middle of."""
+    """Return the lines of an interrupted run, without an incomplete last line."""
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,7 +1,7 @@
-"""Images with something to read, questions about them and answers in whole sentences.
+"""Synthetic images of text, with questions and answers in complete sentences.
 
-Papers, damage, fonts and words are those of the reader's generator (training/reader). Strings and
-font families of the split "held-out" are never trained on.
+Backgrounds, degradations, fonts and words are those of the reader's generator (training/reader).
+Strings and font families of the split "held-out" are not used for training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from training.reader import fonts, paper, text
 
-EDGE = 256  # pixels of an image's side, about; a tile of the reader sees half of them
+IMAGE_SIZE = 256  # approximate image width in pixels; twice the reader's tile size
 GOODS = [
     "tea",
     "bread",
@@ -34,12 +34,12 @@ PLACES = ["room", "platform", "gate", "bus", "door", "seat"]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One image, a question about it and its answer.
+class ImageQuestion:
+    """The text of an image, a question about it and its answer.
 
     Attributes:
-        kind: of question.
-        lines: what stands in the image.
+        kind: the kind of question.
+        lines: the text in the image.
     """
 
     kind: str
@@ -48,57 +48,57 @@ class Asked:
     answer: str
 
 
-def draw_asked(rng: random.Random, split: str) -> Asked:
-    """A question of a kind, each as likely as another."""
+def random_question(rng: random.Random, split: str) -> ImageQuestion:
+    """Return a question of a random kind."""
     return rng.choice(list(KINDS.values()))(rng, split)
 
 
-def _number(rng: random.Random, split: str) -> Asked:
-    found = _digits(rng, split)
+def _number(rng: random.Random, split: str) -> ImageQuestion:
+    value = _digits(rng, split)
     forms = {
-        "What number is this?": f"It is {found}.",
-        "Read the number.": f"The number is {found}.",
-        "Which number do you see in the image?": f"I see the number {found}.",
+        "What number is this?": f"It is {value}.",
+        "Read the number.": f"The number is {value}.",
+        "Which number do you see in the image?": f"I see the number {value}.",
     }
-    return _ask(rng, "number", (found,), forms)
+    return _random_form(rng, "number", (value,), forms)
 
 
-def _two_numbers(rng: random.Random, split: str) -> Asked:
-    one, other = _digits(rng, split), _digits(rng, split)
-    while int(one) == int(other):
-        other = _digits(rng, split)
-    small, large = sorted((one, other), key=int)
+def _two_numbers(rng: random.Random, split: str) -> ImageQuestion:
+    first, second = _digits(rng, split), _digits(rng, split)
+    while int(first) == int(second):
+        second = _digits(rng, split)
+    small, large = sorted((first, second), key=int)
     forms = {
         "Which number is larger?": f"{large} is larger than {small}.",
         "Which of the two numbers is smaller?": f"{small} is smaller than {large}.",
-        "Which two numbers are these?": f"They are {one} and {other}.",
+        "Which two numbers are these?": f"They are {first} and {second}.",
     }
-    return _ask(rng, "two numbers", (one, other), forms)
+    return _random_form(rng, "two numbers", (first, second), forms)
 
 
-def _word(rng: random.Random, split: str) -> Asked:
-    found = _known_word(rng, split)
+def _word(rng: random.Random, split: str) -> ImageQuestion:
+    value = _random_word(rng, split)
     forms = {
-        "What does it say?": f"It says {found}.",
-        "Write what it says in capitals.": found.upper(),
-        "Which word is this?": f"The word is {found}.",
-        "What is the first letter?": f"The first letter is {found[0]}.",
+        "What does it say?": f"It says {value}.",
+        "Write what it says in capitals.": value.upper(),
+        "Which word is this?": f"The word is {value}.",
+        "What is the first letter?": f"The first letter is {value[0]}.",
     }
-    return _ask(rng, "word", (found,), forms)
+    return _random_form(rng, "word", (value,), forms)
 
 
-def _is_price(rng: random.Random, split: str) -> Asked:
+def _is_price(rng: random.Random, split: str) -> ImageQuestion:
     kind = rng.random()
-    found = _price(rng, split) if kind < 0.5 else _known_word(rng, split)
+    value = _price(rng, split) if kind < 0.5 else _random_word(rng, split)
     if kind > 0.8:
-        found = _digits(rng, split)
-    yes, no = f"Yes, it is a price: {found}.", f"No, it says {found}."
+        value = _digits(rng, split)
+    yes, no = f"Yes, it is a price: {value}.", f"No, it says {value}."
     answer = yes if kind < 0.5 else no
     forms = {"Is this a price?": answer, "Does the image show a price?": answer}
-    return _ask(rng, "price or not", (found,), forms)
+    return _random_form(rng, "price or not", (value,), forms)
 
 
-def _receipt(rng: random.Random, split: str) -> Asked:
+def _receipt(rng: random.Random, split: str) -> ImageQuestion:
     goods = rng.sample(GOODS, rng.randint(2, 3))
     prices = [_price(rng, split) for _ in goods]
     total = f"${sum(round(float(p[1:]) * 100) for p in prices) / 100:.2f}"
@@ -110,19 +110,19 @@ def _receipt(rng: random.Random, split: str) -> Asked:
         f"How much is the {goods[number]}?": f"The {goods[number]} is {prices[number]}.",
         "What was bought?": f"{_listed(goods).capitalize()}.",
     }
-    return _ask(rng, "receipt", (*lines, f"total {total}"), forms)
+    return _random_form(rng, "receipt", (*lines, f"total {total}"), forms)
 
 
-def _label(rng: random.Random, split: str) -> Asked:
-    place, found = rng.choice(PLACES), _digits(rng, split, longest=3)
+def _label(rng: random.Random, split: str) -> ImageQuestion:
+    place, value = rng.choice(PLACES), _digits(rng, split, longest=3)
     forms = {
-        f"Which {place} is it?": f"It is {place} {found}.",
-        "What is this the label of?": f"It is the label of {place} {found}.",
+        f"Which {place} is it?": f"It is {place} {value}.",
+        "What is this the label of?": f"It is the label of {place} {value}.",
     }
-    return _ask(rng, "label", (place, found), forms)
+    return _random_form(rng, "label", (place, value), forms)
 
 
-KINDS: dict[str, Callable[[random.Random, str], Asked]] = {
+KINDS: dict[str, Callable[[random.Random, str], ImageQuestion]] = {
     "number": _number,
     "two numbers": _two_numbers,
     "word": _word,
@@ -132,26 +132,28 @@ KINDS: dict[str, Callable[[random.Random, str], Asked]] = {
 }
 
 
-def _ask(rng: random.Random, kind: str, lines: tuple[str, ...], forms: dict[str, str]) -> Asked:
+def _random_form(
+    rng: random.Random, kind: str, lines: tuple[str, ...], forms: dict[str, str]
+) -> ImageQuestion:
     question, answer = rng.choice(list(forms.items()))
-    return Asked(kind, lines, question, answer)
+    return ImageQuestion(kind, lines, question, answer)
 
 
 def _digits(rng: random.Random, split: str, longest: int = 5) -> str:
     while True:
-        found = str(rng.randrange(10 ** rng.randint(1, longest)))
-        if len(found) < 2 or text.is_held_out(found) == (split == "held-out"):
-            return found
+        value = str(rng.randrange(10 ** rng.randint(1, longest)))
+        if len(value) < 2 or text.is_held_out(value) == (split == "held-out"):
+            return value
 
 
 def _price(rng: random.Random, split: str) -> str:
     while True:
-        found = f"${rng.randrange(1, 20)}.{rng.randrange(0, 100, 5):02d}"
-        if text.is_held_out(found) == (split == "held-out"):
-            return found
+        value = f"${rng.randrange(1, 20)}.{rng.randrange(0, 100, 5):02d}"
+        if text.is_held_out(value) == (split == "held-out"):
+            return value
 
 
-def _known_word(rng: random.Random, split: str) -> str:
+def _random_word(rng: random.Random, split: str) -> str:
     common, known = text.words(split)
     words = common if rng.random() < 0.5 else known
     return rng.choice([word for word in rng.sample(words, 16) if len(word) < 9] or ["bread"])
@@ -162,11 +164,11 @@ def _listed(names: list[str]) -> str:
 
 
 def draw_image(rng: random.Random, split: str, lines: tuple[str, ...]) -> Image.Image:
-    """The lines under each other, in one font, as large as they fit or somewhat smaller."""
-    size = EDGE, round(EDGE * rng.uniform(0.6, 1.0))
-    ink, ground = paper.choose_colors(rng)
-    image = paper.draw_background(rng, size, ground)
-    font, (width, height) = _fitting(rng, split, lines, size)
+    """Draw lines of text in one font, at 70 to 95 % of the largest size that fits."""
+    size = IMAGE_SIZE, round(IMAGE_SIZE * rng.uniform(0.6, 1.0))
+    ink, background = paper.choose_colors(rng)
+    image = paper.draw_background(rng, size, background)
+    font, (width, height) = _fit_font(rng, split, lines, size)
     left = rng.uniform(4, max(4.0, size[0] - width - 4))
     top = rng.uniform(4, max(4.0, size[1] - height - 4))
     drawing = ImageDraw.Draw(image)
@@ -175,10 +177,10 @@ def draw_image(rng: random.Random, split: str, lines: tuple[str, ...]) -> Image.
     return paper.damage(rng, image, width / max(map(len, lines)))
 
 
-def _fitting(
+def _fit_font(
     rng: random.Random, split: str, lines: tuple[str, ...], size: tuple[int, int]
 ) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, tuple[float, float]]:
-    """A font of a split, and the width and height of the lines in it."""
+    """Return a font of a split, and the width and height of the lines in it."""
     known = fonts.families(split)
     file = rng.choice(known[rng.choice(list(known))]) if known else None
     share = rng.uniform(0.7, 0.95)
@@ -192,32 +194,32 @@ def _fitting(
 
 
 def draw_folder(folder: Path, count: int, *, split: str, seed: int) -> Path:
-    """``count`` images and asked.jsonl with a chat about each; what is drawn already stays.
+    """Draw ``count`` images and write asked.jsonl with a chat about each; existing ones are kept.
 
-    Every example has a seed of its own, so a run that was stopped goes on with the same images.
+    Each example has its own seed, so an interrupted run continues with the same images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(count):
         rng = random.Random(f"{seed} {split} {number}")
-        asked = draw_asked(rng, split)
+        question = random_question(rng, split)
         file = folder / f"{number:05d}.png"
         if not file.is_file():
             unfinished = file.with_suffix(".part")
-            draw_image(rng, split, asked.lines).save(unfinished, "PNG")
+            draw_image(rng, split, question.lines).save(unfinished, "PNG")
             unfinished.replace(file)
-        rows.append(json.dumps(chat_of(asked, file.name), ensure_ascii=False) + "\n")
+        rows.append(json.dumps(to_chat(question, file.name), ensure_ascii=False) + "\n")
     (folder / "asked.jsonl").write_text("".join(rows), encoding="utf-8")
     return folder / "asked.jsonl"
 
 
-def chat_of(asked: Asked, file: str) -> dict[str, object]:
-    """A line of asked.jsonl, as ``smolstack train`` reads it."""
+def to_chat(question: ImageQuestion, file: str) -> dict[str, object]:
+    """Return a line of asked.jsonl, in the format of ``smolstack train``."""
     shown: list[dict[str, str]] = [{"type": "image", "image": file}]
     return {
-        "kind": asked.kind,
+        "kind": question.kind,
         "messages": [
-            {"role": "user", "content": [*shown, {"type": "text", "text": asked.question}]},
-            {"role": "assistant", "content": [{"type": "text", "text": asked.answer}]},
+            {"role": "user", "content": [*shown, {"type": "text", "text": question.question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
         ],
     }

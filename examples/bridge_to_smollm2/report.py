@@ -1,4 +1,4 @@
-"""What a bridged model reads and what it still says: exact answers by kind, KL on plain chats."""
+"""Evaluates a bridged model: exact answers by kind of question, and KL on text-only chats."""
 
 from __future__ import annotations
 
@@ -13,57 +13,57 @@ import smolstack
 from smolstack.processor.processor import Prompt
 from smolstack.vlm import VLM
 
-AT_ONCE = 8  # answers of a batch
+BATCH_SIZE = 8  # answers
 
 
-def measure(model: Path, asked: Path, chats: Path, plain: VLM) -> dict[str, Any]:
-    """Shares of exact answers by kind of question, some wrong ones, and the KL of plain chats.
+def measure(model: Path, image_chats: Path, chats: Path, base: VLM) -> dict[str, Any]:
+    """Return the shares of exact answers by kind, some wrong answers, and the KL on chats.
 
     Args:
         model: a checkpoint folder.
-        asked, chats: files of examples that were not trained on.
-        plain: the model before anything was trained: its text answers are the language model's.
+        image_chats, chats: files of evaluation examples.
+        base: the model before training, with the language model's original answers.
     """
     vlm = smolstack.load(model, dtype="float32")
-    rows = _rows(asked)
-    right: Counter[str] = Counter()
+    rows = _rows(image_chats)
+    correct: Counter[str] = Counter()
     wrong = []
-    for start in range(0, len(rows), AT_ONCE):
-        some = rows[start : start + AT_ONCE]
-        prompts = [(asked.parent / _image(row), _text(row, 0)) for row in some]
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch_rows = rows[start : start + BATCH_SIZE]
+        prompts = [(image_chats.parent / _image(row), _text(row, 0)) for row in batch_rows]
         answers = vlm.ask_many(prompts, max_new_tokens=32, split=False)
-        for row, answer in zip(some, answers, strict=True):
+        for row, answer in zip(batch_rows, answers, strict=True):
             if answer.text.strip() == _text(row, 1):
-                right[row["kind"]] += 1
+                correct[row["kind"]] += 1
             else:
                 wrong.append([_image(row), _text(row, 0), _text(row, 1), answer.text.strip()])
     counts = Counter(row["kind"] for row in rows)
-    kinds = {kind: right[kind] / count for kind, count in sorted(counts.items())}
+    kinds = {kind: correct[kind] / count for kind, count in sorted(counts.items())}
     return {
-        "exact": sum(right.values()) / max(1, len(rows)),
+        "exact": sum(correct.values()) / max(1, len(rows)),
         "kinds": kinds,
-        "kl": divergence(plain, vlm, _rows(chats)),
+        "kl": mean_kl(base, vlm, _rows(chats)),
         "wrong": wrong[:20],
     }
 
 
 @torch.inference_mode()
-def divergence(plain: VLM, vlm: VLM, chats: list[dict[str, Any]]) -> float:
-    """Mean KL, in nats per token, of ``vlm`` from ``plain`` over the plain model's own answers."""
+def mean_kl(base: VLM, vlm: VLM, chats: list[dict[str, Any]]) -> float:
+    """Return KL(base ‖ vlm) in nats per token, averaged over the base model's own answers."""
     total, tokens = 0.0, 0
     for row in chats:
-        question = plain.processor.prepare(_text(row, 0)).token_ids
-        answer = plain.processor.tokenizer.encode(_text(row, 1), special=False)
-        batch = plain.processor.batch([Prompt("", (*question, *answer), (), ())])
+        question = base.processor.prepare(_text(row, 0)).token_ids
+        answer = base.processor.tokenizer.encode(_text(row, 1), special=False)
+        batch = base.processor.batch([Prompt("", (*question, *answer), (), ())])
         positions = slice(len(question) - 1, len(question) + len(answer))
-        one, other = (m.model(batch)[0, positions].log_softmax(-1) for m in (plain, vlm))
+        one, other = (m.model(batch)[0, positions].log_softmax(-1) for m in (base, vlm))
         total += float((one.exp() * (one - other)).sum())
         tokens += one.shape[0]
     return total / max(1, tokens)
 
 
 def table(stages: dict[str, dict[str, Any]]) -> str:
-    """The stages beside each other, in Markdown."""
+    """Return a Markdown table with a column per stage."""
     kinds = next(iter(stages.values()))["kinds"]
     lines = [f"| | {' | '.join(stages)} |", f"|---{'|---' * len(stages)}|"]
     for kind in kinds:

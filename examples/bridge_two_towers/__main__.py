@@ -1,12 +1,12 @@
-"""Bridge two towers that have never met, by training nothing but the connector between them.
+"""Connect two unrelated frozen towers by training only the connector between them.
 
-The eyes are the bundled reader's vision tower; the words are a small decoder of another width,
-depth, tokenizer and chat template, which has never seen an image. Both are frozen. The connector
-has to learn to say, in the decoder's language, what the tower sees.
+The vision tower is the bundled reader's. The text tower is a small decoder with another width,
+depth, tokenizer and chat template, which has never been trained on images. The connector learns to
+map the vision tower's outputs to the decoder's embeddings.
 
-    python examples/bridge_two_towers            # everything, seeded; writes bridge/
+    python examples/bridge_two_towers            # all steps, seeded; writes bridge/
 
-Afterwards bridge/run/model is a checkpoint like any other:
+The result is an ordinary checkpoint:
 
     smolstack ask bridge/test/00001.png "Which number is it?" --model bridge/run/model --no-split
 """
@@ -36,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder: Path = options.folder
 
-    # 1. A text tower that reads numbers written in its own words. It keeps what it has learned.
+    # 1. A text tower that reads numbers laid out in its own embeddings. It is frozen afterwards.
     text = folder / "text-tower"
     if not (text / "config.json").is_file():
         reader = smolstack.load()
@@ -49,14 +49,14 @@ def main() -> None:
             seed=options.seed,
         )
 
-    # 2. The reader's eyes and that tower's words, with noise in between.
+    # 2. Both towers, with a randomly initialized connector.
     bridged = bridge_towers(None, text, folder / "bridged", seed=options.seed, overwrite=True)
 
-    # 3. Images to learn from, and others to be asked about.
+    # 3. Training and test images.
     for name, count in (("train", options.images), ("test", 200)):
         draw_folder(folder / name, count, seed=options.seed * 2 + (name == "test"))
 
-    # 4. Train the connector alone. The tower sees every image once; later epochs read its cache.
+    # 4. Train the connector only. The vision tower runs once per image; its outputs are cached.
     recipe = Recipe.from_dict(
         {
             "model": str(bridged),
@@ -83,9 +83,10 @@ def main() -> None:
         }
     )
     trained = train(recipe, overwrite=True)
-    found = trained.evaluated
-    assert found is not None
-    print(f"{found.exact:.1%} of {len(found.answered)} numbers read exactly, from {trained.model}")
+    evaluated = trained.evaluated
+    assert evaluated is not None
+    share = f"{evaluated.exact:.1%} of {len(evaluated.answered)}"
+    print(f"{share} numbers read exactly, from {trained.model}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Images of numbers, drawn with Pillow's built-in font and DejaVu where it is installed."""
+"""Images of numbers, drawn with Pillow's built-in font, and with DejaVu if it is installed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PAPERS, INKS = ("white", "lightyellow", "lightblue", "mistyrose"), ("black", "na
 
 
 def draw_number(rng: random.Random) -> tuple[Image.Image, str]:
-    """A number of one to five digits somewhere in an image, large enough to be read."""
+    """Return an image of a number of one to five digits at a random position, and the number."""
     width, height = rng.choice(SIZES)
     count = rng.randint(1, 5)
     number = "".join(rng.choices("0123456789", k=count))
-    digit = rng.uniform(0.11, min(0.19, 0.9 / count)) * width  # of each, wide
+    digit = rng.uniform(0.11, min(0.19, 0.9 / count)) * width  # width of a digit
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont
     if DEJAVU and rng.random() < 0.6:
         font = ImageFont.truetype(str(rng.choice(DEJAVU)), digit * 1.6)
@@ -34,7 +34,7 @@ def draw_number(rng: random.Random) -> tuple[Image.Image, str]:
 
 
 def draw_folder(folder: Path, count: int, seed: int) -> Path:
-    """``count`` images with a metadata.jsonl, as ``smolstack train`` reads folders."""
+    """Draw ``count`` images and write metadata.jsonl, in the format of ``smolstack train``."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []

@@ -1,9 +1,9 @@
-"""The other text tower: a small decoder that has never seen an image.
+"""The text tower: a small decoder that is not trained on images.
 
-It is trained on words alone: where an image would be, it is given the embeddings of its own words
-for digits, laid out in rows as a number would be on paper, and it learns to say the number. Width,
-depth, tokenizer and chat template are its own. Once trained it is frozen: whoever wants it to read
-images has to speak its language.
+In place of visual tokens, it receives the embeddings of its own digit tokens, laid out in a grid as
+a number would be in an image, and it learns to output the number. It has its own width, depth,
+tokenizer and chat template. After this training it is frozen, so a connector has to map visual
+tokens to these embeddings.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from smolstack.processor.tokenizer import TextTokenizer
 QUESTION = "Which number is it?"
 SPECIAL = ["<|end|>", "<|start|>", "<|pad|>", "<image>", "<fake_token_around_image>"]
 SPECIAL += ["<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))]
-# A digit's word says in which half of a visual token it stands: the left one or the right one.
+# A digit's token states in which half of a visual token the digit is: left or right.
 WORDS = ["<nothing>", *(f"<left {d}>" for d in range(10)), *(f"<right {d}>" for d in range(10))]
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n"
@@ -41,12 +41,12 @@ TEMPLATE = (
     "{{ part['text'] if part['type'] == 'text' else '<image>' }}{% endfor %}{% endif %}"
     "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-WIDTHS = (1.4, 3.5)  # of a digit, in patches
+WIDTHS = (1.4, 3.5)  # minimum and maximum width of a digit, in patches
 SIZES = ((200, 80), (320, 160), (400, 200), (256, 256), (320, 240), (300, 100))
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-    """Bytes, its words for digits and the markers; no merges."""
+    """Return a tokenizer of bytes, digit tokens and special tokens, without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*alphabet, *WORDS])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -56,8 +56,8 @@ def build_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def config_of(vision: VisionConfig, scale: int, tokenizer: tokenizers.Tokenizer) -> ModelConfig:
-    """The text tower's sizes, beside the vision tower that it will meet."""
+def make_config(vision: VisionConfig, scale: int, tokenizer: tokenizers.Tokenizer) -> ModelConfig:
+    """Return a config of the text tower and a given vision tower."""
     text = TextConfig(
         rope=RopeConfig(theta=10000.0),
         vocab_size=tokenizer.get_vocab_size(),
@@ -76,19 +76,19 @@ def config_of(vision: VisionConfig, scale: int, tokenizer: tokenizers.Tokenizer)
 
 
 @dataclass(frozen=True)
-class Page:
-    """A number laid out on an image's plan, as words: ``cells`` is (tiles, S, len(WORDS))."""
+class NumberLayout:
+    """A number laid out on an image's plan: token weights ``cells``, (tiles, S, len(WORDS))."""
 
     number: str
     plan: TilePlan
     cells: Tensor
 
 
-def lay_out(rng: random.Random, plan: TilePlan, side: int, scale: int) -> Page:
-    """A number somewhere on a page of ``plan``: which words stand in which cell, how strongly.
+def lay_out_number(rng: random.Random, plan: TilePlan, side: int, scale: int) -> NumberLayout:
+    """Lay out a random number at a random position: the weight of each digit token in each cell.
 
-    A digit is strongest in its middle and fades towards its edges, as far as it likes; what a
-    frozen tower makes of a digit will not be sharper.
+    Weights are largest at a digit's center and fall off towards its edges by a random amount, as
+    a frozen vision tower's features are not sharper.
     """
     number = str(rng.randrange(10 ** rng.randint(0, 5), 10**6))[: rng.randint(1, 6)]
     aspect = plan.source[1] / plan.source[0]
@@ -108,11 +108,11 @@ def lay_out(rng: random.Random, plan: TilePlan, side: int, scale: int) -> Page:
     for x, y, wide, high in [*boxes, (0.0, 0.0, 1.0, 1.0)]:
         columns = x + (np.arange(side) + 0.5) / side * wide
         rows = y + (np.arange(side) + 0.5) / side * high
-        down = _profile(rows, top + height / 2, height, high / side) ** fade[1]
+        down = _falloff(rows, top + height / 2, height, high / side) ** fade[1]
         words = np.zeros((side, side, len(WORDS)), dtype=np.float32)
         for place, name in enumerate(number):
             centre = left + (place + 0.5) * digit
-            across = _profile(columns, centre, digit, wide / side) ** fade[0]
+            across = _falloff(columns, centre, digit, wide / side) ** fade[0]
             strength = down[:, None] * across[None, :]
             for half in range(scale):  # even columns of patches are left halves, odd ones right
                 word = 1 + 10 * (half * 2 // scale) + int(name)
@@ -121,38 +121,38 @@ def lay_out(rng: random.Random, plan: TilePlan, side: int, scale: int) -> Page:
         cells = cells.reshape(-1, len(WORDS)) * scale
         cells[:, 0] = np.clip(1 - cells[:, 1:].sum(axis=1), 0, 1)
         tiles.append(cells)
-    return Page(number, plan, torch.from_numpy(np.stack(tiles)))
+    return NumberLayout(number, plan, torch.from_numpy(np.stack(tiles)))
 
 
-def _profile(at: np.ndarray, centre: float, extent: float, step: float) -> np.ndarray:
-    """1 in the middle, falling to 0 at the edges; a patch is never narrower than itself."""
+def _falloff(at: np.ndarray, centre: float, extent: float, step: float) -> np.ndarray:
+    """Return weights that fall from 1 at the center to 0 at the edges, at least a patch wide."""
     reach = max(extent, step) / 2 + step / 4
     return np.clip(1 - np.abs(at - centre) / reach, 0, 1)
 
 
-class WordImages:
-    """Batches of pages with the tokens of their chats, all of one plan."""
+class LayoutBatches:
+    """Random batches of layouts with the tokens of their chats."""
 
     def __init__(self, processor: Processor, settings: ImageSettings, seed: int) -> None:
         self.processor, self.settings, self.rng = processor, settings, random.Random(seed)
 
-    def batch(self, count: int) -> tuple[list[Page], Tensor, int]:
-        """Pages, token ids (B, T) padded on the right with ``pad_id``, and where answers begin."""
+    def batch(self, count: int) -> tuple[list[NumberLayout], Tensor, int]:
+        """Return layouts of one plan, right-padded token ids (B, T), and the answers' start."""
         processor, config = self.processor, self.processor.config
         plan = plan_tiles(
             self.rng.choice(SIZES), self.settings, processor.tokens_per_tile, split=False
         )
         side = self.settings.tile_edge // config.vision.patch_size
-        pages = [lay_out(self.rng, plan, side, config.scale) for _ in range(count)]
+        layouts = [lay_out_number(self.rng, plan, side, config.scale) for _ in range(count)]
         prompt = _prompt(processor, plan)
         end = config.text.eos_token_ids[0]
-        answers = [[*processor.tokenizer.encode(page.number), end] for page in pages]
+        answers = [[*processor.tokenizer.encode(layout.number), end] for layout in layouts]
         longest = max(map(len, answers))
         rows = [
             [*prompt.token_ids, *answer, *[processor.pad_id] * (longest - len(answer))]
             for answer in answers
         ]
-        return pages, torch.tensor(rows), len(prompt.token_ids)
+        return layouts, torch.tensor(rows), len(prompt.token_ids)
 
 
 def _prompt(processor: Processor, plan: TilePlan) -> Prompt:
@@ -170,9 +170,9 @@ def train_text_tower(
     steps: int,
     seed: int,
 ) -> Path:
-    """Train the decoder on words and save it, beside a vision tower and a connector of noise."""
+    """Train the decoder and save it, with a random vision tower and connector."""
     tokenizer = build_tokenizer()
-    config = config_of(vision, scale, tokenizer)
+    config = make_config(vision, scale, tokenizer)
     side = side_files(tokenizer, settings, config)
     processor = Processor(config, settings, TextTokenizer(side["tokenizer.json"], {}), TEMPLATE)
     torch.manual_seed(seed)
@@ -180,16 +180,17 @@ def train_text_tower(
     with torch.no_grad():
         model.decoder.embedding.weight.mul_(0.3)
     words = torch.tensor([tokenizer.token_to_id(word) for word in WORDS])
-    images = WordImages(processor, settings, seed)
+    images = LayoutBatches(processor, settings, seed)
     parameters = [*model.decoder.parameters(), *model.head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)
     began = time.time()
     for step in range(1, steps + 1):
-        pages, ids, start = images.batch(32)
-        own = model.decoder.embedding(words)
-        visual = torch.stack([page.cells for page in pages]) @ own  # (B, tiles, S, D)
-        visual = visual + torch.randn_like(visual) * own.detach().std() * 0.3
+        layouts, ids, start = images.batch(32)
+        digit_embeddings = model.decoder.embedding(words)
+        cells = torch.stack([layout.cells for layout in layouts])
+        visual = cells @ digit_embeddings  # (B, tiles, S, D)
+        visual = visual + torch.randn_like(visual) * digit_embeddings.detach().std() * 0.3
         embeddings = model.decoder.embedding(ids)
         positions = (ids[0] == config.image_token_id).nonzero().flatten()
         embeddings = embeddings.index_copy(1, positions, visual.flatten(1, 2))
@@ -204,10 +205,10 @@ def train_text_tower(
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps:
-            right = (logits.argmax(-1) == labels) | (labels == processor.pad_id)
-            share = right.all(dim=1).float().mean().item()
+            correct = (logits.argmax(-1) == labels) | (labels == processor.pad_id)
+            share = correct.all(dim=1).float().mean().item()
             seconds = time.time() - began
-            line = f"words: step {step:5d}, loss {loss.item():.3f}, exact {share:.0%}"
+            line = f"text tower: step {step:5d}, loss {loss.item():.3f}, exact {share:.0%}"
             print(f"{line}, {seconds:.0f} s", flush=True)
     return save_checkpoint(folder, model.eval(), side, overwrite=True)
 
@@ -215,7 +216,7 @@ def train_text_tower(
 def side_files(
     tokenizer: tokenizers.Tokenizer, settings: ImageSettings, config: ModelConfig
 ) -> dict[str, bytes]:
-    """The files of a checkpoint of the family beside its weights."""
+    """Return the files of a checkpoint other than its weights."""
     named = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
     files = {
         "preprocessor_config.json": settings.to_hf(),

@@ -18,7 +18,7 @@ from smolstack.errors import GenerationError
 from smolstack.serve.body_memory import BodyMemory
 from smolstack.serve.connections import connection_limit
 from smolstack.serve.error_responses import RefusedError
-from smolstack.serve.parsing import MOST_VALUES, parsed
+from smolstack.serve.parsing import MOST_VALUES, parse_json
 from smolstack.serve.settings import ServerSettings
 
 
@@ -133,9 +133,9 @@ def test_a_limit_of_all_bodies_leaves_room_for_one() -> None:
 def test_values_of_a_body_are_counted_before_they_are_parsed() -> None:
     for many in (b"[" + b"[]," * MOST_VALUES + b"1]", b"[" + b'"",' * MOST_VALUES + b"1]"):
         with pytest.raises(RefusedError, match="more than 100,000 JSON values"):
-            parsed(many)
+            parse_json(many)
     text = ",[{" * MOST_VALUES
-    assert parsed(f'["{text}", "\\"{text}"]'.encode()) == [text, f'"{text}']
+    assert parse_json(f'["{text}", "\\"{text}"]'.encode()) == [text, f'"{text}']
 
 
 def test_strange_values_are_refused_in_a_sentence(server: Process) -> None:
