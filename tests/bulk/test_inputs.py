@@ -174,7 +174,8 @@ def test_a_row_without_an_image_says_so_and_the_others_are_answered(
     for error, part in zip(
         errors[1:],
         [
-            "line 2 of list.jsonl is not a JSON object",
+            "line 2 of list.jsonl is not valid JSON: Expecting property name enclosed in double "
+            "quotes at column 2",
             "found nothing in place of",
             "found a int in place of",
             "is a URL",

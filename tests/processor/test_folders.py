@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
+
+from smolstack.errors import ImageError
+from smolstack.processor.decoding import size_of
 from smolstack.processor.folders import SkippedFiles, search
 
 
@@ -35,3 +40,12 @@ def test_files_that_belong_to_an_image_are_not_passed_over(tmp_path: Path) -> No
     over = SkippedFiles()
     list(search(tmp_path, {".png"}, over, beside=(".txt",)))
     assert not over
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    over = SkippedFiles()
+    assert list(search(tmp_path, {".png"}, over)) == []
+    assert over.sentence(Path("scans")) == "scans: passed over 1 pipe or device (pipe.png)"
+    with pytest.raises(ImageError, match="found a pipe or device, expected an im"):
+        size_of(tmp_path / "pipe.png", 1000)

@@ -274,12 +274,27 @@ def test_fields_are_a_chat_s_fields() -> None:
          "input.0.content.0 has a file_id, but this server does not store files; send file_data"),
         ({"input": [{"role": "user", "content": [
             {"type": "input_file", "file_data": "data:text/plain;base64,aGk="}]}]},
-         "a file of 2 bytes is not a PDF file"),
+         "input.0.content.0.file: a file of 2 bytes is not a PDF file"),
+        ({"input": [{"type": "reasoning", "id": "a"}]}, "input has only reasoning"),
+        ({"instructions": "Be short.", "input": [
+            {"type": "reasoning", "id": "a", "summary": []},
+            {"type": "function_call", "call_id": "a", "name": "b", "arguments": "{}"},
+            {"role": "user", "content": [
+                {"type": "input_image", "image_url": "data:image/png;base64,?"}]}]},
+         "input.2.content.0.image_url: the data URL does not contain valid base64"),
+        ({"input": [
+            {"type": "reasoning", "id": "a", "summary": []}, {"role": "user", "contnt": "?"}]},
+         "input.1.contnt: no such field"),
+        ({"input": [
+            {"type": "function_call", "call_id": "a", "name": "b", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "a", "output": [
+                {"type": "input_image", "image_url": "data:image/png;base64,?"}]}]},
+         "input.1.output.0.image_url: the data URL"),
         ({"input": [{"role": "user", "content": [
             {"type": "input_file", "file_url": "http://example.com/a.pdf"}]}]},
          "does not download images"),
         ({"input": [{"type": "function_call_output", "call_id": "call_9", "output": "x"}]},
-         "tool_call_id is 'call_9', expected the id of an earlier call: none was made before it"),
+         "input.0.call_id is 'call_9', expected the id of an earlier call: none was made"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
          "input.0.content.0 has a file_id"),
         ({"input": [{"type": "function_call", "name": "a", "arguments": "{"}]},

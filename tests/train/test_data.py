@@ -118,6 +118,7 @@ def test_rows_that_are_none_are_named(rows: Any, words: str) -> None:
     ("line", "words"),
     [
         ("{", "example 1 is not valid JSON"),
+        ("\n\n{", "example 1 is not valid JSON: Expecting .*: line 3, column 2"),
         ("[]", "expected an object"),
         ('{"a": 1}', r"has the keys \['a'\], expected messages, or an image"),
         ('{"file_name": "a.png", "text": ""}', "an empty answer"),

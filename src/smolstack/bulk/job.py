@@ -24,6 +24,7 @@ from smolstack.bulk.tasks import Task
 from smolstack.checkpoint.hub import locate
 from smolstack.errors import BulkError
 from smolstack.generation.options import AnswerOptions, read_options
+from smolstack.output_files import naming_errors
 from smolstack.vlm import VLM
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def map_images(
     engine: str = "embedded",
     workers: int | None = None,
     restart: bool = False,
+    special_tokens_in_text: bool | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     **options: Unpack[AnswerOptions],
 ) -> Summary:
@@ -116,6 +118,8 @@ def map_images(
         engine: "embedded" (this process) or "ray" (Ray Data; its workers must see the same files).
         workers: processes of engine "ray"; default: one.
         restart: discard earlier results and replace the output.
+        special_tokens_in_text: whether the text of special tokens in questions is converted to
+            these tokens; None: yes, or as the given VLM's processor does.
         on_progress: called repeatedly with the progress.
         **options: as for :meth:`smolstack.VLM.ask`.
 
@@ -144,6 +148,7 @@ def map_images(
         embed=embed,
         embed_dtype=embed_dtype,
         options=options,
+        special_tokens_in_text=_special_tokens(vlm, special_tokens_in_text),
         limits=Limits(batch_tokens, batch_rows),
     )
     parts = Parts(out.with_name(out.name + ".parts").absolute())
@@ -176,6 +181,17 @@ def map_images(
             raise
         parts.remove()
     return summary
+
+
+def _special_tokens(vlm: VLM | None, wanted: bool | None) -> bool:
+    """Return whether special tokens in questions are converted."""
+    own = True if vlm is None else vlm.processor.special_tokens_in_text
+    if vlm is not None and wanted not in (None, own):
+        raise BulkError(
+            f"special_tokens_in_text is {wanted}, but {own} in the given model's processor; "
+            "set vlm.processor.special_tokens_in_text"
+        )
+    return own if wanted is None else wanted
 
 
 class _Job:
@@ -259,7 +275,8 @@ class _Job:
 def _begin(parts: Parts, source: Input, settings: Mapping[str, Any], window: int) -> None:
     """List the images and write the job's settings."""
     if source.rows is not None:
-        count = write_listing(parts.listing, source.rows(), window)
+        with naming_errors(parts.listing):
+            count = write_listing(parts.listing, source.rows(), window)
     else:
         count = len(RowReader(_parquet(parts, source)))
     if not count:

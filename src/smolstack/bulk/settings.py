@@ -35,10 +35,13 @@ class Work:
     embed_dtype: str
     options: AnswerOptions
     limits: Limits
+    special_tokens_in_text: bool = True
 
     def task(self, vlm: VLM | None = None) -> Task:
         """Return the task on a loaded checkpoint, which is loaded unless given."""
-        vlm = vlm or load(self.where, dtype=self.dtype, device=self.device)
+        if vlm is None:
+            vlm = load(self.where, dtype=self.dtype, device=self.device)
+            vlm.processor.special_tokens_in_text = self.special_tokens_in_text
         if self.embed is None:
             return Questions(vlm, self.questions, self.options)
         tiling = read_options(self.options, ()).tiling
@@ -53,6 +56,8 @@ def settings_of(work: Work, images: Mapping[str, Any], window: int) -> dict[str,
     if work.embed is not None:
         what = {"embed": work.embed, "embed_dtype": work.embed_dtype}
     kept = {name: value for name, value in work.options.items() if not _is_default(name, value)}
+    if not work.special_tokens_in_text:
+        kept["special_tokens_in_text"] = False
     data = {
         "format": _FORMAT,
         **images,

@@ -90,16 +90,21 @@ def _read_jsonl(path: Path, columns: Columns | None, index: int) -> Iterator[Row
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            wrong = "is not a JSON object"
             try:
-                value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
+                value = json.loads(line.rstrip())
+            except json.JSONDecodeError as reason:
                 value = None
+                wrong = f"is not valid JSON: {reason.msg} at column {reason.colno}"
+            except RecursionError:
+                value = None
+                wrong = "is not valid JSON: nested too deeply"
             if isinstance(value, str):
                 yield as_row(index, value, None, path.parent)
             elif isinstance(value, Mapping) and columns is not None:
                 yield from_record(index, value, columns, path.parent)
             else:
-                error = f"line {number} of {path.name} is not a JSON object"
+                error = f"line {number} of {path.name} {wrong}"
                 yield Row(index, str(index), error=error)
             index += 1
 

@@ -70,6 +70,7 @@ def ask(
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
     keep_special_tokens: options.KeepSpecialTokens = False,
+    special_tokens_in_text: options.SpecialTokensInText = True,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
@@ -113,6 +114,7 @@ def ask(
         mmproj=mmproj,
         images=image_cache,
     )
+    vlm.processor.special_tokens_in_text = special_tokens_in_text
     video_options.set_resize(vlm, video_resize)
     tiling = answer_options.tiling_of(chosen)
     shown = [_opened(vlm, image, fps, max_frames) for image in sources]

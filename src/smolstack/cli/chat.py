@@ -130,6 +130,7 @@ def chat(
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
     keep_special_tokens: options.KeepSpecialTokens = False,
+    special_tokens_in_text: options.SpecialTokensInText = True,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
@@ -165,6 +166,7 @@ def chat(
         mmproj=mmproj,
         images=image_cache,
     )
+    vlm.processor.special_tokens_in_text = special_tokens_in_text
     video_options.set_resize(vlm, video_resize)
     conversation = Conversation(vlm, chosen, verbose=verbose)
     for image in images or []:

@@ -156,6 +156,7 @@ def map_(
     stop: options.Stop = None,
     stop_on_repetition: options.StopOnRepetition = False,
     keep_special_tokens: options.KeepSpecialTokens = False,
+    special_tokens_in_text: options.SpecialTokensInText = True,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
@@ -208,6 +209,7 @@ def map_(
             engine=engine.value,
             workers=workers,
             restart=restart,
+            special_tokens_in_text=special_tokens_in_text,
             on_progress=tell,
             **chosen,
         )

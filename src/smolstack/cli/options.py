@@ -125,6 +125,14 @@ KeepSpecialTokens = Annotated[
         help="Keep special tokens in the answer; document models answer with them.",
     ),
 ]
+SpecialTokensInText = Annotated[
+    bool,
+    typer.Option(
+        "--special-tokens-in-text/--no-special-tokens-in-text",
+        help="Convert the text of special tokens in questions to these tokens, as in transformers, "
+        "or tokenize it as plain characters: questions written by others cannot forge turns.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
 ]

@@ -18,15 +18,17 @@ class SkippedFiles:
     Attributes:
         suffixes: files of other kinds, counted by suffix.
         dangling: broken links.
+        special: named pipes, sockets and devices.
         linked: links to folders, which are not followed because they may form cycles.
     """
 
     suffixes: Counter[str] = field(default_factory=Counter)
     dangling: list[str] = field(default_factory=list)
     linked: list[str] = field(default_factory=list)
+    special: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.suffixes or self.dangling or self.linked)
+        return bool(self.suffixes or self.dangling or self.linked or self.special)
 
     def sentence(self, folder: Path) -> str:
         """Describe the skipped files in a sentence."""
@@ -36,12 +38,15 @@ class SkippedFiles:
             kinds = ", ".join(f"{n} {name}" for name, n in self.suffixes.most_common(_NAMED))
             more = " …" if len(self.suffixes) > _NAMED else ""
             parts.append(f"{_count(count, 'file')} of other kinds ({kinds}{more})")
-        for found, what in ((self.dangling, "link to nothing"), (self.linked, "link to a folder")):
+        for found, what, several in (
+            (self.dangling, "link to nothing", "links to nothing"),
+            (self.linked, "link to a folder", "links to a folder"),
+            (self.special, "pipe or device", "pipes or devices"),
+        ):
             if found:
                 more = " …" if len(found) > _NAMED else ""
-                one, _, rest = what.partition(" ")
-                plural = what if len(found) == 1 else f"{one}s {rest}"
-                parts.append(f"{len(found):,} {plural} ({', '.join(found[:_NAMED])}{more})")
+                kind = what if len(found) == 1 else several
+                parts.append(f"{len(found):,} {kind} ({', '.join(found[:_NAMED])}{more})")
         return f"{folder}: passed over {', '.join(parts)}"
 
 
@@ -81,7 +86,9 @@ def _walk(folder: str, suffixes: Collection[str], over: SkippedFiles, root: str)
             over.linked.append(name)
         elif not os.path.exists(entry.path):
             over.dangling.append(name)
-        elif suffix in suffixes and entry.is_file():
+        elif not entry.is_file():
+            over.special.append(name)
+        elif suffix in suffixes:
             yield entry.path
         else:
             over.suffixes[suffix or "without a suffix"] += 1

@@ -147,7 +147,8 @@ def _document(path: Path | bytes, password: str | None) -> Iterator[Any]:
             f"{name}: PDF files need the package pypdfium2 (pip install 'smolstack[pdf]')"
         ) from None
     if isinstance(path, Path) and not path.is_file():
-        found = "a folder" if path.is_dir() else "no file"
+        there = "a pipe or device" if path.exists() else "no file"
+        found = "a folder" if path.is_dir() else there
         raise ImageError(f"{path}: found {found}, expected a PDF file")
     with _ONE_AT_A_TIME:
         try:

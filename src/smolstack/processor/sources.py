@@ -27,7 +27,8 @@ def named(source: str | Path | bytes | TiffPage) -> tuple[str, str | Path | byte
         refuse_texts(name)
         try:
             if not path.is_file():
-                found = "a folder" if path.is_dir() else "no file"
+                there = "a pipe or device" if path.exists() else "no file"
+                found = "a folder" if path.is_dir() else there
                 raise ImageError(f"{name}: found {found}, expected an image")
             size = path.stat().st_size
         except OSError as error:  # for example a folder without permission

@@ -81,11 +81,15 @@ def check_results(messages: Sequence[ChatMessage]) -> None:
         calls += [call.id for call in message.tool_calls or ()]
         if message.tool_call_id is not None and message.tool_call_id not in calls:
             known = ", ".join(calls)[:200] or "none was made before it"
+            content = message.place(number)
+            place = f"{content.removesuffix('.content')}.tool_call_id"
+            if content.endswith(".output"):  # of /v1/responses
+                place = f"{content.removesuffix('.output')}.call_id"
             raise RefusedError(
                 400,
-                f"messages.{number}.tool_call_id is {message.tool_call_id[:100]!r}, expected the "
+                f"{place} is {message.tool_call_id[:100]!r}, expected the "
                 f"id of an earlier call: {known}",
-                param=f"messages.{number}.tool_call_id",
+                param=place,
             )
 
 

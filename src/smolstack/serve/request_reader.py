@@ -128,7 +128,7 @@ def release_images(request: ChatRequest) -> None:
 def _media(request: ChatRequest) -> list[tuple[str, ImagePart | VideoPart | FilePart]]:
     """Return the parts other than text, and their paths in the body."""
     return [
-        (f"messages.{number}.content.{index}", part)
+        (f"{message.place(number)}.{index}", part)
         for number, message in enumerate(request.messages)
         if not isinstance(message.content, str)
         for index, part in enumerate(message.content)

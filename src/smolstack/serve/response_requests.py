@@ -115,8 +115,15 @@ class FunctionCallOutputItem(Body):
     output: _Content
 
 
+class ReasoningItem(Body):
+    """Reasoning of an earlier answer, which is not passed to the model."""
+
+    type: Literal["reasoning"]
+
+
 Item = Annotated[
-    MessageItem | FunctionCallItem | FunctionCallOutputItem, Field(discriminator="type")
+    MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem,
+    Field(discriminator="type"),
 ]
 
 
@@ -193,11 +200,7 @@ class ResponsesRequest(AnswerFields, ImageFields):
         if isinstance(text := found.get("text"), dict):
             found["text"] = {key: value for key, value in text.items() if key != "verbosity"}
         if isinstance(items := found.get("input"), list):
-            found["input"] = [
-                _item(item, f"input.{number}")
-                for number, item in enumerate(items)
-                if not (isinstance(item, dict) and item.get("type") == "reasoning")
-            ]
+            found["input"] = [_item(item, f"input.{number}") for number, item in enumerate(items)]
         return found
 
     @property
@@ -215,6 +218,10 @@ class ResponsesRequest(AnswerFields, ImageFields):
                 400, f"top_logprobs needs {_LOGPROBS} in include", param="top_logprobs"
             )
         messages = _messages(self)
+        if all(message.role == "system" for message in messages) and not any(
+            isinstance(item, MessageItem) for item in self.input
+        ):
+            raise RefusedError(400, "input has only reasoning, expected a message", param="input")
         self.input = ""
         named = isinstance(self.tool_choice, FunctionChoice)
         return ChatRequest.model_construct(
@@ -251,6 +258,8 @@ def _item(item: Any, where: str) -> Any:
             f"{where} refers to a stored item, but this server does not store items",
             param=where,
         )
+    if kind == "reasoning":  # an empty one keeps the numbers of the items after it
+        return {"type": kind}
     found["type"] = kind
     for name in ("content", "output"):
         if isinstance(parts := found.get(name), list):
@@ -283,12 +292,17 @@ def _messages(request: ResponsesRequest) -> list[ChatMessage]:
         found.append(ChatMessage(role="system", content=request.instructions))
     if isinstance(request.input, str):
         return [*found, ChatMessage(role="user", content=request.input)]
-    for item in request.input:
+    for number, item in enumerate(request.input):
+        if isinstance(item, ReasoningItem):
+            continue
+        where = f"input.{number}"
         if isinstance(item, MessageItem):
-            found.append(ChatMessage(role=item.role, content=_content(item.content)))
+            made = ChatMessage(role=item.role, content=_content(item.content))
+            found.append(made.placed(f"{where}.content"))
         elif isinstance(item, FunctionCallOutputItem):
             told = _content(item.output)
-            found.append(ChatMessage(role="tool", content=told, tool_call_id=item.call_id))
+            made = ChatMessage(role="tool", content=told, tool_call_id=item.call_id)
+            found.append(made.placed(f"{where}.output"))
         else:
             function = CalledFunction(name=item.name, arguments=item.arguments)
             call = ToolCall(id=item.call_id, function=function)

@@ -6,7 +6,15 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from smolstack.serve.request_fields import normalize_fields, without_nulls
 
@@ -102,6 +110,8 @@ class ChatMessage(Body):
     content: Text | Annotated[list[Part], Field(min_length=1, max_length=1000)]
     tool_calls: list[ToolCall] | None = Field(default=None, max_length=100)
     tool_call_id: str | None = None
+    # Where the content is in a body that names it differently (/v1/responses).
+    _place: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _role_fits(self) -> ChatMessage:
@@ -109,6 +119,15 @@ class ChatMessage(Body):
             raise ValueError(f"tool_calls in a message of role {self.role}, expected assistant")
         if self.tool_call_id is not None and self.role != "tool":
             raise ValueError(f"tool_call_id in a message of role {self.role}, expected tool")
+        return self
+
+    def place(self, number: int) -> str:
+        """Return the path of the content in the request's body; ``number``: of this message."""
+        return self._place or f"messages.{number}.content"
+
+    def placed(self, place: str) -> ChatMessage:
+        """Set the path of the content in the request's body."""
+        self._place = place
         return self
 
 

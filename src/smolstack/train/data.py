@@ -112,11 +112,13 @@ class JsonLines(Source):
     def __init__(self, path: Path, question: str) -> None:
         self.path, self.question = path, question
         self.starts = array("Q")
+        self.lines = array("Q")  # their numbers: blank lines are no examples
         place = 0
         with path.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if line.strip():
                     self.starts.append(place)
+                    self.lines.append(number)
                 place += len(line)
         if not self.starts:
             raise DataError(f"{path} contains no lines")
@@ -135,9 +137,14 @@ class JsonLines(Source):
             file.seek(self.starts[index])
             line = file.readline()
         try:
-            row = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{name} is not valid JSON: {error}") from error
+            row = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            where = f"line {self.lines[index]}, column {error.colno}"
+            raise DataError(f"{name} is not valid JSON: {error.msg}: {where}") from error
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise DataError(
+                f"{name} is not valid JSON: {error}: line {self.lines[index]}"
+            ) from error
         return name, row
 
 
