@@ -199,7 +199,7 @@ def test_tied_and_retrieval_checkpoints(
     found = quantize(retrieval_folder, tmp_path / "retrieval", bits=8)
     assert found.divergence is None
     assert smolstack.load(tmp_path / "retrieval").embed_queries(["ferry"])[0].shape[1] == 16
-    with pytest.raises(ConfigError, match="bits is 6 and .* retrieval"):
+    with pytest.raises(ConfigError, match=r"bits is 6 and .* retrieval"):
         quantize(retrieval_folder, tmp_path / "between", bits=6)
 
 
