@@ -33,12 +33,15 @@ def test_it_answers_about_images_in_sentences(bridged: Path) -> None:
     assert sum(answer.text == expected for answer, (_, _, expected) in pairs) >= READ / 2
 
 
-def test_int8_reads_as_float32_does(bridged: Path) -> None:
-    exact, fast = (smolstack.load(bridged, dtype=dtype) for dtype in ("float32", "int8"))
-    asked = [(image, text) for image, text, _ in examples(bridged)]
-    one, other = (vlm.ask_many(asked, split=False) for vlm in (exact, fast))
-    same = sum(a.text == b.text for a, b in zip(one, other, strict=True))
-    assert same >= READ - 2
+def test_int8_reads_as_well_as_float32(bridged: Path) -> None:
+    asked = examples(bridged)
+    right = []
+    for dtype in ("float32", "int8"):
+        vlm = smolstack.load(bridged, dtype=dtype)
+        answers = vlm.ask_many([(image, text) for image, text, _ in asked], split=False)
+        expected = [answer for _, _, answer in asked]
+        right.append(sum(a.text == e for a, e in zip(answers, expected, strict=True)))
+    assert right[1] >= right[0] - 1
 
 
 def test_it_still_talks_without_images(bridged: Path) -> None:
