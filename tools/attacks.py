@@ -379,6 +379,20 @@ async def answers(url: str, seconds: float) -> None:
 
 
 @attack
+async def long_answers(url: str, seconds: float) -> None:
+    """More of the longest possible answers than may wait, one per request."""
+    await keep_asking(url, seconds, 100, lambda _: chat([], "x", max_tokens=2048, temperature=50))
+
+
+@attack
+async def parts(url: str, seconds: float) -> None:
+    """A message with as many empty parts as a body may have values."""
+    content = [{"type": "text", "text": ""}] * 24_000
+    body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+    await keep_asking(url, seconds, 6, lambda _: body)
+
+
+@attack
 async def texts(url: str, seconds: float) -> None:
     """Tokenization of texts with millions of characters."""
     body = json.dumps({"prompt": "hello wörld <" * 150_000}).encode()

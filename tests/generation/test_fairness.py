@@ -11,7 +11,7 @@ from PIL import Image
 
 import smolstack
 from smolstack.errors import QueueFullError
-from smolstack.generation.costs import ClientUse
+from smolstack.generation.costs import ClientUse, Costs
 from smolstack.generation.engine import Engine
 from smolstack.generation.options import read_options
 from smolstack.generation.pools import RankedPool
@@ -49,7 +49,7 @@ def test_a_cheap_request_goes_first_and_an_expensive_one_gives_way(
     for request in engine._inbox:
         engine.core.add(request)
     engine.core.remove_ended()
-    assert scheduler.admit() == [short]
+    assert scheduler.admit(0.0) == [short]
 
 
 def test_a_client_that_had_much_waits_for_others(tiny_vlm: smolstack.VLM) -> None:
@@ -60,7 +60,7 @@ def test_a_client_that_had_much_waits_for_others(tiny_vlm: smolstack.VLM) -> Non
     for request in engine._inbox:
         engine.core.add(request)
     engine.core.client_use.rank(engine.core.scheduler.waiting, time.monotonic())
-    assert engine.core.scheduler.admit()[0].client == "little"
+    assert engine.core.scheduler.admit(0.0)[0].client == "little"
 
 
 def test_what_a_client_had_is_forgotten() -> None:
@@ -72,6 +72,85 @@ def test_what_a_client_had_is_forgotten() -> None:
     assert client_use.recent("a", 100.0) == 0
 
 
+def test_a_short_answer_does_not_wait_for_long_ones_to_end(tiny_vlm: smolstack.VLM) -> None:
+    """They are suspended for it, go on afterwards, and say what they would have said."""
+    alone = tiny_vlm.ask(None, "Tell all.", max_new_tokens=120, ignore_eos=True).token_ids
+    engine = still(tiny_vlm, running=2)
+    core, seconds = engine.core, [time.monotonic()]
+    core.clock = lambda: seconds[0]
+    long = [
+        made(tiny_vlm, engine, "Tell all.", max_new_tokens=120, ignore_eos=True) for _ in range(3)
+    ]
+    short = [made(tiny_vlm, engine, f"{n}?", max_new_tokens=3, ignore_eos=True) for n in range(2)]
+    for request in long:
+        engine.enter([request], client="a")
+        core.add(engine._inbox.pop())
+    for _ in range(10):
+        core.step()
+    assert [request.stage for request in long] == ["decode", "decode", "waiting"]
+    engine.enter(short[:1], client="a")
+    core.add(engine._inbox.pop())
+    core.step()
+    assert short[0].stage == "waiting", "the long ones have had no turn yet"
+    seconds[0] += 0.6
+    for _ in range(4):
+        core.step()
+    assert short[0].finished
+    assert sum(request.suspended for request in long) == 0
+    engine.enter(short[1:], client="a")
+    core.add(engine._inbox.pop())
+    while not core.idle:
+        core.step()
+        assert sum(not each.held for each in core.scheduler.running) <= 2
+        seconds[0] += 0.1
+    assert [request.answered.token_ids for request in long] == [alone] * 3
+    assert short[1].answered.usage.completion_tokens == 3
+
+
+def test_equal_answers_do_not_suspend_each_other(tiny_vlm: smolstack.VLM) -> None:
+    engine = still(tiny_vlm, running=1)
+    core, seconds = engine.core, [time.monotonic()]
+    core.clock = lambda: seconds[0]
+    equal = [made(tiny_vlm, engine, "Tell.", max_new_tokens=9, ignore_eos=True) for _ in range(3)]
+    for request in equal:
+        engine.enter([request], client="a")
+        core.add(engine._inbox.pop())
+    ended: list[Request] = []
+    while not core.idle:
+        core.step()
+        seconds[0] += 1.0
+        assert not any(request.suspended for request in equal)
+        ended += [request for request in equal if request.finished and request not in ended]
+    assert ended == equal
+
+
+def test_the_first_token_of_a_client_that_had_little_does_not_wait_for_one_that_had_much(
+    tiny_vlm: smolstack.VLM,
+) -> None:
+    engine = still(tiny_vlm, running=1)
+    core, seconds = engine.core, [time.monotonic()]
+    core.clock = lambda: seconds[0]
+    much, little = (made(tiny_vlm, engine, "Tell.", max_new_tokens=9) for _ in range(2))
+    core.client_use.charge("much", 100.0, time.monotonic())
+    for request, client in ((much, "much"), (little, "little")):
+        engine.enter([request], client=client)
+        core.add(engine._inbox.pop())
+        core.step()
+        seconds[0] += 1.0
+    core.step()
+    assert much.suspended
+    assert not little.suspended
+
+
+def test_a_pass_over_few_tokens_does_not_make_tokens_expensive() -> None:
+    costs = Costs()
+    for _ in range(1000):
+        costs.measured("token", 1, 0.01)
+        costs.measured("row", 1, 0.01)
+    assert costs.token == pytest.approx(0.01 / 64)
+    assert costs.row == pytest.approx(0.01 / 4)
+
+
 def test_without_clients_requests_have_their_turn_as_they_came(tiny_vlm: smolstack.VLM) -> None:
     engine = still(tiny_vlm, running=8)
     texts = ["A long one? " * 20, "Hi.", "And this?"]
@@ -79,7 +158,7 @@ def test_without_clients_requests_have_their_turn_as_they_came(tiny_vlm: smolsta
     engine.enter(requests)
     for request in engine._inbox:
         engine.core.add(request)
-    assert engine.core.scheduler.admit() == requests
+    assert engine.core.scheduler.admit(0.0) == requests
 
 
 def test_answers_whose_forms_take_long_take_turns(tiny_vlm: smolstack.VLM) -> None:
@@ -88,7 +167,7 @@ def test_answers_whose_forms_take_long_take_turns(tiny_vlm: smolstack.VLM) -> No
     scheduler = engine.core.scheduler
     for request in requests:
         engine.core.add(request)
-    scheduler.admit()
+    scheduler.admit(0.0)
     for request in requests:
         request.stage = "decode"
     for request in requests[:5]:

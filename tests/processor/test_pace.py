@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from io import BytesIO
 from pathlib import Path
 
@@ -69,3 +70,29 @@ def test_slow_formats_weigh_more() -> None:
     }  # fmt: skip
     assert weight(plain_ppm(4)) == weight(run_length_bmp(4)) == 20
     assert weight(noise) == 1
+
+
+def in_a_thread(source: bytes) -> Image.Image:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(open_image, source).result(60)
+
+
+def test_other_threads_run_while_a_large_jpeg_2000_image_is_decoded() -> None:
+    """Pillow's decoder keeps the interpreter's lock, so it runs in a process of its own."""
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (700, 800, 4), dtype=np.uint8), "RGBA")
+    file = saved(image, "JPEG2000")
+    with ThreadPoolExecutor(1) as pool:
+        decoding, ticks = pool.submit(open_image, file), 0
+        while not decoding.done():
+            wait([decoding], 0.005)
+            ticks += 1
+    assert ticks > 10
+    assert np.array_equal(np.asarray(decoding.result()), np.asarray(open_image(file)))
+
+
+def test_a_large_jpeg_2000_image_that_is_cut_is_named() -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (700, 800, 3), dtype=np.uint8)
+    file = saved(Image.fromarray(noise), "JPEG2000")
+    with pytest.raises(ImageError, match=r"^image of \d+ bytes is damaged or truncated: "):
+        in_a_thread(file[: len(file) // 2])

@@ -76,14 +76,15 @@ class EngineCore:
         self.stage = ImageStage(self.images, workers, wake)
         self.prefixes = PrefixCache(limits.prefix_bytes)
         self.runner = ModelRunner(model, processor, self.prefixes)
+        self.costs, self.client_use = Costs(), ClientUse()
         self.scheduler = Scheduler(
             limits,
             self.images,
             self.prefixes,
             kv_bytes=model.kv_bytes_per_token,
             kv_budget=limits.kv_cache_bytes or default_kv_bytes(model.device),
+            costs=self.costs,
         )
-        self.costs, self.client_use = Costs(), ClientUse()
         self.decode_steps = self.generated_tokens = self.prefill_tokens = 0
         self._weights, self._known_weights = WeightsVersion(model.decoder), 0
         self.maker = RequestMaker(model, processor, self.images, self.scheduler.check)
@@ -168,13 +169,11 @@ class EngineCore:
                 )
 
     def _admit(self) -> None:
-        if not self.scheduler.waiting:
-            return
         number = self._weights.current()
         if number != self._known_weights:  # results computed with other weights are invalid
             self._known_weights = number
             self.prefixes.clear()
-        for request in self.scheduler.admit():
+        for request in self.scheduler.admit(self.clock()):
             self.stage.begin(request)
 
     def _collect(self) -> None:
@@ -274,7 +273,7 @@ class EngineCore:
         if not plan.decode:
             return
         self.decode_steps += 1
-        self.costs.measured("row", max(4, len(plan.decode)), outcome.seconds)
+        self.costs.measured("row", len(plan.decode), outcome.seconds)
         rows = [None] * len(plan.decode) if outcome.value is None else outcome.value.unbind()
         for request, logits in zip(plan.decode, rows, strict=True):
             request.taken.decode += outcome.seconds

@@ -23,8 +23,10 @@ _HALF_LIFE = 30.0  # seconds after which half of what a client had is forgotten
 _CLIENTS = 4096  # that are remembered
 _PIXEL = 3e-8  # seconds to open a pixel of a JPEG image
 _FORM = 1e-5  # seconds for a byte of a schema or a regular expression
-_TOKENS = 256  # of an answer that are expected at most: a limit is often higher than what comes
+_TOKENS = 256  # a limit is often higher than what comes
 _NEW = 0.1  # share of a new measurement
+# A pass over fewer units takes about as long as over these: its seconds are no measure of one unit.
+_FULL = {"tile": 1, "token": 64, "row": 4}
 
 
 class Costs:
@@ -39,13 +41,17 @@ class Costs:
         self.tile, self.token, self.row = 0.02, 0.0005, 0.005
 
     def measured(self, part: str, count: int, seconds: float) -> None:
-        """Record a measurement of ``count`` units of a part."""
+        """Record a measurement of a pass over ``count`` units of a part."""
         if count > 0:
             known = getattr(self, part)
-            setattr(self, part, known + _NEW * (seconds / count - known))
+            setattr(self, part, known + _NEW * (seconds / max(count, _FULL[part]) - known))
 
-    def of(self, requests: Sequence[Request]) -> float:
-        """Estimate the seconds of work of requests with one prompt."""
+    def of(self, requests: Sequence[Request], *, longest: int = _TOKENS) -> float:
+        """Estimate the seconds of work of requests with one prompt.
+
+        Args:
+            longest: tokens of an answer that are expected at most.
+        """
         prompt = requests[0].prompt
         fresh = [
             (plan, weight(image))
@@ -60,7 +66,7 @@ class Costs:
                 seconds += sum(map(len, request.choices)) * self.token
             elif request.output is not None:
                 form = _FORM * request.form_bytes
-                seconds += min(request.output.limit, _TOKENS) * self.row + form
+                seconds += min(request.output.limit, longest) * self.row + form
         return seconds
 
 

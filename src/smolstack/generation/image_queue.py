@@ -29,7 +29,7 @@ class _Image:
     @property
     def rank(self) -> float:
         """Return the rank of the most urgent request that waits for it."""
-        return min((r.rank for r in self.waiting if not r.paused), default=math.inf)
+        return min((r.rank for r in self.waiting if not r.held), default=math.inf)
 
     @property
     def complete(self) -> bool:
@@ -117,7 +117,7 @@ class ImageQueue:
         """Return the next micro-batch: up to ``most`` tiles of one or more images."""
         chosen: dict[PendingTile, None] = {}  # equal tiles are one object
         for image in sorted(self._images.values(), key=lambda each: each.rank):
-            if all(request.paused for request in image.waiting):
+            if all(request.held for request in image.waiting):
                 continue
             for tile in image.tiles:
                 if tile.visual is None:

@@ -7,11 +7,13 @@ chunks, or a scoring pass) and one decoded token for every request whose prompt 
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from smolstack.errors import GenerationError, KVCacheError, QueueFullError
+from smolstack.generation.costs import Costs
 from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.prefix_cache import (
     DEFAULT_PREFIX_BYTES,
@@ -25,8 +27,8 @@ from smolstack.generation.step_plan import PrefillChunk, StepPlan
 _PASS = 256
 _WORTH = 16  # minimum common prefix for which a request waits until another has read it
 _VECTORS = 4  # prompts of equal length embedded together
-_SPARE = 4  # one additional request per this many slots may run if it is cheap
-_CHEAP = 0.5  # cheap: below this share of their mean cost
+_CHEAP = 0.5  # cheap: at most this share of another request's cost
+_TURN = 0.5  # seconds that a request runs before it can be suspended
 _LEFT = 16  # 1/_LEFT of the KV cache memory is reserved for small requests
 _COSTLY = 0.005  # seconds outside the model per token from which answers take turns
 _OWN = 0.05  # such seconds per step
@@ -74,6 +76,7 @@ class Scheduler:
     Args:
         kv_bytes: bytes of keys and values per token.
         kv_budget: bytes of all KV caches.
+        costs: measured costs of work.
 
     Attributes:
         waiting, running: requests, in the order of their arrival.
@@ -87,9 +90,10 @@ class Scheduler:
         *,
         kv_bytes: int,
         kv_budget: int,
+        costs: Costs,
     ) -> None:
         self.limits, self.images, self.prefixes = limits, images, prefixes
-        self.kv_bytes, self.kv_budget = kv_bytes, kv_budget
+        self.kv_bytes, self.kv_budget, self.costs = kv_bytes, kv_budget, costs
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -138,7 +142,7 @@ class Scheduler:
             for r in waiting
             if r.rank > new.rank
             and r.given_up is None
-            and (r.client != new.client or new.cost < _CHEAP * r.cost)
+            and (r.client != new.client or new.cost <= _CHEAP * r.cost)
         ]
         if missing > len(worse):
             return []
@@ -158,28 +162,53 @@ class Scheduler:
                 f"{room}"
             )
 
-    def admit(self) -> list[Request]:
-        """Start waiting requests, by rank, while there are free slots and memory."""
+    def admit(self, now: float) -> list[Request]:
+        """Start waiting requests, by rank, while there are free slots and memory; return those
+        started. If all slots are taken, a request may take that of one that it suspends.
+
+        Args:
+            now: the time, in seconds.
+        """
         admitted: list[Request] = []
-        places = self.limits.running - sum(not request.paused for request in self.running)
-        waiting = sorted((each for each in self.waiting if not each.paused), key=_rank)
-        for request in waiting:
-            taken = len(admitted) - places
-            if taken >= 0 and not (taken < self.limits.running // _SPARE and self._cheap(request)):
-                break
-            if not self._has_memory(request):
-                break
-            self.waiting.remove(request)
-            self.running.append(request)
-            admitted.append(request)
+        suspended = [request for request in self.running if request.suspended]
+        waiting = [request for request in self.waiting if not request.paused]
+        if not suspended and not waiting:
+            return []
+        most: dict[Request, float] = {}  # seconds of work, if answers are as long as they may be
+        for request in sorted([*suspended, *waiting], key=_rank):
+            free = sum(not each.held for each in self.running) < self.limits.running
+            given = None if free else self._suspendable(request, most, now)
+            if not free and given is None:
+                continue
+            if not request.suspended:
+                if not self._has_memory(request):
+                    break
+                self.waiting.remove(request)
+                self.running.append(request)
+                admitted.append(request)
+            if given is not None:
+                given.suspended = True
+            request.suspended, request.turn_began = False, now
         return admitted
 
-    def _cheap(self, request: Request) -> bool:
-        """Return whether a request is cheap compared with the running ones."""
-        if request.client is None or not self.running:
-            return False
-        mean = sum(each.cost for each in self.running) / len(self.running)
-        return request.cost < _CHEAP * mean
+    def _suspendable(self, new: Request, most: dict[Request, float], now: float) -> Request | None:
+        """Return the running request to suspend for a waiting one, which must be much cheaper, or
+        of a client that has had less; None if there is none.
+        """
+        if new.suspended or new.client is None:
+            return None
+        if not most:
+            for request in [*self.waiting, *self.running]:
+                most[request] = self.costs.of([request], longest=sys.maxsize)
+        others = [
+            r
+            for r in self.running
+            if not r.held
+            and r.client is not None
+            and now - r.turn_began >= _TURN
+            and (most[new] <= _CHEAP * most[r] or (new.client != r.client and new.rank < r.rank))
+        ]
+        return max(others, key=_rank, default=None)
 
     def _has_memory(self, request: Request) -> bool:
         """Return whether a request's KV cache fits; kept caches are evicted if necessary."""
@@ -218,7 +247,7 @@ class Scheduler:
         return plan
 
     def _at(self, stage: str) -> list[Request]:
-        at = [r for r in self.running if r.stage == stage and not r.paused]
+        at = [r for r in self.running if r.stage == stage and not r.held]
         return sorted(at, key=_rank)
 
     def _tiles_first(self) -> bool:

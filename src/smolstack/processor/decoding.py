@@ -1,4 +1,5 @@
-"""The only module that opens and decodes files with Pillow.
+"""The only module that opens files with Pillow and decodes them, large JPEG 2000 files in a process
+of their own.
 
 The memory that a decoder will allocate is estimated in advance and counted against a limit for the
 whole process. A decoder may raise any exception on a damaged file: all become ImageError. It is
@@ -19,29 +20,19 @@ from typing import Any, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from smolstack.errors import ImageError
-from smolstack.processor import libtiff
-from smolstack.processor.bit_depth import is_deep, to_grey
+from smolstack.processor import jpeg2000_process, libtiff
 from smolstack.processor.decoder_costs import check_icon, decoding_bytes
 from smolstack.processor.decoding_memory import MEMORY
 from smolstack.processor.decoding_pace import check_pace, check_scans
 from smolstack.processor.formats import FORMATS, SERVED, accepted, can_read_heif, is_heif
 from smolstack.processor.pages import TiffPage, frame_of_page
 from smolstack.processor.png import late_words
+from smolstack.processor.rgb import ORIENTATION, to_rgb
 from smolstack.processor.sources import named
 
 T = TypeVar("T")
 _log = logging.getLogger("smolstack")
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _told: set[str] = set()  # animations already reported
 
 
@@ -60,8 +51,12 @@ def decoded(
         said = image.size
         check_size(name, said, max_pixels)
         _tell_animated(image, name)
-        with MEMORY.hold(_cost(image, file, name), name):
-            pixels = _guarded(name, lambda: to_rgb(image, upright=True))
+        cost = _cost(image, file, name)
+        with MEMORY.hold(cost, name):
+            if jpeg2000_process.is_worth_it(image):
+                pixels = _guarded(name, lambda: jpeg2000_process.decode(file, cost))
+            else:
+                pixels = _guarded(name, lambda: to_rgb(image, upright=True))
             image.close()
             if pixels.size not in (said, said[::-1]):
                 raise ImageError(
@@ -132,22 +127,6 @@ def check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
         )
     if width < 1 or height < 1:
         raise ImageError(f"{name} has {width}x{height} pixels; both sides must be positive")
-
-
-def to_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
-    """Decode to RGB: transparency over white, deep grays scaled, EXIF orientation applied."""
-    image.load()
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1)) if upright else None
-    made = image
-    if is_deep(made):
-        made = to_grey(made)
-    if "A" in made.getbands() or (made is image and made.info.get("transparency") is not None):
-        made = made.convert("RGBA")
-        white = Image.new("RGBA", made.size, (255, 255, 255, 255))
-        made = Image.alpha_composite(white, made)
-        del white
-    made = made.convert("RGB")
-    return made if turn is None else made.transpose(turn)
 
 
 def _open(
@@ -231,10 +210,10 @@ def _upright_size(image: Any) -> tuple[int, int]:
     else:
         # PNG's own getexif() decodes the file first.
         said = late_words(image.fp) if image.format == "PNG" else None
-        turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = Image.Image.getexif(image).get(ORIENTATION, 1) in (5, 6, 7, 8)
         if said is not None:
             with Image.open(BytesIO(said), formats=("PNG",)) as small:
-                turned = small.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                turned = small.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 

@@ -13,12 +13,13 @@ from PIL import Image
 
 from smolstack.errors import ImageError
 from smolstack.native import library as native
-from smolstack.processor.decoding import check_size, decoded, size_of, to_rgb
+from smolstack.processor.decoding import check_size, decoded, size_of
 from smolstack.processor.decoding_memory import MEMORY
 from smolstack.processor.formats import FORMATS
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.pages import TiffPage, page_of
 from smolstack.processor.pdf import PdfPage
+from smolstack.processor.rgb import to_rgb
 from smolstack.processor.scaling import resize
 from smolstack.processor.settings import ImageSettings
 

@@ -1,7 +1,8 @@
-"""JSON parsing of request bodies in bounded time, without keeping the bytes.
+"""JSON parsing and validation of request bodies in bounded time, without keeping the bytes.
 
 Parsing blocks the interpreter and the event loop. The number of values is therefore checked first,
-and large bodies are parsed one at a time, with time for other work in between.
+and large bodies are parsed one at a time, with time for other work in between. Bodies of many
+values are validated in a thread, one at a time.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import re
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
@@ -24,6 +27,7 @@ from smolstack.serve.error_responses import RefusedError
 
 MOST_VALUES = 100_000  # per body
 _LARGE = 2**20
+_MANY_VALUES = 1000  # validated faster than a thread begins
 _DEEPEST = 500  # approximate limit of Python's parser
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _LONG_NUMBER = re.compile(rb"\d{4000,}")
@@ -44,6 +48,7 @@ class JsonRequest(Request):
 
     _parsed: Any = None
     _error: Exception | None = None
+    _has_many_values = False
 
     async def body(self) -> bytes:
         """Return a substitute for the bytes: FastAPI only checks whether the body is empty, but
@@ -71,12 +76,32 @@ class JsonRequest(Request):
         if self._parsed is not None or self._error is not None:
             return
         content = b"".join([part async for part in self.stream()])
+        self._has_many_values = _separators(content) > _MANY_VALUES
         try:
             self._parsed = await _in_turn(content)
         except RecursionError:
             self._error = TooDeepError(_too_deep(content.decode(errors="replace")))
         except ValueError as error:
             self._error = error.with_traceback(None)
+
+    async def validate(self, field: Any) -> None:
+        """Replace a parsed body of many values by the validated one, which the route only passes
+        on.
+
+        Args:
+            field: FastAPI's description of the body.
+
+        Raises:
+            RequestValidationError, RefusedError: it is invalid.
+        """
+        if not self._has_many_values or self._parsed is None:
+            return
+        async with _turn():
+            check = partial(field.validate, self._parsed, {}, loc=("body",))
+            found, errors = await asyncio.to_thread(check)
+        if errors:
+            raise RequestValidationError(errors, body=self._parsed)
+        self._parsed = found
 
     def release_body(self) -> None:
         """Free the parsed body."""
@@ -88,13 +113,14 @@ class JsonRoute(APIRoute):
     """A route that receives JsonRequest objects."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle, has_body = super().get_route_handler(), self.body_field is not None
+        handle, field = super().get_route_handler(), self.body_field
 
         async def handler(request: Request) -> Response:
             mine = JsonRequest(request.scope, request.receive, request._send)
-            if has_body:
+            if field is not None:
                 try:
                     await mine.parse()
+                    await mine.validate(field)
                 except ClientDisconnect:
                     return Response(status_code=499)  # disconnected
             return await handle(mine)
@@ -106,14 +132,17 @@ async def _in_turn(content: bytes) -> Any:
     """Parse a body; after a large one, wait as long as it took before parsing the next."""
     if len(content) < _LARGE:
         return parse_json(content)
-    loop = asyncio.get_running_loop()
-    turn = _turns.setdefault(loop, asyncio.Lock())
-    await turn.acquire()
-    began = time.perf_counter()
-    try:
-        return parse_json(content)
-    finally:
-        loop.call_later(time.perf_counter() - began, turn.release)
+    async with _turn():
+        began = time.perf_counter()
+        try:
+            return parse_json(content)
+        finally:
+            await asyncio.sleep(time.perf_counter() - began)
+
+
+def _turn() -> asyncio.Lock:
+    """The event loop's lock for work on large bodies."""
+    return _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
 
 def parse_json(content: bytes) -> Any:
