@@ -8,6 +8,7 @@ indefinitely. Ranks only affect the order of work.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,10 @@ class Costs:
                 form = _FORM * request.form_bytes
                 seconds += min(request.output.limit, longest) * self.row + form
         return seconds
+
+    def most(self, requests: Iterable[Request]) -> dict[Request, float]:
+        """Return the seconds of work of each request if its answer is as long as it may be."""
+        return {request: self.of([request], longest=sys.maxsize) for request in requests}
 
 
 class ClientUse:

@@ -7,7 +7,6 @@ chunks, or a scoring pass) and one decoded token for every request whose prompt 
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,8 +126,8 @@ class Scheduler:
             )
 
     def displaced(self, requests: Sequence[Request], coming: Sequence[Request]) -> list[Request]:
-        """Return the waiting or arriving requests to displace for requests with lower rank; none if
-        that makes no room. Thread-safe.
+        """Return the waiting or arriving requests to displace for new ones: those with a higher
+        rank, and those whose answers may take much longer; none if that makes no room. Thread-safe.
         """
         if self.limits.queued is None:
             return []
@@ -136,17 +135,21 @@ class Scheduler:
         given = sum(each.given_up is not None for each in waiting)
         room = self.limits.running + self.limits.queued
         missing = len(self.running) + len(waiting) - given + len(requests) - room
+        if missing <= 0:
+            return []
         new = requests[0]
+        most = self.costs.most([new, *waiting])
         worse = [
             r
             for r in waiting
-            if r.rank > new.rank
-            and r.given_up is None
-            and (r.client != new.client or new.cost <= _CHEAP * r.cost)
+            if r.given_up is None
+            and r.client is not None
+            and (
+                most[new] <= _CHEAP * most[r]
+                or (r.rank > new.rank and (r.client != new.client or new.cost <= _CHEAP * r.cost))
+            )
         ]
-        if missing > len(worse):
-            return []
-        return sorted(worse, key=_rank, reverse=True)[: max(0, missing)]
+        return sorted(worse, key=_rank, reverse=True)[:missing] if missing <= len(worse) else []
 
     def check_room(self, requests: int, coming: Sequence[Request] = ()) -> None:
         """Raise QueueFullError if the given number of requests, in addition to those arriving,
@@ -198,8 +201,7 @@ class Scheduler:
         if new.suspended or new.client is None:
             return None
         if not most:
-            for request in [*self.waiting, *self.running]:
-                most[request] = self.costs.of([request], longest=sys.maxsize)
+            most.update(self.costs.most([*self.waiting, *self.running]))
         others = [
             r
             for r in self.running
