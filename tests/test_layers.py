@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "smolstack"
 # Each room may import from itself and from the rooms before it, with the exceptions below.
 ORDER = [
-    ("errors", "config", "text"),
+    ("errors", "config", "text", "progress"),
     ("output_files",),
     ("batch",),
     ("native",),

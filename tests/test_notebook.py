@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,21 @@ def test_every_stage_of_the_tour_has_its_shape(outputs: list[Any]) -> None:
     said = "".join(out.get("text", "") for cell in outputs for out in cell)
     assert "tiles (7, 3, 128, 128) patches (7, 256, 224)" in said
     assert "visual tokens (7, 64, 192)" in said
+
+
+def test_a_bulk_job_shows_a_bar(tmp_path: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    for number in range(3):
+        Image.new("RGB", (60, 60), (number, 90, 9)).save(tmp_path / f"{number}.png")
+    code = """
+        from smolstack.bulk import map_images
+        from smolstack.notebook import progress_bar
+        progress_bar.AFTER = 0.0  # a short job counts as long
+        made = map_images(".", "What?", out="answers.jsonl", max_new_tokens=2)
+    """
+    cells = [nbformat.v4.new_code_cell(inspect.cleandoc(code))]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
+    bars = shown([notebook.cells[0].outputs], "text/html")
+    assert bars[-1] == "<progress value='3' max='3'></progress> images: 3 of 3"

@@ -30,6 +30,7 @@ from smolstack.processor.processor import Prompt
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video
+from smolstack.progress import shown
 from smolstack.quantization.quantize import Progress
 from smolstack.retrieval import PageEmbedder, encode
 
@@ -64,14 +65,15 @@ def load(
         compile: compile the vision tower with torch.compile on first use. Off by default: on a
             CPU it gains little in float32 and is slower than the kernels in bfloat16.
         progress: called with the finished step ("decoder.layers.3"), the number of steps done and
-            the total, while weights are quantized or packed for the kernels.
+            the total, while weights are quantized or packed for the kernels. Default: a bar in
+            notebooks.
 
     Raises:
         ConfigError: a config file lacks a key or has an unsupported value.
         CheckpointError: the folder, its weights or its tokenizer cannot be used.
     """
     where = locate(model, revision, base=base, mmproj=mmproj)
-    vlm = VLM(load_checkpoint(where, dtype, device, progress))
+    vlm = VLM(load_checkpoint(where, dtype, device, shown(progress)))
     if compile:
         vlm.model.compile_tower()
     return vlm

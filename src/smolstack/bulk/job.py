@@ -25,6 +25,7 @@ from smolstack.checkpoint.hub import locate
 from smolstack.errors import BulkError
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.output_files import naming_errors
+from smolstack.progress import shown
 from smolstack.vlm import VLM
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def map_images(
         restart: discard earlier results and replace the output.
         special_tokens_in_text: whether the text of special tokens in questions is converted to
             these tokens; None: yes, or as the given VLM's processor does.
-        on_progress: called repeatedly with the progress.
+        on_progress: called repeatedly with the progress. Default: a bar in notebooks.
         **options: as for :meth:`smolstack.VLM.ask`.
 
     Raises:
@@ -172,7 +173,7 @@ def map_images(
                 parts=parts,
                 source=_parquet(parts, source),
                 window=window,
-                on_progress=on_progress,
+                on_progress=on_progress or _shown(),
             )
             summary = job.run(task, engine, workers or 1)
         except BaseException:
@@ -181,6 +182,11 @@ def map_images(
             raise
         parts.remove()
     return summary
+
+
+def _shown() -> Callable[[Progress], None] | None:
+    tell = shown()
+    return None if tell is None else lambda made: tell("images", made.done, made.total)
 
 
 def _special_tokens(vlm: VLM | None, wanted: bool | None) -> bool:

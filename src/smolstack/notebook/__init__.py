@@ -1,4 +1,4 @@
-"""Displays plans, answers, streams and visual tokens in notebooks.
+"""Displays plans, answers, streams, visual tokens and the progress of long calls in notebooks.
 
 Importing smolstack in IPython registers the formatters; ``%load_ext smolstack.notebook`` does so
 explicitly.
@@ -7,6 +7,8 @@ explicitly.
 from __future__ import annotations
 
 from typing import Any
+
+from smolstack.progress import Tell, show_with
 
 # Formatters are registered by type name, to avoid importing heavy modules.
 _SHOWN = (
@@ -25,6 +27,8 @@ def load_ipython_extension(shell: Any) -> None:
             formatter.ipython_display_formatter if kind == "ipython" else formatter.formatters[kind]
         )
         own.for_type_by_name(module, name, _lazily(function))
+    if hasattr(shell, "kernel"):  # not a terminal, which would print the bars' HTML
+        show_with(_bar)
 
 
 def register() -> None:
@@ -34,6 +38,12 @@ def register() -> None:
     shell = get_ipython()
     if shell is not None:
         load_ipython_extension(shell)
+
+
+def _bar() -> Tell:
+    from smolstack.notebook.progress_bar import ProgressBar
+
+    return ProgressBar()
 
 
 def _lazily(function: str) -> Any:

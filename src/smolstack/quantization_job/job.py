@@ -17,6 +17,7 @@ from smolstack.config.quantization import INT4, INT8, INT8_FINE, Format
 from smolstack.errors import CheckpointError, ConfigError
 from smolstack.generation.core import EngineCore
 from smolstack.generation.inline import INLINE, InlineEngine
+from smolstack.progress import Tell, shown
 from smolstack.quantization.budget import average_bits, choose_formats
 from smolstack.quantization.quantize import formats_of, quantize_model
 from smolstack.quantization.sensitivity import output_fisher, rounding_costs
@@ -34,7 +35,6 @@ _TILES = 24  # maximum number of tiles to calibrate the vision tower
 _SENSITIVITY_TOKENS = 1024
 _DRAWN = 6  # images
 _TEXT = ("decoder.layers.", "head")
-Tell = Callable[[str, int, int], None]  # stage, amount done, total
 
 
 def quantize(
@@ -68,13 +68,14 @@ def quantize(
         device, revision: as for :func:`smolstack.load`.
         overwrite: replace ``out`` if it exists.
         restart: discard the saved state of an interrupted call.
-        on_progress: called with a stage, the amount done and the total.
+        on_progress: called with a stage, the amount done and the total. Default: a bar in
+            notebooks.
 
     Raises:
         CheckpointError, ConfigError, DataError: before any work is done.
     """
     out, data = Path(out), None if calibrate is None else Path(calibrate)
-    tell: Tell = on_progress or (lambda *_: None)
+    tell: Tell = shown(on_progress) or (lambda *_: None)
     _check(out, bits, tokens, overwrite=overwrite)
     where = locate(model, revision)
     if where.path.exists() and out.exists() and where.path.samefile(out):

@@ -1,0 +1,25 @@
+"""Progress of long calls whose caller did not ask for it: notebooks show bars.
+
+The display is registered from above (see smolstack.notebook), so that the rooms that work need not
+know where they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+Tell: TypeAlias = Callable[[str, int, int], None]  # what is done, amount done, total
+
+_new_display: Callable[[], Tell] | None = None
+
+
+def show_with(new_display: Callable[[], Tell] | None) -> None:
+    """Show the progress of each long call with a new display; None: show nothing."""
+    global _new_display
+    _new_display = new_display
+
+
+def shown(given: Tell | None = None) -> Tell | None:
+    """Return the given function or, if none was given, that of a new display; None without one."""
+    return given if given is not None or _new_display is None else _new_display()
