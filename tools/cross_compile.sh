@@ -10,7 +10,7 @@ for target in x86_64-windows-gnu x86_64-macos aarch64-macos aarch64-linux-musl; 
   flags="-target $target -O2 -std=gnu11 -ffp-contract=off -I$native"
   case "$target" in
     x86_64-*) flags="$flags -march=haswell" ;;
-    *) flags="$flags -mcpu=generic+v8_2a+fullfp16+dotprod+i8mm" ;;
+    *) flags="$flags -mcpu=generic+v8_2a+fullfp16+dotprod+i8mm+bf16" ;;
   esac
   for file in "$native"/*.c; do
     # shellcheck disable=SC2086

@@ -1,10 +1,12 @@
-"""The kernels for ARM compute the bits that those for x86-64 compute."""
+"""The kernels of every instruction set, ARM's in an emulator, compute the same numbers."""
 
 from __future__ import annotations
 
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -14,43 +16,71 @@ from smolstack.native.instruction_sets import SETS, InstructionSet, supported_se
 from smolstack.native.processor import features
 
 HERE, NATIVE = Path(__file__).parent, Path(compiling.__file__).parent
-SOURCES = ("stored", "rounding", "panels", "layers", "activations", "floats", "attend")
 ARM = [one for one in SETS if one.architecture == "aarch64"]
 CROSS, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+HASWELL = ("-march=haswell",)
 
-
-def digest(compiler: str, flags: str, runner: list[str], made: Path) -> str:
-    """Of integers and products of odd shapes (driver.c), which it compares with exact sums too."""
-    files = [HERE / "driver.c", *(NATIVE / f"{name}.c" for name in SOURCES)]
-    how = ["-O2", "-std=gnu11", "-ffp-contract=off", "-fopenmp", f"-I{NATIVE}", *flags.split()]
-    subprocess.run(
-        [compiler, *how, *map(str, files), "-o", str(made), "-lm"], check=True, capture_output=True
-    )
-    ran = subprocess.run([*runner, str(made)], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout
-    return ran.stdout
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="compares with x86-64's kernels")
-@pytest.mark.skipif(
+needs_emulator = pytest.mark.skipif(
     None in map(shutil.which, ("gcc", CROSS, EMULATOR)), reason=f"needs gcc, {CROSS} and {EMULATOR}"
 )
+x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64's kernels")
+Digest = Callable[[str, tuple[str, ...]], str]
+
+
+@pytest.fixture(scope="module")
+def digest(tmp_path_factory: pytest.TempPathFactory) -> Digest:
+    """The digest that a driver prints after comparing its results with exact sums, by driver and
+    compiler flags (ARM's begin with -march=armv8)."""
+
+    @lru_cache
+    def kernels(compiler: str, flags: tuple[str, ...]) -> tuple[Path, ...]:
+        folder = tmp_path_factory.mktemp("kernels")
+        files = [str(NATIVE / name) for name in compiling.SOURCES]
+        subprocess.run([compiler, *flags, "-c", *files], check=True, cwd=folder)
+        return tuple(folder.glob("*.o"))
+
+    def of(driver: str, flags: tuple[str, ...]) -> str:
+        arm = flags[0].startswith("-march=armv8")
+        compiler, runner = (CROSS, [EMULATOR]) if arm else ("gcc", [])
+        flags = (*flags, "-O2", "-std=gnu11", "-ffp-contract=off", "-fopenmp", f"-I{NATIVE}")
+        objects = kernels(compiler, flags)
+        made = objects[0].parent / driver.removesuffix(".c")
+        command = [compiler, *flags, *["-static"] * arm, str(HERE / driver), *map(str, objects)]
+        subprocess.run([*command, "-o", str(made), "-lm"], check=True, capture_output=True)
+        ran = subprocess.run([*runner, str(made)], capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stdout
+        return ran.stdout
+
+    return of
+
+
+@x86_only
+@needs_emulator
 @pytest.mark.skipif("fma" not in features(), reason="without FMA scales are rounded twice")
-@pytest.mark.parametrize("one", ARM, ids=lambda one: one.cap)
-def test_arm_s_kernels_give_the_bits_of_x86_s(one: InstructionSet, tmp_path: Path) -> None:
-    here = digest("gcc", "-march=haswell", [], tmp_path / "x86")
-    there = digest(CROSS, " ".join((*one.flags, "-static")), [EMULATOR], tmp_path / "arm")
-    assert here == there
+@pytest.mark.parametrize("one", ARM, ids=lambda one: one.library)
+def test_arm_s_kernels_give_the_bits_of_x86_s(one: InstructionSet, digest: Digest) -> None:
+    assert digest("driver.c", one.flags) == digest("driver.c", HASWELL)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64's kernels")
+@needs_emulator
+@pytest.mark.parametrize("one", ARM, ids=lambda one: one.library)
+def test_arm_s_kernels_compute_whole_models(one: InstructionSet, digest: Digest) -> None:
+    digest("model_driver.c", one.flags)
+
+
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
-def test_every_instruction_set_with_fma_gives_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("one", supported_sets(), ids=lambda one: one.library)
+def test_this_machine_s_kernels_compute_whole_models(one: InstructionSet, digest: Digest) -> None:
+    if not one.needs <= features():
+        pytest.skip("this processor has other instructions")
+    digest("model_driver.c", one.flags)
+
+
+@x86_only
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_every_instruction_set_with_fma_gives_the_same_bits(digest: Digest) -> None:
     usable = [one for one in supported_sets() if one.needs and one.needs <= features()]
     if not usable:
         pytest.skip("this processor has no FMA")
-    found = {
-        one.library: digest("gcc", " ".join(one.flags), [], tmp_path / one.library)
-        for one in usable
-    }
+    found = {one.library: digest("driver.c", one.flags) for one in usable}
     assert len(set(found.values())) == 1, found

@@ -11,16 +11,26 @@ import pytest
 from smolstack.native import compiling
 
 HERE, NATIVE = Path(__file__).parent, Path(compiling.__file__).parent
-SOURCES = ("stored", "rounding", "panels", "layers", "activations", "floats", "attend")
+HOW = ("gcc", "-O1", "-std=gnu11", "-march=native", "-fopenmp", f"-I{NATIVE}")
+WATCHED = (*HOW, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The kernels, compiled with sanitizers."""
+    folder = tmp_path_factory.mktemp("kernels")
+    files = [str(NATIVE / name) for name in compiling.SOURCES]
+    subprocess.run([*WATCHED, "-c", *files], check=True, cwd=folder)
+    return list(folder.glob("*.o"))
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
-def test_odd_shapes_pass_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
-    watched = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    files = [HERE / "driver.c", *(NATIVE / f"{name}.c" for name in SOURCES)]
-    how = ["gcc", "-O1", "-std=gnu11", "-march=native", "-fopenmp", *watched, f"-I{NATIVE}"]
+@pytest.mark.parametrize("driver", ["driver.c", "model_driver.c"])
+def test_odd_shapes_pass_the_address_and_undefined_behaviour_sanitizers(
+    driver: str, watched: list[Path], tmp_path: Path
+) -> None:
     made = subprocess.run(
-        [*how, *map(str, files), "-o", str(tmp_path / "driver"), "-lm"],
+        [*WATCHED, str(HERE / driver), *map(str, watched), "-o", str(tmp_path / "driver"), "-lm"],
         capture_output=True,
         text=True,
         check=False,

@@ -30,6 +30,7 @@ ALDER_LAKE = HASWELL | {"avx_vnni"}
 CASCADE_LAKE = HASWELL | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"}
 SAPPHIRE_RAPIDS = CASCADE_LAKE | {"avx_vnni", "avx512_bf16"}
 NEOVERSE_N1 = {"asimd", "asimdhp", "asimddp", "asimdrdm", "atomics"}
+NEOVERSE_V1 = NEOVERSE_N1 | {"i8mm", "bf16"}
 
 
 @pytest.mark.parametrize(
@@ -49,8 +50,10 @@ NEOVERSE_N1 = {"asimd", "asimdhp", "asimddp", "asimdrdm", "atomics"}
         ("aarch64", {"asimd"}, "", "neon"),
         ("arm64", NEOVERSE_N1, "", "neon_dotprod"),
         ("arm64", NEOVERSE_N1, "neon", "neon"),
-        ("aarch64", NEOVERSE_N1 | {"i8mm", "bf16"}, "", "neon_i8mm"),
-        ("aarch64", NEOVERSE_N1 | {"i8mm", "bf16"}, "neon_dotprod", "neon_dotprod"),
+        ("aarch64", NEOVERSE_N1 | {"i8mm"}, "", "neon_i8mm"),
+        ("aarch64", NEOVERSE_V1, "", "neon_i8mm_bf16"),
+        ("arm64", NEOVERSE_V1, "neon_i8mm", "neon_i8mm_bf16"),
+        ("aarch64", NEOVERSE_V1, "neon_dotprod", "neon_dotprod"),
     ],
 )
 def test_the_best_set_that_processor_and_cap_allow(

@@ -20,7 +20,7 @@ int64_t struct_bytes(int64_t which) {
 }
 
 // 0 plain C, 1 AVX2, 2 AVX2 with VNNI, 3 AVX-512 with VNNI, 4 also with bfloat16 products, 5 NEON,
-// 6 NEON with dot products of bytes, 7 also with products of matrices of bytes.
+// 6 NEON with dot products of bytes, 7 also with products of matrices of bytes, 8 and of bfloat16.
 int instructions(void) {
 #if defined(VECTOR_512) && defined(__AVX512BF16__)
     return 4;
@@ -30,6 +30,8 @@ int instructions(void) {
     return 2;
 #elif defined(VECTOR_256)
     return 1;
+#elif BYTE_MATRICES && BFLOAT_MATRICES
+    return 8;
 #elif BYTE_MATRICES
     return 7;
 #elif defined(__ARM_FEATURE_DOTPROD)

@@ -33,6 +33,7 @@ INSTRUCTIONS = (
     "NEON",
     "NEON with dot products",
     "NEON i8mm",
+    "NEON BF16",
 )
 ACTIVATIONS = {"": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_pytorch_tanh": 4}
 

@@ -3,7 +3,8 @@
 // A panel interleaves 16 channels, four bytes of each at a time (a step). A vector of products then
 // belongs to 16 outputs and needs no horizontal sum. The same layout serves one row, which streams
 // the panels at memory speed, and many rows, which share them. The inner
-// loops are sum_bytes, sum_nibbles and sum_pairs; sum_blocks with instructions for small matrices.
+// loops are sum_bytes, sum_nibbles and sum_pairs; with instructions for small matrices sum_blocks and
+// sum_pair_blocks.
 #include "product.h"
 
 #define STEP_BYTES 64  // bytes of a panel per four bytes of a row
@@ -26,7 +27,11 @@
 #define INT4_ROWS 2
 #endif
 #define PAIR_ROWS 8
+#if defined(VECTOR_512)
 #define PAIR_PANELS 3
+#else
+#define PAIR_PANELS 1
+#endif
 #define MOST_ROWS 8
 #define MOST_PANELS 3
 
@@ -431,10 +436,43 @@ INLINE void sum_nibbles(int rows, const Target *t, int64_t row, int64_t channel,
     }
 }
 
+#if BFLOAT_MATRICES
+// sum_pairs for an even number of rows, two steps at a time: one half of a panel after the other,
+// since eight rows by eight channels fill 16 registers, and each weight is arranged for all rows.
+INLINE void sum_pair_blocks(int rows, int panels, const char *x, int64_t stride, const char *w,
+                            int64_t apart, int64_t steps, Floats total[MOST_ROWS][MOST_PANELS]) {
+    UNROLL for (int p = 0; p < panels; p++)
+        UNROLL for (int half = 0; half < 2; half++) {
+            const char *from = w + p * apart + half * (STEP_BYTES / 2);
+            PairBlocks blocks[MOST_ROWS / 2];
+            UNROLL for (int r = 0; r < rows; r += 2) blocks[r / 2] = no_pair_blocks();
+            for (int64_t s = 0; s < steps; s += 2) {
+                vi low[2], high[2] = {{0}, {0}};
+                memcpy(low, from + s * STEP_BYTES, sizeof low);
+                if (s + 1 < steps) memcpy(high, from + (s + 1) * STEP_BYTES, sizeof high);
+                prefetch(from + s * STEP_BYTES + SOON);
+                UNROLL for (int r = 0; r < rows; r += 2) {
+                    const char *row = x + r * stride + s * 4;
+                    vi both = two_rows(row, row + stride);
+                    blocks[r / 2] = add_pair_blocks(blocks[r / 2], low, high, both);
+                }
+            }
+            UNROLL for (int r = 0; r < rows; r += 2)
+                put_pair_blocks(blocks[r / 2], half, &total[r][p], &total[r + 1][p]);
+        }
+}
+#endif
+
 #if PAIR_PRODUCTS
 // bfloat16 weights: a step is two numbers of a row.
 INLINE void sum_pairs(int rows, int panels, const char *x, int64_t stride, const char *w,
                       int64_t apart, int64_t steps, Floats total[MOST_ROWS][MOST_PANELS]) {
+#if BFLOAT_MATRICES
+    if (rows > 1) {
+        sum_pair_blocks(rows, panels, x, stride, w, apart, steps, total);
+        return;
+    }
+#endif
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int p = 0; p < panels; p++) total[r][p] = splat(0);
     for (int64_t s = 0; s < steps; s++) {
@@ -584,9 +622,12 @@ typedef void Tile(const Target *, int64_t row, int64_t channel);
 
 // By kind of weight: for one row, then for many and one, two and three panels.
 BYTES(bytes, 0, 1, 1) BYTES(fine, 1, 1, 1) NIBBLES(1)
-#if PAIR_PRODUCTS
+#if PAIR_PRODUCTS && PAIR_PANELS == 3
 PAIRS(1, 1) PAIRS(8, 1) PAIRS(8, 2) PAIRS(8, 3)
 static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_8_1, pairs_8_2, pairs_8_3};
+#elif PAIR_PRODUCTS
+PAIRS(1, 1) PAIRS(8, 1)
+static Tile *const PAIR_TILES[] = {pairs_1_1, pairs_8_1};
 #endif
 #if defined(VECTOR_512)
 BYTES(bytes, 0, 8, 1) BYTES(bytes, 0, 8, 2) BYTES(bytes, 0, 8, 3) BYTES(fine, 1, 8, 1) NIBBLES(8)
@@ -659,20 +700,22 @@ void multiply_block(const Linear *linear, const Block *x, int64_t from, int64_t 
             UNROLL for (int p = 0; p < PANELS; p++)                                             \
                 store(out + r * wide + p * PANEL, total[r][p]);                                 \
     }
+typedef void Product(const char *, int64_t, const char *, int64_t, int64_t, float *, int64_t);
 PRODUCT(1)
+#if PAIR_PANELS == 3
 PRODUCT(2) PRODUCT(3)
+static Product *const PRODUCTS[] = {product_1, product_2, product_3};
+#else
+static Product *const PRODUCTS[] = {product_1};
+#endif
 
 void multiply_pairs(const char *x, int64_t stride, const char *w, int64_t apart, int64_t steps,
                     int64_t rows, int64_t panels, float *out, int64_t wide) {
     for (int64_t panel = 0; panel < panels;) {
         int count = next_panels(PAIR_PANELS, panels - panel);
-        for (int64_t row = 0; row < rows; row += PAIR_ROWS) {
-            const char *at = w + panel * apart, *from = x + row * stride;
-            float *to = out + row * wide + panel * PANEL;
-            if (count == 3) product_3(from, stride, at, apart, steps, to, wide);
-            else if (count == 2) product_2(from, stride, at, apart, steps, to, wide);
-            else product_1(from, stride, at, apart, steps, to, wide);
-        }
+        for (int64_t row = 0; row < rows; row += PAIR_ROWS)
+            PRODUCTS[count - 1](x + row * stride, stride, w + panel * apart, apart, steps,
+                                out + row * wide + panel * PANEL, wide);
         panel += count;
     }
 }

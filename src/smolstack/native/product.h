@@ -8,14 +8,6 @@
 
 #define PANEL 16  // output channels of a panel
 
-// Whether bfloat16 numbers are multiplied in pairs, by an instruction of their own. Elsewhere they
-// are widened to floats.
-#if defined(VECTOR_512) && defined(__AVX512BF16__)
-#define PAIR_PRODUCTS 1
-#else
-#define PAIR_PRODUCTS 0
-#endif
-
 // Rows and vectors of floats that are summed in registers at once.
 #if defined(VECTOR_512)
 #define FLOAT_ROWS 8

@@ -43,6 +43,19 @@ typedef struct { vi part[PARTS]; } Ints;
 #define WEIGHT_OFFSET 0
 #endif
 
+// Whether bfloat16 numbers are multiplied in pairs, by an instruction of their own; and whether the
+// processor multiplies two rows of four of them by two channels of four (ARM's bf16).
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define BFLOAT_MATRICES 1
+#else
+#define BFLOAT_MATRICES 0
+#endif
+#if BFLOAT_MATRICES || (defined(VECTOR_512) && defined(__AVX512BF16__))
+#define PAIR_PRODUCTS 1
+#else
+#define PAIR_PRODUCTS 0
+#endif
+
 INLINE Floats splat(float x) {
     Floats out;
     EACH out.part[k] = x - (vf){0};
@@ -239,6 +252,10 @@ INLINE Floats load_bfloats(const uint16_t *p) {
     Floats out;
     EACH out.part[k] = (vf)load8_bfloat(p + k * 8);
     return out;
+#elif defined(__aarch64__)
+    Floats out;
+    EACH out.part[k] = (vf)vshll_n_u16(vld1_u16(p + k * 4), 16);
+    return out;
 #else
     uint32_t some[LANES];
     Ints out;
@@ -250,12 +267,19 @@ INLINE Floats load_bfloats(const uint16_t *p) {
 INLINE void store_bfloats(uint16_t *p, Floats x) {
 #if defined(VECTOR_512) && defined(__AVX512BF16__)
     _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x.part[0]));
+#elif BFLOAT_MATRICES
+    EACH {
+        bfloat16x8_t four = vcvtq_low_bf16_f32((float32x4_t)x.part[k]);
+        vst1_u16(p + k * 4, vget_low_u16(vreinterpretq_u16_bf16(four)));
+    }
 #else
     Ints bits = bits_of(x);
     EACH bits.part[k] += ((bits.part[k] >> 16) & 1) + 0x7fff;
 #if defined(VECTOR_512)
     _mm256_storeu_si256((__m256i *)p,
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)bits.part[0], 16)));
+#elif defined(__aarch64__)
+    EACH vst1_u16(p + k * 4, vshrn_n_u32((uint32x4_t)bits.part[k], 16));
 #else
     uint32_t some[LANES];
     store_bytes(some, bits);
@@ -322,6 +346,13 @@ INLINE vi four_bytes(const void *from) {
     return four - (vi){0};
 }
 
+#if defined(__aarch64__)
+// Eight bytes of each of two rows.
+INLINE vi two_rows(const void *first, const void *second) {
+    return (vi)vcombine_s8(vld1_s8(first), vld1_s8(second));
+}
+#endif
+
 // Whether the processor multiplies two rows of eight bytes by two channels of eight (i8mm).
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 #define BYTE_MATRICES 1
@@ -332,9 +363,6 @@ INLINE Blocks no_blocks(void) {
     Blocks out;
     UNROLL for (int k = 0; k < 2 * PARTS; k++) out.part[k] = (vi){0};
     return out;
-}
-INLINE vi two_rows(const void *first, const void *second) {
-    return (vi)vcombine_s8(vld1_s8(first), vld1_s8(second));
 }
 // total += a channel's eight weights, four of them in `low`, times the eight bytes of each row.
 INLINE Blocks dot_blocks(Blocks total, Ints low, Ints high, vi rows) {
@@ -361,6 +389,9 @@ INLINE void add_blocks(Blocks blocks, Ints *first, Ints *second) {
 INLINE vf pairs_part(vf total, vi a, vi b) {
 #if defined(VECTOR_512) && defined(__AVX512BF16__)
     return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+#elif BFLOAT_MATRICES
+    return (vf)vbfdotq_f32((float32x4_t)total, vreinterpretq_bf16_s32((int32x4_t)a),
+                           vreinterpretq_bf16_s32((int32x4_t)b));
 #else
     const int32_t high = (int32_t)0xffff0000;
     total = fma_part((vf)(a << 16), (vf)(b << 16), total);
@@ -371,6 +402,38 @@ INLINE Floats add_pairs(Floats total, Ints a, vi b) {
     EACH total.part[k] = pairs_part(total.part[k], a.part[k], b);
     return total;
 }
+
+#if BFLOAT_MATRICES
+// The sums of two rows and eight channels: two channels of the first row, then of the second.
+typedef struct { vf part[4]; } PairBlocks;
+
+INLINE PairBlocks no_pair_blocks(void) {
+    PairBlocks out;
+    UNROLL for (int k = 0; k < 4; k++) out.part[k] = (vf){0};
+    return out;
+}
+// total += a channel's four weights, two of them in `low`, times the four numbers of each row. The
+// instruction sums and rounds like two of pairs_part: (total + a·b + c·d) + e·f + g·h.
+INLINE PairBlocks add_pair_blocks(PairBlocks total, const vi low[2], const vi high[2], vi rows) {
+    bfloat16x8_t x = vreinterpretq_bf16_s32((int32x4_t)rows);
+    UNROLL for (int k = 0; k < 2; k++) {
+        int32x4_t a = (int32x4_t)low[k], b = (int32x4_t)high[k];
+        bfloat16x8_t first = vreinterpretq_bf16_s32(vzip1q_s32(a, b));
+        bfloat16x8_t second = vreinterpretq_bf16_s32(vzip2q_s32(a, b));
+        total.part[2 * k] = (vf)vbfmmlaq_f32((float32x4_t)total.part[2 * k], x, first);
+        total.part[2 * k + 1] = (vf)vbfmmlaq_f32((float32x4_t)total.part[2 * k + 1], x, second);
+    }
+    return total;
+}
+// Half a panel of both rows: its first half with `half` 0, its second with 1.
+INLINE void put_pair_blocks(PairBlocks blocks, int half, Floats *first, Floats *second) {
+    UNROLL for (int k = 0; k < 2; k++) {
+        float64x2_t a = (float64x2_t)blocks.part[2 * k], b = (float64x2_t)blocks.part[2 * k + 1];
+        first->part[2 * half + k] = (vf)vtrn1q_f64(a, b);
+        second->part[2 * half + k] = (vf)vtrn2q_f64(a, b);
+    }
+}
+#endif
 
 // p · 2^n for whole n from -126 to 127.
 INLINE Floats times_two_to(Floats p, Floats n) {

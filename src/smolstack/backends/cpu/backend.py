@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from smolstack.backends.cpu.decoder import NativeDecoder, native_decoder, suits
 from smolstack.backends.cpu.encoder import NativeEncoder, native_encoder
 from smolstack.backends.cpu.linear import multiply
-from smolstack.backends.cpu.packed_model import computes_floats
 from smolstack.config import VisionConfig
 from smolstack.model.backend import Backend
 from smolstack.model.decoder import Decoder
@@ -58,7 +57,7 @@ class CpuBackend(Backend):
     ) -> Tensor | None:
         """Taken when no module has a hook."""
         kernels = self._decoder(decoder, head, embeddings, cache)
-        if kernels is None or not kernels.reads_prompts or any_hooked(decoder):
+        if kernels is None or any_hooked(decoder):
             return None
         return kernels.prefill(embeddings, cache, every=every)
 
@@ -85,8 +84,6 @@ class CpuBackend(Backend):
             return f"torch (no compiled kernels: {native.reason()})"
         if dtype == torch.float16:
             return "torch"
-        if not quantized and dtype == torch.float32 and not computes_floats(kernels):
-            return f"torch; one token at a time compiled kernels ({kernels.instructions})"
         return f"compiled kernels ({kernels.instructions})"
 
     def _decoder(

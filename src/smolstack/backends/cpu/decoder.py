@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from smolstack.backends.cpu.packed_model import PackedModel, computes, device_of, outputs_of, packs
+from smolstack.backends.cpu.packed_model import PackedModel, device_of, outputs_of, packs
 from smolstack.model.decoder import Decoder, TextLayer, rope_frequencies
 from smolstack.model.kv_cache import KVCache, RaggedKVCache
 from smolstack.native import library as native
@@ -56,8 +55,7 @@ class NativeDecoder:
         layers = [layer for layer in decoder.layers if isinstance(layer, TextLayer)]
         self.head = head
         linears = [part for layer in layers for part in _linears(layer)]
-        self._linears = [*linears, head]
-        self._packed = PackedModel(kernels, self._linears, decoder)
+        self._packed = PackedModel(kernels, [*linears, head], decoder)
         made = [self._layer(layer) for layer in layers]
         self._layers = (native.Layer * len(made))(*made)
         frequencies = rope_frequencies(config.rope, config.head_dim)
@@ -80,11 +78,6 @@ class NativeDecoder:
     def current(self) -> bool:
         """Whether the decoder's weights are unchanged since they were read."""
         return self._packed.current()
-
-    @cached_property
-    def reads_prompts(self) -> bool:
-        """Whether :meth:`prefill` should be used (see :func:`computes`)."""
-        return all(computes(self.kernels, layer) for layer in self._linears)
 
     def __call__(self, embeddings: Tensor, cache: KVCache | RaggedKVCache) -> Tensor:
         """Append one token per row to ``cache`` and return the next logits: (B, D) → (B, V)."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolstack.backends.cpu.packed_model import PackedModel, computes, device_of
+from smolstack.backends.cpu.packed_model import PackedModel, device_of, packs
 from smolstack.config import VisionConfig
 from smolstack.native import library as native
 
@@ -72,10 +72,10 @@ class NativeEncoder:
 def native_encoder(config: VisionConfig, layers: nn.ModuleList) -> NativeEncoder | None:
     """Build the layers for the kernels; None if they are unavailable or do not support them."""
     linears = [part for layer in layers for part in _linears(layer)]
-    if any(device_of(layer).type != "cpu" for layer in linears):
+    if not all(packs(layer) and device_of(layer).type == "cpu" for layer in linears):
         return None
     kernels = native.library()
-    if kernels is None or not all(computes(kernels, layer) for layer in linears):
+    if kernels is None:
         return None
     return NativeEncoder(kernels, config, layers)
 

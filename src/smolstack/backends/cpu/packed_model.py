@@ -97,23 +97,6 @@ def packs(layer: Any) -> bool:
     return layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 
-def computes(kernels: native.Library, layer: Any) -> bool:
-    """Whether the kernels should compute a layer for many rows."""
-    if not packs(layer):
-        return False
-    floats = not isinstance(layer, QuantizedLinear) and layer.weight.dtype == torch.float32
-    return not floats or computes_floats(kernels)
-
-
-def computes_floats(kernels: native.Library) -> bool:
-    """Whether the kernels should compute float32 layers for many rows.
-
-    They can everywhere; that they are faster than torch was measured on x86-64 with AVX2 or
-    AVX-512 only.
-    """
-    return kernels.instructions.startswith("AVX")
-
-
 def device_of(layer: Any) -> torch.device:
     """Device of a layer's weights."""
     found: torch.device = (

@@ -75,10 +75,7 @@ class Steps:
         if self._made_for != made_for or (self._native is not None and not self._native.current()):
             self._native = native_decoder(engine.decoder, head, engine.dtype)
             self._made_for = made_for
-        native = self._native
-        if native is None or (task.embeddings.shape[1] > 1 and not native.reads_prompts):
-            return None
-        return native
+        return self._native
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Steps:
         return Steps()  # a copy of the model has its own weights
