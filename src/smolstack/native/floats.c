@@ -5,6 +5,7 @@
 
 #define FAR 1536  // prefetch distance in bytes of weights
 #define SOON 256  // prefetch distance in floats of a panel
+#define BLOCK_BYTES (192 * 1024)  // weights that stay in the second-level cache for all rows
 
 // The remainder of a row after whole vectors; rare, so it is a separate function.
 static __attribute__((noinline)) float rest(const float *x, const float *w, int64_t from,
@@ -48,9 +49,8 @@ typedef void Tile(const Linear *, const float *, int64_t, int64_t, float *, int6
 typedef struct { int rows, channels; Tile *run; } Shape;
 static const Shape SHAPES[] = {{4, 2, tile_4_2}, {2, 2, tile_2_2}, {1, 4, tile_1_4}};
 
-// Channels from .. to of a layer for `rows` rows of x; `out` begins with channel `from`.
-void multiply_floats(const Linear *linear, const float *x, int64_t rows, int64_t x_stride,
-                     int64_t from, int64_t to, float *out, int64_t stride) {
+static void multiply_some(const Linear *linear, const float *x, int64_t rows, int64_t x_stride,
+                          int64_t from, int64_t to, float *out, int64_t stride) {
     for (int64_t row = 0; row < rows;) {
         const Shape *shape = rows - row >= 4 ? SHAPES : rows - row >= 2 ? SHAPES + 1 : SHAPES + 2;
         const float *own = x + row * x_stride;
@@ -64,6 +64,16 @@ void multiply_floats(const Linear *linear, const float *x, int64_t rows, int64_t
                          to_row + r * stride + channel - from, stride);
         row += shape->rows;
     }
+}
+
+// Channels from .. to of a layer for `rows` rows of x; `out` begins with channel `from`. Weights are
+// read from memory once, a block of them for all rows.
+void multiply_floats(const Linear *linear, const float *x, int64_t rows, int64_t x_stride,
+                     int64_t from, int64_t to, float *out, int64_t stride) {
+    int64_t block = rows <= 4 ? to - from : rounded_up(BLOCK_BYTES / (linear->in * 4) + 1, 4);
+    for (int64_t begin = from; begin < to; begin += block)
+        multiply_some(linear, x, rows, x_stride, begin, least(begin + block, to),
+                      out + begin - from, stride);
 }
 
 // Multiplies `rows` rows of x by the 16 lanes of `panels` panels. Steps are summed in order, so a
