@@ -11,15 +11,14 @@ from typing import TypeAlias
 
 Tell: TypeAlias = Callable[[str, int, int], None]  # what is done, amount done, total
 
-_new_display: Callable[[], Tell] | None = None
+_new_displays: list[Callable[[], Tell]] = []  # one, or none
 
 
 def show_with(new_display: Callable[[], Tell] | None) -> None:
     """Show the progress of each long call with a new display; None: show nothing."""
-    global _new_display
-    _new_display = new_display
+    _new_displays[:] = [] if new_display is None else [new_display]
 
 
 def shown(given: Tell | None = None) -> Tell | None:
     """Return the given function or, if none was given, that of a new display; None without one."""
-    return given if given is not None or _new_display is None else _new_display()
+    return given if given is not None or not _new_displays else _new_displays[0]()

@@ -45,7 +45,7 @@ def test_a_cheap_request_goes_first_and_an_expensive_one_gives_way(
         engine.enter([long[2]], client="a")
     short = made(tiny_vlm, engine, "Hi.", max_new_tokens=2)
     engine.enter([short], client="a")
-    assert [request.given_up is None for request in long[:2]] == [True, False]
+    assert [request.abort_error is None for request in long[:2]] == [True, False]
     for request in engine._inbox:
         engine.core.add(request)
     engine.core.remove_ended()

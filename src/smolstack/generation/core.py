@@ -156,13 +156,13 @@ class EngineCore:
         return True
 
     def remove_ended(self) -> None:
-        """Remove requests that were cancelled, given up, or have passed their deadline."""
+        """Remove requests that were cancelled or aborted, or have passed their deadline."""
         now = self.clock()
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.cancelled:
                 self._leave(request)
-            elif request.given_up is not None:
-                self._fail(request, request.given_up)
+            elif request.abort_error is not None:
+                self._fail(request, request.abort_error)
             elif request.deadline is not None and now >= request.deadline:
                 self._fail(
                     request, DeadlineError("the answer was not complete before its deadline")

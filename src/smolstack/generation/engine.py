@@ -144,7 +144,7 @@ class Engine:
             if client is not None:
                 self._rank(requests, client)
                 for request in self.core.scheduler.displaced(requests, self._inbox):
-                    request.given_up = QueueFullError(
+                    request.abort_error = QueueFullError(
                         "the request was displaced by cheaper ones; send it again later"
                     )
             self._check_room(len(requests))
@@ -193,19 +193,19 @@ class Engine:
         return self._thread.is_alive()
 
     def close(self, *, drain: bool = True) -> None:
-        """Accept no new requests, finish (or give up) those submitted, and end the thread."""
+        """Accept no new requests, finish (or abort) those submitted, and end the thread."""
         requests = self._end()
         if not drain:
             for request in requests:
-                request.given_up = QueueFullError("the engine was closed")
+                request.abort_error = QueueFullError("the engine was closed")
             self._wake()
         self._thread.join()
         self._workers.shutdown(cancel_futures=True)
 
-    def give_up(self, error: Exception) -> None:
+    def abort(self, error: Exception) -> None:
         """Accept no new requests, and end all waiting and running requests with an error."""
         for request in self._end():
-            request.given_up = error
+            request.abort_error = error
         self._wake()
 
     def _end(self) -> list[Request]:

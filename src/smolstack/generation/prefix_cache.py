@@ -135,7 +135,7 @@ class PrefixCache:
             self._finished.popitem(last=False)
 
     def drop(self, number: int) -> None:
-        """Remove a request that was given up."""
+        """Remove a request that was aborted."""
         self._working.pop(number, None)
 
     def clear(self) -> None:

@@ -76,7 +76,7 @@ class Request:
         images: the prompt's images, in order: visual tokens, or images that wait for encoding.
         paused: flag for any thread: no work is done on the request while it is set.
         cancelled: flag for any thread: the core removes the request before its next step.
-        given_up: error for any thread to set: as ``cancelled``, and the listener gets this error.
+        abort_error: for any thread to set: as ``cancelled``, and the listener gets this error.
         error: why it failed; answer, vectors: its result.
         cache, embeddings: of the prompt, once it is being read.
         read_tokens: prompt tokens that were computed, not copied.
@@ -106,7 +106,7 @@ class Request:
         self.number, self.read_tokens = -1, 0
         self.stage: Stage = "waiting"
         self.paused = self.cancelled = False
-        self.given_up: Exception | None = None
+        self.abort_error: Exception | None = None
         self.images: list[ImageState] | None = None
         self.taken = Elapsed()
         self.keys: list[TokenKey] = []

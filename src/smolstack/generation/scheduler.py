@@ -132,9 +132,9 @@ class Scheduler:
         if self.limits.queued is None:
             return []
         waiting = [*self.waiting, *coming]
-        given = sum(each.given_up is not None for each in waiting)
+        aborted = sum(each.abort_error is not None for each in waiting)
         room = self.limits.running + self.limits.queued
-        missing = len(self.running) + len(waiting) - given + len(requests) - room
+        missing = len(self.running) + len(waiting) - aborted + len(requests) - room
         if missing <= 0:
             return []
         new = requests[0]
@@ -142,7 +142,7 @@ class Scheduler:
         worse = [
             r
             for r in waiting
-            if r.given_up is None
+            if r.abort_error is None
             and r.client is not None
             and (
                 most[new] <= _CHEAP * most[r]
@@ -158,7 +158,7 @@ class Scheduler:
         if self.limits.queued is None:
             return
         room = self.limits.running + self.limits.queued
-        waiting = sum(each.given_up is None for each in [*self.waiting, *coming])
+        waiting = sum(each.abort_error is None for each in [*self.waiting, *coming])
         if waiting + len(self.running) + requests > room:
             raise QueueFullError(
                 f"{len(self.running)} answers are running and {waiting} waiting, the limit is "
@@ -226,7 +226,7 @@ class Scheduler:
         return True
 
     def leave(self, request: Request) -> None:
-        """Remove a request that is finished or given up."""
+        """Remove a request that is finished or aborted."""
         self.images.leave(request)
         self.prefixes.drop(request.number)
         if request in self.running:

@@ -105,7 +105,7 @@ class _Runner(uvicorn.Server):
 
     def _drained(self) -> None:
         late = RefusedError(503, "the server is shutting down before the answer is complete")
-        self.server.engine.give_up(late)
+        self.server.engine.abort(late)
         self.server.bodies.end(
             RefusedError(
                 503,
