@@ -152,11 +152,11 @@ def map_images(
         limits=Limits(batch_tokens, batch_rows),
     )
     parts = Parts(out.with_name(out.name + ".parts").absolute())
-    if out.exists() and not restart and not parts.folder.exists():
-        raise BulkError(f"{out} exists already; choose another output, or replace it with restart "
-                        "(--restart)")  # fmt: skip
+    parts.remove_rest()
+    _check_new(out, parts, restart)
     settings = settings_of(work, source.identity, window)
     with parts.locked():
+        _check_new(out, parts, restart)  # another process may have finished in the meantime
         try:
             if parts.begun and not restart:
                 check_same(parts, settings)
@@ -176,11 +176,18 @@ def map_images(
             )
             summary = job.run(task, engine, workers or 1)
         except BaseException:
-            if not parts.begun:
+            if parts.folder.exists() and not parts.begun:
                 parts.remove()
             raise
         parts.remove()
     return summary
+
+
+def _check_new(out: Path, parts: Parts, restart: bool) -> None:
+    if out.exists() and not restart and not parts.folder.exists():
+        raise BulkError(
+            f"{out} exists already; choose another output, or replace it with restart (--restart)"
+        )
 
 
 def _special_tokens(vlm: VLM | None, wanted: bool | None) -> bool:

@@ -43,6 +43,8 @@ class State:
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         found = self._json(_JOB)
+        if found is None:  # a process was killed while it removed the folder
+            shutil.rmtree(self.folder, ignore_errors=True)
         if found is not None and found != dict(job):
             self.close()
             other = [key for key in job if found.get(key) != job[key]]
