@@ -171,11 +171,16 @@ def _settle(temporary: Path, output: Path) -> None:
 
 
 @contextmanager
-def exclusive_writer(path: Path, error: type[SmolstackError]) -> Iterator[None]:
+def exclusive_writer(
+    path: Path, error: type[SmolstackError], shown: Path | None = None
+) -> Iterator[None]:
     """Keep other processes from writing ``path`` while the block runs.
 
     The lock is a hidden file beside the path, removed when the block ends. It is released if the
     process dies.
+
+    Args:
+        shown: the output to name in errors, if ``path`` is its saved state.
 
     Raises:
         error: another process is writing there, or the path has no name (``.``, ``..``).
@@ -191,7 +196,7 @@ def exclusive_writer(path: Path, error: type[SmolstackError]) -> Iterator[None]:
             raise OSError(reason.errno, reason.strerror, str(path)) from None
         if _lock(file) is False:
             os.close(file)
-            raise error(f"another process is writing {path}, expected one at most")
+            raise error(f"another process is writing {shown or path}, expected one at most")
         if _is_at(file, lock):
             break
         os.close(file)  # its last holder removed it in the meantime

@@ -93,6 +93,7 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.out = folder.with_name(folder.name.removesuffix(".parts"))
 
     @property
     def listing(self) -> Path:
@@ -134,7 +135,7 @@ class Parts:
         Raises:
             BulkError: another process holds it.
         """
-        with exclusive_writer(self.folder, BulkError):
+        with exclusive_writer(self.folder, BulkError, self.out):
             yield
 
     def journal(self, window: Window) -> Journal:

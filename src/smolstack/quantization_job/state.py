@@ -39,7 +39,7 @@ class State:
     def __init__(self, out: Path, job: Mapping[str, Any], *, restart: bool = False) -> None:
         self.folder = out.parent / f".{out.name}.quantizing"
         self._writer = ExitStack()
-        self._writer.enter_context(exclusive_writer(self.folder, ConfigError))
+        self._writer.enter_context(exclusive_writer(self.folder, ConfigError, out))
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         found = self._json(_JOB)
