@@ -51,7 +51,11 @@ def find_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise DataError(f"{folder} is {found}, expected a folder of images")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in formats.SUFFIXES)
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in formats.SUFFIXES and path.is_file()
+    )
     if not paths:
         raise DataError(
             f"{folder} contains no image, expected files that end in {', '.join(formats.SUFFIXES)}"
