@@ -204,7 +204,9 @@ def test_restart_forgets_what_was_begun_and_replaces_what_is_there(
     assert job(photos, "Who?", restart=True).kept == 0
     with pytest.raises(BulkError, match=r"answers\.parquet exists already"):
         job(photos)
+    (tmp_path / f"{OUT}.parts-done").mkdir()  # of a process that was killed while removing it
     job(photos, restart=True)
+    assert not (tmp_path / f"{OUT}.parts-done").exists()
     assert {row["question"] for row in rows(tmp_path / OUT)} == {"What?"}
 
 

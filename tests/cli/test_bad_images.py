@@ -84,3 +84,11 @@ def test_bytes_that_are_no_image_are_refused(refuses: Run, tiny_folder: Path) ->
 def test_a_web_address_is_not_fetched(refuses: Run, tiny_folder: Path) -> None:
     told = refuses("ask", "https://example.org/a.png", "What?", "--model", tiny_folder)
     assert "https://example.org/a.png is a URL" in told
+
+
+def test_control_characters_of_names_are_not_written_to_the_terminal(run: Run) -> None:
+    """They could set the terminal's title, or hide the sentence."""
+    told = run("ask", "a\x1b]0;title\x07\x9b.png", "What?").stderr
+    assert told == "error: a\\x1b]0;title\\x07\\x9b.png: found no file, expected an image\n"
+    told = run("ask", "a\udcff.png", "What?").stderr
+    assert told == "error: a\\udcff.png: found no file, expected an image\n"

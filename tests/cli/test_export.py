@@ -28,7 +28,10 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(
     (tmp_path / "mine.txt").write_text("keep")
     result = run("export", tiny_folder, tmp_path)
     assert result.exit_code == 2
-    assert result.stderr == f"error: {tmp_path} exists and is not empty; --overwrite replaces it\n"
+    assert (
+        result.stderr
+        == f"error: {tmp_path} exists and is not empty; overwrite=True (--overwrite) replaces it\n"
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 

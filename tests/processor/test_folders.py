@@ -19,6 +19,7 @@ def test_what_is_passed_over_is_named_with_counts(tmp_path: Path) -> None:
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
     (tmp_path / "more").symlink_to(tmp_path / "inner")
     (tmp_path / "same.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
     over = SkippedFiles()
     found = [
         str(Path(path).relative_to(tmp_path)) for path in search(tmp_path, {".png", ".heic"}, over)
@@ -26,7 +27,7 @@ def test_what_is_passed_over_is_named_with_counts(tmp_path: Path) -> None:
     assert found == ["a.PNG", "b.png", "inner/c.heic", "same.png"]
     assert over.sentence(Path("scans")) == (
         "scans: passed over 3 files of other kinds (2 .docx, 1 without a suffix), "
-        "1 link to nothing (gone.png), 1 link to a folder (more)"
+        "2 links to nothing (gone.png, self.png), 1 link to a folder (more)"
     )
 
 

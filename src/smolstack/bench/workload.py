@@ -123,14 +123,6 @@ def workload_of(
         yield Workload(preset, Path(temporary), dtypes)
 
 
-@contextmanager
-def made_once(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that is renamed to ``path`` when the file is complete."""
-    partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    partial.replace(path)
-
-
 def text_batch(ids: Tensor) -> Batch:
     """Return a batch of prompts without images."""
     mask = torch.ones_like(ids, dtype=torch.bool)

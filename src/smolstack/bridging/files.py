@@ -101,7 +101,10 @@ def _template(
             raise ConfigError(
                 f"chat_template is {str(wanted)!r}, expected 'text', 'family' or a Jinja file"
             )
-        found, name = path.read_text(encoding="utf-8"), str(path)
+        try:
+            found, name = path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} cannot be read as text: {error}") from None
     check_template(found, special_tokens, name)
     return found
 

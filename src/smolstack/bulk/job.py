@@ -153,11 +153,11 @@ def map_images(
         limits=Limits(batch_tokens, batch_rows),
     )
     parts = Parts(out.with_name(out.name + ".parts").absolute())
-    if out.exists() and not restart and not parts.folder.exists():
-        raise BulkError(f"{out} exists already; choose another output, or replace it with restart "
-                        "(--restart)")  # fmt: skip
+    parts.remove_rest()
+    _check_new(out, parts, restart)
     settings = settings_of(work, source.identity, window)
     with parts.locked():
+        _check_new(out, parts, restart)  # another process may have finished in the meantime
         try:
             if parts.begun and not restart:
                 check_same(parts, settings)
@@ -177,7 +177,7 @@ def map_images(
             )
             summary = job.run(task, engine, workers or 1)
         except BaseException:
-            if not parts.begun:
+            if parts.folder.exists() and not parts.begun:
                 parts.remove()
             raise
         parts.remove()
@@ -187,6 +187,13 @@ def map_images(
 def _shown() -> Callable[[Progress], None] | None:
     tell = shown()
     return None if tell is None else lambda made: tell("images", made.done, made.total)
+
+
+def _check_new(out: Path, parts: Parts, restart: bool) -> None:
+    if out.exists() and not restart and not parts.folder.exists():
+        raise BulkError(
+            f"{out} exists already; choose another output, or replace it with restart (--restart)"
+        )
 
 
 def _special_tokens(vlm: VLM | None, wanted: bool | None) -> bool:

@@ -28,11 +28,11 @@ import pyarrow.parquet as pq
 
 from smolstack.bulk.rows import Window
 from smolstack.errors import BulkError
-from smolstack.output_files import atomic_file, take_lock
+from smolstack.output_files import atomic_file, exclusive_writer
 
 ROW = "row"  # column with the index of the input row
 _HEADER = struct.Struct("<QI")  # bytes of a record, their CRC-32
-_SETTINGS, _LISTING, _LOCK = "settings.json", "listing.parquet", "lock"
+_SETTINGS, _LISTING = "settings.json", "listing.parquet"
 
 
 class Journal:
@@ -93,6 +93,7 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.out = folder.with_name(folder.name.removesuffix(".parts"))
 
     @property
     def listing(self) -> Path:
@@ -122,10 +123,10 @@ class Parts:
             beside.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def clear(self) -> None:
-        """Delete everything but the lock."""
-        for path in sorted(self.folder.iterdir(), key=lambda p: p.name != _SETTINGS):
-            if path.name != _LOCK:
-                path.unlink()
+        """Make the folder, empty."""
+        if self.folder.exists():
+            self.remove()
+        self.folder.mkdir()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -134,10 +135,7 @@ class Parts:
         Raises:
             BulkError: another process holds it.
         """
-        self.folder.mkdir(exist_ok=True)
-        with (self.folder / _LOCK).open("ab") as file:
-            if not take_lock(file.fileno()):
-                raise BulkError(f"another process is using {self.folder}, expected at most one")
+        with exclusive_writer(self.folder, BulkError, self.out):
             yield
 
     def journal(self, window: Window) -> Journal:
@@ -184,10 +182,17 @@ class Parts:
 
     def remove(self) -> None:
         """Remove the folder atomically: the remains of a killed removal cannot be resumed."""
-        away = self.folder.with_name(self.folder.name + "-done")
-        shutil.rmtree(away, ignore_errors=True)
-        self.folder.rename(away)
-        shutil.rmtree(away, ignore_errors=True)
+        self.remove_rest()
+        self.folder.rename(self._removed)
+        self.remove_rest()
+
+    def remove_rest(self) -> None:
+        """Remove what a killed :meth:`remove` left."""
+        shutil.rmtree(self._removed, ignore_errors=True)
+
+    @property
+    def _removed(self) -> Path:
+        return self.folder.with_name(self.folder.name + "-done")
 
     def _path(self, window: Window, kind: str) -> Path:
         return self.folder / f"rows-{window.start:012d}.{kind}"

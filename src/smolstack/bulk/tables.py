@@ -141,7 +141,9 @@ def from_record(index: int, record: Mapping[str, Any], columns: Columns, folder:
     name = None if given is None or given == "" else str(given)
     value = record.get(columns.image)
     if columns.error is not None and record.get(columns.error):
-        return Row(index, name or str(index), error=record[columns.error])
+        path = value.get("path") if isinstance(value, Mapping) else None
+        path = os.fsdecode(path) if isinstance(path, bytes) else None
+        return Row(index, name or str(index), path=path, error=record[columns.error])
     if isinstance(value, str) and columns.image in _ENCODED:
         value = {"bytes": value}
     return as_row(index, value, name, folder)

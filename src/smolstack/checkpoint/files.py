@@ -188,7 +188,10 @@ def chat_template_of(
     """
     jinja = place("chat_template.jinja")
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{jinja} cannot be read as text: {error}") from None
     places = (
         _optional(place("chat_template.json")).get("chat_template"),
         processor.get("chat_template"),

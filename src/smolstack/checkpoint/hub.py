@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolstack.errors import CheckpointError
+from smolstack.output_files import replaced_folder
 
 READER = Path(__file__).resolve().parent.parent / "reader"
 BUNDLED = "smolstack's bundled reader"  # its name in files that cannot contain None
@@ -83,6 +84,11 @@ def find(model: str | Path | None, revision: str | None = None, *, weights: bool
     if folder.is_dir() or (folder.is_file() and folder.suffix.lower() == GGUF):
         return folder
     name = str(model)
+    if (replaced := replaced_folder(folder)) is not None:
+        raise CheckpointError(
+            f"{name} is missing, because a process that was replacing it was killed; its content "
+            f"is in {replaced}; move it back, or write {name} again"
+        )
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         found = "a file" if folder.exists() else "nothing"
         raise CheckpointError(

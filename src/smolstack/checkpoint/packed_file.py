@@ -25,7 +25,7 @@ from smolstack.model.quantized import QuantizedLinear
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.native import library as native
 from smolstack.native.compiling import cache_folders, is_own_file
-from smolstack.output_files import atomic_file
+from smolstack.output_files import atomic_file, remove_leftovers
 from smolstack.quantization.quantize import Progress
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,10 @@ def _pack_all(
 
 
 def _prune(kept: Path) -> None:
-    """Delete the least recently used files until the rest is within the limit."""
+    """Delete leftovers of killed processes, and the least recently used files until the rest is
+    within the limit.
+    """
+    remove_leftovers(kept.parent)
     found = []
     for path in kept.parent.glob("*.packed"):
         with contextlib.suppress(OSError):  # another process may have deleted it

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +19,7 @@ from smolstack.checkpoint.weights import INDEX, SINGLE
 from smolstack.config import ModelConfig
 from smolstack.errors import CheckpointError
 from smolstack.model.vlm import VisionLanguageModel
-from smolstack.output_files import exclusive_writer, naming_errors
+from smolstack.output_files import check_new_folder, exclusive_writer, replacing_folder
 from smolstack.processor.settings import ImageSettings
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -123,34 +120,10 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: the folder exists and is not empty, unless ``overwrite``; or another
             process is writing it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        exclusive_writer(folder, CheckpointError),
-        naming_errors(folder),
-        _replacing(folder, overwrite) as temporary,
-    ):
-        yield temporary
-
-
-@contextmanager
-def _replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
-    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if occupied and not overwrite:
-        raise CheckpointError(f"{folder} exists and is not empty; nothing was written")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        if occupied:
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.replace(folder, retired / "folder")
-            os.replace(temporary, folder)
-            shutil.rmtree(retired)
-        else:
-            os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with exclusive_writer(folder, CheckpointError):
+        check_new_folder(folder, CheckpointError, overwrite=overwrite)
+        with replacing_folder(folder) as temporary:
+            yield temporary
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], max_bytes: int) -> None:

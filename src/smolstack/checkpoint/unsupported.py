@@ -73,6 +73,8 @@ def is_mlx(config: Mapping[str, Any]) -> bool:
 
 def peek(path: Path) -> Mapping[str, Any]:
     """Return a JSON object, or an empty one if it cannot be read."""
+    if not path.is_file():  # opening a pipe would wait for its writer
+        return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

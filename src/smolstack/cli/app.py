@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import sys
@@ -142,6 +143,7 @@ def main() -> None:
         # Answers may contain characters that the terminal's encoding does not have.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    logging.lastResort = console.LogNotes(logging.WARNING)
     # Pillow's warnings about damaged files, in addition to the error message.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     app()

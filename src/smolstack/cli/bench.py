@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +13,7 @@ import typer
 
 from smolstack.cli import options
 from smolstack.cli.console import note, progress, show, show_json
-from smolstack.output_files import atomic_file
+from smolstack.output_files import atomic_file, exclusive_writer
 
 if TYPE_CHECKING:
     from smolstack.bench.running import Record
@@ -162,7 +164,7 @@ def bench(
     import torch
 
     from smolstack.bench import plots
-    from smolstack.bench.running import Choice, absences, run
+    from smolstack.bench.running import Choice, Record, absences, run
     from smolstack.checkpoint.load import DTYPES, QUANTIZED
     from smolstack.errors import ConfigError
     from smolstack.family import preset as find_preset
@@ -174,36 +176,51 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     parts = list(dict.fromkeys(part.value for part in what or ()))
-    if model is None:
-        _refuse(context, _OF_A_MODEL, "needs --model FOLDER")
-        for sentence in absences(parts):
-            note(sentence)
-        choice = Choice(parts, dtypes, rounds, seconds, only or (), match or (), folder)
-        record = run(found, choice, progress)
-    else:
-        from smolstack.cli import bench_quality
+    # Measuring takes long: files that cannot be read or written are reported before it.
+    for path in add or ():
+        Record(preset, {}, {}).add(path)
+    if plot is not None:
+        plots.check_plot(plot)
+    with nullcontext() if save is None else _saving(save) as beside:
+        if model is None:
+            _refuse(context, _OF_A_MODEL, "needs --model FOLDER")
+            for sentence in absences(parts):
+                note(sentence)
+            choice = Choice(parts, dtypes, rounds, seconds, only or (), match or (), folder)
+            record = run(found, choice, progress)
+        else:
+            from smolstack.cli import bench_quality
 
-        _check_quality(context, parts)
-        record = bench_quality.measure(
-            model,
-            dtypes,
-            also=also or (),
-            text=text,
-            images=images,
-            outliers=outliers,
-            rounds=rounds if timed else 0,
-            only=only or (),
-            folder=folder,
-        )
-    for path in reversed(add or ()):
-        record.add(path)
-    if save is not None:
-        with atomic_file(save) as beside:
-            beside.write_text(jsonlib.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+            _check_quality(context, parts)
+            record = bench_quality.measure(
+                model,
+                dtypes,
+                also=also or (),
+                text=text,
+                images=images,
+                outliers=outliers,
+                rounds=rounds if timed else 0,
+                only=only or (),
+                folder=folder,
+            )
+        for path in reversed(add or ()):
+            record.add(path)
+        if beside is not None:
+            content = jsonlib.dumps(record.to_dict(), indent=1) + "\n"
+            beside.write_text(content, encoding="utf-8")
     if plot is not None:
         for path in plots.draw(record.results, record.studies, record.limits, plot):
             note(f"wrote {path}")
     _show(record, json=json, markdown=markdown)
+
+
+@contextmanager
+def _saving(path: Path) -> Iterator[Path]:
+    """Yield a new file that becomes ``path``, which no other process may write meanwhile."""
+    from smolstack.errors import ConfigError
+
+    with exclusive_writer(path, ConfigError), atomic_file(path) as beside:
+        yield beside
 
 
 def _show(record: Record, *, json: bool, markdown: bool) -> None:

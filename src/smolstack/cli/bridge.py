@@ -11,6 +11,7 @@ import typer
 
 from smolstack.cli.console import note, pairs, progress, show
 from smolstack.errors import CheckpointError
+from smolstack.output_files import check_new_folder
 
 if TYPE_CHECKING:
     from smolstack.bridging import Bridge
@@ -103,8 +104,7 @@ def bridge(
     to a plain language model; no existing token id changes, and answers to text alone stay the
     same.
     """
-    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; --overwrite replaces it")
+    check_new_folder(folder, CheckpointError, overwrite=overwrite)
     with progress("Reading the towers …"):
         from smolstack.bridging import plan_bridge
 

@@ -196,7 +196,8 @@ def _turn(conversation: Conversation, line: str, *, interactive: bool) -> bool:
     if command in ("/quit", "/exit"):
         return False
     if command == "/help":
-        note(HELP)
+        for told in HELP.splitlines():
+            note(told)
     elif command == "/reset":
         conversation.reset()
         if interactive:

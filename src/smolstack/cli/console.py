@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -43,13 +44,15 @@ def show_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
 
 def note(message: str) -> None:
     """Print one line on stderr."""
-    _console(sys.stderr).print(Text(message, style="dim"), soft_wrap=True)
+    _console(sys.stderr).print(
+        Text(visible(message).replace("\n", "\\n"), style="dim"), soft_wrap=True
+    )
 
 
 def error(message: str) -> None:
     """Print one error message on stderr."""
     line = Text("error: ", style="bold red")
-    line.append(" ".join(message.split()), style="not bold default")
+    line.append(visible(" ".join(message.split())), style="not bold default")
     _console(sys.stderr).print(line, soft_wrap=True)
 
 
@@ -70,6 +73,21 @@ def write_piece(piece: str) -> None:
     """Print part of an answer on stdout and flush; control characters are removed on a terminal."""
     sys.stdout.write(_CONTROL.sub("", piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
+
+
+def visible(text: str) -> str:
+    """Escape what file names may contain: control characters, which could write anything on a
+    terminal, and bytes that are not UTF-8.
+    """
+    text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class LogNotes(logging.Handler):
+    """Prints log records as notes, where no other handler is set up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
 def debugging() -> bool:

@@ -10,6 +10,7 @@ import typer
 from smolstack.cli import model_options, options
 from smolstack.cli.console import progress, show
 from smolstack.errors import CheckpointError, ConfigError
+from smolstack.output_files import check_new_folder
 from smolstack.text import size_in_bytes
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def convert_checkpoint(
     Reads whatever smolstack loads (adapters are merged, MLX and GGUF weights become floats), and
     nanoVLM checkpoints.
     """
-    if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty; --overwrite replaces it")
+    check_new_folder(out, CheckpointError, overwrite=overwrite)
     with progress(f"Converting {model} …"):
         from smolstack.checkpoint.hub import find, locate
         from smolstack.checkpoint.unsupported import is_nanovlm, peek

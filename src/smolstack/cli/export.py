@@ -14,6 +14,7 @@ import typer
 from smolstack.cli import model_options, options
 from smolstack.cli.console import progress, show, show_json
 from smolstack.errors import CheckpointError
+from smolstack.output_files import check_new_folder
 from smolstack.text import size_in_bytes
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ def export(
     The graphs are vision encoder, token embeddings and decoder with its cache. Each is compared
     with torch before the folder is written. The tokenizer's and the processor's files are included.
     """
-    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; --overwrite replaces it")
+    check_new_folder(folder, CheckpointError, overwrite=overwrite)
     with progress("Starting …"):
         from smolstack.interop.onnx import count_steps
         from smolstack.interop.onnx import export as write

@@ -12,6 +12,7 @@ import typer
 
 from smolstack.cli.console import progress, show
 from smolstack.errors import CheckpointError, ConfigError
+from smolstack.output_files import check_new_folder
 from smolstack.text import millions, size_in_bytes
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ def new(
     if preset is None or folder is None:
         raise ConfigError("PRESET and DIR are needed; smolstack new --list shows the presets")
     chosen = find_preset(preset)
-    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; --overwrite replaces it")
+    check_new_folder(folder, CheckpointError, overwrite=overwrite)
     config = chosen.config.with_layers(vision_layers, text_layers)
     parameters = count_parameters(config)
     _check_room(parameters, dtype, folder)

@@ -22,7 +22,7 @@ from smolstack.batch import VisualTokens
 from smolstack.model.digest import weights_digest
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.model.weight_changes import WeightsVersion
-from smolstack.output_files import atomic_file
+from smolstack.output_files import atomic_file, remove_leftovers
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.image_hash import content_digest
 from smolstack.processor.settings import ImageSettings
@@ -167,7 +167,10 @@ def _write(path: Path, visual: VisualTokens) -> None:
 
 
 def _prune(folder: Path, most: int) -> None:
-    """Delete the least recently used files until the rest is within the limit."""
+    """Delete leftovers of killed processes, and the least recently used files until the rest is
+    within the limit.
+    """
+    remove_leftovers(folder)
     files = []
     for path in folder.glob("*.safetensors"):
         with contextlib.suppress(OSError):  # another process may have deleted it

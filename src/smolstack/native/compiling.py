@@ -18,6 +18,7 @@ from pathlib import Path
 
 from smolstack.native.instruction_sets import KernelError, architecture, cap, usable
 from smolstack.native.processor import features
+from smolstack.output_files import atomic_file, remove_leftovers
 
 # processor.c contains no kernels: it detects which of them can run.
 SOURCES = tuple(
@@ -51,12 +52,14 @@ def _build(compiler: str, name: str) -> Path:
     for folder in cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = Path(scratch) / name
-                failure = _compile(compiler, made)
-                if made.is_file():
-                    os.replace(made, folder / name)  # a concurrent process writes the same content
-                    return folder / name
+            remove_leftovers(folder)
+            with atomic_file(folder / name) as beside:  # concurrent processes write the same
+                failure = _compile(compiler, beside)
+                if failure:
+                    raise KernelError(failure)
+            return folder / name
+        except KernelError:
+            continue
         except OSError as error:
             failure = str(error)
     raise KernelError(failure)

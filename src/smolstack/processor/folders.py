@@ -20,15 +20,17 @@ class SkippedFiles:
         dangling: broken links.
         special: named pipes, sockets and devices.
         linked: links to folders, which are not followed because they may form cycles.
+        closed: folders that cannot be read.
     """
 
     suffixes: Counter[str] = field(default_factory=Counter)
     dangling: list[str] = field(default_factory=list)
     linked: list[str] = field(default_factory=list)
     special: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.suffixes or self.dangling or self.linked or self.special)
+        return any((self.suffixes, self.dangling, self.linked, self.special, self.closed))
 
     def sentence(self, folder: Path) -> str:
         """Describe the skipped files in a sentence."""
@@ -42,6 +44,7 @@ class SkippedFiles:
             (self.dangling, "link to nothing", "links to nothing"),
             (self.linked, "link to a folder", "links to a folder"),
             (self.special, "pipe or device", "pipes or devices"),
+            (self.closed, "folder that cannot be read", "folders that cannot be read"),
         ):
             if found:
                 more = " …" if len(found) > _NAMED else ""
@@ -74,18 +77,24 @@ def search(
 
 
 def _walk(folder: str, suffixes: Collection[str], over: SkippedFiles, root: str) -> Iterator[str]:
-    with os.scandir(folder) as found:
-        entries = sorted((entry for entry in found if not entry.name.startswith(".")),
-                         key=lambda entry: entry.name)  # fmt: skip
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((entry for entry in found if not entry.name.startswith(".")),
+                             key=lambda entry: entry.name)  # fmt: skip
+    except OSError:
+        if folder == root:
+            raise
+        over.closed.append(os.path.relpath(folder, root))
+        return
     for entry in entries:
         name = os.path.relpath(entry.path, root)
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(entry.path, suffixes, over, root)
+        elif not os.path.exists(entry.path):  # first: is_dir raises an error for a link to itself
+            over.dangling.append(name)
         elif entry.is_dir():
             over.linked.append(name)
-        elif not os.path.exists(entry.path):
-            over.dangling.append(name)
         elif not entry.is_file():
             over.special.append(name)
         elif suffix in suffixes:

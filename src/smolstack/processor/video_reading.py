@@ -79,8 +79,9 @@ def read_video(
         return _read_untrusted(path, fps, max_frames, shrink)
     path = Path(path)
     if not path.is_file():
-        raise VideoError(f"{path} is {'a folder' if path.exists() else 'missing'}, expected a "
-                         "video file")  # fmt: skip
+        there = "a pipe or device" if path.exists() else "missing"
+        found = "a folder" if path.is_dir() else there
+        raise VideoError(f"{path} is {found}, expected a video file")
     if is_animation(path):
 
         def choose(total: int, rate: float) -> list[int]:

@@ -17,6 +17,7 @@ from smolstack.config.quantization import INT4, INT8, INT8_FINE, Format
 from smolstack.errors import CheckpointError, ConfigError
 from smolstack.generation.core import EngineCore
 from smolstack.generation.inline import INLINE, InlineEngine
+from smolstack.output_files import check_new_folder
 from smolstack.progress import Tell, shown
 from smolstack.quantization.budget import average_bits, choose_formats
 from smolstack.quantization.quantize import formats_of, quantize_model
@@ -127,8 +128,7 @@ def _check(out: Path, bits: float, tokens: int, *, overwrite: bool) -> None:
         raise ConfigError(f"bits is {bits:g}, expected 8, 4, or a number between")
     if tokens < 2:
         raise ConfigError(f"tokens is {tokens}, expected at least 2")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise CheckpointError(f"{out} exists and is not empty; --overwrite replaces it")
+    check_new_folder(out, CheckpointError, overwrite=overwrite)
 
 
 def _shapes(network: Any) -> dict[str, tuple[int, int]]:

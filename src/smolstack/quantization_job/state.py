@@ -39,10 +39,12 @@ class State:
     def __init__(self, out: Path, job: Mapping[str, Any], *, restart: bool = False) -> None:
         self.folder = out.parent / f".{out.name}.quantizing"
         self._writer = ExitStack()
-        self._writer.enter_context(exclusive_writer(self.folder, ConfigError))
+        self._writer.enter_context(exclusive_writer(self.folder, ConfigError, out))
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         found = self._json(_JOB)
+        if found is None:  # a process was killed while it removed the folder
+            shutil.rmtree(self.folder, ignore_errors=True)
         if found is not None and found != dict(job):
             self.close()
             other = [key for key in job if found.get(key) != job[key]]

@@ -337,12 +337,17 @@ def _check_markers(vlm: VLM, request: ChatRequest) -> None:
     """Refuse texts that contain the image placeholder, since no image would belong to it."""
     mark = vlm.processor.markers.image
     for number, message in enumerate(request.messages):
-        parts = [message.content] if isinstance(message.content, str) else message.content
-        for part in parts:
-            text = part if isinstance(part, str) else getattr(part, "text", "")
+        place, content = message.place(number), message.content
+        texts = (
+            [(place, content)]
+            if isinstance(content, str)
+            else [(f"{place}.{i}", getattr(part, "text", "")) for i, part in enumerate(content)]
+        )
+        for where, text in texts:
             if mark in text:
                 raise RefusedError(
                     400,
-                    f"message {number} contains {mark}, the placeholder of images; send "
-                    "images as image_url parts",
+                    f"{where} contains {mark}, the placeholder of images; send images as image "
+                    "parts",
+                    param=where,
                 )

@@ -289,9 +289,10 @@ def _messages(request: ResponsesRequest) -> list[ChatMessage]:
     """Return the input as chat messages."""
     found: list[ChatMessage] = []
     if request.instructions:
-        found.append(ChatMessage(role="system", content=request.instructions))
+        made = ChatMessage(role="system", content=request.instructions)
+        found.append(made.placed("instructions"))
     if isinstance(request.input, str):
-        return [*found, ChatMessage(role="user", content=request.input)]
+        return [*found, ChatMessage(role="user", content=request.input).placed("input")]
     for number, item in enumerate(request.input):
         if isinstance(item, ReasoningItem):
             continue

@@ -101,7 +101,11 @@ class ImageFolder(Source):
 
     def __getitem__(self, index: int) -> Example:
         path = self.files[index]
-        answer = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        file = path.with_suffix(".txt")
+        try:
+            answer = file.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} cannot be read as text: {error}") from None
         name = str(path.relative_to(self.folder))
         return Example(name, question_and_answer(name, [path], self.question, answer))
 

@@ -16,7 +16,7 @@ from smolstack.checkpoint.weights import FLOAT_TYPES, read_entries
 from smolstack.errors import TrainingError
 from smolstack.train.metrics import METRICS, write_text
 from smolstack.train.recipe import Recipe
-from smolstack.train.state import Saved, latest, read_state, remove_leftovers
+from smolstack.train.state import Saved, latest, read_state
 
 RECIPE, CHECKPOINTS, MODEL, CACHE = "recipe.json", "checkpoints", "model", "cache"
 # Keys that do not affect the result: a run may be resumed with other values.
@@ -74,7 +74,6 @@ def prepare_folder(recipe: Recipe, saved: Saved | None) -> None:
         for name in (CHECKPOINTS, MODEL):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder / CHECKPOINTS)
     write_text(folder / RECIPE, to_json(recipe.to_dict()))
 
 

@@ -25,7 +25,7 @@ from smolstack.model.digest import weights_digest
 from smolstack.model.tile_passes import in_passes
 from smolstack.model.vision import VisionTower
 from smolstack.model.vlm import VisionLanguageModel
-from smolstack.output_files import atomic_file
+from smolstack.output_files import atomic_file, remove_leftovers
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.image_hash import content_digest
 from smolstack.processor.inputs import ImageInput
@@ -69,6 +69,8 @@ class FrozenTower:
         self.projected, self.autocast, self.precision = projected, autocast, precision
         self.computed = self.read = 0
         self._tower: VisionTower | None = None  # made when the first image is computed
+        for folder in [] if cache is None or not cache.is_dir() else cache.iterdir():
+            remove_leftovers(folder)  # of killed processes
         modules: list[nn.Module] = [model.vision, *([model.connector] if projected else [])]
         self._constant = b"|".join(
             (

@@ -178,7 +178,7 @@ class Recipe:
             import tomli as tomllib
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
         return cls.from_dict(values, where=path.name, base=path.parent)
 

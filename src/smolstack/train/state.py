@@ -144,13 +144,6 @@ def read_state(folder: Path) -> Saved:
         raise TrainingError(f"checkpoint {folder} cannot be read: {error}") from error
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove incomplete checkpoints of killed processes."""
-    if folder.is_dir():
-        for path in folder.glob(f".{PREFIX}*"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(path))
 

@@ -17,7 +17,7 @@ from smolstack.checkpoint.load import choose_device, load_checkpoint
 from smolstack.checkpoint.save import complete_side_files, save_checkpoint
 from smolstack.errors import ConfigError, TrainingError
 from smolstack.model.digest import weights_digest
-from smolstack.output_files import exclusive_writer
+from smolstack.output_files import exclusive_writer, remove_leftovers
 from smolstack.processor.geometry import Tiling
 from smolstack.train import preview
 from smolstack.train.adapters import check_adapters, save_adapters
@@ -94,6 +94,10 @@ def train(
         Display(processes.first and not quiet) as display,
         exclusive_writer(Path(recipe.output), TrainingError) if processes.first else nullcontext(),
     ):
+        if processes.first:
+            for folder in (Path(recipe.output), Path(recipe.output) / CHECKPOINTS):
+                remove_leftovers(folder)  # of killed processes; may put a checkpoint back
+        processes.wait()
         saved = claim_folder(recipe, resume=resume, overwrite=overwrite)
         try:
             return Trainer(

@@ -15,7 +15,8 @@ from smolstack.bench import sizes
 from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import Contender, ReportedValue
 from smolstack.bench.worker import Worker
-from smolstack.bench.workload import BITS, Workload, made_once
+from smolstack.bench.workload import BITS, Workload
+from smolstack.output_files import atomic_file
 
 # Q8_0 has a 16-bit scale per 32 weights.
 _BITS = {**BITS, "int8": 8.5}
@@ -71,7 +72,7 @@ class LlamaCpp(Implementation):
 
             path = self.workload.root / f"decoder-{FORMATS[precision]}.gguf"
             if not path.exists():
-                with made_once(path) as partial_file:
+                with atomic_file(path) as partial_file:
                     write_decoder(self.workload.folder, partial_file, precision)
             self._workers[precision] = Worker(
                 f"{__name__}:decoder",

@@ -14,7 +14,8 @@ from smolstack.bench import sizes
 from smolstack.bench.peers.implementation import Implementation
 from smolstack.bench.timing import Contender, ReportedValue
 from smolstack.bench.worker import Worker
-from smolstack.bench.workload import BITS, Workload, made_once
+from smolstack.bench.workload import BITS, Workload
+from smolstack.output_files import atomic_file
 
 
 class Towers(Implementation):
@@ -90,7 +91,7 @@ def graph_file(folder: Path, root: Path, *, int8: bool) -> Path:
     if not path.exists():
         with torch.inference_mode(False):
             model = load(folder, dtype="float32").model
-        with made_once(path) as partial:
+        with atomic_file(path) as partial:
             write_tower(partial, model.config.vision, model, int8=int8)
     return path
 

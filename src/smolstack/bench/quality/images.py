@@ -17,8 +17,8 @@ from smolstack.batch import Batch
 from smolstack.bench.quality.divergence import Divergence
 from smolstack.bench.quality.ours import Ours
 from smolstack.bench.studies.drawn import drawn_numbers
-from smolstack.bench.workload import made_once
 from smolstack.errors import DataError
+from smolstack.output_files import atomic_file
 from smolstack.processor import formats
 from smolstack.vlm import VLM
 
@@ -51,7 +51,11 @@ def find_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise DataError(f"{folder} is {found}, expected a folder of images")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in formats.SUFFIXES)
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in formats.SUFFIXES and path.is_file()
+    )
     if not paths:
         raise DataError(
             f"{folder} contains no image, expected files that end in {', '.join(formats.SUFFIXES)}"
@@ -68,7 +72,7 @@ def draw_images(folder: Path) -> list[Path]:
     paths = [folder / f"drawn-{index}.png" for index in range(DRAWN)]
     if not all(path.exists() for path in paths):
         for path, drawn in zip(paths, drawn_numbers(DRAWN), strict=True):
-            with made_once(path) as partial:
+            with atomic_file(path) as partial:
                 _square(drawn.image).save(partial, format="PNG")
     return paths
 
@@ -127,7 +131,7 @@ class Samples:
             forced = _with_answer(batch, answer)
             seen = replace(forced, visual_tokens=visual)
             logits = self.reference.answer_scores(seen, len(answer))
-            with made_once(kept) as partial:
+            with atomic_file(kept) as partial:
                 save_file({"visual": visual, "answer": answer, "logits": logits}, str(partial))
         held = load_file(kept)
         return Sample(

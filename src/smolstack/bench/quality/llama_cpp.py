@@ -17,7 +17,7 @@ from smolstack.batch import Batch
 from smolstack.bench.peers.llama_cpp import LlamaCpp
 from smolstack.bench.timing import ReportedValue
 from smolstack.bench.worker import Worker
-from smolstack.bench.workload import made_once
+from smolstack.output_files import atomic_file
 
 NAME = LlamaCpp.name
 TYPES = ("F32", "BF16", "Q8_0", "Q4_K_M", "Q4_0")
@@ -89,11 +89,11 @@ class Peer:
         if not source.exists():
             from smolstack.bench.peers.gguf_file import write_decoder
 
-            with made_once(source) as partial_file:
+            with atomic_file(source) as partial_file:
                 write_decoder(self.folder, partial_file, "float32")
         if path != source:
             with (
-                made_once(path) as partial_file,
+                atomic_file(path) as partial_file,
                 Worker(f"{__name__}:quantizer", self.threads) as worker,
             ):
                 worker.tell(source=str(source), target=str(partial_file), kind=self.precision)

@@ -41,8 +41,8 @@ from smolstack.bench.quality.state import Row, State, digest, environment, files
 from smolstack.bench.running import Record
 from smolstack.bench.timing import Case, Contender, later, measure
 from smolstack.bench.worker import WorkerError
-from smolstack.bench.workload import made_once
 from smolstack.errors import ConfigError
+from smolstack.output_files import atomic_file
 
 KEPT_WINDOWS = 16  # windows whose logits are kept in files: 151 MB each with 49,280 tokens
 CONTEXT, STEPS = 100, 32  # number of timed tokens, and of tokens before them
@@ -230,7 +230,7 @@ class Measurement:
             return self.reference.scores(batch)
         path = self.root / f"text-{self.run}-{index}.npy"
         if not path.exists():
-            with made_once(path) as partial_file, partial_file.open("wb") as file:
+            with atomic_file(path) as partial_file, partial_file.open("wb") as file:
                 np.save(file, self.reference.scores(batch).numpy())
         return torch.from_numpy(np.load(path))
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from smolstack.bench import machine
-from smolstack.bench.workload import made_once
+from smolstack.output_files import atomic_file
 
 Row: TypeAlias = dict[str, Any]
 
@@ -32,7 +32,7 @@ class State:
         """Return a saved row, or compute and save it."""
         if key not in self.rows:
             self.rows[key] = make()
-            with made_once(self.path) as partial:
+            with atomic_file(self.path) as partial:
                 partial.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
         return dict(self.rows[key])
 
