@@ -51,7 +51,7 @@ def gradients(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
 def expected_divergence(model: VisionLanguageModel) -> torch.Tensor:
     """KL(without adapters ‖ with them), from its definition, row by row."""
     batch, total = mixed(), torch.zeros(())
-    layers = [m for m in model.modules() if hasattr(m, "enable_adapters")]
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "enable_adapters")]
     for row, length in enumerate(LENGTHS):
         embeddings = model.decoder.embedding(batch.token_ids[row : row + 1, :length])
         for layer in layers:
