@@ -1,7 +1,8 @@
 """Connect the bundled reader's vision tower to SmolLM2-135M-Instruct, a general language model.
 
 The first stage trains only the connector, with both towers frozen. The second trains the connector
-and adapters (LoRA) on the text tower, with text-only chats mixed in to preserve the language model.
+and adapters (LoRA) on the text tower. To preserve the language model, text-only chats are mixed in,
+where the divergence from its own answers is part of the loss.
 
     python examples/bridge_to_smollm2          # all steps, seeded; writes bridge-smollm2/
 
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--test-chats", type=int, default=20)
     parser.add_argument("--connector-steps", type=int, default=300)
     parser.add_argument("--lora-steps", type=int, default=150)
+    parser.add_argument("--lora-rate", type=float, default=2e-4)
+    parser.add_argument("--keep-language", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -89,7 +92,15 @@ def main() -> None:
         stages["connector"],
         folder / "lora",
         _mix_examples(folder / "train", own),
-        {"train": "lora", "steps": options.lora_steps, "learning_rate": 3e-4, "lora": ADAPTERS},
+        {
+            "train": "lora",
+            "steps": options.lora_steps,
+            # Text does not pass through the connector, so its rate cannot change the language.
+            "learning_rate": options.lora_rate,
+            "learning_rates": {"connector": 1e-3},
+            "keep_language": options.keep_language,
+            "lora": ADAPTERS,
+        },
     )
 
     # 4. Measure every stage; existing reports are kept.

@@ -91,3 +91,8 @@ def test_the_frozen_towers_precision_can_be_given(
     result = run("train", recipe, "--vision-dtype", "int8", "--quiet")
     assert result.exit_code == 0, result.stderr
     assert '"vision_dtype": "int8"' in (tmp_path / "run" / "recipe.json").read_text()
+
+
+def test_only_adapters_can_keep_the_language(refuses: Run, recipe: Path) -> None:
+    told = refuses("train", recipe, "--keep-language", "1")
+    assert "keep_language needs a lora stage, the recipe's train ['connector']" in told

@@ -75,6 +75,14 @@ def test_a_hub_id_stays_a_hub_id(tmp_path: Path) -> None:
         ({"stages": [{"train": "full", "steps": True}]}, "expected an integer"),
         ({"stages": [{"train": "full", "steps": 1, "learning_rates": {"tower": 1}}]}, "tower"),
         ({"stages": [{"train": "lora", "steps": 1, "lora": {"rank": 0}}]}, "lora.rank is 0"),
+        (
+            {"stages": [{"train": "connector", "steps": 1, "keep_language": 1}]},
+            r"stages\[0\].keep_language is 1.0, expected 0 where train is 'connector'",
+        ),
+        (
+            {"stages": [{"train": "lora", "steps": 1, "keep_language": -1}]},
+            r"keep_language is -1.0, expected 0 or more",
+        ),
         ({"stages": [{"steps": 1}]}, "has no train"),
     ],
 )

@@ -63,6 +63,15 @@ def train(
             "Without it, as the recipe says.",
         ),
     ] = None,
+    keep_language: Annotated[
+        float | None,
+        typer.Option(
+            metavar="WEIGHT",
+            min=0,
+            help="Weight of the divergence from the model before a lora stage, on examples without "
+            "images. Without it, as the recipe says.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")] = False,
 ) -> None:
     """Train a connector, a text tower, a whole model or adapters according to a recipe.
@@ -75,6 +84,8 @@ def train(
     read = Recipe.read(recipe)
     if vision_dtype is not None:
         read = replace(read, vision_dtype=vision_dtype)
+    if keep_language is not None:
+        read = read.keeping_language(keep_language)
     import torch
 
     from smolstack.train.trainer import train as run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from smolstack.model import packer
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.train.batches import MicroBatch
+from smolstack.train.language import alone, divergence, without_adapters
 from smolstack.train.loss_mask import IGNORED
 from smolstack.train.packed_rows import packed_rows
 
@@ -27,11 +28,20 @@ class AnswerLoss(nn.Module):
     Args:
         model: the network.
         projected: the states of frozen towers are the connector's outputs.
+        keep_language: weight of the divergence from the model without its adapters, which is
+            added on examples without images while the model is in training mode.
+
+    Attributes:
+        language: that divergence without its weight, and its number of tokens, both summed since
+            the last reset: (2,) float64.
     """
 
-    def __init__(self, model: VisionLanguageModel, *, projected: bool = False) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, *, projected: bool = False, keep_language: float = 0.0
+    ) -> None:
         super().__init__()
-        self.model, self.projected = model, projected
+        self.model, self.projected, self.keep_language = model, projected, keep_language
+        self.language = torch.zeros(2, dtype=torch.float64)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Return the sum over all tokens that contribute to the loss: a scalar, float32."""
@@ -50,44 +60,75 @@ class AnswerLoss(nn.Module):
             )
             embeddings = packer.splice(embeddings, positions, visual)
         wanted = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-        if embeddings.device.type == "cpu" and len(set(batch.lengths)) > 1:
-            states, wanted = self._packed(embeddings, wanted, batch.lengths)
-        else:
-            states = model.decoder(embeddings)
-        carrying = wanted != IGNORED
-        loss = self._cross_entropy(states[carrying], wanted[carrying])
+        states = self._states(embeddings, wanted, batch.lengths)
+        loss = self._in_chunks(self._cross_entropy, states, wanted[wanted != IGNORED])
+        if self.keep_language and model.training:
+            loss = loss + self.keep_language * self._divergence(batch, states, wanted)
         return loss if unused is None else loss + 0 * unused.float().sum()
 
-    def _packed(
-        self, embeddings: Tensor, wanted: Tensor, lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Return the states and targets of all tokens except padding, concatenated: (1, ΣT, D),
-        (1, ΣT).
+    def _states(self, embeddings: Tensor, wanted: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the decoder's states (R, D) of the tokens with a target.
 
-        A CPU takes as long for a padding token as for a real one. Every row attends only to itself.
+        A CPU takes as long for a padding token as for a real one, so it is given the rows without
+        their padding, concatenated; every row attends only to itself.
         """
+        if embeddings.device.type != "cpu" or len(set(lengths)) < 2:
+            padded: Tensor = self.model.decoder(embeddings)
+            return padded[wanted != IGNORED]
         real = torch.arange(embeddings.shape[1])[None] < torch.tensor(lengths)[:, None]
-        states = self.model.decoder(embeddings[real][None], cache=packed_rows(lengths))
-        return states, wanted[real][None]
+        packed = self.model.decoder(embeddings[real][None], cache=packed_rows(lengths))[0]
+        return cast("Tensor", packed[wanted[real] != IGNORED])
 
-    def _cross_entropy(self, states: Tensor, wanted: Tensor) -> Tensor:
-        """Return the sum over states (R, D) and target tokens (R,).
+    def _divergence(self, batch: MicroBatch, states: Tensor, wanted: Tensor) -> Tensor:
+        """Return KL(model without adapters ‖ model), summed over the tokens (of ``states``, (R, D))
+        with a target in rows without images.
+
+        Where processes share the weights' shards, each of them computes the reference, be it of one
+        token: they must run the same layers.
+        """
+        rows = [row for row, tiles in enumerate(batch.tiles_per_sequence) if not tiles]
+        if not rows and alone():
+            return states.new_zeros(())
+        token_ids = batch.token_ids[rows] if rows else batch.token_ids[:1, :1]
+        targets = wanted[rows] if rows else wanted[:0]
+        lengths = [batch.lengths[row] for row in rows] if batch.lengths else []
+        with torch.no_grad(), without_adapters(self.model):
+            embeddings = self.model.decoder.embedding(token_ids)
+            if not rows:
+                self.model.decoder(embeddings)
+                return states.new_zeros(())
+            reference = self._states(embeddings, targets, lengths)
+        text_only = torch.tensor([not tiles for tiles in batch.tiles_per_sequence])
+        kept = text_only.to(wanted.device)[:, None].expand_as(wanted)[wanted != IGNORED]
+        found = self._in_chunks(self._kept, states[kept], reference)
+        self.language += torch.tensor([float(found.detach()), len(reference)], dtype=torch.float64)
+        return found
+
+    def _in_chunks(
+        self, function: Callable[[Tensor, Tensor], Tensor], states: Tensor, targets: Tensor
+    ) -> Tensor:
+        """Return the sum of ``function`` over states (R, D) and their targets (R, …).
 
         The logits of at most LOGITS_AT_ONCE states are in memory at a time; they are computed in
         chunks, and again for the gradient.
         """
         if len(states) <= LOGITS_AT_ONCE:
-            return self._some(states, wanted)
+            return function(states, targets)
         some = torch.split(states, LOGITS_AT_ONCE)
-        parts = list(zip(some, torch.split(wanted, LOGITS_AT_ONCE), strict=True))
+        parts = list(zip(some, torch.split(targets, LOGITS_AT_ONCE), strict=True))
         if not torch.is_grad_enabled():
-            return torch.stack([self._some(*part) for part in parts]).sum()
-        losses = [checkpoint(self._some, *part, use_reentrant=False) for part in parts]
+            return torch.stack([function(*part) for part in parts]).sum()
+        losses = [checkpoint(function, *part, use_reentrant=False) for part in parts]
         return torch.stack(losses).sum()
 
-    def _some(self, states: Tensor, wanted: Tensor) -> Tensor:
+    def _cross_entropy(self, states: Tensor, wanted: Tensor) -> Tensor:
         logits = self.model.logits(states).float()
         return functional.cross_entropy(logits, wanted, reduction="sum")
+
+    def _kept(self, states: Tensor, reference: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = self.model.logits(reference).float()
+        return divergence(expected, self.model.logits(states).float())
 
     def _visual_tokens(self, batch: MicroBatch) -> Tensor | None:
         """Return (N, S, D), or None if there are no images and no part of the image path is

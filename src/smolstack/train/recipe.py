@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -57,6 +57,8 @@ class Stage:
         betas: betas of AdamW.
         clip: maximum gradient norm; 0: no clipping.
         lora: the adapters of a "lora" stage.
+        keep_language: weight of the divergence from the model before the stage, KL(before ‖ now) in
+            nats per token, on the answers of examples without images; of a "lora" stage.
     """
 
     train: str
@@ -72,6 +74,7 @@ class Stage:
     betas: tuple[float, ...] = (0.9, 0.95)
     clip: float = 1.0
     lora: Lora = field(default_factory=Lora)
+    keep_language: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,21 @@ class Recipe:
         assert isinstance(recipe, Recipe)
         return recipe if base is None else _rebased(recipe, base)
 
+    def keeping_language(self, weight: float) -> Recipe:
+        """Return the recipe with ``keep_language`` of its "lora" stages.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if not any(stage.train == "lora" for stage in self.stages):
+            trained = [stage.train for stage in self.stages]
+            raise ConfigError(f"keep_language needs a lora stage, the recipe's train {trained}")
+        kept = (
+            replace(stage, keep_language=weight) if stage.train == "lora" else stage
+            for stage in self.stages
+        )
+        return replace(self, stages=tuple(kept))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self)
@@ -233,13 +251,16 @@ def _check_stage(stage: Stage, where: str) -> None:
     for name in ("batch", "micro_batch"):
         _require(getattr(stage, name) > 0, where + name, getattr(stage, name), "1 or more")
     _require(stage.learning_rate > 0, where + "learning_rate", stage.learning_rate, "above 0")
-    for name in ("warmup", "final_rate", "weight_decay", "clip"):
+    for name in ("warmup", "final_rate", "weight_decay", "clip", "keep_language"):
         _require(getattr(stage, name) >= 0, where + name, getattr(stage, name), "0 or more")
     betas = stage.betas
     good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
     _require(good, where + "betas", list(betas), "two numbers from 0 to below 1")
     unknown = sorted(set(stage.learning_rates) - set(PARTS))
     _require(not unknown, where + "learning_rates", unknown, f"some of {list(PARTS)}")
+    expected = f'0 where train is {stage.train!r}; it needs "lora", whose adapters can be left out'
+    kept = stage.keep_language == 0 or stage.train == "lora"
+    _require(kept, where + "keep_language", stage.keep_language, expected)
     if stage.train == "lora":
         lora = stage.lora
         _require(lora.rank > 0, where + "lora.rank", lora.rank, "1 or more")

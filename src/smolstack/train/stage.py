@@ -75,7 +75,11 @@ class RunningStage:
         if saved is not None:
             run.restore_weights(saved)
         self.tower = self._frozen_tower()
-        self.loss = AnswerLoss(model, projected=self.tower is not None and self.tower.projected)
+        self.loss = AnswerLoss(
+            model,
+            projected=self.tower is not None and self.tower.projected,
+            keep_language=self.stage.keep_language,
+        )
         self.spread = Spread(self.loss, run.processes, run.recipe.parallel)
         self.optimizer = make_optimizer(self.spread.parameters, self.stage)
         if saved is not None:
@@ -182,7 +186,7 @@ class RunningStage:
         self._check_finite(mean, norm)
         self.optimizer.step()
         self.step += 1
-        return {
+        line = {
             "step": self.place.total,
             "stage": self.number,
             "loss": mean,
@@ -192,6 +196,12 @@ class RunningStage:
             "tokens": int(tokens),
             "epoch": round(self.step * self.stage.batch / len(run.train_source), 4),
         }
+        if self.stage.keep_language:
+            divergence, count = processes.total(*self.spread.trained.language.tolist())
+            self.spread.trained.language.zero_()
+            if count:
+                line["language_kl"] = divergence / count
+        return line
 
     def _clip(self) -> float:
         """Clip the gradient norm; return the original norm."""

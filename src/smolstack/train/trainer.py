@@ -33,6 +33,7 @@ from smolstack.train.folder import (
     prepare_folder,
     stored_dtype,
 )
+from smolstack.train.language import check_keep_language
 from smolstack.train.loss_mask import Supervisor
 from smolstack.train.metrics import Metrics, plot
 from smolstack.train.processes import Processes, connected
@@ -313,5 +314,6 @@ class Trainer:
         for stage in self.recipe.stages:
             if stage.train == "lora":
                 check_adapters(self.vlm.model, stage.lora)
+                check_keep_language(stage, self.vlm.model, self.train_source)
         if self.evaluation_source is not None:
             check_evaluation(self.recipe.evaluation)
