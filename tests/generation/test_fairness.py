@@ -73,7 +73,7 @@ def test_what_a_client_had_is_forgotten() -> None:
 
 
 def test_a_short_answer_does_not_wait_for_long_ones_to_end(tiny_vlm: smolstack.VLM) -> None:
-    """They are suspended for it, go on afterwards, and say what they would have said."""
+    """They are preempted for it, go on afterwards, and say what they would have said."""
     alone = tiny_vlm.ask(None, "Tell all.", max_new_tokens=120, ignore_eos=True).token_ids
     engine = still(tiny_vlm, running=2)
     core, seconds = engine.core, [time.monotonic()]
@@ -96,7 +96,7 @@ def test_a_short_answer_does_not_wait_for_long_ones_to_end(tiny_vlm: smolstack.V
     for _ in range(4):
         core.step()
     assert short[0].finished
-    assert sum(request.suspended for request in long) == 0
+    assert sum(request.preempted for request in long) == 0
     engine.enter(short[1:], client="a")
     core.add(engine._inbox.pop())
     while not core.idle:
@@ -107,7 +107,7 @@ def test_a_short_answer_does_not_wait_for_long_ones_to_end(tiny_vlm: smolstack.V
     assert short[1].answered.usage.completion_tokens == 3
 
 
-def test_equal_answers_do_not_suspend_each_other(tiny_vlm: smolstack.VLM) -> None:
+def test_equal_answers_do_not_preempt_each_other(tiny_vlm: smolstack.VLM) -> None:
     engine = still(tiny_vlm, running=1)
     core, seconds = engine.core, [time.monotonic()]
     core.clock = lambda: seconds[0]
@@ -119,7 +119,7 @@ def test_equal_answers_do_not_suspend_each_other(tiny_vlm: smolstack.VLM) -> Non
     while not core.idle:
         core.step()
         seconds[0] += 1.0
-        assert not any(request.suspended for request in equal)
+        assert not any(request.preempted for request in equal)
         ended += [request for request in equal if request.finished and request not in ended]
     assert ended == equal
 
@@ -138,8 +138,8 @@ def test_the_first_token_of_a_client_that_had_little_does_not_wait_for_one_that_
         core.step()
         seconds[0] += 1.0
     core.step()
-    assert much.suspended
-    assert not little.suspended
+    assert much.preempted
+    assert not little.preempted
 
 
 def test_a_pass_over_few_tokens_does_not_make_tokens_expensive() -> None:

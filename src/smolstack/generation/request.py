@@ -83,7 +83,7 @@ class Request:
         client: its client, if clients share the engine; cost: expected seconds of work of it and
             the requests submitted with it; urgency, rank: priority, the lowest first (costs.py).
         form_bytes: size of its schema or expression.
-        suspended: set by the scheduler while another request has its slot; turn_began: when it got
+        preempted: set by the scheduler while another request has its slot; turn_began: when it got
             the slot last, on the core's clock.
         own_seconds: seconds per token outside the model, such as those of its grammar.
         turn: number of the last step in which it got a token.
@@ -120,13 +120,13 @@ class Request:
         self.told_logprobs = 0
         self.client: str | None = None
         self.cost = self.urgency = self.rank = self.own_seconds = 0.0
-        self.suspended, self.turn_began = False, 0.0
+        self.preempted, self.turn_began = False, 0.0
         self.form_bytes = self.turn = 0
 
     @property
     def held(self) -> bool:
         """Whether no work is done on it now."""
-        return self.paused or self.suspended
+        return self.paused or self.preempted
 
     @property
     def finished(self) -> bool:

@@ -27,7 +27,7 @@ _PASS = 256
 _WORTH = 16  # minimum common prefix for which a request waits until another has read it
 _VECTORS = 4  # prompts of equal length embedded together
 _CHEAP = 0.5  # cheap: at most this share of another request's cost
-_TURN = 0.5  # seconds that a request runs before it can be suspended
+_TURN = 0.5  # seconds that a request runs before it can be preempted
 _LEFT = 16  # 1/_LEFT of the KV cache memory is reserved for small requests
 _COSTLY = 0.005  # seconds outside the model per token from which answers take turns
 _OWN = 0.05  # such seconds per step
@@ -167,38 +167,38 @@ class Scheduler:
 
     def admit(self, now: float) -> list[Request]:
         """Start waiting requests, by rank, while there are free slots and memory; return those
-        started. If all slots are taken, a request may take that of one that it suspends.
+        started. If all slots are taken, a request may take that of one that it preempts.
 
         Args:
             now: the time, in seconds.
         """
         admitted: list[Request] = []
-        suspended = [request for request in self.running if request.suspended]
+        preempted = [request for request in self.running if request.preempted]
         waiting = [request for request in self.waiting if not request.paused]
-        if not suspended and not waiting:
+        if not preempted and not waiting:
             return []
         most: dict[Request, float] = {}  # seconds of work, if answers are as long as they may be
-        for request in sorted([*suspended, *waiting], key=_rank):
+        for request in sorted([*preempted, *waiting], key=_rank):
             free = sum(not each.held for each in self.running) < self.limits.running
-            given = None if free else self._suspendable(request, most, now)
+            given = None if free else self._preemptable(request, most, now)
             if not free and given is None:
                 continue
-            if not request.suspended:
+            if not request.preempted:
                 if not self._has_memory(request):
                     break
                 self.waiting.remove(request)
                 self.running.append(request)
                 admitted.append(request)
             if given is not None:
-                given.suspended = True
-            request.suspended, request.turn_began = False, now
+                given.preempted = True
+            request.preempted, request.turn_began = False, now
         return admitted
 
-    def _suspendable(self, new: Request, most: dict[Request, float], now: float) -> Request | None:
-        """Return the running request to suspend for a waiting one, which must be much cheaper, or
+    def _preemptable(self, new: Request, most: dict[Request, float], now: float) -> Request | None:
+        """Return the running request to preempt for a waiting one, which must be much cheaper, or
         of a client that has had less; None if there is none.
         """
-        if new.suspended or new.client is None:
+        if new.preempted or new.client is None:
             return None
         if not most:
             most.update(self.costs.most([*self.waiting, *self.running]))
