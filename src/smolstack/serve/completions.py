@@ -136,10 +136,14 @@ def token_logprobs(
 ) -> list[dict[str, Any]]:
     """Return log-probabilities in the format of chat completions."""
 
+    texts: dict[int, tuple[str, list[int] | None]] = {}
+
     def token(token_id: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token_id], skip_special=False)
-        # A token that is part of a character has no text.
-        known = None if "\ufffd" in text else list(text.encode())
+        if token_id not in texts:
+            text = tokenizer.decode([token_id], skip_special=False)
+            # A token that is part of a character has no text.
+            texts[token_id] = text, None if "\ufffd" in text else list(text.encode())
+        text, known = texts[token_id]
         return {"token": text, "logprob": max(logprob, LEAST), "bytes": known}
 
     return [

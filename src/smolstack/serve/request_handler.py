@@ -24,7 +24,12 @@ from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.media import Media
 from smolstack.serve.metrics import Metrics
 from smolstack.serve.parsing import JsonRequest
-from smolstack.serve.pending_answers import EventStream, PendingAnswers, unless_disconnected
+from smolstack.serve.pending_answers import (
+    EventStream,
+    PendingAnswers,
+    in_thread,
+    unless_disconnected,
+)
 from smolstack.serve.schemas import ChatRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
@@ -115,7 +120,7 @@ class RequestHandler:
             raise as_refusal(error) from None
         finally:
             pending.close()
-        return Response(status_code=CLIENT_CLOSED_REQUEST) if whole is None else JSONResponse(whole)
+        return Response(status_code=CLIENT_CLOSED_REQUEST) if whole is None else whole
 
     async def _prepare(
         self, body: ChatRequest, seconds: float, prepare: Prepare, characters: int
@@ -174,7 +179,11 @@ class RequestHandler:
         return max(1, min(60, math.ceil(seconds)))
 
 
-async def _whole(pending: PendingAnswers, writer: Writer) -> dict[str, Any]:
+async def _whole(pending: PendingAnswers, writer: Writer) -> Response:
     async for _ in pending:
         pass
-    return writer.whole(pending.complete)
+    answers = pending.complete
+    if all(answer.logprobs is None for answer in answers):
+        return JSONResponse(writer.whole(answers))
+    # Formatting thousands of log-probabilities would keep the event loop waiting for seconds.
+    return await in_thread(None, lambda: JSONResponse(writer.whole(answers)))
