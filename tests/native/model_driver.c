@@ -2,12 +2,10 @@
 // compares them with sums in double precision. A row's result must not depend on the rows and
 // threads beside it. Prints a digest of what float32 models give, which is the same in every set of
 // instructions with fused multiply-add. Ends with 0 when all is near.
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "smolstack.h"
+#include "vector_formats.h"
 
 int64_t panel_bytes(int64_t kind, int64_t in, int64_t out);
 void pack_panels(int64_t kind, const void *weight, int64_t row_bytes, int64_t in, int64_t out,
@@ -48,7 +46,7 @@ static float *draw(int64_t count, float by, float plus) {
 }
 
 static uint64_t digest = 1469598103934665603u;  // FNV-1a
-static void add(int64_t kind, const float *x, int64_t count) {
+static void note(int64_t kind, const float *x, int64_t count) {
     const uint8_t *from = (const uint8_t *)x;
     for (int64_t i = 0; kind == FLOAT32 && i < count * 4; i++)
         digest = (digest ^ from[i]) * 1099511628211u;
@@ -172,6 +170,33 @@ static double distance(const double *expected, const float *found, int64_t count
 
 // ---- what is compared ----
 
+// x rounded to float16.
+static uint16_t halved(float x) {
+    float some[LANES];
+    uint16_t out[LANES];
+    for (int i = 0; i < LANES; i++) some[i] = x;
+    store_halfs(out, load(some));
+    return out[LANES - 1];
+}
+
+// Every positive float16 number, and those between it and the next: ties go to even ones.
+static void check_halfs(void) {
+    for (uint16_t half = 0; half < 0x7c00; half++) {
+        uint16_t all[LANES];
+        float some[LANES], next, x;
+        double exact = half < 0x400 ? half * 0x1p-24 : (half % 1024 + 1024) * exp2(half / 1024 - 25);
+        for (int i = 0; i < LANES; i++) all[i] = (uint16_t)(half + i / 15);
+        store(some, load_halfs(all)), x = some[0], next = half == 0x7bff ? 65536 : some[15];
+        float middle = (x + next) / 2;
+        int right = x == exact && halved(x) == half && halved(-x) == (half | 0x8000) &&
+                    halved(middle) == half + half % 2 && halved(nextafterf(middle, 0)) == half &&
+                    halved(nextafterf(middle, next)) == half + 1;
+        expect(right, "a number of 16 bits", FLOAT32, x);
+    }
+    expect(halved(INFINITY) == 0x7c00 && halved(1e30f) == 0x7c00 && halved(NAN) % 0x8000 > 0x7c00,
+           "no number of 16 bits", FLOAT32, 0);
+}
+
 static void check_layer(int64_t kind, int64_t rows, int64_t in, int64_t out) {
     Made made = layer_of(kind, in, out, (int)(out & 1));
     const Norm none = {NO_NORM, 0, NULL, NULL};
@@ -191,7 +216,7 @@ static void check_layer(int64_t kind, int64_t rows, int64_t in, int64_t out) {
         }
     }
     expect(most / largest < NEAR[kind], "a layer", kind, most / largest);
-    add(kind, y, rows * out);
+    note(kind, y, rows * out);
 }
 
 static void check_encoder(int64_t kind, int64_t activation, int64_t heads, int64_t width,
@@ -229,7 +254,7 @@ static void check_encoder(int64_t kind, int64_t activation, int64_t heads, int64
     }
     double far = distance(expected, alone, count);
     expect(far < NEAR_MODEL[kind], "a tile", kind, far);
-    add(activation == GELU ? -1 : kind, x, tiles * count);  // erff is the system's own
+    note(activation == GELU ? -1 : kind, x, tiles * count);  // erff is the system's own
     free(expected);
 }
 
@@ -307,14 +332,15 @@ static void check_decoder(int64_t kind, int64_t cache, int64_t longest, int64_t 
         expect(far < near, "logits", kind, far);
         free(expected);
     }
-    add(kind, states, (counts[0] + counts[1]) * hidden);
-    add(kind, logits, SEQUENCES * WORDS);
+    note(kind, states, (counts[0] + counts[1]) * hidden);
+    note(kind, logits, SEQUENCES * WORDS);
     for (int i = 0; i < SEQUENCES * LAYERS; i++) free(keys[i]), free(values[i]);
 }
 
 int main(void) {
     const int64_t shapes[][3] = {{1, 8, 1},     {5, 24, 17},  {3, 40, 33},  {9, 72, 48},
                                  {17, 136, 50}, {2, 312, 10}, {53, 96, 63}, {70, 65, 16}};
+    check_halfs();
     for (int64_t kind = FLOAT32; kind <= INT4; kind++) {
         for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
             check_layer(kind, shapes[i][0], shapes[i][1], shapes[i][2]);

@@ -1,6 +1,6 @@
 // Properties of a library: the layout of its structures, the sources it was compiled from, and its
 // instruction set. library.py checks them before it calls anything else.
-#include "vector.h"
+#include "vector_products.h"
 
 #if !defined(SMOLSTACK_SOURCES)
 #define SMOLSTACK_SOURCES ""
@@ -26,7 +26,7 @@ int instructions(void) {
     return 4;
 #elif defined(VECTOR_512)
     return 3;
-#elif defined(SIMD_VNNI)
+#elif defined(VECTOR_VNNI)
     return 2;
 #elif defined(VECTOR_256)
     return 1;

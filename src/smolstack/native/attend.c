@@ -2,6 +2,8 @@
 // processor has instructions for them and the caller does not request float32. Softmax is in float32.
 #include "product.h"
 
+#include "vector_functions.h"
+
 #include <stdlib.h>
 
 #define QUERY_ROWS 64   // queries per work item
@@ -14,13 +16,7 @@ INLINE Floats load_cached(int64_t kind, const void *from, int64_t at, int64_t co
     const uint16_t *half = (const uint16_t *)from + at;
     uint16_t some[LANES] = {0};
     if (count < LANES) half = memcpy(some, half, (size_t)count * 2);
-    if (kind == CACHE_BFLOAT16) return load_bfloats(half);
-    Floats out;
-    float eight[LANES];
-    store8(eight, load8_half(half));
-    store8(eight + 8, load8_half(half + 8));
-    out = load(eight);
-    return out;
+    return kind == CACHE_BFLOAT16 ? load_bfloats(half) : load_halfs(half);
 }
 
 static int in_pairs(const Attention *a) { return PAIR_PRODUCTS && !a->exact; }

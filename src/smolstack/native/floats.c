@@ -5,7 +5,6 @@
 
 #define FAR 1536  // prefetch distance in bytes of weights
 #define SOON 256  // prefetch distance in floats of a panel
-#define BLOCK_BYTES (192 * 1024)  // weights that stay in the second-level cache for all rows
 
 // The remainder of a row after whole vectors; rare, so it is a separate function.
 static __attribute__((noinline)) float rest(const float *x, const float *w, int64_t from,
@@ -14,66 +13,72 @@ static __attribute__((noinline)) float rest(const float *x, const float *w, int6
     return sum;
 }
 
-// ROWS rows of x by CHANNELS rows of the weight, accumulated in registers; a row's result does not
-// depend on the tile.
+// Rows and channels of a decode step that are summed in registers at once, and channels of one row.
+#if defined(VECTOR_512)
+#define TILE_ROWS 4
+#define TILE_CHANNELS 4
+#define ROW_CHANNELS 4
+#elif defined(VECTOR_256) || defined(__aarch64__)
+#define TILE_ROWS 2
+#define TILE_CHANNELS 2
+#define ROW_CHANNELS 4
+#else
+#define TILE_ROWS 2
+#define TILE_CHANNELS 1
+#define ROW_CHANNELS 2
+#endif
+#define MOST_TILE 4
+
+// `rows` rows of x by `channels` rows of the weight; a row's result does not depend on the tile.
 INLINE void tile(int rows, int channels, const Linear *linear, const float *x, int64_t x_stride,
                  int64_t channel, float *out, int64_t stride) {
     const float *w = (const float *)linear->weight + channel * linear->in;
     int64_t in = linear->in, i = 0;
-    Float8 total[4][4];
+    Floats total[MOST_TILE][MOST_TILE];
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < channels; c++) total[r][c] = zero8();
-    for (; i + 8 <= in; i += 8) {
+        UNROLL for (int c = 0; c < channels; c++) total[r][c] = splat(0);
+    for (; i + LANES <= in; i += LANES) {
         UNROLL for (int c = 0; c < channels; c++) {
-            Float8 weight = load8(w + c * in + i);
+            Floats weight = load(w + c * in + i);
             prefetch(w + c * in + i + FAR / 4);
             UNROLL for (int r = 0; r < rows; r++)
-                total[r][c] = fma8(load8(x + r * x_stride + i), weight, total[r][c]);
+                total[r][c] = fma_lanes(load(x + r * x_stride + i), weight, total[r][c]);
         }
     }
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int c = 0; c < channels; c++) {
-        float sum = sum8(total[r][c]);
+        float sum = sum_lanes(total[r][c]);
         if (i < in) sum = rest(x + r * x_stride, w + c * in, i, in, sum);
         if (linear->bias) sum += linear->bias[channel + c];
         out[r * stride + c] = sum;
     }
 }
 
-#define TILE(ROWS, CHANNELS)                                                                      \
-    static void tile_##ROWS##_##CHANNELS(const Linear *linear, const float *x, int64_t x_stride, \
-                                         int64_t channel, float *out, int64_t stride) {          \
+#define TILE(NAME, ROWS, CHANNELS)                                                               \
+    static void NAME(const Linear *linear, const float *x, int64_t x_stride, int64_t channel,    \
+                     float *out, int64_t stride) {                                               \
         tile(ROWS, CHANNELS, linear, x, x_stride, channel, out, stride);                         \
     }
-TILE(1, 1) TILE(1, 4) TILE(2, 2) TILE(4, 2)
+TILE(one_channel, 1, 1) TILE(one_row, 1, ROW_CHANNELS)
+TILE(last_row, 1, TILE_CHANNELS) TILE(some_rows, TILE_ROWS, TILE_CHANNELS)
 typedef void Tile(const Linear *, const float *, int64_t, int64_t, float *, int64_t);
-typedef struct { int rows, channels; Tile *run; } Shape;
-static const Shape SHAPES[] = {{4, 2, tile_4_2}, {2, 2, tile_2_2}, {1, 4, tile_1_4}};
 
-static void multiply_some(const Linear *linear, const float *x, int64_t rows, int64_t x_stride,
-                          int64_t from, int64_t to, float *out, int64_t stride) {
-    for (int64_t row = 0; row < rows;) {
-        const Shape *shape = rows - row >= 4 ? SHAPES : rows - row >= 2 ? SHAPES + 1 : SHAPES + 2;
-        const float *own = x + row * x_stride;
-        float *to_row = out + row * stride;
-        int64_t channel = from;
-        for (; channel + shape->channels <= to; channel += shape->channels)
-            shape->run(linear, own, x_stride, channel, to_row + channel - from, stride);
-        for (; channel < to; channel++)
-            for (int r = 0; r < shape->rows; r++)
-                tile_1_1(linear, own + r * x_stride, x_stride, channel,
-                         to_row + r * stride + channel - from, stride);
-        row += shape->rows;
-    }
-}
-
-// Channels from .. to of a layer for `rows` rows of x; `out` begins with channel `from`. Weights are
-// read from memory once, a block of them for all rows.
+// Channels from .. to of a layer for `rows` rows of x; `out` begins with channel `from`. All rows
+// are multiplied by some channels before the next ones are read.
 void multiply_floats(const Linear *linear, const float *x, int64_t rows, int64_t x_stride,
                      int64_t from, int64_t to, float *out, int64_t stride) {
-    int64_t block = rows <= 4 ? to - from : rounded_up(BLOCK_BYTES / (linear->in * 4) + 1, 4);
-    for (int64_t begin = from; begin < to; begin += block)
-        multiply_some(linear, x, rows, x_stride, begin, least(begin + block, to),
-                      out + begin - from, stride);
+    int64_t some = rows < TILE_ROWS ? ROW_CHANNELS : TILE_CHANNELS, channel = from, row, together;
+    for (; channel + some <= to; channel += some)
+        for (row = 0; row < rows; row += together) {
+            int many = row + TILE_ROWS <= rows;
+            Tile *run = many ? some_rows : rows < TILE_ROWS ? one_row : last_row;
+            together = many ? TILE_ROWS : 1;
+            run(linear, x + row * x_stride, x_stride, channel, out + row * stride + channel - from,
+                stride);
+        }
+    for (; channel < to; channel++)
+        for (row = 0; row < rows; row++)
+            one_channel(linear, x + row * x_stride, x_stride, channel,
+                        out + row * stride + channel - from, stride);
 }
 
 // Multiplies `rows` rows of x by the 16 lanes of `panels` panels. Steps are summed in order, so a
@@ -132,7 +137,6 @@ void multiply_singles(const float *x, int64_t stride, const float *w, int64_t ap
 }
 
 // Transposes (rows, columns), both multiples of four.
-typedef float Four __attribute__((vector_size(16)));
 typedef int32_t FourInts __attribute__((vector_size(16)));
 #if defined(__clang__)
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)

@@ -7,6 +7,8 @@
 // sum_pair_blocks.
 #include "product.h"
 
+#include "vector_functions.h"
+
 #define STEP_BYTES 64  // bytes of a panel per four bytes of a row
 #define AHEAD 2048     // prefetch distance in bytes, from memory for one row
 #define SOON 512       // and from the L2 cache for many
@@ -426,7 +428,7 @@ INLINE void sum_nibbles(int rows, const Target *t, int64_t row, int64_t channel,
             add_blocks(blocks[r / 2], &sum[r], &sum[r + 1]);
 #endif
         Floats factor = load_bfloats(scale + g * PANEL);
-        Floats zero = mul(factor, to_floats(load_halves(zeros + g * 8)));
+        Floats zero = mul(factor, to_floats(load_nibbles(zeros + g * 8)));
         UNROLL for (int r = 0; r < rows; r++) {
             int64_t at = g * block->padded + row + r;
             Floats own = mul(to_floats(sum[r]), splat(block->scale[at]));

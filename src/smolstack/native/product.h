@@ -4,7 +4,7 @@
 
 #include "smolstack.h"
 
-#include "vector.h"
+#include "vector_products.h"
 
 #define PANEL 16  // output channels of a panel
 

@@ -1,5 +1,5 @@
 // Rounds weights to integers: a faster version of smolstack/quantization/rounding.py.
-#include "vector.h"
+#include "vector_formats.h"
 
 #include <stdlib.h>
 

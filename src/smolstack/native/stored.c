@@ -1,5 +1,5 @@
 // Weights in the checkpoint's layout, (out, in), read in place without a float32 copy.
-#include "vector.h"
+#include "vector_formats.h"
 
 #include <stdlib.h>
 
@@ -16,12 +16,7 @@
 
 INLINE Floats stored_lanes(int64_t kind, const void *weight, int64_t at) {
     if (kind == STORED_BFLOAT16) return load_bfloats((const uint16_t *)weight + at);
-    if (kind == STORED_FLOAT16) {
-        float some[LANES];
-        for (int i = 0; i < LANES; i += 8)
-            store8(some + i, load8_half((const uint16_t *)weight + at + i));
-        return load(some);
-    }
+    if (kind == STORED_FLOAT16) return load_halfs((const uint16_t *)weight + at);
     return load((const float *)weight + at);
 }
 

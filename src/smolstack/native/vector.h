@@ -2,22 +2,28 @@
 //
 // `Floats` and `Ints` are 16 lanes of 32 bits, held in as many native vectors as that takes: one
 // with AVX-512, two with AVX2, four with SSE2 or NEON. Plain arithmetic is that of GCC's vector
-// types; what they cannot say (fused multiply-add, products of bytes, bfloat16 pairs) stands here
-// once for every instruction set. Nothing outside this file names an instruction.
+// types; what they cannot say (fused multiply-add, products of bytes, bfloat16 pairs) stands once
+// for every instruction set: here, in vector_formats.h (numbers of 16, 8 and 4 bits),
+// vector_products.h (products of them) and vector_functions.h (exponential and activations).
+// Nothing outside these files names an instruction.
 #ifndef SMOLSTACK_VECTOR_H
 #define SMOLSTACK_VECTOR_H
 
 #include "smolstack.h"
 
-#include "simd.h"
+#include <math.h>
+#include <string.h>
 
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
     defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #define VECTOR_512 1
 #define NATIVE 64
-#elif defined(SIMD_AVX2)
+#else
 #define VECTOR_256 1
 #define NATIVE 32
+#endif
 #else
 #define NATIVE 16
 #if defined(__aarch64__)
@@ -25,6 +31,8 @@
 #endif
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
 #define LANES 16
 #define PARTS (64 / NATIVE)
 #define EACH UNROLL for (int k = 0; k < PARTS; k++)
@@ -32,29 +40,11 @@
 typedef float vf __attribute__((vector_size(NATIVE)));
 typedef int32_t vi __attribute__((vector_size(NATIVE)));
 typedef int16_t vs __attribute__((vector_size(NATIVE)));
+typedef float Four __attribute__((vector_size(16)));
 typedef struct { vf part[PARTS]; } Floats;
 typedef struct { vi part[PARTS]; } Ints;
 
-// Whether int8 weights are kept as unsigned bytes, 128 too large: VNNI multiplies unsigned by
-// signed bytes.
-#if defined(VECTOR_512) || defined(SIMD_VNNI)
-#define WEIGHT_OFFSET 128
-#else
-#define WEIGHT_OFFSET 0
-#endif
-
-// Whether bfloat16 numbers are multiplied in pairs, by an instruction of their own; and whether the
-// processor multiplies two rows of four of them by two channels of four (ARM's bf16).
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-#define BFLOAT_MATRICES 1
-#else
-#define BFLOAT_MATRICES 0
-#endif
-#if BFLOAT_MATRICES || (defined(VECTOR_512) && defined(__AVX512BF16__))
-#define PAIR_PRODUCTS 1
-#else
-#define PAIR_PRODUCTS 0
-#endif
+INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
 
 INLINE Floats splat(float x) {
     Floats out;
@@ -180,16 +170,20 @@ INLINE Floats where_less(Floats x, Floats y, Floats a, Floats b) {
 }
 INLINE Floats abs_lanes(Floats x) { return from_bits(and_int(bits_of(x), 0x7fffffff)); }
 
-// Sums and largest over the lanes, by halves, in the same order everywhere.
+INLINE float first_lane(Floats x) { return x.part[0][0]; }
+
+// The sum of the lanes by halves, lane i + 8 to lane i first: the same bits everywhere.
 INLINE float sum_lanes(Floats x) {
 #if defined(VECTOR_512)
     return _mm512_reduce_add_ps((__m512)x.part[0]);
 #else
-    float some[LANES];
-    store(some, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) some[i] += some[i + half];
-    return some[0];
+#if defined(VECTOR_256)
+    __m256 eight = (__m256)(x.part[0] + x.part[1]);
+    Four four = (Four)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+    Four four = (Four)((x.part[0] + x.part[2]) + (x.part[1] + x.part[3]));
+#endif
+    return (four[0] + four[2]) + (four[1] + four[3]);
 #endif
 }
 INLINE float largest_lane(Floats x) {
@@ -228,266 +222,6 @@ INLINE Ints to_nearest(Floats x) {
 }
 INLINE Floats rounded(Floats x) {
     EACH x.part[k] = (x.part[k] + 12582912.0f) - 12582912.0f;
-    return x;
-}
-
-// The lowest byte of every lane.
-INLINE void store_low_bytes(int8_t *p, Ints x) {
-#if defined(VECTOR_512)
-    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)x.part[0]));
-#else
-    int32_t some[LANES];
-    store_bytes(some, x);
-    for (int i = 0; i < LANES; i++) p[i] = (int8_t)some[i];
-#endif
-}
-
-// 16 bfloat16 numbers as float32, and back, rounded to nearest even.
-INLINE Floats load_bfloats(const uint16_t *p) {
-#if defined(VECTOR_512)
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-    Floats out = {{(vf)_mm512_slli_epi32(wide, 16)}};
-    return out;
-#elif defined(VECTOR_256)
-    Floats out;
-    EACH out.part[k] = (vf)load8_bfloat(p + k * 8);
-    return out;
-#elif defined(__aarch64__)
-    Floats out;
-    EACH out.part[k] = (vf)vshll_n_u16(vld1_u16(p + k * 4), 16);
-    return out;
-#else
-    uint32_t some[LANES];
-    Ints out;
-    for (int i = 0; i < LANES; i++) some[i] = (uint32_t)p[i] << 16;
-    out = load_bytes(some);
-    return from_bits(out);
-#endif
-}
-INLINE void store_bfloats(uint16_t *p, Floats x) {
-#if defined(VECTOR_512) && defined(__AVX512BF16__)
-    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x.part[0]));
-#elif BFLOAT_MATRICES
-    EACH {
-        bfloat16x8_t four = vcvtq_low_bf16_f32((float32x4_t)x.part[k]);
-        vst1_u16(p + k * 4, vget_low_u16(vreinterpretq_u16_bf16(four)));
-    }
-#else
-    Ints bits = bits_of(x);
-    EACH bits.part[k] += ((bits.part[k] >> 16) & 1) + 0x7fff;
-#if defined(VECTOR_512)
-    _mm256_storeu_si256((__m256i *)p,
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)bits.part[0], 16)));
-#elif defined(__aarch64__)
-    EACH vst1_u16(p + k * 4, vshrn_n_u32((uint32x4_t)bits.part[k], 16));
-#else
-    uint32_t some[LANES];
-    store_bytes(some, bits);
-    for (int i = 0; i < LANES; i++) p[i] = (uint16_t)(some[i] >> 16);
-#endif
-#endif
-}
-
-// 16 bytes as integers from 0 to 255.
-INLINE Ints load_unsigned(const uint8_t *p) {
-#if defined(VECTOR_512)
-    Ints out = {{(vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))}};
-    return out;
-#else
-    int32_t some[LANES];
-    for (int i = 0; i < LANES; i++) some[i] = p[i];
-    return load_bytes(some);
-#endif
-}
-// 16 numbers of four bits: lane i in the low half of byte i, lane i + 8 in the high half.
-INLINE Ints load_halves(const uint8_t *p) {
-#if defined(VECTOR_512)
-    __m128i twice = _mm_set1_epi64x(*(const int64_t *)(const void *)p);
-    const __m512i by = _mm512_set_epi32(4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0);
-    __m512i wide = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(twice), by);
-    Ints out = {{(vi)_mm512_and_si512(wide, _mm512_set1_epi32(15))}};
-    return out;
-#else
-    int32_t some[LANES];
-    for (int i = 0; i < 8; i++) some[i] = p[i] & 15, some[i + 8] = p[i] >> 4;
-    return load_bytes(some);
-#endif
-}
-
-// total += a lane's four weights times the four signed bytes of x. Weights from 0 to 15 are the
-// same signed and unsigned; those of int8 are as WEIGHT_OFFSET says, and never -128 where they are
-// signed.
-INLINE vi dot_part(vi total, vi weight, vi x) {
-#if defined(VECTOR_512)
-    return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weight, (__m512i)x);
-#elif defined(SIMD_VNNI)
-    return (vi)DPBUSD((__m256i)total, (__m256i)weight, (__m256i)x);
-#elif defined(VECTOR_256)
-    // Unsigned by signed: |w| times x with w's sign. Two products of 127 by 128 fit into 16 bits.
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)weight),
-                                         _mm256_sign_epi8((__m256i)x, (__m256i)weight));
-    return total + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#elif defined(__ARM_FEATURE_DOTPROD)
-    return (vi)vdotq_s32((int32x4_t)total, (int8x16_t)weight, (int8x16_t)x);
-#else
-    vs even = (((vs)weight << 8) >> 8) * (((vs)x << 8) >> 8);
-    vs pairs = even + ((vs)weight >> 8) * ((vs)x >> 8);
-    vi both = (vi)pairs;
-    return total + ((both << 16) >> 16) + (both >> 16);
-#endif
-}
-INLINE Ints dot(Ints total, Ints weight, vi x) {
-    EACH total.part[k] = dot_part(total.part[k], weight.part[k], x);
-    return total;
-}
-INLINE vi four_bytes(const void *from) {
-    int32_t four;
-    memcpy(&four, from, 4);
-    return four - (vi){0};
-}
-
-#if defined(__aarch64__)
-// Eight bytes of each of two rows.
-INLINE vi two_rows(const void *first, const void *second) {
-    return (vi)vcombine_s8(vld1_s8(first), vld1_s8(second));
-}
-#endif
-
-// Whether the processor multiplies two rows of eight bytes by two channels of eight (i8mm).
-#if defined(__ARM_FEATURE_MATMUL_INT8)
-#define BYTE_MATRICES 1
-// The sums of two rows and 16 channels: channels 2k and 2k + 1 of the first row, then of the second.
-typedef struct { vi part[2 * PARTS]; } Blocks;
-
-INLINE Blocks no_blocks(void) {
-    Blocks out;
-    UNROLL for (int k = 0; k < 2 * PARTS; k++) out.part[k] = (vi){0};
-    return out;
-}
-// total += a channel's eight weights, four of them in `low`, times the eight bytes of each row.
-INLINE Blocks dot_blocks(Blocks total, Ints low, Ints high, vi rows) {
-    EACH {
-        int32x4_t a = (int32x4_t)low.part[k], b = (int32x4_t)high.part[k];
-        int32x4_t first = (int32x4_t)total.part[2 * k], second = (int32x4_t)total.part[2 * k + 1];
-        first = vmmlaq_s32(first, (int8x16_t)rows, (int8x16_t)vzip1q_s32(a, b));
-        second = vmmlaq_s32(second, (int8x16_t)rows, (int8x16_t)vzip2q_s32(a, b));
-        total.part[2 * k] = (vi)first, total.part[2 * k + 1] = (vi)second;
-    }
-    return total;
-}
-INLINE void add_blocks(Blocks blocks, Ints *first, Ints *second) {
-    EACH {
-        int64x2_t a = (int64x2_t)blocks.part[2 * k], b = (int64x2_t)blocks.part[2 * k + 1];
-        first->part[k] += (vi)vtrn1q_s64(a, b), second->part[k] += (vi)vtrn2q_s64(a, b);
-    }
-}
-#else
-#define BYTE_MATRICES 0
-#endif
-
-// total += the products of the two bfloat16 numbers in each lane.
-INLINE vf pairs_part(vf total, vi a, vi b) {
-#if defined(VECTOR_512) && defined(__AVX512BF16__)
-    return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
-#elif BFLOAT_MATRICES
-    return (vf)vbfdotq_f32((float32x4_t)total, vreinterpretq_bf16_s32((int32x4_t)a),
-                           vreinterpretq_bf16_s32((int32x4_t)b));
-#else
-    const int32_t high = (int32_t)0xffff0000;
-    total = fma_part((vf)(a << 16), (vf)(b << 16), total);
-    return fma_part((vf)(a & high), (vf)(b & high), total);
-#endif
-}
-INLINE Floats add_pairs(Floats total, Ints a, vi b) {
-    EACH total.part[k] = pairs_part(total.part[k], a.part[k], b);
-    return total;
-}
-
-#if BFLOAT_MATRICES
-// The sums of two rows and eight channels: two channels of the first row, then of the second.
-typedef struct { vf part[4]; } PairBlocks;
-
-INLINE PairBlocks no_pair_blocks(void) {
-    PairBlocks out;
-    UNROLL for (int k = 0; k < 4; k++) out.part[k] = (vf){0};
-    return out;
-}
-// total += a channel's four weights, two of them in `low`, times the four numbers of each row. The
-// instruction sums and rounds like two of pairs_part: (total + a·b + c·d) + e·f + g·h.
-INLINE PairBlocks add_pair_blocks(PairBlocks total, const vi low[2], const vi high[2], vi rows) {
-    bfloat16x8_t x = vreinterpretq_bf16_s32((int32x4_t)rows);
-    UNROLL for (int k = 0; k < 2; k++) {
-        int32x4_t a = (int32x4_t)low[k], b = (int32x4_t)high[k];
-        bfloat16x8_t first = vreinterpretq_bf16_s32(vzip1q_s32(a, b));
-        bfloat16x8_t second = vreinterpretq_bf16_s32(vzip2q_s32(a, b));
-        total.part[2 * k] = (vf)vbfmmlaq_f32((float32x4_t)total.part[2 * k], x, first);
-        total.part[2 * k + 1] = (vf)vbfmmlaq_f32((float32x4_t)total.part[2 * k + 1], x, second);
-    }
-    return total;
-}
-// Half a panel of both rows: its first half with `half` 0, its second with 1.
-INLINE void put_pair_blocks(PairBlocks blocks, int half, Floats *first, Floats *second) {
-    UNROLL for (int k = 0; k < 2; k++) {
-        float64x2_t a = (float64x2_t)blocks.part[2 * k], b = (float64x2_t)blocks.part[2 * k + 1];
-        first->part[2 * half + k] = (vf)vtrn1q_f64(a, b);
-        second->part[2 * half + k] = (vf)vtrn2q_f64(a, b);
-    }
-}
-#endif
-
-// p · 2^n for whole n from -126 to 127.
-INLINE Floats times_two_to(Floats p, Floats n) {
-#if defined(VECTOR_512)
-    Floats out = {{(vf)_mm512_scalef_ps((__m512)p.part[0], (__m512)n.part[0])}};
-    return out;
-#else
-    Ints whole = to_nearest(n);
-    EACH whole.part[k] = (whole.part[k] + 127) << 23;
-    return mul(p, from_bits(whole));
-#endif
-}
-
-// e^x to about one part in 10⁷ (Cephes' polynomial).
-INLINE Floats exp_lanes(Floats x) {
-    x = max_lanes(min_lanes(x, splat(88.0f)), splat(-87.0f));
-    Floats n = rounded(mul(x, splat(1.44269504f)));
-    Floats r = fma_lanes(n, splat(-0.693359375f), x);
-    r = fma_lanes(n, splat(2.12194440e-4f), r);
-    Floats p = splat(1.9875691500e-4f);
-    p = fma_lanes(p, r, splat(1.3981999507e-3f));
-    p = fma_lanes(p, r, splat(8.3334519073e-3f));
-    p = fma_lanes(p, r, splat(4.1665795894e-2f));
-    p = fma_lanes(p, r, splat(1.6666665459e-1f));
-    p = fma_lanes(p, r, splat(5.0000001201e-1f));
-    p = fma_lanes(p, mul(r, r), add(r, splat(1.0f)));
-    return times_two_to(p, n);
-}
-
-// 2^x for x up to 0 to about 6e-06 (a least-squares polynomial): finer than the bfloat16 that
-// becomes of it.
-INLINE Floats power_of_two(Floats x) {
-    x = max_lanes(x, splat(-126.0f));
-    Floats n = rounded(x), r = sub(x, n), p = splat(0.009590241f);
-    p = fma_lanes(p, r, splat(0.055870273f));
-    p = fma_lanes(p, r, splat(0.240236776f));
-    p = fma_lanes(p, r, splat(0.693128048f));
-    return times_two_to(fma_lanes(p, r, splat(1.0f)), n);
-}
-
-INLINE Floats activate_lanes(int64_t activation, Floats x) {
-    const Floats one = splat(1.0f);
-    if (activation == RELU) return max_lanes(x, splat(0.0f));
-    if (activation == SILU) return divide(x, add(one, exp_lanes(sub(splat(0.0f), x))));
-    if (activation == GELU_TANH) {  // x (1 + tanh u) / 2 = x / (1 + e^(-2u))
-        Floats cube = mul(mul(x, x), x), u = fma_lanes(splat(0.044715f), cube, x);
-        return divide(x, add(one, exp_lanes(mul(u, splat(-2.0f * 0.79788456f)))));
-    }
-    if (activation == GELU) {
-        float some[LANES];
-        store(some, x);
-        activate(GELU, some, LANES);
-        return load(some);
-    }
     return x;
 }
 
