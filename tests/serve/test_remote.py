@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from smolstack.serve import remote
+from smolstack.serve.body_memory import CURRENT, BodyMemory
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.remote import fetch, is_public
 
 INSIDE = (
     "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 "
     "240.0.0.1 255.255.255.255 192.0.2.1 198.18.0.1 ::1 :: fe80::1 fe80::1%eth0 fc00::1 ff02::1 "
-    "::ffff:10.0.0.1 64:ff9b::a00:1 2002:7f00:1:: 2001:db8::1"
+    "::ffff:10.0.0.1 64:ff9b::a00:1 2002:7f00:1:: 2001:db8::1 fec0::1 64:ff9b:1::a00:1 3fff::1 "
+    "192.88.99.1"
 )
 
 
@@ -84,3 +86,23 @@ def test_an_image_is_fetched(host: str) -> None:
 def test_what_is_not_fetched(host: str, path: str, expected: str) -> None:
     with pytest.raises(RefusedError, match=expected):
         get(f"{host}/{path}")
+
+
+def test_downloads_count_as_bodies(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen images of 16 MiB in each of many requests would otherwise be held at once."""
+    monkeypatch.setattr(remote, "_SHARE", 0.0)  # without waiting for memory
+    bodies = BodyMemory(900)
+
+    async def download() -> tuple[bytes, int]:
+        incoming = bodies.begin()
+        CURRENT.set(incoming)
+        content = await fetch(f"{host}/image", max_bytes=10_000, seconds=5)
+        held = bodies.held
+        with pytest.raises(RefusedError, match="use all of the 900 bytes") as caught:
+            await fetch(f"{host}/large", max_bytes=10_000, seconds=5)
+        assert caught.value.status == 429
+        incoming.close()
+        return content, held
+
+    assert asyncio.run(download()) == (b"an image", 8)
+    assert bodies.held == 0

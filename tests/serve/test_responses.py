@@ -274,7 +274,7 @@ def test_fields_are_a_chat_s_fields() -> None:
          "input.0.content.0 has a file_id, but this server does not store files; send file_data"),
         ({"input": [{"role": "user", "content": [
             {"type": "input_file", "file_data": "data:text/plain;base64,aGk="}]}]},
-         "input.0.content.0.file: a file of 2 bytes is not a PDF file"),
+         "input.0.content.0.file_data: a file of 2 bytes is not a PDF file"),
         ({"input": [{"type": "reasoning", "id": "a"}]}, "input has only reasoning"),
         ({"instructions": "Be short.", "input": [
             {"type": "reasoning", "id": "a", "summary": []},

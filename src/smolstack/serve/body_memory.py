@@ -1,9 +1,10 @@
-"""A memory limit for the bodies of all requests together."""
+"""A memory limit for the bodies of all requests together, and the images that they download."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from contextvars import ContextVar
 
 from smolstack.serve.error_responses import RefusedError
 
@@ -11,6 +12,8 @@ _SMALL = (
     2 * 2**20
 )  # bytes; up to this size, bodies may use memory that is reserved from larger ones
 _SHARE = 0.75  # of the limit that larger bodies may use
+# The body of the request that the current task answers; None outside of requests.
+CURRENT: ContextVar[IncomingBody | None] = ContextVar("body", default=None)
 _GRACE = 1.0  # seconds in which an arriving body is not ended in favor of others
 
 
@@ -75,7 +78,7 @@ class BodyMemory:
 
 
 class IncomingBody:
-    """One arriving body.
+    """One arriving body, and what is downloaded for its request.
 
     Attributes:
         size: bytes received.

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from smolstack.serve import origins
-from smolstack.serve.body_memory import BodyMemory, IncomingBody
+from smolstack.serve.body_memory import CURRENT, BodyMemory, IncomingBody
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 
@@ -87,12 +87,14 @@ class Guard:
                     incoming.complete()
             return message
 
+        current = CURRENT.set(incoming)
         try:
             await self.app(scope, counted, sending)
         except _BodyError as error:
             if not answered:
                 await error.refusal.response()(scope, receive, sending)
         finally:
+            CURRENT.reset(current)
             incoming.close()
 
     async def _received(self, receive: Receive, incoming: IncomingBody, until: float) -> Message:

@@ -106,7 +106,10 @@ def image_urls(request: ChatRequest, settings: ServerSettings) -> list[MediaUrl]
         elif isinstance(part, VideoPart):
             urls.append(MediaUrl(part.video_url.url, f"{place}.video_url", "video"))
         else:
-            urls.append(MediaUrl(part.file.file_data, f"{place}.file", "file"))
+            url, name = part.file.file_data, "file"
+            if not place.startswith("messages"):  # of /v1/responses, which has two fields for it
+                name = "file_url" if url[:4].lower() == "http" else "file_data"
+            urls.append(MediaUrl(url, f"{place}.{name}", "file"))
     if len(urls) > settings.images:
         raise RefusedError(
             400, f"the request has {len(urls)} images, at most {settings.images} are accepted"
