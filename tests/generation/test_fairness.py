@@ -107,6 +107,20 @@ def test_a_short_answer_does_not_wait_for_long_ones_to_end(tiny_vlm: smolstack.V
     assert short[1].answered.usage.completion_tokens == 3
 
 
+def test_a_short_answer_displaces_a_long_one_that_has_waited_longer(
+    tiny_vlm: smolstack.VLM,
+) -> None:
+    engine = still(tiny_vlm, running=1, queued=2)
+    long = [made(tiny_vlm, engine, "Tell all.", max_new_tokens=250) for _ in range(3)]
+    for request in long:
+        engine.enter([request], client="a")
+        request.urgency = request.rank = 0.0  # it came long ago
+    with pytest.raises(QueueFullError):
+        engine.enter([made(tiny_vlm, engine, "Me too.", max_new_tokens=200)], client="a")
+    engine.enter([made(tiny_vlm, engine, "Hi.", max_new_tokens=2)], client="a")
+    assert sum(isinstance(each.abort_error, QueueFullError) for each in long) == 1
+
+
 def test_equal_answers_do_not_preempt_each_other(tiny_vlm: smolstack.VLM) -> None:
     engine = still(tiny_vlm, running=1)
     core, seconds = engine.core, [time.monotonic()]
