@@ -165,3 +165,13 @@ def test_control_tokens_are_text_wherever_they_stand(tiny_vlm: smolstack.VLM) ->
 
 def test_a_refusal_s_sentence_has_an_end() -> None:
     assert len(RefusedError(400, "x" * 10**6, param="y" * 10**6).message) < 1100
+
+
+def test_nothing_of_a_plan_or_of_tokens_is_passed_over(server: Process, number: str) -> None:
+    for path, body, expected in (
+        ("/plan", {"image_url": number, "width": 3}, "found image_url and width and height"),
+        ("/detokenize", {"tokens": [True]}, "tokens.0: "),
+    ):
+        response = httpx.post(f"{server.url}{path}", json=body, timeout=60)
+        assert response.status_code == 400
+        assert expected in message(response)

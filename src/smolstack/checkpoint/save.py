@@ -152,5 +152,5 @@ def _write_shard(path: Path, shard: dict[str, Tensor]) -> None:
     try:
         save_file(shard, str(path), metadata={"format": "pt"})
     except SafetensorError as error:  # e.g. a full disk
-        raise OSError(f"{path}: {error}") from error
+        raise OSError(f"{path.name}: {error}") from error
     path.chmod(0o644)  # safetensors makes files readable by the owner only

@@ -187,8 +187,12 @@ class Server:
         """Plan the tiles and tokens of an image, without running the model."""
         try:
             found: Media | tuple[int, int]
-            if body.image_url is not None and body.video_url is not None:
-                raise RefusedError(400, "found image_url and video_url, expected only one of them")
+            sized = body.width is not None or body.height is not None
+            given = {"image_url": body.image_url, "video_url": body.video_url}
+            named = [name for name, value in given.items() if value is not None]
+            named += ["width and height"] if sized else []
+            if len(named) > 1:
+                raise RefusedError(400, f"found {' and '.join(named)}, expected only one of them")
             if body.image_url is not None:
                 found = await request_reader.read_image(body.image_url.url, self.settings)
                 body.image_url.url = ""

@@ -287,4 +287,4 @@ class DetokenizeRequest(Body):
     """Token ids to decode."""
 
     model: str = ""
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(max_length=1_000_000)
+    tokens: list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]] = Field(max_length=1_000_000)
