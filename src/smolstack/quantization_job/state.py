@@ -91,7 +91,10 @@ class State:
         path = self.folder / f"{name}.safetensors"
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         with atomic_file(path) as beside:
-            save_file(kept, beside)
+            try:
+                save_file(kept, beside)
+            except SafetensorError as error:  # for example a full disk
+                raise OSError(str(error)) from error
 
     def json(self, name: str) -> Any:
         """Return the data saved under a name, or None."""
