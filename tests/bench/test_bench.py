@@ -12,7 +12,17 @@ import torch
 
 from smolstack.bench.cases import PARTS, answers, components
 from smolstack.bench.peers.implementation import Implementation
-from smolstack.bench.timing import OURS, Case, Contender, ReportedValue, Result, later, measure
+from smolstack.bench.timing import (
+    OURS,
+    Case,
+    Contender,
+    ReportedValue,
+    ReportedValues,
+    Result,
+    later,
+    measure,
+    nothing,
+)
 from smolstack.bench.worker import Worker, WorkerError
 from smolstack.bench.workload import Workload
 
@@ -116,19 +126,65 @@ def test_the_long_parts_run_for_all(
 def test_training_is_timed_by_epoch_and_its_memory_by_process(
     tiny: Workload, everyone: list[Implementation]
 ) -> None:
-    cases = list(PARTS["train"](replace(tiny, train_steps=2), everyone))
-    assert [case.name for case in cases] == [
-        f"train {stage}, {what}"
-        for stage in ("connector", "lora")
-        for what in ("first epoch", "later epochs", "peak memory")
-    ]
+    _, case = PARTS["train"](replace(tiny, train_steps=2), everyone)
     wanted = (f"{OURS} int8", "transformers float32")
-    for case in cases[3:]:
-        chosen = [c for c in case.contenders if c.label.startswith(wanted)]
-        results = measure(replace(case, contenders=chosen), rounds=1)
-        assert [r.name for r in results] == [OURS, "transformers"]
-        assert _sane(results)
-        assert all(r.median > 2**20 for r in results if r.unit == "B")
+    chosen = [c for c in case.contenders if c.label.startswith(wanted)]
+    results = measure(replace(case, contenders=chosen))
+    assert [(r.case, r.name) for r in results] == [
+        (f"train lora, {what}", name)
+        for what in ("first epoch", "later epochs", "peak memory")
+        for name in (OURS, "transformers")
+    ]
+    assert _sane(results)
+    assert all(r.median > 2**20 for r in results if r.unit == "B")
+
+
+def test_training_in_bfloat16_is_measured_where_it_is_wanted(
+    tiny: Workload, everyone: list[Implementation]
+) -> None:
+    def labels(workload: Workload) -> set[str]:
+        implementations = [type(one)(workload) for one in everyone]
+        (case, _) = PARTS["train"](workload, implementations)
+        return {c.label for c in case.contenders}
+
+    without = labels(replace(tiny, train_dtypes=("float32",)))
+    both = labels(replace(tiny, train_dtypes=("float32", "bfloat16")))
+    assert not any("bfloat16" in label or "autocast" in label for label in without - {OURS})
+    assert "transformers bfloat16 autocast" in both
+
+
+def test_the_rounds_of_an_interrupted_measurement_are_not_repeated() -> None:
+    order: list[str] = []
+    case = Case(
+        "x", [Contender(OURS, runner(order, "a")), Contender("peer", runner(order, "b"))], units=2
+    )
+    kept: list[list[Result]] = []
+    whole = measure(case, rounds=2, warmup=0, after=kept.append)
+    assert [[(r.contender, r.rounds) for r in results] for results in kept] == [
+        [(OURS, 1)],
+        [(OURS, 1), ("peer", 1)],
+        [(OURS, 2), ("peer", 1)],
+        [(OURS, 2), ("peer", 2)],
+    ]
+    order.clear()
+    continued = measure(case, rounds=2, warmup=0, earlier=kept[2])
+    assert order == ["b"]
+    assert continued[0].values == whole[0].values
+    assert continued[1].values[0] == whole[1].values[0]
+    assert continued[1].rounds == 2
+
+
+def test_a_run_may_measure_several_quantities() -> None:
+    runs = iter([{"s": 2.0, "b": 8.0}, {"s": 4.0, "b": 8.0}])
+    case = Case(
+        "x",
+        [Contender(OURS, lambda: ReportedValues(next(runs)), "int8", warm=nothing)],
+        quantities={"s": "s", "b": "B"},
+        rounds=2,
+    )
+    seconds, memory = measure(case)
+    assert (seconds.case, seconds.unit, seconds.values) == ("s", "s", [2, 4])
+    assert (memory.case, memory.unit, memory.median) == ("b", "B", 8)
 
 
 @pytest.mark.parametrize("part", ["structured", "questions", "reuse"])

@@ -11,7 +11,7 @@ import pytest
 
 from smolstack.bench import machine, plots, report, targets
 from smolstack.bench.running import Choice, Record, run
-from smolstack.bench.timing import OURS, Result
+from smolstack.bench.timing import OURS, Result, nothing
 from smolstack.errors import ConfigError
 from smolstack.family import Preset
 
@@ -172,7 +172,7 @@ def test_a_run_measures_the_chosen_cases_of_the_chosen_contenders(
 
     def progress(step: str) -> Any:
         steps.append(step)
-        return nullcontext()
+        return nullcontext(nothing)
 
     record = run(tiny_preset, choice, progress)
     assert [(r.case, r.contender) for r in record.results] == [

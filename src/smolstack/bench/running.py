@@ -6,17 +6,22 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from smolstack.bench import machine, report
 from smolstack.bench.cases import PARTS
 from smolstack.bench.peers import absent, implementations
-from smolstack.bench.studies import STUDIES
+from smolstack.bench.studies import STUDIES, TABLES
+from smolstack.bench.studies.kept import Kept
 from smolstack.bench.timing import Case, Result, measure
-from smolstack.bench.workload import workload_of
+from smolstack.bench.unfinished import Saved, read_unfinished
+from smolstack.bench.workload import Workload, has_bfloat16, workload_of
 from smolstack.errors import ConfigError
 from smolstack.family import Preset
+
+DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,9 @@ class Choice:
 
     Attributes:
         parts: keys of PARTS and STUDIES.
-        dtypes: smolstack's precisions.
-        rounds: alternating runs of each contender.
+        dtypes: smolstack's precisions; default: DTYPES, without those for which the processor has
+            no instructions where that takes minutes (training in bfloat16).
+        rounds: alternating runs of each contender; default: the case's own number.
         seconds: time per case after which no further round starts.
         only: contenders whose label contains one of these; all if empty.
         match: cases whose name contains one of these; all if empty.
@@ -34,30 +40,55 @@ class Choice:
     """
 
     parts: Sequence[str]
-    dtypes: tuple[str, ...]
-    rounds: int = 7
+    dtypes: tuple[str, ...] = ()
+    rounds: int | None = None
     seconds: float | None = None
     only: Sequence[str] = ()
     match: Sequence[str] = ()
     folder: Path | None = None
 
+    @property
+    def train_dtypes(self) -> tuple[str, ...]:
+        """Precisions of the frozen tower in training."""
+        return self.dtypes or tuple(d for d in DTYPES if d != "bfloat16" or has_bfloat16())
+
+    def settings(self, preset: Preset, described: Mapping[str, Any]) -> dict[str, Any]:
+        """Return everything that a continued run must have in common with the interrupted one."""
+        return {
+            "preset": preset.name,
+            "parts": list(self.parts),
+            "dtypes": list(self.dtypes),
+            "rounds": self.rounds,
+            "seconds": self.seconds,
+            "only": list(self.only),
+            "match": list(self.match),
+            "machine": dict(described),
+        }
+
 
 @dataclass
 class Record:
-    """The results of one or more runs."""
+    """The results of one or more runs.
+
+    Attributes:
+        unfinished: while the run is not finished: its settings, and the cases and studies that
+            are complete.
+    """
 
     preset: str
     machine: dict[str, Any]
     limits: dict[str, float]
     results: list[Result] = field(default_factory=list)
     studies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    unfinished: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a file."""
-        return {
+        data = {
             "preset": self.preset,
             **report.to_dict(self.results, self.studies, self.machine, self.limits),
         }
+        return data if self.unfinished is None else {**data, "unfinished": self.unfinished}
 
     def add(self, path: Path) -> None:
         """Insert the results of a file before these; repeated measurements of a case (or of a
@@ -83,39 +114,137 @@ class Record:
             self.limits = dict(data["limits"])
 
 
-Progress = Callable[[str], AbstractContextManager[object]]
+Progress = Callable[[str], AbstractContextManager[Callable[[str], object]]]
 
 
-def run(preset: Preset, choice: Choice, progress: Progress) -> Record:
+def run(
+    preset: Preset,
+    choice: Choice,
+    progress: Progress,
+    save: Path | None = None,
+    note: Callable[[str], object] = lambda said: None,
+) -> Record:
     """Run all chosen measurements.
 
     Args:
-        progress: returns a context for each step, given its description.
+        progress: returns a context for each step, given its description; the context's function is
+            called with what is running.
+        save: a file in which the results are kept while the run lasts. If it holds those of an
+            interrupted run with the same settings, the run continues it. Its last state is marked
+            as unfinished: the caller writes the complete record.
+        note: called with a message about a continued run.
+
+    Raises:
+        ConfigError: the file holds an interrupted run with other settings.
     """
-    with progress("Measuring the machine …"):
-        limits = machine.limits() if choice.parts else {}
-    record = Record(preset.name, machine.describe(), limits)
-    with workload_of(preset, choice.dtypes, choice.folder) as shared:
+    described = machine.describe()
+    settings = choice.settings(preset, described)
+    record = Record(preset.name, described, {}, unfinished={"settings": settings, "complete": []})
+    earlier = None if save is None else read_unfinished(save, settings)
+    if earlier is not None:
+        record.results, record.studies = report.from_dict(earlier), earlier["studies"]
+        record.limits, record.unfinished = earlier["limits"], earlier["unfinished"]
+        measured = len(record.results) + sum(map(len, record.studies.values()))
+        note(f"continuing the run in {save}, which has {measured} results")
+    elif choice.parts:
+        with progress("Measuring the machine …"):
+            record.limits = machine.limits()
+    dtypes = choice.dtypes or DTYPES
+    with workload_of(preset, dtypes, choice.folder, choice.train_dtypes) as shared:
         everyone = implementations(shared)
+        running = _Running(record, Saved(save), choice, progress)
         try:
             for part in choice.parts:
                 if part in STUDIES:
-                    with progress(f"Studying {part} …"):
-                        record.studies.update(STUDIES[part](shared))
+                    running.study(part, shared)
                     continue
                 for case in _chosen(PARTS[part](shared, everyone), choice):
-                    with progress(f"Measuring {case.name} …"):
-                        record.results += measure(case, choice.rounds, seconds=choice.seconds)
+                    running.case(case)
         finally:
+            running.keep(now=True)
             for implementation in everyone:
                 implementation.close()
+    record.unfinished = None
     return record
 
 
-def absences(parts: Sequence[str]) -> list[str]:
-    """Return a sentence for each peer that could take part but is not installed."""
+@dataclass
+class _Running:
+    """A run's measurements, each kept as soon as it has been made."""
+
+    record: Record
+    saved: Saved
+    choice: Choice
+    progress: Progress
+
+    def case(self, case: Case) -> None:
+        """Measure a case, unless an interrupted run has completed it."""
+        if case.name in self._complete:
+            return
+        names = set(case.units_by_name)
+        earlier = [result for result in self.record.results if result.case in names]
+        with self.progress(f"Measuring {case.name} …") as tell:
+            measure(
+                case,
+                self.choice.rounds,
+                seconds=self.choice.seconds,
+                earlier=earlier,
+                after=partial(self._replace, names),
+                tell=tell,
+            )
+        self._finish(case.name)
+
+    def study(self, name: str, workload: Workload) -> None:
+        """Make a study, unless an interrupted run has completed it."""
+        if name in self._complete:
+            return
+        earlier = {title: self.record.studies.get(title, []) for title in TABLES[name]}
+        kept = Kept({title: rows for title, rows in earlier.items() if rows}, self._update)
+        with self.progress(f"Studying {name} …"):
+            STUDIES[name](workload, kept)
+        self._finish(name)
+
+    def keep(self, *, now: bool = False) -> None:
+        """Write the record, if there are any results."""
+        if self.record.results or self.record.studies:
+            self.saved.write(self.record, now=now)
+
+    @property
+    def _complete(self) -> list[str]:
+        complete: list[str] = (self.record.unfinished or {})["complete"]
+        return complete
+
+    def _replace(self, names: set[str], results: list[Result]) -> None:
+        others = [result for result in self.record.results if result.case not in names]
+        self.record.results = others + results
+        self.keep()
+
+    def _update(self, tables: Mapping[str, list[dict[str, Any]]]) -> None:
+        self.record.studies.update(tables)
+        self.keep()
+
+    def _finish(self, name: str) -> None:
+        self._complete.append(name)
+        self.keep(now=True)
+
+
+def absences(parts: Sequence[str], dtypes: Sequence[str] = DTYPES) -> list[str]:
+    """Return a sentence for each peer that could take part but is not installed, and for a
+    precision that takes no part.
+
+    Args:
+        dtypes: the requested precisions, () if none are.
+    """
     if not any(part in PARTS for part in parts):
         return []
+    slow = "train" in parts and not dtypes and not has_bfloat16()
+    return [
+        *(["bfloat16 takes no part in train: this processor computes it slowly"] if slow else ()),
+        *_absent_peers(),
+    ]
+
+
+def _absent_peers() -> list[str]:
     return [
         f"{name} takes no part: {', '.join(packages)} not installed"
         for name, packages in absent().items()
@@ -123,13 +252,19 @@ def absences(parts: Sequence[str]) -> list[str]:
 
 
 def _chosen(cases: Iterator[Case], choice: Choice) -> Iterator[Case]:
+    """Yield the chosen contenders of the chosen cases; a case of several quantities is chosen
+    by its name, or by those of quantities.
+    """
     for case in cases:
-        if choice.match and not any(text in case.name for text in choice.match):
-            continue
-        contenders = [
-            contender
-            for contender in case.contenders
-            if not choice.only or any(text in contender.label for text in choice.only)
-        ]
+        quantities = case.quantities
+        if not _matches(case.name, choice.match):
+            quantities = {n: u for n, u in quantities.items() if _matches(n, choice.match)}
+            if not quantities:
+                continue
+        contenders = [one for one in case.contenders if _matches(one.label, choice.only)]
         if contenders:
-            yield replace(case, contenders=contenders)
+            yield replace(case, contenders=contenders, quantities=quantities)
+
+
+def _matches(name: str, texts: Sequence[str]) -> bool:
+    return not texts or any(text in name for text in texts)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smolstack.cli import options
-from smolstack.cli.console import note, progress, show, show_json
+from smolstack.cli.console import note, show, show_json, status
 from smolstack.output_files import atomic_file, exclusive_writer
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ EXAMPLES = """
 
 `smolstack bench quality --model ./SmolVLM-256M --also ./SmolVLM-256M-int4 --text letters.txt`
 
-`smolstack bench train --rounds 1 --save train.json`
+`smolstack bench train --save train.json`
 
 `smolstack bench --add vision.json --add text.json --markdown`
 """
@@ -58,6 +60,7 @@ class What(str, Enum):
     budget = "budget"
 
 
+QUIET_SECONDS = 3.0  # without a line about what runs, where stderr is no terminal
 _QUALITY = "Quality on a checkpoint's own weights"
 
 
@@ -72,10 +75,21 @@ def bench(
         str, typer.Option(help="A published shape; its weights are random.")
     ] = "smolvlm-256m",
     dtype: Annotated[
-        str, typer.Option(help="smolstack's precisions, separated by commas.")
-    ] = "float32,bfloat16,int8,int4",
+        str | None,
+        typer.Option(
+            help="smolstack's precisions, separated by commas. Default: all but float16.",
+            show_default=False,
+        ),
+    ] = None,
     threads: options.ThreadsOption = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Alternating runs of each contender.")] = 7,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Alternating runs of each contender. Default: 7; train: 1, at most 3.",
+            show_default=False,
+        ),
+    ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(min=0, help="Time per case after which no further round starts."),
@@ -146,7 +160,13 @@ def bench(
             help="Keep the random checkpoint and the peers' versions of it there for later runs."
         ),
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the results as JSON, those so far after each measurement. The same command "
+            "continues an interrupted run."
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Plot the results: the roofline, and the studies."),
@@ -164,13 +184,15 @@ def bench(
     import torch
 
     from smolstack.bench import plots
+    from smolstack.bench.running import DTYPES as USUAL
     from smolstack.bench.running import Choice, Record, absences, run
+    from smolstack.bench.timing import ROUNDS
     from smolstack.checkpoint.load import DTYPES, QUANTIZED
     from smolstack.errors import ConfigError
     from smolstack.family import preset as find_preset
 
     found = find_preset(preset)
-    dtypes = _read_dtypes(dtype, [*DTYPES, *QUANTIZED])
+    dtypes = () if dtype is None else _read_dtypes(dtype, [*DTYPES, *QUANTIZED])
     if not what and not add:
         raise ConfigError(f"nothing to measure, expected some of {[w.value for w in What]}")
     if threads is not None:
@@ -184,24 +206,25 @@ def bench(
     with nullcontext() if save is None else _saving(save) as beside:
         if model is None:
             _refuse(context, _OF_A_MODEL, "needs --model FOLDER")
-            for sentence in absences(parts):
+            for sentence in absences(parts, dtypes):
                 note(sentence)
             choice = Choice(parts, dtypes, rounds, seconds, only or (), match or (), folder)
-            record = run(found, choice, progress)
+            record = run(found, choice, _progress, save, note)
         else:
             from smolstack.cli import bench_quality
 
             _check_quality(context, parts)
             record = bench_quality.measure(
                 model,
-                dtypes,
+                dtypes or USUAL,
                 also=also or (),
                 text=text,
                 images=images,
                 outliers=outliers,
-                rounds=rounds if timed else 0,
+                rounds=(rounds or ROUNDS) if timed else 0,
                 only=only or (),
                 folder=folder,
+                save=save,
             )
         for path in reversed(add or ()):
             record.add(path)
@@ -216,11 +239,46 @@ def bench(
 
 @contextmanager
 def _saving(path: Path) -> Iterator[Path]:
-    """Yield a new file that becomes ``path``, which no other process may write meanwhile."""
+    """Yield a new file that becomes ``path``, which no other process may write meanwhile.
+
+    If the block fails, the results that it has kept in ``path`` stay.
+    """
     from smolstack.errors import ConfigError
 
+    before = _changed(path)
     with exclusive_writer(path, ConfigError), atomic_file(path) as beside:
-        yield beside
+        try:
+            yield beside
+        except BaseException:
+            if _changed(path) != before:
+                note(f"{path} has the results so far; the same command continues")
+            raise
+
+
+def _changed(path: Path) -> int | None:
+    """Return when a file was changed, or None if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str], None]]:
+    """Show what runs: in a line that changes on a terminal, otherwise a line per step, and of its
+    runs at most one every few seconds.
+    """
+    if sys.stderr.isatty():
+        with status(what) as update:
+            yield lambda running: update(f"{what} {running}")
+        return
+    note(what)
+    shown = -QUIET_SECONDS
+
+    def tell(running: str) -> None:
+        nonlocal shown
+        if monotonic() - shown >= QUIET_SECONDS:
+            shown = monotonic()
+            note(f"{what} {running}")
+
+    yield tell
 
 
 def _show(record: Record, *, json: bool, markdown: bool) -> None:

@@ -27,11 +27,13 @@ def measure(
     rounds: int,
     only: Sequence[str] = (),
     folder: Path | None = None,
+    save: Path | None = None,
 ) -> Record:
     """Measure text unless only images are given, and images unless only a text is given.
 
     Args:
         outliers: measure images a second time, with outliers added to the vision tower.
+        save: a file in which the rows so far are kept.
     """
     from smolstack.bench.quality.running import (
         IMAGES,
@@ -53,7 +55,7 @@ def measure(
     sentence = absence(choice)
     if sentence is not None:
         note(sentence)
-    return run_quality(choice, _progress, note)
+    return run_quality(choice, _progress, note, save)
 
 
 @contextmanager

@@ -69,6 +69,13 @@ def progress(message: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, count: status.update(f"{message} {what}, {done} of {count}")
 
 
+@contextmanager
+def status(message: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner on stderr, a terminal; yields a function that replaces the message."""
+    with _console(sys.stderr).status(message) as shown:
+        yield shown.update
+
+
 def write_piece(piece: str) -> None:
     """Print part of an answer on stdout and flush; control characters are removed on a terminal."""
     sys.stdout.write(_CONTROL.sub("", piece) if sys.stdout.isatty() else piece)

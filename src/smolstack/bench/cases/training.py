@@ -13,23 +13,27 @@ from smolstack.bench.timing import Case
 from smolstack.bench.workload import QUESTION, Workload
 
 STAGES = ("connector", "lora")
-_CASES = ((FIRST, "first epoch", "s"), (LATER, "later epochs", "s"), (MEMORY, "peak memory", "B"))
-ROUNDS = 3  # at most; a run takes minutes
+_UNITS = {FIRST: "s", LATER: "s", MEMORY: "B"}
+MOST_ROUNDS = 3  # a run takes up to a minute
 
 
 def train(workload: Workload, implementations: Sequence[Implementation]) -> Iterator[Case]:
     """Seconds per step of BATCH images, one tile each, and the process's peak memory.
 
-    All three cases of a stage come out of the same runs. The peak is that of loading, two epochs
-    and, of smolstack, saving.
+    All three come out of the same run. The peak is that of loading, two epochs and, of smolstack,
+    saving.
     """
     rows = _draw(workload, BATCH * workload.train_steps)
     for stage in STAGES:
         task = TrainingTask(stage, rows, workload.train_steps)
         runs = [run for implementation in implementations for run in implementation.train(task)]
-        for what, name, unit in _CASES:
-            contenders = [run.contender(what) for run in runs]
-            yield Case(f"train {stage}, {name}", contenders, unit=unit, rounds=ROUNDS)
+        yield Case(
+            f"train {stage}",
+            [run.contender() for run in runs],
+            rounds=MOST_ROUNDS,
+            usual_rounds=1,
+            quantities={task.quantity(what): unit for what, unit in _UNITS.items()},
+        )
 
 
 def _draw(workload: Workload, count: int) -> list[dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from smolstack.bench.peers.training_run import BATCH, TrainingRun, TrainingTask
 from smolstack.bench.timing import OURS
-from smolstack.bench.workload import Workload
+from smolstack.bench.workload import Workload, has_bfloat16
 from smolstack.train.metrics import METRICS, read_metrics
 from smolstack.train.recipe import VISION, Data, Evaluation, Recipe, Stage
 from smolstack.train.trainer import train
@@ -20,20 +19,18 @@ from smolstack.train.trainer import train
 
 def runs(workload: Workload, task: TrainingTask) -> list[TrainingRun]:
     """Return one run for each precision of the frozen tower."""
-    autocast = "bfloat16" if _has_bfloat16() else "none"
+    autocast = "bfloat16" if has_bfloat16() else "none"
     return [
         TrainingRun(
             OURS,
             dtype,
             "" if autocast == "none" else "autocast",
+            task,
             f"{__name__}:training",
             workload.threads,
-            folder=str(workload.folder),
-            task=asdict(task),
-            vision_dtype=dtype,
-            autocast=autocast,
+            {"folder": str(workload.folder), "vision_dtype": dtype, "autocast": autocast},
         )
-        for dtype in workload.dtypes
+        for dtype in workload.train_dtypes
         if dtype in VISION
     ]
 
@@ -66,9 +63,3 @@ def training(
         return [seconds[: given.steps], seconds[given.steps :]]
 
     return run
-
-
-def _has_bfloat16() -> bool:
-    """Return whether this CPU has instructions for matrix products in bfloat16."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)

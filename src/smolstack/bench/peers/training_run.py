@@ -1,20 +1,19 @@
 """A short training run of one contender: seconds per step in each epoch, and peak memory.
 
-The run takes place once per round in a separate process; the cases of a stage share its results.
+The run takes place once per round in a separate process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
-from smolstack.bench.timing import Contender, ReportedValue
+from smolstack.bench.timing import Contender, ReportedValues, nothing
 from smolstack.bench.worker import Worker
 
-FIRST, LATER, MEMORY = "first", "later", "memory"
+FIRST, LATER, MEMORY = "first epoch", "later epochs", "peak memory"
 BATCH = 8
 
 
@@ -25,46 +24,52 @@ class TrainingTask:
     Attributes:
         stage: "connector" or "lora".
         rows: an image file, its question and its answer each: ``steps`` batches of BATCH.
-        steps: steps of an epoch.
+        steps: steps of an epoch, the first of which is the warm-up.
     """
 
     stage: str
     rows: list[dict[str, str]]
     steps: int
 
+    def quantity(self, what: str) -> str:
+        """Return the name of FIRST, LATER or MEMORY in the results."""
+        return f"train {self.stage}, {what}"
 
+
+@dataclass(frozen=True)
 class TrainingRun:
-    """A contender's runs; each result is kept until every case has used it.
+    """A contender's run.
 
-    Args:
+    Attributes:
         name, precision, form: the contender's.
+        task: what it trains.
         prepare: see Worker.
         threads: OpenMP threads of the process.
-        arguments: of ``prepare``; its work returns the seconds of every step, by epoch.
+        arguments: of ``prepare``, besides the task; its work returns the seconds of every step, by
+            epoch.
     """
 
-    def __init__(
-        self, name: str, precision: str, form: str, prepare: str, threads: int, **arguments: Any
-    ) -> None:
-        self.name, self.precision, self.form = name, precision, form
-        self.prepare, self.threads, self.arguments = prepare, threads, arguments
-        self._waiting: dict[str, list[float]] = {FIRST: [], LATER: [], MEMORY: []}
+    name: str
+    precision: str
+    form: str
+    task: TrainingTask
+    prepare: str
+    threads: int
+    arguments: Mapping[str, Any]
 
-    def contender(self, what: str) -> Contender:
-        """The contender of one case: FIRST, LATER or MEMORY. A warm-up would be a whole run."""
-        run = partial(self._next, what)
-        return Contender(self.name, run, self.precision, self.form, warm=lambda: None)
+    def contender(self) -> Contender:
+        """The contender; a warm-up would be a whole run, whose first step is one already."""
+        return Contender(self.name, self._measure, self.precision, self.form, warm=nothing)
 
-    def _next(self, what: str) -> ReportedValue:
-        if not self._waiting[what]:
-            self._measure()
-        return ReportedValue(self._waiting[what].pop(0))
-
-    def _measure(self) -> None:
-        with Worker(self.prepare, self.threads, **self.arguments) as worker:
+    def _measure(self) -> ReportedValues:
+        arguments = {"task": vars(self.task), **self.arguments}
+        with Worker(self.prepare, self.threads, **arguments) as worker:
             told: Mapping[str, Any] = worker.tell()
         epochs: list[list[float]] = told["value"]
-        # The middle step: the first one also prepares what the others use.
-        self._waiting[FIRST].append(median(epochs[0]))
-        self._waiting[LATER].append(median(epochs[-1]))
-        self._waiting[MEMORY].append(float(told["peak_bytes"]))
+        measured = {
+            # The first step also prepares what the others use.
+            FIRST: median(epochs[0][1:]),
+            LATER: median(epochs[-1][1:]),
+            MEMORY: float(told["peak_bytes"]),
+        }
+        return ReportedValues({self.task.quantity(what): measured[what] for what in measured})

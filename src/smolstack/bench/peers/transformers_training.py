@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,25 @@ PACKAGES = ("peft", "accelerate")
 
 
 def runs(name: str, workload: Workload, task: TrainingTask) -> list[TrainingRun]:
-    """Return runs without and with bfloat16 autocast; none if peft is not installed."""
+    """Return a run in float32, and one under bfloat16 autocast if smolstack trains in bfloat16
+    too; none if peft is not installed.
+    """
     if not all(installed(package) for package in PACKAGES):
         return []
+    forms = [("float32", "")]
+    if "bfloat16" in workload.train_dtypes:
+        forms.append(("bfloat16", "autocast"))
     return [
         TrainingRun(
             name,
             precision,
             form,
+            task,
             f"{__name__}:training",
             workload.threads,
-            folder=str(workload.folder),
-            task=asdict(task),
-            autocast=bool(form),
+            {"folder": str(workload.folder), "autocast": bool(form)},
         )
-        for precision, form in (("float32", ""), ("bfloat16", "autocast"))
+        for precision, form in forms
     ]
 
 

@@ -40,6 +40,7 @@ from smolstack.bench.quality.outliers import outlier_folder
 from smolstack.bench.quality.state import Row, State, digest, environment, files
 from smolstack.bench.running import Record
 from smolstack.bench.timing import Case, Contender, later, measure
+from smolstack.bench.unfinished import Saved
 from smolstack.bench.worker import WorkerError
 from smolstack.errors import ConfigError
 from smolstack.output_files import atomic_file
@@ -86,13 +87,17 @@ class Choice:
 
 
 def run_quality(
-    choice: Choice, progress: Progress = quietly, note: Callable[[str], None] = lambda said: None
+    choice: Choice,
+    progress: Progress = quietly,
+    note: Callable[[str], None] = lambda said: None,
+    save: Path | None = None,
 ) -> Record:
     """Run all chosen measurements.
 
     Args:
         progress: called with a description and the number of steps.
         note: called with a message about peers that fail and are skipped.
+        save: a file in which the rows so far are kept while the measurement lasts.
 
     Raises:
         ConfigError: the model's weights are quantized, contenders share a name, or ``only``
@@ -100,8 +105,14 @@ def run_quality(
         CheckpointError: a folder cannot be loaded, or holds a different model.
         DataError: the text or the images cannot be read.
     """
-    measurement = Measurement(choice, progress, note)
-    record = Record(choice.model.name, machine.describe(), {})
+    record = Record(choice.model.name, machine.describe(), {}, unfinished={})
+    saved = Saved(save)
+
+    def keep(part: str, rows: Sequence[Row]) -> None:
+        record.studies[part] = list(rows)
+        saved.write(record, now=True)
+
+    measurement = Measurement(choice, progress, note, keep)
     with torch.inference_mode():
         try:
             for part in choice.parts:
@@ -111,14 +122,21 @@ def run_quality(
         finally:
             measurement.close()
     measurement.tidy()
+    record.unfinished = None
     return record
 
 
 class Measurement:
     """The parts of one measurement, and the models that they use."""
 
-    def __init__(self, choice: Choice, progress: Progress, note: Callable[[str], None]) -> None:
-        self.choice, self.progress, self.note = choice, progress, note
+    def __init__(
+        self,
+        choice: Choice,
+        progress: Progress,
+        note: Callable[[str], None],
+        keep: Callable[[str, Sequence[Row]], None],
+    ) -> None:
+        self.choice, self.progress, self.note, self.keep = choice, progress, note, keep
         self.reference = reference_of(choice.model)
         own = our_contenders(self.reference, choice.dtypes, choice.also)
         self.own = [one for one in own if self._wanted(one)]
@@ -145,6 +163,7 @@ class Measurement:
             try:
                 rows.append(self.state.row(f"text {self._key(one)}", make))
                 contenders.append(one)
+                self.keep(TEXT, rows)
             except WorkerError as error:  # peers do not support all shapes
                 self.note(f"{one.label} takes no part: {error}")
             finally:
@@ -178,6 +197,7 @@ class Measurement:
             make = partial(self._images, one, samples, part)
             try:
                 rows.append(self.state.row(f"{part} {self._key(one)}", make))
+                self.keep(part, rows)
             except WorkerError as error:
                 self.note(f"{one.label} takes no part in {part}: {error}")
             finally:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
 
 from smolstack.bench import sizes
+from smolstack.bench.studies.kept import Kept, Row
 from smolstack.bench.worker import Worker
 from smolstack.bench.workload import Workload, text_batch
 from smolstack.config import ModelConfig
@@ -35,32 +35,32 @@ TOWER, PROMPT, TOKEN, ANSWERS = (
     f"{NEW_TOKENS} tokens for each sequence",
 )
 FORMS = {TOWER: (1,), PROMPT: (1, 2), TOKEN: (0, 1), ANSWERS: (0, 1)}
+TITLE = "growth"
 REPEATS = 3  # for runs of less than two seconds
 
 
-def study(workload: Workload) -> dict[str, list[dict[str, Any]]]:
+def study(workload: Workload, kept: Kept | None = None) -> dict[str, list[Row]]:
     """Return rows of every curve and precision. The expected values are the theoretical form of
     each curve, fitted to it: if cost grew faster, the largest sizes would be above it.
     """
     room = workload.config.text.max_positions - STEPS - 1
     contexts = tuple(length for length in CONTEXTS if length <= room)
-    rows = []
+    kept = kept or Kept()
     for dtype in workload.dtypes:
         for curve, counts in (("tiles", TILES), ("context", contexts), ("batch", BATCHES)):
-            rows += _curve(workload, dtype, curve, counts)
-    return {"growth": rows}
+            if not kept.has(TITLE, precision=dtype, over=curve):
+                kept.add(TITLE, _curve(workload, dtype, curve, counts))
+    return kept.tables
 
 
-def _curve(
-    workload: Workload, dtype: str, curve: str, counts: tuple[int, ...]
-) -> list[dict[str, Any]]:
+def _curve(workload: Workload, dtype: str, curve: str, counts: tuple[int, ...]) -> list[Row]:
     arguments = {"folder": str(workload.saved(dtype)), "dtype": dtype}
     told = []
     with Worker(f"{__name__}:growing", workload.threads, **arguments) as worker:
         worker.tell(curve=curve, count=counts[0])  # a warm-up
         for count in counts:
             told.append(worker.tell(curve=curve, count=count))
-    rows = []
+    rows: list[Row] = []
     for name in told[0]["value"]:
         taken = [answer["value"][name] for answer in told]
         expected = fitted(counts, taken, FORMS[name])

@@ -2,58 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smolstack.bench.studies.drawn import character_error_rate, drawn_numbers, exact_share
+from smolstack.bench.studies.kept import Kept, Row
 from smolstack.bench.workload import QUESTION, Workload
 from smolstack.vlm import VLM, load
 
 IMAGES = 400
 AT_ONCE = 16
+READER, LOGITS = "quality of the bundled reader", "quality of logits"
 FORCED = 256  # number of forced tokens
 REFERENCE = "float32"
 
 
-def study(workload: Workload) -> dict[str, list[dict[str, Any]]]:
+def study(workload: Workload, kept: Kept | None = None) -> dict[str, list[Row]]:
     """Compare every precision of the workload with float32."""
-    return {
-        "quality of the bundled reader": reader(workload),
-        "quality of logits": logits(workload),
-    }
+    kept = kept or Kept()
+    for title, measured in ((READER, reader), (LOGITS, logits)):
+        left = [d for d in _with_reference(workload) if not kept.has(title, precision=d)]
+        if left:
+            for row in measured(workload, left):
+                kept.add(title, [row])
+    return kept.tables
 
 
-def reader(workload: Workload) -> list[dict[str, Any]]:
-    """Return exact matches and character error rate on drawn numbers."""
+def reader(workload: Workload, dtypes: Sequence[str]) -> Iterator[Row]:
+    """Yield exact matches and character error rate of precisions on drawn numbers."""
     images = drawn_numbers(IMAGES)
     truths = [image.text for image in images]
-    said = {dtype: _read(dtype, images) for dtype in _with_reference(workload)}
-    return [
-        {
+    expected = _read(REFERENCE, images)
+    for dtype in dtypes:
+        answers = expected if dtype == REFERENCE else _read(dtype, images)
+        yield {
             "precision": dtype,
             "images": len(truths),
             "exact": exact_share(answers, truths),
-            "points lost": 100
-            * (exact_share(said[REFERENCE], truths) - exact_share(answers, truths)),
+            "points lost": 100 * (exact_share(expected, truths) - exact_share(answers, truths)),
             "character error rate": character_error_rate(answers, truths),
-            "same answer as float32": exact_share(answers, said[REFERENCE]),
+            "same answer as float32": exact_share(answers, expected),
         }
-        for dtype, answers in said.items()
-    ]
 
 
-def logits(workload: Workload) -> list[dict[str, Any]]:
-    """Return differences of logits on an image and forced tokens, read as in generation: the
-    prompt in one pass, then one token at a time.
+def logits(workload: Workload, dtypes: Sequence[str]) -> Iterator[Row]:
+    """Yield differences of precisions' logits on an image and forced tokens, read as in
+    generation: the prompt in one pass, then one token at a time.
     """
-    found = {dtype: _forced_logits(workload, dtype) for dtype in _with_reference(workload)}
-    expected = found[REFERENCE]
+    expected = _forced_logits(workload, REFERENCE)
     spread = float(expected.std())
     best = expected.topk(2, dim=-1).values
-    return [
-        {
+    for dtype in dtypes:
+        scores = expected if dtype == REFERENCE else _forced_logits(workload, dtype)
+        yield {
             "preset": workload.preset.name,
             "precision": dtype,
             "tokens": len(scores),
@@ -65,8 +69,6 @@ def logits(workload: Workload) -> list[dict[str, Any]]:
                 (scores.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean()
             ),
         }
-        for dtype, scores in found.items()
-    ]
 
 
 def _with_reference(workload: Workload) -> list[str]:
