@@ -179,14 +179,14 @@ def main() -> None:
                     f"log {log.stat().st_size // 1024} KiB  {' '.join(row['failures'][:1])}",
                     flush=True,
                 )
+                if options.json:  # kept if the remaining attacks are interrupted
+                    options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
                 if process.poll() is not None:
                     print(f"the server exited with status {process.returncode}")
                     break
         finally:
             process.terminate()
             process.wait()
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     late = [row["attack"] for row in rows if row["late"] or row["failures"]]
     sys.exit(f"first token later than {TARGET:g} s, or failures: {', '.join(late)}" if late else 0)
 
