@@ -26,7 +26,7 @@ from smolstack.generation.step_plan import PrefillChunk, StepPlan
 _PASS = 256
 _WORTH = 16  # minimum common prefix for which a request waits until another has read it
 _VECTORS = 4  # prompts of equal length embedded together
-_CHEAP = 0.5  # cheap: at most this share of another request's cost
+_CHEAP = 0.75  # much cheaper: at most this share of another request's cost
 _TURN = 0.5  # seconds that a request runs before it can be preempted
 _LEFT = 16  # 1/_LEFT of the KV cache memory is reserved for small requests
 _COSTLY = 0.005  # seconds outside the model per token from which answers take turns
