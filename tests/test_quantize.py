@@ -220,7 +220,7 @@ def test_the_command_shows_what_each_layer_got_and_lost(
     assert "KL divergence" in result.stdout
     again = invoke(*arguments)
     assert again.exit_code == 2
-    assert "--overwrite replaces it" in again.stderr
+    assert "(--overwrite) replaces it" in again.stderr
     replaced = invoke(*arguments, "--tokens", 400, "--overwrite", "--json")
     assert replaced.exit_code == 0, replaced.stderr
     assert json.loads(replaced.stdout)["bits"] <= 6.5

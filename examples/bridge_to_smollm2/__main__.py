@@ -163,7 +163,8 @@ def _mix_examples(folder: Path, chats: Path) -> Path:
     """Return a file with the image examples and one text-only chat per nine of them."""
     image_lines = (folder / "asked.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     chat_lines = chats.read_text(encoding="utf-8").splitlines(keepends=True)
-    repeated = [chat_lines[number % len(chat_lines)] for number in range(len(image_lines) // 9)]
+    count = max(1, len(image_lines) // 9)
+    repeated = [chat_lines[number % len(chat_lines)] for number in range(count)]
     (folder / "mixed.jsonl").write_text("".join(image_lines + repeated), encoding="utf-8")
     return folder / "mixed.jsonl"
 

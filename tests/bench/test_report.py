@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from smolstack.bench import machine, plots, report, targets
-from smolstack.bench.running import Choice, Record, run
+from smolstack.bench.record import Record
+from smolstack.bench.running import Choice, run
 from smolstack.bench.timing import OURS, Result, nothing
 from smolstack.errors import ConfigError
 from smolstack.family import Preset

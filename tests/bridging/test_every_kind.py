@@ -108,12 +108,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     (
         "sentencepiece",
-        {"head_dim": 16, "tie_word_embeddings": False, "dtype": "bfloat16"},
+        {"head_dim": 16, "tie_word_embeddings": False, "dtype": "bfloat16", "eos_token_id": 3},
         {"begins": True, "named": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}},
     ),
     (
         "unigram",
-        {"attention_bias": True, "mlp_bias": True, "dtype": "float16", "vocab_size": 512},
+        {"attention_bias": True, "mlp_bias": True, "dtype": "float16"},
         {"begins": False, "named": {**ALL, "unk_token": "<unk>"}},
     ),
 ]

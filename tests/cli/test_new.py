@@ -50,7 +50,7 @@ def test_a_seed_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
 
 def test_a_folder_that_exists_is_kept(run: Run, refuses: Run, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
-    assert "--overwrite replaces it" in refuses("new", "tiny", tmp_path)
+    assert "(--overwrite) replaces it" in refuses("new", "tiny", tmp_path)
     assert (tmp_path / "note.txt").read_text() == "mine"
     assert run("new", "tiny", tmp_path, "--overwrite").exit_code == 0
     assert not (tmp_path / "note.txt").exists()

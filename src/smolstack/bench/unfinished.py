@@ -12,7 +12,7 @@ from smolstack.errors import ConfigError
 from smolstack.output_files import atomic_file
 
 if TYPE_CHECKING:
-    from smolstack.bench.running import Record
+    from smolstack.bench.record import Record
 
 SECONDS = 2.0  # between two writes, so that they do not disturb short measurements
 

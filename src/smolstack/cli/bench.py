@@ -18,7 +18,7 @@ from smolstack.cli.console import note, show, show_json, status
 from smolstack.output_files import atomic_file, exclusive_writer
 
 if TYPE_CHECKING:
-    from smolstack.bench.running import Record
+    from smolstack.bench.record import Record
 
 EXAMPLES = """
 **Examples**
@@ -184,8 +184,9 @@ def bench(
     import torch
 
     from smolstack.bench import plots
+    from smolstack.bench.record import Record
     from smolstack.bench.running import DTYPES as USUAL
-    from smolstack.bench.running import Choice, Record, absences, run
+    from smolstack.bench.running import Choice, absences, run
     from smolstack.bench.timing import ROUNDS
     from smolstack.checkpoint.load import DTYPES, QUANTIZED
     from smolstack.errors import ConfigError

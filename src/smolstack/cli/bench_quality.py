@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from smolstack.cli.console import note
 
 if TYPE_CHECKING:
-    from smolstack.bench.running import Record
+    from smolstack.bench.record import Record
 
 
 def measure(

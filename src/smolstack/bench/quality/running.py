@@ -38,7 +38,7 @@ from smolstack.bench.quality.images import Samples, draw_images, find_images, me
 from smolstack.bench.quality.ours import Ours
 from smolstack.bench.quality.outliers import outlier_folder
 from smolstack.bench.quality.state import Row, State, digest, environment, files
-from smolstack.bench.running import Record
+from smolstack.bench.record import Record
 from smolstack.bench.timing import Case, Contender, later, measure
 from smolstack.bench.unfinished import Saved
 from smolstack.bench.worker import WorkerError
