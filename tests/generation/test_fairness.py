@@ -107,6 +107,38 @@ def test_a_short_answer_does_not_wait_for_long_ones_to_end(tiny_vlm: smolstack.V
     assert short[1].answered.usage.completion_tokens == 3
 
 
+def test_a_preempted_answer_continues_while_another_one_waits_for_its_memory(
+    tiny_vlm: smolstack.VLM,
+) -> None:
+    prompt = tiny_vlm.processor.prepare("Tell.")
+    tokens = len(prompt.token_ids) + 100
+    budget = (tokens + 40) * tiny_vlm.model.kv_bytes_per_token
+    engine = still(tiny_vlm, running=1, kv_cache_bytes=budget, prefix_bytes=0)
+    core, seconds = engine.core, [time.monotonic()]
+    core.clock = lambda: seconds[0]
+
+    def entered(number: int) -> Request:
+        request = made(tiny_vlm, engine, "Tell.", max_new_tokens=number, ignore_eos=True)
+        engine.enter([request], client="a")
+        core.add(engine._inbox.pop())
+        return request
+
+    long = entered(100)
+    core.step()
+    seconds[0] += 1.0
+    short = entered(2)
+    core.step()
+    assert long.preempted
+    other = entered(90)  # has no room beside the long one
+    other.urgency = other.rank = 0.0  # and is ahead of it
+    for _ in range(400):
+        if core.idle:
+            break
+        core.step()
+        seconds[0] += 0.01
+    assert [each.finished for each in (short, long, other)] == [True] * 3
+
+
 def test_a_short_answer_displaces_a_long_one_that_has_waited_longer(
     tiny_vlm: smolstack.VLM,
 ) -> None:

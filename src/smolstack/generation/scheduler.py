@@ -178,14 +178,18 @@ class Scheduler:
         if not preempted and not waiting:
             return []
         most: dict[Request, float] = {}  # seconds of work, if answers are as long as they may be
+        short = False  # of memory: smaller requests do not overtake the one that waits for it
         for request in sorted([*preempted, *waiting], key=_rank):
+            if short and not request.preempted:
+                continue
             free = sum(not each.held for each in self.running) < self.limits.running
             given = None if free else self._preemptable(request, most, now)
             if not free and given is None:
                 continue
             if not request.preempted:
                 if not self._has_memory(request):
-                    break
+                    short = True  # but those that have their memory continue, and free it
+                    continue
                 self.waiting.remove(request)
                 self.running.append(request)
                 admitted.append(request)
