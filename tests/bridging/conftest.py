@@ -19,6 +19,16 @@ CHAT = (
     "+ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{% endif %}"
 )
+# RoPE parameters of language models.
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 WORDS = (
     "How are you today? The quick brown fox jumps over the lazy dog. What is the total? It is 42.",
     "user assistant system: which number is larger, and why? Describe the image in detail, please.",

@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from tests.bridging.conftest import CHAT, WORDS, MakeText, MakeVision
+from tests.bridging.conftest import CHAT, LINEAR, LLAMA3, WORDS, MakeText, MakeVision
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
@@ -22,17 +22,8 @@ from smolstack.train import Recipe, train
 
 IMAGE = Image.effect_noise((120, 70), 90).convert("RGB")
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}
-LLAMA3 = {
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-}
+LINEAR_ROPE = {"rope_parameters": LINEAR}
+LLAMA3_ROPE = {"rope_parameters": LLAMA3}
 
 
 def unigram() -> Tokenizer:
@@ -99,11 +90,11 @@ def retokenize(folder: Path, kind: str, *, begins: bool, named: dict[str, str]) 
 
 ALL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("unigram", LINEAR, {"begins": True, "named": ALL}),
+    ("unigram", LINEAR_ROPE, {"begins": True, "named": ALL}),
     ("wordpiece", {"num_key_value_heads": 1}, {"begins": False, "named": ALL}),
     (
         "wordpiece",
-        {**LLAMA3, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 2},
+        {**LLAMA3_ROPE, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 2},
         {"begins": False, "named": {"eos_token": "<|im_end|>"}},
     ),
     (

@@ -9,24 +9,16 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tests.bridging.conftest import MakeText, MakeVision
+from tests.bridging.conftest import LINEAR, LLAMA3, MakeText, MakeVision
 
 import smolstack
 from smolstack.bridging import bridge_towers
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 TEXTS: list[dict[str, Any]] = [
     {"tie_word_embeddings": True},
     {"tie_word_embeddings": False, "head_dim": 16},
     {"rope_parameters": LLAMA3, "num_attention_heads": 4, "num_key_value_heads": 4},
-    {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    {"rope_parameters": LINEAR},
     {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     {"vocab_size": 400, "tie_word_embeddings": False},
     {"dtype": "bfloat16"},

@@ -10,15 +10,6 @@
 #define QUERIES 8       // queries scored at once
 #define LOG2_E 1.44269504f
 
-// 16 numbers of a head from element `at` on, the first `count` of them; the others are 0.
-INLINE Floats load_cached(int64_t kind, const void *from, int64_t at, int64_t count) {
-    if (kind == CACHE_FLOAT32) return load_some((const float *)from + at, count);
-    const uint16_t *half = (const uint16_t *)from + at;
-    uint16_t some[LANES] = {0};
-    if (count < LANES) half = memcpy(some, half, (size_t)count * 2);
-    return kind == CACHE_BFLOAT16 ? load_bfloats(half) : load_halfs(half);
-}
-
 static int in_pairs(const Attention *a) { return PAIR_PRODUCTS && !a->exact; }
 
 // Bytes of a number in a product.

@@ -166,4 +166,13 @@ INLINE Ints load_nibbles(const uint8_t *p) {
 #endif
 }
 
+// The first `count` of 16 numbers of a KV cache from element `at` on; the others are 0.
+INLINE Floats load_cached(int64_t kind, const void *from, int64_t at, int64_t count) {
+    if (kind == CACHE_FLOAT32) return load_some((const float *)from + at, count);
+    const uint16_t *half = (const uint16_t *)from + at;
+    uint16_t some[LANES] = {0};
+    if (count < LANES) half = memcpy(some, half, (size_t)count * 2);
+    return kind == CACHE_FLOAT16 ? load_halfs(half) : load_bfloats(half);
+}
+
 #endif
