@@ -73,6 +73,15 @@ def test_a_page_of_a_tiff_file(server: Process) -> None:
     assert (made["source"], made["pages"]) == ([10, 20], 2)
 
 
+def test_a_tiff_file_of_several_pages_needs_a_page(server: Process) -> None:
+    content = io.BytesIO()
+    pages = [Image.new("RGB", (60, 60), color) for color in ("red", "blue")]
+    pages[0].save(content, "TIFF", save_all=True, append_images=pages[1:])
+    made = post(server, image(coded(content.getvalue(), "image/tiff")))
+    assert made.status_code == 400
+    assert "the file has 2 pages, expected one of them: add #page=1" in message(made)
+
+
 def test_a_video_is_answered_as_ask_does(
     server: Process, reader: smolstack.VLM, tmp_path: Path
 ) -> None:

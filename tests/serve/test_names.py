@@ -15,7 +15,8 @@ from tests.serve.test_refusals import message, post
 from smolstack.errors import SmolstackError
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.request_fields import normalize_fields
-from smolstack.serve.request_reader import _from_data_url, _is_sum
+from smolstack.serve.request_options import _is_sum
+from smolstack.serve.request_reader import _from_data_url
 from smolstack.serve.schemas import ChatRequest
 
 USER = [{"role": "user", "content": "?"}]

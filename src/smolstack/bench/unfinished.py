@@ -6,13 +6,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from smolstack.bench.record import Record
 from smolstack.errors import ConfigError
 from smolstack.output_files import atomic_file
-
-if TYPE_CHECKING:
-    from smolstack.bench.record import Record
 
 SECONDS = 2.0  # between two writes, so that they do not disturb short measurements
 

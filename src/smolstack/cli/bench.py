@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json as jsonlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smolstack.cli import options
-from smolstack.cli.console import note, show, show_json, status
-from smolstack.output_files import atomic_file, exclusive_writer
+from smolstack.cli.bench_output import progress, saving
+from smolstack.cli.console import note, show, show_json
 
 if TYPE_CHECKING:
     from smolstack.bench.record import Record
@@ -60,7 +57,6 @@ class What(str, Enum):
     budget = "budget"
 
 
-QUIET_SECONDS = 3.0  # without a line about what runs, where stderr is no terminal
 _QUALITY = "Quality on a checkpoint's own weights"
 
 
@@ -204,13 +200,13 @@ def bench(
         Record(preset, {}, {}).add(path)
     if plot is not None:
         plots.check_plot(plot)
-    with nullcontext() if save is None else _saving(save) as beside:
+    with nullcontext() if save is None else saving(save) as beside:
         if model is None:
             _refuse(context, _OF_A_MODEL, "needs --model FOLDER")
             for sentence in absences(parts, dtypes):
                 note(sentence)
             choice = Choice(parts, dtypes, rounds, seconds, only or (), match or (), folder)
-            record = run(found, choice, _progress, save, note)
+            record = run(found, choice, progress, save, note)
         else:
             from smolstack.cli import bench_quality
 
@@ -236,50 +232,6 @@ def bench(
         for path in plots.draw(record.results, record.studies, record.limits, plot):
             note(f"wrote {path}")
     _show(record, json=json, markdown=markdown)
-
-
-@contextmanager
-def _saving(path: Path) -> Iterator[Path]:
-    """Yield a new file that becomes ``path``, which no other process may write meanwhile.
-
-    If the block fails, the results that it has kept in ``path`` stay.
-    """
-    from smolstack.errors import ConfigError
-
-    before = _changed(path)
-    with exclusive_writer(path, ConfigError), atomic_file(path) as beside:
-        try:
-            yield beside
-        except BaseException:
-            if _changed(path) != before:
-                note(f"{path} has the results so far; the same command continues")
-            raise
-
-
-def _changed(path: Path) -> int | None:
-    """Return when a file was changed, or None if there is none."""
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Show what runs: in a line that changes on a terminal, otherwise a line per step, and of its
-    runs at most one every few seconds.
-    """
-    if sys.stderr.isatty():
-        with status(what) as update:
-            yield lambda running: update(f"{what} {running}")
-        return
-    note(what)
-    shown = -QUIET_SECONDS
-
-    def tell(running: str) -> None:
-        nonlocal shown
-        if monotonic() - shown >= QUIET_SECONDS:
-            shown = monotonic()
-            note(f"{what} {running}")
-
-    yield tell
 
 
 def _show(record: Record, *, json: bool, markdown: bool) -> None:

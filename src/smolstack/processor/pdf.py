@@ -179,12 +179,15 @@ def _refused(path: Path | bytes, password: str | None) -> Iterator[None]:
         code = getattr(error, "err_code", None)
         reason = f"{name} cannot be read as a PDF file: {error}"
         if code == _LOCKED:
-            reason = (
-                f"{name} is locked; give its password (--password, password=), or save it without "
-                "one first"
-                if password is None
-                else f"{name} is locked, and the password that was given does not open it"
-            )
+            if password is not None:
+                reason = f"{name} is locked, and the password that was given does not open it"
+            elif isinstance(path, bytes):  # of a request, which has no password
+                reason = f"{name} is locked; save it without a password first"
+            else:
+                reason = (
+                    f"{name} is locked; give its password (--password, password=), or save it "
+                    "without one first"
+                )
     if reason:
         raise ImageError(reason)
 

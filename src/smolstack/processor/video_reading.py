@@ -17,6 +17,7 @@ from smolstack.processor.decoding_memory import MEMORY
 from smolstack.processor.tiles import MAX_PIXELS
 from smolstack.processor.video import Video, VideoSettings
 from smolstack.processor.video_bytes import (
+    CONTAINERS,
     VideoBytes,
     check_length,
     check_stream,
@@ -118,7 +119,8 @@ def _open(
         if made is None:
             made = _read(path, fps, max_frames, shrink, count=True)
     except (av.error.FFmpegError, ImageError) as error:
-        raise VideoError(f"{path} cannot be read as a video: {error}") from error
+        accepted = "" if isinstance(path, Path) else f"; accepted are {', '.join(CONTAINERS)}"
+        raise VideoError(f"{path} cannot be read as a video: {error}{accepted}") from error
     if made is None:
         raise VideoError(f"{path} has no frame that can be decoded")
     return made

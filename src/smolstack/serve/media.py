@@ -142,6 +142,8 @@ def parts(all_media: list[Media], vlm: VLM, settings: ServerSettings) -> Iterato
 def _pages(media: Media, settings: ServerSettings) -> list[ImageSource]:
     if not is_pdf(media.content):
         content, number = media.content, media.page
+        if number is None and (count := len(tiff_frames(BytesIO(content)))) > 1:
+            raise ImageError(f"the file has {count} pages, expected one of them: add #page=1")
         return [content if number is None else TiffPage(content, number)]
     count, pages = isolated_pages(
         media.content,

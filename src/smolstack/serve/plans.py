@@ -15,7 +15,7 @@ from smolstack.processor.formats import SERVED
 from smolstack.processor.processor import Processor
 from smolstack.processor.tiles import open_image
 from smolstack.processor.video import Frame, Video
-from smolstack.serve import media, request_reader
+from smolstack.serve import media, request_options
 from smolstack.serve.media import Media
 from smolstack.serve.schemas import PlanRequest
 from smolstack.serve.settings import ServerSettings
@@ -30,7 +30,7 @@ def plan_response(
 ) -> dict[str, Any]:
     """Return the plan of an image, a video or a size as JSON. Slow; call it in a thread."""
     if isinstance(found, tuple):
-        return describe_plan(vlm.plan(found, body.text, **request_reader.tiling(body)))
+        return describe_plan(vlm.plan(found, body.text, **request_options.tiling(body)))
     if found.kind == "video":
         return _video(vlm, media.video(found, vlm, settings), body)
     pages = 1
@@ -45,7 +45,7 @@ def plan_response(
     else:
         pages = media.page_count(found)
     (image,) = media.images(found, settings)
-    plan = vlm.plan(image, body.text, **request_reader.tiling(body))
+    plan = vlm.plan(image, body.text, **request_options.tiling(body))
     made = {**describe_plan(plan), "pages": pages}
     if body.preview:
         made["preview"] = _preview(open_image(image, settings.image_pixels, SERVED))

@@ -241,6 +241,16 @@ class ChatRequest(AnswerFields, ImageFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
+    def media_parts(self) -> list[tuple[str, ImagePart | VideoPart | FilePart]]:
+        """Return the parts other than text, each with its path in the body."""
+        return [
+            (f"{message.place(number)}.{index}", part)
+            for number, message in enumerate(self.messages)
+            if not isinstance(message.content, str)
+            for index, part in enumerate(message.content)
+            if not isinstance(part, TextPart)
+        ]
+
 
 class PlanRequest(_Numbers, ImageFields):
     """An image, a page, a video or a size whose tiles and tokens are to be planned.

@@ -15,7 +15,7 @@ from smolstack.generation.options import ReadOptions
 from smolstack.generation.request import Update
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tokenizer import TextTokenizer
-from smolstack.serve import request_reader
+from smolstack.serve import request_options, request_reader
 from smolstack.serve.completion_requests import CompletionRequest
 from smolstack.serve.completions import DONE, LEAST, REASONS, event, probabilities, usage
 from smolstack.serve.error_responses import RefusedError
@@ -43,7 +43,7 @@ def add_route(
         def prepare(
             vlm: VLM, asked: ChatRequest, _: list[Media], settings: ServerSettings
         ) -> tuple[list[Prompt], list[ReadOptions]]:
-            each = request_reader.answer_options(vlm, asked, settings, len(prompts))
+            each = request_options.answer_options(vlm, asked, settings, len(prompts))
             each = [replace(options, continues=True) for options in each]
             read = [_read(vlm, prompt, settings, body.add_special_tokens) for prompt in prompts]
             return [prompt for prompt in read for _ in each], each * len(read)
