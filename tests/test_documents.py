@@ -369,3 +369,9 @@ def test_what_cannot_be_written_or_read_is_refused_at_once(
 def test_the_json_is_one_object(table: Path, tmp_path: Path) -> None:
     convert(table, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["schema_name"] == "DoclingDocument"
+
+
+def test_a_table_without_the_columns_of_a_bulk_job_is_refused(table: Path, tmp_path: Path) -> None:
+    pq.write_table(pq.read_table(table).drop(["error", "path"]), table)
+    with pytest.raises(BulkError, match="has no column path or error; expected a table of smolst"):
+        convert(table, tmp_path / "report.md")

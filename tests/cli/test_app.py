@@ -182,3 +182,16 @@ def test_debug_shows_where_an_error_came_from(
     assert "Traceback" in told.stderr
     assert "in locate" in told.stderr
     assert told.stderr.endswith(plain.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["search", "a.parquet", "why"], "Missing option '--model' / '-m'; see smolstack search "),
+        (["ask", "a.png", "b", "--dtype", "int3"], "Invalid value for '--dtype': 'int3' is not "),
+        (["frobnicate"], "No such command 'frobnicate'; see smolstack --help"),
+        (["plan", "--depth"], "No such option: --depth"),
+    ],
+)
+def test_wrong_options_are_one_sentence(refuses: Run, arguments: list[str], sentence: str) -> None:
+    assert refuses(*arguments).startswith(sentence)

@@ -157,3 +157,10 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_video_is_named_as_one(refuses: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.webm"
+    clip.write_bytes(b"\x1a\x45\xdf\xa3" * 9)
+    expected = f"{clip} is a video, expected an image; ask and chat read videos"
+    assert refuses("plan", clip, "--model", tiny_folder) == expected

@@ -39,6 +39,8 @@ from smolstack.cli import (
 from smolstack.cli.single_options import Once
 from smolstack.errors import SmolstackError
 
+# Typer contains its own copy of Click since 0.26, and exports only this error's subclass.
+_UsageError: Any = typer.BadParameter.__base__
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
@@ -54,6 +56,10 @@ class Commands(TyperGroup):
             raise typer.Exit(BROKEN_PIPE) from None
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
+        except _UsageError as error:
+            command = error.ctx.command_path if error.ctx is not None else "smolstack"
+            console.error(f"{error.format_message().rstrip('.')}; see {command} --help")
+            raise typer.Exit(BAD_INPUT) from None
         except (SmolstackError, OSError, MemoryError) as error:
             if console.debugging():
                 traceback.print_exc()

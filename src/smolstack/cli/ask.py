@@ -258,10 +258,11 @@ def ending_line(answer: Answer) -> str:
 def timings_line(answer: Answer) -> str:
     """Describe an answer's timings in one line."""
     took, usage = answer.timings, answer.usage
+    rate = f" ({took.tokens_per_second:.0f} tokens/s)" if took.decode_steps else ""
     return (
         f"{took.total:.2f} s: images {took.images:.2f}, vision {took.vision:.2f}, "
         f"{plural(usage.prompt_tokens, 'prompt token')} {took.prefill:.2f}, "
-        f"answer {took.decode:.2f} ({took.tokens_per_second:.0f} tokens/s)"
+        f"answer {took.decode:.2f}{rate}"
     )
 
 

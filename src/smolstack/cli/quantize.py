@@ -56,7 +56,11 @@ def quantize(
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=2, help="Number of calibration tokens, including visual tokens.")
+        int,
+        typer.Option(
+            min=2,
+            help="Calibration tokens, including visual tokens; more where whole samples need them.",
+        ),
     ] = 8192,
     question: Annotated[
         str, typer.Option(help="The question about images that have none.")

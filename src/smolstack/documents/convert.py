@@ -192,6 +192,12 @@ def _read_table(table: Path) -> list[Page]:
     import pyarrow.parquet as pq
 
     columns = ["id", "path", "question", "answer", "finish_reason", "error"]
+    missing = [name for name in columns if name not in pq.read_schema(table).names]
+    if missing:
+        raise BulkError(
+            f"{table} has no column {' or '.join(missing)}; expected a table of smolstack map, "
+            f"with the columns {', '.join(columns)}"
+        )
     rows = pq.read_table(table, columns=columns).to_pylist()
     if len({row["question"] for row in rows}) > 1:
         raise BulkError(f"{table} has answers to several questions, expected one answer per page")

@@ -24,7 +24,14 @@ from smolstack.processor import jpeg2000_process, libtiff
 from smolstack.processor.decoder_costs import check_icon, decoding_bytes
 from smolstack.processor.decoding_memory import MEMORY
 from smolstack.processor.decoding_pace import check_pace, check_scans
-from smolstack.processor.formats import FORMATS, SERVED, accepted, can_read_heif, is_heif
+from smolstack.processor.formats import (
+    FORMATS,
+    SERVED,
+    VIDEO_SUFFIXES,
+    accepted,
+    can_read_heif,
+    is_heif,
+)
 from smolstack.processor.pages import TiffPage, frame_of_page
 from smolstack.processor.png import late_words
 from smolstack.processor.rgb import ORIENTATION, to_rgb
@@ -188,6 +195,8 @@ def _no_image(name: str, file: str | Path | bytes, formats: tuple[str, ...]) -> 
             f"{name} is a HEIC or HEIF file, which needs the package pillow-heif "
             "(pip install 'smolstack[heif]'), or has to be saved as JPEG first"
         )
+    if not isinstance(file, bytes) and Path(file).suffix.lower() in VIDEO_SUFFIXES:
+        return f"{name} is a video, expected an image; ask and chat read videos"
     known = ", ".join(sorted(accepted(formats)))
     return f"{name} is not an image in a supported format ({known}), or its beginning is damaged"
 

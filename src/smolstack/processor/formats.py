@@ -77,6 +77,14 @@ SUFFIXES = (
     ".tiff",
     ".webp",
 )
+# Suffixes treated as videos wherever a path is accepted; listed in docs/videos.md.
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mj2", ".ismv"),
+    *(".mkv", ".mk3d", ".webm", ".ogv", ".ogm", ".nut"),
+    *(".avi", ".divx", ".wmv", ".asf", ".flv", ".rm", ".rmvb", ".dv", ".mxf", ".gxf", ".wtv"),
+    *(".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t"),
+    *(".h264", ".264", ".h265", ".265", ".hevc", ".ivf", ".obu", ".mjpg", ".mjpeg", ".y4m"),
+)
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 

@@ -14,16 +14,9 @@ from typing import Any
 
 from smolstack.batch import VisualTokens
 from smolstack.errors import ConfigError, VideoError
+from smolstack.processor.formats import VIDEO_SUFFIXES
 from smolstack.processor.tiles import ImageSource
 
-# Suffixes treated as videos wherever a path is accepted; listed in docs/videos.md.
-SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mj2", ".ismv"),
-    *(".mkv", ".mk3d", ".webm", ".ogv", ".ogm", ".nut"),
-    *(".avi", ".divx", ".wmv", ".asf", ".flv", ".rm", ".rmvb", ".dv", ".mxf", ".gxf", ".wtv"),
-    *(".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t"),
-    *(".h264", ".264", ".h265", ".265", ".hevc", ".ivf", ".obu", ".mjpg", ".mjpeg", ".y4m"),
-)
 RESIZES = ("video_size", "size")
 
 
@@ -159,7 +152,7 @@ class Frame:
 def is_video(source: object) -> bool:
     """Whether the value is a Video or a path with a video suffix."""
     if isinstance(source, (str, Path)):
-        return Path(source).suffix.lower() in SUFFIXES
+        return Path(source).suffix.lower() in VIDEO_SUFFIXES
     return isinstance(source, Video)
 
 

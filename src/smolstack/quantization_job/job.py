@@ -64,7 +64,7 @@ def quantize(
             weight of the decoder's layers and the head, including scales and zero points.
         calibrate: a folder of images, a .jsonl file of chats or images, or a text file. None: text
             that the model generates, and drawn images.
-        tokens: number of calibration tokens, including visual tokens.
+        tokens: minimum number of calibration tokens, including visual tokens; samples are not cut.
         question: the question about images that have none.
         device, revision: as for :func:`smolstack.load`.
         overwrite: replace ``out`` if it exists.
