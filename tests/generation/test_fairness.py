@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from smolstack.generation.request import Request
 from smolstack.generation.scheduler import SchedulerLimits
 
 
-def made(vlm: smolstack.VLM, engine: Engine, text: str, **options: Any) -> Request:
+def made(
+    vlm: smolstack.VLM, engine: Engine, text: str, images: Sequence[Any] = (), **options: Any
+) -> Request:
     chosen = read_options(options, vlm.eos_token_ids)  # type: ignore[arg-type]
-    (request,) = engine.core.requests([vlm.processor.prepare(text)], chosen)
+    (request,) = engine.core.requests([vlm.processor.prepare((images, text))], chosen)
     return request
 
 
@@ -151,6 +154,20 @@ def test_a_short_answer_displaces_a_long_one_that_has_waited_longer(
         engine.enter([made(tiny_vlm, engine, "Me too.", max_new_tokens=200)], client="a")
     engine.enter([made(tiny_vlm, engine, "Hi.", max_new_tokens=2)], client="a")
     assert sum(isinstance(each.abort_error, QueueFullError) for each in long) == 1
+
+
+def test_a_long_answer_does_not_displace_a_short_one_about_an_image(
+    images: list[Image.Image],
+) -> None:
+    reader = smolstack.load()
+    engine = still(reader, running=1, queued=1)
+    engine.core.costs.tile, engine.core.costs.row = 0.1, 0.001
+    short = made(reader, engine, "Hi.", images=images[:1], max_new_tokens=2)
+    engine.enter([short], client="a")
+    engine.enter([made(reader, engine, "One.", max_new_tokens=2000)], client="a")
+    with pytest.raises(QueueFullError):
+        engine.enter([made(reader, engine, "Me too.", max_new_tokens=2000)], client="a")
+    assert short.abort_error is None
 
 
 def test_equal_answers_do_not_preempt_each_other(tiny_vlm: smolstack.VLM) -> None:

@@ -139,17 +139,20 @@ class Scheduler:
             return []
         new = requests[0]
         most = self.costs.most([new, *waiting])
-        worse = [
-            r
-            for r in waiting
-            if r.abort_error is None
-            and r.client is not None
-            and (
-                most[new] <= _CHEAP * most[r]
-                or (r.rank > new.rank and (r.client != new.client or new.cost <= _CHEAP * r.cost))
-            )
+
+        def worse(r: Request) -> bool:
+            if most[new] <= _CHEAP * most[r]:
+                return True
+            # A cheaper prompt counts only if its answer cannot take much longer.
+            cheaper = new.cost <= _CHEAP * r.cost and most[r] > _CHEAP * most[new]
+            return r.rank > new.rank and (r.client != new.client or cheaper)
+
+        candidates = [
+            r for r in waiting if r.abort_error is None and r.client is not None and worse(r)
         ]
-        return sorted(worse, key=_rank, reverse=True)[:missing] if missing <= len(worse) else []
+        if missing > len(candidates):
+            return []
+        return sorted(candidates, key=_rank, reverse=True)[:missing]
 
     def check_room(self, requests: int, coming: Sequence[Request] = ()) -> None:
         """Raise QueueFullError if the given number of requests, in addition to those arriving,
