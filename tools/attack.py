@@ -34,6 +34,7 @@ from load import image_url
 from soak import resident
 
 TARGET = 2.0  # maximum time to first token of the regular client, in seconds
+CLIENT_KEY = "regular-client"  # unless --keys is given, the server does not look at it
 
 
 @dataclass
@@ -78,7 +79,10 @@ async def time_to_first_token(client: httpx.AsyncClient, number: int, timeout: f
         "stream": True,
     }
     while True:
-        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        headers = {"Authorization": f"Bearer {CLIENT_KEY}"}
+        async with client.stream(
+            "POST", "/v1/chat/completions", json=body, headers=headers
+        ) as response:
             if response.status_code in (429, 503) and time.perf_counter() - began < timeout:
                 await asyncio.sleep(float(response.headers.get("Retry-After", 1)))
                 continue
@@ -146,6 +150,9 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="a checkpoint folder")
     parser.add_argument("--descriptors", type=int, help="the server's limit of open files")
     parser.add_argument("--serve", default="", help="further options of smolstack serve")
+    parser.add_argument(
+        "--keys", action="store_true", help="two API keys: the attack's and the regular client's"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -153,6 +160,8 @@ def main() -> None:
     command = [sys.executable, "-m", "smolstack.cli", "serve", "--port", "0"]
     command += ["--model", options.model] if options.model else []
     command += ["--allow-remote-images", *options.serve.split()]
+    if options.keys:
+        command += ["--api-key", attacks.KEY, "--api-key", CLIENT_KEY]
     descriptors = options.descriptors or min(soft, 1024)
 
     log = Path(f"/tmp/attack-{os.getpid()}.log")

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.bombs import icon, plain_ppm, reduced, run_length_bmp, scans, tiff
 
 CHAT = "/v1/chat/completions"
+KEY = "attacker"  # unless attack.py is given --keys, the server does not look at it
 Attack = Callable[[str, float], Awaitable[None]]
 ATTACKS: dict[str, Attack] = {}
 
@@ -69,7 +70,7 @@ async def keep_asking(
     ready()
     began, statuses = time.monotonic(), dict[Any, int]()
     limits = httpx.Limits(max_connections=None)
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     async with httpx.AsyncClient(
         base_url=url, timeout=120, limits=limits, trust_env=False, headers=headers
     ) as client:
@@ -129,6 +130,7 @@ async def hold(
 def head(length: int, path: str = CHAT) -> bytes:
     return (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {KEY}\r\n"
         f"Content-Length: {length}\r\n\r\n"
     ).encode()
 

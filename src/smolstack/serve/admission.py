@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
@@ -86,8 +87,9 @@ async def in_pool(pool: RankedPool, seconds: float, work: Callable[..., T], *arg
 
 
 class ReadLimiter:
-    """Limits the number of requests being read. At the limit, the one that has taken longest is
-    cancelled, unless all have just started.
+    """Limits the number of requests being read. At the limit, a request of the client with the most
+    of them is cancelled in favor of a client with fewer; otherwise the one that has taken longest,
+    unless all have just started.
 
     Args:
         limit: maximum number of requests; None: unlimited.
@@ -95,25 +97,25 @@ class ReadLimiter:
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
-        self._reading: dict[asyncio.Task[Any], float] = {}
+        self._reading: dict[asyncio.Task[Any], tuple[str, float]] = {}  # client, start
         self._cancelled: set[asyncio.Task[Any]] = set()
 
-    async def read(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await the reading of a request and return its result.
+    async def read(self, work: Coroutine[Any, Any, T], client: str) -> T:
+        """Await the reading of a client's request and return its result.
 
         Raises:
             QueueFullError: too many other requests are being read.
         """
         if self.limit is not None and len(self._reading) >= self.limit:
-            oldest = next(iter(self._reading), None)
-            if oldest is None or time.monotonic() - self._reading[oldest] < _GRACE:
+            other = self._cancellable(client)
+            if other is None:
                 work.close()
                 raise QueueFullError(f"{len(self._reading)} other requests are being read")
-            del self._reading[oldest]
-            self._cancelled.add(oldest)
-            oldest.cancel()
+            del self._reading[other]
+            self._cancelled.add(other)
+            other.cancel()
         task = asyncio.ensure_future(work)
-        self._reading[task] = time.monotonic()
+        self._reading[task] = client, time.monotonic()
         try:
             return await task
         except asyncio.CancelledError:
@@ -126,3 +128,14 @@ class ReadLimiter:
         finally:
             self._reading.pop(task, None)
             self._cancelled.discard(task)
+
+    def _cancellable(self, client: str) -> asyncio.Task[Any] | None:
+        """Return the request to cancel in favor of a client's new one; None if there is none."""
+        counts = Counter(each for each, _ in self._reading.values())
+        if not counts:
+            return None
+        most = max(counts, key=lambda each: counts[each])
+        if counts[most] > counts[client] + 1:
+            return next(task for task, (each, _) in self._reading.items() if each == most)
+        oldest, (_, start) = next(iter(self._reading.items()))
+        return oldest if time.monotonic() - start >= _GRACE else None

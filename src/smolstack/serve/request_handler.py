@@ -105,11 +105,12 @@ class RequestHandler:
         if isinstance(request, JsonRequest):
             request.release_body()
         try:
-            made = self.read_limiter.read(self._prepare(body, seconds, prepare, characters))
+            client = client_of(request, self.settings)
+            made = self.read_limiter.read(self._prepare(body, seconds, prepare, characters), client)
             pending = await unless_disconnected(request.receive, made)
             if pending is None:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            pending.begin(client_of(request, self.settings))
+            pending.begin(client)
         except Exception as error:
             raise as_refusal(error, self._retry_after()) from None
         if body.stream:
