@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -64,6 +65,21 @@ def test_a_client_that_had_much_waits_for_others(tiny_vlm: smolstack.VLM) -> Non
         engine.core.add(request)
     engine.core.client_use.rank(engine.core.scheduler.waiting, time.monotonic())
     assert engine.core.scheduler.admit(0.0)[0].client == "little"
+
+
+def test_a_client_that_had_much_does_not_displace_a_request_that_has_just_come(
+    tiny_vlm: smolstack.VLM,
+) -> None:
+    engine = still(tiny_vlm, running=1, queued=1)
+    for _ in range(9):
+        request = made(tiny_vlm, engine, "Again.", max_new_tokens=20)
+        with suppress(QueueFullError):
+            engine.enter([request], client="much")
+    once = made(tiny_vlm, engine, "Only once.", max_new_tokens=25)
+    engine.enter([once], client="little")
+    with pytest.raises(QueueFullError):
+        engine.enter([made(tiny_vlm, engine, "Again.", max_new_tokens=20)], client="much")
+    assert once.abort_error is None
 
 
 def test_what_a_client_had_is_forgotten() -> None:

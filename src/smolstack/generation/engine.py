@@ -158,7 +158,7 @@ class Engine:
         for request in requests:
             request.client, request.cost = client, cost
             request.urgency = request.rank = urgency(now, cost)
-        waiting = [*core.scheduler.waiting, *core.scheduler.running]
+        waiting = [*core.scheduler.waiting, *core.scheduler.running, *self._inbox]
         core.client_use.rank([*waiting, *requests], now)
         core.client_use.charge(client, cost, now)
 
