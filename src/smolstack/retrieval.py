@@ -130,7 +130,7 @@ def embed(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Tensor]:
 
 
 def _worked(engine: InlineEngine, requests: list[Request]) -> list[Request]:
-    engine.core.prepare(requests)
+    engine.core.open_images(requests)
     engine.finish(requests)
     for request in requests:
         if request.error is not None:

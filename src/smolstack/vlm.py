@@ -97,8 +97,8 @@ class VLM(PageEmbedder):
         self.model_path = checkpoint.where or ModelPath(self.folder)
         self.eos_token_ids = checkpoint.eos_token_ids
         self._files = checkpoint.files
-        self._images = ImageCache(self.model)
-        core = EngineCore(self.model, self.processor, INLINE, images=self._images)
+        self._image_cache = ImageCache(self.model)
+        core = EngineCore(self.model, self.processor, INLINE, image_cache=self._image_cache)
         self._inline = InlineEngine(core)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VLM:
@@ -110,7 +110,7 @@ class VLM(PageEmbedder):
             )
         )
         for limit in ("max_bytes", "folder", "max_folder_bytes"):
-            setattr(twin._images, limit, getattr(self._images, limit))
+            setattr(twin._image_cache, limit, getattr(self._image_cache, limit))
         return twin
 
     def __reduce__(self) -> NoReturn:
@@ -162,7 +162,7 @@ class VLM(PageEmbedder):
                 network runs.
         """
         request = self.request(images, text, messages=messages, **options)
-        self._inline.core.prepare([request])
+        self._inline.core.open_images([request])
         return self._inline.answers([request])[0]
 
     def stream(
@@ -179,7 +179,7 @@ class VLM(PageEmbedder):
         once the pieces are exhausted.
         """
         request = self.request(images, text, messages=messages, **options)
-        self._inline.core.prepare([request])
+        self._inline.core.open_images([request])
         return AnswerStream(self._inline, request)
 
     def request(
@@ -234,7 +234,7 @@ class VLM(PageEmbedder):
             prefix_bytes=prefix_cache_bytes,
             kv_cache_bytes=kv_cache_bytes,
         )
-        return Engine(self.model, self.processor, limits, images=self._images)
+        return Engine(self.model, self.processor, limits, image_cache=self._image_cache)
 
     def ask_many(
         self, prompts: Sequence[PromptLike], **options: Unpack[AnswerOptions]
@@ -250,7 +250,7 @@ class VLM(PageEmbedder):
         chosen = read_options(options, self.eos_token_ids)
         prepared = [self.processor.prepare(entry, **chosen.tiling) for entry in prompts]
         requests = self._inline.core.requests(prepared, chosen)
-        self._inline.core.prepare(requests)
+        self._inline.core.open_images(requests)
         return self._inline.answers(requests)
 
     def plan(
@@ -315,15 +315,15 @@ class VLM(PageEmbedder):
         ``image_cache.max_bytes`` limits it (0 disables it), ``image_cache.clear()`` empties it,
         ``image_cache.folder`` stores entries on disk for later processes.
         """
-        return self._images
+        return self._image_cache
 
     def clear_prefix_cache(self) -> None:
         """Clear the prefix cache; the image cache is kept."""
-        self._inline.core.prefixes.clear()
+        self._inline.core.prefix_cache.clear()
 
     def clear_caches(self) -> None:
         """Clear the image cache in memory and the prefix cache."""
-        self._images.clear()
+        self._image_cache.clear()
         self.clear_prefix_cache()
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:

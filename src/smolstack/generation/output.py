@@ -174,13 +174,13 @@ def make_answer(
     options: ReadOptions,
     scores: Sequence[float] | None = None,
     *,
-    read_tokens: int | None = None,
+    computed_tokens: int | None = None,
 ) -> Answer:
     """Return the answer of a finished output.
 
     Args:
         scores: log-probabilities of its choices.
-        read_tokens: prompt tokens that were not copied from the prefix cache.
+        computed_tokens: prompt tokens that were not copied from the prefix cache.
     """
     assert output.finish_reason is not None
     structure, text = options.structure, output.text
@@ -196,7 +196,7 @@ def make_answer(
             visual_tokens=sum(plan.visual_tokens for plan in prompt.plans),
             completion_tokens=len(output.token_ids),
             tiles=sum(plan.tiles for plan in prompt.plans),
-            cached_tokens=0 if read_tokens is None else output.prompt_tokens - read_tokens,
+            cached_tokens=0 if computed_tokens is None else output.prompt_tokens - computed_tokens,
         ),
         timings=timings,
         logprobs=None if options.logprobs is None else tuple(output.logprobs),

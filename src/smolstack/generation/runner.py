@@ -55,13 +55,13 @@ class ModelRunner:
     """Executes plans on a model.
 
     Args:
-        prefixes: the prefix cache.
+        prefix_cache: where known beginnings of prompts are found, and prompts registered.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, processor: Processor, prefixes: PrefixCache
+        self, model: VisionLanguageModel, processor: Processor, prefix_cache: PrefixCache
     ) -> None:
-        self.model, self.processor, self.prefixes = model, processor, prefixes
+        self.model, self.processor, self.prefix_cache = model, processor, prefix_cache
 
     def execute(self, plan: StepPlan) -> StepOutputs:
         """Execute a plan; an error affects only its part."""
@@ -119,8 +119,8 @@ class ModelRunner:
         if prefix is None:
             request.cache = self.model.new_sequence_cache(capacity)
         else:
-            request.cache = self.prefixes.take(prefix, capacity)
-        self.prefixes.begin(request.number, request.keys, request.cache)
+            request.cache = self.prefix_cache.take(prefix, capacity)
+        self.prefix_cache.begin(request.number, request.keys, request.cache)
 
     def _score(self, request: Request) -> dict[int, float]:
         """Return summed log-probabilities of the tokens of one pass over some choices."""

@@ -84,14 +84,14 @@ class Scheduler:
     def __init__(
         self,
         limits: SchedulerLimits,
-        images: ImageQueue,
-        prefixes: PrefixCache,
+        image_queue: ImageQueue,
+        prefix_cache: PrefixCache,
         *,
         kv_bytes: int,
         kv_budget: int,
         costs: Costs,
     ) -> None:
-        self.limits, self.images, self.prefixes = limits, images, prefixes
+        self.limits, self.image_queue, self.prefix_cache = limits, image_queue, prefix_cache
         self.kv_bytes, self.kv_budget, self.costs = kv_bytes, kv_budget, costs
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -225,14 +225,14 @@ class Scheduler:
             left -= kept
         if left < 0:
             return False
-        if self.prefixes.held_bytes > left:
-            self.prefixes.shrink(left)
+        if self.prefix_cache.held_bytes > left:
+            self.prefix_cache.shrink(left)
         return True
 
     def leave(self, request: Request) -> None:
         """Remove a request that is finished or aborted."""
-        self.images.leave(request)
-        self.prefixes.drop(request.number)
+        self.image_queue.leave(request)
+        self.prefix_cache.drop(request.number)
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -258,7 +258,7 @@ class Scheduler:
 
     def _tiles_first(self) -> bool:
         """Return whether some request's tiles are more urgent than all prompts."""
-        urgent = self.images.rank
+        urgent = self.image_queue.rank
         return urgent is not None and all(r.rank > urgent for r in self._at("prefill"))
 
     def _decode(self) -> list[Request]:
@@ -278,7 +278,7 @@ class Scheduler:
         return [request for request in rows if request not in later]
 
     def _tiles(self, plan: StepPlan) -> None:
-        plan.tiles = self.images.next_tiles(self.limits.tiles)
+        plan.tiles = self.image_queue.next_tiles(self.limits.tiles)
 
     def _read(self, plan: StepPlan) -> None:
         """Plan a pass over prompts, choices, or prompts to embed, for the most urgent request."""
@@ -315,7 +315,7 @@ class Scheduler:
     def _chunk(self, request: Request, limit: int | None) -> PrefillChunk:
         prefix = None
         if request.cache is None:
-            prefix = self.prefixes.match(request.keys)
+            prefix = self.prefix_cache.match(request.keys)
             start = 0 if prefix is None else prefix.length
         else:
             start = request.cache.length

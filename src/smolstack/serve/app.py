@@ -72,9 +72,9 @@ class Server:
         MEMORY.limit = settings.decode_bytes
         self._before = vlm.processor.special_tokens_in_text
         vlm.processor.special_tokens_in_text = settings.special_tokens_in_text
-        images = vlm.image_cache
-        images.max_bytes = settings.image_cache_bytes
-        self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, images=images)
+        cache = vlm.image_cache
+        cache.max_bytes = settings.image_cache_bytes
+        self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, image_cache=cache)
         self.metrics = Metrics(self.engine)
         self.readers = RankedPool(_READING_THREADS, _LONG_READING, "reading")
         self.handler = RequestHandler(vlm, settings, self.engine, self.metrics, self.readers)
