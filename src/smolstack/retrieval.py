@@ -21,7 +21,6 @@ from torch import Tensor
 from smolstack.checkpoint.files import RETRIEVAL_TEMPLATE, CheckpointFiles
 from smolstack.errors import ConfigError, PromptError
 from smolstack.generation.inline import InlineEngine
-from smolstack.generation.request import Request
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.inputs import ImageInput, as_images
@@ -110,34 +109,6 @@ def check_head(model: VisionLanguageModel, name: object) -> int:
     return model.config.embedding_dim
 
 
-def encode(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Request]:
-    """Return the requests with their images replaced by visual tokens.
-
-    Raises:
-        ImageError: an image cannot be decoded; raised before any network runs.
-    """
-    return _worked(engine, [Request(prompt, "visual tokens") for prompt in prompts])
-
-
-def embed(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Return each prompt's vectors, (T, E) float32, independent of the other prompts.
-
-    Raises:
-        ImageError: an image cannot be decoded; raised before any network runs.
-    """
-    requests = _worked(engine, [Request(prompt, "vectors") for prompt in prompts])
-    return [request.vectors for request in requests if request.vectors is not None]
-
-
-def _worked(engine: InlineEngine, requests: list[Request]) -> list[Request]:
-    engine.core.open_images(requests)
-    engine.finish(requests)
-    for request in requests:
-        if request.error is not None:
-            raise request.error
-    return requests
-
-
 class PageEmbedder:
     """Mixin of VLM with the methods of retrieval models (ColSmol)."""
 
@@ -173,7 +144,7 @@ class PageEmbedder:
         check_head(self.model, self.folder)
         prompt = self.retrieval_words.page if prompt is None else prompt
         prompts = page_prompts(self.processor, as_images(images), prompt, tiling)
-        return list(embed(self._inline, prompts))
+        return self._inline.embed(prompts)
 
     def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:
         """Compute late-interaction vectors of queries with a retrieval model (ColSmol).
@@ -191,7 +162,7 @@ class PageEmbedder:
         """
         check_head(self.model, self.folder)
         prompt = self.retrieval_words.query if prompt is None else prompt
-        return list(embed(self._inline, query_prompts(self.processor, queries, prompt)))
+        return self._inline.embed(query_prompts(self.processor, queries, prompt))
 
     @cached_property
     def retrieval_words(self) -> Words:

@@ -32,7 +32,7 @@ from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video
 from smolstack.progress import shown
 from smolstack.quantization.quantize import Progress
-from smolstack.retrieval import PageEmbedder, encode
+from smolstack.retrieval import PageEmbedder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -291,9 +291,9 @@ class VLM(PageEmbedder):
             VideoError: the file cannot be read.
         """
         video = self.processor.open_video(video)
-        plans = tuple(self.processor.plan(Frame(frame)) for frame in video.frames)
-        prompt = Prompt("", (), tuple(video.frames), plans)
-        return replace(video, frames=tuple(self._encoded(prompt)))
+        plans = [self.processor.plan(Frame(frame)) for frame in video.frames]
+        (frames,) = self._inline.encode([Prompt.of_images(video.frames, plans)])
+        return replace(video, frames=tuple(frames))
 
     def encode(self, image: ImageSource, **tiling: Unpack[Tiling]) -> VisualTokens:
         """Encode one image to visual tokens, reusable in any number of questions.
@@ -302,11 +302,8 @@ class VLM(PageEmbedder):
         """
         image = with_password(image, tiling.get("password"))
         plan = self.processor.plan(image, **tiling)
-        prompt = Prompt("", (), (image,), (plan,))
-        return self._encoded(prompt)[0]
-
-    def _encoded(self, prompt: Prompt) -> list[VisualTokens]:
-        return encode(self._inline, [prompt])[0].visual
+        ((visual,),) = self._inline.encode([Prompt.of_images([image], [plan])])
+        return visual
 
     @property
     def image_cache(self) -> ImageCache:

@@ -95,8 +95,8 @@ class Embeddings(_Kept):
         return vector if self.kind_of == "mean" else pa.list_(vector)
 
     def prepare(self, row: Row) -> list[Prompt]:
-        image = row.image
-        return [Prompt("", (), (image,), (self.processor.plan(image, **self.tiling),))]
+        plan = self.processor.plan(row.image, **self.tiling)
+        return [Prompt.of_images([row.image], [plan])]
 
     def embedding(self, request: Request) -> Tensor:
         tokens = request.visual[0].tokens.flatten(0, 1).float()

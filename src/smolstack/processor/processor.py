@@ -48,6 +48,11 @@ class Prompt:
     plans: tuple[TilePlan, ...]
     marked: str | None = None
 
+    @classmethod
+    def of_images(cls, images: Sequence[ImageInput], plans: Sequence[TilePlan]) -> Prompt:
+        """Return images without a text, to be encoded to visual tokens."""
+        return cls("", (), tuple(images), tuple(plans))
+
 
 class Processor:
     """Chat template, tile planner, tokenizer and image preprocessing of one checkpoint.
