@@ -37,14 +37,14 @@ ROWS = 256  # pages compared at once
 
 
 @dataclass(frozen=True)
-class Words:
+class RetrievalPrompts:
     """Prompt texts of a retrieval model, for a page (at ``<image>``) and a query (``{query}``)."""
 
     page: str = PAGE_PROMPT
     query: str = QUERY_PROMPT
 
 
-def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Words:
+def read_prompts(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> RetrievalPrompts:
     """Return the prompt texts of a checkpoint's own template, or colpali-engine's.
 
     Args:
@@ -56,7 +56,7 @@ def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Wo
     """
     source = side.get(RETRIEVAL_TEMPLATE)
     if source is None:
-        return Words()
+        return RetrievalPrompts()
     known = dict(special_tokens)
     pages, queries = (
         ChatTemplate(source.decode("utf-8", "replace"), {**known, "task": task})
@@ -69,7 +69,7 @@ def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Wo
             f"{RETRIEVAL_TEMPLATE} renders a page as {page!r:.80} and a query as {query!r:.80}, "
             f"expected {Markers.image} and the query once"
         )
-    return Words(page, query)
+    return RetrievalPrompts(page, query)
 
 
 def page_prompts(
@@ -142,7 +142,7 @@ class PageEmbedder:
             ImageError, PromptError, ContextLengthError: before any work is done.
         """
         check_head(self.model, self.folder)
-        prompt = self.retrieval_words.page if prompt is None else prompt
+        prompt = self.retrieval_prompts.page if prompt is None else prompt
         prompts = page_prompts(self.processor, as_images(images), prompt, tiling)
         return self._inline.embed(prompts)
 
@@ -161,13 +161,13 @@ class PageEmbedder:
             PromptError: an empty query, or a prompt without a place for it.
         """
         check_head(self.model, self.folder)
-        prompt = self.retrieval_words.query if prompt is None else prompt
+        prompt = self.retrieval_prompts.query if prompt is None else prompt
         return self._inline.embed(query_prompts(self.processor, queries, prompt))
 
     @cached_property
-    def retrieval_words(self) -> Words:
-        """Prompt texts that the model reads around pages and queries."""
-        return words_of(self._files.side, self.processor.tokenizer.special_tokens)
+    def retrieval_prompts(self) -> RetrievalPrompts:
+        """The prompt texts for pages and queries."""
+        return read_prompts(self._files.side, self.processor.tokenizer.special_tokens)
 
 
 def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor]) -> Tensor:

@@ -114,13 +114,13 @@ class Pages(_Kept):
     def __init__(self, vlm: VLM, dtype: str, tiling: Tiling) -> None:
         check_embedding(RETRIEVAL, dtype)
         super().__init__(vlm, tiling, dtype, {EMBED: RETRIEVAL, SHAPE: shape_of(vlm)})
-        self.words = vlm.retrieval_words
+        self.prompts = vlm.retrieval_prompts
 
     def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
         return pa.list_(pa.list_(number, check_head(vlm.model, vlm.folder)))
 
     def prepare(self, row: Row) -> list[Prompt]:
-        return page_prompts(self.processor, [row.image], self.words.page, self.tiling)
+        return page_prompts(self.processor, [row.image], self.prompts.page, self.tiling)
 
     def embedding(self, request: Request) -> Tensor:
         assert request.vectors is not None

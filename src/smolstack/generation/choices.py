@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smolstack.errors import ContextLengthError, GenerationError
-from smolstack.generation.sampling import Sampling
+from smolstack.generation.sampling import SamplingParams
 from smolstack.model.kv_cache import KVCache
 from smolstack.processor.processor import Processor, Prompt
 
@@ -165,7 +165,7 @@ def probabilities(log_probabilities: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def pick(log_probabilities: Sequence[float], sampling: Sampling) -> int:
+def pick(log_probabilities: Sequence[float], sampling: SamplingParams) -> int:
     """Return the most likely choice, or one sampled at the temperature."""
     if sampling.temperature == 0:
         return max(range(len(log_probabilities)), key=lambda place: log_probabilities[place])

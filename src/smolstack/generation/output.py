@@ -13,7 +13,7 @@ from smolstack.errors import ContextLengthError, GenerationError
 from smolstack.generation.answer import Answer, Timings, TokenLogprob, Usage
 from smolstack.generation.choices import probabilities
 from smolstack.generation.constraint import Constraint
-from smolstack.generation.detokenizer import TextStream
+from smolstack.generation.detokenizer import Detokenizer
 from smolstack.generation.grammar import Choices, Schema
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.sampling import Sampler
@@ -36,7 +36,7 @@ class Output:
     prompt_tokens: int
     limit: int
     sampler: Sampler
-    stream: TextStream
+    stream: Detokenizer
     stopping: Stopping
     constraint: Constraint | None = None
     top_logprobs: int | None = None
@@ -158,7 +158,7 @@ def new_output(
         prompt_tokens=len(token_ids),
         limit=min(options.stopping.max_new_tokens, room),
         sampler=Sampler(options.sampling, torch.tensor(list(token_ids), dtype=torch.long)),
-        stream=TextStream(decode, options.stopping.stop),
+        stream=Detokenizer(decode, options.stopping.stop),
         stopping=options.stopping,
         constraint=constraint,
         top_logprobs=options.logprobs,

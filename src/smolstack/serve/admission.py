@@ -52,10 +52,10 @@ def reading_seconds(body: ChatRequest, more: int = 0) -> float:
         for message in body.messages
         for part in message.content
     )
-    return float(seconds + form_bytes(body) * _FORM + videos * _VIDEO)
+    return float(seconds + grammar_bytes(body) * _FORM + videos * _VIDEO)
 
 
-def form_bytes(body: ChatRequest) -> int:
+def grammar_bytes(body: ChatRequest) -> int:
     """Return the approximate length of a request's expression, grammar, choices and schemas."""
     wanted = body.response_format
     schemas: list[Any] = [body.json_schema]

@@ -69,16 +69,16 @@ def add_route(
 
     def prepare(body: EmbeddingsRequest, images: list[Media]) -> list[Prompt]:
         check_head(vlm.model, settings.name)
-        words, rest = vlm.retrieval_words, iter(images)
+        templates, rest = vlm.retrieval_prompts, iter(images)
         asked = [body.input] if isinstance(body.input, str) else body.input
         prompts: list[Prompt] = []
         for item in asked:
             if isinstance(item, str):
-                prompts += query_prompts(vlm.processor, [item], words.query)
+                prompts += query_prompts(vlm.processor, [item], templates.query)
                 continue
             image = request_reader.check_image(next(rest), settings)
             split = False if item.image_url.detail == "low" else None
-            prompts += page_prompts(vlm.processor, [image], words.page, {"split": split})
+            prompts += page_prompts(vlm.processor, [image], templates.page, {"split": split})
         return prompts
 
     async def made(body: EmbeddingsRequest, client: str) -> list[Work]:
