@@ -132,7 +132,7 @@ def answer_grammar(
     return calls_grammar(schemas, several=several, free=free, text=shown)
 
 
-def prepare(
+def prompt_with_tools(
     processor: Processor,
     request: ChatRequest,
     messages: list[dict[str, Any]],
