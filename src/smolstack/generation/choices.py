@@ -19,7 +19,7 @@ from smolstack.model.kv_cache import KVCache
 from smolstack.processor.processor import Processor, Prompt
 
 _COPIED_BYTES = 256 * 2**20  # copies of the prompt's cache, one per choice of a pass
-_TOKENS = 512  # maximum per pass, padding included
+SCORED_TOKENS = 512  # per pass, unless prefill passes are limited
 
 
 def continuations(
@@ -96,7 +96,7 @@ class Scoring:
         choices: Sequence[Sequence[int]],
         logits: Tensor,
         held_bytes: int,
-        tokens: int = _TOKENS,
+        tokens: int,
     ) -> None:
         self.choices = [list(ids) for ids in choices]
         first = logits.float().log_softmax(dim=-1)

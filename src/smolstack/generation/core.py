@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smolstack.errors import DeadlineError, GenerationError
 from smolstack.generation.answer import TokenLogprob
-from smolstack.generation.choices import Scoring, pick
+from smolstack.generation.choices import SCORED_TOKENS, Scoring, pick
 from smolstack.generation.costs import ClientUse, Costs
 from smolstack.generation.image_cache import ImageCache
 from smolstack.generation.image_queue import ImageQueue
@@ -36,7 +36,6 @@ from smolstack.model.weight_changes import WeightsVersion
 from smolstack.processor.processor import Processor, Prompt
 
 T = TypeVar("T")
-_CHOICE_TOKENS = 512  # per scoring pass
 
 
 class EngineCore:
@@ -240,7 +239,7 @@ class EngineCore:
             request.stage = "decode"
             self._take_token(request, logits)
             return
-        tokens = self.scheduler.limits.prefill_tokens or _CHOICE_TOKENS
+        tokens = self.scheduler.limits.prefill_tokens or SCORED_TOKENS
         held = request.cache.held_bytes
         request.scoring = Scoring(request.choices, logits, held, tokens)
         if request.scoring.complete:
@@ -293,7 +292,7 @@ class EngineCore:
     def _take_token(self, request: Request, logits: Tensor) -> None:
         assert request.output is not None
         began = perf_counter()
-        _, piece = request.output.take(logits)
+        piece = request.output.take(logits)
         request.own_seconds += (perf_counter() - began - request.own_seconds) / 2
         request.turn = self.decode_steps
         self._say(request, piece)

@@ -48,11 +48,9 @@ class Output:
     _handed_out: int = 0  # characters emitted, without the lead
     _lead_left: int = -1  # characters of the lead not yet generated
 
-    def take(self, logits: torch.Tensor) -> tuple[int, str]:
-        """Choose a token from logits (V,) and determine whether the answer ends with it.
-
-        Returns:
-            The token, and the characters of the answer that became final.
+    def take(self, logits: torch.Tensor) -> str:
+        """Choose a token from logits (V,) and determine whether the answer ends with it; return the
+        characters that became final.
         """
         with torch.inference_mode():
             allowed = None if self.constraint is None else self.constraint.allowed()
@@ -62,7 +60,7 @@ class Output:
         self.token_ids.append(token)
         if self.constraint is not None:
             self.constraint.take(token)
-        return token, self._after_lead(self._push(token))
+        return self._after_lead(self._push(token))
 
     def _choose(self, logits: torch.Tensor, allowed: torch.Tensor | None) -> int:
         """Return the next token; one that would complete a bad word is drawn again."""

@@ -160,7 +160,7 @@ def _beside(scoring: Scoring, row: int, cache: KVCache) -> KVCache:
     """Return a copy of the prompt's cache with room for a choice, except its last token, which is
     not read.
     """
-    return cache.copied(1, cache.length + len(scoring.choices[row]) - 1)
+    return cache.copied(cache.length + len(scoring.choices[row]) - 1)
 
 
 def _outcome(work: Callable[[], T]) -> Outcome[T]:
