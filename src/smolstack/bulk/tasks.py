@@ -17,12 +17,12 @@ from smolstack.bulk.rows import Row, plain
 from smolstack.errors import BulkError, SmolstackError
 from smolstack.generation.answer import Answer
 from smolstack.generation.core import EngineCore
-from smolstack.generation.grammar import Choices
 from smolstack.generation.image_cache import ImageCache
 from smolstack.generation.inline import INLINE, InlineEngine
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
 from smolstack.generation.request import Kind, Request
+from smolstack.generation.structured_output import Choices
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smolstack.errors import GenerationError
-from smolstack.generation.grammar import Structure, read_structure
 from smolstack.generation.lark import Lark
 from smolstack.generation.sampling import SamplingParams
 from smolstack.generation.stopping import RepetitionRule, Stopping
+from smolstack.generation.structured_output import Structure, read_structure
 from smolstack.generation.token_rules import TokenRules, read_rules
 from smolstack.processor.geometry import Tiling
 

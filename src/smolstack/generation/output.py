@@ -14,10 +14,10 @@ from smolstack.generation.answer import Answer, Timings, TokenLogprob, Usage
 from smolstack.generation.choices import probabilities
 from smolstack.generation.constraint import Constraint
 from smolstack.generation.detokenizer import Detokenizer
-from smolstack.generation.grammar import Choices, Schema
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.sampling import Sampler
 from smolstack.generation.stopping import FinishReason, Stopping
+from smolstack.generation.structured_output import Choices, Schema
 from smolstack.generation.token_rules import TokenRules
 from smolstack.processor.processor import Prompt
 

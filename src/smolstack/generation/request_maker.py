@@ -8,11 +8,12 @@ from functools import partial
 from smolstack.errors import ConfigError
 from smolstack.generation.choices import continuations
 from smolstack.generation.constraint import Constraint
-from smolstack.generation.grammar import Choices, Grammars
+from smolstack.generation.grammar import Grammars
 from smolstack.generation.lark import Lark
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.output import new_output
 from smolstack.generation.request import Request
+from smolstack.generation.structured_output import Choices
 from smolstack.generation.triggered_constraint import TriggeredConstraint
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor, Prompt

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smolstack.generation.grammar import closed
 from smolstack.generation.options import (
     DEFAULT_MAX_NEW_TOKENS,
     AnswerOptions,
     ReadOptions,
     read_options,
 )
+from smolstack.generation.structured_output import closed
 from smolstack.generation.token_rules import NAMES as RULES
 from smolstack.processor.geometry import Tiling
 from smolstack.serve import functions
