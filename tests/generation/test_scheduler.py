@@ -144,7 +144,8 @@ def test_answers_are_those_of_ask_in_any_mixture(
 def count_work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What goes through the networks, in order: tiles, or the tokens of one forward pass."""
     log: list[tuple[str, int]] = []
-    tower, read = VisionTower.forward, VisionLanguageModel.read
+    tower = VisionTower.forward
+    read = VisionLanguageModel.prefill_embeddings
     decode = VisionLanguageModel.decode_one_token
 
     def tiles(self: VisionTower, x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -160,7 +161,7 @@ def count_work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return decode(self, x, *rest)
 
     monkeypatch.setattr(VisionTower, "forward", tiles)
-    monkeypatch.setattr(VisionLanguageModel, "read", prefill)
+    monkeypatch.setattr(VisionLanguageModel, "prefill_embeddings", prefill)
     monkeypatch.setattr(VisionLanguageModel, "decode_one_token", one_token)
     return log
 

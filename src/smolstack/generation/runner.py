@@ -106,10 +106,10 @@ class ModelRunner:
             parts.append(embeddings[:, chunk.start : chunk.start + chunk.tokens])
             caches.append(cache)
         if len(chunks) == 1:
-            return self.model.read(parts[0], caches[0])
+            return self.model.prefill_embeddings(parts[0], caches[0])
         packed = torch.cat(parts, dim=1)
         counts = [chunk.tokens for chunk in chunks]
-        return self.model.read(packed, RaggedKVCache(caches, counts))
+        return self.model.prefill_embeddings(packed, RaggedKVCache(caches, counts))
 
     def _begin(self, chunk: PrefillChunk) -> None:
         """Compute a prompt's embeddings, and take its KV cache with the known prefix."""
@@ -135,7 +135,7 @@ class ModelRunner:
         counts = [len(scoring.fed(row)) for row in rows]
         copies = RaggedKVCache([scoring.copies[row] for row in rows], counts)
         embeddings = self.model.decoder.embedding(fed.to(self.model.device))[None]
-        logits = self.model.read(embeddings, copies, every=True)[0]
+        logits = self.model.prefill_embeddings(embeddings, copies, every=True)[0]
         scores = logits.float().log_softmax(dim=-1)
         taken = scores.gather(1, wanted.to(scores.device)[:, None])[:, 0].cpu()
         sums = [float(part.sum()) for part in torch.split(taken, counts)]

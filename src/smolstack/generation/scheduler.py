@@ -241,7 +241,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Return the plan of the next step; empty if there is nothing to do."""
         plan = StepPlan()
-        newcomers = [self._read, self._tiles]
+        newcomers = [self._plan_prompts, self._plan_tiles]
         if not self.limits.interleave or self._tiles_first():
             newcomers.reverse()
         for part in newcomers:
@@ -249,7 +249,7 @@ class Scheduler:
             if plan:
                 break
         if self.limits.interleave or not plan:
-            plan.decode = self._decode()
+            plan.decode = self._decoding()
         return plan
 
     def _at(self, stage: str) -> list[Request]:
@@ -261,7 +261,7 @@ class Scheduler:
         urgent = self.image_queue.rank
         return urgent is not None and all(r.rank > urgent for r in self._at("prefill"))
 
-    def _decode(self) -> list[Request]:
+    def _decoding(self) -> list[Request]:
         """Return the requests that get a token. Answers with slow grammars take turns, so that
         others do not wait for all of them.
         """
@@ -277,10 +277,10 @@ class Scheduler:
                 left -= request.own_seconds
         return [request for request in rows if request not in later]
 
-    def _tiles(self, plan: StepPlan) -> None:
+    def _plan_tiles(self, plan: StepPlan) -> None:
         plan.tiles = self.image_queue.next_tiles(self.limits.tiles)
 
-    def _read(self, plan: StepPlan) -> None:
+    def _plan_prompts(self, plan: StepPlan) -> None:
         """Plan a pass over prompts, choices, or prompts to embed, for the most urgent request."""
         ready = self._at("prefill")
         if not ready:
@@ -292,9 +292,9 @@ class Scheduler:
         elif ready[0].scoring is not None:
             plan.score = ready[0]
         else:
-            self._prefill(plan, [r for r in ready if r.kind == "answer" and r.scoring is None])
+            self._plan_prefill(plan, [r for r in ready if r.kind == "answer" and r.scoring is None])
 
-    def _prefill(self, plan: StepPlan, ready: list[Request]) -> None:
+    def _plan_prefill(self, plan: StepPlan, ready: list[Request]) -> None:
         """Plan prompt chunks for one pass. A request with the same beginning as another one of the
         pass waits, and will find this beginning in the prefix cache.
         """
