@@ -97,4 +97,4 @@ class ServerSettings:
                 raise GenerationError(f"{name} is {getattr(self, name)}, expected 1 or more")
         for name in ("body_seconds", "header_seconds", "deadline", "drain", "remote_seconds"):
             if getattr(self, name) <= 0:
-                raise GenerationError(f"{name} is {getattr(self, name)}, expected above 0")
+                raise GenerationError(f"{name} is {getattr(self, name)}, expected a number above 0")
