@@ -25,7 +25,7 @@ from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
 from smolstack.generation.request import Request
 from smolstack.generation.scheduler import SchedulerLimits
 from smolstack.processor.geometry import TilePlan, Tiling
-from smolstack.processor.inputs import PromptLike, Shown, as_images, with_password
+from smolstack.processor.inputs import MediaInput, PromptLike, as_images, with_password
 from smolstack.processor.processor import Prompt
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
@@ -136,7 +136,7 @@ class VLM(PageEmbedder):
 
     def ask(
         self,
-        images: Shown | Sequence[Shown] | None = None,
+        images: MediaInput | Sequence[MediaInput] | None = None,
         text: str | None = None,
         *,
         messages: Sequence[Message] | None = None,
@@ -167,7 +167,7 @@ class VLM(PageEmbedder):
 
     def stream(
         self,
-        images: Shown | Sequence[Shown] | None = None,
+        images: MediaInput | Sequence[MediaInput] | None = None,
         text: str | None = None,
         *,
         messages: Sequence[Message] | None = None,
@@ -184,7 +184,7 @@ class VLM(PageEmbedder):
 
     def request(
         self,
-        images: Shown | Sequence[Shown] | None = None,
+        images: MediaInput | Sequence[MediaInput] | None = None,
         text: str | None = None,
         *,
         messages: Sequence[Message] | None = None,
