@@ -33,3 +33,10 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_files_that_the_glossary_names_exist() -> None:
+    page = (ROOT / "docs" / "glossary.md").read_text()
+    named = re.findall(r"`([a-z_]+/[a-z_*]+\.(?:py|c))`", page)
+    assert len(named) > 40
+    assert [name for name in named if not list((ROOT / "src/smolstack").glob(name))] == []

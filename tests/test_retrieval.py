@@ -179,7 +179,7 @@ def test_a_checkpoint_s_own_words_come_before_colpali_s(
         vlm = smolstack.load(place)
         page = "<|im_start|>User: Describe the image.<image><end_of_utterance>"
         query = "Query: {query}" + 10 * "<end_of_utterance>" + "\n"
-        assert (vlm.retrieval_words.page, vlm.retrieval_words.query) == (page, query)
+        assert (vlm.retrieval_prompts.page, vlm.retrieval_prompts.query) == (page, query)
         (own,) = vlm.embed_queries(["What was the profit?"])
         (given,) = plain.embed_queries(["What was the profit?"], prompt=query)
         assert torch.equal(own, given)

@@ -14,7 +14,7 @@ for target in x86_64-windows-gnu x86_64-macos aarch64-macos aarch64-linux-musl; 
   esac
   for file in "$native"/*.c; do
     # shellcheck disable=SC2086
-    [ "$(basename "$file")" = processor.c ] || "$@" $flags -c "$file" -o "$out/kernels.o"
+    [ "$(basename "$file")" = cpu_features.c ] || "$@" $flags -c "$file" -o "$out/kernels.o"
   done
   echo "$target: compiled"
 done

@@ -1,7 +1,7 @@
 """Progress of long calls whose caller did not ask for it: notebooks show bars.
 
-The display is registered from above (see smolstack.notebook), so that the rooms that work need not
-know where they run.
+The display is registered by a higher layer (smolstack.notebook), so that the packages that do the
+work need not know whether they run in a notebook.
 """
 
 from __future__ import annotations
@@ -20,5 +20,7 @@ def show_with(new_display: Callable[[], Tell] | None) -> None:
 
 
 def shown(given: Tell | None = None) -> Tell | None:
-    """Return the given function or, if none was given, that of a new display; None without one."""
+    """Return the given function or, if none was given, a new display's; None if there is no
+    display.
+    """
     return given if given is not None or not _new_displays else _new_displays[0]()

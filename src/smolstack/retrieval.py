@@ -21,7 +21,6 @@ from torch import Tensor
 from smolstack.checkpoint.files import RETRIEVAL_TEMPLATE, CheckpointFiles
 from smolstack.errors import ConfigError, PromptError
 from smolstack.generation.inline import InlineEngine
-from smolstack.generation.request import Request
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.inputs import ImageInput, as_images
@@ -38,14 +37,14 @@ ROWS = 256  # pages compared at once
 
 
 @dataclass(frozen=True)
-class Words:
+class RetrievalPrompts:
     """Prompt texts of a retrieval model, for a page (at ``<image>``) and a query (``{query}``)."""
 
     page: str = PAGE_PROMPT
     query: str = QUERY_PROMPT
 
 
-def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Words:
+def read_prompts(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> RetrievalPrompts:
     """Return the prompt texts of a checkpoint's own template, or colpali-engine's.
 
     Args:
@@ -57,7 +56,7 @@ def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Wo
     """
     source = side.get(RETRIEVAL_TEMPLATE)
     if source is None:
-        return Words()
+        return RetrievalPrompts()
     known = dict(special_tokens)
     pages, queries = (
         ChatTemplate(source.decode("utf-8", "replace"), {**known, "task": task})
@@ -70,7 +69,7 @@ def words_of(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -> Wo
             f"{RETRIEVAL_TEMPLATE} renders a page as {page!r:.80} and a query as {query!r:.80}, "
             f"expected {Markers.image} and the query once"
         )
-    return Words(page, query)
+    return RetrievalPrompts(page, query)
 
 
 def page_prompts(
@@ -110,34 +109,6 @@ def check_head(model: VisionLanguageModel, name: object) -> int:
     return model.config.embedding_dim
 
 
-def encode(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Request]:
-    """Return the requests with their images replaced by visual tokens.
-
-    Raises:
-        ImageError: an image cannot be decoded; raised before any network runs.
-    """
-    return _worked(engine, [Request(prompt, "visual tokens") for prompt in prompts])
-
-
-def embed(engine: InlineEngine, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Return each prompt's vectors, (T, E) float32, independent of the other prompts.
-
-    Raises:
-        ImageError: an image cannot be decoded; raised before any network runs.
-    """
-    requests = _worked(engine, [Request(prompt, "vectors") for prompt in prompts])
-    return [request.vectors for request in requests if request.vectors is not None]
-
-
-def _worked(engine: InlineEngine, requests: list[Request]) -> list[Request]:
-    engine.core.prepare(requests)
-    engine.finish(requests)
-    for request in requests:
-        if request.error is not None:
-            raise request.error
-    return requests
-
-
 class PageEmbedder:
     """Mixin of VLM with the methods of retrieval models (ColSmol)."""
 
@@ -171,9 +142,9 @@ class PageEmbedder:
             ImageError, PromptError, ContextLengthError: before any work is done.
         """
         check_head(self.model, self.folder)
-        prompt = self.retrieval_words.page if prompt is None else prompt
+        prompt = self.retrieval_prompts.page if prompt is None else prompt
         prompts = page_prompts(self.processor, as_images(images), prompt, tiling)
-        return list(embed(self._inline, prompts))
+        return self._inline.embed(prompts)
 
     def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:
         """Compute late-interaction vectors of queries with a retrieval model (ColSmol).
@@ -190,13 +161,13 @@ class PageEmbedder:
             PromptError: an empty query, or a prompt without a place for it.
         """
         check_head(self.model, self.folder)
-        prompt = self.retrieval_words.query if prompt is None else prompt
-        return list(embed(self._inline, query_prompts(self.processor, queries, prompt)))
+        prompt = self.retrieval_prompts.query if prompt is None else prompt
+        return self._inline.embed(query_prompts(self.processor, queries, prompt))
 
     @cached_property
-    def retrieval_words(self) -> Words:
-        """Prompt texts that the model reads around pages and queries."""
-        return words_of(self._files.side, self.processor.tokenizer.special_tokens)
+    def retrieval_prompts(self) -> RetrievalPrompts:
+        """The prompt texts for pages and queries."""
+        return read_prompts(self._files.side, self.processor.tokenizer.special_tokens)
 
 
 def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor]) -> Tensor:

@@ -25,14 +25,14 @@ from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
 from smolstack.generation.request import Request
 from smolstack.generation.scheduler import SchedulerLimits
 from smolstack.processor.geometry import TilePlan, Tiling
-from smolstack.processor.inputs import PromptLike, Shown, as_images, with_password
+from smolstack.processor.inputs import MediaInput, PromptLike, as_images, with_password
 from smolstack.processor.processor import Prompt
 from smolstack.processor.prompt import Message
 from smolstack.processor.tiles import ImageSource
 from smolstack.processor.video import Frame, Video
 from smolstack.progress import shown
 from smolstack.quantization.quantize import Progress
-from smolstack.retrieval import PageEmbedder, encode
+from smolstack.retrieval import PageEmbedder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,8 +97,8 @@ class VLM(PageEmbedder):
         self.model_path = checkpoint.where or ModelPath(self.folder)
         self.eos_token_ids = checkpoint.eos_token_ids
         self._files = checkpoint.files
-        self._images = ImageCache(self.model)
-        core = EngineCore(self.model, self.processor, INLINE, images=self._images)
+        self._image_cache = ImageCache(self.model)
+        core = EngineCore(self.model, self.processor, INLINE, image_cache=self._image_cache)
         self._inline = InlineEngine(core)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VLM:
@@ -110,7 +110,7 @@ class VLM(PageEmbedder):
             )
         )
         for limit in ("max_bytes", "folder", "max_folder_bytes"):
-            setattr(twin._images, limit, getattr(self._images, limit))
+            setattr(twin._image_cache, limit, getattr(self._image_cache, limit))
         return twin
 
     def __reduce__(self) -> NoReturn:
@@ -136,7 +136,7 @@ class VLM(PageEmbedder):
 
     def ask(
         self,
-        images: Shown | Sequence[Shown] | None = None,
+        images: MediaInput | Sequence[MediaInput] | None = None,
         text: str | None = None,
         *,
         messages: Sequence[Message] | None = None,
@@ -162,12 +162,12 @@ class VLM(PageEmbedder):
                 network runs.
         """
         request = self.request(images, text, messages=messages, **options)
-        self._inline.core.prepare([request])
+        self._inline.core.open_images([request])
         return self._inline.answers([request])[0]
 
     def stream(
         self,
-        images: Shown | Sequence[Shown] | None = None,
+        images: MediaInput | Sequence[MediaInput] | None = None,
         text: str | None = None,
         *,
         messages: Sequence[Message] | None = None,
@@ -179,12 +179,12 @@ class VLM(PageEmbedder):
         once the pieces are exhausted.
         """
         request = self.request(images, text, messages=messages, **options)
-        self._inline.core.prepare([request])
+        self._inline.core.open_images([request])
         return AnswerStream(self._inline, request)
 
     def request(
         self,
-        images: Shown | Sequence[Shown] | None = None,
+        images: MediaInput | Sequence[MediaInput] | None = None,
         text: str | None = None,
         *,
         messages: Sequence[Message] | None = None,
@@ -234,7 +234,7 @@ class VLM(PageEmbedder):
             prefix_bytes=prefix_cache_bytes,
             kv_cache_bytes=kv_cache_bytes,
         )
-        return Engine(self.model, self.processor, limits, images=self._images)
+        return Engine(self.model, self.processor, limits, image_cache=self._image_cache)
 
     def ask_many(
         self, prompts: Sequence[PromptLike], **options: Unpack[AnswerOptions]
@@ -250,7 +250,7 @@ class VLM(PageEmbedder):
         chosen = read_options(options, self.eos_token_ids)
         prepared = [self.processor.prepare(entry, **chosen.tiling) for entry in prompts]
         requests = self._inline.core.requests(prepared, chosen)
-        self._inline.core.prepare(requests)
+        self._inline.core.open_images(requests)
         return self._inline.answers(requests)
 
     def plan(
@@ -291,9 +291,9 @@ class VLM(PageEmbedder):
             VideoError: the file cannot be read.
         """
         video = self.processor.open_video(video)
-        plans = tuple(self.processor.plan(Frame(frame)) for frame in video.frames)
-        prompt = Prompt("", (), tuple(video.frames), plans)
-        return replace(video, frames=tuple(self._encoded(prompt)))
+        plans = [self.processor.plan(Frame(frame)) for frame in video.frames]
+        (frames,) = self._inline.encode([Prompt.of_images(video.frames, plans)])
+        return replace(video, frames=tuple(frames))
 
     def encode(self, image: ImageSource, **tiling: Unpack[Tiling]) -> VisualTokens:
         """Encode one image to visual tokens, reusable in any number of questions.
@@ -302,11 +302,8 @@ class VLM(PageEmbedder):
         """
         image = with_password(image, tiling.get("password"))
         plan = self.processor.plan(image, **tiling)
-        prompt = Prompt("", (), (image,), (plan,))
-        return self._encoded(prompt)[0]
-
-    def _encoded(self, prompt: Prompt) -> list[VisualTokens]:
-        return encode(self._inline, [prompt])[0].visual
+        ((visual,),) = self._inline.encode([Prompt.of_images([image], [plan])])
+        return visual
 
     @property
     def image_cache(self) -> ImageCache:
@@ -315,15 +312,15 @@ class VLM(PageEmbedder):
         ``image_cache.max_bytes`` limits it (0 disables it), ``image_cache.clear()`` empties it,
         ``image_cache.folder`` stores entries on disk for later processes.
         """
-        return self._images
+        return self._image_cache
 
     def clear_prefix_cache(self) -> None:
         """Clear the prefix cache; the image cache is kept."""
-        self._inline.core.prefixes.clear()
+        self._inline.core.prefix_cache.clear()
 
     def clear_caches(self) -> None:
         """Clear the image cache in memory and the prefix cache."""
-        self._images.clear()
+        self._image_cache.clear()
         self.clear_prefix_cache()
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:

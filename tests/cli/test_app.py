@@ -19,7 +19,7 @@ import smolstack
 import smolstack.errors
 from smolstack.cli import ask, chat, options
 from smolstack.generation.options import DEFAULT_MAX_NEW_TOKENS
-from smolstack.generation.sampling import Sampling
+from smolstack.generation.sampling import SamplingParams
 
 Run = Callable[..., Any]
 COMMANDS = ["ask", "chat", "plan", "inspect", "verify", "new"]
@@ -73,7 +73,7 @@ def test_a_misspelt_option_is_refused(run: Run) -> None:
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    library = Sampling()
+    library = SamplingParams()
     for command in (ask.ask, chat.chat):
         ours = {name: p.default for name, p in inspect.signature(command).parameters.items()}
         assert ours["max_new_tokens"] == DEFAULT_MAX_NEW_TOKENS

@@ -177,7 +177,7 @@ def test_more_known_images_than_run_at_a_time_are_no_trouble(vlm: smolstack.VLM)
     image = Image.new("RGB", (40, 40), "teal")
     vlm.encode(image)
     requests = [Request(vlm.request(image, "?").prompt, "visual tokens") for _ in range(150)]
-    vlm._inline.core.prepare(requests)
+    vlm._inline.core.open_images(requests)
     vlm._inline.finish(requests)
     assert all(len(request.visual) == 1 for request in requests)
 

@@ -10,37 +10,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolstack.errors import GenerationError
-from smolstack.generation.detokenizer import TextStream
-from smolstack.generation.sampling import Sampler, Sampling, penalize, warp
+from smolstack.generation.detokenizer import Detokenizer
+from smolstack.generation.sampling import Sampler, SamplingParams, penalize, warp
 from smolstack.generation.stopping import RepetitionRule, Stopping, find_stop, held_back
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
 
 
-def kept(sampling: Sampling) -> list[int]:
+def kept(sampling: SamplingParams) -> list[int]:
     return torch.isfinite(warp(LOGITS, sampling)).nonzero().flatten().tolist()
 
 
 def test_greedy_takes_the_likeliest_token() -> None:
-    assert Sampler(Sampling(), torch.tensor([0]))(LOGITS) == 1
+    assert Sampler(SamplingParams(), torch.tensor([0]))(LOGITS) == 1
 
 
 def test_top_k_keeps_the_k_likeliest() -> None:
-    assert kept(Sampling(temperature=1, top_k=2)) == [1, 2]
-    assert kept(Sampling(temperature=1, top_k=99)) == [0, 1, 2, 3, 4]
+    assert kept(SamplingParams(temperature=1, top_k=2)) == [1, 2]
+    assert kept(SamplingParams(temperature=1, top_k=99)) == [0, 1, 2, 3, 4]
 
 
 def test_top_p_keeps_the_likeliest_that_reach_p() -> None:
     # Probabilities: 0.086, 0.636, 0.234, 0.032, 0.012.
-    assert kept(Sampling(temperature=1, top_p=0.6)) == [1]
-    assert kept(Sampling(temperature=1, top_p=0.8)) == [1, 2]
-    assert kept(Sampling(temperature=1, top_p=0.9)) == [0, 1, 2]
-    assert kept(Sampling(temperature=1, top_p=1e-9)) == [1]
+    assert kept(SamplingParams(temperature=1, top_p=0.6)) == [1]
+    assert kept(SamplingParams(temperature=1, top_p=0.8)) == [1, 2]
+    assert kept(SamplingParams(temperature=1, top_p=0.9)) == [0, 1, 2]
+    assert kept(SamplingParams(temperature=1, top_p=1e-9)) == [1]
 
 
 def test_min_p_keeps_tokens_near_the_likeliest() -> None:
-    assert kept(Sampling(temperature=1, min_p=0.3)) == [1, 2]
-    assert kept(Sampling(temperature=1, min_p=1.0)) == [1]
+    assert kept(SamplingParams(temperature=1, min_p=0.3)) == [1, 2]
+    assert kept(SamplingParams(temperature=1, min_p=1.0)) == [1]
 
 
 def test_the_penalty_makes_seen_tokens_less_likely_of_either_sign() -> None:
@@ -49,13 +49,13 @@ def test_the_penalty_makes_seen_tokens_less_likely_of_either_sign() -> None:
 
 
 def test_the_penalty_counts_prompt_and_answer() -> None:
-    sampler = Sampler(Sampling(repetition_penalty=4.0), torch.tensor([1]))
+    sampler = Sampler(SamplingParams(repetition_penalty=4.0), torch.tensor([1]))
     assert [sampler(LOGITS) for _ in range(3)] == [2, 0, 1]
 
 
 def test_a_seed_repeats_an_answer_and_temperature_spreads_it() -> None:
     def draw(seed: int | None) -> list[int]:
-        sampler = Sampler(Sampling(temperature=2.0, seed=seed), torch.tensor([0]))
+        sampler = Sampler(SamplingParams(temperature=2.0, seed=seed), torch.tensor([0]))
         return [sampler(LOGITS) for _ in range(30)]
 
     assert draw(7) == draw(7)
@@ -76,7 +76,7 @@ def test_a_seed_repeats_an_answer_and_temperature_spreads_it() -> None:
 )
 def test_options_without_meaning_are_refused(option: str, value: float) -> None:
     with pytest.raises(GenerationError, match=f"{option} is {value}, expected"):
-        Sampling(**{option: value})  # type: ignore[arg-type]
+        SamplingParams(**{option: value})  # type: ignore[arg-type]
 
 
 def test_stopping_needs_room_and_words() -> None:
@@ -111,7 +111,7 @@ def bytes_as_tokens(ids: Sequence[int]) -> str:
 
 @given(st.text())
 def test_pieces_are_whole_characters_and_add_up_to_the_text(text: str) -> None:
-    stream = TextStream(bytes_as_tokens)
+    stream = Detokenizer(bytes_as_tokens)
     pieces = [stream.push(byte) for byte in text.encode()]
     pieces.append(stream.finish())
     assert "".join(pieces) == text == stream.text
@@ -119,15 +119,15 @@ def test_pieces_are_whole_characters_and_add_up_to_the_text(text: str) -> None:
 
 
 def test_a_character_of_four_bytes_comes_at_once() -> None:
-    stream = TextStream(bytes_as_tokens)
+    stream = Detokenizer(bytes_as_tokens)
     assert [stream.push(byte) for byte in "a🙂b".encode()] == ["a", "", "", "", "🙂", "b"]
 
 
 def test_bytes_that_never_make_a_character_do_not_hold_up_the_rest() -> None:
-    stream = TextStream(bytes_as_tokens)
+    stream = Detokenizer(bytes_as_tokens)
     pieces = [stream.push(byte) for byte in [226, 130, *list(b"A")]]
     assert "".join(pieces).endswith("A")
-    stream = TextStream(bytes_as_tokens)
+    stream = Detokenizer(bytes_as_tokens)
     stream.push(0xE2)
     assert stream.finish() == "\ufffd"
 
@@ -137,7 +137,7 @@ def test_bytes_that_never_make_a_character_do_not_hold_up_the_rest() -> None:
     stop=st.text(alphabet="ab\n", min_size=1, max_size=4),
 )
 def test_no_part_of_a_stop_string_is_ever_shown(text: str, stop: str) -> None:
-    stream = TextStream(bytes_as_tokens, [stop])
+    stream = Detokenizer(bytes_as_tokens, [stop])
     shown = ""
     for byte in text.encode():
         shown += stream.push(byte)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import smolstack
 from smolstack.errors import ContextLengthError, GenerationError, SmolstackError
 from smolstack.generation.constraint import POINTS_IN_A_ROW
-from smolstack.generation.grammar import Regex, closed
+from smolstack.generation.structured_output import Regex, closed
 
 IMAGE = Path(__file__).parent.parent.parent / "examples" / "number.png"
 QUESTION = "What does it say?"

@@ -28,7 +28,8 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts of tiles that went through the tower and tokens that went through the decoder."""
     counts = {"tiles": 0, "tokens": 0}
     tower = VisionTower.forward
-    read, decode = VisionLanguageModel.read, VisionLanguageModel.decode_one_token
+    read = VisionLanguageModel.prefill_embeddings
+    decode = VisionLanguageModel.decode_one_token
 
     def count_tiles(self: VisionTower, tiles: torch.Tensor, *rest: Any) -> torch.Tensor:
         counts["tiles"] += tiles.shape[0]
@@ -45,7 +46,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return decode(self, tokens, *rest)
 
     monkeypatch.setattr(VisionTower, "forward", count_tiles)
-    monkeypatch.setattr(VisionLanguageModel, "read", count_read)
+    monkeypatch.setattr(VisionLanguageModel, "prefill_embeddings", count_read)
     monkeypatch.setattr(VisionLanguageModel, "decode_one_token", count_decoded)
     return counts
 

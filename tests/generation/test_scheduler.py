@@ -144,7 +144,8 @@ def test_answers_are_those_of_ask_in_any_mixture(
 def count_work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What goes through the networks, in order: tiles, or the tokens of one forward pass."""
     log: list[tuple[str, int]] = []
-    tower, read = VisionTower.forward, VisionLanguageModel.read
+    tower = VisionTower.forward
+    read = VisionLanguageModel.prefill_embeddings
     decode = VisionLanguageModel.decode_one_token
 
     def tiles(self: VisionTower, x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -160,7 +161,7 @@ def count_work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return decode(self, x, *rest)
 
     monkeypatch.setattr(VisionTower, "forward", tiles)
-    monkeypatch.setattr(VisionLanguageModel, "read", prefill)
+    monkeypatch.setattr(VisionLanguageModel, "prefill_embeddings", prefill)
     monkeypatch.setattr(VisionLanguageModel, "decode_one_token", one_token)
     return log
 
@@ -174,7 +175,7 @@ def test_an_image_is_encoded_once_for_everybody(
         desk.ask(images[0], f"Question {number}?", max_new_tokens=2)
     desk.run()
     assert sum(count for kind, count in log if kind == "tiles") == 9
-    assert desk.core.images.images_done == 1
+    assert desk.core.image_queue.images_done == 1
 
 
 def test_what_prompts_share_is_read_once(
@@ -226,7 +227,7 @@ def test_who_goes_away_stops_costing_anything(
     desk.core.step()
     gone.cancelled = True
     desk.run()
-    assert desk.core.images.images_done == 1
+    assert desk.core.image_queue.images_done == 1
     assert desk.updates[gone.number] == []
     assert desk.answer(stays).text == tiny_vlm.ask(images[1], "What?", max_new_tokens=3).text
 
@@ -295,8 +296,8 @@ def test_nothing_is_kept_of_those_who_left(
     requests = [desk.ask(p, "What?", max_new_tokens=4) for p in images]
     desk.run()
     assert all(r.cache is None and r.images is None for r in requests)
-    assert desk.core.prefixes.held_bytes == desk.core.scheduler.reserved_bytes == 0
-    assert len(desk.core.images) == 0
+    assert desk.core.prefix_cache.held_bytes == desk.core.scheduler.reserved_bytes == 0
+    assert len(desk.core.image_queue) == 0
 
 
 def test_a_request_waits_until_there_is_memory_for_its_kv_cache(
@@ -311,7 +312,7 @@ def test_a_request_waits_until_there_is_memory_for_its_kv_cache(
         desk.core.step()
         core = desk.core
         most = max(most, len(core.scheduler.running))
-        assert core.scheduler.reserved_bytes + core.prefixes.held_bytes <= budget
+        assert core.scheduler.reserved_bytes + core.prefix_cache.held_bytes <= budget
     assert most == 2
     assert all(desk.answer(request).token_ids for request in requests)
 

@@ -177,10 +177,10 @@ def test_a_prompt_read_in_pieces_or_beside_others_gives_the_same(
     embeddings = embeddings.to(model.dtype)
     with torch.inference_mode():
         whole = KVCache(model.config.text, 1, 40, dtype=model.cache_dtype)
-        expected = model.read(embeddings, whole)
+        expected = model.prefill_embeddings(embeddings, whole)
         pieces = KVCache(model.config.text, 1, 40, dtype=model.cache_dtype)
         for start, end in ((0, 8), (8, 9), (9, 21)):
-            found = model.read(embeddings[:, start:end], pieces)
+            found = model.prefill_embeddings(embeddings[:, start:end], pieces)
         assert alike(found, expected)
         beside = KVCache(
             model.config.text,
@@ -191,7 +191,7 @@ def test_a_prompt_read_in_pieces_or_beside_others_gives_the_same(
         )
         padded = torch.zeros(2, 26, width, dtype=model.dtype)
         padded[0], padded[1, 5:] = torch.ones(26, width), embeddings[0]
-        assert alike(model.read(padded, beside)[1:], expected)
+        assert alike(model.prefill_embeddings(padded, beside)[1:], expected)
         alone = model.decode_one_token(torch.tensor([7]), whole)
         assert alike(model.decode_one_token(torch.tensor([9, 7]), beside)[1:], alone)
 

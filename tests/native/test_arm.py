@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from smolstack.native import compiling
+from smolstack.native.cpu_features import features
 from smolstack.native.instruction_sets import SETS, InstructionSet, supported_sets
-from smolstack.native.processor import features
 
 HERE, NATIVE = Path(__file__).parent, Path(compiling.__file__).parent
 ARM = [one for one in SETS if one.architecture == "aarch64"]

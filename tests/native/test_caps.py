@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from smolstack.native import library as native
+from smolstack.native.cpu_features import features
 from smolstack.native.instruction_sets import CAP, supported_sets, usable
-from smolstack.native.processor import features
 
 TESTS = Path(__file__).parent.parent
 # What the kernels of each library say that they were compiled for.

@@ -119,7 +119,7 @@ def test_a_prompt_is_the_whole_pass_at_any_number_of_threads(
             for threads in THREADS:
                 torch.set_num_threads(threads)
                 cache = KVCache(model.config.text, 1, count + 1, dtype=model.cache_dtype)
-                found = model.read(embeddings, cache)[0]
+                found = model.prefill_embeddings(embeddings, cache)[0]
                 alone = found if alone is None else alone
                 assert not same or torch.equal(found, alone), (size, count, threads)
             assert alone is not None

@@ -15,8 +15,8 @@ import smolstack.native
 from smolstack.native import instruction_sets as sets
 from smolstack.native import library as native
 from smolstack.native.compiling import fingerprint_of_sources
+from smolstack.native.cpu_features import features
 from smolstack.native.instruction_sets import KernelError, usable
-from smolstack.native.processor import features
 
 NATIVE = Path(smolstack.native.__file__).parent
 NUMBER = Path(__file__).parents[2] / "examples" / "number.png"
@@ -126,7 +126,7 @@ def test_a_library_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="nothing to compare with")
 def test_the_probe_says_what_linux_says(tmp_path: Path) -> None:
-    told = features(compiled(tmp_path, str(NATIVE / "processor.c")))
+    told = features(compiled(tmp_path, str(NATIVE / "cpu_features.c")))
     wanted = frozenset[str]().union(*(one.needs for one in sets.supported_sets()))
     assert told & wanted == features() & wanted
 
@@ -149,7 +149,7 @@ def test_a_built_library_needs_no_compiler_and_stale_ones_are_left(
     caplog: pytest.LogCaptureFixture,
     request: pytest.FixtureRequest,
 ) -> None:
-    sources = [str(path) for path in sorted(NATIVE.glob("*.c")) if path.name != "processor.c"]
+    sources = [str(path) for path in sorted(NATIVE.glob("*.c")) if path.name != "cpu_features.c"]
     said = f'-DSMOLSTACK_SOURCES="{fingerprint_of_sources()}"'
     made = compiled(tmp_path, "-O0", said, *sources, "-lm")
     monkeypatch.setattr(native, "built", lambda: [made])

@@ -19,23 +19,23 @@ from transformers import (
 
 from smolstack.checkpoint.new import random_model
 from smolstack.family import PRESETS
-from smolstack.generation.sampling import Sampler, Sampling, penalize, warp
+from smolstack.generation.sampling import Sampler, SamplingParams, penalize, warp
 from smolstack.interop.miniature import miniature
 from smolstack.interop.reference import share_model
 
 SETTINGS = [
-    Sampling(temperature=1.0, top_k=1),
-    Sampling(temperature=1.0, top_k=7),
-    Sampling(temperature=1.0, top_k=500),
-    Sampling(temperature=1.0, top_p=0.9),
-    Sampling(temperature=1.0, top_p=0.05),
-    Sampling(temperature=1.0, top_p=0.999),
-    Sampling(temperature=1.0, min_p=0.05),
-    Sampling(temperature=1.0, min_p=1.0),
-    Sampling(temperature=0.3, top_k=20, top_p=0.8, min_p=0.1),
-    Sampling(temperature=1.7, top_k=50, top_p=0.95, min_p=0.02),
-    Sampling(temperature=0.7, top_p=0.9),
-    Sampling(temperature=2.5),
+    SamplingParams(temperature=1.0, top_k=1),
+    SamplingParams(temperature=1.0, top_k=7),
+    SamplingParams(temperature=1.0, top_k=500),
+    SamplingParams(temperature=1.0, top_p=0.9),
+    SamplingParams(temperature=1.0, top_p=0.05),
+    SamplingParams(temperature=1.0, top_p=0.999),
+    SamplingParams(temperature=1.0, min_p=0.05),
+    SamplingParams(temperature=1.0, min_p=1.0),
+    SamplingParams(temperature=0.3, top_k=20, top_p=0.8, min_p=0.1),
+    SamplingParams(temperature=1.7, top_k=50, top_p=0.95, min_p=0.02),
+    SamplingParams(temperature=0.7, top_p=0.9),
+    SamplingParams(temperature=2.5),
 ]
 
 
@@ -50,7 +50,7 @@ def _logits(kind: str, seed: int) -> Tensor:
     return logits
 
 
-def _theirs(logits: Tensor, sampling: Sampling) -> Tensor:
+def _theirs(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """The warpers in the order in which transformers' generate applies them."""
     chain: Any = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
     if sampling.top_k:
@@ -65,7 +65,7 @@ def _theirs(logits: Tensor, sampling: Sampling) -> Tensor:
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 @pytest.mark.parametrize("kind", ["smooth", "ties", "peaked", "flat"])
-def test_the_same_tokens_stay_with_the_same_scores(sampling: Sampling, kind: str) -> None:
+def test_the_same_tokens_stay_with_the_same_scores(sampling: SamplingParams, kind: str) -> None:
     for seed in range(10):
         logits = _logits(kind, seed)
         ours, theirs = warp(logits, sampling), _theirs(logits, sampling)
@@ -103,11 +103,13 @@ def test_the_order_is_that_of_generate() -> None:
 
 def test_greedy_takes_the_first_of_equal_tokens_as_transformers_does() -> None:
     logits = torch.tensor([0.0, 3.0, 1.0, 3.0, 3.0])
-    assert Sampler(Sampling(), torch.tensor([0]))(logits) == int(torch.argmax(logits)) == 1
+    assert Sampler(SamplingParams(), torch.tensor([0]))(logits) == int(torch.argmax(logits)) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-3])
 def test_a_temperature_near_zero_takes_the_likeliest_token(temperature: float) -> None:
     logits = torch.tensor([0.5, 900.0, -3.0, 899.0])
-    sampler = Sampler(Sampling(temperature=temperature, top_p=0.9, min_p=0.1), torch.tensor([0]))
+    sampler = Sampler(
+        SamplingParams(temperature=temperature, top_p=0.9, min_p=0.1), torch.tensor([0])
+    )
     assert [sampler(logits) for _ in range(5)] == [1] * 5

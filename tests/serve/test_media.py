@@ -131,7 +131,7 @@ def test_documents_that_cannot_be_shown_are_refused(
     whole = report.read_bytes()
     for content, page, expected in (
         (whole, "", "has 2 pages, expected one of them"),
-        (whole, "#page=3", "has 2 pages, expected no page 3"),
+        (whole, "#page=3", "has 2 pages, found page 3, expected 1 to 2"),
         (b"%PDF-1.7 damaged", "", "cannot be read as a PDF file"),
         (empty, "", "has no pages"),
         (locked(tmp_path / "locked.pdf", b"key").read_bytes(), "", "is locked"),

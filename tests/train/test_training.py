@@ -270,7 +270,7 @@ def test_adapters_count_in_answers_that_the_kernels_had_begun_to_give() -> None:
     def one_token() -> torch.Tensor:
         with torch.inference_mode():
             cache = KVCache(model.config.text, 1, ids.shape[1])
-            model.read(model.decoder.embedding(ids[:, :-1]), cache)
+            model.prefill_embeddings(model.decoder.embedding(ids[:, :-1]), cache)
             return model.decode_one_token(ids[:, -1], cache)[0]
 
     def whole() -> torch.Tensor:

@@ -14,7 +14,7 @@ ROUNDS = 7
 
 
 def nothing(*_given: object) -> None:
-    """Ignore what is reported."""
+    """Ignore progress reports."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Needs the extra ``bulk`` (pyarrow), and ``ray`` for ``engine="ray"``.
 from __future__ import annotations
 
 try:
-    import pyarrow as _pyarrow  # noqa: F401 - every module of this room needs it
+    import pyarrow as _pyarrow  # noqa: F401 - every module of this package needs it
 except ImportError:
     raise ImportError("bulk work needs pyarrow; pip install 'smolstack[bulk]'") from None
 

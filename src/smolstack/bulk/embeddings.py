@@ -95,8 +95,8 @@ class Embeddings(_Kept):
         return vector if self.kind_of == "mean" else pa.list_(vector)
 
     def prepare(self, row: Row) -> list[Prompt]:
-        image = row.image
-        return [Prompt("", (), (image,), (self.processor.plan(image, **self.tiling),))]
+        plan = self.processor.plan(row.image, **self.tiling)
+        return [Prompt.of_images([row.image], [plan])]
 
     def embedding(self, request: Request) -> Tensor:
         tokens = request.visual[0].tokens.flatten(0, 1).float()
@@ -114,13 +114,13 @@ class Pages(_Kept):
     def __init__(self, vlm: VLM, dtype: str, tiling: Tiling) -> None:
         check_embedding(RETRIEVAL, dtype)
         super().__init__(vlm, tiling, dtype, {EMBED: RETRIEVAL, SHAPE: shape_of(vlm)})
-        self.words = vlm.retrieval_words
+        self.prompts = vlm.retrieval_prompts
 
     def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
         return pa.list_(pa.list_(number, check_head(vlm.model, vlm.folder)))
 
     def prepare(self, row: Row) -> list[Prompt]:
-        return page_prompts(self.processor, [row.image], self.words.page, self.tiling)
+        return page_prompts(self.processor, [row.image], self.prompts.page, self.tiling)
 
     def embedding(self, request: Request) -> Tensor:
         assert request.vectors is not None

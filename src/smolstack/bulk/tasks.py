@@ -17,12 +17,12 @@ from smolstack.bulk.rows import Row, plain
 from smolstack.errors import BulkError, SmolstackError
 from smolstack.generation.answer import Answer
 from smolstack.generation.core import EngineCore
-from smolstack.generation.grammar import Choices
 from smolstack.generation.image_cache import ImageCache
 from smolstack.generation.inline import INLINE, InlineEngine
 from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
 from smolstack.generation.request import Kind, Request
+from smolstack.generation.structured_output import Choices
 from smolstack.processor.geometry import Tiling
 from smolstack.processor.processor import Prompt
 
@@ -77,8 +77,8 @@ class ImageTask:
         self.model, self.processor, self.tiling = vlm.model, vlm.processor, tiling
         # A separate core without an image cache: images rarely repeat.
         limits = replace(INLINE, prefix_bytes=prefix_bytes)
-        images = ImageCache(vlm.model, max_bytes=0)
-        self.engine = InlineEngine(EngineCore(vlm.model, vlm.processor, limits, images=images))
+        cache = ImageCache(vlm.model, max_bytes=0)
+        self.engine = InlineEngine(EngineCore(vlm.model, vlm.processor, limits, image_cache=cache))
 
     def prepare(self, row: Row) -> list[Prompt]:
         raise NotImplementedError
@@ -92,7 +92,7 @@ class ImageTask:
         for row in rows:
             try:
                 made = [self.request(prompt) for prompt in self.prepare(row)]
-                self.engine.core.prepare([one for one in made if isinstance(one, Request)])
+                self.engine.core.open_images([one for one in made if isinstance(one, Request)])
             except Exception as error:  # decoders raise many exception types for damaged files
                 loaded.errors.append((row, sentence(error)))
                 continue

@@ -75,9 +75,9 @@ def with_quantization(config: ModelConfig, entries: Mapping[str, Entry]) -> Mode
     """Return the config with the formats of the layers that ``entries`` hold as integers."""
     formats, widths = {}, {}
     for name, entry in entries.items():
-        if entry.form is not None:
+        if entry.format is not None:
             ours = keys.from_hf(name).removesuffix(f".{PACKED}")
-            formats[ours] = entry.form
+            formats[ours] = entry.format
             widths[ours] = entry.weights // entry.shape[0]
     found = Quantization(name_of(formats, widths), formats) if formats else None
     return replace(config, quantization=found)

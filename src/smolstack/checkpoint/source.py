@@ -127,7 +127,7 @@ def _with_weights(
 
 
 def _refuse_integers(adapter: Adapter | None, weights: Stored) -> None:
-    held = [entry.stored for entry in weights.entries.values() if entry.form is not None]
+    held = [entry.stored for entry in weights.entries.values() if entry.format is not None]
     if adapter is not None and held:
         raise ConfigError(
             f"{adapter.folder} is an adapter of {weights.folder}, which has {held[0]} weights, "

@@ -31,7 +31,7 @@ class Entry:
         shape: shape of the tensor when read.
         dtype: dtype of the tensor when read, as named in safetensors.
         stored: the number format in the file, if it differs: "Q4_1", "MLX 4 bits".
-        form: for the integers of a quantized layer, their meaning.
+        format: for the integers of a quantized layer, their meaning.
         parameters: the number of weights that it represents; None: one per value.
     """
 
@@ -39,7 +39,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     stored: str = ""
-    form: Format | None = None
+    format: Format | None = None
     parameters: int | None = None
 
     @property

@@ -17,7 +17,7 @@ from smolstack.text import plural
 if TYPE_CHECKING:
     from smolstack.generation.answer import Answer
     from smolstack.processor.geometry import TilePlan, Tiling
-    from smolstack.processor.inputs import Shown
+    from smolstack.processor.inputs import MediaInput
     from smolstack.processor.video import Video
     from smolstack.vlm import VLM
 
@@ -198,7 +198,7 @@ def plan_json(name: str, plan: TilePlan) -> dict[str, Any]:
     }
 
 
-def _seen_json(name: str, shown: Shown, plans: list[TilePlan]) -> dict[str, Any]:
+def _seen_json(name: str, shown: MediaInput, plans: list[TilePlan]) -> dict[str, Any]:
     from smolstack.processor.video import Video
 
     if not isinstance(shown, Video):
@@ -276,7 +276,7 @@ def grid(plan: TilePlan) -> str:
     return f"{plan.rows}x{plan.cols} grid"
 
 
-def _opened(vlm: VLM, image: str | bytes, fps: float | None, most: int | None) -> Shown:
+def _opened(vlm: VLM, image: str | bytes, fps: float | None, most: int | None) -> MediaInput:
     from smolstack.processor.animation import is_animation
     from smolstack.processor.video import is_video
 
@@ -288,7 +288,7 @@ def _opened(vlm: VLM, image: str | bytes, fps: float | None, most: int | None) -
         return vlm.open_video(image, fps=fps, max_frames=most)
 
 
-def _plans(vlm: VLM, shown: Shown, tiling: Tiling) -> list[TilePlan]:
+def _plans(vlm: VLM, shown: MediaInput, tiling: Tiling) -> list[TilePlan]:
     from smolstack.processor.video import Frame, Video
 
     if isinstance(shown, Video):
@@ -296,7 +296,7 @@ def _plans(vlm: VLM, shown: Shown, tiling: Tiling) -> list[TilePlan]:
     return [vlm.processor.plan(shown, **tiling)]
 
 
-def _line(name: str, shown: Shown, plans: list[TilePlan]) -> str:
+def _line(name: str, shown: MediaInput, plans: list[TilePlan]) -> str:
     from smolstack.processor.video import Video
 
     if isinstance(shown, Video):

@@ -80,6 +80,6 @@ def _save(where: ModelPath, out: Path, *, overwrite: bool) -> None:
     from smolstack.vlm import load
 
     entries = open_source(where).entries
-    whole = all(entry.form is None for entry in entries.values())
+    whole = all(entry.format is None for entry in entries.values())
     dtype = str(stored_dtype(entries)).removeprefix("torch.") if whole else "auto"
     load(where, dtype=dtype).save(out, overwrite=overwrite)

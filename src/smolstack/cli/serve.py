@@ -146,11 +146,11 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = 2048,
-    max_form_bytes: Annotated[
+    max_grammar_bytes: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Maximum characters of a request's schema, expression and choices together.",
+            help="Maximum characters of a request's schema, grammar, regex and choices together.",
             rich_help_panel=_LIMITS,
         ),
     ] = 64 * 2**10,
@@ -274,7 +274,7 @@ def serve(
         images=max_images,
         prompt_tokens=max_prompt_tokens,
         new_tokens=max_new_tokens,
-        form_bytes=max_form_bytes,
+        grammar_bytes=max_grammar_bytes,
         special_tokens_in_text=special_tokens_in_text,
         answers=max_answers,
         deadline=deadline,

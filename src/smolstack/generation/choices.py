@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from smolstack.errors import ContextLengthError, GenerationError
-from smolstack.generation.sampling import Sampling
+from smolstack.generation.sampling import SamplingParams
 from smolstack.model.kv_cache import KVCache
 from smolstack.processor.processor import Processor, Prompt
 
 _COPIED_BYTES = 256 * 2**20  # copies of the prompt's cache, one per choice of a pass
-_TOKENS = 512  # maximum per pass, padding included
+SCORED_TOKENS = 512  # per pass, unless prefill passes are limited
 
 
 def continuations(
@@ -96,7 +96,7 @@ class Scoring:
         choices: Sequence[Sequence[int]],
         logits: Tensor,
         held_bytes: int,
-        tokens: int = _TOKENS,
+        tokens: int,
     ) -> None:
         self.choices = [list(ids) for ids in choices]
         first = logits.float().log_softmax(dim=-1)
@@ -165,7 +165,7 @@ def probabilities(log_probabilities: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def pick(log_probabilities: Sequence[float], sampling: Sampling) -> int:
+def pick(log_probabilities: Sequence[float], sampling: SamplingParams) -> int:
     """Return the most likely choice, or one sampled at the temperature."""
     if sampling.temperature == 0:
         return max(range(len(log_probabilities)), key=lambda place: log_probabilities[place])

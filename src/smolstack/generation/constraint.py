@@ -20,7 +20,7 @@ POINTS_IN_A_ROW = 6  # consecutive; then the text must continue
 
 
 class Constraint:
-    """The state of one answer's grammar; it is told every chosen token.
+    """The state of one answer's grammar, advanced by every chosen token.
 
     Where the grammar allows several continuations, the model may first generate pointing tokens, if
     its checkpoint has any. They are not part of the text, so the grammar ignores them.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smolstack.errors import DeadlineError, GenerationError
 from smolstack.generation.answer import TokenLogprob
-from smolstack.generation.choices import Scoring, pick
+from smolstack.generation.choices import SCORED_TOKENS, Scoring, pick
 from smolstack.generation.costs import ClientUse, Costs
 from smolstack.generation.image_cache import ImageCache
 from smolstack.generation.image_queue import ImageQueue
@@ -36,15 +36,14 @@ from smolstack.model.weight_changes import WeightsVersion
 from smolstack.processor.processor import Processor, Prompt
 
 T = TypeVar("T")
-_CHOICE_TOKENS = 512  # per scoring pass
 
 
 class EngineCore:
-    """Processes many requests concurrently. Requests may be made and prepared in any thread;
-    everything else is not thread-safe (see engine.py and inline.py).
+    """Processes many requests concurrently. Requests may be made, and their images opened, in
+    any thread; everything else is not thread-safe (see engine.py and inline.py).
 
     Args:
-        images: the image cache; default: a new one.
+        image_cache: default: a new one.
         limits: limits of concurrency, batch sizes and memory.
         workers: threads that open and preprocess images; None: done inside :meth:`step`.
         clock: returns seconds, for deadlines.
@@ -52,8 +51,9 @@ class EngineCore:
 
     Attributes:
         scheduler: waiting and running requests.
-        images: the image queue, with the image cache.
-        prefixes: the prefix cache.
+        image_queue: tiles that wait for the vision tower; ``image_queue.cache`` is the image cache.
+        image_stage: opens images, and collects their visual tokens.
+        prefix_cache: KV caches of prompt prefixes.
         costs, client_use: measured costs of work, and each client's recent share.
         decode_steps, generated_tokens, prefill_tokens: counters.
     """
@@ -64,7 +64,7 @@ class EngineCore:
         processor: Processor,
         limits: SchedulerLimits | None = None,
         *,
-        images: ImageCache | None = None,
+        image_cache: ImageCache | None = None,
         workers: Executor | None = None,
         clock: Callable[[], float] = time.monotonic,
         wake: Callable[[], None] = lambda: None,
@@ -72,22 +72,24 @@ class EngineCore:
         limits = limits or SchedulerLimits()
         self.model, self.processor = model, processor
         self.clock = clock
-        self.images = ImageQueue(processor, ImageCache(model) if images is None else images)
-        self.stage = ImageStage(self.images, workers, wake)
-        self.prefixes = PrefixCache(limits.prefix_bytes)
-        self.runner = ModelRunner(model, processor, self.prefixes)
+        self.image_queue = ImageQueue(
+            processor, ImageCache(model) if image_cache is None else image_cache
+        )
+        self.image_stage = ImageStage(self.image_queue, workers, wake)
+        self.prefix_cache = PrefixCache(limits.prefix_bytes)
+        self.runner = ModelRunner(model, processor, self.prefix_cache)
         self.costs, self.client_use = Costs(), ClientUse()
         self.scheduler = Scheduler(
             limits,
-            self.images,
-            self.prefixes,
+            self.image_queue,
+            self.prefix_cache,
             kv_bytes=model.kv_bytes_per_token,
             kv_budget=limits.kv_cache_bytes or default_kv_bytes(model.device),
             costs=self.costs,
         )
         self.decode_steps = self.generated_tokens = self.prefill_tokens = 0
         self._weights, self._known_weights = WeightsVersion(model.decoder), 0
-        self.maker = RequestMaker(model, processor, self.images, self.scheduler.check)
+        self.maker = RequestMaker(model, processor, self.scheduler.check)
         self._next_number = 0
 
     # Requests
@@ -102,11 +104,11 @@ class EngineCore:
         """Make requests for answers; see :meth:`RequestMaker.requests`."""
         return self.maker.requests(prompts, options, deadline=deadline)
 
-    def prepare(self, requests: Sequence[Request]) -> None:
+    def open_images(self, requests: Sequence[Request]) -> None:
         """Open and preprocess images before the requests are queued; see
-        :meth:`RequestMaker.prepare`.
+        :meth:`ImageStage.open`.
         """
-        self.maker.prepare(requests)
+        self.image_stage.open(requests)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -121,14 +123,14 @@ class EngineCore:
         if request.images is not None:
             # Images that are already opened can be encoded while the request waits.
             try:
-                self.stage.want(request)
+                self.image_stage.want(request)
             except Exception as error:
                 self._fail(request, error)
 
     def clear_caches(self) -> None:
         """Clear the image cache in memory and the prefix cache."""
-        self.images.cache.clear()
-        self.prefixes.clear()
+        self.image_queue.cache.clear()
+        self.prefix_cache.clear()
 
     # Steps
 
@@ -172,13 +174,13 @@ class EngineCore:
         number = self._weights.current()
         if number != self._known_weights:  # results computed with other weights are invalid
             self._known_weights = number
-            self.prefixes.clear()
+            self.prefix_cache.clear()
         for request in self.scheduler.admit(self.clock()):
-            self.stage.begin(request)
+            self.image_stage.begin(request)
 
     def _collect(self) -> None:
         """Take the images that workers have opened."""
-        for request, error in self.stage.collect(self.scheduler.running).items():
+        for request, error in self.image_stage.collect(self.scheduler.running).items():
             self._fail(request, error)
         for request in list(self.scheduler.running):
             self._when_ready(request)
@@ -204,26 +206,26 @@ class EngineCore:
             read = sum(chunk.tokens for chunk in plan.prefill)
             self.costs.measured("token", read, outputs.prefill[0].seconds)
         for chunk, outcome in zip(plan.prefill, outputs.prefill, strict=True):
-            chunk.request.taken.prefill += outcome.seconds
-            chunk.request.read_tokens += chunk.tokens
+            chunk.request.elapsed.prefill += outcome.seconds
+            chunk.request.computed_tokens += chunk.tokens
             self.prefill_tokens += chunk.tokens
             self._guarded(chunk.request, outcome, self._take_prefill)
         if plan.score is not None:
-            plan.score.taken.prefill += outputs.score.seconds
+            plan.score.elapsed.prefill += outputs.score.seconds
             self._guarded(plan.score, outputs.score, self._take_scores)
         self._take_vectors(plan, outputs.embed)
         self._take_decoded(plan, outputs.decode)
 
     def _take_tiles(self, plan: StepPlan, outcome: Outcome[Tensor]) -> None:
-        waiting = self.images.waiting_for(plan.tiles)
+        waiting = self.image_queue.waiting_for(plan.tiles)
         for request in waiting:
-            request.taken.vision += outcome.seconds
+            request.elapsed.vision += outcome.seconds
         if outcome.value is None:
             assert outcome.error is not None
             for request in waiting:
                 self._fail(request, outcome.error)
             return
-        for request in self.stage.take(plan.tiles, outcome.value):
+        for request in self.image_stage.take(plan.tiles, outcome.value):
             self._when_ready(request)
 
     def _take_prefill(self, request: Request, logits: Tensor) -> None:
@@ -237,7 +239,7 @@ class EngineCore:
             request.stage = "decode"
             self._take_token(request, logits)
             return
-        tokens = self.scheduler.limits.prefill_tokens or _CHOICE_TOKENS
+        tokens = self.scheduler.limits.prefill_tokens or SCORED_TOKENS
         held = request.cache.held_bytes
         request.scoring = Scoring(request.choices, logits, held, tokens)
         if request.scoring.complete:
@@ -260,7 +262,7 @@ class EngineCore:
 
     def _take_vectors(self, plan: StepPlan, outcome: Outcome[Tensor]) -> None:
         for row, request in enumerate(plan.embed):
-            request.taken.prefill += outcome.seconds
+            request.elapsed.prefill += outcome.seconds
             if outcome.value is None:
                 assert outcome.error is not None
                 self._fail(request, outcome.error)
@@ -276,8 +278,8 @@ class EngineCore:
         self.costs.measured("row", len(plan.decode), outcome.seconds)
         rows = [None] * len(plan.decode) if outcome.value is None else outcome.value.unbind()
         for request, logits in zip(plan.decode, rows, strict=True):
-            request.taken.decode += outcome.seconds
-            request.taken.decode_steps += 1
+            request.elapsed.decode += outcome.seconds
+            request.elapsed.decode_steps += 1
             if logits is None:
                 assert outcome.error is not None
                 self._fail(request, outcome.error)
@@ -290,7 +292,7 @@ class EngineCore:
     def _take_token(self, request: Request, logits: Tensor) -> None:
         assert request.output is not None
         began = perf_counter()
-        _, piece = request.output.take(logits)
+        piece = request.output.take(logits)
         request.own_seconds += (perf_counter() - began - request.own_seconds) / 2
         request.turn = self.decode_steps
         self._say(request, piece)
@@ -306,18 +308,18 @@ class EngineCore:
         answer = None
         if output.finish_reason is not None:
             assert request.options is not None
-            timings = request.taken.timings()
+            timings = request.elapsed.timings()
             answer = make_answer(
                 request.prompt,
                 output,
                 timings,
                 request.options,
                 request.scores,
-                read_tokens=request.read_tokens,
+                computed_tokens=request.computed_tokens,
             )
             request.answer = answer
             self.generated_tokens += len(output.token_ids)
-            self.prefixes.finish(request.number, [] if request.choices else output.token_ids)
+            self.prefix_cache.finish(request.number, [] if request.choices else output.token_ids)
             self._leave(request)
         if request.listener is not None and (piece or logprobs or answer is not None):
             request.tell(Update(piece, logprobs, answer))

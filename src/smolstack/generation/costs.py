@@ -23,7 +23,7 @@ _MOST_DEBT = 60.0  # seconds that a client waits for others
 _HALF_LIFE = 30.0  # seconds after which half of what a client had is forgotten
 _CLIENTS = 4096  # that are remembered
 _PIXEL = 3e-8  # seconds to open a pixel of a JPEG image
-_FORM = 1e-5  # seconds for a byte of a schema or a regular expression
+SECONDS_PER_GRAMMAR_BYTE = 1e-5  # to compile a schema or a regular expression
 _TOKENS = 256  # a limit is often higher than what comes
 _NEW = 0.1  # share of a new measurement
 # A pass over fewer units takes about as long as over these: its seconds are no measure of one unit.
@@ -66,8 +66,8 @@ class Costs:
             if request.choices is not None:
                 seconds += sum(map(len, request.choices)) * self.token
             elif request.output is not None:
-                form = _FORM * request.form_bytes
-                seconds += min(request.output.limit, longest) * self.row + form
+                grammar = SECONDS_PER_GRAMMAR_BYTE * request.grammar_bytes
+                seconds += min(request.output.limit, longest) * self.row + grammar
         return seconds
 
     def most(self, requests: Iterable[Request]) -> dict[Request, float]:
@@ -107,5 +107,7 @@ class ClientUse:
 
 
 def urgency(arrival: float, seconds: float) -> float:
-    """Return the rank, without the client's share, of a request with the given arrival and work."""
+    """Return the rank of work that arrived at a time and takes some seconds, without its client's
+    share.
+    """
     return arrival + _PATIENCE * seconds

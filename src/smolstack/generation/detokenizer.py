@@ -11,7 +11,7 @@ _CONTEXT = 8  # preceding tokens decoded again: decoding may depend on them
 _LONGEST_CHARACTER = 8  # tokens; a longer undecodable ending is emitted
 
 
-class TextStream:
+class Detokenizer:
     """The text of one answer, extended token by token.
 
     Args:

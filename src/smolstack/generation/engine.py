@@ -40,14 +40,19 @@ class Engine:
         processor: Processor,
         limits: SchedulerLimits | None = None,
         *,
-        images: ImageCache | None = None,
+        image_cache: ImageCache | None = None,
     ) -> None:
         self._changed = threading.Condition()
         self._inbox: list[Request] = []
         self._news = self._closing = False
         self._workers = RankedPool(_IMAGE_THREADS, _LARGE_IMAGES, "images")
         self.core = EngineCore(
-            model, processor, limits, images=images, workers=self._workers, wake=self._wake
+            model,
+            processor,
+            limits,
+            image_cache=image_cache,
+            workers=self._workers,
+            wake=self._wake,
         )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -209,7 +214,7 @@ class Engine:
         self._wake()
 
     def _end(self) -> list[Request]:
-        """Accept no new requests; return those submitted but not yet queued."""
+        """Accept no new requests; return all that are not finished."""
         with self._changed:
             self._closing = True
             self._news = True

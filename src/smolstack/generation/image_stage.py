@@ -15,7 +15,7 @@ from smolstack.batch import VisualTokens
 from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.pools import RankedPool
 from smolstack.generation.prepared_image import PendingTile, PreparedImage
-from smolstack.generation.request import Request
+from smolstack.generation.request import ImageState, Request
 from smolstack.processor.decoding_pace import weight
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource
@@ -37,8 +37,31 @@ class ImageStage:
     ) -> None:
         self.queue, self.workers, self.wake = queue, workers, wake
 
+    def open(self, requests: Sequence[Request]) -> None:
+        """Open and preprocess the images of requests that have not started, in this thread.
+        Thread-safe.
+
+        An image used by several requests is opened once.
+
+        Raises:
+            ImageError: an image cannot be decoded.
+        """
+        known: dict[bytes, ImageState] = {}
+        for request in requests:
+            began = perf_counter()
+            request.images = []
+            for image, plan in zip(request.prompt.images, request.prompt.plans, strict=True):
+                if isinstance(image, VisualTokens):
+                    request.images.append(image)
+                    continue
+                key = self.queue.key(image, plan)
+                if key not in known:
+                    known[key] = self.queue.prepare(image, plan, key)
+                request.images.append(known[key])
+            request.elapsed.images += perf_counter() - began
+
     def begin(self, request: Request) -> None:
-        """Start opening a request's images, unless already done."""
+        """Start opening a request's images in the workers, unless already done."""
         request.stage = "images"
         if request.images is not None:
             return
@@ -73,7 +96,7 @@ class ImageStage:
     ) -> VisualTokens | PreparedImage:
         began = perf_counter()
         made = self.queue.prepare(image, plan)
-        request.taken.images += perf_counter() - began
+        request.elapsed.images += perf_counter() - began
         return made
 
     def collect(self, requests: Iterable[Request]) -> dict[Request, Exception]:

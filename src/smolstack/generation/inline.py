@@ -6,11 +6,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from torch import Tensor
+
+from smolstack.batch import VisualTokens
 from smolstack.errors import GenerationError, KVCacheError
 from smolstack.generation.answer import Answer
 from smolstack.generation.core import EngineCore
-from smolstack.generation.request import Request, Update
+from smolstack.generation.request import Kind, Request, Update
 from smolstack.generation.scheduler import SchedulerLimits
+from smolstack.processor.processor import Prompt
 
 # Callers wait for all answers: prompts are read completely before decoding starts.
 INLINE = SchedulerLimits(running=64, queued=None, prefill_tokens=None, interleave=False)
@@ -36,6 +40,32 @@ class InlineEngine:
         """
         self.finish(requests)
         return [request.answered for request in requests]
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[VisualTokens]]:
+        """Return the visual tokens of each prompt's images, without reading the prompts.
+
+        Raises:
+            ImageError: an image cannot be decoded; raised before any network runs.
+        """
+        return [request.visual for request in self._results(prompts, "visual tokens")]
+
+    def embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Return each prompt's vectors of a retrieval model, (T, E) float32.
+
+        Raises:
+            ImageError: an image cannot be decoded; raised before any network runs.
+        """
+        requests = self._results(prompts, "vectors")
+        return [request.vectors for request in requests if request.vectors is not None]
+
+    def _results(self, prompts: Sequence[Prompt], kind: Kind) -> list[Request]:
+        requests = [Request(prompt, kind) for prompt in prompts]
+        self.core.open_images(requests)
+        self.finish(requests)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        return requests
 
     def finish(self, requests: Sequence[Request]) -> None:
         """Run until all requests are finished, with or without an error."""

@@ -9,12 +9,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smolstack.errors import GenerationError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 MAX_CALLS = 8
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
@@ -48,7 +45,7 @@ class Lark:
         return f"start: {json.dumps(lead)}{maybe} the_answer\n{body}"
 
 
-def read_grammar(grammar: Any, to_lark: Callable[[str], str] | None = None) -> Lark:
+def read_grammar(grammar: Any) -> Lark:
     """Return a user's grammar, given in Lark or GBNF.
 
     Raises:
@@ -59,7 +56,7 @@ def read_grammar(grammar: Any, to_lark: Callable[[str], str] | None = None) -> L
     if not isinstance(grammar, str) or not grammar.strip():
         raise GenerationError(f"grammar is {grammar!r:.80}, expected Lark or GBNF rules")
     if re.search(r"^\s*[\w-]+\s*::=", grammar, re.MULTILINE):
-        grammar = (to_lark or _from_gbnf)(grammar)
+        grammar = _from_gbnf(grammar)
     if not re.search(r"^\s*\??start\s*:", grammar, re.MULTILINE):
         raise GenerationError("grammar has no rule start, expected one for the whole answer")
     return Lark(grammar)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smolstack.errors import GenerationError
-from smolstack.generation.grammar import Structure, read_structure
 from smolstack.generation.lark import Lark
-from smolstack.generation.sampling import Sampling
+from smolstack.generation.sampling import SamplingParams
 from smolstack.generation.stopping import RepetitionRule, Stopping
+from smolstack.generation.structured_output import Structure, read_structure
 from smolstack.generation.token_rules import TokenRules, read_rules
 from smolstack.processor.geometry import Tiling
 
@@ -20,12 +20,12 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 
 
 class AnswerOptions(Tiling, total=False):
-    """Keyword options of ask, stream and ask_many. See also Sampling, Stopping and Tiling.
+    """Keyword options of ask, stream and ask_many. See also SamplingParams, Stopping and Tiling.
 
     Attributes:
         max_new_tokens: maximum length of the answer in tokens; default 512.
-        temperature, top_k, top_p, min_p, repetition_penalty, seed: see Sampling; greedy unless
-            temperature is given.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: see SamplingParams; greedy
+            unless temperature is given.
         presence_penalty, frequency_penalty, logit_bias, min_tokens, ignore_eos, stop_token_ids,
             bad_words: see TokenRules.
         stop: one or more strings that end the answer.
@@ -72,10 +72,10 @@ class ReadOptions:
 
     Attributes:
         continues: whether the answer continues a text, not a chat: its white space is kept, and
-            nothing of the chat template stands before a form.
+            nothing of the chat template precedes its structure.
     """
 
-    sampling: Sampling
+    sampling: SamplingParams
     stopping: Stopping
     tiling: Tiling
     keep_special_tokens: bool
@@ -96,19 +96,19 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Read
     unknown, expected = sorted(set(given) - known), sorted(known)
     if unknown:
         raise GenerationError(f"unknown options {unknown}, expected some of {expected}")
-    stop, circles = options.get("stop", ()), options.get("stop_on_repetition", False)
-    forms = ("schema", "regex", "grammar", "choices")
-    form = next((name for name in forms if given.get(name) is not None), None)
+    stop, repetition = options.get("stop", ()), options.get("stop_on_repetition", False)
+    structures = ("schema", "regex", "grammar", "choices")
+    named = next((name for name in structures if given.get(name) is not None), None)
     if isinstance(grammar := given.get("grammar"), Lark):
-        form = grammar.name  # the option that selected it
-    rules = read_rules(given, form)
+        named = grammar.name  # the option that selected it
+    rules = read_rules(given, named)
     stopping = Stopping(
         max_new_tokens=options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
         eos_token_ids=(*eos_token_ids, *rules.stop_token_ids),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        repetition=RepetitionRule() if circles is True else circles or None,
+        repetition=RepetitionRule() if repetition is True else repetition or None,
     )
-    sampling = Sampling(**{name: given[name] for name in _SAMPLING if name in given})
+    sampling = SamplingParams(**{name: given[name] for name in _SAMPLING if name in given})
     tiling: Any = {name: given[name] for name in Tiling.__annotations__ if name in given}
     structure = read_structure(
         options.get("schema"),

@@ -13,11 +13,11 @@ from smolstack.errors import ContextLengthError, GenerationError
 from smolstack.generation.answer import Answer, Timings, TokenLogprob, Usage
 from smolstack.generation.choices import probabilities
 from smolstack.generation.constraint import Constraint
-from smolstack.generation.detokenizer import TextStream
-from smolstack.generation.grammar import Choices, Schema
+from smolstack.generation.detokenizer import Detokenizer
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.sampling import Sampler
 from smolstack.generation.stopping import FinishReason, Stopping
+from smolstack.generation.structured_output import Choices, Schema
 from smolstack.generation.token_rules import TokenRules
 from smolstack.processor.processor import Prompt
 
@@ -36,7 +36,7 @@ class Output:
     prompt_tokens: int
     limit: int
     sampler: Sampler
-    stream: TextStream
+    stream: Detokenizer
     stopping: Stopping
     constraint: Constraint | None = None
     top_logprobs: int | None = None
@@ -48,11 +48,9 @@ class Output:
     _handed_out: int = 0  # characters emitted, without the lead
     _lead_left: int = -1  # characters of the lead not yet generated
 
-    def take(self, logits: torch.Tensor) -> tuple[int, str]:
-        """Choose a token from logits (V,) and determine whether the answer ends with it.
-
-        Returns:
-            The token, and the characters of the answer that became final.
+    def take(self, logits: torch.Tensor) -> str:
+        """Choose a token from logits (V,) and determine whether the answer ends with it; return the
+        characters that became final.
         """
         with torch.inference_mode():
             allowed = None if self.constraint is None else self.constraint.allowed()
@@ -62,7 +60,7 @@ class Output:
         self.token_ids.append(token)
         if self.constraint is not None:
             self.constraint.take(token)
-        return token, self._after_lead(self._push(token))
+        return self._after_lead(self._push(token))
 
     def _choose(self, logits: torch.Tensor, allowed: torch.Tensor | None) -> int:
         """Return the next token; one that would complete a bad word is drawn again."""
@@ -158,7 +156,7 @@ def new_output(
         prompt_tokens=len(token_ids),
         limit=min(options.stopping.max_new_tokens, room),
         sampler=Sampler(options.sampling, torch.tensor(list(token_ids), dtype=torch.long)),
-        stream=TextStream(decode, options.stopping.stop),
+        stream=Detokenizer(decode, options.stopping.stop),
         stopping=options.stopping,
         constraint=constraint,
         top_logprobs=options.logprobs,
@@ -174,13 +172,13 @@ def make_answer(
     options: ReadOptions,
     scores: Sequence[float] | None = None,
     *,
-    read_tokens: int | None = None,
+    computed_tokens: int | None = None,
 ) -> Answer:
     """Return the answer of a finished output.
 
     Args:
         scores: log-probabilities of its choices.
-        read_tokens: prompt tokens that were not copied from the prefix cache.
+        computed_tokens: prompt tokens that were not copied from the prefix cache.
     """
     assert output.finish_reason is not None
     structure, text = options.structure, output.text
@@ -196,7 +194,7 @@ def make_answer(
             visual_tokens=sum(plan.visual_tokens for plan in prompt.plans),
             completion_tokens=len(output.token_ids),
             tiles=sum(plan.tiles for plan in prompt.plans),
-            cached_tokens=0 if read_tokens is None else output.prompt_tokens - read_tokens,
+            cached_tokens=0 if computed_tokens is None else output.prompt_tokens - computed_tokens,
         ),
         timings=timings,
         logprobs=None if options.logprobs is None else tuple(output.logprobs),

@@ -102,7 +102,7 @@ class PrefixCache:
                 entry.cache.truncate(length)
                 entry.cache.reserve(capacity)
                 return entry.cache
-        return entry.cache.copied(1, capacity, length)
+        return entry.cache.copied(capacity, length)
 
     def begin(self, number: int, keys: Sequence[TokenKey], cache: KVCache) -> None:
         """Register a request that starts reading its prompt into ``cache``."""
@@ -130,7 +130,7 @@ class PrefixCache:
             if self.held_bytes <= most:
                 break
             if entry.cache.length < entry.cache.capacity:
-                entry.cache = entry.cache.copied(1, entry.cache.length)
+                entry.cache = entry.cache.copied(entry.cache.length)
         while self._finished and (self.held_bytes > most or len(self._finished) > _MOST):
             self._finished.popitem(last=False)
 

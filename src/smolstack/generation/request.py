@@ -79,10 +79,11 @@ class Request:
         abort_error: for any thread to set: as ``cancelled``, and the listener gets this error.
         error: why it failed; answer, vectors: its result.
         cache, embeddings: of the prompt, once it is being read.
-        read_tokens: prompt tokens that were computed, not copied.
+        computed_tokens: prompt tokens that were computed, not copied from the prefix cache.
+        elapsed: seconds of work so far.
         client: its client, if clients share the engine; cost: expected seconds of work of it and
             the requests submitted with it; urgency, rank: priority, the lowest first (costs.py).
-        form_bytes: size of its schema or expression.
+        grammar_bytes: size of its grammar (a schema or an expression).
         preempted: set by the scheduler while another request has its slot; turn_began: when it got
             the slot last, on the core's clock.
         own_seconds: seconds per token outside the model, such as those of its grammar.
@@ -103,12 +104,12 @@ class Request:
         self.prompt, self.kind, self.options = prompt, kind, options
         self.output, self.choices = output, choices
         self.listener, self.deadline = listener, deadline
-        self.number, self.read_tokens = -1, 0
+        self.number, self.computed_tokens = -1, 0
         self.stage: Stage = "waiting"
         self.paused = self.cancelled = False
         self.abort_error: Exception | None = None
         self.images: list[ImageState] | None = None
-        self.taken = Elapsed()
+        self.elapsed = Elapsed()
         self.keys: list[TokenKey] = []
         self.cache: KVCache | None = None
         self.embeddings: Tensor | None = None
@@ -121,11 +122,11 @@ class Request:
         self.client: str | None = None
         self.cost = self.urgency = self.rank = self.own_seconds = 0.0
         self.preempted, self.turn_began = False, 0.0
-        self.form_bytes = self.turn = 0
+        self.grammar_bytes = self.turn = 0
 
     @property
     def held(self) -> bool:
-        """Whether no work is done on it now."""
+        """Whether no work is done on it now: no thread waits for it, or another has its slot."""
         return self.paused or self.preempted
 
     @property

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from time import perf_counter
 
-from smolstack.batch import VisualTokens
 from smolstack.errors import ConfigError
 from smolstack.generation.choices import continuations
 from smolstack.generation.constraint import Constraint
-from smolstack.generation.grammar import Choices, Grammars
-from smolstack.generation.image_queue import ImageQueue
+from smolstack.generation.grammar import Grammars
 from smolstack.generation.lark import Lark
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.output import new_output
-from smolstack.generation.request import ImageState, Request
+from smolstack.generation.request import Request
+from smolstack.generation.structured_output import Choices
 from smolstack.generation.triggered_constraint import TriggeredConstraint
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor, Prompt
@@ -25,7 +23,6 @@ class RequestMaker:
     """Makes requests for one model. Thread-safe.
 
     Args:
-        images: opens and preprocesses images.
         check: raises for a request that can never run.
     """
 
@@ -33,10 +30,9 @@ class RequestMaker:
         self,
         model: VisionLanguageModel,
         processor: Processor,
-        images: ImageQueue,
         check: Callable[[Request], None],
     ) -> None:
-        self.model, self.processor, self.images, self.check = model, processor, images, check
+        self.model, self.processor, self.check = model, processor, check
         self._grammars: dict[tuple[tuple[int, ...], str], Grammars] = {}
 
     def requests(
@@ -64,16 +60,18 @@ class RequestMaker:
                 "this checkpoint has an embedding head and cannot generate text; use embed_pages "
                 "and embed_queries (smolstack map --embed retrieval, smolstack search)"
             )
-        form, size = self._form(each[0])
+        constraint, size = self._first_constraint(each[0])
         made = []
         for prompt, own in zip(prompts, each, strict=True):
-            request = self._request(prompt, own, None if form is None else form.copy(), deadline)
-            request.form_bytes = size
+            request = self._request(
+                prompt, own, None if constraint is None else constraint.copy(), deadline
+            )
+            request.grammar_bytes = size
             self.check(request)
             made.append(request)
         return made
 
-    def _form(self, options: ReadOptions) -> tuple[Constraint | None, int]:
+    def _first_constraint(self, options: ReadOptions) -> tuple[Constraint | None, int]:
         """Return the constraint of all answers, and the size of its grammar. The allowed first
         tokens take longest to compute, so this is done here and once.
         """
@@ -109,11 +107,11 @@ class RequestMaker:
     def _constraint(
         self, grammars: Grammars, grammar: str, options: ReadOptions, pointing: bool
     ) -> Constraint:
-        form = options.structure
-        if isinstance(form, Lark) and form.trigger:
+        structure = options.structure
+        if isinstance(structure, Lark) and structure.trigger:
             decode = partial(self.processor.tokenizer.decode, skip_special=True)
             return TriggeredConstraint(
-                grammars.matcher(grammar), grammars.vocab_size, form.trigger, decode
+                grammars.matcher(grammar), grammars.vocab_size, structure.trigger, decode
             )
         return grammars.constraint(grammar, pointing=pointing)
 
@@ -143,25 +141,3 @@ class RequestMaker:
     def _lead(self, options: ReadOptions) -> str:
         """Return the text between a prompt and its answer."""
         return "" if options.continues else self.processor.answer_lead
-
-    def prepare(self, requests: Sequence[Request]) -> None:
-        """Open and preprocess the images of requests that have not started. Thread-safe.
-
-        An image used by several requests is opened once.
-
-        Raises:
-            ImageError: an image cannot be decoded.
-        """
-        known: dict[bytes, ImageState] = {}
-        for request in requests:
-            began = perf_counter()
-            request.images = []
-            for image, plan in zip(request.prompt.images, request.prompt.plans, strict=True):
-                if isinstance(image, VisualTokens):
-                    request.images.append(image)
-                    continue
-                key = self.images.key(image, plan)
-                if key not in known:
-                    known[key] = self.images.prepare(image, plan, key)
-                request.images.append(known[key])
-            request.taken.images += perf_counter() - began

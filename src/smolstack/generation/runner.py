@@ -55,13 +55,13 @@ class ModelRunner:
     """Executes plans on a model.
 
     Args:
-        prefixes: the prefix cache.
+        prefix_cache: where known beginnings of prompts are found, and prompts registered.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, processor: Processor, prefixes: PrefixCache
+        self, model: VisionLanguageModel, processor: Processor, prefix_cache: PrefixCache
     ) -> None:
-        self.model, self.processor, self.prefixes = model, processor, prefixes
+        self.model, self.processor, self.prefix_cache = model, processor, prefix_cache
 
     def execute(self, plan: StepPlan) -> StepOutputs:
         """Execute a plan; an error affects only its part."""
@@ -106,10 +106,10 @@ class ModelRunner:
             parts.append(embeddings[:, chunk.start : chunk.start + chunk.tokens])
             caches.append(cache)
         if len(chunks) == 1:
-            return self.model.read(parts[0], caches[0])
+            return self.model.prefill_embeddings(parts[0], caches[0])
         packed = torch.cat(parts, dim=1)
         counts = [chunk.tokens for chunk in chunks]
-        return self.model.read(packed, RaggedKVCache(caches, counts))
+        return self.model.prefill_embeddings(packed, RaggedKVCache(caches, counts))
 
     def _begin(self, chunk: PrefillChunk) -> None:
         """Compute a prompt's embeddings, and take its KV cache with the known prefix."""
@@ -119,8 +119,8 @@ class ModelRunner:
         if prefix is None:
             request.cache = self.model.new_sequence_cache(capacity)
         else:
-            request.cache = self.prefixes.take(prefix, capacity)
-        self.prefixes.begin(request.number, request.keys, request.cache)
+            request.cache = self.prefix_cache.take(prefix, capacity)
+        self.prefix_cache.begin(request.number, request.keys, request.cache)
 
     def _score(self, request: Request) -> dict[int, float]:
         """Return summed log-probabilities of the tokens of one pass over some choices."""
@@ -135,7 +135,7 @@ class ModelRunner:
         counts = [len(scoring.fed(row)) for row in rows]
         copies = RaggedKVCache([scoring.copies[row] for row in rows], counts)
         embeddings = self.model.decoder.embedding(fed.to(self.model.device))[None]
-        logits = self.model.read(embeddings, copies, every=True)[0]
+        logits = self.model.prefill_embeddings(embeddings, copies, every=True)[0]
         scores = logits.float().log_softmax(dim=-1)
         taken = scores.gather(1, wanted.to(scores.device)[:, None])[:, 0].cpu()
         sums = [float(part.sum()) for part in torch.split(taken, counts)]
@@ -160,7 +160,7 @@ def _beside(scoring: Scoring, row: int, cache: KVCache) -> KVCache:
     """Return a copy of the prompt's cache with room for a choice, except its last token, which is
     not read.
     """
-    return cache.copied(1, cache.length + len(scoring.choices[row]) - 1)
+    return cache.copied(cache.length + len(scoring.choices[row]) - 1)
 
 
 def _outcome(work: Callable[[], T]) -> Outcome[T]:

@@ -1,4 +1,4 @@
-"""Sampling. The warpers and their order are those of transformers' ``generate``."""
+"""The sampler and its parameters. Warpers and their order are those of transformers' generate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LEAST = 0.0001  # smallest divisor of logits; with less they overflow
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen.
 
     Attributes:
@@ -36,8 +36,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        heat = self.temperature
-        _check("temperature", heat, heat == 0 or heat >= _LEAST, f"0, or {_LEAST} or more")
+        low = self.temperature
+        _check("temperature", low, low == 0 or low >= _LEAST, f"0, or {_LEAST} or more")
         _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
@@ -48,7 +48,7 @@ class Sampling:
 class Sampler:
     """Chooses tokens for one sequence, with a random state independent of the batch."""
 
-    def __init__(self, sampling: Sampling, prompt_ids: Tensor) -> None:
+    def __init__(self, sampling: SamplingParams, prompt_ids: Tensor) -> None:
         self.sampling = sampling
         self.seen = torch.unique(prompt_ids) if sampling.repetition_penalty != 1 else None
         self.generator = torch.Generator()
@@ -92,7 +92,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.scatter(0, seen, scores)
 
 
-def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+def warp(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Apply temperature, top-k, top-p, min-p, in this order; dropped tokens get −inf: (V,) →
     (V,).
     """

@@ -84,14 +84,14 @@ class Scheduler:
     def __init__(
         self,
         limits: SchedulerLimits,
-        images: ImageQueue,
-        prefixes: PrefixCache,
+        image_queue: ImageQueue,
+        prefix_cache: PrefixCache,
         *,
         kv_bytes: int,
         kv_budget: int,
         costs: Costs,
     ) -> None:
-        self.limits, self.images, self.prefixes = limits, images, prefixes
+        self.limits, self.image_queue, self.prefix_cache = limits, image_queue, prefix_cache
         self.kv_bytes, self.kv_budget, self.costs = kv_bytes, kv_budget, costs
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -228,14 +228,14 @@ class Scheduler:
             left -= kept
         if left < 0:
             return False
-        if self.prefixes.held_bytes > left:
-            self.prefixes.shrink(left)
+        if self.prefix_cache.held_bytes > left:
+            self.prefix_cache.shrink(left)
         return True
 
     def leave(self, request: Request) -> None:
         """Remove a request that is finished or aborted."""
-        self.images.leave(request)
-        self.prefixes.drop(request.number)
+        self.image_queue.leave(request)
+        self.prefix_cache.drop(request.number)
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -244,7 +244,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Return the plan of the next step; empty if there is nothing to do."""
         plan = StepPlan()
-        newcomers = [self._read, self._tiles]
+        newcomers = [self._plan_prompts, self._plan_tiles]
         if not self.limits.interleave or self._tiles_first():
             newcomers.reverse()
         for part in newcomers:
@@ -252,7 +252,7 @@ class Scheduler:
             if plan:
                 break
         if self.limits.interleave or not plan:
-            plan.decode = self._decode()
+            plan.decode = self._decoding()
         return plan
 
     def _at(self, stage: str) -> list[Request]:
@@ -261,10 +261,10 @@ class Scheduler:
 
     def _tiles_first(self) -> bool:
         """Return whether some request's tiles are more urgent than all prompts."""
-        urgent = self.images.rank
+        urgent = self.image_queue.rank
         return urgent is not None and all(r.rank > urgent for r in self._at("prefill"))
 
-    def _decode(self) -> list[Request]:
+    def _decoding(self) -> list[Request]:
         """Return the requests that get a token. Answers with slow grammars take turns, so that
         others do not wait for all of them.
         """
@@ -280,10 +280,10 @@ class Scheduler:
                 left -= request.own_seconds
         return [request for request in rows if request not in later]
 
-    def _tiles(self, plan: StepPlan) -> None:
-        plan.tiles = self.images.next_tiles(self.limits.tiles)
+    def _plan_tiles(self, plan: StepPlan) -> None:
+        plan.tiles = self.image_queue.next_tiles(self.limits.tiles)
 
-    def _read(self, plan: StepPlan) -> None:
+    def _plan_prompts(self, plan: StepPlan) -> None:
         """Plan a pass over prompts, choices, or prompts to embed, for the most urgent request."""
         ready = self._at("prefill")
         if not ready:
@@ -295,9 +295,9 @@ class Scheduler:
         elif ready[0].scoring is not None:
             plan.score = ready[0]
         else:
-            self._prefill(plan, [r for r in ready if r.kind == "answer" and r.scoring is None])
+            self._plan_prefill(plan, [r for r in ready if r.kind == "answer" and r.scoring is None])
 
-    def _prefill(self, plan: StepPlan, ready: list[Request]) -> None:
+    def _plan_prefill(self, plan: StepPlan, ready: list[Request]) -> None:
         """Plan prompt chunks for one pass. A request with the same beginning as another one of the
         pass waits, and will find this beginning in the prefix cache.
         """
@@ -318,7 +318,7 @@ class Scheduler:
     def _chunk(self, request: Request, limit: int | None) -> PrefillChunk:
         prefix = None
         if request.cache is None:
-            prefix = self.prefixes.match(request.keys)
+            prefix = self.prefix_cache.match(request.keys)
             start = 0 if prefix is None else prefix.length
         else:
             start = request.cache.length

@@ -1,4 +1,4 @@
-"""Rules about single tokens: penalties, biases and exclusions."""
+"""Rules about single tokens (logits processors): penalties, biases and exclusions."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ class TokenRules:
 _NONE = TokenRules()
 
 
-def read_rules(given: Mapping[str, Any], form: str | None) -> TokenRules:
+def read_rules(given: Mapping[str, Any], structure: str | None) -> TokenRules:
     """Return the token rules among the options of an answer.
 
     Args:
-        form: the option of the answer's structure, such as "schema", or None.
+        structure: the option of the answer's structure, such as "schema", or None.
 
     Raises:
         GenerationError: a value is invalid, or a rule cannot be combined with the structure.
@@ -126,14 +126,14 @@ def read_rules(given: Mapping[str, Any], form: str | None) -> TokenRules:
         raise GenerationError(
             f"min_tokens is {rules.min_tokens}, expected at most max_new_tokens, {limit}"
         )
-    if form is not None:
+    if structure is not None:
         names = ["min_tokens", "ignore_eos", "stop_token_ids", "bad_words"]
-        if form == "choices":  # choices are not sampled
+        if structure == "choices":  # choices are not sampled
             names = list(NAMES)
         for name in names:
             if getattr(rules, name) != getattr(_NONE, name):
                 raise GenerationError(
-                    f"found {name} and {form}, which cannot be combined: {form} alone determines "
-                    "the answer and its end"
+                    f"found {name} and {structure}, which cannot be combined: {structure} alone "
+                    "determines the answer and its end"
                 )
     return rules

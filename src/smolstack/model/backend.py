@@ -39,7 +39,7 @@ class Backend:
         *,
         every: bool,
     ) -> Tensor | None:
-        """Append tokens to a cache, as :meth:`VisionLanguageModel.read` does."""
+        """Append tokens to a cache, as :meth:`VisionLanguageModel.prefill_embeddings` does."""
         return None
 
     def decode(

@@ -99,17 +99,14 @@ class KVCache:
         batch, heads, _, width = self.keys[0].shape
         return 2 * len(self.keys) * batch * heads * width * self.keys[0].element_size()
 
-    def copied(self, rows: int, capacity: int, length: int | None = None) -> KVCache:
-        """Copy the first ``length`` tokens (None: all) of the only sequence to a new cache.
-
-        The new cache has ``rows`` rows with the same contents and room for ``capacity`` tokens.
+    def copied(self, capacity: int, length: int | None = None) -> KVCache:
+        """Return a cache with a copy of the first ``length`` tokens (None: all) of the only
+        sequence, and room for ``capacity`` tokens.
         """
         kept = self.length if length is None else length
         copy = object.__new__(KVCache)
-        copy.keys = [_grown(keys.expand(rows, -1, -1, -1), kept, capacity) for keys in self.keys]
-        copy.values = [
-            _grown(held.expand(rows, -1, -1, -1), kept, capacity) for held in self.values
-        ]
+        copy.keys = [_grown(keys, kept, capacity) for keys in self.keys]
+        copy.values = [_grown(values, kept, capacity) for values in self.values]
         copy.padding, copy.capacity, copy.length = None, capacity, kept
         copy._addresses = None
         return copy

@@ -63,7 +63,7 @@ def round_activations(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 class Packed(Protocol):
     """A layer's weights in a backend's own layout."""
 
-    form: Format
+    format: Format
     inputs: int
     outputs: int
 
@@ -162,7 +162,7 @@ class QuantizedLinear(nn.Module):
     def of_packed(cls, packed: Packed, bias: Tensor | None) -> QuantizedLinear:
         """Build a layer from weights that are already in a backend's layout."""
         with torch.device("meta"):
-            made = cls(packed.inputs, packed.outputs, packed.form, bias=bias is not None)
+            made = cls(packed.inputs, packed.outputs, packed.format, bias=bias is not None)
         made.packed = packed
         if bias is not None:
             made.bias = bias.detach().float().clone()

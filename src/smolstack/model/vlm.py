@@ -221,18 +221,18 @@ class VisionLanguageModel(nn.Module):
 
         Tokens that are already in the cache (a shared prefix) are not processed again.
         """
-        return self.read(self.merge(batch)[:, cache.length :], cache)
+        return self.prefill_embeddings(self.merge(batch)[:, cache.length :], cache)
 
-    def read(
+    def prefill_embeddings(
         self, embeddings: Tensor, cache: KVCache | RaggedKVCache, *, every: bool = False
     ) -> Tensor:
-        """Append tokens, (B, T, D), to ``cache``; (1, ΣT, D) for a ragged cache.
+        """Append tokens to ``cache``: (B, T, D), or (1, ΣT, D) for a ragged cache.
 
         Returns:
             Logits of the next token, (B, V), or (R, V) for a ragged cache, one row per sequence.
             With ``every``, logits after each token: (B, T, V) or (1, ΣT, V).
         """
-        if self._answers:
+        if self._asks_backend:
             made = self.backend.prefill(self.decoder, self._head, embeddings, cache, every=every)
             if made is not None:
                 return made
@@ -247,7 +247,7 @@ class VisionLanguageModel(nn.Module):
     def decode_one_token(self, token_ids: Tensor, cache: KVCache | RaggedKVCache) -> Tensor:
         """Append one token per sequence, (B,), to ``cache`` and return the next logits: (B, V)."""
         embeddings: Tensor = self.decoder.embedding(token_ids)
-        if self._answers:
+        if self._asks_backend:
             made = self.backend.decode(self.decoder, self._head, embeddings, cache)
             if made is not None:
                 return made
@@ -261,8 +261,8 @@ class VisionLanguageModel(nn.Module):
         return self.decoder.embedding if self.head is None else self.head
 
     @property
-    def _answers(self) -> bool:
-        """Whether the head gives logits and the model is not being traced."""
+    def _asks_backend(self) -> bool:
+        """Whether a backend may take over: the head gives logits, and nothing is being traced."""
         return self.config.embedding_dim is None and not torch.compiler.is_compiling()
 
     def embed(self, batch: Batch) -> Tensor:

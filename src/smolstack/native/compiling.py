@@ -16,13 +16,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from smolstack.native.cpu_features import features
 from smolstack.native.instruction_sets import KernelError, architecture, cap, usable
-from smolstack.native.processor import features
 from smolstack.output_files import atomic_file, remove_leftovers
 
-# processor.c contains no kernels: it detects which of them can run.
+# cpu_features.c contains no kernels: it detects which of them can run.
 SOURCES = tuple(
-    sorted(path.name for path in Path(__file__).parent.glob("*.c") if path.name != "processor.c")
+    sorted(path.name for path in Path(__file__).parent.glob("*.c") if path.name != "cpu_features.c")
 )
 HEADERS = tuple(sorted(path.name for path in Path(__file__).parent.glob("*.h")))
 # Not -ffast-math: it would change denormal handling for the whole process.

@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from smolstack.native.compiling import compiled, fingerprint_of_sources
+from smolstack.native.cpu_features import features
 from smolstack.native.instruction_sets import KernelError, usable
-from smolstack.native.processor import features
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""How long a file's decoder will take, told from its header, before it runs.
+"""Estimate from a file's header how long its decoder will take.
 
 Memory is estimated in decoder_costs.py. A file may also be cheap to send and slow to decode: a
 JPEG file that repeats a scan of 40 bytes hundreds of thousands of times, or a format whose decoder

@@ -20,7 +20,7 @@ from smolstack.processor.video import Frame, Video, is_video
 
 T = TypeVar("T")
 ImageInput: TypeAlias = "ImageSource | VisualTokens"
-Shown: TypeAlias = "ImageInput | Video"  # a path may be a video's
+MediaInput: TypeAlias = "ImageInput | Video"  # a path may be a video's
 # Input of one sequence: a text, the messages of a chat, or either with its images.
 PromptLike: TypeAlias = "str | Sequence[Message] | tuple[Any, str | Sequence[Message]]"
 

@@ -1,4 +1,4 @@
-"""How large the images inside an AVIF or HEIF file are, whatever its header says.
+"""The actual sizes of the images in an AVIF or HEIF file, regardless of its header.
 
 The decoders make room for what the coded data says, and compare it with the header afterwards.
 Boxes are those of ISO/IEC 14496-12 and 23008-12, the sequence header that of AV1 (section 5.5).
@@ -18,7 +18,7 @@ _SEQUENCE_HEADER = 1
 
 
 def coded_pixels(file: str | Path | bytes) -> int:
-    """Pixels of the largest image that the file holds; 0 where it does not say."""
+    """Pixels of the largest image in the file; 0 if it does not give them."""
     if isinstance(file, bytes):
         return _coded_pixels(BytesIO(file))
     with open(file, "rb") as opened:

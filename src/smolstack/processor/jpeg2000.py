@@ -1,4 +1,4 @@
-"""What a JPEG 2000 file makes its decoder allocate beside its pixels.
+"""Memory that a JPEG 2000 file's decoder allocates in addition to the pixels.
 
 OpenJPEG keeps a structure for every code block and for every tile, so a file of a few kilobytes
 whose code blocks are the smallest ones takes a hundred bytes per pixel. It also decodes what the
@@ -109,7 +109,7 @@ def _segment(file: BinaryIO) -> tuple[int, bytes]:
     if marker in (_SOD, _EOC):
         return marker, b""
     if marker != _SOT and marker not in _KNOWN:
-        raise ImageError(f"its codestream has the marker {marker:04X} where a header goes on")
+        raise ImageError(f"its codestream has the marker {marker:04X} within a header")
     size = file.read(2)
     length = struct.unpack(">H", size)[0] if len(size) == 2 else 0
     content = file.read(max(0, length - 2))

@@ -51,13 +51,13 @@ class LiteralText:
         return LiteralText, (self.tokenizer, self._markers)  # locks are not pickled
 
     def mark_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Messages with the control tokens in their texts marked as text.
+        """Return messages in whose texts the special tokens are marked as text.
 
-        Their roles, and the types of their parts, are not the writer's and stay as they are; what
-        has such a name further inside, in a call's arguments for instance, is.
+        Roles and types of parts are not changed, because they are not the author's. Fields of the
+        same names at deeper levels, such as in a call's arguments, are.
 
         Raises:
-            PromptError: a text holds a character that marks.
+            PromptError: a text contains one of the characters used as marks.
         """
         made = []
         for message in messages:
@@ -154,7 +154,7 @@ def _renamed(backend: tokenizers.Tokenizer, names: set[str]) -> tokenizers.Token
     for name in names:
         if made.encode(_NAME + name, add_special_tokens=False).ids != [backend.token_to_id(name)]:
             raise CheckpointError(
-                f"tokenizer.json has the token {name!r} in a way that lets no text be kept apart "
-                "from it; expected an added token (or special_tokens_in_text)"
+                f"tokenizer.json has the token {name!r}, which cannot be told apart from the same "
+                "characters in a text; expected an added token (or special_tokens_in_text)"
             )
     return made

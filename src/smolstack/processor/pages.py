@@ -111,7 +111,9 @@ def frame_of_page(source: str | Path | bytes, name: str, number: int | None) -> 
             )
         return first
     if not 1 <= number <= len(frames):
-        raise ImageError(f"{name} has {len(frames)} pages, expected no page {number}")
+        raise ImageError(
+            f"{name} has {len(frames)} pages, found page {number}, expected 1 to {len(frames)}"
+        )
     return frames[number - 1]
 
 

@@ -106,7 +106,8 @@ class PdfPage:
             number = 1 if self.number is None else self.number
             if not 1 <= number <= count:
                 raise ImageError(
-                    f"{_name(self.path)} has {count} pages, expected no page {self.number}"
+                    f"{_name(self.path)} has {count} pages, found page {self.number}, expected "
+                    f"1 to {count}"
                 )
             with _refused(self.path, self.password):
                 yield document[number - 1]

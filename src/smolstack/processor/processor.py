@@ -48,6 +48,11 @@ class Prompt:
     plans: tuple[TilePlan, ...]
     marked: str | None = None
 
+    @classmethod
+    def of_images(cls, images: Sequence[ImageInput], plans: Sequence[TilePlan]) -> Prompt:
+        """Return images without a text, to be encoded to visual tokens."""
+        return cls("", (), tuple(images), tuple(plans))
+
 
 class Processor:
     """Chat template, tile planner, tokenizer and image preprocessing of one checkpoint.
@@ -155,11 +160,11 @@ class Processor:
         return self.plain.encode(prompt.marked + text)
 
     def as_text(self, text: str) -> str:
-        """Somebody's text as it is put into a rendered prompt: marked, unless its control tokens
-        are to become tokens.
+        """Return a user's text for insertion in a rendered prompt: marked as text, unless special
+        tokens in texts are converted.
 
         Raises:
-            PromptError: the text holds a character that marks.
+            PromptError: the text contains one of the characters used as marks.
         """
         if self.special_tokens_in_text:
             return text

@@ -186,7 +186,7 @@ class Rounding:
     """
 
     weight: Tensor
-    form: Format
+    format: Format
     importance: Tensor
     factors: Factors
 
@@ -194,19 +194,19 @@ class Rounding:
 def rounded_and_packed(kernels: native.Library, work: Rounding, arena: Arena) -> PackedWeights:
     """Like :func:`rounded_words`, directly in the kernels' layout."""
     outputs, inputs = work.weight.shape
-    memory = arena.take(packed_size(kernels, work.form, inputs, outputs))
+    memory = arena.take(packed_size(kernels, work.format, inputs, outputs))
     _round(kernels, work, (memory.data_ptr(), None, 0, None, None))
-    return PackedWeights(kernels, work.form, inputs, outputs, memory)
+    return PackedWeights(kernels, work.format, inputs, outputs, memory)
 
 
 def _round(kernels: native.Library, work: Rounding, into: tuple[int | None, ...]) -> None:
     weight = work.weight
     stored, importance = StoredWeight(weight, work.factors), work.importance.float().contiguous()
     failed = kernels.round_weight(
-        work.form.bits,
+        work.format.bits,
         stored.reference,
         importance.data_ptr(),
-        work.form.group,
+        work.format.group,
         *into,
         torch.get_num_threads(),
     )

@@ -23,11 +23,10 @@ from smolstack.quantization.budget import average_bits, choose_formats
 from smolstack.quantization.quantize import formats_of, quantize_model
 from smolstack.quantization.sensitivity import output_fisher, rounding_costs
 from smolstack.quantization_job import self_calibration
-from smolstack.quantization_job.measuring import Measured, Reference
+from smolstack.quantization_job.measuring import Measured, Reference, merged_embeddings
 from smolstack.quantization_job.results import Quantized, results_of
 from smolstack.quantization_job.samples import Sample, Samples, divide, read_samples
 from smolstack.quantization_job.state import State
-from smolstack.retrieval import encode
 from smolstack.vlm import VLM
 
 TOKENS = 8192
@@ -239,8 +238,7 @@ def _embeddings(
     for number, sample in enumerate(samples.fitted):
         known = state.tensors(f"sample.{number}")
         if known is None:
-            prompts = [encode(engine, [sample.prompt])[0].encoded_prompt]
-            known = {"states": vlm.model.merge(vlm.processor.batch(prompts)).float()}
+            known = {"states": merged_embeddings(vlm, engine, sample).float()}
             state.put_tensors(f"sample.{number}", known)
         made.append(known["states"].to(vlm.device))
         tell("reading the calibration data", number + 1, len(samples.fitted))

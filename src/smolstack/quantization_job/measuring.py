@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from smolstack.bench.quality.divergence import Divergence
 from smolstack.generation.inline import InlineEngine
 from smolstack.quantization_job.samples import Sample
-from smolstack.retrieval import encode
 from smolstack.vlm import VLM
 
 _MOST = 2048  # number of compared positions; their logits are kept in memory
@@ -68,11 +67,16 @@ class Reference:
         return total
 
 
+def merged_embeddings(vlm: VLM, engine: InlineEngine, sample: Sample) -> Tensor:
+    """Return the decoder's input for a sample, visual tokens included: (1, T, D)."""
+    (visual,) = engine.encode([sample.prompt])
+    return vlm.model.merge(vlm.processor.batch([replace(sample.prompt, images=tuple(visual))]))
+
+
 def _logits(vlm: VLM, engine: InlineEngine, sample: Sample) -> tuple[Tensor, Tensor]:
     """Return (T, V) logits before each text token, and these tokens (T,)."""
-    prompts = [encode(engine, [sample.prompt])[0].encoded_prompt]
     model = vlm.model
-    states = model.decoder(model.merge(vlm.processor.batch(prompts)))[0, :-1]
+    states = model.decoder(merged_embeddings(vlm, engine, sample))[0, :-1]
     targets = torch.tensor(sample.prompt.token_ids)[1:]
     text = targets != model.config.image_token_id
     return model.logits(states[text.to(states.device)][None])[0].float(), targets[text]

@@ -133,7 +133,7 @@ def answered(
             if room > 0:
                 options = read_options({"max_new_tokens": min(_ANSWER, room)}, vlm.eos_token_ids)
                 requests = engine.core.requests([prompt], options)
-                engine.core.prepare(requests)
+                engine.core.open_images(requests)
                 (answer,) = engine.answers(requests)
                 known = list(_with_answer(vlm, prompt, answer))
             kept.put_json(name, known)

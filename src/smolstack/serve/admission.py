@@ -13,20 +13,17 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from smolstack.errors import QueueFullError
+from smolstack.generation.costs import SECONDS_PER_GRAMMAR_BYTE, urgency
 from smolstack.generation.pools import RankedPool
 from smolstack.serve.origins import sent_key
-from smolstack.serve.schemas import ChatRequest
+from smolstack.serve.schemas import ChatRequest, VideoPart
 from smolstack.serve.settings import ServerSettings
 
 T = TypeVar("T")
 _GRACE = 2.0  # seconds in which reading a request is not cancelled in favor of others
-_PATIENCE = 4.0  # seconds that work waits for cheaper work, per second of its own cost
 _VIDEO = 0.5  # seconds to decode one, approximately
 _HEAVY = 0.05  # seconds above which work counts as heavy
-_CHARACTER, _FORM = (
-    1e-6,
-    1e-5,
-)  # seconds to tokenize a character, and to compile a byte of a grammar
+_CHARACTER = 1e-6  # seconds to tokenize one
 
 
 def client_of(request: Request, settings: ServerSettings) -> str:
@@ -40,23 +37,20 @@ def client_of(request: Request, settings: ServerSettings) -> str:
 def reading_seconds(body: ChatRequest, more: int = 0) -> float:
     """Estimate the seconds needed to tokenize a request's texts and ``more`` characters, and to
     compile its grammar."""
-    texts = [
-        part if isinstance(part, str) else getattr(part, "text", "")
-        for message in body.messages
-        for part in ([message.content] if isinstance(message.content, str) else message.content)
-    ]
-    characters = sum(map(len, texts)) + more
+    characters = sum(len(text) for _, text in body.texts()) + more
     choices = body.choices or []
-    seconds = (characters * (1 + len(choices)) + sum(map(len, choices))) * _CHARACTER
-    videos = sum(
-        getattr(part, "type", "") == "video_url"
-        for message in body.messages
-        for part in message.content
-    )
-    return float(seconds + form_bytes(body) * _FORM + videos * _VIDEO)
+    tokenized = characters * (1 + len(choices)) + sum(map(len, choices))
+    videos = sum(isinstance(part, VideoPart) for _, part in body.media_parts())
+    grammar = grammar_bytes(body) * SECONDS_PER_GRAMMAR_BYTE
+    return tokenizing_seconds(tokenized) + grammar + videos * _VIDEO
 
 
-def form_bytes(body: ChatRequest) -> int:
+def tokenizing_seconds(characters: int) -> float:
+    """Estimate the seconds needed to tokenize a text."""
+    return characters * _CHARACTER
+
+
+def grammar_bytes(body: ChatRequest) -> int:
     """Return the approximate length of a request's expression, grammar, choices and schemas."""
     wanted = body.response_format
     schemas: list[Any] = [body.json_schema]
@@ -81,7 +75,7 @@ def _characters(value: Any) -> int:
 
 async def in_pool(pool: RankedPool, seconds: float, work: Callable[..., T], *args: Any) -> T:
     """Run a function that takes about ``seconds`` in the pool; cheaper work runs first."""
-    rank = time.monotonic() + _PATIENCE * seconds
+    rank = urgency(time.monotonic(), seconds)
     future = pool.rank(partial(work, *args), rank, heavy=seconds > _HEAVY)
     return await asyncio.wrap_future(future)
 

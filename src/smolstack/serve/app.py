@@ -25,7 +25,7 @@ from smolstack.serve import (
     validation_errors,
 )
 from smolstack.serve.body_memory import BodyMemory
-from smolstack.serve.completions import Completion
+from smolstack.serve.chat_completions import ChatCompletionWriter
 from smolstack.serve.error_responses import RefusedError, add_handlers, as_refusal
 from smolstack.serve.media import Media, MediaUrl
 from smolstack.serve.metrics import Metrics
@@ -37,7 +37,7 @@ from smolstack.serve.response_requests import ResponsesRequest
 from smolstack.serve.responses import ResponseWriter
 from smolstack.serve.schemas import ChatRequest, PlanRequest
 from smolstack.serve.settings import ServerSettings
-from smolstack.serve.tool_calls import CallingCompletion
+from smolstack.serve.tool_calls import ToolCallWriter
 from smolstack.vlm import VLM
 
 _READING_THREADS, _LONG_READING = 3, 1  # threads, and how many of them may read long requests
@@ -72,9 +72,9 @@ class Server:
         MEMORY.limit = settings.decode_bytes
         self._before = vlm.processor.special_tokens_in_text
         vlm.processor.special_tokens_in_text = settings.special_tokens_in_text
-        images = vlm.image_cache
-        images.max_bytes = settings.image_cache_bytes
-        self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, images=images)
+        cache = vlm.image_cache
+        cache.max_bytes = settings.image_cache_bytes
+        self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, image_cache=cache)
         self.metrics = Metrics(self.engine)
         self.readers = RankedPool(_READING_THREADS, _LONG_READING, "reading")
         self.handler = RequestHandler(vlm, settings, self.engine, self.metrics, self.readers)
@@ -140,8 +140,8 @@ class Server:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a chat, with one response or with server-sent events."""
 
-        def writer() -> Completion:
-            kind = CallingCompletion if functions.offered_tools(body) else Completion
+        def writer() -> ChatCompletionWriter:
+            kind = ToolCallWriter if functions.offered_tools(body) else ChatCompletionWriter
             name, usage = body.model or self.settings.name, body.stream_options
             return kind(
                 name,
@@ -194,11 +194,11 @@ class Server:
             if len(named) > 1:
                 raise RefusedError(400, f"found {' and '.join(named)}, expected only one of them")
             if body.image_url is not None:
-                found = await request_reader.read_image(body.image_url.url, self.settings)
+                found = await request_reader.read_media(body.image_url.url, self.settings)
                 body.image_url.url = ""
             elif body.video_url is not None:
                 where = MediaUrl(body.video_url.url, "video_url", "video")
-                found = await request_reader.read_image(where, self.settings)
+                found = await request_reader.read_media(where, self.settings)
                 body.video_url.url = ""
             elif body.width and body.height:
                 found = (body.width, body.height)

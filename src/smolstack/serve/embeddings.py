@@ -15,12 +15,12 @@ from pydantic import Field, model_validator
 from smolstack.errors import DeadlineError
 from smolstack.generation.engine import Engine
 from smolstack.generation.pools import RankedPool
-from smolstack.generation.request import Request as Work
+from smolstack.generation.request import Request as EngineRequest
 from smolstack.generation.request import Update
 from smolstack.processor.processor import Prompt
 from smolstack.retrieval import check_head, page_prompts, query_prompts
 from smolstack.serve import request_reader
-from smolstack.serve.admission import client_of, in_pool
+from smolstack.serve.admission import client_of, in_pool, tokenizing_seconds
 from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.media import Media
 from smolstack.serve.pending_answers import unless_disconnected
@@ -67,31 +67,35 @@ def add_route(
 ) -> None:
     """Add ``/v1/embeddings``."""
 
-    def prepare(body: EmbeddingsRequest, images: list[Media]) -> list[Prompt]:
+    def make_prompts(body: EmbeddingsRequest, images: list[Media]) -> list[Prompt]:
         check_head(vlm.model, settings.name)
-        words, rest = vlm.retrieval_words, iter(images)
+        templates, rest = vlm.retrieval_prompts, iter(images)
         asked = [body.input] if isinstance(body.input, str) else body.input
         prompts: list[Prompt] = []
         for item in asked:
             if isinstance(item, str):
-                prompts += query_prompts(vlm.processor, [item], words.query)
+                prompts += query_prompts(vlm.processor, [item], templates.query)
                 continue
             image = request_reader.check_image(next(rest), settings)
             split = False if item.image_url.detail == "low" else None
-            prompts += page_prompts(vlm.processor, [image], words.page, {"split": split})
+            prompts += page_prompts(vlm.processor, [image], templates.page, {"split": split})
         return prompts
 
-    async def made(body: EmbeddingsRequest, client: str) -> list[Work]:
+    async def made(body: EmbeddingsRequest, client: str) -> list[EngineRequest]:
         asked = [] if isinstance(body.input, str) else body.input
         urls = [item.image_url.url for item in asked if isinstance(item, ImagePart)]
         if len(urls) > settings.images:
             raise RefusedError(
                 400, f"the request has {len(urls)} images, at most {settings.images} are accepted"
             )
-        images = [await request_reader.read_image(url, settings) for url in urls]
+        images = [await request_reader.read_media(url, settings) for url in urls]
         characters = sum(len(item) for item in asked if isinstance(item, str))
-        prompts = await in_pool(readers, characters * 1e-6, prepare, body, images)
-        work = [Work(p, "vectors", deadline=time.monotonic() + settings.deadline) for p in prompts]
+        seconds = tokenizing_seconds(characters)
+        prompts = await in_pool(readers, seconds, make_prompts, body, images)
+        work = [
+            EngineRequest(p, "vectors", deadline=time.monotonic() + settings.deadline)
+            for p in prompts
+        ]
         loop, ends = asyncio.get_running_loop(), []
         for each in work:
             end: asyncio.Future[None] = loop.create_future()

@@ -41,7 +41,7 @@ class RefusedError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        # What somebody sent is named, and not sent back whole.
+        # Messages quote values from the request, which may be long.
         message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"
         super().__init__(message)
         self.status, self.message = status, message

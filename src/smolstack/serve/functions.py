@@ -16,7 +16,7 @@ from smolstack.serve.error_responses import RefusedError
 if TYPE_CHECKING:
     from smolstack.serve.schemas import ChatMessage, ChatRequest, Tool
 
-_FORMS = ("regex", "choices", "grammar")
+_STRUCTURES = ("regex", "choices", "grammar")
 _TOOL_PROMPT = (
     "You can call functions. They are described by these lines of JSON:\n{tools}\n"
     "To call one, answer with its name and its arguments in this form, and nothing else:\n"
@@ -58,9 +58,9 @@ def offered_tools(request: ChatRequest) -> list[Tool]:
         )
     if choice == "none":
         return []
-    for form in _FORMS:
-        if getattr(request, form) is not None:
-            raise RefusedError(400, f"found {form} and tools, which cannot be combined", param=form)
+    for name in _STRUCTURES:
+        if getattr(request, name) is not None:
+            raise RefusedError(400, f"found {name} and tools, which cannot be combined", param=name)
     if request.stop:
         raise RefusedError(
             400,
@@ -132,7 +132,7 @@ def answer_grammar(
     return calls_grammar(schemas, several=several, free=free, text=shown)
 
 
-def prepare(
+def prompt_with_tools(
     processor: Processor,
     request: ChatRequest,
     messages: list[dict[str, Any]],

@@ -82,9 +82,9 @@ class _Work(Collector):
             "running": ("Running answers.", engine.running),
             "image_cache_bytes": (
                 "Visual tokens in the image cache.",
-                core.images.cache.held_bytes,
+                core.image_queue.cache.held_bytes,
             ),
-            "prefix_cache_bytes": ("KV caches in the prefix cache.", core.prefixes.held_bytes),
+            "prefix_cache_bytes": ("KV caches in the prefix cache.", core.prefix_cache.held_bytes),
             "kv_cache_bytes": ("KV caches of running answers.", core.scheduler.reserved_bytes),
             "kv_cache_budget_bytes": ("Memory limit of all KV caches.", core.scheduler.kv_budget),
         }
@@ -94,10 +94,10 @@ class _Work(Collector):
             "prefill_tokens": ("Prompt tokens processed.", core.prefill_tokens),
             "reused_tokens": (
                 "Prompt tokens reused from the prefix cache.",
-                core.prefixes.reused_tokens,
+                core.prefix_cache.reused_tokens,
             ),
-            "tiles": ("Tiles encoded.", core.images.tiles_done),
-            "images": ("Images encoded.", core.images.images_done),
+            "tiles": ("Tiles encoded.", core.image_queue.tiles_done),
+            "images": ("Images encoded.", core.image_queue.images_done),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"smolstack_{name}", text, value)

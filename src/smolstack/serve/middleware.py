@@ -157,7 +157,7 @@ class Guard:
 
 
 def _wrong_headers(scope: Scope, headers: Headers) -> RefusedError | None:
-    """What is answered to headers that are too large, or give a body two lengths."""
+    """Return a refusal of headers that are too large, or that give a body two lengths."""
     size = sum(len(name) + len(value) for name, value in headers.raw)
     size += len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
     if size > _HEADER_BYTES:

@@ -166,7 +166,8 @@ def parse_json(content: bytes) -> Any:
 
 
 def _parsed_again(content: bytes) -> Any:
-    """The same by Python's reader, which says where it failed and takes half a surrogate pair."""
+    """Parse again with Python's parser, which gives the position of an error and accepts lone
+    surrogates."""
     try:
         return json.loads(content)
     except json.JSONDecodeError:

@@ -35,7 +35,7 @@ from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
 # Makes the prompt and the options of each answer from a request and its images.
-Prepare: TypeAlias = Callable[
+MakePrompts: TypeAlias = Callable[
     [VLM, ChatRequest, list[Media], ServerSettings], tuple[list[Prompt], list[ReadOptions]]
 ]
 CLIENT_CLOSED_REQUEST = 499  # status of responses to clients that have disconnected, for logs
@@ -87,15 +87,15 @@ class RequestHandler:
         request: Request,
         writer: Callable[[], Writer],
         *,
-        prepare: Prepare = request_reader.prepare,
+        make_prompts: MakePrompts = request_reader.chat_prompts,
         characters: int = 0,
     ) -> Response:
         """Return the response to a request, complete or as server-sent events.
 
         Args:
-            body: the request as a chat; without messages if ``prepare`` provides the prompts.
+            body: the request as a chat; without messages if ``make_prompts`` provides the prompts.
             writer: makes the writer, called once the request has been found valid.
-            prepare: makes the prompts and options; called in a worker thread.
+            make_prompts: makes the prompts and options; called in a worker thread.
             characters: total length of prompts that are not messages.
 
         Raises:
@@ -106,7 +106,9 @@ class RequestHandler:
             request.release_body()
         try:
             client = client_of(request, self.settings)
-            made = self.read_limiter.read(self._prepare(body, seconds, prepare, characters), client)
+            made = self.read_limiter.read(
+                self._read(body, seconds, make_prompts, characters), client
+            )
             pending = await unless_disconnected(request.receive, made)
             if pending is None:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -123,21 +125,21 @@ class RequestHandler:
             pending.close()
         return Response(status_code=CLIENT_CLOSED_REQUEST) if whole is None else whole
 
-    async def _prepare(
-        self, body: ChatRequest, seconds: float, prepare: Prepare, characters: int
+    async def _read(
+        self, body: ChatRequest, seconds: float, make_prompts: MakePrompts, characters: int
     ) -> PendingAnswers:
         """Return the request's answers after its images are read and all checks are done."""
         deadline = time.monotonic() + seconds
         pending = PendingAnswers(self.engine, self.metrics, pieces=bool(body.stream))
 
         def make(images: list[Media]) -> None:
-            pending.make(*prepare(self.vlm, body, images, self.settings), deadline)
+            pending.make(*make_prompts(self.vlm, body, images, self.settings), deadline)
 
         async def read_inputs() -> None:
-            urls = request_reader.image_urls(body, self.settings)
-            images = [await request_reader.read_image(url, self.settings) for url in urls]
+            urls = request_reader.media_urls(body, self.settings)
+            images = [await request_reader.read_media(url, self.settings) for url in urls]
             urls.clear()
-            request_reader.release_images(body)
+            request_reader.release_media(body)
             await in_pool(self.readers, reading_seconds(body, characters), make, images)
 
         try:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smolstack.generation.grammar import closed
 from smolstack.generation.options import (
     DEFAULT_MAX_NEW_TOKENS,
     AnswerOptions,
     ReadOptions,
     read_options,
 )
+from smolstack.generation.structured_output import closed
 from smolstack.generation.token_rules import NAMES as RULES
 from smolstack.processor.geometry import Tiling
 from smolstack.serve import functions
-from smolstack.serve.admission import form_bytes
+from smolstack.serve.admission import grammar_bytes
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.schemas import (
     ChatRequest,
@@ -41,11 +41,11 @@ def answer_options(
         RefusedError, SmolstackError: an option is invalid.
     """
     _check_supported(request)
-    if (size := form_bytes(request)) > settings.form_bytes:
+    if (size := grammar_bytes(request)) > settings.grammar_bytes:
         raise RefusedError(
             400,
             f"the schema, grammar, expression and choices have {size:,} characters, at most "
-            f"{settings.form_bytes:,} are accepted",
+            f"{settings.grammar_bytes:,} are accepted",
         )
     count = request.n or 1
     if count * prompts > settings.answers:
@@ -150,9 +150,9 @@ def _check_supported(request: ChatRequest) -> None:
     """Refuse options that have no effect without another one."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    form = request.response_format
-    if request.json_schema is not None and form is not None and form.type != "text":
+    wanted = request.response_format
+    if request.json_schema is not None and wanted is not None and wanted.type != "text":
         raise RefusedError(
-            400, f"found json_schema and response_format {form.type}, expected only one",
+            400, f"found json_schema and response_format {wanted.type}, expected only one",
             param="json_schema",
         )  # fmt: skip

@@ -8,9 +8,7 @@ import re
 from urllib.parse import unquote_to_bytes
 
 from smolstack.errors import ContextLengthError
-from smolstack.generation.options import (
-    ReadOptions,
-)
+from smolstack.generation.options import ReadOptions
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tiles import ImageSource
 from smolstack.serve import functions, media, request_options
@@ -35,7 +33,7 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _AS_ROLE = {"developer": "system"}
 
 
-async def read_image(where: str | MediaUrl, settings: ServerSettings) -> Media:
+async def read_media(where: str | MediaUrl, settings: ServerSettings) -> Media:
     """Read the bytes of an image, a file or a video from its URL.
 
     Raises:
@@ -82,7 +80,7 @@ def _from_data_url(url: str) -> bytes:
         raise RefusedError(400, "the data URL does not contain valid base64") from None
 
 
-def image_urls(request: ChatRequest, settings: ServerSettings) -> list[MediaUrl]:
+def media_urls(request: ChatRequest, settings: ServerSettings) -> list[MediaUrl]:
     """Return the URLs of a chat's images, files and videos, in order; check their number."""
     urls = []
     for place, part in request.media_parts():
@@ -102,8 +100,9 @@ def image_urls(request: ChatRequest, settings: ServerSettings) -> list[MediaUrl]
     return urls
 
 
-def release_images(request: ChatRequest) -> None:
-    """Clear a request's image URLs, which contain another copy of the images' bytes."""
+def release_media(request: ChatRequest) -> None:
+    """Clear the URLs of a request's images, files and videos: data URLs are another copy of the
+    bytes."""
     for _, part in request.media_parts():
         if isinstance(part, ImagePart):
             part.image_url.url = ""
@@ -113,7 +112,7 @@ def release_images(request: ChatRequest) -> None:
             part.file.file_data = ""
 
 
-def prepare(
+def chat_prompts(
     vlm: VLM, request: ChatRequest, images: list[Media], settings: ServerSettings
 ) -> tuple[list[Prompt], list[ReadOptions]]:
     """Return the prompt and the options of each of a chat's ``n`` answers. Slow; call it in a
@@ -124,12 +123,7 @@ def prepare(
     """
     functions.check_results(request.messages)
     options = request_options.answer_options(vlm, request, settings)
-    characters = sum(
-        len(part if isinstance(part, str) else getattr(part, "text", ""))
-        for message in request.messages
-        for part in ([message.content] if isinstance(message.content, str) else message.content)
-    )
-    characters += functions.characters(request)
+    characters = sum(len(text) for _, text in request.texts()) + functions.characters(request)
     check_length(vlm, "the messages and tools have", characters, settings)
     rest = media.parts(images, vlm, settings)
     messages = [
@@ -138,9 +132,9 @@ def prepare(
             "content": message.content
             if isinstance(message.content, str)
             else [
-                shown
+                made
                 for part in message.content
-                for shown in (
+                for made in (
                     [{"type": "text", "text": part.text}]
                     if isinstance(part, TextPart)
                     else next(rest)
@@ -152,7 +146,7 @@ def prepare(
     if settings.special_tokens_in_text:
         _check_markers(vlm, request)
     if functions.uses_tools(request):
-        prompt = functions.prepare(vlm.processor, request, messages, options[0].tiling)
+        prompt = functions.prompt_with_tools(vlm.processor, request, messages, options[0].tiling)
     else:
         prompt = vlm.processor.prepare(messages, **options[0].tiling)
     check_tokens(prompt, settings)
@@ -187,18 +181,10 @@ def check_length(vlm: VLM, what: str, characters: int, settings: ServerSettings)
 def _check_markers(vlm: VLM, request: ChatRequest) -> None:
     """Refuse texts that contain the image placeholder, since no image would belong to it."""
     mark = vlm.processor.markers.image
-    for number, message in enumerate(request.messages):
-        place, content = message.place(number), message.content
-        texts = (
-            [(place, content)]
-            if isinstance(content, str)
-            else [(f"{place}.{i}", getattr(part, "text", "")) for i, part in enumerate(content)]
-        )
-        for where, text in texts:
-            if mark in text:
-                raise RefusedError(
-                    400,
-                    f"{where} contains {mark}, the placeholder of images; send images as image "
-                    "parts",
-                    param=where,
-                )
+    for place, text in request.texts():
+        if mark in text:
+            raise RefusedError(
+                400,
+                f"{place} contains {mark}, the placeholder of images; send images as image parts",
+                param=place,
+            )

@@ -11,7 +11,7 @@ from typing import Any
 from smolstack.generation.answer import Answer
 from smolstack.generation.request import Update
 from smolstack.processor.tokenizer import TextTokenizer
-from smolstack.serve.completions import probabilities, timings, token_logprobs
+from smolstack.serve.chat_completions import probabilities, timings, token_logprobs
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.response_requests import ResponsesRequest
 from smolstack.serve.tool_calls import CallReader, is_truncated

@@ -241,6 +241,18 @@ class ChatRequest(AnswerFields, ImageFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
+    def texts(self) -> list[tuple[str, str]]:
+        """Return the texts of the messages, each with its path in the body."""
+        found = []
+        for number, message in enumerate(self.messages):
+            place, content = message.place(number), message.content
+            if isinstance(content, str):
+                found.append((place, content))
+                continue
+            parts = enumerate(content)
+            found += [(f"{place}.{i}", p.text) for i, p in parts if isinstance(p, TextPart)]
+        return found
+
     def media_parts(self) -> list[tuple[str, ImagePart | VideoPart | FilePart]]:
         """Return the parts other than text, each with its path in the body."""
         return [

@@ -33,7 +33,8 @@ class ServerSettings:
         images: maximum number of images per request.
         prompt_tokens: maximum prompt length, including visual tokens; None: the model's context.
         new_tokens: maximum answer length, also if a request asks for more.
-        form_bytes: maximum size of a request's schema, expression and choices together.
+        grammar_bytes: maximum size of a request's schema, grammar, expression and choices
+            together.
         special_tokens_in_text: whether the text of special tokens in messages is converted to
             these tokens, which lets authors of the text forge turns.
         answers: maximum number of answers per request (``n``).
@@ -60,7 +61,7 @@ class ServerSettings:
     images: int = 16
     prompt_tokens: int | None = None
     new_tokens: int = 2048
-    form_bytes: int = 64 * 2**10
+    grammar_bytes: int = 64 * 2**10
     special_tokens_in_text: bool = False
     answers: int = 8
     deadline: float = 300.0
@@ -83,7 +84,7 @@ class ServerSettings:
                 raise GenerationError(
                     f"{origin!r} is not an origin, expected for example https://example.org, or *"
                 )
-        counts = "body_bytes image_pixels decode_bytes images new_tokens form_bytes answers"
+        counts = "body_bytes image_pixels decode_bytes images new_tokens grammar_bytes answers"
         if self.connections is not None and self.connections < 1:
             raise GenerationError(f"connections is {self.connections}, expected 1 or more")
         if self.bodies_bytes * 3 < self.body_bytes * 4:
@@ -96,4 +97,4 @@ class ServerSettings:
                 raise GenerationError(f"{name} is {getattr(self, name)}, expected 1 or more")
         for name in ("body_seconds", "header_seconds", "deadline", "drain", "remote_seconds"):
             if getattr(self, name) <= 0:
-                raise GenerationError(f"{name} is {getattr(self, name)}, expected above 0")
+                raise GenerationError(f"{name} is {getattr(self, name)}, expected a number above 0")

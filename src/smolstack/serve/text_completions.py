@@ -16,13 +16,13 @@ from smolstack.generation.request import Update
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tokenizer import TextTokenizer
 from smolstack.serve import request_options, request_reader
-from smolstack.serve.completion_requests import CompletionRequest
-from smolstack.serve.completions import DONE, LEAST, REASONS, event, probabilities, usage
+from smolstack.serve.chat_completions import DONE, LEAST, REASONS, event, probabilities, usage
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.media import Media
 from smolstack.serve.request_handler import RequestHandler
 from smolstack.serve.schemas import ChatRequest
 from smolstack.serve.settings import ServerSettings
+from smolstack.serve.text_completion_requests import CompletionRequest
 from smolstack.vlm import VLM
 
 
@@ -40,7 +40,7 @@ def add_route(
         """Continue a text, with one response or with server-sent events."""
         asked, prompts = body.options(), body.prompts
 
-        def prepare(
+        def make_prompts(
             vlm: VLM, asked: ChatRequest, _: list[Media], settings: ServerSettings
         ) -> tuple[list[Prompt], list[ReadOptions]]:
             each = request_options.answer_options(vlm, asked, settings, len(prompts))
@@ -48,13 +48,13 @@ def add_route(
             read = [_read(vlm, prompt, settings, body.add_special_tokens) for prompt in prompts]
             return [prompt for prompt in read for _ in each], each * len(read)
 
-        def writer() -> TextCompletion:
+        def writer() -> TextCompletionWriter:
             echoed = [
                 prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special=False)
                 for prompt in prompts
             ]
             stream = body.stream_options
-            return TextCompletion(
+            return TextCompletionWriter(
                 body.model or settings.name,
                 tokenizer,
                 echoed=echoed if body.echo else [""] * len(prompts),
@@ -64,7 +64,9 @@ def add_route(
             )
 
         characters = sum(map(len, prompts))  # or token ids, which are decoded
-        return await handler.answer(asked, request, writer, prepare=prepare, characters=characters)
+        return await handler.answer(
+            asked, request, writer, make_prompts=make_prompts, characters=characters
+        )
 
     app.post("/v1/completions", response_model=None, **errors)(completions)
 
@@ -103,7 +105,7 @@ def _read(vlm: VLM, prompt: str | list[int], settings: ServerSettings, special: 
     return made
 
 
-class TextCompletion:
+class TextCompletionWriter:
     """Formats answers as OpenAI's completions, complete or as events.
 
     Args:

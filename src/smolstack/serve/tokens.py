@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from smolstack.generation.pools import RankedPool
 from smolstack.serve import request_reader
-from smolstack.serve.admission import in_pool, reading_seconds
+from smolstack.serve.admission import in_pool, reading_seconds, tokenizing_seconds
 from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.media import Media
 from smolstack.serve.pending_answers import in_thread
@@ -31,7 +31,7 @@ def add_routes(
 
     def chat(body: TokenizeRequest, images: list[Media]) -> list[int]:
         request = ChatRequest.model_construct(messages=body.messages)
-        (prompt,), _ = request_reader.prepare(vlm, request, images, settings)
+        (prompt,), _ = request_reader.chat_prompts(vlm, request, images, settings)
         return [int(token) for token in prompt.token_ids]
 
     def text(body: TokenizeRequest) -> list[int]:
@@ -47,12 +47,12 @@ def add_routes(
         """Tokenize a text, or a chat's whole prompt including image tokens."""
         try:
             if body.messages is None:
-                took = len(body.prompt or body.content or "") * 1e-6
-                found = await in_pool(executor, took, text, body)
+                seconds = tokenizing_seconds(len(body.prompt or body.content or ""))
+                found = await in_pool(executor, seconds, text, body)
             else:
                 request = ChatRequest.model_construct(messages=body.messages)
-                urls = request_reader.image_urls(request, settings)
-                images = [await request_reader.read_image(url, settings) for url in urls]
+                urls = request_reader.media_urls(request, settings)
+                images = [await request_reader.read_media(url, settings) for url in urls]
                 found = await in_pool(executor, reading_seconds(request), chat, body, images)
         except Exception as error:
             raise as_refusal(error) from None

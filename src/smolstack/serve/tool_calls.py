@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from smolstack.generation.answer import Answer, TokenLogprob
 from smolstack.generation.lark import CALL_BEGIN
-from smolstack.serve.completions import Completion
+from smolstack.serve.chat_completions import ChatCompletionWriter
 
 _HEAD = re.compile(r'\s*\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
 
@@ -121,7 +121,7 @@ class CallReader:
         return []
 
 
-class CallingCompletion(Completion):
+class ToolCallWriter(ChatCompletionWriter):
     """A chat completion whose answers may contain function calls."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

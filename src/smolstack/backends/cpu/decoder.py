@@ -12,7 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from smolstack.backends.cpu.packed_model import PackedModel, device_of, outputs_of, packs
+from smolstack.backends.cpu.packed_model import (
+    PackedModel,
+    device_of,
+    linears_of,
+    outputs_of,
+    packs,
+)
 from smolstack.model.decoder import Decoder, TextLayer, rope_frequencies
 from smolstack.model.kv_cache import KVCache, RaggedKVCache
 from smolstack.native import library as native
@@ -22,8 +28,6 @@ _CACHES = {
     torch.float16: native.CACHE_FLOAT16,
     torch.bfloat16: native.CACHE_BFLOAT16,
 }
-_ATTENTION = ("query", "key", "value", "out")
-_LINEARS = (*_ATTENTION, "gate", "up", "down")
 MOST_WIDTH = 512  # maximum channels of a head (smolstack.h)
 _MOST_QUERIES = 16384  # maximum channels of all query heads that share a key head
 _TOKENS = 1024  # prompt tokens per pass
@@ -54,7 +58,7 @@ class NativeDecoder:
         self.hidden, self.vocabulary = config.hidden_size, outputs_of(head)
         layers = [layer for layer in decoder.layers if isinstance(layer, TextLayer)]
         self.head = head
-        linears = [part for layer in layers for part in _linears(layer)]
+        linears = [part for layer in layers for part in linears_of(layer)]
         self._packed = PackedModel(kernels, [*linears, head], decoder)
         made = [self._layer(layer) for layer in layers]
         self._layers = (native.Layer * len(made))(*made)
@@ -188,7 +192,7 @@ class NativeDecoder:
 
     def _layer(self, layer: TextLayer) -> native.Layer:
         norms = [self._packed.norm(norm) for norm in (layer.attention_norm, layer.mlp_norm)]
-        return native.Layer(*norms, *(self._packed.linear(part) for part in _linears(layer)))
+        return native.Layer(*norms, *(self._packed.linear(part) for part in linears_of(layer)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Not copied: a copy of the model builds its own."""
@@ -211,7 +215,7 @@ def native_decoder(decoder: Decoder, head: Any, cache_dtype: torch.dtype) -> Nat
     kernels = native.library() if fits else None
     if kernels is None:
         return None
-    linears = [part for layer in decoder.layers for part in _linears(layer)]
+    linears = [part for layer in decoder.layers for part in linears_of(layer)]
     if not all(packs(layer) for layer in linears):
         return None
     return NativeDecoder(kernels, decoder, head, cache_dtype)
@@ -252,12 +256,6 @@ def _advance(cache: KVCache | RaggedKVCache, tokens: int) -> None:
         cache.advance()
     else:
         cache.advance(tokens)
-
-
-def _linears(layer: Any) -> list[Any]:
-    """A layer's linear modules in the order in which they are read."""
-    attention = [getattr(layer.attention, name) for name in _ATTENTION]
-    return [*attention, layer.gate, layer.up, layer.down]
 
 
 def _slots(cache: KVCache | RaggedKVCache, rows: int) -> _Held:

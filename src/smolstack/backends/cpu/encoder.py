@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolstack.backends.cpu.packed_model import PackedModel, device_of, packs
+from smolstack.backends.cpu.packed_model import PackedModel, device_of, linears_of, packs
 from smolstack.config import VisionConfig
 from smolstack.native import library as native
-
-_ATTENTION = ("query", "key", "value", "out")
 
 
 class NativeEncoder:
@@ -29,7 +27,7 @@ class NativeEncoder:
         self, kernels: native.Library, config: VisionConfig, layers: nn.ModuleList
     ) -> None:
         self.kernels, self.hidden = kernels, config.hidden_size
-        linears = [part for layer in layers for part in _linears(layer)]
+        linears = [part for layer in layers for part in linears_of(layer)]
         self._packed = PackedModel(kernels, linears, layers)
         made = [self._layer(layer) for layer in layers]
         self._layers = (native.EncoderLayer * len(made))(*made)
@@ -62,7 +60,7 @@ class NativeEncoder:
 
     def _layer(self, layer: Any) -> native.EncoderLayer:
         norms = [self._packed.layer_norm(norm) for norm in (layer.attention_norm, layer.mlp_norm)]
-        return native.EncoderLayer(*norms, *(self._packed.linear(one) for one in _linears(layer)))
+        return native.EncoderLayer(*norms, *(self._packed.linear(one) for one in linears_of(layer)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Not copied: a copy of the model builds its own."""
@@ -71,16 +69,10 @@ class NativeEncoder:
 
 def native_encoder(config: VisionConfig, layers: nn.ModuleList) -> NativeEncoder | None:
     """Build the layers for the kernels; None if they are unavailable or do not support them."""
-    linears = [part for layer in layers for part in _linears(layer)]
+    linears = [part for layer in layers for part in linears_of(layer)]
     if not all(packs(layer) and device_of(layer).type == "cpu" for layer in linears):
         return None
     kernels = native.library()
     if kernels is None:
         return None
     return NativeEncoder(kernels, config, layers)
-
-
-def _linears(layer: Any) -> list[Any]:
-    """A layer's linear modules in the order in which they are read."""
-    attention = [getattr(layer.attention, name) for name in _ATTENTION]
-    return [*attention, layer.up, layer.down]

@@ -88,6 +88,13 @@ class PackedModel:
         return type(None), ()
 
 
+def linears_of(layer: Any) -> list[Any]:
+    """Return the linear modules of a layer of either tower, in the order that the kernels read."""
+    attention = [getattr(layer.attention, name) for name in ("query", "key", "value", "out")]
+    gate = [layer.gate] if hasattr(layer, "gate") else []
+    return [*attention, *gate, layer.up, layer.down]
+
+
 def packs(layer: Any) -> bool:
     """Whether the kernels can read a layer's weights."""
     if isinstance(layer, QuantizedLinear):

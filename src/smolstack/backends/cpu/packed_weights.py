@@ -92,7 +92,7 @@ class PackedWeights:
     """
 
     kernels: native.Library
-    form: Format
+    format: Format
     inputs: int
     outputs: int
     memory: Tensor
@@ -121,7 +121,7 @@ class PackedWeights:
 
     def words(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Unpack to the arguments of :meth:`of_words`."""
-        form, groups = self.form, self.form.groups(self.inputs)
+        form, groups = self.format, self.format.groups(self.inputs)
         words = torch.empty(self.outputs, -(-self.inputs * form.bits // 32), dtype=torch.int32)
         sizes = self.inputs, self.outputs
         size = int(self.kernels.panel_bytes(kind_of(form), *sizes))
@@ -144,14 +144,14 @@ class PackedWeights:
 
     def linear(self, bias: int | None) -> native.Linear:
         """The layer in the form the kernels read, with its bias at an address."""
-        made = native.Linear(kind_of(self.form), self.inputs, self.outputs)
-        made.group, made.fine = self.form.group, int(self.form.activation_bits == 16)
+        made = native.Linear(kind_of(self.format), self.inputs, self.outputs)
+        made.group, made.fine = self.format.group, int(self.format.activation_bits == 16)
         made.weight = self.memory.data_ptr()
         made.scale = made.weight + int(
             self.kernels.panel_bytes(made.kind, self.inputs, self.outputs)
         )
-        if self.form.has_zero_points:
+        if self.format.has_zero_points:
             channels = -(-self.outputs // _PANEL) * _PANEL
-            made.zeros = made.scale + channels * self.form.groups(self.inputs) * 2
+            made.zeros = made.scale + channels * self.format.groups(self.inputs) * 2
         made.bias = bias
         return made

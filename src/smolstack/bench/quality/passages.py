@@ -13,8 +13,6 @@ WINDOW = 768  # maximum tokens per prompt
 _TEXTS = Path(__file__).parent / "texts"
 # English prose, dialogue, lists, tables, code, letters and chats, written for this purpose.
 TEST_TEXT = _TEXTS / "english.txt"
-# The same kinds of text with different contents, for calibration only.
-CALIBRATION_TEXT = _TEXTS / "calibration.txt"
 _PIECE = re.compile(r"\s*\S{1,64}")
 
 

@@ -54,7 +54,7 @@ class Peer:
         return int(layers + head.nbytes)
 
     def decoding(self, ids: Tensor, steps: int) -> Callable[[], object]:
-        """A run that gives ``steps`` tokens after a prompt (1, T)."""
+        """Return a function that generates ``steps`` tokens after a prompt (1, T)."""
         return Decoding(self.model, ids, steps)
 
     def visual_tokens(self, batch: Batch) -> Tensor:

@@ -15,8 +15,8 @@ def features(probe: Path | None = None) -> set[str]:
     """Detect the features used in instruction_sets.txt, and others.
 
     Args:
-        probe: compiled processor.c; without it Linux's /proc/cpuinfo is read, which omits what the
-            system does not support. Other systems report little without it.
+        probe: compiled cpu_features.c; without it Linux's /proc/cpuinfo is read, which omits what
+            the system does not support. Other systems report little without it.
     """
     if probe is not None:
         return set(_told(probe))

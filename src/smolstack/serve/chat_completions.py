@@ -18,7 +18,7 @@ LEAST = -9999.0  # JSON has no minus infinity; this is OpenAI's number for "very
 DONE = "data: [DONE]\n\n"
 
 
-class Completion:
+class ChatCompletionWriter:
     """Formats the answers to one request as chat completions.
 
     Args:
