@@ -37,9 +37,9 @@ def scans(count: int, side: int = 64) -> bytes:
     return content[:-2] + last * count + content[-2:]
 
 
-def reduced(count: int) -> bytes:
+def reduced(count: int, kind: int = 1) -> bytes:
     """A TIFF file of 16x16 pixels with so many reduced images, all of them the same, before its
-    page."""
+    page; kind 0: with so many other pages."""
     entry = struct.Struct("<HHII")
     tags = [(256, 16), (257, 16), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16),
             (279, 256)]  # fmt: skip
@@ -47,7 +47,7 @@ def reduced(count: int) -> bytes:
     made = bytearray(b"II*\0" + struct.pack("<I", 8 + 256) + bytes(256))
     for _ in range(count):
         following = len(made) + 2 + 10 * entry.size + 4
-        made += struct.pack("<H", 10) + entry.pack(254, 4, 1, 1) + page
+        made += struct.pack("<H", 10) + entry.pack(254, 4, 1, kind) + page
         made += struct.pack("<I", following)
     return bytes(made + struct.pack("<H", 9) + page + bytes(4))
 

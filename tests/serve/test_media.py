@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
+from tests.bombs import reduced
 from tests.pdfs import document, locked, nested_forms
 from tests.processor.test_pdf import form
 from tests.serve.conftest import Process
@@ -80,6 +81,12 @@ def test_a_tiff_file_of_several_pages_needs_a_page(server: Process) -> None:
     made = post(server, image(coded(content.getvalue(), "image/tiff")))
     assert made.status_code == 400
     assert "the file has 2 pages, expected one of them: add #page=1" in message(made)
+
+
+def test_the_pages_of_a_very_long_tiff_file_are_not_all_counted(server: Process) -> None:
+    made = post(server, image(coded(reduced(2000, kind=0), "image/tiff")))
+    assert made.status_code == 400
+    assert "the file has 1000 or more pages, expected one of them: add #page=1" in message(made)
 
 
 def test_a_video_is_answered_as_ask_does(

@@ -117,6 +117,16 @@ def frame_of_page(source: str | Path | bytes, name: str, number: int | None) -> 
     return frames[number - 1]
 
 
+def several_pages(file: BinaryIO) -> str | None:
+    """The number of pages of a TIFF file, in words, if there are several; None otherwise. Only the
+    first frames are looked at, which bounds the time that a hostile file takes."""
+    kinds = list(_kinds(file, _MOST_UNASKED))
+    count = len(_pages(kinds))
+    if count <= 1:
+        return None
+    return f"{count} or more" if len(kinds) == _MOST_UNASKED else str(count)
+
+
 def tiff_frames(file: BinaryIO) -> list[int]:
     """Indices of the frames of a TIFF file that are pages.
 

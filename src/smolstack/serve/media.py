@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from smolstack.errors import ContextLengthError, ImageError, SmolstackError
 from smolstack.processor.formats import SERVED
-from smolstack.processor.pages import TiffPage, tiff_frames
+from smolstack.processor.pages import TiffPage, several_pages, tiff_frames
 from smolstack.processor.pdf import MAX_PIXELS, is_pdf
 from smolstack.processor.pdf_process import isolated_pages
 from smolstack.processor.tiles import ImageSource, image_size
@@ -142,7 +142,7 @@ def parts(all_media: list[Media], vlm: VLM, settings: ServerSettings) -> Iterato
 def _pages(media: Media, settings: ServerSettings) -> list[ImageSource]:
     if not is_pdf(media.content):
         content, number = media.content, media.page
-        if number is None and (count := len(tiff_frames(BytesIO(content)))) > 1:
+        if number is None and (count := several_pages(BytesIO(content))):
             raise ImageError(f"the file has {count} pages, expected one of them: add #page=1")
         return [content if number is None else TiffPage(content, number)]
     count, pages = isolated_pages(
