@@ -142,8 +142,8 @@ def parts(all_media: list[Media], vlm: VLM, settings: ServerSettings) -> Iterato
 def _pages(media: Media, settings: ServerSettings) -> list[ImageSource]:
     if not is_pdf(media.content):
         content, number = media.content, media.page
-        if number is None and (count := several_pages(BytesIO(content))):
-            raise ImageError(f"the file has {count} pages, expected one of them: add #page=1")
+        if number is None and (several := several_pages(BytesIO(content))):
+            raise ImageError(f"the file has {several} pages, expected one of them: add #page=1")
         return [content if number is None else TiffPage(content, number)]
     count, pages = isolated_pages(
         media.content,
