@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.interop.conftest import Folder
 from torch import nn
+from torch.nn.utils import prune
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,6 +46,31 @@ def fake_quantize(model: Any) -> None:
     layer = FakeQuantized(attention.q_proj.in_features, attention.q_proj.out_features, bias=False)
     layer.weight = attention.q_proj.weight
     attention.q_proj = layer
+
+
+class Halved(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+
+def parametrize_layer(model: Any) -> None:
+    layer = model.model.text_model.layers[0].mlp.up_proj
+    nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
+
+
+def prune_layer(model: Any) -> None:
+    layer = model.model.text_model.layers[0].mlp.up_proj
+    prune.l1_unstructured(layer, "weight", amount=0.5)  # type: ignore[no-untyped-call]
+
+
+def normalize_weight(model: Any) -> None:
+    layer = model.model.text_model.layers[0].mlp.up_proj
+    nn.utils.weight_norm(layer).weight_g.data.mul_(0.5)
+
+
+def replace_method(model: Any) -> None:
+    own = model.model.connector.pixel_shuffle
+    model.model.connector.pixel_shuffle = lambda *args: own(*args) * 0.5
 
 
 def exchange_activation(model: Any) -> None:
@@ -92,7 +118,8 @@ def register_attention(model: Any) -> None:
 
 CHANGES = [fake_quantize, exchange_activation, exchange_activation_of_tower, replace_forward]
 CHANGES += [change_scale, change_scale_of_tower, change_epsilon, change_rotation]
-CHANGES += [register_attention]
+CHANGES += [register_attention, parametrize_layer, prune_layer, normalize_weight]
+CHANGES += [replace_method]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +128,7 @@ CHANGES += [register_attention]
     ids=lambda change: change.__name__,
 )
 @pytest.mark.parametrize("before", [False, True], ids=["fresh", "used"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's older weight_norm
 def test_exchanged_parts_compute(
     folder: Folder,
     prompts: Inputs,
@@ -121,7 +149,7 @@ def test_exchanged_parts_compute(
     assert (plain - found)[real].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("how", ["forward", "class"])
+@pytest.mark.parametrize("how", ["forward", "class", "method"])
 def test_a_patched_class_computes(
     folder: Folder, prompts: Inputs, runs: list[int], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -139,6 +167,10 @@ def test_a_patched_class_computes(
         del runs[:]
         if how == "class":
             monkeypatch.setattr(modeling_llama, "LlamaMLP", Halved)
+        elif how == "method":
+            kind: Any = type(folder.theirs().model.connector)
+            shuffle = kind.pixel_shuffle
+            monkeypatch.setattr(kind, "pixel_shuffle", lambda *args: 0.5 * shuffle(*args))
         else:
             forward = own.forward
             monkeypatch.setattr(own, "forward", lambda self, states: 0.5 * forward(self, states))

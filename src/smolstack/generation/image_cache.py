@@ -77,7 +77,7 @@ class ImageCache:
         with self._lock:
             # Replaced or modified weights (training) have another version.
             number = self._weights.current()
-            if self.folder is None:
+            if self.folder is None or self._weights.hooked:
                 digest.update(self._name + str(number).encode())
             else:
                 digest.update(self._values(number))
@@ -103,7 +103,9 @@ class ImageCache:
         If the folder cannot be written to, the entry is kept in memory only.
         """
         self._remember(key, visual)
-        if self.folder is not None and _size(visual) <= self.max_folder_bytes:
+        if self.folder is None or self._weights.hooked:
+            return
+        if _size(visual) <= self.max_folder_bytes:
             with contextlib.suppress(OSError):
                 _write(self._path(key), visual)
                 _prune(self.folder, self.max_folder_bytes)
@@ -134,6 +136,7 @@ class ImageCache:
         if self._digest[0] != number:
             model = self.model
             how = f"{model.precision} {model.device.type} {torch.__version__}".encode()
+            how += self._weights.description()
             self._digest = number, weights_digest(self._weights.tensors()) + how
         return self._digest[1]
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from smolstack.config import VisionConfig
 from smolstack.errors import GridError
 from smolstack.model.backend import TORCH, Backend
+from smolstack.model.hooks import globally_hooked, is_hooked
 from smolstack.model.layers import ACTIVATION, Embedding, merge_heads, split_heads
 
 
@@ -133,8 +134,12 @@ class VisionTower(nn.Module):
     def patches(self, tiles: Tensor) -> Tensor:
         """Patch embedding without positions, as one matrix product: (N, 3, P, P) → (N, H·W, C).
 
-        Equivalent to the strided convolution whose weights the checkpoint stores.
+        Equivalent to the strided convolution whose weights the checkpoint stores, which is called
+        itself if it was replaced or has a hook.
         """
+        if _is_modified(self.patch_embedding):
+            called: Tensor = self.patch_embedding(tiles)
+            return called.flatten(2).transpose(1, 2)
         size = self.config.patch_size
         rows, columns = self.grid_of(tiles)
         cropped = tiles[..., : rows * size, : columns * size]
@@ -168,6 +173,12 @@ class VisionTower(nn.Module):
                 raise GridError(
                     f"tile {index} is filled by {high}x{wide} patches, its grid is {rows}x{columns}"
                 )
+
+
+def _is_modified(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Conv2d:
+        return True
+    return not torch.compiler.is_compiling() and (globally_hooked() or is_hooked(layer))
 
 
 def _partial_positions(

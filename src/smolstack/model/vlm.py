@@ -80,7 +80,9 @@ class VisionLanguageModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         embedding = self.decoder.embedding
-        return embedding.weight.dtype if embedding.output_dtype is None else embedding.output_dtype
+        # A layer that replaced the embedding has its weight only.
+        wanted: torch.dtype | None = getattr(embedding, "output_dtype", None)
+        return embedding.weight.dtype if wanted is None else wanted
 
     @property
     def device(self) -> torch.device:

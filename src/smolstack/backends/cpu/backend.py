@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from smolstack.backends.cpu.decoder import NativeDecoder, native_decoder, suits
 from smolstack.backends.cpu.encoder import NativeEncoder, native_encoder
 from smolstack.backends.cpu.linear import multiply
+from smolstack.backends.cpu.recognise import PlainDecoder, is_plain
 from smolstack.config import VisionConfig
 from smolstack.model.backend import Backend
 from smolstack.model.decoder import Decoder
-from smolstack.model.hooks import any_hooked
 from smolstack.model.kv_cache import KVCache, RaggedKVCache
 from smolstack.model.quantized import QuantizedLinear
 from smolstack.native import library as native
@@ -31,12 +31,13 @@ class CpuBackend(Backend):
     def __init__(self) -> None:
         self._encoders: WeakKeyDictionary[nn.Module, NativeEncoder] = WeakKeyDictionary()
         self._decoders: WeakKeyDictionary[nn.Module, NativeDecoder | None] = WeakKeyDictionary()
+        self._plain: WeakKeyDictionary[nn.Module, PlainDecoder] = WeakKeyDictionary()
 
     def encode(self, layers: nn.ModuleList, config: VisionConfig, patches: Tensor) -> Tensor | None:
-        """Taken when no gradients are required and no module has a hook."""
+        """Taken when no gradients are required and no module was replaced or has a hook."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in layers.parameters()):
             return None
-        if any_hooked(layers):
+        if not is_plain(layers, config):
             return None
         encoder = self._encoders.get(layers)
         if encoder is None or not encoder.current():
@@ -55,11 +56,11 @@ class CpuBackend(Backend):
         *,
         every: bool,
     ) -> Tensor | None:
-        """Taken when no module has a hook."""
-        kernels = self._decoder(decoder, head, embeddings, cache)
-        if kernels is None or any_hooked(decoder):
+        """Taken when no module was replaced or has a hook."""
+        if not self._plain.setdefault(decoder, PlainDecoder()).check(decoder, head):
             return None
-        return kernels.prefill(embeddings, cache, every=every)
+        kernels = self._decoder(decoder, head, embeddings, cache)
+        return None if kernels is None else kernels.prefill(embeddings, cache, every=every)
 
     def decode(
         self,
@@ -68,6 +69,9 @@ class CpuBackend(Backend):
         embeddings: Tensor,
         cache: KVCache | RaggedKVCache,
     ) -> Tensor | None:
+        """Taken as for prompts; modules replaced since the last prompt count from the next."""
+        if not self._plain.setdefault(decoder, PlainDecoder()).still(decoder, head):
+            return None
         kernels = self._decoder(decoder, head, embeddings, cache)
         return None if kernels is None else kernels(embeddings, cache)
 
@@ -101,6 +105,7 @@ class CpuBackend(Backend):
             known is None
             or known.head is not head
             or known.cache_dtype != dtype
+            or known.config is not decoder.config
             or not known.current()
         ):
             known = native_decoder(decoder, head, dtype)

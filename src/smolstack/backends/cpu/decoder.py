@@ -53,7 +53,7 @@ class NativeDecoder:
         head: Any,
         cache_dtype: torch.dtype,
     ) -> None:
-        config = decoder.config
+        self.config = config = decoder.config
         self.kernels, self.cache_dtype, self.norm = kernels, cache_dtype, decoder.norm
         self.hidden, self.vocabulary = config.hidden_size, outputs_of(head)
         layers = [layer for layer in decoder.layers if isinstance(layer, TextLayer)]

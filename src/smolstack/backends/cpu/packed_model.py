@@ -82,6 +82,8 @@ class PackedModel:
     def _note(self, module: Any) -> None:
         quantized = isinstance(module, QuantizedLinear)
         self._read.add_tensor(module, "weight_packed" if quantized else "weight")
+        if getattr(module, "bias", None) is not None:
+            self._read.add_tensor(module, "bias")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Not copied: pointers are meaningless in a copy of the model, which builds its own."""
@@ -100,6 +102,8 @@ def packs(layer: Any) -> bool:
     if isinstance(layer, QuantizedLinear):
         return True
     if not isinstance(layer, (nn.Linear, nn.Embedding)):  # for example an adapter around one
+        return False
+    if type(layer._parameters.get("weight")) is not nn.Parameter:  # computed, or quantized
         return False
     return layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Hashable, Iterator
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ def identity(base: nn.Module) -> tuple[Hashable, ...]:
         *map(id, buffers),
         *(0 if buffer.is_inference() else buffer._version for buffer in buffers),
         frozenset((kind, kind.forward) for kind in kinds),
+        frozenset(method for kind in kinds for method in _methods(kind)),
+        *(id(method) for part in parts for method in _replaced_methods(part)),
         tuple(item for part in parts for item in _numbers(part)),
         *map(id, _attentions(base)),
     )
@@ -69,8 +72,12 @@ def is_plain(base: Any) -> bool:
     """
     if any_hooked(base) or not all(map(_is_known, _attentions(base))):
         return False
+    if any(method for part in base.modules() for method in _replaced_methods(part)):
+        return False
     kinds: set[Any] = {type(part) for part in base.modules() if part is not base}
     if not all(_is_known(kind) and _is_known(kind.forward) for kind in kinds):
+        return False
+    if not all(_is_known(method) for kind in {*kinds, type(base)} for method in _methods(kind)):
         return False
     expected, found = _descriptions(_reference(base)), _descriptions(base)
     return found.keys() == expected.keys() and all(
@@ -106,6 +113,24 @@ def _numbers(part: nn.Module) -> Iterator[tuple[str, float]]:
     for name, value in vars(part).items():
         if type(value) in _NUMBERS and name[0] != "_" and name not in _INCIDENTAL:
             yield name, value
+
+
+def _methods(kind: type) -> Iterator[FunctionType]:
+    """Yield the methods of a class that its file in transformers defines, or a user has replaced.
+
+    Those of transformers' common base classes, which load and save, do not compute.
+    """
+    for cls in kind.__mro__:
+        if cls.__module__.startswith("transformers.models."):
+            yield from (value for value in vars(cls).values() if isinstance(value, FunctionType))
+
+
+def _replaced_methods(part: nn.Module) -> Iterator[Any]:
+    """Yield the functions that replace a method of one module."""
+    kind = type(part)
+    for name, value in vars(part).items():
+        if isinstance(value, (FunctionType, MethodType)) and hasattr(kind, name):
+            yield value
 
 
 def _attentions(base: Any) -> list[Any]:
