@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from smolstack.errors import QueueFullError
+from smolstack.generation.form_limits import INTERSECTING
 from smolstack.generation.pools import RankedPool
 from smolstack.serve.origins import sent_key
 from smolstack.serve.schemas import ChatRequest
@@ -21,6 +22,7 @@ T = TypeVar("T")
 _GRACE = 2.0  # seconds in which reading a request is not cancelled in favor of others
 _PATIENCE = 4.0  # seconds that work waits for cheaper work, per second of its own cost
 _VIDEO = 0.5  # seconds to decode one, approximately
+_TRIAL = 0.5  # seconds to build a grammar in a process of its own, approximately
 _HEAVY = 0.05  # seconds above which work counts as heavy
 _CHARACTER, _FORM = (
     1e-6,
@@ -52,18 +54,38 @@ def reading_seconds(body: ChatRequest, more: int = 0) -> float:
         for message in body.messages
         for part in message.content
     )
-    return float(seconds + form_bytes(body) * _FORM + videos * _VIDEO)
+    seconds += form_bytes(body) * _FORM + videos * _VIDEO
+    if body.grammar is not None or any(map(_intersects, _schemas(body))):
+        seconds += _TRIAL
+    return float(seconds)
 
 
 def form_bytes(body: ChatRequest) -> int:
     """Return the approximate length of a request's expression, grammar, choices and schemas."""
+    size = len(body.regex or "") + len(body.grammar or "") + sum(map(len, body.choices or []))
+    return size + sum(_characters(schema) for schema in _schemas(body))
+
+
+def _schemas(body: ChatRequest) -> list[Any]:
     wanted = body.response_format
     schemas: list[Any] = [body.json_schema]
     if wanted is not None:
         schemas += [wanted.schema_, wanted.json_schema and wanted.json_schema.schema_]
-    schemas += [tool.model_dump(exclude_none=True) for tool in body.tools or []]
-    size = len(body.regex or "") + len(body.grammar or "") + sum(map(len, body.choices or []))
-    return size + sum(_characters(schema) for schema in schemas)
+    return schemas + [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+
+
+def _intersects(value: Any) -> bool:
+    """Whether a schema has keywords for which its grammar is built in a process first."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            if not INTERSECTING.isdisjoint(each):
+                return True
+            left += each.values()
+        elif isinstance(each, list):
+            left += each
+    return False
 
 
 def _characters(value: Any) -> int:
