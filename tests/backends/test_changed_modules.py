@@ -264,7 +264,7 @@ def test_an_entry_on_disk_is_that_of_the_same_modules(
     found = []
     for change in (lambda _: None, fake_quantized, other_activation, hooked_layers):
         vlm = smolstack.load(tiny_folder)
-        vlm._images.folder = tmp_path
+        vlm._image_cache.folder = tmp_path
         change(vlm.model)
         found.append(visual(vlm, images[0]))
     assert all((one - found[0]).abs().max() > 0.001 for one in found[1:])

@@ -18,8 +18,9 @@ from smolstack.errors import GenerationError
 from smolstack.serve.body_memory import BodyMemory
 from smolstack.serve.connections import connection_limit
 from smolstack.serve.error_responses import RefusedError
-from smolstack.serve.parsing import MOST_VALUES, parse_json
+from smolstack.serve.parsing import parse_json
 from smolstack.serve.settings import ServerSettings
+from smolstack.serve.strict_json import MOST_VALUES
 
 
 @pytest.fixture(scope="module")

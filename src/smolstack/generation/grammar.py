@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smolstack.errors import GenerationError
+from smolstack.generation import grammar_limits
 from smolstack.generation.constraint import Constraint, reason_of
 from smolstack.generation.lark import Lark
 from smolstack.generation.structured_output import Regex, Schema
@@ -54,18 +55,27 @@ class Grammars:
         """
         matching = _llguidance()
         if isinstance(structure, Lark):
+            given = structure.grammar
+            grammar_limits.check_patterns(grammar_limits.patterns_in(given, lark=True))
             text: str = matching.LLMatcher.grammar_from_lark(structure.after(self.lead))
+            if structure.name == "grammar" or grammar_limits.needs_trial(given):
+                grammar_limits.try_grammar(text, structure.name)
             self._check(structure.name, "", text)
             return text
         lead = f"{json.dumps(self.lead)} " if self.lead else ""
         if isinstance(structure, Regex):
+            grammar_limits.check_patterns([structure.pattern])
             alone = matching.LLMatcher.grammar_from_regex(structure.pattern)
             self._check("regex", structure.pattern, alone)
             body = f"/{matching.regex_to_lark(structure.pattern)}/"
             lark = f"start: {lead}{body}"
         else:
-            lark = f"start: {lead}body\nbody: %json {guided(structure.schema)}"
+            schema = guided(structure.schema)
+            grammar_limits.check_patterns(grammar_limits.patterns_in(schema, lark=False))
+            lark = f"start: {lead}body\nbody: %json {schema}"
         grammar: str = matching.LLMatcher.grammar_from_lark(lark)
+        if isinstance(structure, Schema) and grammar_limits.needs_trial(schema):
+            grammar_limits.try_grammar(grammar, "schema")
         name = "regex" if isinstance(structure, Regex) else "schema"
         self._check(name, "", grammar)
         return grammar

@@ -10,7 +10,7 @@ from smolstack.errors import GenerationError
 from smolstack.generation.lark import Lark
 from smolstack.generation.sampling import SamplingParams
 from smolstack.generation.stopping import RepetitionRule, Stopping
-from smolstack.generation.structured_output import Structure, read_structure
+from smolstack.generation.structured_output import Choices, Structure, read_structure
 from smolstack.generation.token_rules import TokenRules, read_rules
 from smolstack.processor.geometry import Tiling
 
@@ -118,7 +118,26 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Read
         options.get("grammar"),
     )
     logprobs = options.get("logprobs")
+    if isinstance(structure, Choices):
+        _check_scored(sampling, logprobs)
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise GenerationError(f"logprobs is {logprobs}, expected 0 to {MAX_LOGPROBS}")
     keep = options.get("keep_special_tokens", False)
     return ReadOptions(sampling, stopping, tiling, keep, structure, logprobs, rules)
+
+
+def _check_scored(sampling: SamplingParams, logprobs: int | None) -> None:
+    """Refuse options that have no effect on an answer that is one of several choices."""
+    drawn = sampling.temperature > 0
+    ignored = {
+        "repetition_penalty": sampling.repetition_penalty != 1,
+        "top_k": drawn and sampling.top_k > 0,
+        "top_p": drawn and sampling.top_p < 1,
+        "min_p": drawn and sampling.min_p > 0,
+        "logprobs": logprobs is not None,
+    }
+    if found := [name for name, given in ignored.items() if given]:
+        raise GenerationError(
+            f"found choices and {found[0]}, which cannot be combined: each choice is scored as a "
+            "whole, and its log-probability is returned"
+        )

@@ -7,9 +7,11 @@ which may be followed by pixels. The child handles one file and ends.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from smolstack.errors import ImageError
@@ -34,9 +36,16 @@ def call(
     line = json.dumps(order | {"memory": memory, "seconds": seconds}).encode() + b"\n"
     command = [sys.executable, "-m", module]
     wall = _WALL * seconds
+    # The same smolstack, also if a program has found it by changing sys.path.
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
     try:
         ended = subprocess.run(
-            command, input=line + content, capture_output=True, timeout=wall, check=False
+            command,
+            input=line + content,
+            capture_output=True,
+            timeout=wall,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
         head, _, pixels = ended.stdout.partition(b"\n")
     except subprocess.TimeoutExpired:

@@ -14,6 +14,7 @@ from fastapi import Request
 
 from smolstack.errors import QueueFullError
 from smolstack.generation.costs import SECONDS_PER_GRAMMAR_BYTE, urgency
+from smolstack.generation.grammar_limits import INTERSECTING
 from smolstack.generation.pools import RankedPool
 from smolstack.serve.origins import sent_key
 from smolstack.serve.schemas import ChatRequest, VideoPart
@@ -22,6 +23,7 @@ from smolstack.serve.settings import ServerSettings
 T = TypeVar("T")
 _GRACE = 2.0  # seconds in which reading a request is not cancelled in favor of others
 _VIDEO = 0.5  # seconds to decode one, approximately
+_TRIAL = 0.5  # seconds to build a grammar in a process of its own, approximately
 _HEAVY = 0.05  # seconds above which work counts as heavy
 _CHARACTER = 1e-6  # seconds to tokenize one
 
@@ -41,8 +43,11 @@ def reading_seconds(body: ChatRequest, more: int = 0) -> float:
     choices = body.choices or []
     tokenized = characters * (1 + len(choices)) + sum(map(len, choices))
     videos = sum(isinstance(part, VideoPart) for _, part in body.media_parts())
-    grammar = grammar_bytes(body) * SECONDS_PER_GRAMMAR_BYTE
-    return tokenizing_seconds(tokenized) + grammar + videos * _VIDEO
+    seconds = tokenizing_seconds(tokenized) + videos * _VIDEO
+    seconds += grammar_bytes(body) * SECONDS_PER_GRAMMAR_BYTE
+    if body.grammar is not None or any(map(_intersects, _schemas(body))):
+        seconds += _TRIAL
+    return seconds
 
 
 def tokenizing_seconds(characters: int) -> float:
@@ -52,13 +57,30 @@ def tokenizing_seconds(characters: int) -> float:
 
 def grammar_bytes(body: ChatRequest) -> int:
     """Return the approximate length of a request's expression, grammar, choices and schemas."""
+    size = len(body.regex or "") + len(body.grammar or "") + sum(map(len, body.choices or []))
+    return size + sum(_characters(schema) for schema in _schemas(body))
+
+
+def _schemas(body: ChatRequest) -> list[Any]:
     wanted = body.response_format
     schemas: list[Any] = [body.json_schema]
     if wanted is not None:
         schemas += [wanted.schema_, wanted.json_schema and wanted.json_schema.schema_]
-    schemas += [tool.model_dump(exclude_none=True) for tool in body.tools or []]
-    size = len(body.regex or "") + len(body.grammar or "") + sum(map(len, body.choices or []))
-    return size + sum(_characters(schema) for schema in schemas)
+    return schemas + [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+
+
+def _intersects(value: Any) -> bool:
+    """Whether a schema has keywords for which its grammar is built in a process first."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            if not INTERSECTING.isdisjoint(each):
+                return True
+            left += each.values()
+        elif isinstance(each, list):
+            left += each
+    return False
 
 
 def _characters(value: Any) -> int:

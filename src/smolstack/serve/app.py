@@ -193,6 +193,8 @@ class Server:
             named += ["width and height"] if sized else []
             if len(named) > 1:
                 raise RefusedError(400, f"found {' and '.join(named)}, expected only one of them")
+            if body.preview and sized:
+                raise RefusedError(400, "a size has no preview; leave it out", param="preview")
             if body.image_url is not None:
                 found = await request_reader.read_media(body.image_url.url, self.settings)
                 body.image_url.url = ""

@@ -23,9 +23,10 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
+from smolstack.serve import strict_json
 from smolstack.serve.error_responses import RefusedError
+from smolstack.serve.strict_json import MOST_VALUES, StrictJsonError
 
-MOST_VALUES = 100_000  # per body
 _LARGE = 2**20
 _MANY_VALUES = 1000  # validated faster than a thread begins
 _DEEPEST = 500  # approximate limit of Python's parser
@@ -150,16 +151,25 @@ def parse_json(content: bytes) -> Any:
 
     Raises:
         json.JSONDecodeError, RecursionError: the body is not valid JSON, or nested too deeply.
-        RefusedError: the body has too many values.
+        RefusedError: the body has too many values, a repeated key, a number that is not finite, or
+            is not in UTF-8.
     """
     if _has_many(content):
         raise RefusedError(413, f"the body has more than {MOST_VALUES:,} JSON values")
     found: Any = None
+    coding = json.detect_encoding(content)
+    if not coding.startswith("utf-8"):
+        # Others hide the values from being counted, and are not JSON between programs (RFC 8259).
+        raise RefusedError(400, f"the body is in {coding.upper()}, expected UTF-8")
     if content.strip():
         try:
             found = from_json(content)
         except ValueError:
             found = _parsed_again(content)
+        try:
+            strict_json.check(found, content)
+        except StrictJsonError as error:
+            raise RefusedError(400, str(error), param=error.place) from None
     if found is None:
         raise RefusedError(400, "the body is empty, expected a JSON object")
     return found

@@ -8,10 +8,10 @@ in a way that is not supported; they are refused, with the most similar known na
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from smolstack.serve import strict_json
 from smolstack.serve.error_responses import RefusedError
 
 # Fields that do not affect the answer.
@@ -225,7 +225,7 @@ def _read_values(found: dict[str, Any]) -> None:
             del found[name]
     if isinstance(schema := found.get("json_schema"), str):
         try:
-            found["json_schema"] = json.loads(schema)
+            found["json_schema"] = strict_json.read_text(schema)
         except (ValueError, RecursionError) as error:
             raise RefusedError(
                 400, f"json_schema is not valid JSON: {error}", param="json_schema"

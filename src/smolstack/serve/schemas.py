@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from smolstack.serve import strict_json
+from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.request_fields import normalize_fields, without_nulls
 
 Text = Annotated[str, Field(max_length=2_000_000)]
@@ -93,7 +94,7 @@ class CalledFunction(Body):
     @classmethod
     def _json(cls, text: str) -> str:
         try:
-            json.loads(text or "{}")
+            strict_json.read_text(text or "{}")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the arguments of a call are not valid JSON: {error}") from None
         return text
@@ -154,7 +155,7 @@ class NamedTool(Body):
 
 class StreamOptions(Body):
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
     continuous_usage_stats: Literal[False] = False
 
 
@@ -169,6 +170,16 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+    @model_validator(mode="after")
+    def _one_schema(self) -> ResponseFormat:
+        if self.json_schema is not None and self.type != "json_schema":
+            raise ValueError(f"found json_schema with the type {self.type}, expected json_schema")
+        if self.schema_ is not None and self.type == "text":
+            raise ValueError("found schema with the type text, expected json_schema")
+        if self.schema_ is not None and self.json_schema is not None:
+            raise ValueError("found schema and json_schema, expected only one of them")
+        return self
 
 
 class AnswerFields(_Numbers):
@@ -214,6 +225,15 @@ class AnswerFields(_Numbers):
     def _understood(cls, data: Any) -> Any:
         return normalize_fields(data)
 
+    @model_validator(mode="after")
+    def _streams(self) -> AnswerFields:
+        given = self.stream_options is not None and self.stream_options.model_fields_set
+        if given and not self.stream:
+            raise RefusedError(
+                400, "stream_options is only allowed with stream: true", param="stream_options"
+            )
+        return self
+
     def shared(self) -> dict[str, Any]:
         """Return the values of the fields that all routes have."""
         return {name: getattr(self, name) for name in AnswerFields.model_fields}
@@ -252,6 +272,18 @@ class ChatRequest(AnswerFields, ImageFields):
             parts = enumerate(content)
             found += [(f"{place}.{i}", p.text) for i, p in parts if isinstance(p, TextPart)]
         return found
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ChatRequest:
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise RefusedError(
+                400,
+                f"max_tokens is {both[0]} and max_completion_tokens is {both[1]}, expected only "
+                "one of them",
+                param="max_tokens",
+            )
+        return self
 
     def media_parts(self) -> list[tuple[str, ImagePart | VideoPart | FilePart]]:
         """Return the parts other than text, each with its path in the body."""
@@ -303,6 +335,23 @@ class TokenizeRequest(Body):
         return normalize_fields(data) if isinstance(data, dict) and "messages" in data else (
             without_nulls(data)
         )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _one_text(self) -> TokenizeRequest:
+        for names in (("prompt", "content", "messages"), ("add_special_tokens", "add_special")):
+            given = [name for name in names if getattr(self, name) is not None]
+            if len(given) > 1:
+                raise RefusedError(
+                    400, f"found {' and '.join(given)}, expected only one of them", param=given[1]
+                )
+        if self.messages is not None and True in (self.add_special_tokens, self.add_special):
+            raise RefusedError(
+                400,
+                "found add_special_tokens with messages, whose special tokens the chat template "
+                "writes; leave it out",
+                param="add_special_tokens",
+            )
+        return self
 
 
 class DetokenizeRequest(Body):
