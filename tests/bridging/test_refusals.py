@@ -66,6 +66,7 @@ def test_wishes_that_cannot_be(
         ("config.json", {"model_type": "siglip2_vision_model"}, "variable resolution"),
         ("config.json", {"model_type": "clip"}, "has model_type 'clip', expected a checkpoint of"),
         ("config.json", {"hidden_size": 30}, "1 wrong|do not|does not match its config"),
+        ("config.json", {"num_channels": 1}, "num_channels is 1, expected 3: images are"),
         ("config.json", {"hidden_act": "mish"}, "hidden_act is 'mish', expected one of"),
         ("config.json", {"quantization_config": {"quant_method": "awq"}}, "quantized by AWQ"),
     ],

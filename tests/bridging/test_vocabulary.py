@@ -80,6 +80,31 @@ def test_rows_that_no_token_had_are_used_first(
     assert [i for i, equal in enumerate(same.tolist()) if not equal] == list(range(330, 330 + new))
 
 
+def test_a_row_without_a_token_is_not_chosen_once_an_image_token_has_it(
+    make_vision: MakeVision, make_text: MakeText, tmp_path: Path
+) -> None:
+    """The rows that the image tokens do not take are chosen as before."""
+    vision, found = make_vision(), {}
+    for row in (335, 399):
+        text = make_text(vocab_size=400, tie_word_embeddings=False)
+        plain: Any = transformers.LlamaForCausalLM.from_pretrained(text)
+        with torch.no_grad():
+            states = plain.model(torch.tensor([[5, 6, 7]])).last_hidden_state[0, -1]
+            plain.lm_head.weight[row] = 10 * states
+        plain.save_pretrained(text)
+        vlm = smolstack.load(bridge_towers(vision, text, tmp_path / str(row)), device="cpu")
+        assert int(plain(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax()) == row
+        with torch.no_grad():
+            embeddings = vlm.model.decoder.embedding(torch.tensor([[5, 6, 7]]))
+            logits = vlm.model.logits(vlm.model.decoder(embeddings))[0, -1]
+            expected = plain(torch.tensor([[5, 6, 7]])).logits[0, -1]
+        others = torch.tensor([*range(330), *range(vlm.processor.tokenizer.size, 400)])
+        torch.testing.assert_close(logits[others], expected[others], atol=1e-4, rtol=0)
+        found[row] = int(logits.argmax())
+    assert found[335] != 335
+    assert found[399] == 399
+
+
 def test_a_tokenizer_that_has_image_tokens_keeps_them(
     make_vision: MakeVision, make_text: MakeText, tmp_path: Path
 ) -> None:

@@ -46,6 +46,11 @@ class VisionConfig:
     def __post_init__(self) -> None:
         positive(self, "vision_config", "hidden_size", "intermediate_size", "num_layers")
         positive(self, "vision_config", "num_heads", "image_size", "patch_size", "num_channels")
+        if self.num_channels != 3:
+            raise ConfigError(
+                f"vision_config.num_channels is {self.num_channels}, expected 3: images are "
+                "converted to RGB"
+            )
         divides("vision_config", "hidden_size", self.hidden_size, self.num_heads)
         one_of("vision_config.hidden_act", self.hidden_act, ACTIVATIONS)
         if self.patch_size > self.image_size:
