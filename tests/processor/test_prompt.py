@@ -109,3 +109,26 @@ def test_a_hostile_template_runs_in_a_sandbox() -> None:
         ChatTemplate(attack, {}).render([])
     with pytest.raises(PromptError, match="is not valid Jinja"):
         ChatTemplate("{% for %}", {})
+
+
+@pytest.mark.parametrize(
+    ("template", "operator"),
+    [
+        ('{{ "x" * 10**10 }}', "*"),
+        ('{{ "x" * 1000 * 1000 * 1000 }}', "*"),
+        ("{{ [1] * 10**10 }}", "*"),
+        ("{{ 10**10**10 }}", "**"),
+        ('{{ "%9999999999d" % 1 }}', "%"),
+    ],
+)
+def test_an_operator_of_a_template_makes_no_gigabytes(template: str, operator: str) -> None:
+    """Reading such a template took minutes, since Jinja computes constants when it compiles."""
+    read = ChatTemplate(template, {})
+    with pytest.raises(PromptError) as refused:
+        read.render([])
+    assert str(refused.value).endswith(f"the result of {operator} is too long")
+
+
+def test_small_results_of_operators_are_computed() -> None:
+    template = '{{ "-" * 20 }}{{ 7 % 3 }}{{ 3 * 4 }}{{ 2**3 }}{{ "%s!" % "a" }}'
+    assert ChatTemplate(template, {}).render([]) == "--------------------1128a!"

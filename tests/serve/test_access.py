@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tests.serve.test_refusals import message
 
 from smolstack.errors import GenerationError
 from smolstack.serve.origins import own_names
+from smolstack.serve.server import OnceInAWhile
 from smolstack.serve.settings import ServerSettings
 
 
@@ -171,3 +173,35 @@ def test_a_unix_socket(tiny_folder: Path, tmp_path: Path) -> None:
         taken = said_by("--model", str(tiny_folder), "--uds", str(path))
         assert "another server" in taken
     assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["Origin", "Authorization", "Content-Type"])
+def test_a_header_that_decides_access_is_sent_once(server: Process, name: str) -> None:
+    """A proxy may have checked the other one."""
+    values = {"Origin": server.url, "Content-Type": "application/json"}
+    pair = [(name, values.get(name, "Bearer a")), (name, "https://evil.example")]
+    response = httpx.get(f"{server.url}/v1/models", headers=pair)
+    assert response.status_code == 400
+    assert message(response) == f"found 2 {name.lower()} headers, expected one"
+
+
+def test_an_encoded_body_is_refused_by_its_encoding(server: Process) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    response = httpx.post(f"{server.url}/tokenize", content=b"\x1f\x8b", headers=headers)
+    assert response.status_code == 415
+    assert message(response) == "Content-Encoding is gzip, expected a body without it"
+
+
+def test_requests_that_are_not_http_do_not_fill_the_log() -> None:
+    kept = OnceInAWhile()
+
+    def logged(level: int, text: str) -> bool:
+        return kept.filter(logging.LogRecord("uvicorn.error", level, "", 0, text, (), None))
+
+    warning = "Invalid HTTP request received."
+    assert logged(logging.WARNING, warning)
+    assert not logged(logging.WARNING, warning)
+    assert logged(logging.WARNING, "Unsupported upgrade request.")
+    assert [logged(logging.ERROR, "failed") for _ in range(2)] == [True, True]
+    kept.seconds = 0
+    assert logged(logging.WARNING, warning)

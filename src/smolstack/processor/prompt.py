@@ -7,12 +7,14 @@ inserted directly, because some vocabularies have no tokens for the row and colu
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
 
 import jinja2
+import jinja2.exceptions
 import jinja2.meta
 import jinja2.sandbox
 from jinja2.ext import Extension
@@ -127,6 +129,31 @@ def split_messages(
     return plain, images
 
 
+_LONGEST_RESULT = 1_000_000  # characters or items that an operator in a template makes
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which an operator does not make gigabytes of text either. Intercepted
+    operators are not computed while a template is compiled."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute an operator, unless its result would be very long."""
+        texts = [len(each) for each in (left, right) if isinstance(each, (str, list, tuple))]
+        counts = [each for each in (left, right) if isinstance(each, int)]
+        if operator == "*":
+            long = max(texts, default=1) * max(counts, default=1) > _LONGEST_RESULT and bool(texts)
+            long = long or any(abs(each) > 10**1000 for each in counts)
+        elif operator == "**":
+            long = any(abs(each) > 1000 for each in counts)
+        else:
+            long = isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\d{6,}|\*)", left) is not None
+        if long:
+            raise jinja2.exceptions.SecurityError(f"the result of {operator} is too long")
+        return super().call_binop(context, operator, left, right)
+
+
 class ChatTemplate:
     """A checkpoint's chat template, rendered in Jinja's sandbox.
 
@@ -135,7 +162,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        environment = _Environment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],

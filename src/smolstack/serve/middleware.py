@@ -18,6 +18,7 @@ from smolstack.serve.settings import ServerSettings
 
 _HEADER_BYTES = 64 * 2**10
 _JSON = re.compile(r"application/([^\s/]+\+)?json")
+_ONCE = ("authorization", "content-encoding", "content-type", "host", "origin")
 OPEN = ("/", "/page.js", "/page.css", "/health")  # routes that need no key
 
 
@@ -157,7 +158,8 @@ class Guard:
 
 
 def _wrong_headers(scope: Scope, headers: Headers) -> RefusedError | None:
-    """Return a refusal of headers that are too large, or that give a body two lengths."""
+    """Return a refusal of headers that are too large or repeated, or that give a body two
+    lengths."""
     size = sum(len(name) + len(value) for name, value in headers.raw)
     size += len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
     if size > _HEADER_BYTES:
@@ -166,6 +168,19 @@ def _wrong_headers(scope: Scope, headers: Headers) -> RefusedError | None:
             f"the headers have {size:,} bytes, at most {_HEADER_BYTES:,} are accepted",
             headers={"Connection": "close"},
         )
+    for name in _ONCE:
+        if len(headers.getlist(name)) > 1:
+            # Which of them counts is not the same in every program on the way.
+            return RefusedError(
+                400, f"found {len(headers.getlist(name))} {name} headers, expected one",
+                headers={"Connection": "close"},
+            )  # fmt: skip
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", ""):
+        return RefusedError(
+            415, f"Content-Encoding is {coding[:100]}, expected a body without it",
+            headers={"Connection": "close"},
+        )  # fmt: skip
     if "content-length" in headers and "transfer-encoding" in headers:
         # A proxy may read another length than this server, and take the rest for a request.
         return RefusedError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import uvicorn
@@ -19,6 +21,7 @@ from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
 _SWITCH = 0.0005  # seconds; a tenth of Python's default
+_LOG_SECONDS = 60.0  # in which a message of uvicorn is logged once
 _BACKSTOP = 5  # seconds after draining, for clients that do not read their response
 
 
@@ -62,6 +65,10 @@ def run(
         config, server, ConnectionLimiter(limit, settings.header_seconds, settings.body_seconds)
     )
 
+    log = logging.getLogger("uvicorn.error")
+    if not any(isinstance(each, OnceInAWhile) for each in log.filters):
+        log.addFilter(OnceInAWhile())
+
     def end(*_: object) -> None:
         runner.should_exit = True
 
@@ -72,6 +79,30 @@ def run(
     finally:
         if server.engine.alive:
             server.close()
+
+
+class OnceInAWhile(logging.Filter):
+    """Drops warnings that were logged a short while ago: any client can cause those about requests
+    that are not valid HTTP, and would fill the disk with them.
+
+    Args:
+        seconds: for which a message is not repeated.
+    """
+
+    def __init__(self, seconds: float = _LOG_SECONDS) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._logged: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is logged; errors and messages below a warning always are."""
+        if record.levelno != logging.WARNING:
+            return True
+        now, text = time.monotonic(), str(record.msg)
+        if now - self._logged.get(text, -self.seconds) < self.seconds:
+            return False
+        self._logged[text] = now  # the message without its values: there are few
+        return True
 
 
 class _Runner(uvicorn.Server):
