@@ -48,18 +48,19 @@ class Costs:
             setattr(self, part, known + _NEW * (seconds / max(count, _FULL[part]) - known))
 
     def of(self, requests: Sequence[Request], *, longest: int = _TOKENS) -> float:
-        """Estimate the seconds of work of requests with one prompt.
+        """Estimate the seconds of work of requests; a prompt that several have is read once.
 
         Args:
             longest: tokens of an answer that are expected at most.
         """
-        prompt = requests[0].prompt
+        prompts = {id(request.prompt): request.prompt for request in requests}.values()
         fresh = [
             (plan, weight(image))
+            for prompt in prompts
             for image, plan in zip(prompt.images, prompt.plans, strict=True)
             if not isinstance(image, VisualTokens)
         ]
-        seconds = len(prompt.token_ids) * self.token
+        seconds = sum(len(prompt.token_ids) for prompt in prompts) * self.token
         seconds += sum(plan.source[0] * plan.source[1] * _PIXEL * slow for plan, slow in fresh)
         seconds += sum(plan.tiles * self.tile for plan, _ in fresh)
         for request in requests:

@@ -125,7 +125,7 @@ class Server:
         app.get("/v1/models", responses={401: _ERRORS[401]})(self.models)
         app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: {}})(self.one_model)
         app.post("/plan", response_model=None, **errors)(self.plan)  # type: ignore[arg-type]
-        embeddings.add_route(app, self.vlm, self.settings, self.engine, self.readers, errors=errors)
+        embeddings.add_route(app, self.vlm, self.settings, self.handler, errors)
         tokens.add_routes(app, self.vlm, self.settings, self.readers, errors)
         app.get("/health", responses={503: _ERRORS[503]})(self.health)
         app.get("/version")(self.version)
