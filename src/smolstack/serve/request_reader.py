@@ -156,9 +156,11 @@ def chat_prompts(
     if settings.special_tokens_in_text:
         _check_markers(vlm, request)
     if functions.uses_tools(request):
-        prompt = functions.prompt_with_tools(vlm.processor, request, messages, options[0].tiling)
+        prompt = functions.prompt_with_tools(
+            vlm.processor, request, messages, options[0].image_options
+        )
     else:
-        prompt = vlm.processor.prepare(messages, **options[0].tiling)
+        prompt = vlm.processor.prepare(messages, **options[0].image_options)
     check_tokens(prompt, settings)
     return [prompt] * len(options), options
 
