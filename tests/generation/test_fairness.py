@@ -236,9 +236,11 @@ def test_each_different_prompt_of_a_request_costs_its_own_work(tiny_vlm: smolsta
     first, again, other = (
         Request(prompt, "vectors") for prompt in (prompts[0], prompts[0], prompts[1])
     )
-    alone = core.costs.of([first])
-    assert core.costs.of([first, again]) == alone
-    assert core.costs.of([first, again, other]) == pytest.approx(alone + core.costs.of([other]))
+    alone = core.costs.estimate([first])
+    assert core.costs.estimate([first, again]) == alone
+    assert core.costs.estimate([first, again, other]) == pytest.approx(
+        alone + core.costs.estimate([other])
+    )
 
 
 def test_without_clients_requests_have_their_turn_as_they_came(tiny_vlm: smolstack.VLM) -> None:

@@ -47,7 +47,7 @@ class Costs:
             known = getattr(self, part)
             setattr(self, part, known + _NEW * (seconds / max(count, _FULL[part]) - known))
 
-    def of(self, requests: Sequence[Request], *, longest: int = _TOKENS) -> float:
+    def estimate(self, requests: Sequence[Request], *, longest: int = _TOKENS) -> float:
         """Estimate the seconds of work of requests; a prompt that several have is read once.
 
         Args:
@@ -71,9 +71,9 @@ class Costs:
                 seconds += min(request.output.limit, longest) * self.row + grammar
         return seconds
 
-    def most(self, requests: Iterable[Request]) -> dict[Request, float]:
+    def upper_bounds(self, requests: Iterable[Request]) -> dict[Request, float]:
         """Return the seconds of work of each request if its answer is as long as it may be."""
-        return {request: self.of([request], longest=sys.maxsize) for request in requests}
+        return {request: self.estimate([request], longest=sys.maxsize) for request in requests}
 
 
 class ClientUse:
