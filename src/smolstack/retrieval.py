@@ -22,8 +22,7 @@ from smolstack.checkpoint.files import RETRIEVAL_TEMPLATE, CheckpointFiles
 from smolstack.errors import ConfigError, PromptError
 from smolstack.generation.inline import InlineEngine
 from smolstack.model.vlm import VisionLanguageModel
-from smolstack.processor.geometry import Tiling
-from smolstack.processor.inputs import ImageInput, as_images
+from smolstack.processor.inputs import ImageInput, ImageOptions, as_images
 from smolstack.processor.processor import Processor, Prompt
 from smolstack.processor.prompt import ChatTemplate, Markers, user_message
 
@@ -73,10 +72,10 @@ def read_prompts(side: Mapping[str, bytes], special_tokens: Mapping[str, str]) -
 
 
 def page_prompts(
-    processor: Processor, images: Sequence[ImageInput], prompt: str, tiling: Tiling
+    processor: Processor, images: Sequence[ImageInput], prompt: str, options: ImageOptions
 ) -> list[Prompt]:
     """Build a prompt for each page, without pixels."""
-    return [processor.prepare_text(prompt, [image], **tiling) for image in images]
+    return [processor.prepare_text(prompt, [image], **options) for image in images]
 
 
 def query_prompts(processor: Processor, queries: Sequence[str], prompt: str) -> list[Prompt]:
@@ -123,7 +122,7 @@ class PageEmbedder:
         images: ImageInput | Sequence[ImageInput],
         *,
         prompt: str | None = None,
-        **tiling: Unpack[Tiling],
+        **options: Unpack[ImageOptions],
     ) -> list[Tensor]:
         """Compute late-interaction vectors of pages with a retrieval model (ColSmol).
 
@@ -131,7 +130,7 @@ class PageEmbedder:
             images: an image or several, as for :meth:`ask`.
             prompt: the prompt, with the page at ``<image>``; None for the checkpoint's own, or
                 ColPali's.
-            **tiling: split, max_image_tokens, upscale, password; see Tiling.
+            **options: split, max_image_tokens, upscale, password; see ImageOptions.
 
         Returns:
             For each page (T, E) in float32, of unit length: its visual tokens and the surrounding
@@ -143,7 +142,7 @@ class PageEmbedder:
         """
         check_head(self.model, self.folder)
         prompt = self.retrieval_prompts.page if prompt is None else prompt
-        prompts = page_prompts(self.processor, as_images(images), prompt, tiling)
+        prompts = page_prompts(self.processor, as_images(images), prompt, options)
         return self._inline.embed(prompts)
 
     def embed_queries(self, queries: Sequence[str], *, prompt: str | None = None) -> list[Tensor]:

@@ -195,7 +195,7 @@ class VLM(PageEmbedder):
         Raises: as :meth:`ask`, but an image that proves damaged later is reported by the answer.
         """
         chosen = read_options(options, self.eos_token_ids)
-        prompt = self.processor.prepare(_entry(images, text, messages), **chosen.tiling)
+        prompt = self.processor.prepare(_entry(images, text, messages), **chosen.image_options)
         return self._inline.core.requests([prompt], chosen)[0]
 
     def engine(
@@ -248,7 +248,7 @@ class VLM(PageEmbedder):
         if isinstance(prompts, str) or not prompts:
             raise PromptError("expected a list of prompts, one per answer")
         chosen = read_options(options, self.eos_token_ids)
-        prepared = [self.processor.prepare(entry, **chosen.tiling) for entry in prompts]
+        prepared = [self.processor.prepare(entry, **chosen.image_options) for entry in prompts]
         requests = self._inline.core.requests(prepared, chosen)
         self._inline.core.open_images(requests)
         return self._inline.answers(requests)
@@ -257,13 +257,15 @@ class VLM(PageEmbedder):
         self,
         image: ImageSource | VisualTokens | tuple[int, int],
         text: str = "",
+        *,
+        password: str | None = None,
         **tiling: Unpack[Tiling],
     ) -> TilePlan:
         """Return how an image, or a size (width, height) in pixels, becomes tiles and tokens.
 
         ``prompt_tokens`` counts the whole prompt of asking ``text`` about this image.
         """
-        plan = self.processor.plan(image, **tiling)
+        plan = self.processor.plan(image, password=password, **tiling)
         plan = plan.with_prompt_tokens(self.processor.count_tokens([plan], text))
         return plan if isinstance(image, (tuple, VisualTokens)) else replace(plan, image=image)
 
@@ -295,12 +297,14 @@ class VLM(PageEmbedder):
         (frames,) = self._inline.encode([Prompt.of_images(video.frames, plans)])
         return replace(video, frames=tuple(frames))
 
-    def encode(self, image: ImageSource, **tiling: Unpack[Tiling]) -> VisualTokens:
+    def encode(
+        self, image: ImageSource, *, password: str | None = None, **tiling: Unpack[Tiling]
+    ) -> VisualTokens:
         """Encode one image to visual tokens, reusable in any number of questions.
 
         The tower and the connector run once, here; ``ask(visual, …)`` skips them.
         """
-        image = with_password(image, tiling.get("password"))
+        image = with_password(image, password)
         plan = self.processor.plan(image, **tiling)
         ((visual,),) = self._inline.encode([Prompt.of_images([image], [plan])])
         return visual

@@ -230,6 +230,19 @@ def test_a_pass_over_few_tokens_does_not_make_tokens_expensive() -> None:
     assert costs.row == pytest.approx(0.01 / 4)
 
 
+def test_each_different_prompt_of_a_request_costs_its_own_work(tiny_vlm: smolstack.VLM) -> None:
+    core = still(tiny_vlm).core
+    prompts = [tiny_vlm.processor.prepare(((), text)) for text in ("Hi.", "And this?")]
+    first, again, other = (
+        Request(prompt, "vectors") for prompt in (prompts[0], prompts[0], prompts[1])
+    )
+    alone = core.costs.estimate([first])
+    assert core.costs.estimate([first, again]) == alone
+    assert core.costs.estimate([first, again, other]) == pytest.approx(
+        alone + core.costs.estimate([other])
+    )
+
+
 def test_without_clients_requests_have_their_turn_as_they_came(tiny_vlm: smolstack.VLM) -> None:
     engine = still(tiny_vlm, running=8)
     texts = ["A long one? " * 20, "Hi.", "And this?"]

@@ -43,7 +43,7 @@ class Desk:
 
     def ask(self, images: Any, text: str, deadline: float | None = None, **options: Any) -> Request:
         chosen = read_options(options, self.vlm.eos_token_ids)  # type: ignore[arg-type]
-        prompt = self.vlm.processor.prepare((images, text), **chosen.tiling)
+        prompt = self.vlm.processor.prepare((images, text), **chosen.image_options)
         self.core.scheduler.check_room(1)
         (request,) = self.core.requests([prompt], chosen, deadline=deadline)
         told: list[Update] = []

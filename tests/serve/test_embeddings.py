@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ from tests.serve.conftest import Process, data_url, serving
 from tests.serve.test_refusals import message
 
 import smolstack
+from smolstack.generation.request import Request, Update
+from smolstack.generation.scheduler import SchedulerLimits
+from smolstack.retrieval import query_prompts
+from smolstack.serve import request_reader
+from smolstack.serve.app import Server
+from smolstack.serve.settings import ServerSettings
+
+ELSEWHERE = {"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +76,105 @@ def test_the_openai_client_reads_lists(retrieval: Process) -> None:
     with retrieval.client() as client:
         made = client.embeddings.create(model="tiny", input="a query", encoding_format="float")
     assert isinstance(made, openai.types.CreateEmbeddingResponse)
+
+
+@pytest.fixture(scope="module")
+def retrieval_vlm(retrieval_folder: Path) -> smolstack.VLM:
+    return smolstack.load(retrieval_folder)
+
+
+@pytest.fixture
+def small(retrieval_vlm: smolstack.VLM) -> Iterator[Server]:
+    """A server with one slot, a queue of one, and a limit of prompt tokens."""
+    limits = SchedulerLimits(running=1, queued=1)
+    settings = ServerSettings(scheduler=limits, prompt_tokens=100, allow_remote_images=True)
+    server = Server(retrieval_vlm, settings)
+    yield server
+    server.close()
+
+
+async def embed(server: Server, *inputs: Any) -> list[httpx.Response]:
+    """Send a request for each input, all at the same time."""
+    transport = httpx.ASGITransport(app=server.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        bodies = [{"input": each} for each in inputs]
+        sent = (client.post("/v1/embeddings", json=body) for body in bodies)
+        return await asyncio.gather(*sent)
+
+
+def waiting(server: Server, text: str) -> Request:
+    """A request that waits in the engine's queue."""
+    templates = server.vlm.retrieval_prompts
+    (prompt,) = query_prompts(server.vlm.processor, [text], templates.query)
+    request = Request(prompt, "vectors")
+    request.paused = True
+    return request
+
+
+def end_soon(server: Server) -> None:
+    server.handler.settings = replace(server.settings, deadline=0.05)
+
+
+def test_at_the_limit_of_the_queue_the_client_is_told_when_to_come_again(small: Server) -> None:
+    small.engine.enter([waiting(small, "profit") for _ in range(2)])
+    (response,) = asyncio.run(embed(small, "profit"))
+    assert response.status_code == 429
+    assert message(response) == "0 answers are running and 2 waiting, the limit is 2"
+    assert response.headers["Retry-After"] == "2"
+
+
+def test_a_cheap_request_displaces_an_expensive_one(small: Server) -> None:
+    heard: list[Update] = []
+    for text in ("profit " * 20, "loss " * 20):
+        expensive = waiting(small, text)
+        expensive.listener = heard.append
+        small.engine.enter([expensive], client="another")
+    (response,) = asyncio.run(embed(small, "a"))
+    assert response.status_code == 200
+    (update,) = heard
+    assert "displaced by cheaper ones" in str(update.error)
+
+
+def test_requests_being_read_are_limited_in_number_and_time(
+    small: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.handler.read_limiter.limit = 1
+    fetching = asyncio.Event()
+
+    async def fetch(*_: Any, **__: Any) -> bytes:
+        fetching.set()
+        await asyncio.Event().wait()  # for ever
+        raise AssertionError
+
+    async def second() -> httpx.Response:
+        first = asyncio.ensure_future(embed(small, [ELSEWHERE]))
+        await fetching.wait()
+        (response,) = await embed(small, [ELSEWHERE])
+        first.cancel()
+        return response
+
+    monkeypatch.setattr(request_reader, "fetch", fetch)
+    refused = asyncio.run(second())
+    assert refused.status_code == 429
+    assert message(refused) == "1 other requests are being read"
+    assert refused.headers["Retry-After"] == "1"
+    end_soon(small)
+    (late,) = asyncio.run(embed(small, [ELSEWHERE]))
+    assert late.status_code == 504
+    assert message(late) == "the deadline passed while the request was being read"
+
+
+def test_a_request_that_waits_too_long_ends_at_its_deadline(small: Server) -> None:
+    small.engine.core.scheduler.kv_budget = -1  # no request starts
+    end_soon(small)
+    (response,) = asyncio.run(embed(small, "profit"))
+    assert response.status_code == 504
+    assert response.json()["error"]["code"] == "deadline"
+
+
+def test_a_query_too_long_and_an_empty_one_are_named(small: Server) -> None:
+    words = "profit and loss and " * 40
+    long, empty = asyncio.run(embed(small, words, ["profit", "  "]))
+    assert "at most 100 are accepted" in message(long)
+    assert message(empty) == "input.1 is '  ', expected non-empty text"
+    assert (long.status_code, empty.status_code) == (400, 400)

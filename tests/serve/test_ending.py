@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from tests.serve.conftest import Process, serving
 from tests.serve.test_refusals import LONG, message, post
+
+import smolstack
+from smolstack.errors import ImageError
+from smolstack.serve.app import Server
+from smolstack.serve.settings import ServerSettings
 
 ENDLESS = {**LONG, "max_tokens": 800, "regex": "(a|b)*c{900}"}
 
@@ -52,6 +59,30 @@ def test_an_answer_that_outlasts_the_drain_ends_with_an_error(tiny_folder: Any) 
     told = json.loads(last.removeprefix("data: "))["response"]
     assert (told["status"], told["error"]["code"]) == ("failed", "server_error")
     assert "shutting down" in told["error"]["message"]
+
+
+def test_a_model_that_was_served_behaves_as_before(tiny_vlm: smolstack.VLM, tmp_path: Path) -> None:
+    red, blue = tmp_path / "red.png", tmp_path / "blue.png"
+    for path in (red, blue):
+        Image.new("RGB", (90, 60), path.stem).save(path)
+    cache, text = tiny_vlm.image_cache, "<|im_start|>"
+    before = tiny_vlm.ask(red, text, max_new_tokens=2)
+    max_bytes, prompt_tokens = cache.max_bytes, before.usage.prompt_tokens
+    server = Server(
+        tiny_vlm,
+        ServerSettings(decode_bytes=100, image_cache_bytes=0, special_tokens_in_text=True),
+    )
+    assert len(cache) == 0
+    with pytest.raises(ImageError, match="more than the 100 that are allowed"):
+        tiny_vlm.ask(blue, text, max_new_tokens=2)
+    server.close()
+    after = tiny_vlm.ask(blue, text, max_new_tokens=2)
+    assert after.usage.prompt_tokens == prompt_tokens
+    assert (len(cache), cache.max_bytes) == (1, max_bytes)
+    tiny_vlm.processor.special_tokens_in_text = True
+    server.close()  # again, as when a server has ended by itself
+    assert tiny_vlm.processor.special_tokens_in_text
+    tiny_vlm.processor.special_tokens_in_text = False
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(server: Process) -> None:

@@ -12,7 +12,7 @@ from smolstack.bulk.rows import Row, plain
 from smolstack.bulk.tasks import ABOUT, ImageTask, Loaded
 from smolstack.errors import BulkError
 from smolstack.generation.request import Request
-from smolstack.processor.geometry import Tiling
+from smolstack.processor.inputs import ImageOptions
 from smolstack.processor.processor import Prompt
 from smolstack.retrieval import check_head, page_prompts
 
@@ -31,8 +31,10 @@ class _Kept(ImageTask):
 
     records = 1
 
-    def __init__(self, vlm: VLM, tiling: Tiling, dtype: str, about: dict[str, str] | None) -> None:
-        super().__init__(vlm, tiling)
+    def __init__(
+        self, vlm: VLM, image_options: ImageOptions, dtype: str, about: dict[str, str] | None
+    ) -> None:
+        super().__init__(vlm, image_options)
         self.dtype, number = _DTYPES[dtype]
         self.schema = pa.schema(
             [
@@ -53,7 +55,7 @@ class _Kept(ImageTask):
         raise NotImplementedError
 
     def plan(self, row: Row) -> int:
-        return self.processor.plan(row.image, **self.tiling).visual_tokens
+        return self.processor.plan(row.image, **self.image_options).visual_tokens
 
     def work(self, loaded: Loaded) -> pa.RecordBatch:
         records = [{**self.about(row), "error": plain(error)} for row, error in loaded.errors]
@@ -85,17 +87,17 @@ class Embeddings(_Kept):
 
     kind = "visual tokens"
 
-    def __init__(self, vlm: VLM, kind: str, dtype: str, tiling: Tiling) -> None:
+    def __init__(self, vlm: VLM, kind: str, dtype: str, image_options: ImageOptions) -> None:
         check_embedding(kind, dtype)
         self.kind_of = kind
-        super().__init__(vlm, tiling, dtype, None)
+        super().__init__(vlm, image_options, dtype, None)
 
     def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
         vector = pa.list_(number, vlm.config.text.hidden_size)
         return vector if self.kind_of == "mean" else pa.list_(vector)
 
     def prepare(self, row: Row) -> list[Prompt]:
-        plan = self.processor.plan(row.image, **self.tiling)
+        plan = self.processor.plan(row.image, **self.image_options)
         return [Prompt.of_images([row.image], [plan])]
 
     def embedding(self, request: Request) -> Tensor:
@@ -111,16 +113,16 @@ class Pages(_Kept):
 
     kind = "vectors"
 
-    def __init__(self, vlm: VLM, dtype: str, tiling: Tiling) -> None:
+    def __init__(self, vlm: VLM, dtype: str, image_options: ImageOptions) -> None:
         check_embedding(RETRIEVAL, dtype)
-        super().__init__(vlm, tiling, dtype, {EMBED: RETRIEVAL, SHAPE: shape_of(vlm)})
+        super().__init__(vlm, image_options, dtype, {EMBED: RETRIEVAL, SHAPE: shape_of(vlm)})
         self.prompts = vlm.retrieval_prompts
 
     def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
         return pa.list_(pa.list_(number, check_head(vlm.model, vlm.folder)))
 
     def prepare(self, row: Row) -> list[Prompt]:
-        return page_prompts(self.processor, [row.image], self.prompts.page, self.tiling)
+        return page_prompts(self.processor, [row.image], self.prompts.page, self.image_options)
 
     def embedding(self, request: Request) -> Tensor:
         assert request.vectors is not None

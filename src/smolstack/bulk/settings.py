@@ -44,10 +44,10 @@ class Work:
             vlm.processor.special_tokens_in_text = self.special_tokens_in_text
         if self.embed is None:
             return Questions(vlm, self.questions, self.options)
-        tiling = read_options(self.options, ()).tiling
+        images = read_options(self.options, ()).image_options
         if self.embed == RETRIEVAL:
-            return Pages(vlm, self.embed_dtype, tiling)
-        return Embeddings(vlm, self.embed, self.embed_dtype, tiling)
+            return Pages(vlm, self.embed_dtype, images)
+        return Embeddings(vlm, self.embed, self.embed_dtype, images)
 
 
 def settings_of(work: Work, images: Mapping[str, Any], window: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from smolstack.generation.options import AnswerOptions, read_options
 from smolstack.generation.prefix_cache import DEFAULT_PREFIX_BYTES
 from smolstack.generation.request import Kind, Request
 from smolstack.generation.structured_output import Choices
-from smolstack.processor.geometry import Tiling
+from smolstack.processor.inputs import ImageOptions
 from smolstack.processor.processor import Prompt
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class ImageTask:
     schema: pa.Schema
     kind: Kind
 
-    def __init__(self, vlm: VLM, tiling: Tiling, prefix_bytes: int = 0) -> None:
-        self.model, self.processor, self.tiling = vlm.model, vlm.processor, tiling
+    def __init__(self, vlm: VLM, image_options: ImageOptions, prefix_bytes: int = 0) -> None:
+        self.model, self.processor, self.image_options = vlm.model, vlm.processor, image_options
         # A separate core without an image cache: images rarely repeat.
         limits = replace(INLINE, prefix_bytes=prefix_bytes)
         cache = ImageCache(vlm.model, max_bytes=0)
@@ -122,7 +122,7 @@ class Questions(ImageTask):
     def __init__(self, vlm: VLM, questions: Sequence[str], options: AnswerOptions) -> None:
         self.options = read_options(options, vlm.eos_token_ids)
         kept = DEFAULT_PREFIX_BYTES if len(questions) > 1 else 0
-        super().__init__(vlm, self.options.tiling, kept)
+        super().__init__(vlm, self.options.image_options, kept)
         if vlm.config.embedding_dim is not None:
             raise BulkError(
                 f"{vlm.folder} has an embedding head and cannot generate text; use it for "
@@ -146,7 +146,7 @@ class Questions(ImageTask):
         self._tokens: dict[tuple[int, int], int] = {}
 
     def plan(self, row: Row) -> int:
-        plan = self.processor.plan(row.image, **self.tiling)
+        plan = self.processor.plan(row.image, **self.image_options)
         grid = plan.rows, plan.cols
         if grid not in self._tokens:
             counts = [self.processor.count_tokens([plan], text) for text in self.questions]
@@ -154,7 +154,9 @@ class Questions(ImageTask):
         return self._tokens[grid]
 
     def prepare(self, row: Row) -> list[Prompt]:
-        return [self.processor.prepare((row.image, q), **self.tiling) for q in self.questions]
+        return [
+            self.processor.prepare((row.image, q), **self.image_options) for q in self.questions
+        ]
 
     def request(self, prompt: Prompt) -> Request | str:
         try:

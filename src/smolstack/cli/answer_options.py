@@ -11,7 +11,7 @@ from smolstack.errors import PromptError
 
 if TYPE_CHECKING:
     from smolstack.generation.options import AnswerOptions
-    from smolstack.processor.geometry import Tiling
+    from smolstack.processor.inputs import ImageOptions
 
 
 def form_options(
@@ -72,7 +72,7 @@ def generation_options(
     }
 
 
-def tiling_of(chosen: AnswerOptions) -> Tiling:
+def image_options(chosen: AnswerOptions) -> ImageOptions:
     """Return the options about opening and tiling images."""
     names = ("split", "max_image_tokens", "upscale", "password")
     return {name: chosen.get(name) for name in names}  # type: ignore[return-value]

@@ -16,8 +16,8 @@ from smolstack.text import plural
 
 if TYPE_CHECKING:
     from smolstack.generation.answer import Answer
-    from smolstack.processor.geometry import TilePlan, Tiling
-    from smolstack.processor.inputs import MediaInput
+    from smolstack.processor.geometry import TilePlan
+    from smolstack.processor.inputs import ImageOptions, MediaInput
     from smolstack.processor.video import Video
     from smolstack.vlm import VLM
 
@@ -116,9 +116,9 @@ def ask(
     )
     vlm.processor.special_tokens_in_text = special_tokens_in_text
     video_options.set_resize(vlm, video_resize)
-    tiling = answer_options.tiling_of(chosen)
+    image_options = answer_options.image_options(chosen)
     shown = [_opened(vlm, image, fps, max_frames) for image in sources]
-    plans = [_plans(vlm, image, tiling) for image in shown]
+    plans = [_plans(vlm, image, image_options) for image in shown]
     if verbose:
         note(vlm.precision)
         for name, image, planned in zip(names, shown, plans, strict=True):
@@ -288,12 +288,12 @@ def _opened(vlm: VLM, image: str | bytes, fps: float | None, most: int | None) -
         return vlm.open_video(image, fps=fps, max_frames=most)
 
 
-def _plans(vlm: VLM, shown: MediaInput, tiling: Tiling) -> list[TilePlan]:
+def _plans(vlm: VLM, shown: MediaInput, image_options: ImageOptions) -> list[TilePlan]:
     from smolstack.processor.video import Frame, Video
 
     if isinstance(shown, Video):
         return [vlm.processor.plan(Frame(frame)) for frame in shown.frames]
-    return [vlm.processor.plan(shown, **tiling)]
+    return [vlm.processor.plan(shown, **image_options)]
 
 
 def _line(name: str, shown: MediaInput, plans: list[TilePlan]) -> str:

@@ -56,11 +56,11 @@ class Conversation:
         if is_video(path):
             self._add_video(path)
             return
-        tiling = answer_options.tiling_of(self.chosen)
+        options = answer_options.image_options(self.chosen)
         if self.verbose:
-            note(plan_line(path, self.vlm.processor.plan(path, **tiling)))
+            note(plan_line(path, self.vlm.processor.plan(path, **options)))
         with progress(f"Reading {path} …"):
-            visual = self.vlm.encode(path, **tiling)
+            visual = self.vlm.encode(path, **options)
         self.waiting.append({"type": "image", "image": visual})
 
     def _add_video(self, path: str) -> None:

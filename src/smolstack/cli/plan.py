@@ -17,7 +17,8 @@ from smolstack.text import millions, plural
 
 if TYPE_CHECKING:
     from smolstack.checkpoint.hub import ModelPath
-    from smolstack.processor.geometry import TilePlan, Tiling
+    from smolstack.processor.geometry import TilePlan
+    from smolstack.processor.inputs import ImageOptions
     from smolstack.processor.processor import Processor
     from smolstack.processor.tiles import ImageSource
 
@@ -84,13 +85,13 @@ def plan(
 
         processor = load_processor(locate(model, revision, base=base, mmproj=mmproj))
         context = processor.config.text.max_positions
-        tiling: Tiling = {
+        image_options: ImageOptions = {
             "split": split,
             "max_image_tokens": max_image_tokens,
             "upscale": upscale,
             "password": password,
         }
-        planned = [_planned(processor, image, question, tiling) for image in images]
+        planned = [_planned(processor, image, question, image_options) for image in images]
         together = processor.count_tokens([entry.plan for entry in planned], question)
         if out is not None:
             from smolstack.processor.plan_drawing import draw_plan, save_image
@@ -121,13 +122,15 @@ def read_size(text: str) -> tuple[int, int] | None:
     return None if match is None else (int(match[1]), int(match[2]))
 
 
-def _planned(processor: Processor, image: str, question: str, tiling: Tiling) -> Planned:
+def _planned(
+    processor: Processor, image: str, question: str, image_options: ImageOptions
+) -> Planned:
     from smolstack.processor.inputs import with_password
 
     given = None if Path(image).exists() else read_size(image)
     source: ImageSource | tuple[int, int]
-    source = given if given else with_password(read_image(image), tiling.get("password"))
-    made = processor.plan(source, **tiling)
+    source = given if given else with_password(read_image(image), image_options.get("password"))
+    made = processor.plan(source, **image_options)
     made = made.with_prompt_tokens(processor.count_tokens([made], question))
     return Planned("stdin" if image == STDIN else image, source, made)
 

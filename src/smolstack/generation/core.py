@@ -269,7 +269,7 @@ class EngineCore:
                 continue
             request.vectors = outcome.value[row].clone()
             self._leave(request)
-            request.tell(Update())
+            request.tell(Update(vectors=request.vectors))
 
     def _take_decoded(self, plan: StepPlan, outcome: Outcome[Tensor]) -> None:
         if not plan.decode:

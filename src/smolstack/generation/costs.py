@@ -47,19 +47,20 @@ class Costs:
             known = getattr(self, part)
             setattr(self, part, known + _NEW * (seconds / max(count, _FULL[part]) - known))
 
-    def of(self, requests: Sequence[Request], *, longest: int = _TOKENS) -> float:
-        """Estimate the seconds of work of requests with one prompt.
+    def estimate(self, requests: Sequence[Request], *, longest: int = _TOKENS) -> float:
+        """Estimate the seconds of work of requests; a prompt that several have is read once.
 
         Args:
             longest: tokens of an answer that are expected at most.
         """
-        prompt = requests[0].prompt
+        prompts = {id(request.prompt): request.prompt for request in requests}.values()
         fresh = [
             (plan, weight(image))
+            for prompt in prompts
             for image, plan in zip(prompt.images, prompt.plans, strict=True)
             if not isinstance(image, VisualTokens)
         ]
-        seconds = len(prompt.token_ids) * self.token
+        seconds = sum(len(prompt.token_ids) for prompt in prompts) * self.token
         seconds += sum(plan.source[0] * plan.source[1] * _PIXEL * slow for plan, slow in fresh)
         seconds += sum(plan.tiles * self.tile for plan, _ in fresh)
         for request in requests:
@@ -70,9 +71,9 @@ class Costs:
                 seconds += min(request.output.limit, longest) * self.row + grammar
         return seconds
 
-    def most(self, requests: Iterable[Request]) -> dict[Request, float]:
+    def upper_bounds(self, requests: Iterable[Request]) -> dict[Request, float]:
         """Return the seconds of work of each request if its answer is as long as it may be."""
-        return {request: self.of([request], longest=sys.maxsize) for request in requests}
+        return {request: self.estimate([request], longest=sys.maxsize) for request in requests}
 
 
 class ClientUse:

@@ -159,7 +159,7 @@ class Engine:
 
     def _rank(self, requests: Sequence[Request], client: str) -> None:
         core, now = self.core, time.monotonic()
-        cost = core.costs.of(requests)
+        cost = core.costs.estimate(requests)
         for request in requests:
             request.client, request.cost = client, cost
             request.urgency = request.rank = urgency(now, cost)

@@ -41,14 +41,14 @@ class ImageCache:
         max_bytes: memory limit.
 
     Attributes:
-        max_bytes: memory limit; 0 keeps nothing in memory.
+        max_bytes: memory limit; 0 keeps nothing in memory. A lower one evicts entries at once.
         folder: folder of entries on disk, for later processes; None: no disk cache. Set it before
             the first image. Files are written atomically, so several processes may share a folder.
         max_folder_bytes: disk limit; least recently used files are deleted first.
     """
 
     def __init__(self, model: VisionLanguageModel, max_bytes: int = DEFAULT_IMAGE_BYTES) -> None:
-        self.model, self.max_bytes = model, max_bytes
+        self.model, self._max_bytes = model, max_bytes
         self.folder: Path | None = None
         self.max_folder_bytes = DEFAULT_FOLDER_BYTES
         self._entries: OrderedDict[bytes, VisualTokens] = OrderedDict()
@@ -63,6 +63,16 @@ class ImageCache:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries or (self.folder is not None and self._path(key).is_file())
+
+    @property
+    def max_bytes(self) -> int:
+        return self._max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, limit: int) -> None:
+        with self._lock:
+            self._max_bytes = limit
+            self._evict()
 
     @property
     def held_bytes(self) -> int:
@@ -123,9 +133,12 @@ class ImageCache:
             replaced = self._entries.pop(key, None)
             self._held += _size(visual) - (0 if replaced is None else _size(replaced))
             self._entries[key] = visual
-            while self._held > self.max_bytes:
-                _, dropped = self._entries.popitem(last=False)
-                self._held -= _size(dropped)
+            self._evict()
+
+    def _evict(self) -> None:
+        while self._held > self._max_bytes:
+            _, dropped = self._entries.popitem(last=False)
+            self._held -= _size(dropped)
 
     def _path(self, key: bytes) -> Path:
         assert self.folder is not None

@@ -12,15 +12,16 @@ from smolstack.generation.sampling import SamplingParams
 from smolstack.generation.stopping import RepetitionRule, Stopping
 from smolstack.generation.structured_output import Choices, Structure, read_structure
 from smolstack.generation.token_rules import TokenRules, read_rules
-from smolstack.processor.geometry import Tiling
+from smolstack.processor.inputs import ImageOptions
 
 DEFAULT_MAX_NEW_TOKENS = 512
 MAX_LOGPROBS = 20
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
-class AnswerOptions(Tiling, total=False):
-    """Keyword options of ask, stream and ask_many. See also SamplingParams, Stopping and Tiling.
+class AnswerOptions(ImageOptions, total=False):
+    """Keyword options of ask, stream and ask_many. See also SamplingParams, Stopping and
+    ImageOptions.
 
     Attributes:
         max_new_tokens: maximum length of the answer in tokens; default 512.
@@ -77,7 +78,7 @@ class ReadOptions:
 
     sampling: SamplingParams
     stopping: Stopping
-    tiling: Tiling
+    image_options: ImageOptions
     keep_special_tokens: bool
     structure: Structure | None = None
     logprobs: int | None = None
@@ -92,7 +93,7 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Read
         GenerationError: an option is unknown, or its value is invalid.
     """
     given: Mapping[str, Any] = options
-    known = {*AnswerOptions.__annotations__, *Tiling.__annotations__}
+    known = {*AnswerOptions.__annotations__, *ImageOptions.__annotations__}
     unknown, expected = sorted(set(given) - known), sorted(known)
     if unknown:
         raise GenerationError(f"unknown options {unknown}, expected some of {expected}")
@@ -109,7 +110,7 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Read
         repetition=RepetitionRule() if repetition is True else repetition or None,
     )
     sampling = SamplingParams(**{name: given[name] for name in _SAMPLING if name in given})
-    tiling: Any = {name: given[name] for name in Tiling.__annotations__ if name in given}
+    images: Any = {name: given[name] for name in ImageOptions.__annotations__ if name in given}
     structure = read_structure(
         options.get("schema"),
         options.get("regex"),
@@ -123,7 +124,7 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Read
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise GenerationError(f"logprobs is {logprobs}, expected 0 to {MAX_LOGPROBS}")
     keep = options.get("keep_special_tokens", False)
-    return ReadOptions(sampling, stopping, tiling, keep, structure, logprobs, rules)
+    return ReadOptions(sampling, stopping, images, keep, structure, logprobs, rules)
 
 
 def _check_scored(sampling: SamplingParams, logprobs: int | None) -> None:

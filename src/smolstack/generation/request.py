@@ -33,13 +33,20 @@ class Update:
         piece: characters that became final.
         logprobs: of the tokens since the last update, if requested.
         answer: the complete answer, in the last update of a request that succeeded.
+        vectors: (T, E), of a retrieval model's request that succeeded; it has no other update.
         error: the error, in the last update of a request that failed.
     """
 
     piece: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     answer: Answer | None = None
+    vectors: Tensor | None = None
     error: Exception | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether the request has ended."""
+        return not (self.answer is None and self.vectors is None and self.error is None)
 
 
 @dataclass

@@ -138,7 +138,7 @@ class Scheduler:
         if missing <= 0:
             return []
         new = requests[0]
-        most = self.costs.most([new, *waiting])
+        most = self.costs.upper_bounds([new, *waiting])
 
         def worse(r: Request) -> bool:
             if most[new] <= _CHEAP * most[r]:
@@ -208,7 +208,7 @@ class Scheduler:
         if new.preempted or new.client is None:
             return None
         if not most:
-            most.update(self.costs.most([*self.waiting, *self.running]))
+            most.update(self.costs.upper_bounds([*self.waiting, *self.running]))
         others = [
             r
             for r in self.running

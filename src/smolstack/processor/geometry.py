@@ -93,13 +93,11 @@ class Tiling(TypedDict, total=False):
             is used.
         upscale: False prevents enlarging an image beyond its own size, except to fill its last
             tiles. Published models were trained with True.
-        password: opens locked PDF files; does not affect tiling.
     """
 
     split: bool | None
     max_image_tokens: int | None
     upscale: bool
-    password: str | None
 
 
 def plan_tiles(
@@ -110,7 +108,6 @@ def plan_tiles(
     *,
     max_image_tokens: int | None = None,
     upscale: bool = True,
-    password: str | None = None,
 ) -> TilePlan:
     """Plan an image of ``size`` (width, height). See :class:`Tiling` for the options.
 

@@ -12,6 +12,7 @@ from PIL import Image
 from smolstack.batch import VisualTokens
 from smolstack.errors import ImageError, PromptError
 from smolstack.processor import prompt as prompts
+from smolstack.processor.geometry import Tiling
 from smolstack.processor.pages import TiffPage, page_of
 from smolstack.processor.pdf import PdfPage
 from smolstack.processor.prompt import Message
@@ -23,6 +24,16 @@ ImageInput: TypeAlias = "ImageSource | VisualTokens"
 MediaInput: TypeAlias = "ImageInput | Video"  # a path may be a video's
 # Input of one sequence: a text, the messages of a chat, or either with its images.
 PromptLike: TypeAlias = "str | Sequence[Message] | tuple[Any, str | Sequence[Message]]"
+
+
+class ImageOptions(Tiling, total=False):
+    """How images are opened and tiled. See also Tiling.
+
+    Attributes:
+        password: opens locked PDF files.
+    """
+
+    password: str | None
 
 
 def as_images(images: Any) -> list[Any]:

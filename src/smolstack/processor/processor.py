@@ -95,14 +95,21 @@ class Processor:
                 f"{self.tokens_per_tile} visual tokens per tile"
             )
 
-    def __call__(self, inputs: Sequence[PromptLike | Message], **tiling: Unpack[Tiling]) -> Batch:
+    def __call__(
+        self,
+        inputs: Sequence[PromptLike | Message],
+        *,
+        password: str | None = None,
+        **tiling: Unpack[Tiling],
+    ) -> Batch:
         """Turn prompts and images into one left-padded batch.
 
         Args:
             inputs: one entry per sequence: a text, the messages of a chat, or a tuple of an image
                 (or several) and either. Images given with a chat fill its image parts that have
                 none. A single chat may be given directly as its messages.
-            **tiling: split, max_image_tokens, upscale, password; see Tiling.
+            password: opens locked PDF files.
+            **tiling: split, max_image_tokens, upscale; see Tiling.
 
         Returns:
             A Batch with token_ids (B, T) and tiles (N, 3, P, P) in float32.
@@ -115,9 +122,11 @@ class Processor:
             entries = [entries]
         if not entries or isinstance(inputs, str):
             raise PromptError("expected a list of prompts, one per sequence")
-        return self.batch([self.prepare(entry, **tiling) for entry in entries])
+        return self.batch([self.prepare(entry, password=password, **tiling) for entry in entries])
 
-    def prepare(self, entry: PromptLike, **tiling: Unpack[Tiling]) -> Prompt:
+    def prepare(
+        self, entry: PromptLike, *, password: str | None = None, **tiling: Unpack[Tiling]
+    ) -> Prompt:
         """Render, plan, expand and tokenize one sequence. Only videos are decoded.
 
         Raises:
@@ -126,16 +135,20 @@ class Processor:
             ContextLengthError: more tokens than the model has positions.
         """
         messages, images = as_messages(entry, self.open_video)
-        return self.prepare_text(self.render(messages), images, **tiling)
+        return self.prepare_text(self.render(messages), images, password=password, **tiling)
 
     def prepare_text(
-        self, rendered: str, images: Sequence[ImageInput | Frame], **tiling: Unpack[Tiling]
+        self,
+        rendered: str,
+        images: Sequence[ImageInput | Frame],
+        *,
+        password: str | None = None,
+        **tiling: Unpack[Tiling],
     ) -> Prompt:
         """Like :meth:`prepare`, for a rendered prompt with one placeholder per image.
 
         Raises: as :meth:`prepare`.
         """
-        password = tiling.get("password")
         images = [with_password(image, password) for image in images]
         plans = tuple(self.plan(image, **tiling) for image in images)
         text = prompts.expand_placeholders(rendered, plans, self.markers)
@@ -249,7 +262,11 @@ class Processor:
         )
 
     def plan(
-        self, image: ImageInput | Frame | tuple[int, int], **tiling: Unpack[Tiling]
+        self,
+        image: ImageInput | Frame | tuple[int, int],
+        *,
+        password: str | None = None,
+        **tiling: Unpack[Tiling],
     ) -> TilePlan:
         """Return the tile plan of an image, of visual tokens, or of a size (width, height).
 
@@ -270,7 +287,7 @@ class Processor:
             return TilePlan(image.source, canvas, canvas, rows, cols, edge, size)
         if isinstance(image, tuple):
             return plan_tiles(image, self.settings, size, **tiling)
-        image = with_password(image, tiling.get("password"))
+        image = with_password(image, password)
         return plan_tiles(image_size(image), self.settings, size, **tiling)
 
     def count_tokens(self, plans: Sequence[TilePlan], text: str) -> int:

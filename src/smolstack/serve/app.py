@@ -62,6 +62,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 class Server:
     """The ASGI application that serves one model.
 
+    Until it is closed, its settings are those of the model's processor and image cache, and its
+    limit of memory for decoding is that of the process.
+
     Attributes:
         app: the application.
         engine: processes the requests.
@@ -69,12 +72,9 @@ class Server:
 
     def __init__(self, vlm: VLM, settings: ServerSettings) -> None:
         self.vlm, self.settings = vlm, settings
-        MEMORY.limit = settings.decode_bytes
-        self._before = vlm.processor.special_tokens_in_text
-        vlm.processor.special_tokens_in_text = settings.special_tokens_in_text
-        cache = vlm.image_cache
-        cache.max_bytes = settings.image_cache_bytes
-        self.engine = Engine(vlm.model, vlm.processor, settings.scheduler, image_cache=cache)
+        self.engine = Engine(
+            vlm.model, vlm.processor, settings.scheduler, image_cache=vlm.image_cache
+        )
         self.metrics = Metrics(self.engine)
         self.readers = RankedPool(_READING_THREADS, _LONG_READING, "reading")
         self.handler = RequestHandler(vlm, settings, self.engine, self.metrics, self.readers)
@@ -103,6 +103,15 @@ class Server:
                 expose_headers=["Retry-After"],
             )
         self._add_routes()
+        self._restoring = contextlib.ExitStack()
+        self._set(MEMORY, "limit", settings.decode_bytes)
+        self._set(vlm.image_cache, "max_bytes", settings.image_cache_bytes)
+        self._set(vlm.processor, "special_tokens_in_text", settings.special_tokens_in_text)
+
+    def _set(self, owner: object, name: str, value: object) -> None:
+        """Set an attribute until the server is closed."""
+        self._restoring.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -111,10 +120,10 @@ class Server:
         await in_thread(None, self.close)
 
     def close(self) -> None:
-        """Stop the engine and restore the processor's settings."""
-        self.vlm.processor.special_tokens_in_text = self._before
+        """Stop the engine and restore the settings of the model and the process."""
         self.engine.close(drain=False)
         self.readers.shutdown(cancel_futures=True)
+        self._restoring.close()
 
     def _add_routes(self) -> None:
         app = self.app
@@ -125,7 +134,7 @@ class Server:
         app.get("/v1/models", responses={401: _ERRORS[401]})(self.models)
         app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: {}})(self.one_model)
         app.post("/plan", response_model=None, **errors)(self.plan)  # type: ignore[arg-type]
-        embeddings.add_route(app, self.vlm, self.settings, self.engine, self.readers, errors=errors)
+        embeddings.add_route(app, self.vlm, self.settings, self.handler, errors)
         tokens.add_routes(app, self.vlm, self.settings, self.readers, errors)
         app.get("/health", responses={503: _ERRORS[503]})(self.health)
         app.get("/version")(self.version)

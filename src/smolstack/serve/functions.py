@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolstack.generation.grammar import guided
 from smolstack.generation.lark import CALL_BEGIN, CALL_END, Lark, calls_grammar, written
-from smolstack.processor.geometry import Tiling
+from smolstack.processor.inputs import ImageOptions
 from smolstack.processor.processor import Processor, Prompt
 from smolstack.processor.prompt import split_messages
 from smolstack.serve.error_responses import RefusedError
@@ -136,7 +136,7 @@ def prompt_with_tools(
     processor: Processor,
     request: ChatRequest,
     messages: list[dict[str, Any]],
-    tiling: Tiling,
+    image_options: ImageOptions,
 ) -> Prompt:
     """Return the prompt of a chat with functions, calls or results.
 
@@ -164,7 +164,7 @@ def prompt_with_tools(
             if asked.tool_call_id is not None:
                 made["tool_call_id"] = asked.tool_call_id
         rendered = processor.render(plain, tools=tools or None)
-        return processor.prepare_text(rendered, images, **tiling)
+        return processor.prepare_text(rendered, images, **image_options)
     plain = [_as_text(*pair) for pair in zip(messages, request.messages, strict=True)]
     if tools:
         text = _TOOL_PROMPT.format(tools=told)
@@ -177,7 +177,7 @@ def prompt_with_tools(
             }
         else:
             plain.insert(0, {"role": "system", "content": text})
-    return processor.prepare(plain, **tiling)
+    return processor.prepare(plain, **image_options)
 
 
 def _description(tool: Tool) -> str:

@@ -10,8 +10,8 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from smolstack.generation.answer import Answer
 from smolstack.generation.engine import Engine
+from smolstack.generation.request import Request
 
 _SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 
@@ -32,7 +32,7 @@ class Metrics:
         )
         self.abandoned = Counter(
             "smolstack_answers_abandoned",
-            "Answers ended by a disconnected client, a deadline or an error.",
+            "Answers and embeddings ended by a disconnected client, a deadline or an error.",
             registry=registry,
         )
         self.first_token = Histogram(
@@ -53,15 +53,16 @@ class Metrics:
         """Count a response."""
         self.requests.labels(path, str(status)).inc()
 
-    def count_answer(self, answer: Answer) -> None:
-        """Count a complete answer."""
-        self.answers.labels(answer.finish_reason).inc()
-        self._seconds += answer.timings.total
+    def count_complete(self, request: Request) -> None:
+        """Count a complete answer, or the work on an embedding."""
+        if request.answer is not None:
+            self.answers.labels(request.answer.finish_reason).inc()
+        self._seconds += request.elapsed.timings().total
         self._counted += 1
 
     @property
     def mean_seconds(self) -> float:
-        """Mean seconds of work per answer so far; 1 before the first answer."""
+        """Mean seconds of work per answer or embedding so far; 1 before the first."""
         return self._seconds / self._counted if self._counted else 1.0
 
     def text(self) -> bytes:

@@ -1,11 +1,11 @@
-"""The growing answers to one HTTP request, cancelled if the client disconnects."""
+"""The growing results of one HTTP request, cancelled if the client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar
@@ -15,38 +15,39 @@ from starlette.types import Receive, Scope, Send
 
 from smolstack.generation.answer import Answer
 from smolstack.generation.engine import Engine
-from smolstack.generation.options import ReadOptions
 from smolstack.generation.request import Request, Update
-from smolstack.processor.processor import Prompt
 from smolstack.serve.metrics import Metrics
 
 T = TypeVar("T")
 
 
 class PendingAnswers:
-    """The answers to one HTTP request: made in any thread, started and read in the event loop.
+    """The engine requests of one HTTP request, for answers or vectors.
 
-    Iterating yields (index of the answer, update) until all answers are complete. :meth:`close`
-    must be called; it cancels the answers that are not complete.
+    Iterating yields (index of the request, update) until all are complete. :meth:`close` must be
+    called; it cancels the requests that are not complete.
 
     Args:
-        pieces: whether to yield all updates, or only the first and last of each answer.
+        requests: the engine requests, not yet queued.
+        began: when the HTTP request arrived, in the time of time.perf_counter().
+        pieces: whether to yield all updates, or only the first and last of each request.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, *, pieces: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        requests: Sequence[Request],
+        *,
+        began: float,
+        pieces: bool = True,
+    ) -> None:
         self._engine, self._metrics, self._pieces = engine, metrics, pieces
         self._loop = asyncio.get_running_loop()
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-        self._requests: list[Request] = []
-        self._began, self._open = time.perf_counter(), 0
+        self.requests, self._began, self._open = requests, began, 0
         self._has_first_token = False
-        self.answers: list[Answer | None] = []
-
-    def make(self, prompts: list[Prompt], options: list[ReadOptions], deadline: float) -> None:
-        """Make an engine request for each prompt and its options; ``deadline`` is in the time of
-        time.monotonic()."""
-        self._requests = self._engine.core.requests(prompts, options, deadline=deadline)
-        for index, request in enumerate(self._requests):
+        for index, request in enumerate(requests):
             request.listener = self._listener(index)
 
     def begin(self, client: str | None = None) -> None:
@@ -55,16 +56,15 @@ class PendingAnswers:
         Raises:
             QueueFullError: too many requests are waiting.
         """
-        self._engine.enter(self._requests, client=client)
-        self._open = len(self._requests)
-        self.answers = [None] * self._open
+        self._engine.enter(self.requests, client=client)
+        self._open = len(self.requests)
 
     def _listener(self, index: int) -> Callable[[Update], None]:
         begun = False
 
         def listen(update: Update) -> None:
             nonlocal begun
-            if begun and not self._pieces and update.answer is None and update.error is None:
+            if begun and not self._pieces and not update.last:
                 return  # saves the event loop work
             begun = True
             with contextlib.suppress(RuntimeError):  # the loop ended before the answer
@@ -77,25 +77,24 @@ class PendingAnswers:
             index, update = await self._updates.get()
             if update.error is not None:
                 raise update.error
-            if not self._has_first_token:
+            if update.vectors is None and not self._has_first_token:
                 self._has_first_token = True
                 self._metrics.first_token.observe(time.perf_counter() - self._began)
-            if update.answer is not None:
-                self.answers[index] = update.answer
+            if update.last:
                 self._open -= 1
-                self._metrics.count_answer(update.answer)
+                self._metrics.count_complete(self.requests[index])
             yield index, update
 
     @property
-    def complete(self) -> list[Answer]:
-        """The complete answers."""
-        return [answer for answer in self.answers if answer is not None]
+    def answers(self) -> list[Answer]:
+        """The answers, once all are complete."""
+        return [request.answered for request in self.requests]
 
     def close(self) -> None:
-        """Cancel the answers that are not complete."""
+        """Cancel the requests that are not complete."""
         if self._open:
             self._metrics.abandoned.inc(self._open)
-        for request in self._requests:
+        for request in self.requests:
             self._engine.cancel(request)
         self._metrics.duration.observe(time.perf_counter() - self._began)
 

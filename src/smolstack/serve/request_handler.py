@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from fastapi import Request, Response
@@ -16,6 +16,7 @@ from smolstack.generation.answer import Answer
 from smolstack.generation.engine import Engine
 from smolstack.generation.options import ReadOptions
 from smolstack.generation.pools import RankedPool
+from smolstack.generation.request import Request as EngineRequest
 from smolstack.generation.request import Update
 from smolstack.processor.processor import Prompt
 from smolstack.serve import request_reader
@@ -38,6 +39,8 @@ from smolstack.vlm import VLM
 MakePrompts: TypeAlias = Callable[
     [VLM, ChatRequest, list[Media], ServerSettings], tuple[list[Prompt], list[ReadOptions]]
 ]
+# Reads a request and makes its engine requests with this deadline, in the time of time.monotonic().
+ReadRequests: TypeAlias = Callable[[float], Coroutine[Any, Any, list[EngineRequest]]]
 CLIENT_CLOSED_REQUEST = 499  # status of responses to clients that have disconnected, for logs
 
 
@@ -101,52 +104,81 @@ class RequestHandler:
         Raises:
             RefusedError: the request is refused or failed.
         """
-        seconds = min(body.deadline or math.inf, self.settings.deadline)
+        pieces = bool(body.stream)
+
+        async def read(deadline: float) -> list[EngineRequest]:
+            def make(images: list[Media]) -> list[EngineRequest]:
+                made = make_prompts(self.vlm, body, images, self.settings)
+                return self.engine.core.requests(*made, deadline=deadline)
+
+            urls = request_reader.media_urls(body)
+            images = await request_reader.read_all(urls, self.settings)
+            urls.clear()
+            request_reader.release_media(body)
+            return await in_pool(self.readers, reading_seconds(body, characters), make, images)
+
+        pending = await self.begin(request, read, seconds=body.deadline, pieces=pieces)
+        if pending is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        if pieces:
+            return await self._stream(request, pending, writer())
+        made = writer()
+        return await self.complete(request, pending, lambda: made.whole(pending.answers))
+
+    async def begin(
+        self,
+        request: Request,
+        read: ReadRequests,
+        *,
+        seconds: float | None = None,
+        pieces: bool = False,
+    ) -> PendingAnswers | None:
+        """Read a request and queue its engine requests; return None if the client disconnects
+        first. The caller must close what is returned.
+
+        Args:
+            read: checks the request and makes the engine requests, given their deadline.
+            seconds: the request's own time limit; the server's applies as well.
+            pieces: as :class:`PendingAnswers`.
+
+        Raises:
+            RefusedError: the request is refused, or not read before its deadline.
+        """
+        began, seconds = time.perf_counter(), min(seconds or math.inf, self.settings.deadline)
         if isinstance(request, JsonRequest):
             request.release_body()
         try:
             client = client_of(request, self.settings)
-            made = self.read_limiter.read(
-                self._read(body, seconds, make_prompts, characters), client
+            reading = self.read_limiter.read(_in_time(read, seconds), client)
+            requests = await unless_disconnected(request.receive, reading)
+            if requests is None:
+                return None
+            pending = PendingAnswers(
+                self.engine, self.metrics, requests, began=began, pieces=pieces
             )
-            pending = await unless_disconnected(request.receive, made)
-            if pending is None:
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
             pending.begin(client)
         except Exception as error:
             raise as_refusal(error, self._retry_after()) from None
-        if body.stream:
-            return await self._stream(request, pending, writer())
+        return pending
+
+    async def complete(
+        self, request: Request, pending: PendingAnswers, body: Callable[[], dict[str, Any]]
+    ) -> Response:
+        """Await the results, close them and return the response.
+
+        Args:
+            body: makes the response's body from the results; it may be called in a thread.
+
+        Raises:
+            RefusedError: a result ended with an error.
+        """
         try:
-            whole = await unless_disconnected(request.receive, _whole(pending, writer()))
+            whole = await unless_disconnected(request.receive, _whole(pending, body))
         except Exception as error:
             raise as_refusal(error) from None
         finally:
             pending.close()
         return Response(status_code=CLIENT_CLOSED_REQUEST) if whole is None else whole
-
-    async def _read(
-        self, body: ChatRequest, seconds: float, make_prompts: MakePrompts, characters: int
-    ) -> PendingAnswers:
-        """Return the request's answers after its images are read and all checks are done."""
-        deadline = time.monotonic() + seconds
-        pending = PendingAnswers(self.engine, self.metrics, pieces=bool(body.stream))
-
-        def make(images: list[Media]) -> None:
-            pending.make(*make_prompts(self.vlm, body, images, self.settings), deadline)
-
-        async def read_inputs() -> None:
-            urls = request_reader.media_urls(body, self.settings)
-            images = [await request_reader.read_media(url, self.settings) for url in urls]
-            urls.clear()
-            request_reader.release_media(body)
-            await in_pool(self.readers, reading_seconds(body, characters), make, images)
-
-        try:
-            await asyncio.wait_for(read_inputs(), seconds)
-        except asyncio.TimeoutError:
-            raise DeadlineError("the deadline passed while the request was being read") from None
-        return pending
 
     async def _stream(self, request: Request, pending: PendingAnswers, writer: Writer) -> Response:
         """Stream the answers. An error before the first token still sets the HTTP status."""
@@ -165,11 +197,11 @@ class RequestHandler:
 
         async def events() -> AsyncIterator[str]:
             try:
-                yield writer.begin(len(pending.answers))
+                yield writer.begin(len(pending.requests))
                 yield writer.update(*first)
                 async for index, update in updates:
                     yield writer.update(index, update)
-                yield writer.end(pending.complete)
+                yield writer.end(pending.answers)
             except Exception as error:
                 yield writer.failed(as_refusal(error))
 
@@ -182,11 +214,18 @@ class RequestHandler:
         return max(1, min(60, math.ceil(seconds)))
 
 
-async def _whole(pending: PendingAnswers, writer: Writer) -> Response:
+async def _in_time(read: ReadRequests, seconds: float) -> list[EngineRequest]:
+    try:
+        return await asyncio.wait_for(read(time.monotonic() + seconds), seconds)
+    except asyncio.TimeoutError:
+        raise DeadlineError("the deadline passed while the request was being read") from None
+
+
+async def _whole(pending: PendingAnswers, body: Callable[[], dict[str, Any]]) -> Response:
     async for _ in pending:
         pass
-    answers = pending.complete
-    if all(answer.logprobs is None for answer in answers):
-        return JSONResponse(writer.whole(answers))
-    # Formatting thousands of log-probabilities would keep the event loop waiting for seconds.
-    return await in_thread(None, lambda: JSONResponse(writer.whole(answers)))
+    if all(each.kind == "answer" and each.answered.logprobs is None for each in pending.requests):
+        return JSONResponse(body())
+    # Formatting thousands of log-probabilities or vectors would keep the event loop waiting for
+    # seconds.
+    return await in_thread(None, lambda: JSONResponse(body()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Sequence
 from urllib.parse import unquote_to_bytes
 
 from smolstack.errors import ContextLengthError
@@ -50,6 +51,19 @@ async def read_media(where: str | MediaUrl, settings: ServerSettings) -> Media:
     return Media(content, where.place, where.kind, page)
 
 
+async def read_all(urls: Sequence[MediaUrl], settings: ServerSettings) -> list[Media]:
+    """Read the bytes of a request's images, files and videos.
+
+    Raises:
+        RefusedError: there are too many, or as :func:`read_media`.
+    """
+    if len(urls) > settings.images:
+        raise RefusedError(
+            400, f"the request has {len(urls)} images, at most {settings.images} are accepted"
+        )
+    return [await read_media(url, settings) for url in urls]
+
+
 async def _content(url: str, settings: ServerSettings) -> bytes:
     if url[:64].lstrip()[:5].lower() == "data:":
         return await in_thread(None, _from_data_url, url)
@@ -80,9 +94,9 @@ def _from_data_url(url: str) -> bytes:
         raise RefusedError(400, "the data URL does not contain valid base64") from None
 
 
-def media_urls(request: ChatRequest, settings: ServerSettings) -> list[MediaUrl]:
-    """Return the URLs of a chat's images, files and videos, in order; check their number."""
-    urls = []
+def media_urls(request: ChatRequest) -> list[MediaUrl]:
+    """Return the URLs of a chat's images, files and videos, in order."""
+    urls: list[MediaUrl] = []
     for place, part in request.media_parts():
         if isinstance(part, ImagePart):
             urls.append(MediaUrl(part.image_url.url, f"{place}.image_url"))
@@ -93,10 +107,6 @@ def media_urls(request: ChatRequest, settings: ServerSettings) -> list[MediaUrl]
             if not place.startswith("messages"):  # of /v1/responses, which has two fields for it
                 name = "file_url" if url[:4].lower() == "http" else "file_data"
             urls.append(MediaUrl(url, f"{place}.{name}", "file"))
-    if len(urls) > settings.images:
-        raise RefusedError(
-            400, f"the request has {len(urls)} images, at most {settings.images} are accepted"
-        )
     return urls
 
 
@@ -146,9 +156,11 @@ def chat_prompts(
     if settings.special_tokens_in_text:
         _check_markers(vlm, request)
     if functions.uses_tools(request):
-        prompt = functions.prompt_with_tools(vlm.processor, request, messages, options[0].tiling)
+        prompt = functions.prompt_with_tools(
+            vlm.processor, request, messages, options[0].image_options
+        )
     else:
-        prompt = vlm.processor.prepare(messages, **options[0].tiling)
+        prompt = vlm.processor.prepare(messages, **options[0].image_options)
     check_tokens(prompt, settings)
     return [prompt] * len(options), options
 

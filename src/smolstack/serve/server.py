@@ -46,6 +46,7 @@ def run(
     return_memory()
     # A thread that requests the interpreter lock while another one runs waits this long, and the
     # engine's thread requests it many times per token.
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH)
     server = Server(vlm, settings)
     config = uvicorn.Config(
@@ -77,8 +78,8 @@ def run(
     try:
         runner.run(sockets=[listener])
     finally:
-        if server.engine.alive:
-            server.close()
+        server.close()
+        sys.setswitchinterval(interval)
 
 
 class OnceInAWhile(logging.Filter):

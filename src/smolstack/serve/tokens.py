@@ -51,8 +51,8 @@ def add_routes(
                 found = await in_pool(executor, seconds, text, body)
             else:
                 request = ChatRequest.model_construct(messages=body.messages)
-                urls = request_reader.media_urls(request, settings)
-                images = [await request_reader.read_media(url, settings) for url in urls]
+                urls = request_reader.media_urls(request)
+                images = await request_reader.read_all(urls, settings)
                 found = await in_pool(executor, reading_seconds(request), chat, body, images)
         except Exception as error:
             raise as_refusal(error) from None
