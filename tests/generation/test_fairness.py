@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import smolstack
-from smolstack.errors import QueueFullError
+from smolstack.errors import GenerationError, QueueFullError
 from smolstack.generation.costs import ClientUse, Costs
 from smolstack.generation.engine import Engine
 from smolstack.generation.options import read_options
@@ -80,6 +80,13 @@ def test_a_client_that_had_much_does_not_displace_a_request_that_has_just_come(
     with pytest.raises(QueueFullError):
         engine.enter([made(tiny_vlm, engine, "Again.", max_new_tokens=20)], client="much")
     assert once.abort_error is None
+
+
+def test_more_answers_at_once_than_may_wait_are_refused_for_good(tiny_vlm: smolstack.VLM) -> None:
+    engine = still(tiny_vlm, running=1, queued=1)
+    several = [made(tiny_vlm, engine, "Hi.", max_new_tokens=2) for _ in range(3)]
+    with pytest.raises(GenerationError, match=r"3 answers .* 2 are accepted"):
+        engine.enter(several, client="a")
 
 
 def test_what_a_client_had_is_forgotten() -> None:

@@ -156,11 +156,15 @@ class Scheduler:
 
     def check_room(self, requests: int, coming: Sequence[Request] = ()) -> None:
         """Raise QueueFullError if the given number of requests, in addition to those arriving,
-        exceeds the queue. Thread-safe.
+        exceeds the queue, or GenerationError if it can never fit. Thread-safe.
         """
         if self.limits.queued is None:
             return
         room = self.limits.running + self.limits.queued
+        if requests > room:
+            raise GenerationError(
+                f"{requests} answers or vectors at once, at most {room} are accepted"
+            )
         waiting = sum(each.abort_error is None for each in [*self.waiting, *coming])
         if waiting + len(self.running) + requests > room:
             raise QueueFullError(
