@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,6 +82,31 @@ def test_tables_of_something_else_are_refused(
         search_pages(index, queries, shape="30 layers of 576, vectors of 128")
     with pytest.raises(BulkError, match="top is 0, expected at least 1"):
         search_pages(index, queries, top=0)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "said"),
+    [
+        ([[float("nan")] * 16], "row 0 has values that are not finite"),
+        ([], "row 0 has no vectors"),
+        ("none", "has 0 columns embedding, expected one"),
+        ("text", "column embedding has the type string, expected lists of vectors"),
+    ],
+)
+def test_a_damaged_table_is_refused_by_its_row_or_column(
+    index: Path, tmp_path: Path, vectors: Any, said: str
+) -> None:
+    table = pq.read_table(index).slice(0, 1)
+    place, field = table.schema.get_field_index("embedding"), table.schema.field("embedding")
+    if vectors == "none":
+        table = table.drop_columns(["embedding"])
+    elif vectors == "text":
+        table = table.set_column(place, "embedding", pa.array(["?"]))
+    else:
+        table = table.set_column(place, field, pa.array([vectors], field.type))
+    pq.write_table(table, tmp_path / "bad.parquet")
+    with pytest.raises(BulkError, match=re.escape(said)):
+        search_pages(tmp_path / "bad.parquet", [torch.ones(2, 16)])
 
 
 def test_a_table_of_unreadable_pages_has_no_hits(index: Path, tmp_path: Path) -> None:

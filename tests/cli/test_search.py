@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -57,3 +59,14 @@ def test_a_file_that_is_no_table_is_refused(
 ) -> None:
     missing = tmp_path / "gone.parquet"
     assert "is not a file" in refuses("search", missing, "?", "-m", retrieval_folder)
+
+
+def test_a_path_in_a_table_cannot_write_on_the_terminal(
+    run: Run, index: Path, retrieval_folder: Path
+) -> None:
+    table = pq.read_table(index)
+    place, field = table.schema.get_field_index("path"), table.schema.field("path")
+    table = table.set_column(place, field, pa.array(["a\x1b[31m\nb"] * len(table)))
+    pq.write_table(table, index)
+    result = run("search", index, "total", "--model", retrieval_folder, "--top", 1)
+    assert result.stdout.rstrip("\n").endswith("a\\x1b[31m\\nb")

@@ -7,7 +7,7 @@ larger than memory.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def search_pages(
         raise BulkError(f"top is {top}, expected at least 1")
     table = _open(Path(index), shape)
     best: list[list[tuple[float, int, Hit]]] = [[] for _ in queries]
-    for about, pages in _pages(table):
+    for about, pages in _pages(table, Path(index)):
         scores = maxsim(queries, pages).tolist()
         for kept, of_query in zip(best, scores, strict=True):
             for score, (row, name, path) in zip(of_query, about, strict=True):
@@ -93,15 +93,48 @@ def _open(index: Path, shape: str | None) -> pq.ParquetFile:
             f"{index} was made with a model of another shape ({about.get(SHAPE)}) than the model "
             f"for the queries ({shape})"
         )
+    _check_columns(index, table.schema_arrow)
     return table
 
 
+def _check_columns(index: Path, schema: pa.Schema) -> None:
+    expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "id": ("text", _is_text),
+        "path": ("text", _is_text),
+        "embedding": ("lists of vectors of floats of one width", _is_vectors),
+    }
+    for name, (kind, suits) in expected.items():
+        if schema.names.count(name) != 1:
+            raise BulkError(f"{index} has {schema.names.count(name)} columns {name}, expected one")
+        found = schema.field(name).type
+        if not suits(found):
+            raise BulkError(f"{index}: column {name} has the type {found}, expected {kind}")
+
+
+def _is_text(column: pa.DataType) -> bool:
+    return bool(pa.types.is_string(column) or pa.types.is_large_string(column))
+
+
+def _is_vectors(column: pa.DataType) -> bool:
+    lists = pa.types.is_list(column) or pa.types.is_large_list(column)
+    if not lists or not pa.types.is_fixed_size_list(column.value_type):
+        return False
+    return bool(pa.types.is_floating(column.value_type.value_type))
+
+
+def _batches(table: pq.ParquetFile, index: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from table.iter_batches(PAGES, columns=["id", "path", "embedding"])
+    except (OSError, pa.ArrowException) as error:
+        raise BulkError(f"{index} is damaged: {str(error).splitlines()[0]}") from None
+
+
 def _pages(
-    table: pq.ParquetFile,
+    table: pq.ParquetFile, index: Path
 ) -> Iterator[tuple[list[tuple[int, Any, Any]], list[Tensor]]]:
     """Yield numbers, names and vectors of the pages without errors."""
     first = 0
-    for batch in table.iter_batches(PAGES, columns=["id", "path", "embedding"]):
+    for batch in _batches(table, index):
         known = pc.is_valid(batch["embedding"]).to_pylist()
         names, paths = batch["id"].to_pylist(), batch["path"].to_pylist()
         about = [
@@ -115,5 +148,9 @@ def _pages(
         lengths: list[int] = pc.list_value_length(vectors).to_pylist()
         width = vectors.type.value_type.list_size
         numbers = vectors.flatten().flatten().to_numpy(zero_copy_only=False)
-        whole = torch.tensor(numbers).view(-1, width)
-        yield about, list(torch.split(whole, lengths))
+        pages = torch.split(torch.tensor(numbers).view(-1, width), lengths)
+        for (row, _, _), page in zip(about, pages, strict=True):
+            if not len(page) or not page.isfinite().all():
+                what = "values that are not finite" if len(page) else "no vectors"
+                raise BulkError(f"{index}: the embedding in row {row} has {what}")
+        yield about, list(pages)

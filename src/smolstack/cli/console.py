@@ -26,7 +26,7 @@ def show(*parts: RenderableType) -> None:
     console = _console(sys.stdout)
     with console.capture() as capture:
         for part in parts:
-            line = Text(part) if isinstance(part, str) else part
+            line = Text(visible(part)) if isinstance(part, str) else part
             if isinstance(line, Table) and line.show_header and not _fits(console, line):
                 line = _one_below_another(line)
             console.print(line, soft_wrap=isinstance(line, Text))
@@ -110,7 +110,7 @@ def pairs(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
     if title is not None:
         table.add_row(Text(title, style="bold not italic default"), "")
     for name, value in rows:
-        table.add_row(Text(f"  {name}" if title else name), Text(value))
+        table.add_row(Text(f"  {name}" if title else name), Text(visible(value)))
     return table
 
 

@@ -73,4 +73,5 @@ def search(
         if len(queries) > 1:
             show(query)
         for hit in hits:
-            show(f"{hit.score:8.3f}  {hit.path or hit.id or f'row {hit.row}'}")
+            name = hit.path or hit.id or f"row {hit.row}"
+            show(f"{hit.score:8.3f}  {name}".replace("\n", "\\n"))
