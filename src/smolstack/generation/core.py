@@ -23,7 +23,7 @@ from smolstack.generation.image_cache import ImageCache
 from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.image_stage import ImageStage
 from smolstack.generation.kv_budget import default_kv_bytes
-from smolstack.generation.options import ReadOptions
+from smolstack.generation.options import ValidatedOptions
 from smolstack.generation.output import make_answer
 from smolstack.generation.prefix_cache import PrefixCache
 from smolstack.generation.request import Request, Update
@@ -97,7 +97,7 @@ class EngineCore:
     def requests(
         self,
         prompts: Sequence[Prompt],
-        options: ReadOptions | Sequence[ReadOptions],
+        options: ValidatedOptions | Sequence[ValidatedOptions],
         *,
         deadline: float | None = None,
     ) -> list[Request]:

@@ -68,7 +68,7 @@ class AnswerOptions(ImageOptions, total=False):
 
 
 @dataclass(frozen=True)
-class ReadOptions:
+class ValidatedOptions:
     """The validated options, by purpose.
 
     Attributes:
@@ -86,7 +86,7 @@ class ReadOptions:
     continues: bool = False
 
 
-def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> ReadOptions:
+def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> ValidatedOptions:
     """Validate the options and group them by purpose.
 
     Raises:
@@ -124,7 +124,7 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Read
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise GenerationError(f"logprobs is {logprobs}, expected 0 to {MAX_LOGPROBS}")
     keep = options.get("keep_special_tokens", False)
-    return ReadOptions(sampling, stopping, images, keep, structure, logprobs, rules)
+    return ValidatedOptions(sampling, stopping, images, keep, structure, logprobs, rules)
 
 
 def _check_scored(sampling: SamplingParams, logprobs: int | None) -> None:

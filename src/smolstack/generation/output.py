@@ -14,7 +14,7 @@ from smolstack.generation.answer import Answer, Timings, TokenLogprob, Usage
 from smolstack.generation.choices import probabilities
 from smolstack.generation.constraint import Constraint
 from smolstack.generation.detokenizer import Detokenizer
-from smolstack.generation.options import ReadOptions
+from smolstack.generation.options import ValidatedOptions
 from smolstack.generation.sampling import Sampler
 from smolstack.generation.stopping import FinishReason, Stopping
 from smolstack.generation.structured_output import Choices, Schema
@@ -130,7 +130,7 @@ class Output:
 
 def new_output(
     token_ids: Sequence[int],
-    options: ReadOptions,
+    options: ValidatedOptions,
     decode: Callable[[Sequence[int]], str],
     max_positions: int,
     constraint: Constraint | None = None,
@@ -169,7 +169,7 @@ def make_answer(
     prompt: Prompt,
     output: Output,
     timings: Timings,
-    options: ReadOptions,
+    options: ValidatedOptions,
     scores: Sequence[float] | None = None,
     *,
     computed_tokens: int | None = None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from smolstack.batch import VisualTokens
 from smolstack.generation.answer import Answer, Timings, TokenLogprob
 from smolstack.generation.choices import Scoring
-from smolstack.generation.options import ReadOptions
+from smolstack.generation.options import ValidatedOptions
 from smolstack.generation.output import Output
 from smolstack.generation.prefix_cache import TokenKey, token_keys
 from smolstack.generation.prepared_image import PreparedImage
@@ -102,7 +102,7 @@ class Request:
         prompt: Prompt,
         kind: Kind,
         *,
-        options: ReadOptions | None = None,
+        options: ValidatedOptions | None = None,
         output: Output | None = None,
         choices: list[tuple[int, ...]] | None = None,
         listener: Callable[[Update], None] | None = None,

@@ -10,7 +10,7 @@ from smolstack.generation.choices import continuations
 from smolstack.generation.constraint import Constraint
 from smolstack.generation.grammar import Grammars
 from smolstack.generation.lark import Lark
-from smolstack.generation.options import ReadOptions
+from smolstack.generation.options import ValidatedOptions
 from smolstack.generation.output import new_output
 from smolstack.generation.request import Request
 from smolstack.generation.structured_output import Choices
@@ -38,7 +38,7 @@ class RequestMaker:
     def requests(
         self,
         prompts: Sequence[Prompt],
-        options: ReadOptions | Sequence[ReadOptions],
+        options: ValidatedOptions | Sequence[ValidatedOptions],
         *,
         deadline: float | None = None,
     ) -> list[Request]:
@@ -54,7 +54,7 @@ class RequestMaker:
             ContextLengthError, GenerationError, KVCacheError: a prompt or its options cannot be
                 answered.
         """
-        each = [options] * len(prompts) if isinstance(options, ReadOptions) else list(options)
+        each = [options] * len(prompts) if isinstance(options, ValidatedOptions) else list(options)
         if self.model.config.embedding_dim is not None:
             raise ConfigError(
                 "this checkpoint has an embedding head and cannot generate text; use embed_pages "
@@ -71,7 +71,7 @@ class RequestMaker:
             made.append(request)
         return made
 
-    def _first_constraint(self, options: ReadOptions) -> tuple[Constraint | None, int]:
+    def _first_constraint(self, options: ValidatedOptions) -> tuple[Constraint | None, int]:
         """Return the constraint of all answers, and the size of its grammar. The allowed first
         tokens take longest to compute, so this is done here and once.
         """
@@ -87,7 +87,7 @@ class RequestMaker:
     def _request(
         self,
         prompt: Prompt,
-        options: ReadOptions,
+        options: ValidatedOptions,
         constraint: Constraint | None,
         deadline: float | None,
     ) -> Request:
@@ -105,7 +105,7 @@ class RequestMaker:
         )
 
     def _constraint(
-        self, grammars: Grammars, grammar: str, options: ReadOptions, pointing: bool
+        self, grammars: Grammars, grammar: str, options: ValidatedOptions, pointing: bool
     ) -> Constraint:
         structure = options.structure
         if isinstance(structure, Lark) and structure.trigger:
@@ -115,7 +115,7 @@ class RequestMaker:
             )
         return grammars.constraint(grammar, pointing=pointing)
 
-    def compile(self, options: ReadOptions) -> str | None:
+    def compile(self, options: ValidatedOptions) -> str | None:
         """Return the grammar of the answers, or None.
 
         Raises:
@@ -138,6 +138,6 @@ class RequestMaker:
             )
         return self._grammars[key]
 
-    def _lead(self, options: ReadOptions) -> str:
+    def _lead(self, options: ValidatedOptions) -> str:
         """Return the text between a prompt and its answer."""
         return "" if options.continues else self.processor.answer_lead

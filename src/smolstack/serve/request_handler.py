@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from smolstack.errors import DeadlineError
 from smolstack.generation.answer import Answer
 from smolstack.generation.engine import Engine
-from smolstack.generation.options import ReadOptions
+from smolstack.generation.options import ValidatedOptions
 from smolstack.generation.pools import RankedPool
 from smolstack.generation.request import Request as EngineRequest
 from smolstack.generation.request import Update
@@ -37,7 +37,7 @@ from smolstack.vlm import VLM
 
 # Makes the prompt and the options of each answer from a request and its images.
 MakePrompts: TypeAlias = Callable[
-    [VLM, ChatRequest, list[Media], ServerSettings], tuple[list[Prompt], list[ReadOptions]]
+    [VLM, ChatRequest, list[Media], ServerSettings], tuple[list[Prompt], list[ValidatedOptions]]
 ]
 # Reads a request and makes its engine requests with this deadline, in the time of time.monotonic().
 ReadRequests: TypeAlias = Callable[[float], Coroutine[Any, Any, list[EngineRequest]]]

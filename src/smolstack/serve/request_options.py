@@ -8,7 +8,7 @@ from typing import Any
 from smolstack.generation.options import (
     DEFAULT_MAX_NEW_TOKENS,
     AnswerOptions,
-    ReadOptions,
+    ValidatedOptions,
     read_options,
 )
 from smolstack.generation.structured_output import closed
@@ -34,7 +34,7 @@ _SUMS = ("allOf", "if", "then", "else", "dependentSchemas", "unevaluatedProperti
 
 def answer_options(
     vlm: VLM, request: ChatRequest, settings: ServerSettings, prompts: int = 1
-) -> list[ReadOptions]:
+) -> list[ValidatedOptions]:
     """Return the options of each of the ``n`` answers to one of ``prompts`` prompts.
 
     Raises:

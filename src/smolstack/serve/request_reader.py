@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from urllib.parse import unquote_to_bytes
 
 from smolstack.errors import ContextLengthError
-from smolstack.generation.options import ReadOptions
+from smolstack.generation.options import ValidatedOptions
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tiles import ImageSource
 from smolstack.serve import functions, media, request_options
@@ -124,7 +124,7 @@ def release_media(request: ChatRequest) -> None:
 
 def chat_prompts(
     vlm: VLM, request: ChatRequest, images: list[Media], settings: ServerSettings
-) -> tuple[list[Prompt], list[ReadOptions]]:
+) -> tuple[list[Prompt], list[ValidatedOptions]]:
     """Return the prompt and the options of each of a chat's ``n`` answers. Slow; call it in a
     thread.
 

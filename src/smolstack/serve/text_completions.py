@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from smolstack.generation.answer import Answer, TokenLogprob
-from smolstack.generation.options import ReadOptions
+from smolstack.generation.options import ValidatedOptions
 from smolstack.generation.request import Update
 from smolstack.processor.processor import Prompt
 from smolstack.processor.tokenizer import TextTokenizer
@@ -42,7 +42,7 @@ def add_route(
 
         def make_prompts(
             vlm: VLM, asked: ChatRequest, _: list[Media], settings: ServerSettings
-        ) -> tuple[list[Prompt], list[ReadOptions]]:
+        ) -> tuple[list[Prompt], list[ValidatedOptions]]:
             each = request_options.answer_options(vlm, asked, settings, len(prompts))
             each = [replace(options, continues=True) for options in each]
             read = [_read(vlm, prompt, settings, body.add_special_tokens) for prompt in prompts]
