@@ -70,7 +70,7 @@ def test_a_model_that_was_served_behaves_as_before(tiny_vlm: smolstack.VLM, tmp_
     max_bytes, prompt_tokens = cache.max_bytes, before.usage.prompt_tokens
     server = Server(
         tiny_vlm,
-        ServerSettings(decode_bytes=100, image_cache_bytes=0, special_tokens_in_text=True),
+        ServerSettings(decode_bytes=100, image_cache_bytes=0, special_tokens_in_text=False),
     )
     assert len(cache) == 0
     with pytest.raises(ImageError, match="more than the 100 that are allowed"):
@@ -79,10 +79,10 @@ def test_a_model_that_was_served_behaves_as_before(tiny_vlm: smolstack.VLM, tmp_
     after = tiny_vlm.ask(blue, text, max_new_tokens=2)
     assert after.usage.prompt_tokens == prompt_tokens
     assert (len(cache), cache.max_bytes) == (1, max_bytes)
-    tiny_vlm.processor.special_tokens_in_text = True
-    server.close()  # again, as when a server has ended by itself
-    assert tiny_vlm.processor.special_tokens_in_text
     tiny_vlm.processor.special_tokens_in_text = False
+    server.close()  # again, as when a server has ended by itself
+    assert not tiny_vlm.processor.special_tokens_in_text
+    tiny_vlm.processor.special_tokens_in_text = True
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(server: Process) -> None:
