@@ -175,3 +175,18 @@ def test_a_page_that_would_be_drawn_for_hours_is_refused(server: Process) -> Non
     assert "cannot be read within 10 s of processor time" in response.json()["error"]["message"]
     few = post(server, image(coded(nested_forms(3), "application/pdf")))
     assert few.status_code == 200
+
+
+def test_low_detail_is_for_all_images_of_a_request(server: Process) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(content, "png")
+    url = coded(content.getvalue(), "image/png")
+    parts = [
+        {"type": "image_url", "image_url": {"url": url, "detail": detail}}
+        for detail in ("low", "auto")
+    ]
+    body = chat(parts[0])
+    body["messages"][0]["content"].append(parts[1])
+    made = post(server, body)
+    assert made.status_code == 400
+    assert "some images have detail low and others do not" in message(made)

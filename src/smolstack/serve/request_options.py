@@ -57,7 +57,11 @@ def answer_options(
 
 
 def tiling(request: ChatRequest | PlanRequest) -> Tiling:
-    """Return a request's tiling options; "detail": "low" for all images: one tile each."""
+    """Return a request's tiling options; "detail": "low" for all images: one tile each.
+
+    Raises:
+        RefusedError: only some images have "detail": "low".
+    """
     split = request.split
     if split is None and isinstance(request, ChatRequest):
         details = {
@@ -65,6 +69,13 @@ def tiling(request: ChatRequest | PlanRequest) -> Tiling:
             for _, part in request.media_parts()
             if not isinstance(part, VideoPart)  # frames are always one tile each
         }
+        if "low" in details and len(details) > 1:
+            raise RefusedError(
+                400,
+                "some images have detail low and others do not, expected the same for all images "
+                "and files of a request",
+                param="messages",
+            )
         split = False if details == {"low"} else None
     elif split is None and request.image_url is not None:  # type: ignore[union-attr]
         split = False if request.image_url.detail == "low" else None  # type: ignore[union-attr]
