@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import Any
 
@@ -110,3 +111,11 @@ def test_an_intersection_that_takes_too_long_is_refused(
 )  # fmt: skip
 def test_ordinary_forms_are_compiled(grammars: Grammars, structure: Any) -> None:
     grammars.constraint(grammars.compile(structure)).begin()
+
+
+def test_a_check_that_cannot_be_started_is_not_taken_for_a_complex_schema(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "no-python")
+    with pytest.raises(GenerationError, match=r"cannot be checked.*no-python cannot be started"):
+        grammars.compile(Schema({"type": "string", "pattern": "^never seen before$"}))

@@ -176,6 +176,8 @@ def _trial(grammar: str, name: str) -> str | None:
             "smolstack.generation.grammar_process", {}, grammar.encode(),
             name=name, seconds=TRIAL_SECONDS, memory=_ALLOCATED,
         )  # fmt: skip
+    except limited_process.ProcessFailedError as error:
+        raise GenerationError(f"the {name} cannot be checked: {error}") from None
     except ImageError:
         return too_complex
     return too_complex if answer["bytes"] > TRIAL_BYTES else None

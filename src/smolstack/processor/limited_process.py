@@ -20,6 +20,10 @@ EXTRA_BYTES = 256 * 2**20  # beyond the memory that the work was estimated to ta
 _WALL = 6  # times the processor time, on a machine that is busy with other work
 
 
+class ProcessFailedError(ImageError):
+    """The process could not be started, or ended with an error of its own, not by a limit."""
+
+
 def call(
     module: str, order: dict[str, Any], content: bytes, *, name: str, seconds: int, memory: int
 ) -> tuple[dict[str, Any], bytes]:
@@ -32,6 +36,7 @@ def call(
 
     Raises:
         ImageError: from the process, or a limit was exceeded.
+        ProcessFailedError: the process could not be started, or failed.
     """
     line = json.dumps(order | {"memory": memory, "seconds": seconds}).encode() + b"\n"
     command = [sys.executable, "-m", module]
@@ -50,6 +55,16 @@ def call(
         head, _, pixels = ended.stdout.partition(b"\n")
     except subprocess.TimeoutExpired:
         head = b""
+    except OSError as error:
+        raise ProcessFailedError(
+            f"{name} cannot be read: {sys.executable} cannot be started ({error.strerror})"
+        ) from None
+    else:
+        last = (ended.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
+        if not head and ended.returncode > 0 and not last.startswith("MemoryError"):
+            raise ProcessFailedError(
+                f"{name} cannot be read: its process failed ({last[:200] or ended.returncode})"
+            )
     if not head:  # ended by the system, by a limit or by a fault in the decoder
         raise ImageError(
             f"{name} cannot be read within {seconds} s of processor time and "
