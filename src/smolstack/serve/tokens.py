@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
+from pydantic import Field, model_validator
 
 from smolstack.generation.pools import RankedPool
 from smolstack.serve import request_reader
@@ -15,9 +16,52 @@ from smolstack.serve.admission import in_pool, reading_seconds, tokenizing_secon
 from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.media import Media
 from smolstack.serve.pending_answers import in_thread
-from smolstack.serve.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
+from smolstack.serve.request_fields import normalize_fields, without_nulls
+from smolstack.serve.schemas import Body, ChatMessage, ChatRequest, Text
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
+
+
+class TokenizeRequest(Body):
+    """A text (``prompt`` or, as in llama.cpp, ``content``) or a chat (``messages``) to tokenize."""
+
+    model: str = ""
+    prompt: Text | None = None
+    content: Text | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=1000)
+    add_special_tokens: bool | None = None
+    add_special: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _understood(cls, data: Any) -> Any:
+        return normalize_fields(data) if isinstance(data, dict) and "messages" in data else (
+            without_nulls(data)
+        )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _one_text(self) -> TokenizeRequest:
+        for names in (("prompt", "content", "messages"), ("add_special_tokens", "add_special")):
+            given = [name for name in names if getattr(self, name) is not None]
+            if len(given) > 1:
+                raise RefusedError(
+                    400, f"found {' and '.join(given)}, expected only one of them", param=given[1]
+                )
+        if self.messages is not None and True in (self.add_special_tokens, self.add_special):
+            raise RefusedError(
+                400,
+                "found add_special_tokens with messages, whose special tokens the chat template "
+                "writes; leave it out",
+                param="add_special_tokens",
+            )
+        return self
+
+
+class DetokenizeRequest(Body):
+    """Token ids to decode."""
+
+    model: str = ""
+    tokens: list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]] = Field(max_length=1_000_000)
 
 
 def add_routes(
