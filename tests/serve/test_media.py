@@ -190,3 +190,19 @@ def test_low_detail_is_for_all_images_of_a_request(server: Process) -> None:
     made = post(server, body)
     assert made.status_code == 400
     assert "some images have detail low and others do not" in message(made)
+
+
+@pytest.mark.parametrize(("detail", "split"), [("low", True), ("high", False)])
+def test_detail_and_split_do_not_contradict_each_other(
+    server: Process, detail: str, split: bool
+) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(content, "png")
+    picture = {"url": coded(content.getvalue(), "image/png"), "detail": detail}
+    made = post(server, {**chat({"type": "image_url", "image_url": picture}), "split": split})
+    assert made.status_code == 400
+    assert f"found detail {detail} and split {str(split).lower()}" in message(made)
+    assert (
+        httpx.post(f"{server.url}/plan", json={"image_url": picture, "split": split}).status_code
+        == 400
+    )

@@ -199,6 +199,7 @@ def test_a_schema_that_is_a_sum_of_others_stays_as_it_is() -> None:
     assert _is_sum({"allOf": [one, {"properties": {"b": {}}}]})
     assert _is_sum({"items": {**one, "anyOf": [{"required": ["a"]}]}})
     assert not _is_sum({**one, "$defs": {"x": one}})
+    assert not _is_sum({"properties": {"c": {"allOf": [{"$ref": "#/$defs/x"}], "default": 1}}})
     assert not _is_sum({"anyOf": [one, {"type": "null"}]})
 
 

@@ -60,10 +60,10 @@ def tiling(request: ChatRequest | PlanRequest) -> Tiling:
     """Return a request's tiling options; "detail": "low" for all images: one tile each.
 
     Raises:
-        RefusedError: only some images have "detail": "low".
+        RefusedError: only some images have "detail": "low", or ``split`` contradicts it.
     """
     split = request.split
-    if split is None and isinstance(request, ChatRequest):
+    if isinstance(request, ChatRequest):
         details = {
             part.image_url.detail if isinstance(part, ImagePart) else "auto"
             for _, part in request.media_parts()
@@ -76,9 +76,18 @@ def tiling(request: ChatRequest | PlanRequest) -> Tiling:
                 "and files of a request",
                 param="messages",
             )
-        split = False if details == {"low"} else None
-    elif split is None and request.image_url is not None:  # type: ignore[union-attr]
-        split = False if request.image_url.detail == "low" else None  # type: ignore[union-attr]
+    else:
+        details = set() if request.image_url is None else {request.image_url.detail}
+    for detail, splits in (("low", False), ("high", True)):
+        if detail in details and split is not None and split is not splits:
+            raise RefusedError(
+                400,
+                f"found detail {detail} and split {str(split).lower()}, which contradict each "
+                "other",
+                param="split",
+            )
+    if details == {"low"}:
+        split = False
     return {
         "split": split,
         "max_image_tokens": request.max_image_tokens,
@@ -150,7 +159,10 @@ def _is_sum(schema: Any) -> bool:
         return any(_is_sum(item) for item in schema)
     if not isinstance(schema, Mapping):
         return False
-    if any(word in schema for word in _SUMS):
+    # An allOf of one schema, as pydantic 1 writes for a described reference, combines nothing.
+    parts = schema.get("allOf")
+    lone = isinstance(parts, list) and len(parts) == 1 and "properties" not in schema
+    if any(word in schema for word in _SUMS if not (lone and word == "allOf")):
         return True
     if "properties" in schema and any(word in schema for word in ("anyOf", "oneOf", "$ref")):
         return True
