@@ -69,6 +69,11 @@ class Workload:
         self.train_dtypes = self.train_dtypes or self.dtypes
 
     @property
+    def autocast(self) -> str:
+        """In which training computes products: "bfloat16", or "none" for the weights' precision."""
+        return "bfloat16" if "bfloat16" in self.train_dtypes else "none"
+
+    @property
     def config(self) -> ModelConfig:
         return self.preset.config
 

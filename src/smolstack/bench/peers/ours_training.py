@@ -11,15 +11,17 @@ import torch
 
 from smolstack.bench.peers.training_run import BATCH, TrainingRun, TrainingTask
 from smolstack.bench.timing import OURS
-from smolstack.bench.workload import Workload, has_bfloat16
+from smolstack.bench.workload import Workload
 from smolstack.train.metrics import METRICS, read_metrics
 from smolstack.train.recipe import VISION, Data, Evaluation, Recipe, Stage
 from smolstack.train.trainer import train
 
 
 def runs(workload: Workload, task: TrainingTask) -> list[TrainingRun]:
-    """Return one run for each precision of the frozen tower."""
-    autocast = "bfloat16" if has_bfloat16() else "none"
+    """Return one run for each precision of the frozen tower, all of them under autocast where
+    bfloat16 is among them, as transformers' are.
+    """
+    autocast = workload.autocast
     return [
         TrainingRun(
             OURS,

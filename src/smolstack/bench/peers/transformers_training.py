@@ -30,7 +30,7 @@ def runs(name: str, workload: Workload, task: TrainingTask) -> list[TrainingRun]
     if not all(installed(package) for package in PACKAGES):
         return []
     forms = [("float32", "")]
-    if "bfloat16" in workload.train_dtypes:
+    if workload.autocast != "none":
         forms.append(("bfloat16", "autocast"))
     return [
         TrainingRun(
