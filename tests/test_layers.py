@@ -12,8 +12,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "smolstack"
 # Each room may import from itself and from the rooms before it, with the exceptions below.
 ORDER = [
-    ("errors", "config", "text", "progress"),
-    ("output_files",),
+    ("errors", "config", "text", "progress", "unique_keys"),
+    ("output_files", "option_types"),
     ("batch",),
     ("native",),
     ("processor",),

@@ -12,16 +12,50 @@ from smolstack.generation.sampling import SamplingParams
 from smolstack.generation.stopping import RepetitionRule, Stopping
 from smolstack.generation.structured_output import Choices, Structure, read_structure
 from smolstack.generation.token_rules import TokenRules, read_rules
-from smolstack.processor.inputs import ImageOptions
+from smolstack.option_types import (
+    FLAG,
+    NUMBER,
+    TEXTS,
+    TOKEN_IDS,
+    TOKEN_NUMBERS,
+    WHOLE_NUMBER,
+    OptionType,
+    check_option_types,
+)
+from smolstack.processor.inputs import IMAGE_OPTION_TYPES, ImageOptions
 
 DEFAULT_MAX_NEW_TOKENS = 512
 MAX_LOGPROBS = 20
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+# Of the options that stand for an answer's structure, structured_output.py checks the types.
+_TYPES = {
+    "max_new_tokens": WHOLE_NUMBER,
+    "temperature": NUMBER,
+    "top_k": WHOLE_NUMBER,
+    "top_p": NUMBER,
+    "min_p": NUMBER,
+    "repetition_penalty": NUMBER,
+    "seed": WHOLE_NUMBER,
+    "presence_penalty": NUMBER,
+    "frequency_penalty": NUMBER,
+    "logit_bias": TOKEN_NUMBERS,
+    "min_tokens": WHOLE_NUMBER,
+    "ignore_eos": FLAG,
+    "stop_token_ids": TOKEN_IDS,
+    "bad_words": TEXTS,
+    "stop": TEXTS,
+    "stop_on_repetition": OptionType(
+        "True, False or a RepetitionRule", lambda value: isinstance(value, (bool, RepetitionRule))
+    ),
+    "keep_special_tokens": FLAG,
+    "logprobs": WHOLE_NUMBER,
+    **IMAGE_OPTION_TYPES,
+}
 
 
 class AnswerOptions(ImageOptions, total=False):
     """Keyword options of ask, stream and ask_many. See also SamplingParams, Stopping and
-    ImageOptions.
+    ImageOptions. None stands for the default.
 
     Attributes:
         max_new_tokens: maximum length of the answer in tokens; default 512.
@@ -92,19 +126,20 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Vali
     Raises:
         GenerationError: an option is unknown, or its value is invalid.
     """
-    given: Mapping[str, Any] = options
     known = {*AnswerOptions.__annotations__, *ImageOptions.__annotations__}
-    unknown, expected = sorted(set(given) - known), sorted(known)
+    unknown, expected = sorted(set(options) - known), sorted(known)
     if unknown:
         raise GenerationError(f"unknown options {unknown}, expected some of {expected}")
-    stop, repetition = options.get("stop", ()), options.get("stop_on_repetition", False)
+    check_option_types(options, _TYPES, GenerationError)
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    stop, repetition = given.get("stop", ()), given.get("stop_on_repetition", False)
     structures = ("schema", "regex", "grammar", "choices")
     named = next((name for name in structures if given.get(name) is not None), None)
     if isinstance(grammar := given.get("grammar"), Lark):
         named = grammar.name  # the option that selected it
     rules = read_rules(given, named)
     stopping = Stopping(
-        max_new_tokens=options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
+        max_new_tokens=given.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
         eos_token_ids=(*eos_token_ids, *rules.stop_token_ids),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         repetition=RepetitionRule() if repetition is True else repetition or None,
@@ -112,18 +147,18 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Vali
     sampling = SamplingParams(**{name: given[name] for name in _SAMPLING if name in given})
     images: Any = {name: given[name] for name in ImageOptions.__annotations__ if name in given}
     structure = read_structure(
-        options.get("schema"),
-        options.get("regex"),
-        options.get("choices"),
+        given.get("schema"),
+        given.get("regex"),
+        given.get("choices"),
         stopping.stop,
-        options.get("grammar"),
+        given.get("grammar"),
     )
-    logprobs = options.get("logprobs")
+    logprobs = given.get("logprobs")
     if isinstance(structure, Choices):
         _check_scored(sampling, logprobs)
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise GenerationError(f"logprobs is {logprobs}, expected 0 to {MAX_LOGPROBS}")
-    keep = options.get("keep_special_tokens", False)
+    keep = given.get("keep_special_tokens", False)
     return ValidatedOptions(sampling, stopping, images, keep, structure, logprobs, rules)
 
 

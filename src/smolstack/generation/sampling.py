@@ -43,6 +43,8 @@ class SamplingParams:
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, 0.01 <= penalty <= 100, "0.01 to 100")
+        seed = self.seed
+        _check("seed", seed, seed is None or -(2**63) <= seed < 2**64, "-2**63 to 2**64 - 1")
 
 
 class Sampler:
@@ -115,6 +117,6 @@ def warp(logits: Tensor, sampling: SamplingParams) -> Tensor:
     return logits
 
 
-def _check(name: str, value: float, ok: bool, expected: str) -> None:
+def _check(name: str, value: float | None, ok: bool, expected: str) -> None:
     if not ok:
         raise GenerationError(f"{name} is {value}, expected {expected}")

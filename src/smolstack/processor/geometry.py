@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 from smolstack.errors import ImageError
+from smolstack.option_types import FLAG, WHOLE_NUMBER, check_option_types
 from smolstack.processor.settings import ImageSettings
 
 MAX_EDGE = 4096  # the family's image processor never resizes beyond this
@@ -100,6 +101,9 @@ class Tiling(TypedDict, total=False):
     upscale: bool
 
 
+TILING_TYPES = {"split": FLAG, "max_image_tokens": WHOLE_NUMBER, "upscale": FLAG}
+
+
 def plan_tiles(
     size: tuple[int, int],
     settings: ImageSettings,
@@ -116,8 +120,11 @@ def plan_tiles(
     of the whole image. Without splitting, the image is stretched to a single tile.
 
     Raises:
-        ImageError: a side is not positive, or a single tile exceeds ``max_image_tokens``.
+        ImageError: a side is not positive, an option has another type, or a single tile exceeds
+            ``max_image_tokens``.
     """
+    given = {"split": split, "max_image_tokens": max_image_tokens, "upscale": upscale}
+    check_option_types(given, TILING_TYPES, ImageError)
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"an image of {width}x{height} pixels; both sides must be positive")

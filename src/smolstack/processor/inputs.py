@@ -11,8 +11,9 @@ from PIL import Image
 
 from smolstack.batch import VisualTokens
 from smolstack.errors import ImageError, PromptError
+from smolstack.option_types import TEXT, check_option_types
 from smolstack.processor import prompt as prompts
-from smolstack.processor.geometry import Tiling
+from smolstack.processor.geometry import TILING_TYPES, Tiling
 from smolstack.processor.pages import TiffPage, page_of
 from smolstack.processor.pdf import PdfPage
 from smolstack.processor.prompt import Message
@@ -36,6 +37,9 @@ class ImageOptions(Tiling, total=False):
     password: str | None
 
 
+IMAGE_OPTION_TYPES = {**TILING_TYPES, "password": TEXT}
+
+
 def as_images(images: Any) -> list[Any]:
     """Normalize an image or video, or a list of them, to a list; None gives an empty list."""
     if images is None:
@@ -51,8 +55,9 @@ def as_images(images: Any) -> list[Any]:
 
 
 def with_password(image: T, password: str | None) -> T | PdfPage:
-    """The same image; for a PDF file, with its password attached."""
-    if password is None or not isinstance(image, (str, Path)):
+    """The same image; for a PDF file (its path or its bytes), with its password attached."""
+    check_option_types({"password": password}, IMAGE_OPTION_TYPES, ImageError)
+    if password is None or not isinstance(image, (str, Path, bytes)):
         return image
     page = page_of(image, password)
     return page if isinstance(page, PdfPage) else image
