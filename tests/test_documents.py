@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.pdfs import document
+from tests.pdfs import document, locked
 
 import smolstack
 from smolstack.bulk import map_images
@@ -313,6 +313,15 @@ def test_a_pdf_file_is_read_page_by_page(tiny_vlm: smolstack.VLM, tmp_path: Path
     assert [row["answer"] for row in rows] == expected
     left = ["report.doctags.pages.parquet", "report.pdf"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_a_file_that_cannot_be_opened_leaves_nothing_behind(
+    tiny_vlm: smolstack.VLM, tmp_path: Path
+) -> None:
+    path = locked(tmp_path / "locked.pdf", b"sesame")
+    with pytest.raises(BulkError, match=r"no page could be read: .*is locked"):
+        convert(path, tmp_path / "out.doctags", model=tiny_vlm)
+    assert [left.name for left in tmp_path.iterdir()] == ["locked.pdf"]
 
 
 def test_a_bulk_job_s_answers_need_no_model(tiny_vlm: smolstack.VLM, tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def test_a_row_without_an_image_says_so_and_the_others_are_answered(
         json.dumps({"path": 7}),
         json.dumps({"path": "https://example.org/cat.png"}),
         json.dumps({"path": {"bytes": "no base64!"}}),
+        '{"path": "a.png", "path": "b.png"}',
         json.dumps({"path": "missing.png"}),
         json.dumps({"path": "\ud800.png"}),
         json.dumps({"path": "a\u0000b.png"}),
@@ -168,7 +169,7 @@ def test_a_row_without_an_image_says_so_and_the_others_are_answered(
     table.write_text("\n".join(lines))
     summary = job(table)
     errors = [row["error"] for row in rows(tmp_path / "answers.parquet")]
-    assert summary.bad_images == 8
+    assert summary.bad_images == 9
     assert errors[0] is None
     assert errors[-1] is None
     for error, part in zip(
@@ -179,7 +180,8 @@ def test_a_row_without_an_image_says_so_and_the_others_are_answered(
             "found nothing in place of",
             "found a int in place of",
             "is a URL",
-            "not valid base64",
+            "bytes is 'no base64!', expected an image file in base64",
+            "line 7 of list.jsonl cannot be used: an object has the key 'path' more than once",
             "missing.png: found no file",
         ],
         strict=False,

@@ -154,6 +154,32 @@ def test_a_locked_file_says_what_to_do_and_opens_with_its_password(
     assert tiny_vlm.plan(path, password="sesame").source == (200, 100)
 
 
+def test_its_bytes_are_a_page_too(tiny_vlm: smolstack.VLM, report: Path, tmp_path: Path) -> None:
+    path = document(tmp_path / "one.pdf", [(100, 50)])
+    answer = tiny_vlm.ask(path, "What colour is it?", max_new_tokens=4)
+    same = tiny_vlm.ask(path.read_bytes(), "What colour is it?", max_new_tokens=4)
+    assert answer.token_ids == same.token_ids
+    secret = locked(tmp_path / "locked.pdf", b"sesame").read_bytes()
+    assert tiny_vlm.encode(secret, password="sesame").source == (200, 100)
+    with pytest.raises(ImageError, match="is locked"):
+        image_size(secret)
+    several = report.read_bytes()
+    with pytest.raises(ImageError, match="has 3 pages, expected each as a file of its own"):
+        image_size(several)
+
+
+def test_a_file_with_another_suffix_is_called_a_pdf_file(report: Path, tmp_path: Path) -> None:
+    other = tmp_path / "download"
+    other.write_bytes(report.read_bytes())
+    with pytest.raises(ImageError, match=r"download is a PDF file, .* with the suffix \.pdf"):
+        image_size(other)
+
+
+def test_a_page_number_has_ordinary_digits(report: Path) -> None:
+    with pytest.raises(ImageError, match="found no file"):
+        image_size(f"{report}#page=\N{ARABIC-INDIC DIGIT TWO}")
+
+
 def test_a_file_without_pages_says_so_whatever_failed_before(tmp_path: Path) -> None:
     (tmp_path / "text.pdf").write_text("no document")
     path = form(tmp_path / "none.pdf", "/FT/Tx")

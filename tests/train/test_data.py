@@ -132,6 +132,7 @@ def test_rows_that_are_none_are_named(rows: Any, words: str) -> None:
         ),
         ('{"file_name": "a.png", "text": null}', "text None, expected text; remove the example"),
         ('{"messages": "hi"}', "expected a list"),
+        ('{"text": "a", "text": "b"}', "the key 'text' more than once: line 1"),
         ('{"messages": [{"role": "user", "content": 5}]}', "content 5 in message 0, expected text"),
         (
             '{"messages": [{"role": "user", "content": {"type": "text"}}]}',

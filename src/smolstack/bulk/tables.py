@@ -14,6 +14,7 @@ from typing import Any
 
 from smolstack.bulk.rows import Row, plain
 from smolstack.errors import BulkError, ImageError
+from smolstack.unique_keys import RepeatedKeyError, read_unique
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
 # Recognized column names, most likely first.
@@ -92,10 +93,13 @@ def _read_jsonl(path: Path, columns: Columns | None, index: int) -> Iterator[Row
                 continue
             wrong = "is not a JSON object"
             try:
-                value = json.loads(line.rstrip())
+                value = read_unique(line.rstrip())
             except json.JSONDecodeError as reason:
                 value = None
                 wrong = f"is not valid JSON: {reason.msg} at column {reason.colno}"
+            except RepeatedKeyError as reason:
+                value = None
+                wrong = f"cannot be used: {reason}"
             except RecursionError:
                 value = None
                 wrong = "is not valid JSON: nested too deeply"
@@ -145,13 +149,13 @@ def from_record(index: int, record: Mapping[str, Any], columns: Columns, folder:
         path = os.fsdecode(path) if isinstance(path, bytes) else None
         return Row(index, name or str(index), path=path, error=record[columns.error])
     if isinstance(value, str) and columns.image in _ENCODED:
-        value = {"bytes": value}
+        return as_row(index, {"bytes": value}, name, folder, encoded=columns.image)
     return as_row(index, value, name, folder)
 
 
-def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
+def as_row(index: int, value: Any, name: str | None, folder: Path, encoded: str = "bytes") -> Row:
     """Convert an image value to a Row: a path (relative to ``folder``), bytes, base64, or a struct
-    of ``bytes`` and ``path`` as in Hugging Face datasets.
+    of ``bytes`` and ``path`` as in Hugging Face datasets. Errors call base64 ``encoded``.
     """
     path, content = value, None
     if isinstance(value, Mapping):
@@ -165,9 +169,9 @@ def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
     name = named if name is None else name
     try:
         if isinstance(path, str) and path[:5].lower() == "data:":
-            content, path = path.partition(",")[2], None
+            content, path, encoded = path.partition(",")[2], None, "the data URL's content"
         if isinstance(content, str):
-            content = _decode(content)
+            content = _decode(content, encoded)
     except ImageError as error:
         return Row(index, name, error=str(error))
     if content is not None:
@@ -184,8 +188,8 @@ def as_row(index: int, value: Any, name: str | None, folder: Path) -> Row:
     return Row(index, name, path=str(folder.absolute() / path))
 
 
-def _decode(text: str) -> bytes:
+def _decode(text: str, field: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError("the image's text is not valid base64") from None
+        raise ImageError(f"{field} is {text!r:.40}, expected an image file in base64") from None

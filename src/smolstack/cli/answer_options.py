@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolstack.errors import PromptError
+from smolstack.unique_keys import RepeatedKeyError, read_unique
 
 if TYPE_CHECKING:
     from smolstack.generation.options import AnswerOptions
@@ -31,7 +31,9 @@ def form_options(
 def _read_schema(path: Path) -> Any:
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-        return json.loads(text)
+        return read_unique(text)
+    except RepeatedKeyError as error:
+        raise PromptError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{path} is not valid JSON: {error}") from None
 

@@ -33,7 +33,7 @@ EXAMPLES = """
 
 `smolstack plan *.png --question "Read this page." --json`
 """
-_SIZE = re.compile(r"(\d+)[x×X](\d+)")
+_SIZE = re.compile(r"([0-9]+)[x×X]([0-9]+)")
 
 
 @dataclass(frozen=True)

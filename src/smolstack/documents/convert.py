@@ -83,8 +83,8 @@ def convert(
 
     Raises:
         BulkError: the pages or the output are invalid, or a package is missing; no page could be
-            opened, or no answer contains an element of a document. In the last case the answers are
-            kept in OUT.pages.parquet.
+            opened, or no answer contains an element of a document. In the last case, the answers
+            are kept in OUT.pages.parquet.
         SmolstackError: as :func:`smolstack.bulk.map_images` does.
     """
     out = Path(out)
@@ -148,9 +148,13 @@ def _converted(
         **loading,
         **chosen,
     )
+    read = _read_table(table)
     try:
-        converted = _write(out, _read_table(table), options.get("password"))
+        converted = _write(out, read, options.get("password"))
     except BulkError as error:
+        if all(page.error is not None for page in read):  # no answer that is worth keeping
+            table.unlink()
+            raise
         raise BulkError(f"{error}; the answers are in {table}") from None
     table.unlink()
     return converted

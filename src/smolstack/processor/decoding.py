@@ -33,6 +33,7 @@ from smolstack.processor.formats import (
     is_heif,
 )
 from smolstack.processor.pages import TiffPage, frame_of_page
+from smolstack.processor.pdf import is_pdf
 from smolstack.processor.png import late_words
 from smolstack.processor.rgb import ORIENTATION, to_rgb
 from smolstack.processor.sources import named
@@ -189,12 +190,14 @@ def _opened(file: str | Path | bytes, formats: tuple[str, ...]) -> Image.Image |
 
 
 def _no_image(name: str, file: str | Path | bytes, formats: tuple[str, ...]) -> str:
-    beginning = file[:16] if isinstance(file, bytes) else _beginning(Path(file))
+    beginning = file[:1024] if isinstance(file, bytes) else _beginning(Path(file))
     if is_heif(beginning) and not can_read_heif():
         return (
             f"{name} is a HEIC or HEIF file, which needs the package pillow-heif "
             "(pip install 'smolstack[heif]'), or has to be saved as JPEG first"
         )
+    if is_pdf(beginning):
+        return f"{name} is a PDF file, expected an image; name it with the suffix .pdf"
     if not isinstance(file, bytes) and Path(file).suffix.lower() in VIDEO_SUFFIXES:
         return f"{name} is a video, expected an image; ask and chat read videos"
     known = ", ".join(sorted(accepted(formats)))
@@ -203,7 +206,7 @@ def _no_image(name: str, file: str | Path | bytes, formats: tuple[str, ...]) -> 
 
 def _beginning(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(16)
+        return file.read(1024)
 
 
 def _cost(image: Image.Image, file: str | Path | bytes, name: str) -> int:

@@ -16,7 +16,7 @@ from smolstack.processor.pdf import PdfPage
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = (pdf.SUFFIX, *TIFF_SUFFIXES)  # of files that may have several pages
-_PAGE = re.compile(r"(.+)#page=(\d{1,6})", re.IGNORECASE | re.DOTALL)
+_PAGE = re.compile(r"(.+)#page=([0-9]{1,6})", re.IGNORECASE | re.DOTALL)
 _SUBFILE, _REDUCED_OR_MASK = 254, 1 | 4  # a smaller copy of another image, or its mask
 _MOST = 100_000  # maximum directories counted
 _MOST_UNASKED = 1000  # where no page is asked for: a file of several is rejected then
@@ -44,20 +44,23 @@ def page_of(source: object, password: str | None = None) -> PdfPage | TiffPage |
     """The page that a path names; None for anything else.
 
     Args:
-        source: ``report.pdf#page=3`` or ``scan.tif#page=3``; or a PDF file of one page.
+        source: ``report.pdf#page=3`` or ``scan.tif#page=3``; or a PDF file of one page, or its
+            bytes.
         password: of a locked PDF file.
     """
     if isinstance(source, (PdfPage, TiffPage)):
         return source
+    if isinstance(source, bytes):
+        return PdfPage(source, None, password) if pdf.is_pdf(source) else None
     if not isinstance(source, (str, Path)):
         return None
     name = str(source)
     found = _PAGE.fullmatch(name)
     if found is not None and not _is_file(source):
         path = Path(found[1])
-        if path.suffix.lower() == pdf.SUFFIX:
-            return PdfPage(path, int(found[2]), password)
-        return TiffPage(path, int(found[2]))
+        number = int(found[2])
+        is_pdf = path.suffix.lower() == pdf.SUFFIX
+        return PdfPage(path, number, password) if is_pdf else TiffPage(path, number)
     if name.lower().endswith(pdf.SUFFIX):
         return PdfPage(Path(source), None, password)
     return None

@@ -99,10 +99,12 @@ class PdfPage:
         with _document(self.path, self.password) as document:
             count = len(document)
             if self.number is None and count != 1:
-                raise ImageError(
-                    f"{self} has {count} pages, expected one of them, as in "
-                    f"{'' if isinstance(self.path, bytes) else self}#page=1"
+                how = (
+                    "each as a file of its own"
+                    if isinstance(self.path, bytes)
+                    else f"one of them, as in {self}#page=1"
                 )
+                raise ImageError(f"{self} has {count} pages, expected {how}")
             number = 1 if self.number is None else self.number
             if not 1 <= number <= count:
                 raise ImageError(
@@ -182,7 +184,7 @@ def _refused(path: Path | bytes, password: str | None) -> Iterator[None]:
         if code == _LOCKED:
             if password is not None:
                 reason = f"{name} is locked, and the password that was given does not open it"
-            elif isinstance(path, bytes):  # of a request, which has no password
+            elif isinstance(path, bytes):  # perhaps of a request, which has no password
                 reason = f"{name} is locked; save it without a password first"
             else:
                 reason = (

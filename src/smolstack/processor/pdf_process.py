@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from smolstack.errors import ImageError
 from smolstack.processor import limited_process
 from smolstack.processor.pdf import PdfPage, count_pages
 
@@ -76,6 +77,8 @@ def _answer(order: dict[str, Any], content: bytes) -> tuple[dict[str, Any], byte
         image = page.render()
         return {"width": image.width, "height": image.height}, image.tobytes()
     count = count_pages(content)
+    if page.number is None and count > 1 and not order["every"]:
+        raise ImageError(f"{page} has {count} pages, expected one of them: add #page=1")
     if order["every"]:
         numbers: list[int | None] = list(range(1, count + 1)) if count <= order["most"] else []
     else:

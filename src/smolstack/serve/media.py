@@ -22,7 +22,7 @@ from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
 VIDEO_SECONDS = 30.0  # time limit for decoding a video
-_PAGE = re.compile(r"#page=(\d{1,6})\s*$")
+_PAGE = re.compile(r"#page=([0-9]{1,6})\s*$")
 Kind = Literal["image", "file", "video"]
 
 

@@ -6,9 +6,10 @@ therefore have checked another request than the one that is answered.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
+
+from smolstack.unique_keys import RepeatedKeyError, read_unique
 
 MOST_VALUES = 100_000  # per body
 _MAYBE_KEYS = tuple(b'"' + blank for blank in (b" ", b"\t", b"\r", b"\n"))
@@ -35,7 +36,7 @@ def read_text(text: str) -> Any:
     """
     if sum(map(text.count, ",[{")) > MOST_VALUES:
         raise StrictJsonError(f"it has more than {MOST_VALUES:,} values", "")
-    found = json.loads(text, object_pairs_hook=_object)
+    found = _read(text)
     _count_pairs(found)
     return found
 
@@ -52,7 +53,14 @@ def check(found: Any, content: bytes) -> None:
     # Strings may contain what looks like a key, and blanks may follow one; otherwise, it is certain
     # that no key is missing.
     if content.count(b'":') != pairs or any(each in content for each in _MAYBE_KEYS):
-        json.loads(content, object_pairs_hook=_object)
+        _read(content)
+
+
+def _read(text: str | bytes) -> Any:
+    try:
+        return read_unique(text)
+    except RepeatedKeyError as error:
+        raise StrictJsonError(str(error), error.key) from None
 
 
 def _count_pairs(found: Any) -> int:
@@ -98,14 +106,3 @@ def _place(found: Any) -> str:
         elif _fault(value):
             return place[1:]
     return ""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise StrictJsonError(f"an object has the key {name!r:.80} more than once", name)
-            seen.add(name)
-    return made

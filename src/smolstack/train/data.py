@@ -14,6 +14,7 @@ from typing import Any
 from smolstack.errors import DataError
 from smolstack.processor import formats, pages
 from smolstack.processor.folders import SkippedFiles, search
+from smolstack.unique_keys import RepeatedKeyError, read_unique
 
 SUFFIXES = frozenset([*formats.SUFFIXES, *pages.SUFFIXES])  # of images and PDF files, as for ask
 _log = logging.getLogger("smolstack")
@@ -141,10 +142,12 @@ class JsonLines(Source):
             file.seek(self.starts[index])
             line = file.readline()
         try:
-            row = json.loads(line.rstrip())
+            row = read_unique(line.rstrip())
         except json.JSONDecodeError as error:
             where = f"line {self.lines[index]}, column {error.colno}"
             raise DataError(f"{name} is not valid JSON: {error.msg}: {where}") from error
+        except RepeatedKeyError as error:
+            raise DataError(f"{name}: {error}: line {self.lines[index]}") from None
         except (UnicodeDecodeError, RecursionError) as error:
             raise DataError(
                 f"{name} is not valid JSON: {error}: line {self.lines[index]}"
