@@ -48,12 +48,16 @@ def multiply(kernels: native.Library, layer: QuantizedLinear, rows: Tensor) -> T
     Raises:
         MemoryError: no memory for the quantized activations.
     """
-    rows = rows.detach().float().contiguous()
-    out = torch.empty(rows.shape[0], layer.out_features)
     bias = None if layer.bias is None else layer.bias.data_ptr()
-    packed = pack(kernels, layer).linear(bias)
+    return multiply_rows(kernels, pack(kernels, layer).linear(bias), rows)
+
+
+def multiply_rows(kernels: native.Library, linear: native.Linear, rows: Tensor) -> Tensor:
+    """As :func:`multiply`, for a layer as the kernels read it."""
+    rows = rows.detach().float().contiguous()
+    out = torch.empty(rows.shape[0], linear.outputs)
     failed = kernels.dense_rows(
-        ctypes.byref(packed),
+        ctypes.byref(linear),
         _NO_NORM,
         rows.data_ptr(),
         rows.shape[0],

@@ -16,9 +16,18 @@ from smolstack.vlm import VLM, load
 TOKENS = 48
 QUESTIONS = ("What is this?", "What colour is it?", "How many are there?", "Where was it taken?")
 WIDE = (1600, 300)
+# More characters than TOKENS tokens have: whatever is drawn, no answer can end before.
+LEAST = 2000
 FORMS: dict[str, AnswerOptions] = {
-    "regex": {"regex": "[a-zA-Z ,.]{400,}"},
-    "schema": {"schema": {"type": "object", "additionalProperties": {"type": "string"}}},
+    "regex": {"regex": f"[a-zA-Z ,.]{{{LEAST},}}"},
+    "schema": {
+        "schema": {
+            "type": "object",
+            "properties": {"text": {"type": "string", "minLength": LEAST}},
+            "required": ["text"],
+            "additionalProperties": False,
+        }
+    },
 }
 
 
