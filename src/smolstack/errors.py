@@ -20,7 +20,16 @@ class CheckpointError(SmolstackError):
 
 
 class ImageError(SmolstackError):
-    """An image cannot be found, decoded or accepted."""
+    """An image cannot be found, decoded or accepted.
+
+    Attributes:
+        name: the image's name in its prompt (``Prompt.image_names``), if it has one; the message
+            begins with it.
+    """
+
+    def __init__(self, message: str, *, name: str | None = None) -> None:
+        super().__init__(message if name is None else f"{name}: {message}")
+        self.name = name
 
 
 class VideoError(SmolstackError):

@@ -72,6 +72,17 @@ def test_what_is_no_page_and_no_query(retrieval: Process, wrong: Any) -> None:
     assert "input" in message(response)
 
 
+def test_of_several_pages_the_damaged_one_is_named(retrieval: Process, page: bytes) -> None:
+    pages = [
+        {"type": "image_url", "image_url": {"url": data_url(each)}} for each in (page, page[:-30])
+    ]
+    asked = {"input": ["profit", *pages]}
+    response = httpx.post(f"{retrieval.url}/v1/embeddings", json=asked, timeout=60)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "input.2.image_url"
+    assert message(response).startswith("input.2.image_url: image of ")
+
+
 def test_the_openai_client_reads_lists(retrieval: Process) -> None:
     with retrieval.client() as client:
         made = client.embeddings.create(model="tiny", input="a query", encoding_format="float")
