@@ -202,7 +202,25 @@ def test_a_reader_that_only_points_is_made_to_go_on(reader: smolstack.VLM) -> No
     [
         ({"schema": {"type": "foo"}}, "schema is not supported: Invalid type: foo"),
         ({"schema": {"$ref": "#/nowhere"}}, "schema is not supported: Pointer"),
-        ({"schema": {"type": "string", "pattern": "("}}, "unclosed group"),
+        (
+            {"schema": {"type": "string", "pattern": "("}},
+            r"the schema is not supported: pattern '\(': unclosed group",
+        ),
+        (
+            {
+                "schema": {
+                    "properties": {
+                        "a": {"pattern": "^a$"},
+                        "b": {"anyOf": [{"type": "null"}, {"type": "string", "pattern": "(?=a)b"}]},
+                    }
+                }
+            },
+            r"schema is not supported: properties.b.anyOf.1.pattern '\(\?=a\)b': look-around",
+        ),
+        (
+            {"schema": {"patternProperties": {"a^b": {}}}},
+            r"schema is not supported: patternProperties.a\^b 'a\^b': lookarounds",
+        ),
         ({"schema": {"a": {1, 2}}}, "schema is not valid JSON"),
         ({"schema": "string"}, "schema is a str, expected a JSON Schema"),
         ({"regex": "("}, r"regex '\(' is not supported: unclosed group"),
