@@ -61,7 +61,7 @@ class QueueFullError(SmolstackError):
 
 
 class DeadlineError(SmolstackError):
-    """An answer was not complete at its deadline."""
+    """An answer, or another result, was not complete at its deadline."""
 
 
 class GenerationError(SmolstackError):

@@ -100,9 +100,9 @@ def test_a_request_is_submitted_once_and_must_fit(vlm: smolstack.VLM) -> None:
 @pytest.mark.parametrize("kind", ["vectors", "visual tokens"])
 def test_a_request_that_is_not_for_an_answer_is_refused(vlm: smolstack.VLM, kind: Any) -> None:
     request = Request(vlm.processor.prepare("What?"), kind)
-    with vlm.engine() as engine:
-        with pytest.raises(GenerationError, match=f"is for {kind}, expected one for an answer"):
-            engine.submit(request)
+    expected = f"is for {kind}, expected one for an answer"
+    with vlm.engine() as engine, pytest.raises(GenerationError, match=expected):
+        engine.submit(request)
     assert not request.finished
 
 

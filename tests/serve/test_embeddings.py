@@ -189,3 +189,4 @@ def test_a_query_too_long_and_an_empty_one_are_named(small: Server) -> None:
     assert "at most 100 are accepted" in message(long)
     assert message(empty) == "input.1 is '  ', expected non-empty text"
     assert (long.status_code, empty.status_code) == (400, 400)
+    assert message(response) == "the deadline passed before the embedding was complete"
