@@ -175,12 +175,51 @@ def test_requests_being_read_are_limited_in_number_and_time(
     assert message(late) == "the deadline passed while the request was being read"
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/plan"])
+def test_routes_without_an_answer_are_read_within_the_same_limit(
+    small: Server, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    small.handler.read_limiter.limit = 1
+    fetching = asyncio.Event()
+
+    async def fetch(*_: Any, **__: Any) -> bytes:
+        fetching.set()
+        await asyncio.Event().wait()  # for ever
+        raise AssertionError
+
+    async def send() -> httpx.Response:
+        image = {"image_url": ELSEWHERE["image_url"]}
+        chat = {"messages": [{"role": "user", "content": [ELSEWHERE]}]}
+        body = image if path == "/plan" else chat
+        transport = httpx.ASGITransport(app=small.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(path, json=body)
+
+    async def second() -> httpx.Response:
+        first = asyncio.ensure_future(embed(small, [ELSEWHERE]))
+        await fetching.wait()
+        response = await send()
+        first.cancel()
+        return response
+
+    monkeypatch.setattr(request_reader, "fetch", fetch)
+    refused = asyncio.run(second())
+    assert refused.status_code == 429
+    assert message(refused) == "1 other requests are being read"
+    assert refused.headers["Retry-After"] == "1"
+    end_soon(small)
+    late = asyncio.run(send())
+    assert late.status_code == 504
+    assert message(late) == "the deadline passed while the request was being read"
+
+
 def test_a_request_that_waits_too_long_ends_at_its_deadline(small: Server) -> None:
     small.engine.core.scheduler.kv_budget = -1  # no request starts
     end_soon(small)
     (response,) = asyncio.run(embed(small, "profit"))
     assert response.status_code == 504
     assert response.json()["error"]["code"] == "deadline"
+    assert message(response) == "the deadline passed before the embedding was complete"
 
 
 def test_a_query_too_long_and_an_empty_one_are_named(small: Server) -> None:
@@ -189,4 +228,3 @@ def test_a_query_too_long_and_an_empty_one_are_named(small: Server) -> None:
     assert "at most 100 are accepted" in message(long)
     assert message(empty) == "input.1 is '  ', expected non-empty text"
     assert (long.status_code, empty.status_code) == (400, 400)
-    assert message(response) == "the deadline passed before the embedding was complete"
