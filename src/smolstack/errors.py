@@ -65,7 +65,14 @@ class DeadlineError(SmolstackError):
 
 
 class GenerationError(SmolstackError):
-    """A sampling or stopping option has an invalid value."""
+    """A sampling or stopping option has an invalid value.
+
+    Attributes:
+        option: the option of the answer's structure that is at fault (schema, regex, grammar,
+            choices; tools), if one is.
+    """
+
+    option: str | None = None
 
 
 class BulkError(SmolstackError):

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from smolstack.errors import DeadlineError
+from smolstack.errors import DeadlineError, GenerationError
 from smolstack.generation.answer import Answer
 from smolstack.generation.engine import Engine
 from smolstack.generation.options import ValidatedOptions
@@ -19,7 +19,7 @@ from smolstack.generation.pools import RankedPool
 from smolstack.generation.request import Request as EngineRequest
 from smolstack.generation.request import Update
 from smolstack.processor.processor import Prompt
-from smolstack.serve import request_reader
+from smolstack.serve import request_options, request_reader
 from smolstack.serve.admission import ReadLimiter, client_of, in_pool, reading_seconds
 from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.media import Media
@@ -109,8 +109,12 @@ class RequestHandler:
 
         async def read(deadline: float) -> list[EngineRequest]:
             def make(images: list[Media]) -> list[EngineRequest]:
-                made = make_prompts(self.vlm, body, images, self.settings)
-                return self.engine.core.requests(*made, deadline=deadline)
+                try:
+                    made = make_prompts(self.vlm, body, images, self.settings)
+                    return self.engine.core.requests(*made, deadline=deadline)
+                except GenerationError as error:
+                    refusal = request_options.placed(error, body)
+                raise refusal
 
             urls = request_reader.media_urls(body)
             images = await request_reader.read_all(urls, self.settings)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.parsing import TooDeepError, line_and_column
-from smolstack.serve.request_fields import ALIASES, HARMLESS, NEUTRAL, nearest
+from smolstack.serve.request_fields import ALIASES, HARMLESS, NEUTRAL, nearest, sent_names
 
 # Instead of pydantic's messages that speak of Python.
 _MESSAGES = dict.fromkeys(
@@ -81,7 +81,9 @@ def _json_error(found: Mapping[str, Any], body: Any) -> str:
 
 def _path_of(found: Mapping[str, Any], body: Any) -> list[str]:
     """Return the path of an error's value in the body, without the names of a union's types."""
-    steps = tuple(found["loc"][1:])
+    steps, names = tuple(found["loc"][1:]), sent_names(body)
+    if steps and steps[0] in names:
+        steps = (*names[steps[0]].split("."), *steps[1:])
     if found["type"] not in _OF_FIELDS:
         return _longest(steps, body) or []
     if found["type"] == "missing":
