@@ -197,6 +197,20 @@ def test_a_reader_that_only_points_is_made_to_go_on(reader: smolstack.VLM) -> No
     assert constraint.allowed().nonzero().flatten().tolist() == [ord("a"), ord("b")]
 
 
+def test_a_grammar_that_grows_too_complex_within_an_answer_says_so(reader: smolstack.VLM) -> None:
+    grammars = reader._inline.core.maker.grammars(reader.eos_token_ids)
+    constraint = grammars.constraint(grammars.compile(Regex(r"(\w{1,20}[ ,.]?){1,500}"))).begin()
+    constraint.take(ord(" "))
+
+    def write(text: str) -> None:
+        for character in text:
+            constraint.allowed()
+            constraint.take(ord(character))
+
+    with pytest.raises(GenerationError, match="became too complex to continue the answer"):
+        write("rjn2UzwlZvfOyEXE9TF 96cufpaNvqU4,5l cxcSb5LPRFr87azw " * 9)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
