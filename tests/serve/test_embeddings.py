@@ -104,13 +104,15 @@ def small(retrieval_vlm: smolstack.VLM) -> Iterator[Server]:
     server.close()
 
 
-async def embed(server: Server, *inputs: Any) -> list[httpx.Response]:
-    """Send a request for each input, all at the same time."""
+async def post(server: Server, path: str, body: Any) -> httpx.Response:
     transport = httpx.ASGITransport(app=server.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        bodies = [{"input": each} for each in inputs]
-        sent = (client.post("/v1/embeddings", json=body) for body in bodies)
-        return await asyncio.gather(*sent)
+        return await client.post(path, json=body)
+
+
+async def embed(server: Server, *inputs: Any) -> list[httpx.Response]:
+    """Send a request for each input, all at the same time."""
+    return await asyncio.gather(*(post(server, "/v1/embeddings", {"input": x}) for x in inputs))
 
 
 def waiting(server: Server, text: str) -> Request:
@@ -146,8 +148,17 @@ def test_a_cheap_request_displaces_an_expensive_one(small: Server) -> None:
     assert "displaced by cheaper ones" in str(update.error)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": [ELSEWHERE]}),
+        ("/tokenize", {"messages": [{"role": "user", "content": [ELSEWHERE]}]}),
+        ("/plan", {"image_url": ELSEWHERE["image_url"]}),
+    ],
+    ids=["embeddings", "tokenize", "plan"],
+)
 def test_requests_being_read_are_limited_in_number_and_time(
-    small: Server, monkeypatch: pytest.MonkeyPatch
+    small: Server, monkeypatch: pytest.MonkeyPatch, path: str, body: Any
 ) -> None:
     small.handler.read_limiter.limit = 1
     fetching = asyncio.Event()
@@ -158,9 +169,9 @@ def test_requests_being_read_are_limited_in_number_and_time(
         raise AssertionError
 
     async def second() -> httpx.Response:
-        first = asyncio.ensure_future(embed(small, [ELSEWHERE]))
+        first = asyncio.ensure_future(post(small, path, body))
         await fetching.wait()
-        (response,) = await embed(small, [ELSEWHERE])
+        response = await post(small, path, body)
         first.cancel()
         return response
 
@@ -170,45 +181,7 @@ def test_requests_being_read_are_limited_in_number_and_time(
     assert message(refused) == "1 other requests are being read"
     assert refused.headers["Retry-After"] == "1"
     end_soon(small)
-    (late,) = asyncio.run(embed(small, [ELSEWHERE]))
-    assert late.status_code == 504
-    assert message(late) == "the deadline passed while the request was being read"
-
-
-@pytest.mark.parametrize("path", ["/tokenize", "/plan"])
-def test_routes_without_an_answer_are_read_within_the_same_limit(
-    small: Server, monkeypatch: pytest.MonkeyPatch, path: str
-) -> None:
-    small.handler.read_limiter.limit = 1
-    fetching = asyncio.Event()
-
-    async def fetch(*_: Any, **__: Any) -> bytes:
-        fetching.set()
-        await asyncio.Event().wait()  # for ever
-        raise AssertionError
-
-    async def send() -> httpx.Response:
-        image = {"image_url": ELSEWHERE["image_url"]}
-        chat = {"messages": [{"role": "user", "content": [ELSEWHERE]}]}
-        body = image if path == "/plan" else chat
-        transport = httpx.ASGITransport(app=small.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post(path, json=body)
-
-    async def second() -> httpx.Response:
-        first = asyncio.ensure_future(embed(small, [ELSEWHERE]))
-        await fetching.wait()
-        response = await send()
-        first.cancel()
-        return response
-
-    monkeypatch.setattr(request_reader, "fetch", fetch)
-    refused = asyncio.run(second())
-    assert refused.status_code == 429
-    assert message(refused) == "1 other requests are being read"
-    assert refused.headers["Retry-After"] == "1"
-    end_soon(small)
-    late = asyncio.run(send())
+    late = asyncio.run(post(small, path, body))
     assert late.status_code == 504
     assert message(late) == "the deadline passed while the request was being read"
 
