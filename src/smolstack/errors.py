@@ -20,7 +20,16 @@ class CheckpointError(SmolstackError):
 
 
 class ImageError(SmolstackError):
-    """An image cannot be found, decoded or accepted."""
+    """An image cannot be found, decoded or accepted.
+
+    Attributes:
+        name: the image's name in its prompt (``Prompt.image_names``), if it has one; the message
+            begins with it.
+    """
+
+    def __init__(self, message: str, *, name: str | None = None) -> None:
+        super().__init__(message if name is None else f"{name}: {message}")
+        self.name = name
 
 
 class VideoError(SmolstackError):
@@ -52,11 +61,18 @@ class QueueFullError(SmolstackError):
 
 
 class DeadlineError(SmolstackError):
-    """An answer was not complete at its deadline."""
+    """An answer, or another result, was not complete at its deadline."""
 
 
 class GenerationError(SmolstackError):
-    """A sampling or stopping option has an invalid value."""
+    """A sampling or stopping option has an invalid value.
+
+    Attributes:
+        option: the option of the answer's structure that is at fault (schema, regex, grammar,
+            choices; tools), if one is.
+    """
+
+    option: str | None = None
 
 
 class BulkError(SmolstackError):

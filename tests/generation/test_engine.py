@@ -97,6 +97,15 @@ def test_a_request_is_submitted_once_and_must_fit(vlm: smolstack.VLM) -> None:
             engine.submit(request)
 
 
+@pytest.mark.parametrize("kind", ["vectors", "visual tokens"])
+def test_a_request_that_is_not_for_an_answer_is_refused(vlm: smolstack.VLM, kind: Any) -> None:
+    request = Request(vlm.processor.prepare("What?"), kind)
+    expected = f"is for {kind}, expected one for an answer"
+    with vlm.engine() as engine, pytest.raises(GenerationError, match=expected):
+        engine.submit(request)
+    assert not request.finished
+
+
 def test_an_engine_that_is_left_by_an_error_gives_up_its_requests(vlm: smolstack.VLM) -> None:
     vlm.eos_token_ids = ()
     futures = []

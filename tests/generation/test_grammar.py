@@ -197,12 +197,44 @@ def test_a_reader_that_only_points_is_made_to_go_on(reader: smolstack.VLM) -> No
     assert constraint.allowed().nonzero().flatten().tolist() == [ord("a"), ord("b")]
 
 
+def test_a_grammar_that_grows_too_complex_within_an_answer_says_so(reader: smolstack.VLM) -> None:
+    grammars = reader._inline.core.maker.grammars(reader.eos_token_ids)
+    constraint = grammars.constraint(grammars.compile(Regex(r"(\w{1,20}[ ,.]?){1,500}"))).begin()
+    constraint.take(ord(" "))
+
+    def write(text: str) -> None:
+        for character in text:
+            constraint.allowed()
+            constraint.take(ord(character))
+
+    with pytest.raises(GenerationError, match="became too complex to continue the answer"):
+        write("rjn2UzwlZvfOyEXE9TF 96cufpaNvqU4,5l cxcSb5LPRFr87azw " * 9)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({"schema": {"type": "foo"}}, "schema is not supported: Invalid type: foo"),
         ({"schema": {"$ref": "#/nowhere"}}, "schema is not supported: Pointer"),
-        ({"schema": {"type": "string", "pattern": "("}}, "unclosed group"),
+        (
+            {"schema": {"type": "string", "pattern": "("}},
+            r"the schema is not supported: pattern '\(': unclosed group",
+        ),
+        (
+            {
+                "schema": {
+                    "properties": {
+                        "a": {"pattern": "^a$"},
+                        "b": {"anyOf": [{"type": "null"}, {"type": "string", "pattern": "(?=a)b"}]},
+                    }
+                }
+            },
+            r"schema is not supported: properties.b.anyOf.1.pattern '\(\?=a\)b': look-around",
+        ),
+        (
+            {"schema": {"patternProperties": {"a^b": {}}}},
+            r"schema is not supported: patternProperties.a\^b 'a\^b': lookarounds",
+        ),
         ({"schema": {"a": {1, 2}}}, "schema is not valid JSON"),
         ({"schema": "string"}, "schema is a str, expected a JSON Schema"),
         ({"regex": "("}, r"regex '\(' is not supported: unclosed group"),

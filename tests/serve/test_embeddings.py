@@ -72,6 +72,17 @@ def test_what_is_no_page_and_no_query(retrieval: Process, wrong: Any) -> None:
     assert "input" in message(response)
 
 
+def test_of_several_pages_the_damaged_one_is_named(retrieval: Process, page: bytes) -> None:
+    pages = [
+        {"type": "image_url", "image_url": {"url": data_url(each)}} for each in (page, page[:-30])
+    ]
+    asked = {"input": ["profit", *pages]}
+    response = httpx.post(f"{retrieval.url}/v1/embeddings", json=asked, timeout=60)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "input.2.image_url"
+    assert message(response).startswith("input.2.image_url: image of ")
+
+
 def test_the_openai_client_reads_lists(retrieval: Process) -> None:
     with retrieval.client() as client:
         made = client.embeddings.create(model="tiny", input="a query", encoding_format="float")
@@ -93,13 +104,15 @@ def small(retrieval_vlm: smolstack.VLM) -> Iterator[Server]:
     server.close()
 
 
-async def embed(server: Server, *inputs: Any) -> list[httpx.Response]:
-    """Send a request for each input, all at the same time."""
+async def post(server: Server, path: str, body: Any) -> httpx.Response:
     transport = httpx.ASGITransport(app=server.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        bodies = [{"input": each} for each in inputs]
-        sent = (client.post("/v1/embeddings", json=body) for body in bodies)
-        return await asyncio.gather(*sent)
+        return await client.post(path, json=body)
+
+
+async def embed(server: Server, *inputs: Any) -> list[httpx.Response]:
+    """Send a request for each input, all at the same time."""
+    return await asyncio.gather(*(post(server, "/v1/embeddings", {"input": x}) for x in inputs))
 
 
 def waiting(server: Server, text: str) -> Request:
@@ -135,8 +148,17 @@ def test_a_cheap_request_displaces_an_expensive_one(small: Server) -> None:
     assert "displaced by cheaper ones" in str(update.error)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": [ELSEWHERE]}),
+        ("/tokenize", {"messages": [{"role": "user", "content": [ELSEWHERE]}]}),
+        ("/plan", {"image_url": ELSEWHERE["image_url"]}),
+    ],
+    ids=["embeddings", "tokenize", "plan"],
+)
 def test_requests_being_read_are_limited_in_number_and_time(
-    small: Server, monkeypatch: pytest.MonkeyPatch
+    small: Server, monkeypatch: pytest.MonkeyPatch, path: str, body: Any
 ) -> None:
     small.handler.read_limiter.limit = 1
     fetching = asyncio.Event()
@@ -147,9 +169,9 @@ def test_requests_being_read_are_limited_in_number_and_time(
         raise AssertionError
 
     async def second() -> httpx.Response:
-        first = asyncio.ensure_future(embed(small, [ELSEWHERE]))
+        first = asyncio.ensure_future(post(small, path, body))
         await fetching.wait()
-        (response,) = await embed(small, [ELSEWHERE])
+        response = await post(small, path, body)
         first.cancel()
         return response
 
@@ -159,7 +181,7 @@ def test_requests_being_read_are_limited_in_number_and_time(
     assert message(refused) == "1 other requests are being read"
     assert refused.headers["Retry-After"] == "1"
     end_soon(small)
-    (late,) = asyncio.run(embed(small, [ELSEWHERE]))
+    late = asyncio.run(post(small, path, body))
     assert late.status_code == 504
     assert message(late) == "the deadline passed while the request was being read"
 
@@ -170,6 +192,7 @@ def test_a_request_that_waits_too_long_ends_at_its_deadline(small: Server) -> No
     (response,) = asyncio.run(embed(small, "profit"))
     assert response.status_code == 504
     assert response.json()["error"]["code"] == "deadline"
+    assert message(response) == "the deadline passed before the embedding was complete"
 
 
 def test_a_query_too_long_and_an_empty_one_are_named(small: Server) -> None:

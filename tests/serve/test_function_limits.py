@@ -51,6 +51,9 @@ CALLED: Any = {"type": "function", "function": {"name": "now", "arguments": f'"{
                        {"role": "assistant", "tool_calls": [CALLED]}]},
          "the messages and tools have 500,0"),
         ({"tools": TOOLS, "min_tokens": 1}, "found min_tokens and tools"),
+        ({"tools": [{"type": "function", "function": {"name": "now", "parameters": {
+            "properties": {"zone": {"type": "string", "pattern": "^(?!x).*$"}}}}}]},
+         "arguments of now: properties.zone.pattern '^(?!x).*$': look-around"),
         ({"messages": [{"role": "assistant", "function_call": {"name": "a", "arguments": "{}"}}]},
          "function_call in a message is the deprecated form of tool calling; send tool_calls"),
         ({"messages": [{"role": "function", "name": "a", "content": "1"}]},

@@ -129,6 +129,52 @@ def test_what_is_no_video_is_refused(server: Process, content: bytes, expected: 
     assert response.json()["error"]["param"] == "messages.0.content.0.video_url"
 
 
+def damaged(side: int = 40) -> bytes:
+    """A PNG file whose header is whole, and whose pixels are not."""
+    content = io.BytesIO()
+    Image.effect_noise((side, side), 90).save(content, "PNG")
+    return content.getvalue()[:-200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("before", ["image", "file", "video"])
+def test_of_several_parts_the_one_with_damaged_pixels_is_named(
+    server: Process, number: str, report: Path, tmp_path: Path, before: str, stream: bool
+) -> None:
+    clip = film(tmp_path / "clip.mp4", frames=10, rate=5).read_bytes()
+    pages = {"file_data": coded(report.read_bytes(), "application/pdf")}
+    whole = {
+        "image": {"type": "image_url", "image_url": {"url": number}},
+        "file": {"type": "file", "file": pages},
+        "video": {"type": "video_url", "video_url": {"url": coded(clip, "video/mp4")}},
+    }[before]
+    wrong = {"type": "image_url", "image_url": {"url": coded(damaged(), "image/png")}}
+    messages = [
+        {"role": "user", "content": [whole]},
+        {"role": "user", "content": [{"type": "text", "text": "And then?"}, wrong]},
+    ]
+    response = post(server, {"messages": messages, "max_tokens": 1, "stream": stream})
+    assert response.status_code == 400
+    expected = "messages.1.content.1.image_url: image of "
+    assert message(response).startswith(expected), message(response)
+    assert "is damaged or truncated" in message(response)
+    assert response.json()["error"]["param"] == "messages.1.content.1.image_url"
+
+
+def test_an_image_with_damaged_pixels_is_named_in_every_route(server: Process, number: str) -> None:
+    url = coded(damaged(), "image/png")
+    parts = [{"type": "input_image", "image_url": each} for each in (number, url)]
+    asked = {"input": [{"role": "user", "content": parts}], "max_output_tokens": 1}
+    for path, body, param in (
+        ("/v1/responses", asked, "input.0.content.1.image_url"),
+        ("/plan", {"image_url": url, "preview": True}, "image_url"),
+    ):
+        response = httpx.post(f"{server.url}{path}", json=body, timeout=60)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == param
+        assert message(response).startswith(f"{param}: image of ")
+
+
 def test_documents_that_cannot_be_shown_are_refused(
     server: Process, report: Path, tmp_path: Path
 ) -> None:

@@ -90,7 +90,7 @@ def test_a_null_is_as_good_as_nothing_at_every_depth() -> None:
         ({"structured_outputs": {"structural_tag": "a"}},
          "structured_outputs.structural_tag is not supported"),
         ({"guided_regex": "a", "regex": "b"}, "guided_regex and regex have different values"),
-        ({"guided_json": "{"}, "json_schema is not valid JSON"),
+        ({"guided_json": "{"}, "guided_json is not valid JSON"),
         ({"skip_special_tokens": "no"}, "skip_special_tokens is 'no', expected true or false"),
         ({"response_format": {"type": "text", "jsonschema": {}}},
          "response_format.jsonschema: no such field; the nearest known field is json_schema"),
@@ -112,6 +112,65 @@ def test_what_would_change_the_answer_is_refused_by_its_name_and_place(
     response = post(server, {"messages": USER, "max_tokens": 1, **fields})
     assert response.status_code == 400, response.text
     assert expected in message(response)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": 3}, "guided_json"),
+        ({"guided_json": {"type": "foo"}}, "guided_json"),
+        ({"guided_json": {"type": "object"}, "stop": ["a"]}, "guided_json"),
+        ({"guided_json": {"type": "object"}, "guided_regex": "a"}, "guided_json"),
+        ({"guided_json": {"type": "object"}, "min_tokens": 1}, "guided_json"),
+        ({"structured_outputs": {"json": {"type": "foo"}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"json_schema": {"type": "foo"}}, "json_schema"),
+        ({"response_format": {"type": "json_object", "schema": {"type": "foo"}}},
+         "response_format"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_regex": 3}, "guided_regex"),
+        ({"guided_regex": "[^\\s\\S]"}, "guided_regex"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"regex": "("}, "regex"),
+        ({"guided_choice": ["a", ""]}, "guided_choice.1"),
+        ({"guided_choice": ["a", "a"]}, "guided_choice"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice.1"),
+        ({"guided_choice": ["a"], "logprobs": True}, "guided_choice"),
+        ({"guided_grammar": "x: y"}, "guided_grammar"),
+        ({"structured_outputs": {"grammar": "start: y"}}, "structured_outputs.grammar"),
+        ({"repeat_penalty": 101}, "repeat_penalty"),
+        ({"guided_regex": "a", "tools": [{"type": "function", "function": {"name": "f"}}]},
+         "guided_regex"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_error_names_the_field_as_the_client_does(
+    server: Process, fields: dict[str, Any], name: str
+) -> None:
+    response = post(server, {"messages": USER, "max_tokens": 1, **fields})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == name
+    assert name in message(response)
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "name"),
+    [
+        ("completions", {"prompt": "a", "guided_json": {"type": "foo"}}, "guided_json"),
+        ("responses", {"input": "a", "guided_json": {"type": "foo"}}, "guided_json"),
+        ("responses", {"input": "a", "text": {"format": {
+            "type": "json_schema", "name": "a", "schema": {"type": "foo"}}}}, "text.format"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_error_names_the_field_in_every_route(
+    server: Process, route: str, body: dict[str, Any], name: str
+) -> None:
+    response = post(server, body, route=route)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == name
+    assert message(response) == f"{name}: the schema is not supported: Invalid type: foo"
 
 
 def test_an_assistant_s_turn_as_clients_send_it_back() -> None:

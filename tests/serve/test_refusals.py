@@ -106,7 +106,7 @@ def message(response: httpx.Response) -> str:
         ({"response_format": {"type": "json_schema"}}, "json_schema.schema"),
         (
             {"response_format": {"type": "json_object"}, "guided_json": {"type": "integer"}},
-            "found json_schema and response_format json_object",
+            "found guided_json and response_format, expected only one of them",
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},

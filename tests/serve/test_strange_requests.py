@@ -23,6 +23,8 @@ from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.settings import ServerSettings
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+TEXT = {"type": "text", "text": "hi"}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 
 
 @pytest.mark.parametrize(
@@ -175,3 +177,36 @@ def test_nothing_of_a_plan_or_of_tokens_is_passed_over(server: Process, number: 
         response = httpx.post(f"{server.url}{path}", json=body, timeout=60)
         assert response.status_code == 400
         assert expected in message(response)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("/v1/embeddings", {"input": {"text": 1}}, "input: Input should be a valid string"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": {"a": 1}}]},
+         "messages.0.content: Input should be a valid string"),
+        ("/v1/chat/completions", {**CHAT, "stop": {"a": 1}},
+         "stop: Input should be a valid string"),
+        ("/v1/chat/completions", {**CHAT, "logit_bias": {"a": {"b": 1}}},
+         "logit_bias.a: Input should be a valid integer, unable to parse string as an integer"),
+        ("/v1/chat/completions", {"messages": [3]}, "messages.0: expected an object"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [TEXT | {"b": 1}]}]},
+         "messages.0.content.0.b: no such field"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [IMAGE | {"b": 1}]}]},
+         "messages.0.content.0.b: no such field"),
+        ("/v1/responses", {"input": {"a": 1}}, "input: Input should be a valid string"),
+        ("/v1/responses", {"input": [{"role": "user", "content": {"type": 1}}]},
+         "input.0.content: Input should be a valid string"),
+        ("/tokenize", {"messages": [{"role": "user", "content": {"a": 1}}]},
+         "messages.0.content: Input should be a valid string"),
+        ("/plan", {"image_url": 3}, "image_url: expected an object"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_error_names_the_field_and_no_type_of_the_server(
+    server: Process, path: str, body: Any, expected: str
+) -> None:
+    response = httpx.post(f"{server.url}{path}", json=body, timeout=60)
+    assert response.status_code == 400
+    assert message(response) == expected
+    assert response.json()["error"]["param"] == expected.partition(":")[0]

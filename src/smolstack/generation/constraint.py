@@ -16,6 +16,9 @@ from smolstack.errors import GenerationError
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+# In llguidance's message. Whether an expression gets there depends on the answer's text, so it is
+# not known before: nested repetitions that can divide a text in many ways have ever larger states.
+_TOO_COMPLEX = "Stop: LexerTooComplex"
 POINTS_IN_A_ROW = 6  # consecutive; then the text must continue
 
 
@@ -88,7 +91,14 @@ class Constraint:
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            reason = reason_of(self.matcher.get_error())
+            message = self.matcher.get_error()
+            reason = reason_of(message)
+            if _TOO_COMPLEX in message:
+                raise GenerationError(
+                    f"the grammar became too complex to continue the answer ({reason}); let its "
+                    "nested repetitions divide a text in one way only: (\\w{1,20} ){1,500}, not "
+                    "(\\w{1,20} ?){1,500}"
+                )
             raise GenerationError(f"the grammar cannot continue the answer: {reason}")
 
 

@@ -153,7 +153,8 @@ class EngineCore:
             self.update(plan, self.runner.execute(plan))
         except BaseException:
             for request in plan.requests:  # their KV cache and output may be inconsistent
-                self._fail(request, GenerationError("the work on the answer was interrupted"))
+                what = request.result_name
+                self._fail(request, GenerationError(f"the work on the {what} was interrupted"))
             raise
         return True
 
@@ -166,9 +167,9 @@ class EngineCore:
             elif request.abort_error is not None:
                 self._fail(request, request.abort_error)
             elif request.deadline is not None and now >= request.deadline:
-                self._fail(
-                    request, DeadlineError("the answer was not complete before its deadline")
-                )
+                what = request.result_name
+                error = DeadlineError(f"the deadline passed before the {what} was complete")
+                self._fail(request, error)
 
     def _admit(self) -> None:
         number = self._weights.current()

@@ -75,6 +75,7 @@ class Engine:
         Raises:
             QueueFullError: too many requests are waiting, or the engine is closing.
             KVCacheError: the request needs more KV cache than the engine may use.
+            GenerationError: the request is not for an answer, or was submitted before.
         """
         future: Future[Answer] = Future()
 
@@ -120,6 +121,11 @@ class Engine:
     def _enter_one(
         self, request: Request, listen: Callable[[Update], None], seconds: float | None
     ) -> None:
+        if request.kind != "answer":
+            raise GenerationError(
+                f"the request is for {request.kind}, expected one for an answer; for others, use "
+                "embed_pages, embed_queries or encode"
+            )
         if request.listener is not None:
             raise GenerationError("the request was submitted before, expected a new one")
         self.core.scheduler.check(request)

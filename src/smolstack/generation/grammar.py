@@ -6,7 +6,7 @@ llguidance (extra ``structured``) computes which tokens may come next.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class Grammars:
             text: str = matching.LLMatcher.grammar_from_lark(structure.after(self.lead))
             if structure.name == "grammar" or grammar_limits.needs_trial(given):
                 grammar_limits.try_grammar(text, structure.name)
-            self._check(structure.name, "", text)
+            self._check(structure.name, "", text, structure.schemas)
             return text
         lead = f"{json.dumps(self.lead)} " if self.lead else ""
         if isinstance(structure, Regex):
@@ -76,8 +76,10 @@ class Grammars:
         grammar: str = matching.LLMatcher.grammar_from_lark(lark)
         if isinstance(structure, Schema) and grammar_limits.needs_trial(schema):
             grammar_limits.try_grammar(grammar, "schema")
-        name = "regex" if isinstance(structure, Regex) else "schema"
-        self._check(name, "", grammar)
+        if isinstance(structure, Regex):
+            self._check("regex", "", grammar)
+        else:
+            self._check("schema", "", grammar, [("", schema)])
         return grammar
 
     def constraint(self, grammar: str, *, pointing: bool = True) -> Constraint:
@@ -101,13 +103,36 @@ class Grammars:
         made: LLMatcher = _llguidance().LLMatcher(self._tokens(), grammar, log_level=0)
         return made
 
-    def _check(self, name: str, shown: str, grammar: str) -> None:
+    def _check(
+        self, name: str, shown: str, grammar: str, schemas: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """Raise GenerationError for a grammar that is not supported.
+
+        ``schemas``: what each JSON Schema in it is, and its text.
+        """
+        message = self._refused(grammar)
+        if message is not None:
+            what = f"{name} {shown!r:.80}" if shown else f"the {name}"
+            reason = reason_of(message)
+            where = self._pattern_refused(schemas, reason)
+            raise GenerationError(f"{what} is not supported: {where}{reason}")
+
+    def _pattern_refused(self, schemas: Sequence[tuple[str, str]], reason: str) -> str:
+        """Return text that names the pattern which is refused for this reason; empty if it is not
+        a pattern's. llguidance gives its position in the grammar that it is written in, if any."""
+        as_grammar = _llguidance().LLMatcher.grammar_from_regex
+        for what, text in schemas:
+            for place, pattern in grammar_limits.placed_patterns(json.loads(text)):
+                if reason in (self._refused(as_grammar(pattern)) or ""):
+                    return f"{what}{place} {pattern!r:.80}: "
+        return ""
+
+    def _refused(self, grammar: str) -> str | None:
+        """Return why a grammar is not supported, in llguidance's words, or None."""
         refused, messages = _llguidance().LLMatcher.validate_grammar_with_warnings(
             grammar, self._tokens()
         )
-        if refused:
-            what = f"{name} {shown!r:.80}" if shown else f"the {name}"
-            raise GenerationError(f"{what} is not supported: {reason_of(messages[0])}")
+        return str(messages[0]) if refused else None
 
     def _tokens(self) -> LLTokenizer:
         if self._backend is None:

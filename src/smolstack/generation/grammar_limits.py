@@ -13,7 +13,8 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from smolstack.errors import GenerationError, ImageError
 from smolstack.processor import limited_process
@@ -135,6 +136,23 @@ def patterns_in(text: str, *, lark: bool) -> list[str]:
     if lark:
         found += [each for each in _LITERAL_OF_LARK.findall(text) if each]
     return found
+
+
+def placed_patterns(schema: Any) -> Iterator[tuple[str, str]]:
+    """Yield the regular expressions of a JSON Schema, each with its path in the schema."""
+    left = [("", schema)]
+    while left:
+        place, value = left.pop()
+        if not isinstance(value, (dict, list)):
+            continue
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        below = [(f"{place}.{key}" if place else str(key), key, each) for key, each in items]
+        for path, key, each in below:
+            if key == "pattern" and isinstance(each, str):
+                yield path, each
+            elif key == "patternProperties" and isinstance(each, dict):
+                yield from ((f"{path}.{pattern}", pattern) for pattern in each)
+        left += [(path, each) for path, _, each in reversed(below)]
 
 
 def needs_trial(text: str) -> bool:

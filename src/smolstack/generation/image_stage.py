@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
 from time import perf_counter
+from typing import TypeVar
 
 from torch import Tensor
 
 from smolstack.batch import VisualTokens
+from smolstack.errors import ImageError
 from smolstack.generation.image_queue import ImageQueue
 from smolstack.generation.pools import RankedPool
 from smolstack.generation.prepared_image import PendingTile, PreparedImage
@@ -20,6 +22,7 @@ from smolstack.processor.decoding_pace import weight
 from smolstack.processor.geometry import TilePlan
 from smolstack.processor.tiles import ImageSource
 
+T = TypeVar("T")
 _HEAVY = 8_000_000  # pixels of a JPEG image that takes long to open; fewer of a slower format
 
 
@@ -50,13 +53,15 @@ class ImageStage:
         for request in requests:
             began = perf_counter()
             request.images = []
-            for image, plan in zip(request.prompt.images, request.prompt.plans, strict=True):
+            pairs = zip(request.prompt.images, request.prompt.plans, strict=True)
+            for place, (image, plan) in enumerate(pairs):
                 if isinstance(image, VisualTokens):
                     request.images.append(image)
                     continue
                 key = self.queue.key(image, plan)
                 if key not in known:
-                    known[key] = self.queue.prepare(image, plan, key)
+                    work = partial(self.queue.prepare, image, plan, key)
+                    known[key] = _named(request, place, work)
                 request.images.append(known[key])
             request.elapsed.images += perf_counter() - began
 
@@ -66,11 +71,12 @@ class ImageStage:
         if request.images is not None:
             return
         request.images = []
-        for image, plan in zip(request.prompt.images, request.prompt.plans, strict=True):
+        pairs = zip(request.prompt.images, request.prompt.plans, strict=True)
+        for place, (image, plan) in enumerate(pairs):
             if isinstance(image, VisualTokens):
                 request.images.append(image)
                 continue
-            work = partial(self._prepared, request, image, plan)
+            work = partial(_named, request, place, partial(self._prepared, request, image, plan))
             if self.workers is None:
                 future = _done(work)
             else:
@@ -119,7 +125,7 @@ class ImageStage:
         assert request.images is not None
         for place, image in enumerate(request.images):
             if isinstance(image, PreparedImage):
-                known = self.queue.add(image, request)
+                known = _named(request, place, partial(self.queue.add, image, request))
                 if known is not None:
                     request.images[place] = known
 
@@ -136,6 +142,19 @@ class ImageStage:
                         request.images[place] = tokens
                 found.append(request)
         return found
+
+
+def _named(request: Request, place: int, work: Callable[[], T]) -> T:
+    """Return the result of work on one of a request's images; an error names the image as the
+    prompt does."""
+    names = request.prompt.image_names
+    try:
+        return work()
+    except ImageError as error:
+        if not names:
+            raise
+        named = ImageError(str(error), name=names[place])
+    raise named
 
 
 def _done(

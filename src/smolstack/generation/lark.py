@@ -30,11 +30,13 @@ class Lark:
         trigger: the grammar applies only to answers that begin with this text; others are
             unconstrained. Empty: it always applies.
         name: its name in error messages.
+        schemas: what each JSON Schema in it is, in error messages, and its JSON text.
     """
 
     grammar: str
     trigger: str = ""
     name: str = "grammar"
+    schemas: tuple[tuple[str, str], ...] = ()
 
     def after(self, lead: str) -> str:
         """Return the grammar of the lead followed by an answer."""
@@ -89,6 +91,7 @@ def calls_grammar(
         text: with ``free``, the JSON Schema of such text, as JSON text.
     """
     rules = []
+    schemas = [(f"arguments of {name}: ", schema) for name, schema in functions.items()]
     for number, (name, schema) in enumerate(functions.items()):
         head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
         rules.append(f'call_{number}: {head} arguments_{number} "}}"')
@@ -101,9 +104,10 @@ def calls_grammar(
     if free and text is not None:
         rules.append(f"body: %json {text}")
         rules.insert(0, f"start: {calls} | body")
-        return Lark("\n".join(rules), name="tools")
+        schemas.append(("schema of the text: ", text))
+        return Lark("\n".join(rules), name="tools", schemas=tuple(schemas))
     rules.insert(0, f"start: {calls}")
-    return Lark("\n".join(rules), CALL_BEGIN if free else "", "tools")
+    return Lark("\n".join(rules), CALL_BEGIN if free else "", "tools", tuple(schemas))
 
 
 def written(calls: Sequence[tuple[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from smolstack.errors import GenerationError
 from smolstack.generation.lark import Lark
 from smolstack.generation.sampling import SamplingParams
 from smolstack.generation.stopping import RepetitionRule, Stopping
-from smolstack.generation.structured_output import Choices, Structure, read_structure
+from smolstack.generation.structured_output import Choices, Structure, blamed, read_structure
 from smolstack.generation.token_rules import TokenRules, read_rules
 from smolstack.option_types import (
     FLAG,
@@ -155,7 +155,8 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Vali
     )
     logprobs = given.get("logprobs")
     if isinstance(structure, Choices):
-        _check_scored(sampling, logprobs)
+        with blamed("choices"):
+            _check_scored(sampling, logprobs)
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise GenerationError(f"logprobs is {logprobs}, expected 0 to {MAX_LOGPROBS}")
     keep = given.get("keep_special_tokens", False)

@@ -137,6 +137,11 @@ class Request:
         return self.paused or self.preempted
 
     @property
+    def result_name(self) -> str:
+        """What errors call its result."""
+        return {"answer": "answer", "visual tokens": "encoding", "vectors": "embedding"}[self.kind]
+
+    @property
     def finished(self) -> bool:
         return self.stage == "finished"
 

@@ -13,7 +13,7 @@ from smolstack.generation.lark import Lark
 from smolstack.generation.options import ValidatedOptions
 from smolstack.generation.output import new_output
 from smolstack.generation.request import Request
-from smolstack.generation.structured_output import Choices
+from smolstack.generation.structured_output import Choices, blamed, option_of
 from smolstack.generation.triggered_constraint import TriggeredConstraint
 from smolstack.model.vlm import VisionLanguageModel
 from smolstack.processor.processor import Processor, Prompt
@@ -75,14 +75,17 @@ class RequestMaker:
         """Return the constraint of all answers, and the size of its grammar. The allowed first
         tokens take longest to compute, so this is done here and once.
         """
-        grammar = self.compile(options)
-        if grammar is None:
+        if options.structure is None:
             return None, 0
-        # With kept special tokens the text contains them, but the grammar does not.
-        pointing = not options.keep_special_tokens
-        grammars = self.grammars(options.stopping.eos_token_ids, self._lead(options))
-        made = self._constraint(grammars, grammar, options, pointing)
-        return made.begin(), len(grammar)
+        with blamed(option_of(options.structure)):
+            grammar = self.compile(options)
+            if grammar is None:
+                return None, 0
+            # With kept special tokens the text contains them, but the grammar does not.
+            pointing = not options.keep_special_tokens
+            grammars = self.grammars(options.stopping.eos_token_ids, self._lead(options))
+            made = self._constraint(grammars, grammar, options, pointing)
+            return made.begin(), len(grammar)
 
     def _request(
         self,
@@ -99,7 +102,8 @@ class RequestMaker:
         output = new_output(prompt.token_ids, options, decode, positions, constraint)
         if isinstance(options.structure, Choices):
             lead, texts = self._lead(options), options.structure.texts
-            choices = continuations(self.processor, prompt, lead, texts, ends, shown=decode)
+            with blamed("choices"):
+                choices = continuations(self.processor, prompt, lead, texts, ends, shown=decode)
         return Request(
             prompt, "answer", options=options, output=output, choices=choices, deadline=deadline
         )

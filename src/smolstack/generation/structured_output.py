@@ -7,7 +7,8 @@ choices are scored instead (choices.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -53,6 +54,23 @@ class Choices:
 Structure: TypeAlias = "Schema | Regex | Choices | Lark"
 
 
+def option_of(structure: Structure) -> str:
+    """Return the name of the option that a structure was given as."""
+    if isinstance(structure, Lark):
+        return structure.name
+    return {Schema: "schema", Regex: "regex", Choices: "choices"}[type(structure)]
+
+
+@contextmanager
+def blamed(option: str) -> Iterator[None]:
+    """Tell the callers of what runs inside that its errors are those of this option."""
+    try:
+        yield
+    except GenerationError as error:
+        error.option = error.option or option
+        raise
+
+
 def read_structure(
     schema: Any,
     regex: str | None,
@@ -70,6 +88,12 @@ def read_structure(
     names = [name for name, value in given.items() if value is not None]
     if not names:
         return None
+    with blamed(grammar.name if isinstance(grammar, Lark) else names[0]):
+        return _read(given, names, stop)
+
+
+def _read(given: Mapping[str, Any], names: Sequence[str], stop: Sequence[str]) -> Structure:
+    schema, regex, grammar = given["schema"], given["regex"], given["grammar"]
     if len(names) > 1:
         raise GenerationError(f"found {' and '.join(names)}, expected only one")
     if stop:
@@ -85,7 +109,7 @@ def read_structure(
         return Regex(regex)
     if grammar is not None:
         return read_grammar(grammar)
-    return _choices(choices)
+    return _choices(given["choices"])
 
 
 def _schema(schema: Any) -> Schema:

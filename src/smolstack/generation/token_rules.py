@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smolstack.errors import GenerationError
+from smolstack.generation.structured_output import blamed
 
 NAMES = (
     "presence_penalty",
@@ -130,10 +131,15 @@ def read_rules(given: Mapping[str, Any], structure: str | None) -> TokenRules:
         names = ["min_tokens", "ignore_eos", "stop_token_ids", "bad_words"]
         if structure == "choices":  # choices are not sampled
             names = list(NAMES)
-        for name in names:
-            if getattr(rules, name) != getattr(_NONE, name):
-                raise GenerationError(
-                    f"found {name} and {structure}, which cannot be combined: {structure} alone "
-                    "determines the answer and its end"
-                )
+        with blamed(structure):
+            _check_unused(rules, names, structure)
     return rules
+
+
+def _check_unused(rules: TokenRules, names: Sequence[str], structure: str) -> None:
+    for name in names:
+        if getattr(rules, name) != getattr(_NONE, name):
+            raise GenerationError(
+                f"found {name} and {structure}, which cannot be combined: {structure} alone "
+                "determines the answer and its end"
+            )

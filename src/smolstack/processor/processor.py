@@ -39,14 +39,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sequence before batching: its text, token ids, images and their plans; ``marked`` is
-    the text where control tokens in messages are text (see :mod:`.literal_text`)."""
+    """One sequence before batching: its text, token ids, images and their plans.
+
+    Attributes:
+        marked: the text where control tokens in messages are text (see :mod:`.literal_text`).
+        image_names: what an error calls each image; empty: images are named by their files.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     images: tuple[ImageInput, ...]
     plans: tuple[TilePlan, ...]
     marked: str | None = None
+    image_names: tuple[str, ...] = ()
 
     @classmethod
     def of_images(cls, images: Sequence[ImageInput], plans: Sequence[TilePlan]) -> Prompt:

@@ -26,13 +26,13 @@ from smolstack.serve import (
 )
 from smolstack.serve.body_memory import BodyMemory
 from smolstack.serve.chat_completions import ChatCompletionWriter
-from smolstack.serve.error_responses import RefusedError, add_handlers, as_refusal
+from smolstack.serve.error_responses import RefusedError, add_handlers
 from smolstack.serve.media import Media, MediaUrl
 from smolstack.serve.metrics import Metrics
 from smolstack.serve.middleware import Guard
 from smolstack.serve.parsing import JsonRoute
 from smolstack.serve.pending_answers import in_thread
-from smolstack.serve.request_handler import RequestHandler
+from smolstack.serve.request_handler import CLIENT_CLOSED_REQUEST, RequestHandler
 from smolstack.serve.response_requests import ResponsesRequest
 from smolstack.serve.responses import ResponseWriter
 from smolstack.serve.schemas import ChatRequest, PlanRequest
@@ -135,7 +135,7 @@ class Server:
         app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: {}})(self.one_model)
         app.post("/plan", response_model=None, **errors)(self.plan)  # type: ignore[arg-type]
         embeddings.add_route(app, self.vlm, self.settings, self.handler, errors)
-        tokens.add_routes(app, self.vlm, self.settings, self.readers, errors)
+        tokens.add_routes(app, self.vlm, self.settings, self.handler, errors)
         app.get("/health", responses={503: _ERRORS[503]})(self.health)
         app.get("/version")(self.version)
         app.get("/metrics", response_model=None)(self.show_metrics)
@@ -192,9 +192,10 @@ class Server:
             "context_length": text.max_positions,
         }
 
-    async def plan(self, body: PlanRequest) -> dict[str, Any]:
+    async def plan(self, body: PlanRequest, request: Request) -> Response:
         """Plan the tiles and tokens of an image, without running the model."""
-        try:
+
+        async def read(_: float) -> dict[str, Any]:
             found: Media | tuple[int, int]
             sized = body.width is not None or body.height is not None
             given = {"image_url": body.image_url, "video_url": body.video_url}
@@ -218,8 +219,9 @@ class Server:
             return await in_thread(
                 self.readers, plans.plan_response, self.vlm, found, body, self.settings
             )
-        except Exception as error:
-            raise as_refusal(error) from None
+
+        made = await self.handler.read(request, read)
+        return Response(status_code=CLIENT_CLOSED_REQUEST) if made is None else JSONResponse(made)
 
     async def health(self) -> Response:
         """Report whether the server accepts requests."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -121,9 +122,11 @@ def _prompts(
             request_reader.check_length(vlm, f"{place} has", len(item), settings)
             prompts += query_prompts(vlm.processor, [item], templates.query)
         else:
-            image = request_reader.check_image(next(rest), settings)
+            media = next(rest)
+            image = request_reader.check_image(media, settings)
             split = False if item.image_url.detail == "low" else None
-            prompts += page_prompts(vlm.processor, [image], templates.page, {"split": split})
+            (made,) = page_prompts(vlm.processor, [image], templates.page, {"split": split})
+            prompts.append(replace(made, image_names=(media.place,)))
         request_reader.check_tokens(prompts[-1], settings)
     return prompts
 

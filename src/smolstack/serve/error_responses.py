@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from smolstack.errors import DeadlineError, QueueFullError, SmolstackError
+from smolstack.errors import DeadlineError, ImageError, QueueFullError, SmolstackError
 
 _log = logging.getLogger("smolstack.serve")
 _LONGEST, _LONGEST_PARAM = 1000, 200  # characters
@@ -83,6 +83,8 @@ def _refusal(error: Exception, retry_after: int) -> RefusedError:
         return RefusedError(429, str(error), headers={"Retry-After": str(retry_after)})
     if isinstance(error, DeadlineError):
         return RefusedError(504, str(error))
+    if isinstance(error, ImageError):
+        return RefusedError(400, str(error), param=error.name)
     if isinstance(error, SmolstackError):
         return RefusedError(400, str(error))
     _log.error("a request failed", exc_info=error)

@@ -60,7 +60,8 @@ def offered_tools(request: ChatRequest) -> list[Tool]:
         return []
     for name in _STRUCTURES:
         if getattr(request, name) is not None:
-            raise RefusedError(400, f"found {name} and tools, which cannot be combined", param=name)
+            sent = request.sent_name(name)
+            raise RefusedError(400, f"found {sent} and tools, which cannot be combined", param=sent)
     if request.stop:
         raise RefusedError(
             400,

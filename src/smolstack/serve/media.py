@@ -139,6 +139,20 @@ def parts(all_media: list[Media], vlm: VLM, settings: ServerSettings) -> Iterato
             )
 
 
+def image_names(all_media: list[Media], made: list[list[Any]]) -> tuple[str, ...]:
+    """Return the name of each image of a prompt: the path of its part in the body.
+
+    Args:
+        made: the processor's message parts of each, from :func:`parts`.
+    """
+    return tuple(
+        media.place
+        for media, shown in zip(all_media, made, strict=True)
+        for part in shown
+        for _ in range(len(part["video"].frames) if part["type"] == "video" else 1)
+    )
+
+
 def _pages(media: Media, settings: ServerSettings) -> list[ImageSource]:
     if not is_pdf(media.content):
         content, number = media.content, media.page

@@ -48,7 +48,11 @@ def plan_response(
     plan = vlm.plan(image, body.text, **request_options.tiling(body))
     made = {**describe_plan(plan), "pages": pages}
     if body.preview:
-        made["preview"] = _preview(open_image(image, settings.image_pixels, SERVED))
+        try:
+            shown = open_image(image, settings.image_pixels, SERVED)
+        except SmolstackError as error:
+            raise found.placed(error) from None
+        made["preview"] = _preview(shown)
     return made
 
 

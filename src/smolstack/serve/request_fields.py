@@ -126,11 +126,24 @@ def normalize_fields(data: Any, own: Collection[str] = ()) -> Any:
     for theirs, ours in ALIASES.items():
         if theirs in found:
             _put(found, ours, found.pop(theirs), theirs)
-    _read_values(found)
+    _read_values(found, sent_names(data))
     messages = found.get("messages")
     if isinstance(messages, list):
         found["messages"] = [_message(message) for message in messages]
     return found
+
+
+def sent_names(data: Any) -> dict[str, str]:
+    """Return the names under which a body has fields that are named differently here: the name
+    here → the path in the body."""
+    if not isinstance(data, Mapping):
+        return {}
+    found = {ours: theirs for theirs, ours in ALIASES.items() if data.get(theirs) is not None}
+    if isinstance(wanted := data.get("structured_outputs"), Mapping):
+        for kind, ours in _STRUCTURED.items():
+            if wanted.get(kind) is not None:
+                found.setdefault(ours, f"structured_outputs.{kind}")
+    return {ours: theirs for ours, theirs in found.items() if data.get(ours) is None}
 
 
 def without_nulls(data: Any) -> Any:
@@ -208,8 +221,8 @@ def _read_structured(found: dict[str, Any]) -> None:
             )
 
 
-def _read_values(found: dict[str, Any]) -> None:
-    """Convert values that other servers write differently."""
+def _read_values(found: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Convert values that other servers write differently; ``names``: from sent_names."""
     skip = found.pop("skip_special_tokens", None)
     if isinstance(skip, bool):
         _put(found, "keep_special_tokens", not skip, "skip_special_tokens")
@@ -227,9 +240,8 @@ def _read_values(found: dict[str, Any]) -> None:
         try:
             found["json_schema"] = strict_json.read_text(schema)
         except (ValueError, RecursionError) as error:
-            raise RefusedError(
-                400, f"json_schema is not valid JSON: {error}", param="json_schema"
-            ) from None
+            name = names.get("json_schema", "json_schema")
+            raise RefusedError(400, f"{name} is not valid JSON: {error}", param=name) from None
 
 
 def _message(message: Any) -> Any:

@@ -6,12 +6,12 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from smolstack.errors import DeadlineError
+from smolstack.errors import DeadlineError, GenerationError
 from smolstack.generation.answer import Answer
 from smolstack.generation.engine import Engine
 from smolstack.generation.options import ValidatedOptions
@@ -19,7 +19,7 @@ from smolstack.generation.pools import RankedPool
 from smolstack.generation.request import Request as EngineRequest
 from smolstack.generation.request import Update
 from smolstack.processor.processor import Prompt
-from smolstack.serve import request_reader
+from smolstack.serve import request_options, request_reader
 from smolstack.serve.admission import ReadLimiter, client_of, in_pool, reading_seconds
 from smolstack.serve.error_responses import RefusedError, as_refusal
 from smolstack.serve.media import Media
@@ -35,6 +35,7 @@ from smolstack.serve.schemas import ChatRequest
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
 
+T = TypeVar("T")
 # Makes the prompt and the options of each answer from a request and its images.
 MakePrompts: TypeAlias = Callable[
     [VLM, ChatRequest, list[Media], ServerSettings], tuple[list[Prompt], list[ValidatedOptions]]
@@ -108,8 +109,12 @@ class RequestHandler:
 
         async def read(deadline: float) -> list[EngineRequest]:
             def make(images: list[Media]) -> list[EngineRequest]:
-                made = make_prompts(self.vlm, body, images, self.settings)
-                return self.engine.core.requests(*made, deadline=deadline)
+                try:
+                    made = make_prompts(self.vlm, body, images, self.settings)
+                    return self.engine.core.requests(*made, deadline=deadline)
+                except GenerationError as error:
+                    refusal = request_options.placed(error, body)
+                raise refusal
 
             urls = request_reader.media_urls(body)
             images = await request_reader.read_all(urls, self.settings)
@@ -144,22 +149,46 @@ class RequestHandler:
         Raises:
             RefusedError: the request is refused, or not read before its deadline.
         """
-        began, seconds = time.perf_counter(), min(seconds or math.inf, self.settings.deadline)
-        if isinstance(request, JsonRequest):
-            request.release_body()
+        began = time.perf_counter()
+        requests = await self.read(request, read, seconds=seconds)
+        if requests is None:
+            return None
         try:
-            client = client_of(request, self.settings)
-            reading = self.read_limiter.read(_in_time(read, seconds), client)
-            requests = await unless_disconnected(request.receive, reading)
-            if requests is None:
-                return None
             pending = PendingAnswers(
                 self.engine, self.metrics, requests, began=began, pieces=pieces
             )
-            pending.begin(client)
+            pending.begin(client_of(request, self.settings))
         except Exception as error:
             raise as_refusal(error, self._retry_after()) from None
         return pending
+
+    async def read(
+        self,
+        request: Request,
+        work: Callable[[float], Coroutine[Any, Any, T]],
+        *,
+        seconds: float | None = None,
+    ) -> T | None:
+        """Read a request within the limits of number and time, and return the result; None if the
+        client disconnects first.
+
+        Args:
+            work: reads the request, given its deadline in the time of time.monotonic().
+            seconds: the request's own time limit; the server's applies as well.
+
+        Raises:
+            RefusedError: the request is refused, or not read before its deadline.
+        """
+        if isinstance(request, JsonRequest):
+            request.release_body()
+        seconds = min(seconds or math.inf, self.settings.deadline)
+        try:
+            client = client_of(request, self.settings)
+            reading = self.read_limiter.read(_in_time(work, seconds), client)
+            found: T | None = await unless_disconnected(request.receive, reading)
+        except Exception as error:
+            raise as_refusal(error, self._retry_after()) from None
+        return found
 
     async def complete(
         self, request: Request, pending: PendingAnswers, body: Callable[[], dict[str, Any]]
@@ -214,9 +243,9 @@ class RequestHandler:
         return max(1, min(60, math.ceil(seconds)))
 
 
-async def _in_time(read: ReadRequests, seconds: float) -> list[EngineRequest]:
+async def _in_time(work: Callable[[float], Coroutine[Any, Any, T]], seconds: float) -> T:
     try:
-        return await asyncio.wait_for(read(time.monotonic() + seconds), seconds)
+        return await asyncio.wait_for(work(time.monotonic() + seconds), seconds)
     except asyncio.TimeoutError:
         raise DeadlineError("the deadline passed while the request was being read") from None
 

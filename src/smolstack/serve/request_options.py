@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from smolstack.errors import GenerationError
 from smolstack.generation.options import (
     DEFAULT_MAX_NEW_TOKENS,
     AnswerOptions,
@@ -30,6 +31,18 @@ from smolstack.vlm import VLM
 # Keywords that combine schemas: if one of them forbade additional properties, it would forbid the
 # others' properties.
 _SUMS = ("allOf", "if", "then", "else", "dependentSchemas", "unevaluatedProperties")
+_STRUCTURES = ("json_schema", "response_format", "regex", "choices", "grammar")
+
+
+def placed(error: GenerationError, request: ChatRequest) -> Exception:
+    """Return an error that names the field of the request which is at fault, if one is known."""
+    if error.option is None:
+        return error
+    field = error.option
+    if field == "schema":
+        field = "response_format" if request.json_schema is None else "json_schema"
+    name = request.sent_name(field)
+    return RefusedError(400, f"{name}: {error}", param=name)
 
 
 def answer_options(
@@ -173,9 +186,11 @@ def _check_supported(request: ChatRequest) -> None:
     """Refuse options that have no effect without another one."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    wanted = request.response_format
-    if request.json_schema is not None and wanted is not None and wanted.type != "text":
+    given = [name for name in _STRUCTURES if getattr(request, name) is not None]
+    if request.response_format is not None and request.response_format.type == "text":
+        given.remove("response_format")
+    names = [request.sent_name(name) for name in given]
+    if len(names) > 1:
         raise RefusedError(
-            400, f"found json_schema and response_format {wanted.type}, expected only one",
-            param="json_schema",
-        )  # fmt: skip
+            400, f"found {' and '.join(names)}, expected only one of them", param=names[0]
+        )

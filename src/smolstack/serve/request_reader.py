@@ -6,6 +6,7 @@ import base64
 import binascii
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from urllib.parse import unquote_to_bytes
 
 from smolstack.errors import ContextLengthError
@@ -135,16 +136,17 @@ def chat_prompts(
     options = request_options.answer_options(vlm, request, settings)
     characters = sum(len(text) for _, text in request.texts()) + functions.characters(request)
     check_length(vlm, "the messages and tools have", characters, settings)
-    rest = media.parts(images, vlm, settings)
+    made = list(media.parts(images, vlm, settings))
+    rest = iter(made)
     messages = [
         {
             "role": _AS_ROLE.get(message.role, message.role),
             "content": message.content
             if isinstance(message.content, str)
             else [
-                made
+                shown
                 for part in message.content
-                for made in (
+                for shown in (
                     [{"type": "text", "text": part.text}]
                     if isinstance(part, TextPart)
                     else next(rest)
@@ -162,6 +164,7 @@ def chat_prompts(
     else:
         prompt = vlm.processor.prepare(messages, **options[0].image_options)
     check_tokens(prompt, settings)
+    prompt = replace(prompt, image_names=media.image_names(images, made))
     return [prompt] * len(options), options
 
 

@@ -224,7 +224,7 @@ class ResponsesRequest(AnswerFields, ImageFields):
             raise RefusedError(400, "input has only reasoning, expected a message", param="input")
         self.input = ""
         named = isinstance(self.tool_choice, FunctionChoice)
-        return ChatRequest.model_construct(
+        made = ChatRequest.model_construct(
             **self.shared(),
             **{name: getattr(self, name) for name in ImageFields.model_fields},
             messages=messages,
@@ -244,6 +244,7 @@ class ResponsesRequest(AnswerFields, ImageFields):
             else self.tool_choice,
             parallel_tool_calls=self.parallel_tool_calls,
         )
+        return made.sent_as({**self._sent_names, "response_format": "text.format"})
 
 
 def _item(item: Any, where: str) -> Any:

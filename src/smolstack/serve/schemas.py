@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from typing_extensions import Self
 
 from smolstack.serve import strict_json
 from smolstack.serve.error_responses import RefusedError
-from smolstack.serve.request_fields import normalize_fields, without_nulls
+from smolstack.serve.request_fields import normalize_fields, sent_names, without_nulls
 
 Text = Annotated[str, Field(max_length=2_000_000)]
 ModelName = Annotated[str, Field(max_length=500)]  # every event of a stream repeats it
@@ -219,11 +222,30 @@ class AnswerFields(_Numbers):
         default=None, min_length=1, max_length=100
     )
     deadline: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    # The path in the body of each field that the body names differently.
+    _sent_names: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_sent_names(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        made = handler(data)
+        if isinstance(data, Mapping):
+            made._sent_names = sent_names(data)
+        return made
 
     @model_validator(mode="before")
     @classmethod
     def _understood(cls, data: Any) -> Any:
         return normalize_fields(data)
+
+    def sent_name(self, field: str) -> str:
+        """Return the path of a field in the request's body, which may name it differently."""
+        return self._sent_names.get(field, field)
+
+    def sent_as(self, names: Mapping[str, str]) -> Self:
+        """Set the paths of fields that the request's body names differently."""
+        self._sent_names = dict(names)
+        return self
 
     @model_validator(mode="after")
     def _streams(self) -> AnswerFields:

@@ -96,7 +96,7 @@ class CompletionRequest(AnswerFields):
                 "prompt are not computed",
                 param="echo",
             )
-        return ChatRequest.model_construct(
+        made = ChatRequest.model_construct(
             **self.shared(),
             messages=[],
             n=self.n,
@@ -105,3 +105,4 @@ class CompletionRequest(AnswerFields):
             top_logprobs=self.logprobs,
             response_format=self.response_format,
         )
+        return made.sent_as(self._sent_names)

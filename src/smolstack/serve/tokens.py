@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 
-from smolstack.generation.pools import RankedPool
 from smolstack.serve import request_reader
 from smolstack.serve.admission import in_pool, reading_seconds, tokenizing_seconds
-from smolstack.serve.error_responses import RefusedError, as_refusal
+from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.media import Media
 from smolstack.serve.pending_answers import in_thread
 from smolstack.serve.request_fields import normalize_fields, without_nulls
+from smolstack.serve.request_handler import CLIENT_CLOSED_REQUEST, RequestHandler
 from smolstack.serve.schemas import Body, ChatMessage, ChatRequest, Text
 from smolstack.serve.settings import ServerSettings
 from smolstack.vlm import VLM
@@ -68,10 +68,12 @@ def add_routes(
     app: FastAPI,
     vlm: VLM,
     settings: ServerSettings,
-    executor: RankedPool,
+    handler: RequestHandler,
     errors: Mapping[str, Any],
 ) -> None:
     """Add ``/tokenize`` and ``/detokenize``, compatible with vLLM and llama.cpp."""
+
+    executor = handler.readers
 
     def chat(body: TokenizeRequest, images: list[Media]) -> list[int]:
         request = ChatRequest.model_construct(messages=body.messages)
@@ -87,19 +89,23 @@ def add_routes(
         special = body.prompt is not None if special is None else special
         return vlm.processor.tokenizer.encode(words, special=special)
 
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Tokenize a text, or a chat's whole prompt including image tokens."""
-        try:
+
+        async def read(_: float) -> list[int]:
             if body.messages is None:
                 seconds = tokenizing_seconds(len(body.prompt or body.content or ""))
-                found = await in_pool(executor, seconds, text, body)
-            else:
-                request = ChatRequest.model_construct(messages=body.messages)
-                urls = request_reader.media_urls(request)
-                images = await request_reader.read_all(urls, settings)
-                found = await in_pool(executor, reading_seconds(request), chat, body, images)
-        except Exception as error:
-            raise as_refusal(error) from None
+                return await in_pool(executor, seconds, text, body)
+            asked = ChatRequest.model_construct(messages=body.messages)
+            urls = request_reader.media_urls(asked)
+            images = await request_reader.read_all(urls, settings)
+            urls.clear()
+            request_reader.release_media(asked)
+            return await in_pool(executor, reading_seconds(asked), chat, body, images)
+
+        found = await handler.read(request, read)
+        if found is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         limit = vlm.config.text.max_positions
         # A JSONResponse, since FastAPI would convert each token individually, which is slow.
         return JSONResponse({"count": len(found), "max_model_len": limit, "tokens": found})

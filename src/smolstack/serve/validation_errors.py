@@ -16,7 +16,14 @@ from starlette.exceptions import HTTPException
 
 from smolstack.serve.error_responses import RefusedError
 from smolstack.serve.parsing import TooDeepError, line_and_column
-from smolstack.serve.request_fields import ALIASES, HARMLESS, NEUTRAL, nearest
+from smolstack.serve.request_fields import ALIASES, HARMLESS, NEUTRAL, nearest, sent_names
+
+# Instead of pydantic's messages that speak of Python.
+_MESSAGES = dict.fromkeys(
+    ("dict_type", "mapping_type", "model_type", "model_attributes_type"), "expected an object"
+)
+# The last step of their location is a field of the body, and not the name of a union's type.
+_OF_FIELDS = ("missing", "extra_forbidden")
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -37,7 +44,7 @@ def add_handlers(app: FastAPI) -> None:
         )
         if first["type"] == "json_invalid":
             return RefusedError(400, _json_error(first, error.body)).response()
-        param = ".".join(_path_of(first["loc"][1:], error.body)) or None
+        param = ".".join(_path_of(first, error.body)) or None
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
             fields = _fields(request.scope.get("route"))
@@ -45,7 +52,7 @@ def add_handlers(app: FastAPI) -> None:
                 400, _unknown_field(name, param, first, fields), param=param
             ).response()
         where = f"{param}: " if param else ""
-        said = str(first["msg"]).removeprefix("Value error, ")
+        said = _MESSAGES.get(first["type"]) or str(first["msg"]).removeprefix("Value error, ")
         return RefusedError(400, f"{where}{said}"[:500], param=param).response()
 
     @app.exception_handler(HTTPException)
@@ -72,18 +79,38 @@ def _json_error(found: Mapping[str, Any], body: Any) -> str:
     return f"the body is not valid JSON: {why} at {line_and_column(body, place)}"
 
 
-def _path_of(steps: Sequence[Any], body: Any) -> list[str]:
-    """Return the path of a value in the body, without the names of a union's types."""
-    found: list[str] = []
-    value = body
-    for number, step in enumerate(steps):
-        listed = isinstance(value, list) and isinstance(step, int) and step < len(value)
-        if listed or (isinstance(value, Mapping) and step in value):
-            value = value[step]
-        elif not isinstance(value, Mapping) or number < len(steps) - 1:
-            continue
-        found.append(str(step))
-    return found
+def _path_of(found: Mapping[str, Any], body: Any) -> list[str]:
+    """Return the path of an error's value in the body, without the names of a union's types."""
+    steps, names = tuple(found["loc"][1:]), sent_names(body)
+    if steps and steps[0] in names:
+        steps = (*names[steps[0]].split("."), *steps[1:])
+    if found["type"] not in _OF_FIELDS:
+        return _longest(steps, body) or []
+    if found["type"] == "missing":
+        steps, *last = steps[:-1], str(steps[-1])
+        return [*(_longest(steps, body) or []), *last]
+    return _longest(steps, body, whole=True) or [*map(str, steps)]
+
+
+def _longest(steps: Sequence[Any], value: Any, *, whole: bool = False) -> list[str] | None:
+    """Return the longest path in a value that consists of some of the steps, in their order.
+
+    The others are names of a union's types, which may be names of fields as well.
+
+    Args:
+        whole: whether the last step is part of the path; None is returned if it cannot be.
+    """
+    if not steps:
+        return []
+    first, rest = steps[0], steps[1:]
+    without = None if whole and not rest else _longest(rest, value, whole=whole)
+    listed = isinstance(value, list) and isinstance(first, int) and 0 <= first < len(value)
+    if not listed and not (isinstance(value, Mapping) and first in value):
+        return without
+    after = _longest(rest, value[first], whole=whole)
+    if after is None or (without is not None and len(without) > len(after) + 1):
+        return without
+    return [str(first), *after]
 
 
 def _unknown_field(name: str, param: str | None, found: Mapping[str, Any], fields: set[str]) -> str:
