@@ -16,7 +16,7 @@ from tests.serve.test_refusals import message
 
 from smolstack.errors import GenerationError
 from smolstack.serve.origins import own_names
-from smolstack.serve.server import OnceInAWhile
+from smolstack.serve.running import OnceInAWhile
 from smolstack.serve.settings import ServerSettings
 
 

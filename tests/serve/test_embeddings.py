@@ -22,7 +22,7 @@ from smolstack.generation.request import Request, Update
 from smolstack.generation.scheduler import SchedulerLimits
 from smolstack.retrieval import query_prompts
 from smolstack.serve import request_reader
-from smolstack.serve.app import Server
+from smolstack.serve.server import Server
 from smolstack.serve.settings import ServerSettings
 
 ELSEWHERE = {"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}

@@ -16,7 +16,7 @@ from tests.serve.test_refusals import LONG, message, post
 
 import smolstack
 from smolstack.errors import ImageError
-from smolstack.serve.app import Server
+from smolstack.serve.server import Server
 from smolstack.serve.settings import ServerSettings
 
 ENDLESS = {**LONG, "max_tokens": 800, "regex": "(a|b)*c{900}"}

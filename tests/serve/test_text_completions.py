@@ -14,7 +14,7 @@ from tests.serve.test_chat import MODEL, QUESTION, asking
 from tests.serve.test_refusals import message, post
 
 import smolstack
-from smolstack.serve.app import Server
+from smolstack.serve.server import Server
 from smolstack.serve.settings import ServerSettings
 
 CHAT = "<|im_start|>User: What does it say?<end_of_utterance>\nAssistant:"

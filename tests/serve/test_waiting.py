@@ -14,9 +14,9 @@ from tests.serve.test_chat import asking
 import smolstack
 from smolstack.cli.serve_address import listen
 from smolstack.serve import request_reader
-from smolstack.serve.app import Server
 from smolstack.serve.middleware import Guard
 from smolstack.serve.pending_answers import EventStream
+from smolstack.serve.server import Server
 from smolstack.serve.settings import ServerSettings
 
 

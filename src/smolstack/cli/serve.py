@@ -254,7 +254,7 @@ def serve(
             f"smolstack serve needs {missing.name}: pip install 'smolstack[serve]'"
         ) from None
     from smolstack.generation.scheduler import SchedulerLimits
-    from smolstack.serve.server import run
+    from smolstack.serve.running import run
     from smolstack.serve.settings import ServerSettings
 
     certificate = serve_address.certificate(ssl_certfile, ssl_keyfile)

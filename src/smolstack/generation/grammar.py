@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # JSON on one line with the usual spaces. With free white space, an uncertain model may generate
 # white space endlessly.
 _STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+_PATTERNS_TRIED = 100  # one by one, to name the one that is refused
 
 
 @dataclass
@@ -122,7 +125,8 @@ class Grammars:
         a pattern's. llguidance gives its position in the grammar that it is written in, if any."""
         as_grammar = _llguidance().LLMatcher.grammar_from_regex
         for what, text in schemas:
-            for place, pattern in grammar_limits.placed_patterns(json.loads(text)):
+            placed = grammar_limits.placed_patterns(json.loads(text))
+            for place, pattern in islice(placed, _PATTERNS_TRIED):
                 if reason in (self._refused(as_grammar(pattern)) or ""):
                     return f"{what}{place} {pattern!r:.80}: "
         return ""
