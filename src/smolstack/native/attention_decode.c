@@ -9,6 +9,7 @@
 #else
 #define MOST_HEADS 4
 #endif
+#define POSITIONS_AHEAD 24  // whose keys are prefetched
 
 // Writes one head's (head_dim) floats at element `at` of a cache buffer.
 void write_cache(const Decoder *d, void *cache, int64_t at, const float *x) {
@@ -41,6 +42,12 @@ INLINE void soften(float *scores, int64_t count, float *head) {
     head[1] = sum_lanes(sum);
 }
 
+// Prefetches one position, which begins at element `at`.
+INLINE void prefetch_position(int64_t kind, const void *cache, int64_t at, int64_t width) {
+    int64_t size = kind == CACHE_FLOAT32 ? 4 : 2;
+    for (int64_t i = 0; i < width * size; i += 64) prefetch((const char *)cache + at * size + i);
+}
+
 // Up to MOST_HEADS query heads over `count` positions of their key/value head. `whole`: 16 divides
 // the width.
 INLINE void some_heads(int64_t kind, int whole, int64_t width, int heads, int64_t count,
@@ -48,6 +55,10 @@ INLINE void some_heads(int64_t kind, int whole, int64_t width, int heads, int64_
                        float *partial) {
     float scores[MOST_HEADS][CHUNK], scale = 1.0f / sqrtf((float)width);
     for (int64_t p = 0; p < count; p++) {
+        // The hardware's prefetcher stops at the end of a page, which holds 32 positions, and does
+        // not know that the values are next.
+        prefetch_position(kind, keys, from + (p + POSITIONS_AHEAD) * width, width);
+        prefetch_position(kind, values, from + p * width, width);
         Floats total[MOST_HEADS];
         UNROLL for (int h = 0; h < heads; h++) total[h] = splat(0);
         for (int64_t i = 0; i < width; i += LANES) {
