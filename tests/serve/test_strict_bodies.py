@@ -84,9 +84,9 @@ def test_keys_within_texts_are_not_repeated_keys(server: Process) -> None:
 )
 def test_json_within_texts_means_one_thing_too(server: Process, text: str, expected: str) -> None:
     said = refused(
-        post(server, "/v1/chat/completions", {**CHAT, "guided_json": text}), "json_schema"
+        post(server, "/v1/chat/completions", {**CHAT, "guided_json": text}), "guided_json"
     )
-    assert said == f"json_schema is not valid JSON: {expected}"
+    assert said == f"guided_json is not valid JSON: {expected}"
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": text}}
     said = {"role": "assistant", "tool_calls": [call]}  # type: ignore[assignment]
     body = {**CHAT, "messages": [*CHAT["messages"], said]}
@@ -137,14 +137,14 @@ def test_stream_options_need_a_stream(server: Process, path: str) -> None:
         (
             "/v1/chat/completions",
             {"choices": ["a", "b"], "temperature": 1, "top_p": 0.5},
-            None,
-            "found choices and top_p, which cannot be combined",
+            "choices",
+            "choices: found choices and top_p, which cannot be combined",
         ),
         (
             "/v1/chat/completions",
             {"choices": ["a", "b"], "logprobs": True},
-            None,
-            "found choices and logprobs, which cannot be combined",
+            "choices",
+            "choices: found choices and logprobs, which cannot be combined",
         ),
         ("/plan", {"preview": True}, "preview", "a size has no preview; leave it out"),
         ("/tokenize", {"content": "ho"}, "content", "found prompt and content, expected only one"),
