@@ -8,8 +8,9 @@ errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from smolstack.errors import ConfigError
@@ -67,15 +68,33 @@ class Schemes:
 
         The most specific target wins: a name, then a regular expression, then a class.
         """
-        if any(_names(target, layer) or target == kind for target in self.ignore):
+        names = (layer, layer.removeprefix("model."))
+        if any(name in self._ignored for name in (*names, kind)):
             return None
-        found = [(target, scheme) for targets, scheme in self.groups for target in targets]
-        tiers = (
-            [one for target, one in found if not _is_pattern(target) and _names(target, layer)],
-            [one for target, one in found if _is_pattern(target) and _names(target, layer)],
-            [one for target, one in found if target == kind],
-        )
-        return next((tier[0] for tier in tiers if tier), None)
+        if any(_matches(target, names) for target in self.ignore):
+            return None
+        # Of several targets, the first counts. A folder that smolstack saved names every layer.
+        named = [self._named[name] for name in names if name in self._named]
+        if named:
+            return min(named, key=lambda each: each[0])[1]
+        for targets, scheme in self.groups:
+            if any(_matches(target, names) for target in targets):
+                return scheme
+        return self._named[kind][1] if kind in self._named else None
+
+    @cached_property
+    def _ignored(self) -> frozenset[str]:
+        return frozenset(self.ignore)
+
+    @cached_property
+    def _named(self) -> Mapping[str, tuple[int, Scheme]]:
+        """The scheme of every target that is no pattern, with its place among them."""
+        found: dict[str, tuple[int, Scheme]] = {}
+        for targets, scheme in self.groups:
+            for target in targets:
+                if not _is_pattern(target):
+                    found.setdefault(target, (len(found), scheme))
+        return found
 
 
 def read_schemes(config: Mapping[str, Any]) -> Schemes:
@@ -241,9 +260,6 @@ def _is_pattern(target: str) -> bool:
     return target.startswith("re:")
 
 
-def _names(target: str, layer: str) -> bool:
-    """Return whether a target matches a layer, with or without the prefix "model."."""
-    names = (layer, layer.removeprefix("model."))
-    if _is_pattern(target):
-        return any(re.match(target[3:], name) for name in names)
-    return target in names
+def _matches(target: str, names: Sequence[str]) -> bool:
+    """Return whether a target is a pattern that matches one of a layer's names."""
+    return _is_pattern(target) and any(re.match(target[3:], name) for name in names)

@@ -20,7 +20,7 @@ from smolstack.checkpoint.files import CheckpointFiles, read_files
 from smolstack.checkpoint.gguf_source import open_gguf
 from smolstack.checkpoint.hub import GGUF, ModelPath
 from smolstack.checkpoint.unsupported import is_mlx, peek, refuse_other_kinds
-from smolstack.checkpoint.weights import Entry, read_entries, read_tensors
+from smolstack.checkpoint.weights import Entry, WeightFiles, read_entries
 from smolstack.errors import CheckpointError, ConfigError
 
 BARE = ("vision_model.", "text_model.", "connector.")  # prefixes of names in a model without a head
@@ -149,7 +149,8 @@ def open_folder(folder: Path) -> Stored:
     """Open the weights of a folder of safetensors files; names of a base model get its prefix."""
     found = read_entries(folder)
     if not found or not all(name.startswith(BARE) for name in found):
-        return Stored(folder, found, lambda names: read_tensors(folder, chosen(found, names)))
+        files = WeightFiles(folder)
+        return Stored(folder, found, lambda names: files.tensors(chosen(found, names)))
     named = {f"model.{name}": entry for name, entry in found.items()}
     note = (
         "the weights are those of the model without its head (vision_model, connector, "
@@ -161,9 +162,11 @@ def open_folder(folder: Path) -> Stored:
 def _renamed(
     folder: Path, found: Mapping[str, Entry]
 ) -> Callable[[Collection[str] | None], Iterator[tuple[str, Tensor]]]:
+    files = WeightFiles(folder)
+
     def read(names: Collection[str] | None) -> Iterator[tuple[str, Tensor]]:
         wanted = None if names is None else [name.removeprefix("model.") for name in names]
-        for name, tensor in read_tensors(folder, chosen(found, wanted)):
+        for name, tensor in files.tensors(chosen(found, wanted)):
             yield f"model.{name}", tensor
 
     return read

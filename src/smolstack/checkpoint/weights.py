@@ -105,11 +105,26 @@ def read_entries(folder: Path, also: tuple[str, ...] = ()) -> dict[str, Entry]:
 
 def read_tensors(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) pairs, memory-mapped: values are read when used."""
-    for name in sorted({entry.file for entry in entries.values()}):
-        with open_weights(folder / name) as file:
+    return WeightFiles(folder).tensors(entries)
+
+
+class WeightFiles:
+    """The safetensors files of a folder, each opened once, when a tensor of it is first read: a
+    quantized checkpoint is read layer by layer, and its header would be parsed for every layer.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, open_weights] = {}
+
+    def tensors(self, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) pairs, memory-mapped: values are read when used."""
+        for name in sorted({entry.file for entry in entries.values()}):
+            if name not in self._files:
+                self._files[name] = open_weights(self.folder / name)
             for key, entry in entries.items():
                 if entry.file == name:
-                    yield key, file.get_tensor(key)
+                    yield key, self._files[name].handle.get_tensor(key)
 
 
 class open_weights:  # noqa: N801 - used like a function, as open() is

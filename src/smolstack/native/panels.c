@@ -75,10 +75,13 @@ void pack_panels(int64_t kind, const void *weight, int64_t row_bytes, int64_t in
         uint32_t *to = (uint32_t *)panels + panel * steps * PANEL;
         for (int64_t lane = 0; lane < PANEL; lane++) {
             const char *from = (const char *)weight + (panel * PANEL + lane) * row_bytes;
+            int64_t whole = panel * PANEL + lane < out ? bytes / 4 : 0;
             for (int64_t s = 0; s < steps; s++) {
                 uint32_t four = empty;
-                if (panel * PANEL + lane < out)
-                    memcpy(&four, from + s * 4, (size_t)least(4, bytes - s * 4));
+                if (s < whole)
+                    memcpy(&four, from + s * 4, 4);
+                else if (panel * PANEL + lane < out)
+                    memcpy(&four, from + s * 4, (size_t)(bytes - s * 4));
                 to[s * PANEL + lane] = kind == INT4 ? eight_channels(four) : four ^ turn;
             }
         }
@@ -158,7 +161,11 @@ void unpack_panels(int64_t kind, const void *panels, int64_t in, int64_t out, vo
                 neighbours |= (four >> (8 * i + 4) & 15) << (4 * i + 16);
             }
             four = kind == INT4 ? neighbours : four ^ turn;
-            memcpy((char *)words + o * row_bytes + s * 4, &four, (size_t)least(4, row_bytes - s * 4));
+            char *to = (char *)words + o * row_bytes + s * 4;
+            if (s * 4 + 4 <= row_bytes)
+                memcpy(to, &four, 4);
+            else
+                memcpy(to, &four, (size_t)(row_bytes - s * 4));
         }
     }
 }
