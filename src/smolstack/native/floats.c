@@ -13,19 +13,17 @@ static __attribute__((noinline)) float rest(const float *x, const float *w, int6
     return sum;
 }
 
-// Rows and channels of a decode step that are summed in registers at once, and channels of one row.
+// Rows and channels of a decode step that are summed in registers at once. Fewer rows take one
+// channel at a time, which reads the weights as one stream.
 #if defined(VECTOR_512)
 #define TILE_ROWS 4
 #define TILE_CHANNELS 4
-#define ROW_CHANNELS 4
 #elif defined(VECTOR_256) || defined(__aarch64__)
 #define TILE_ROWS 2
 #define TILE_CHANNELS 2
-#define ROW_CHANNELS 4
 #else
 #define TILE_ROWS 2
 #define TILE_CHANNELS 1
-#define ROW_CHANNELS 2
 #endif
 #define MOST_TILE 4
 
@@ -58,19 +56,18 @@ INLINE void tile(int rows, int channels, const Linear *linear, const float *x, i
                      float *out, int64_t stride) {                                               \
         tile(ROWS, CHANNELS, linear, x, x_stride, channel, out, stride);                         \
     }
-TILE(one_channel, 1, 1) TILE(one_row, 1, ROW_CHANNELS)
-TILE(last_row, 1, TILE_CHANNELS) TILE(some_rows, TILE_ROWS, TILE_CHANNELS)
+TILE(one_channel, 1, 1) TILE(last_row, 1, TILE_CHANNELS) TILE(some_rows, TILE_ROWS, TILE_CHANNELS)
 typedef void Tile(const Linear *, const float *, int64_t, int64_t, float *, int64_t);
 
 // Channels from .. to of a layer for `rows` rows of x; `out` begins with channel `from`. All rows
 // are multiplied by some channels before the next ones are read.
 void multiply_floats(const Linear *linear, const float *x, int64_t rows, int64_t x_stride,
                      int64_t from, int64_t to, float *out, int64_t stride) {
-    int64_t some = rows < TILE_ROWS ? ROW_CHANNELS : TILE_CHANNELS, channel = from, row, together;
-    for (; channel + some <= to; channel += some)
+    int64_t channel = from, row, together;
+    for (; rows >= TILE_ROWS && channel + TILE_CHANNELS <= to; channel += TILE_CHANNELS)
         for (row = 0; row < rows; row += together) {
             int many = row + TILE_ROWS <= rows;
-            Tile *run = many ? some_rows : rows < TILE_ROWS ? one_row : last_row;
+            Tile *run = many ? some_rows : last_row;
             together = many ? TILE_ROWS : 1;
             run(linear, x + row * x_stride, x_stride, channel, out + row * stride + channel - from,
                 stride);
