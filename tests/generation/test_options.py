@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,9 @@ def test_any_value_is_taken_or_refused_by_name(name: str) -> None:
         ({"seed": "abc"}, "seed is 'abc', expected a whole number"),
         ({"seed": 2**70}, f"seed is {2**70}, expected -2**63 to 2**64 - 1"),
         ({"logit_bias": [1]}, "logit_bias is [1], expected a mapping from token ids to numbers"),
+        ({"logit_bias": {52.9: -1}}, "logit_bias is {52.9: -1}, expected a mapping from token ids"),
+        ({"logit_bias": {5: 10**400}}, "logit_bias is {5: 1000"),
+        ({"temperature": 10**400}, "temperature is 1000"),
         ({"stop": 5}, "stop is 5, expected text or a list of texts"),
         ({"stop_token_ids": "abc"}, "stop_token_ids is 'abc', expected a token id or a list of"),
         ({"stop_on_repetition": 4}, "stop_on_repetition is 4, expected True, False or a Repetit"),
@@ -65,11 +69,16 @@ def test_numpy_s_numbers_are_numbers() -> None:
     options: Any = {
         "max_new_tokens": np.int64(7),
         "temperature": np.float32(0.5),
-        "stop_token_ids": [np.int32(3)],
+        "stop_token_ids": np.int32(3),
+        "seed": np.int64(4),
+        "top_p": Fraction(1, 2),
+        "keep_special_tokens": np.True_,
     }
     read = read_options(options, (2,))
     assert (read.stopping.max_new_tokens, read.stopping.eos_token_ids) == (7, (2, 3))
-    assert read.sampling.temperature == 0.5
+    assert (read.sampling.temperature, read.sampling.top_p) == (0.5, 0.5)
+    assert type(read.sampling.seed) is int
+    assert read.keep_special_tokens is True
 
 
 @pytest.mark.parametrize("options", [{"split": "no"}, {"upscale": 1}, {"max_image_tokens": 9.5}])

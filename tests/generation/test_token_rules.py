@@ -39,7 +39,7 @@ def test_penalties_and_biases_are_sums() -> None:
     [
         ({"presence_penalty": 2.5}, "presence_penalty is 2.5, expected"),
         ({"logit_bias": {3: 101}}, "logit_bias of 3 is 101.0"),
-        ({"logit_bias": {"x": 1}}, "expected token ids and numbers"),
+        ({"logit_bias": {"x": 1}}, "expected a mapping from token ids to numbers"),
         ({"logit_bias": {10**6: 1}}, "logit_bias contains token id 1000000"),
         ({"stop_token_ids": [-1]}, "stop_token_ids contains token id -1"),
         ({"min_tokens": 9, "max_new_tokens": 8}, "min_tokens is 9, expected at most max_new"),

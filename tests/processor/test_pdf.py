@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests.pdfs import document, locked
+from tests.pdfs import document, locked, nested_forms
 
 import smolstack
 from smolstack.errors import ImageError
@@ -161,8 +161,10 @@ def test_its_bytes_are_a_page_too(tiny_vlm: smolstack.VLM, report: Path, tmp_pat
     assert answer.token_ids == same.token_ids
     secret = locked(tmp_path / "locked.pdf", b"sesame").read_bytes()
     assert tiny_vlm.encode(secret, password="sesame").source == (200, 100)
-    with pytest.raises(ImageError, match="is locked"):
+    with pytest.raises(ImageError, match="is locked; give its password"):
         image_size(secret)
+    with pytest.raises(ImageError, match="cannot be read within 10 s"):
+        image_size(nested_forms(16))
     several = report.read_bytes()
     with pytest.raises(ImageError, match="has 3 pages, expected each as a file of its own"):
         image_size(several)

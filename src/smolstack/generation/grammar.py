@@ -118,7 +118,8 @@ class Grammars:
             what = f"{name} {shown!r:.80}" if shown else f"the {name}"
             reason = reason_of(message)
             where = self._pattern_refused(schemas, reason)
-            raise GenerationError(f"{what} is not supported: {where}{reason}")
+            verb = "are" if name == "tools" else "is"
+            raise GenerationError(f"{what} {verb} not supported: {where}{reason}")
 
     def _pattern_refused(self, schemas: Sequence[tuple[str, str]], reason: str) -> str:
         """Return text that names the pattern which is refused for this reason; empty if it is not

@@ -130,8 +130,7 @@ def read_options(options: AnswerOptions, eos_token_ids: tuple[int, ...]) -> Vali
     unknown, expected = sorted(set(options) - known), sorted(known)
     if unknown:
         raise GenerationError(f"unknown options {unknown}, expected some of {expected}")
-    check_option_types(options, _TYPES, GenerationError)
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given = check_option_types(options, _TYPES, GenerationError)
     stop, repetition = given.get("stop", ()), given.get("stop_on_repetition", False)
     structures = ("schema", "regex", "grammar", "choices")
     named = next((name for name in structures if given.get(name) is not None), None)

@@ -39,12 +39,14 @@ class PdfPage:
         number: from 1; None if not given, and then the file must have one page.
         password: opens a locked file.
         max_pixels: of the image; a larger page is rendered at a lower resolution.
+        served: whether a client of the server sent the file, for the advice in errors.
     """
 
     path: Path | bytes = field(repr=False)
     number: int | None
     password: str | None = field(default=None, repr=False)
     max_pixels: int = MAX_PIXELS
+    served: bool = False
 
     def __str__(self) -> str:
         name = _name(self.path)
@@ -96,14 +98,12 @@ class PdfPage:
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
-        with _document(self.path, self.password) as document:
+        with _document(self.path, self.password, self.served) as document:
             count = len(document)
             if self.number is None and count != 1:
-                how = (
-                    "each as a file of its own"
-                    if isinstance(self.path, bytes)
-                    else f"one of them, as in {self}#page=1"
-                )
+                how = f"one of them, as in {self}#page=1"
+                if isinstance(self.path, bytes):
+                    how = "one of them: add #page=1" if self.served else "each as a file of its own"
                 raise ImageError(f"{self} has {count} pages, expected {how}")
             number = 1 if self.number is None else self.number
             if not 1 <= number <= count:
@@ -111,17 +111,17 @@ class PdfPage:
                     f"{_name(self.path)} has {count} pages, found page {self.number}, expected "
                     f"1 to {count}"
                 )
-            with _refused(self.path, self.password):
+            with _refused(self.path, self.password, self.served):
                 yield document[number - 1]
 
 
-def count_pages(path: Path | bytes, password: str | None = None) -> int:
-    """Count the pages of a PDF file.
+def count_pages(path: Path | bytes, password: str | None = None, *, served: bool = False) -> int:
+    """Count the pages of a PDF file. See PdfPage for ``served``.
 
     Raises:
         ImageError: it cannot be read.
     """
-    with _document(path, password) as document:
+    with _document(path, password, served) as document:
         return len(document)
 
 
@@ -141,7 +141,7 @@ def _scale(width: float, height: float, most: int) -> float:
 
 
 @contextmanager
-def _document(path: Path | bytes, password: str | None) -> Iterator[Any]:
+def _document(path: Path | bytes, password: str | None, served: bool) -> Iterator[Any]:
     name = _name(path)
     try:
         import pypdfium2
@@ -155,14 +155,14 @@ def _document(path: Path | bytes, password: str | None) -> Iterator[Any]:
         raise ImageError(f"{path}: found {found}, expected a PDF file")
     with _ONE_AT_A_TIME:
         try:
-            with _refused(path, password):
+            with _refused(path, password, served):
                 document = pypdfium2.PdfDocument(path, password=password)
         except ImageError:
             if _is_empty(path, password):
                 raise ImageError(f"{name} has no pages, expected at least one") from None
             raise
         try:
-            with _refused(path, password):
+            with _refused(path, password, served):
                 # Must be called before any page is loaded: otherwise PDFium draws no form fields.
                 document.init_forms()
             yield document
@@ -171,7 +171,7 @@ def _document(path: Path | bytes, password: str | None) -> Iterator[Any]:
 
 
 @contextmanager
-def _refused(path: Path | bytes, password: str | None) -> Iterator[None]:
+def _refused(path: Path | bytes, password: str | None, served: bool) -> Iterator[None]:
     import pypdfium2
 
     name = _name(path)
@@ -184,7 +184,7 @@ def _refused(path: Path | bytes, password: str | None) -> Iterator[None]:
         if code == _LOCKED:
             if password is not None:
                 reason = f"{name} is locked, and the password that was given does not open it"
-            elif isinstance(path, bytes):  # perhaps of a request, which has no password
+            elif served:  # a request has no password
                 reason = f"{name} is locked; save it without a password first"
             else:
                 reason = (

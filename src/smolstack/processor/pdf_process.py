@@ -13,7 +13,6 @@ from typing import Any
 
 from PIL import Image
 
-from smolstack.errors import ImageError
 from smolstack.processor import limited_process
 from smolstack.processor.pdf import PdfPage, count_pages
 
@@ -34,10 +33,38 @@ class IsolatedPdfPage(PdfPage):
         return self.measured
 
     def render(self) -> Image.Image:
+        return _rendered(self, self.measured[1])
+
+
+@dataclass(frozen=True)
+class PdfBytes(PdfPage):
+    """A page of a PDF file that is given as its bytes, as in a table: measured and rendered in
+    processes of their own, since such files come from anywhere."""
+
+    def measure(self) -> tuple[tuple[int, int], int]:
         assert isinstance(self.path, bytes), self
-        order = {"number": self.number, "max_pixels": self.max_pixels, "render": True}
-        answer, pixels = _call(order, self.path, str(self), self.measured[1])
-        return Image.frombytes("RGB", (answer["width"], answer["height"]), pixels)
+        order = {**_order(self), "every": False, "most": 1}
+        answer, _ = _call(order, self.path, str(self), 0)
+        ((_, width, height, memory),) = answer["pages"]
+        return (width, height), memory
+
+    def render(self) -> Image.Image:
+        return _rendered(self, self.measure()[1])
+
+
+def _order(page: PdfPage) -> dict[str, Any]:
+    return {
+        "number": page.number,
+        "password": page.password,
+        "max_pixels": page.max_pixels,
+        "served": page.served,
+    }
+
+
+def _rendered(page: PdfPage, memory: int) -> Image.Image:
+    assert isinstance(page.path, bytes), page
+    answer, pixels = _call({**_order(page), "render": True}, page.path, str(page), memory)
+    return Image.frombytes("RGB", (answer["width"], answer["height"]), pixels)
 
 
 def isolated_pages(
@@ -53,10 +80,18 @@ def isolated_pages(
     Raises:
         ImageError: as for :meth:`PdfPage.measure`, or the limits on time or memory are exceeded.
     """
-    order = {"number": number, "every": every, "most": most, "max_pixels": max_pixels}
+    order = {
+        "number": number,
+        "every": every,
+        "most": most,
+        "max_pixels": max_pixels,
+        "served": True,
+    }
     answer, _ = _call(order, content, f"PDF file of {len(content)} bytes", 0)
     pages = [
-        IsolatedPdfPage(content, at, max_pixels=max_pixels, measured=((width, height), memory))
+        IsolatedPdfPage(
+            content, at, max_pixels=max_pixels, served=True, measured=((width, height), memory)
+        )
         for at, width, height, memory in answer["pages"]
     ]
     return answer["count"], pages
@@ -72,13 +107,13 @@ def _call(
 
 
 def _answer(order: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
-    page = PdfPage(content, order["number"], max_pixels=order["max_pixels"])
+    page = PdfPage(
+        content, order["number"], order.get("password"), order["max_pixels"], order["served"]
+    )
     if order.get("render"):
         image = page.render()
         return {"width": image.width, "height": image.height}, image.tobytes()
-    count = count_pages(content)
-    if page.number is None and count > 1 and not order["every"]:
-        raise ImageError(f"{page} has {count} pages, expected one of them: add #page=1")
+    count = count_pages(content, page.password, served=page.served)
     if order["every"]:
         numbers: list[int | None] = list(range(1, count + 1)) if count <= order["most"] else []
     else:

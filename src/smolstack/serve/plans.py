@@ -33,17 +33,13 @@ def plan_response(
         return describe_plan(vlm.plan(found, body.text, **request_options.tiling(body)))
     if found.kind == "video":
         return _video(vlm, media.video(found, vlm, settings), body)
-    pages = 1
-    if found.page is None:
-        # The first page is planned by default; a chat request must name one.
-        try:
-            pages = media.page_count(found)
-        except SmolstackError as error:
-            raise found.placed(error) from None
-        if pages > 1:
-            found = Media(found.content, found.place, found.kind, 1)
-    else:
+    try:
         pages = media.page_count(found)
+    except SmolstackError as error:
+        raise found.placed(error) from None
+    if found.page is None and pages > 1:
+        # The first page is planned by default; a chat request must name one.
+        found = Media(found.content, found.place, found.kind, 1)
     (image,) = media.images(found, settings)
     plan = vlm.plan(image, body.text, **request_options.tiling(body))
     made = {**describe_plan(plan), "pages": pages}
