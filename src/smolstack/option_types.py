@@ -72,7 +72,8 @@ def _are_token_numbers(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     ids = all(_is_whole(key) or (_is_text(key) and key.isdecimal()) for key in value)
-    return ids and all(map(_is_number, value.values()))
+    once = ids and len({int(key) for key in value}) == len(value)  # not "5" and "05"
+    return once and all(map(_is_number, value.values()))
 
 
 WHOLE_NUMBER = OptionType("a whole number", _is_whole, int)

@@ -117,7 +117,10 @@ def test_bytes_come_as_parquet_as_structs_and_as_base64(
     write_jsonl(tmp_path / "c.jsonl", [{"bytes": e, "id": 5 + i} for i, e in enumerate(encoded)])
     write_jsonl(
         tmp_path / "d.jsonl",
-        [{"image": {"bytes": e}, "id": 5 + i} for i, e in enumerate(encoded)],
+        [
+            {"image": {"bytes": base64.encodebytes(c).decode()}, "id": 5 + i}
+            for i, c in enumerate(contents)
+        ],
     )
     write_jsonl(
         tmp_path / "e.jsonl",

@@ -43,6 +43,7 @@ def test_any_value_is_taken_or_refused_by_name(name: str) -> None:
         ({"seed": 2**70}, f"seed is {2**70}, expected -2**63 to 2**64 - 1"),
         ({"logit_bias": [1]}, "logit_bias is [1], expected a mapping from token ids to numbers"),
         ({"logit_bias": {52.9: -1}}, "logit_bias is {52.9: -1}, expected a mapping from token ids"),
+        ({"logit_bias": {"5": 1, "05": -1}}, "logit_bias is {'5': 1, '05': -1}, expected a mapp"),
         ({"logit_bias": {5: 10**400}}, "logit_bias is {5: 1000"),
         ({"temperature": 10**400}, "temperature is 1000"),
         ({"stop": 5}, "stop is 5, expected text or a list of texts"),

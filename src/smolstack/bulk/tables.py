@@ -190,6 +190,9 @@ def as_row(index: int, value: Any, name: str | None, folder: Path, encoded: str 
 
 def _decode(text: str, field: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise ImageError(f"{field} is {text!r:.40}, expected an image file in base64") from None
+        return base64.b64decode("".join(text.split()), validate=True)  # it may be in lines
+    except (binascii.Error, ValueError) as error:
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
+        raise ImageError(
+            f"{field} is {shown!r}, expected an image file in base64: {error}"
+        ) from None
