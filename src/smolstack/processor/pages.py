@@ -13,7 +13,7 @@ from typing import BinaryIO
 from smolstack.errors import ImageError
 from smolstack.processor import pdf
 from smolstack.processor.pdf import PdfPage
-from smolstack.processor.pdf_process import PdfBytes
+from smolstack.processor.pdf_process import IsolatedPdfPage
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = (pdf.SUFFIX, *TIFF_SUFFIXES)  # of files that may have several pages
@@ -52,7 +52,7 @@ def page_of(source: object, password: str | None = None) -> PdfPage | TiffPage |
     if isinstance(source, (PdfPage, TiffPage)):
         return source
     if isinstance(source, bytes):
-        return PdfBytes(source, None, password) if pdf.is_pdf(source) else None
+        return IsolatedPdfPage(source, None, password) if pdf.is_pdf(source) else None
     if not isinstance(source, (str, Path)):
         return None
     name = str(source)

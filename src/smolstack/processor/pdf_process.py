@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -21,50 +22,27 @@ _SECONDS = 10  # of processor time, for one call
 
 @dataclass(frozen=True)
 class IsolatedPdfPage(PdfPage):
-    """A page of an untrusted PDF file, rendered in a process of its own.
+    """A page of an untrusted PDF file, given as its bytes: measured, once, and rendered in
+    processes of their own.
 
     Attributes:
-        measured: what :meth:`measure` returned in such a process.
+        measured: what :meth:`measure` returns, if it is known.
     """
 
-    measured: tuple[tuple[int, int], int] = field(kw_only=True)
+    measured: tuple[tuple[int, int], int] | None = field(default=None, kw_only=True)
 
     def measure(self) -> tuple[tuple[int, int], int]:
-        return self.measured
+        return self._measured if self.measured is None else self.measured
 
     def render(self) -> Image.Image:
-        return _rendered(self, self.measured[1])
+        answer, pixels = _call(self, {"render": True}, self.measure()[1])
+        return Image.frombytes("RGB", (answer["width"], answer["height"]), pixels)
 
-
-@dataclass(frozen=True)
-class PdfBytes(PdfPage):
-    """A page of a PDF file that is given as its bytes, as in a table: measured and rendered in
-    processes of their own, since such files come from anywhere."""
-
-    def measure(self) -> tuple[tuple[int, int], int]:
-        assert isinstance(self.path, bytes), self
-        order = {**_order(self), "every": False, "most": 1}
-        answer, _ = _call(order, self.path, str(self), 0)
+    @cached_property
+    def _measured(self) -> tuple[tuple[int, int], int]:
+        answer, _ = _call(self, {"every": False, "most": 1}, 0)
         ((_, width, height, memory),) = answer["pages"]
         return (width, height), memory
-
-    def render(self) -> Image.Image:
-        return _rendered(self, self.measure()[1])
-
-
-def _order(page: PdfPage) -> dict[str, Any]:
-    return {
-        "number": page.number,
-        "password": page.password,
-        "max_pixels": page.max_pixels,
-        "served": page.served,
-    }
-
-
-def _rendered(page: PdfPage, memory: int) -> Image.Image:
-    assert isinstance(page.path, bytes), page
-    answer, pixels = _call({**_order(page), "render": True}, page.path, str(page), memory)
-    return Image.frombytes("RGB", (answer["width"], answer["height"]), pixels)
 
 
 def isolated_pages(
@@ -80,35 +58,27 @@ def isolated_pages(
     Raises:
         ImageError: as for :meth:`PdfPage.measure`, or the limits on time or memory are exceeded.
     """
-    order = {
-        "number": number,
-        "every": every,
-        "most": most,
-        "max_pixels": max_pixels,
-        "served": True,
-    }
-    answer, _ = _call(order, content, f"PDF file of {len(content)} bytes", 0)
+    page = IsolatedPdfPage(content, number, max_pixels=max_pixels, served=True)
+    answer, _ = _call(page, {"every": every, "most": most}, 0)
     pages = [
-        IsolatedPdfPage(
-            content, at, max_pixels=max_pixels, served=True, measured=((width, height), memory)
-        )
+        replace(page, number=at, measured=((width, height), memory))
         for at, width, height, memory in answer["pages"]
     ]
     return answer["count"], pages
 
 
-def _call(
-    order: dict[str, Any], content: bytes, name: str, memory: int
-) -> tuple[dict[str, Any], bytes]:
+def _call(page: PdfPage, order: dict[str, Any], memory: int) -> tuple[dict[str, Any], bytes]:
+    assert isinstance(page.path, bytes), page
+    order |= {name: getattr(page, name) for name in ("number", "password", "max_pixels", "served")}
     memory += limited_process.EXTRA_BYTES
     return limited_process.call(
-        __name__, order, content, name=name, seconds=_SECONDS, memory=memory
+        __name__, order, page.path, name=str(page), seconds=_SECONDS, memory=memory
     )
 
 
 def _answer(order: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
     page = PdfPage(
-        content, order["number"], order.get("password"), order["max_pixels"], order["served"]
+        content, order["number"], order["password"], order["max_pixels"], order["served"]
     )
     if order.get("render"):
         image = page.render()
