@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -46,13 +47,13 @@ class _Kept(ImageTask):
             about,
         )
 
+    @abstractmethod
     def column(self, vlm: VLM, number: pa.DataType) -> pa.DataType:
         """Return the type of the embedding column."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embedding(self, request: Request) -> Tensor:
         """Return the embedding of a row whose request is finished."""
-        raise NotImplementedError
 
     def plan(self, row: Row) -> int:
         return self.processor.plan(row.image, **self.image_options).visual_tokens

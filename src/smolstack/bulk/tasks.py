@@ -6,6 +6,7 @@ turns the loaded rows into results: one record per image and question, also for 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -67,7 +68,7 @@ class Task(Protocol):
         ...
 
 
-class ImageTask:
+class ImageTask(ABC):
     """Base of both tasks: planning, loading, and results of rows with errors."""
 
     schema: pa.Schema
@@ -80,8 +81,8 @@ class ImageTask:
         cache = ImageCache(vlm.model, max_bytes=0)
         self.engine = InlineEngine(EngineCore(vlm.model, vlm.processor, limits, image_cache=cache))
 
-    def prepare(self, row: Row) -> list[Prompt]:
-        raise NotImplementedError
+    @abstractmethod
+    def prepare(self, row: Row) -> list[Prompt]: ...
 
     def request(self, prompt: Prompt) -> Request | str:
         """Return a request for a prompt, or why there cannot be one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from smolstack.bench.workload import BITS, Workload
 from smolstack.output_files import atomic_file
 
 
-class Towers(Implementation):
+class Towers(Implementation, ABC):
     """An implementation whose work is a function of a graph file and a tile, run in workers.
 
     Attributes:
@@ -29,9 +30,9 @@ class Towers(Implementation):
     work = ""
 
     @classmethod
+    @abstractmethod
     def precisions(cls) -> dict[str, bool]:
         """Precisions that take part here → whether the graph's matrices are int8."""
-        raise NotImplementedError
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
